@@ -1,0 +1,235 @@
+"""From rows to prompts: chat template or plain text, token ids, and the order in which training sees them."""
+
+import logging
+import random
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from string import Formatter
+from typing import Any
+
+from lowmem_rlhf.errors import UserError
+from lowmem_rlhf.recipe import DataConfig
+from lowmem_rlhf.suggest import did_you_mean
+
+logger = logging.getLogger(__name__)
+
+Message = dict[str, Any]
+# What a reward function is given under these names is not a column of the row (TRL drops the same ones).
+RESERVED = ("prompt", "prompts", "completion", "completions", "completion_ids")
+
+
+@dataclass(frozen=True)
+class Example:
+    """One prompt: what rewards see, what the model reads, and the columns that rewards are given."""
+
+    prompt: str | list[Message]  # chat messages for a chat prompt, otherwise the plain text
+    prompt_ids: list[int]
+    columns: dict[str, Any]  # the row's other columns, with the reference under `answer` too
+
+
+def template_fields(template: str) -> list[str]:
+    """Return the columns that a template names, in order and once each.
+
+    Raises:
+        UserError: the template has an unbalanced brace, or a place-holder that is more than a column's name.
+    """
+    try:
+        parts = list(Formatter().parse(template))
+    except ValueError as error:
+        raise UserError(
+            f"data.template: {template!r} is not a template ({error}); write {{column}}, and {{{{ or }}}} for a brace"
+        ) from error
+    for _, name, spec, conversion in parts:
+        if name is not None and (not name or spec or conversion):
+            raise UserError(
+                f"data.template: {template!r} has a place-holder that is not just a column's name; write {{column}}, "
+                "and {{ or }} for a brace"
+            )
+    return list(dict.fromkeys(name for _, name, _, _ in parts if name))
+
+
+def used_columns(data: DataConfig) -> list[str]:
+    """Return the columns that a prompt is made of."""
+    return template_fields(data.template) if data.template is not None else [data.prompt]
+
+
+def check_columns(names: Collection[str], data: DataConfig, source: str = "") -> None:
+    """Check that the columns for the prompt and the reference answer are there.
+
+    Raises:
+        UserError: one is missing; the message names those there are.
+    """
+    wanted = [("data.template" if data.template is not None else "data.prompt", name) for name in used_columns(data)]
+    if data.answer is not None:
+        wanted.append(("data.answer", data.answer))
+    for key, name in wanted:
+        if name not in names:
+            remedy = "; set data.answer=null if there is no reference answer" if key == "data.answer" else ""
+            raise UserError(
+                f"{key}: {source or data.train} has no column {name!r}{did_you_mean(name, names)} "
+                f"(its columns: {', '.join(names)}){remedy}"
+            )
+
+
+def build_examples(rows: Iterable[dict[str, Any]], data: DataConfig, tokenizer: Any) -> list[Example]:
+    """Turn rows into prompts.
+
+    A prompt is a chat when `data.chat` is true, or auto and the tokenizer has a chat template; a prompt column that
+    holds messages is used as it is, with the system message put first when it has none. A plain prompt is the system
+    text, an empty line and the text, tokenized as the tokenizer does by default (with its BOS if it has one).
+
+    Returns:
+        One example a row. With `data.long_prompts: drop`, prompts above `data.max_prompt_length` tokens are left out
+        and their number, ``len(rows) - len(examples)``, is logged as a warning.
+
+    Raises:
+        UserError: no chat template for a chat, a missing column, a row without a usable prompt (by number, from 1), a
+            prompt that is too long, or no prompt left after dropping.
+    """
+    rows = list(rows)
+    if data.chat is True and not tokenizer.chat_template:
+        raise UserError(
+            "data.chat: got true, but the model's tokenizer has no chat template; set data.chat=false for plain "
+            "prompts, or take an instruction-tuned model"
+        )
+    chat = bool(tokenizer.chat_template) if data.chat == "auto" else data.chat
+    prompts: list[str | list[Message]] = []
+    for number, row in enumerate(rows, start=1):
+        check_columns(row, data, f"row {number} of {data.train}")
+        prompts.append(_chat(row, number, data) if chat else _plain(row, number, data))
+    ids = _token_ids(prompts, tokenizer, chat)
+    kept = _fitting([len(one) for one in ids], data)
+    return [Example(prompts[index], ids[index], _columns(rows[index], data)) for index in kept]
+
+
+def _columns(row: dict[str, Any], data: DataConfig) -> dict[str, Any]:
+    # A column that a template quotes is not the prompt itself: rewards may want it.
+    left_out = RESERVED if data.template is not None else (*RESERVED, data.prompt)
+    columns = {name: value for name, value in row.items() if name not in left_out}
+    return columns if data.answer is None else {**columns, "answer": row[data.answer]}
+
+
+def _text(row: dict[str, Any], number: int, data: DataConfig) -> str:
+    for name in used_columns(data):
+        value = row[name]
+        if isinstance(value, list | dict):
+            raise UserError(
+                f"row {number}: column {name!r} holds chat messages or another structure, and a text is needed here; "
+                "leave data.template out and use the model's chat template, or name a column of text"
+            )
+        if value is None or not str(value).strip():
+            raise UserError(
+                f"row {number}: column {name!r} is empty, and a prompt is made of it; remove the row or fill it"
+            )
+    if data.template is None:
+        return str(row[data.prompt])
+    parts = Formatter().parse(data.template)
+    return "".join(text + (str(row[name]) if name else "") for text, name, _, _ in parts)
+
+
+def _plain(row: dict[str, Any], number: int, data: DataConfig) -> str:
+    text = _text(row, number, data)
+    return f"{data.system}\n\n{text}" if data.system else text
+
+
+def _chat(row: dict[str, Any], number: int, data: DataConfig) -> list[Message]:
+    if data.template is None and isinstance(row[data.prompt], list):
+        messages = _messages(row[data.prompt], number, data.prompt)
+    else:
+        messages = [{"role": "user", "content": _text(row, number, data)}]
+    if data.system and messages[0]["role"] != "system":
+        messages.insert(0, {"role": "system", "content": data.system})
+    return messages
+
+
+def _messages(value: list[Any], number: int, column: str) -> list[Message]:
+    well_formed = all(isinstance(one, dict) and {"role", "content"} <= one.keys() for one in value)
+    if not value or not well_formed or not all(isinstance(one["content"], str) for one in value):
+        raise UserError(
+            f"row {number}: column {column!r} is a list but not one of chat messages; each must be "
+            "{'role': ..., 'content': TEXT}"
+        )
+    # Arrow fills the keys that only other messages have with None.
+    return [{key: part for key, part in one.items() if part is not None} for one in value]
+
+
+def _token_ids(prompts: Sequence[Any], tokenizer: Any, chat: bool) -> list[list[int]]:
+    if not prompts:
+        return []
+    if not chat:
+        return tokenizer(list(prompts))["input_ids"]
+    texts = [_rendered(messages, number, tokenizer) for number, messages in enumerate(prompts, start=1)]
+    # The template has already written the special tokens, BOS included.
+    return tokenizer(texts, add_special_tokens=False)["input_ids"]
+
+
+def _rendered(messages: list[Message], number: int, tokenizer: Any) -> str:
+    from jinja2 import TemplateError
+
+    # An answer that has been begun is continued, as TRL does.
+    begun = messages[-1]["role"] == "assistant"
+    try:
+        return tokenizer.apply_chat_template(
+            messages, tokenize=False, add_generation_prompt=not begun, continue_final_message=begun
+        )
+    except TemplateError as error:
+        roles = ", ".join(str(one["role"]) for one in messages)
+        reason = " ".join(str(error).split())
+        raise UserError(
+            f"row {number}: the model's chat template refuses these messages ({roles}): {reason}; for a template "
+            "without a system role, leave data.system out or put it into data.template"
+        ) from error
+
+
+def _fitting(lengths: list[int], data: DataConfig) -> list[int]:
+    limit = data.max_prompt_length
+    kept = [index for index, length in enumerate(lengths) if length <= limit]
+    dropped = len(lengths) - len(kept)
+    if not dropped:
+        return kept
+    if data.long_prompts == "error":
+        first = next(index for index, length in enumerate(lengths) if length > limit)
+        raise UserError(
+            f"row {first + 1}: its prompt has {lengths[first]} tokens, data.max_prompt_length is {limit} "
+            f"({dropped} of {len(lengths)} prompts are above it, the longest has {max(lengths)}); raise "
+            f"data.max_prompt_length to {max(lengths)}, or set data.long_prompts=drop"
+        )
+    if not kept:
+        raise UserError(
+            f"data.long_prompts: all {dropped} prompts are above data.max_prompt_length ({limit} tokens; the shortest "
+            f"has {min(lengths)}), so none is left; raise data.max_prompt_length"
+        )
+    logger.warning("%d of %d prompts have more than %d tokens and are left out", dropped, len(lengths), limit)
+    return kept
+
+
+class PromptStream:
+    """The endless, shuffled order of the prompts: every prompt once an epoch, each epoch in another order.
+
+    It has no state: a batch is a function of (seed, step), so a resumed run sees what an uninterrupted one would have.
+    """
+
+    def __init__(self, examples: Sequence[Example], prompts_per_step: int, seed: int) -> None:
+        """Keep the examples; with fewer than ``prompts_per_step`` of them a batch repeats some.
+
+        Raises:
+            UserError: there are no examples.
+        """
+        if not examples:
+            raise UserError("data.train: there is no prompt to train on")
+        self.examples = examples
+        self.prompts_per_step = prompts_per_step
+        self.seed = seed
+        self._order = lru_cache(maxsize=4)(self._shuffled)
+
+    def _shuffled(self, epoch: int) -> list[int]:
+        order = list(range(len(self.examples)))
+        random.Random(f"prompts/{self.seed}/{epoch}").shuffle(order)
+        return order
+
+    def batch(self, step: int) -> list[Example]:
+        """Return the ``prompts_per_step`` examples of a step, counted from 0."""
+        first = step * self.prompts_per_step
+        places = (divmod(first + offset, len(self.examples)) for offset in range(self.prompts_per_step))
+        return [self.examples[self._order(epoch)[index]] for epoch, index in places]

@@ -1,0 +1,19 @@
+"""The two ways a command ends badly; both print one clear message and no traceback."""
+
+
+class LowmemError(Exception):
+    """Base of the errors that are shown to the user as they are."""
+
+    exit_code = 1
+
+
+class UserError(LowmemError):
+    """The user's input is wrong. The message says what was got, what is allowed and what to do. Exit code 2."""
+
+    exit_code = 2
+
+
+class RunError(LowmemError):
+    """A run that had begun failed. Its last checkpoint is kept. Exit code 1."""
+
+    exit_code = 1

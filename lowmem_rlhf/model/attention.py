@@ -1,0 +1,188 @@
+"""The attention function that stock transformers models call: packed passes and decoding with shared prompts.
+
+Registered as ``lowmem`` in transformers' AttentionInterface. For an unregistered mask name transformers builds no
+mask; what each token may see follows from the context object that comes along as a keyword argument of the model's
+forward. Everything is plain SDPA or matmul, so nothing here needs more than a Turing card. Key and value heads are
+expanded by hand: ``enable_gqa`` silently takes the math kernel there.
+
+Shapes: q (1, nh, T, d); k, v (1, nkv, T, d); result (1, T, nh, d).
+"""
+
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import AttentionInterface
+
+from lowmem_rlhf.model.packing import Bucket
+
+NAME = "lowmem"
+
+
+class AttentionContext(Protocol):
+    """What decides which keys a query sees."""
+
+    def attend(
+        self,
+        layer: int,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        scaling: float,
+        window: int | None,
+        softcap: float | None,
+    ) -> torch.Tensor:
+        """Return (T, nh, d) for q (nh, T, d) and k, v (nkv, T, d) of one layer."""
+        ...
+
+
+def _attention(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None = None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    lowmem_context: AttentionContext | None = None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
+    if lowmem_context is None:
+        raise RuntimeError("the 'lowmem' attention was called without its context; go through SharedBase.hidden_states")
+    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+    layer: int = module.layer_idx  # type: ignore[assignment]
+    out = lowmem_context.attend(layer, query[0], key[0], value[0], scaling, sliding_window, softcap)
+    return out[None], None
+
+
+AttentionInterface.register(NAME, _attention)
+
+
+def causal_mask(queries: int, keys: int, window: int | None, device: torch.device) -> torch.Tensor:
+    """Return the (queries, keys) boolean mask in which the last query sees the last key, within ``window`` keys."""
+    mask = torch.ones(queries, keys, dtype=torch.bool, device=device).tril_(keys - queries)
+    return mask.triu_(keys - queries - window + 1) if window is not None and window < keys else mask
+
+
+def expand_heads(x: torch.Tensor, repeats: int) -> torch.Tensor:
+    """Repeat key or value heads (.., nkv, T, d) to (.., nkv * repeats, T, d) for grouped-query attention."""
+    return x if repeats == 1 else x.repeat_interleave(repeats, dim=-3)
+
+
+class PackedContext:
+    """Prompts attend causally to themselves; a completion attends to its prompt and, causally, to itself.
+
+    With ``keep`` the keys and values of every layer are kept for decoding, as (nkv, T, d) in ``kept[layer]``.
+    """
+
+    def __init__(self, buckets: Sequence[Bucket], device: torch.device, keep: bool = False) -> None:
+        self.buckets = buckets
+        self.kept: dict[int, tuple[torch.Tensor, torch.Tensor]] | None = {} if keep else None
+        self._index = [_pad_index(bucket.completions, device) for bucket in buckets]
+        self._sizes = [size for b in buckets for size in (b.count * b.prompt, sum(b.completions))]
+        self._masks: dict[tuple[int, int, int | None], torch.Tensor] = {}
+
+    def attend(
+        self,
+        layer: int,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        scaling: float,
+        window: int | None,
+        softcap: float | None,
+    ) -> torch.Tensor:
+        """See `AttentionContext.attend`."""
+        if self.kept is not None:
+            self.kept[layer] = (k.detach(), v.detach())
+        pieces: list[torch.Tensor] = []
+        # one split, whose backward is one concatenation; slices would each fill a whole row with zeros
+        parts = zip(*(x.split(self._sizes, dim=1) for x in (q, k, v)), strict=True)
+        for bucket, index in zip(self.buckets, self._index, strict=True):
+            qp, kp, vp = (x.unflatten(1, (bucket.count, -1)).transpose(0, 1) for x in next(parts))  # (n, heads, P, d)
+            pieces.append(_flatten(self._sdpa(qp, kp, vp, scaling, window, softcap)))
+            own = next(parts)
+            if index is None:
+                continue
+            gather, scatter = index
+            rows = len(bucket.completions)
+            qo, ko, vo = (_pad(x, gather, rows) for x in own)  # (n * G, heads, C, d)
+            keys = torch.cat([_each(kp, rows // bucket.count), ko], dim=-2)
+            values = torch.cat([_each(vp, rows // bucket.count), vo], dim=-2)
+            flat = _flatten(self._sdpa(qo, keys, values, scaling, window, softcap))
+            pieces.append(flat if scatter is None else flat.index_select(0, scatter))
+        return torch.cat(pieces) if len(pieces) > 1 else pieces[0]
+
+    def _sdpa(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        scaling: float,
+        window: int | None,
+        softcap: float | None,
+    ) -> torch.Tensor:
+        """Causal attention of q (B, nh, Q, d) over k, v (B, nkv, K, d), aligned at the end; returns (B, nh, Q, d)."""
+        queries, keys = q.shape[-2], k.shape[-2]
+        repeats = q.shape[1] // k.shape[1]
+        k, v = expand_heads(k, repeats), expand_heads(v, repeats)
+        if softcap:
+            scores = torch.tanh((q @ k.transpose(-1, -2)).float() * (scaling / softcap)) * softcap
+            scores = scores + self._mask(queries, keys, window, q).float()
+            return scores.softmax(-1).to(v.dtype) @ v
+        if queries == keys and (window is None or window >= keys):
+            return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scaling)
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=self._mask(queries, keys, window, q), scale=scaling)
+
+    def _mask(self, queries: int, keys: int, window: int | None, like: torch.Tensor) -> torch.Tensor:
+        """The causal mask as a summand in q's dtype; all layers share it."""
+        key = (queries, keys, window)
+        if key not in self._masks:
+            allowed = causal_mask(queries, keys, window, like.device)
+            zero = torch.zeros(allowed.shape, dtype=like.dtype, device=like.device)
+            self._masks[key] = zero.masked_fill_(~allowed, float("-inf"))
+        return self._masks[key]
+
+
+def _flatten(x: torch.Tensor) -> torch.Tensor:
+    """Turn (B, nh, T, d) into tokens (B * T, nh, d)."""
+    return x.transpose(1, 2).flatten(0, 1)
+
+
+def _each(x: torch.Tensor, times: int) -> torch.Tensor:
+    """Repeat each of n prompts' keys or values (n, nkv, P, d) for its completions: (n * times, nkv, P, d)."""
+    return x[:, None].expand(-1, times, -1, -1, -1).flatten(0, 1)
+
+
+def _pad(x: torch.Tensor, gather: torch.Tensor | None, rows: int) -> torch.Tensor:
+    """Turn packed completions (nh, S, d) into padded rows (rows, nh, C, d); padding is any token, it is never seen."""
+    if gather is not None:
+        x = x.index_select(1, gather)
+    return x.unflatten(1, (rows, -1)).transpose(0, 1)
+
+
+def _pad_index(lengths: Sequence[int], device: torch.device) -> tuple[torch.Tensor | None, torch.Tensor | None] | None:
+    """Return the indices packed -> padded (rows * C,) and padded -> packed (S,); None for each that is the identity.
+
+    Padding stands behind a row's tokens, where causality hides it from all of them.
+    """
+    longest = max(lengths, default=0)
+    if longest == 0:
+        return None
+    if all(n == longest for n in lengths):
+        return None, None
+    gather: list[int] = []
+    scatter: list[int] = []
+    start = 0
+    for row, n in enumerate(lengths):
+        gather += [*range(start, start + n), *([0] * (longest - n))]
+        scatter += range(row * longest, row * longest + n)
+        start += n
+    return (
+        torch.tensor(gather, dtype=torch.long, device=device),
+        torch.tensor(scatter, dtype=torch.long, device=device),
+    )

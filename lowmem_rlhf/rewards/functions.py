@@ -1,0 +1,124 @@
+"""The reward functions that ship with the package. Their signature is TRL's: ``f(prompts, completions, **columns)``.
+
+Each takes chat completions (lists of messages) and plain ones (texts), gives one value a completion, or None where it
+does not apply, and never raises on odd text. Keyword-only arguments other than columns are the options of
+`rewards[].options`.
+"""
+
+import json
+import math
+from functools import lru_cache
+from typing import Any, Literal
+
+from lowmem_rlhf.rewards.answers import is_answer, same_value, stated_answer
+
+Completion = str | list[dict[str, Any]]
+
+
+def completion_text(completion: Completion) -> str:
+    """Return the text of a completion: of its messages one after another, or of a plain one as it is."""
+    if isinstance(completion, str):
+        return completion
+    return "\n".join(str(message.get("content") or "") for message in completion)
+
+
+def arithmetic_answer(completions: list[Completion], answer: list[Any], **columns: Any) -> list[float | None]:
+    """1.0 where the answer that a completion states (see `stated_answer`) has the value of `answer`, otherwise 0.0."""
+    return [_matches(completion, reference) for completion, reference in zip(completions, answer, strict=True)]
+
+
+def gsm8k_answer(completions: list[Completion], answer: list[Any], **columns: Any) -> list[float | None]:
+    """1.0 where the stated answer has the value after ``####`` in `answer`, otherwise 0.0.
+
+    An `answer` without ``####`` is the value itself. The format is GSM8K's (arXiv 2110.14168).
+    """
+    references = [str(reference).rpartition("####")[2].strip() for reference in answer]
+    return [_matches(completion, reference) for completion, reference in zip(completions, references, strict=True)]
+
+
+def _matches(completion: Completion, reference: Any) -> float | None:
+    if not is_answer(reference):
+        return None
+    return float(same_value(str(reference), stated_answer(completion_text(completion))))
+
+
+def think_format(completions: list[Completion], **columns: Any) -> list[float | None]:
+    """1.0 where the completion is ``<think>reasoning</think>answer``, otherwise 0.0: TRL's `think_format_reward`."""
+    from trl.rewards import think_format_reward
+
+    messages = [[{"role": "assistant", "content": completion_text(completion)}] for completion in completions]
+    return list(think_format_reward(messages))
+
+
+def length(
+    completions: list[Completion],
+    completion_ids: list[list[int]],
+    *,
+    target: int,
+    unit: Literal["tokens", "characters"] = "tokens",
+    prefer: Literal["near", "below"] = "near",
+    **columns: Any,
+) -> list[float | None]:
+    """1.0 at the target length, falling in a straight line to 0.0 at twice the target.
+
+    Args:
+        target: the length, in units.
+        unit: count tokens, or characters of the text.
+        prefer: ``near``: shorter ones lose as much as longer ones; ``below``: shorter ones keep 1.0.
+
+    Raises:
+        ValueError: an option has a value that is not allowed.
+    """
+    if isinstance(target, bool) or not isinstance(target, int | float) or not 0 < target < math.inf:
+        raise ValueError(f"target: got {target!r}; give a number above 0")
+    if unit not in ("tokens", "characters"):
+        raise ValueError(f"unit: got {unit!r}; give 'tokens' or 'characters'")
+    if prefer not in ("near", "below"):
+        raise ValueError(f"prefer: got {prefer!r}; give 'near' or 'below'")
+    counted = completion_ids if unit == "tokens" else [completion_text(completion) for completion in completions]
+    over = [len(one) - target for one in counted]
+    return [max(0.0, 1.0 - (max(0, n) if prefer == "below" else abs(n)) / target) for n in over]
+
+
+def reasoning_gym_answer(
+    completions: list[Completion],
+    task: list[str],
+    task_options: list[dict[str, Any]],
+    entry: list[dict[str, Any]],
+    **columns: Any,
+) -> list[float | None]:
+    """The task's own score, 0.0 to 1.0, of what stands in the last ``<answer>...</answer>``, or of the whole answer.
+
+    Reasoning up to ``</think>`` is not looked at. A text that the task's scoring cannot read scores 0.0. The columns
+    are those of `data.train: reasoning_gym/TASK`.
+
+    Raises:
+        UserError: reasoning-gym is not installed.
+    """
+    scores: list[float | None] = []
+    for completion, name, options, problem in zip(completions, task, task_options, entry, strict=True):
+        scorer = _scorer(name, json.dumps(options, sort_keys=True))
+        try:
+            scores.append(float(scorer.score_answer(_answer_part(completion_text(completion)), problem)))
+        except Exception:  # the scoring functions of some tasks fail on text that is not in the task's form
+            scores.append(0.0)
+    return scores
+
+
+@lru_cache(maxsize=8)
+def _scorer(task: str, options: str) -> Any:
+    from lowmem_rlhf.data.tasks import reasoning_gym_task
+
+    return reasoning_gym_task(task, json.loads(options))
+
+
+def _answer_part(text: str) -> str:
+    text = text.rpartition("</think>")[2]
+    opened = text.rpartition("<answer>")
+    return (opened[2].partition("</answer>")[0] if opened[1] else text).strip()
+
+
+SHIPPED = {
+    function.__name__: function
+    for function in (arithmetic_answer, gsm8k_answer, think_format, length, reasoning_gym_answer)
+}

@@ -1,0 +1,163 @@
+"""From the `rewards` of a recipe to callables: shipped functions by name, the user's own as ``path.py:function``."""
+
+import importlib.util
+import inspect
+import sys
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from lowmem_rlhf.errors import UserError
+from lowmem_rlhf.recipe import RewardConfig
+from lowmem_rlhf.rewards.functions import SHIPPED
+from lowmem_rlhf.suggest import did_you_mean
+
+# What every reward function is given besides the columns of the data and its own options (as TRL does).
+GIVEN = ("prompts", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric")
+
+
+@dataclass(frozen=True)
+class Reward:
+    """A reward function with its metric's name, its weight in the total and its options."""
+
+    name: str
+    function: Callable[..., Any]
+    weight: float = 1.0
+    options: dict[str, Any] = field(default_factory=dict)
+
+
+def load_rewards(configs: list[RewardConfig]) -> list[Reward]:
+    """Load the reward functions of a recipe, in its order.
+
+    The file of a ``path.py:function`` is the user's own code and is executed.
+
+    Raises:
+        UserError: unknown name; file absent or failing on import; function absent or not callable; options it does not
+            take, lacks or refuses.
+    """
+    return [_load(config) for config in configs]
+
+
+def check_reward_columns(rewards: list[Reward], columns: Iterable[str]) -> None:
+    """Check before a run that the data has every column that a reward function cannot do without.
+
+    Raises:
+        UserError: one is missing; the message names the columns there are.
+    """
+    columns = list(columns)
+    for reward in rewards:
+        for name in _required(reward.function):
+            if name not in (*GIVEN, *columns, *reward.options):
+                hint = did_you_mean(name, columns)
+                raise UserError(
+                    f"rewards: {reward.name} needs a column {name!r}, which the data lacks{hint} "
+                    f"(its columns: {', '.join(columns) or 'none'}); data.answer names the column given as 'answer'"
+                )
+
+
+def accepted(function: Callable[..., Any], arguments: dict[str, Any]) -> dict[str, Any]:
+    """Return the arguments that a function takes: all of them when it has ``**kwargs``."""
+    parameters = _parameters(function)
+    if any(one.kind is one.VAR_KEYWORD for one in parameters.values()):
+        return arguments
+    return {name: value for name, value in arguments.items() if name in parameters}
+
+
+def _load(config: RewardConfig) -> Reward:
+    if ".py" in config.function or ":" in config.function:
+        function = _from_file(config.function)
+    elif config.function in SHIPPED:
+        function = SHIPPED[config.function]
+    else:
+        raise UserError(
+            f"rewards: got {config.function!r}; give path.py:function or one of {', '.join(SHIPPED)}"
+            f"{did_you_mean(config.function, SHIPPED)}"
+        )
+    reward = Reward(config.name, function, config.weight, dict(config.options))
+    _check_options(reward, shipped=config.function in SHIPPED)
+    return reward
+
+
+def _from_file(reference: str) -> Callable[..., Any]:
+    source, _, name = reference.rpartition(":")
+    if not source.endswith(".py") or not name.isidentifier():
+        raise UserError(f"rewards: got {reference!r}; a function of your own is written path.py:function")
+    path = Path(source).expanduser()
+    if not path.is_file():
+        raise UserError(f"rewards: there is no file {source} ; give its path from the current folder")
+    module = _import(path.resolve(), source)
+    own = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
+    if not hasattr(module, name):
+        known = ", ".join(own) or "no function"
+        raise UserError(f"rewards: {source} defines no {name!r}{did_you_mean(name, own)} (it has: {known})")
+    function = getattr(module, name)
+    if not callable(function) or inspect.isclass(function) or not _has_signature(function):
+        kind = "class" if inspect.isclass(function) else type(function).__name__
+        raise UserError(
+            f"rewards: {reference} is a {kind}, not a reward function; name something that is called with "
+            "(prompts, completions, **columns)"
+        )
+    return function
+
+
+def _import(path: Path, source: str) -> ModuleType:
+    name = f"lowmem_rlhf_user_{path.stem}_{abs(hash(path))}"
+    spec = importlib.util.spec_from_file_location(name, path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module  # dataclasses and pickle look a class's module up there
+    sys.path.insert(0, str(path.parent))  # a file may import its neighbours, as a script can
+    try:
+        spec.loader.exec_module(module)
+    except (Exception, SystemExit) as error:
+        del sys.modules[name]
+        reason = " ".join(str(error).split()) or "no message"
+        raise UserError(f"rewards: {source} cannot be imported: {type(error).__name__}: {reason}") from error
+    finally:
+        sys.path.remove(str(path.parent))
+    return module
+
+
+def _has_signature(function: Callable[..., Any]) -> bool:
+    try:
+        inspect.signature(function)
+    except (TypeError, ValueError):  # some functions written in C
+        return False
+    return True
+
+
+def _parameters(function: Callable[..., Any]) -> dict[str, inspect.Parameter]:
+    return dict(inspect.signature(function).parameters)
+
+
+def _required(function: Callable[..., Any]) -> list[str]:
+    return [
+        name
+        for name, one in _parameters(function).items()
+        if one.default is one.empty and one.kind not in (one.VAR_POSITIONAL, one.VAR_KEYWORD)
+    ]
+
+
+def _check_options(reward: Reward, shipped: bool) -> None:
+    parameters = _parameters(reward.function)
+    only = [name for name, one in parameters.items() if one.kind is one.KEYWORD_ONLY]
+    anything = not shipped and any(one.kind is one.VAR_KEYWORD for one in parameters.values())
+    allowed = only if shipped else [name for name in parameters if name not in GIVEN]
+    for name in reward.options:
+        if name in GIVEN or (not anything and name not in allowed):
+            raise UserError(
+                f"rewards: {reward.name} has no option {name!r}{did_you_mean(name, allowed)} "
+                f"(its options: {', '.join(allowed) or 'none'})"
+            )
+    if not shipped:
+        return
+    for name in only:
+        if name not in reward.options and parameters[name].default is inspect.Parameter.empty:
+            raise UserError(f"rewards: {reward.name} needs the option {name!r}; set it under its options")
+    try:  # shipped functions check their options first, and accept a batch without completions
+        empty: dict[str, list[Any]] = {name: [] for name in _required(reward.function) if name not in only}
+        reward.function(**empty, **reward.options)
+    except ValueError as error:
+        raise UserError(f"rewards: {reward.name}: option {error}") from error

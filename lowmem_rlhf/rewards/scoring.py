@@ -1,0 +1,115 @@
+"""Scoring completions: every reward function once for the whole batch, then the weighted sum."""
+
+import asyncio
+import inspect
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from lowmem_rlhf.errors import LowmemError, RunError
+from lowmem_rlhf.rewards.functions import Completion
+from lowmem_rlhf.rewards.loading import GIVEN, Reward, accepted
+
+
+@dataclass(frozen=True)
+class Scores:
+    """The rewards of N completions."""
+
+    by_name: dict[str, list[float | None]]  # per function, N values; None: it does not apply to that completion
+    total: list[float]  # (N,) weighted sums; NaN where no function applies
+    metrics: dict[str, float] = field(default_factory=dict)  # means of what functions reported with TRL's log_metric
+    extra: dict[str, list[Any]] = field(default_factory=dict)  # columns they reported with TRL's log_extra
+
+
+def score(
+    rewards: Sequence[Reward],
+    prompts: Sequence[Any],
+    completions: Sequence[Completion],
+    completion_ids: Sequence[list[int]],
+    columns: dict[str, list[Any]],
+    trainer_state: Any = None,
+) -> Scores:
+    """Score N completions with every reward function.
+
+    A function that gives None for a completion is left out of its sum. Where every function gives None the total is
+    NaN, as in TRL 1.16: such a completion is left out of its group's baseline and its advantage is 0.
+
+    Args:
+        rewards: the functions.
+        prompts: (N,) what each completion answers: messages or texts.
+        completions: (N,) lists of one assistant message for chat prompts, otherwise texts.
+        completion_ids: (N,) token ids of each completion.
+        columns: each column of the data, N values.
+        trainer_state: given to the functions under this name (TRL's has `global_step`).
+
+    Raises:
+        RunError: a function raises, gives another number of values than N, or gives something that is not a number.
+    """
+    metrics: dict[str, list[float]] = {}
+    extra: dict[str, list[Any]] = {}
+    given = {
+        "prompts": list(prompts),
+        "completions": list(completions),
+        "completion_ids": list(completion_ids),
+        "trainer_state": trainer_state,
+        "log_extra": lambda column, values: extra.setdefault(column, []).extend(values),
+        "log_metric": lambda name, value: metrics.setdefault(name, []).append(float(value)),
+    }
+    own = {name: values for name, values in columns.items() if name not in GIVEN}
+    by_name = {}
+    for reward in rewards:
+        result = _call(reward, {**own, **reward.options, **given})
+        by_name[reward.name] = _values(reward.name, result, len(given["completions"]))
+    weights = [reward.weight for reward in rewards]
+    total = [_weighted(weights, row) for row in zip(*by_name.values(), strict=True)]
+    return Scores(by_name, total, {name: sum(values) / len(values) for name, values in metrics.items()}, extra)
+
+
+def _call(reward: Reward, arguments: dict[str, Any]) -> Any:
+    try:
+        result = reward.function(**accepted(reward.function, arguments))
+        return asyncio.run(_awaited(result)) if inspect.isawaitable(result) else result
+    except LowmemError:
+        raise
+    except Exception as error:
+        reason = " ".join(str(error).split()) or "no message"
+        raise RunError(f"reward function {reward.name} failed: {type(error).__name__}: {reason}") from error
+
+
+async def _awaited(result: Any) -> Any:
+    return await result
+
+
+def _values(name: str, result: Any, expected: int) -> list[float | None]:
+    if isinstance(result, str | bytes | dict) or not hasattr(result, "__iter__"):
+        raise RunError(
+            f"reward function {name} returned a {type(result).__name__}; it must return a list of {expected} numbers, "
+            "one a completion"
+        )
+    values = list(result)
+    if len(values) != expected:
+        raise RunError(
+            f"reward function {name} returned {len(values)} values for {expected} completions; it must return one each"
+        )
+    return [_number(name, index, value) for index, value in enumerate(values)]
+
+
+def _number(name: str, index: int, value: Any) -> float | None:
+    if value is None:
+        return None
+    try:
+        number = math.nan if isinstance(value, str | bytes) else float(value)
+    except (TypeError, ValueError, RuntimeError, OverflowError):
+        number = math.nan
+    if not math.isfinite(number):
+        raise RunError(
+            f"reward function {name} returned {value!r} for completion {index + 1}; it must return a finite number, or "
+            "None where it does not apply"
+        )
+    return number
+
+
+def _weighted(weights: list[float], row: tuple[float | None, ...]) -> float:
+    parts = [weight * value for weight, value in zip(weights, row, strict=True) if value is not None]
+    return math.fsum(parts) if parts else math.nan

@@ -1,0 +1,164 @@
+"""Rollouts: sample completions of prompts in the current role.
+
+Each prompt is prefilled once, packed; its keys are shared by its completions; finished rows leave the batch.
+What is left out: speculative and continuous batching. A wave of completions starts together and ends with its
+longest one; how many run at once is the plan's ``rollout_batch_size``.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from lowmem_rlhf.model.attention import PackedContext
+from lowmem_rlhf.model.base import SharedBase
+from lowmem_rlhf.model.logprobs import tiles
+from lowmem_rlhf.model.packing import Group, pack
+from lowmem_rlhf.rollout.decode import SharedPromptCache
+from lowmem_rlhf.rollout.sampling import Sampling, draw
+
+COMPACT_BELOW = 0.75  # rows leave once no more than this share of the batch is still being written
+
+
+@dataclass(frozen=True)
+class Completion:
+    """One sampled completion.
+
+    Attributes:
+        ids: its tokens, the stop token included.
+        logps: their log-probs under the sampling policy at the sampling temperature.
+        truncated: the length limit was reached without a stop token.
+    """
+
+    ids: list[int]
+    logps: list[float]
+    truncated: bool
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What bounds a rollout's memory: completions at once, prompt tokens in one prefill, rows in one logits tile."""
+
+    rows: int
+    prefill_tokens: int
+    tile: int
+
+
+@torch.no_grad()
+def generate(
+    base: SharedBase,
+    prompts: Sequence[Sequence[int]],
+    num_generations: int,
+    max_completion_length: int,
+    sampling: Sampling,
+    limits: Limits,
+    seed: int,
+    progress: Callable[[int, int], None] | None = None,
+) -> list[list[Completion]]:
+    """Return ``num_generations`` completions for each prompt, in the role that ``base`` is in.
+
+    Args:
+        prompts: token ids, none empty.
+        seed: the same seed gives the same completions, however many run at once.
+        progress: called with (finished completions, all completions).
+    """
+    generator = torch.Generator(device="cpu").manual_seed(seed)
+    uniforms = torch.rand(
+        (len(prompts) * num_generations, max_completion_length), generator=generator, dtype=torch.float32, device="cpu"
+    )
+    done: list[Completion | None] = [None] * len(uniforms)
+    jobs = [(b, b * num_generations + g) for b in range(len(prompts)) for g in range(num_generations)]
+    for start in range(0, len(jobs), limits.rows):
+        wave = jobs[start : start + limits.rows]
+        _wave(base, prompts, wave, uniforms, max_completion_length, sampling, limits, done, progress)
+    complete = [c for c in done if c is not None]
+    return [complete[i : i + num_generations] for i in range(0, len(complete), num_generations)]
+
+
+def _wave(
+    base: SharedBase,
+    prompts: Sequence[Sequence[int]],
+    wave: list[tuple[int, int]],
+    uniforms: torch.Tensor,
+    max_completion_length: int,
+    sampling: Sampling,
+    limits: Limits,
+    done: list[Completion | None],
+    progress: Callable[[int, int], None] | None,
+) -> None:
+    used = sorted({b for b, _ in wave})
+    place = {b: i for i, b in enumerate(used)}
+    cache, hidden = prefill(
+        base, [prompts[b] for b in used], [place[b] for b, _ in wave], max_completion_length - 1, limits.prefill_tokens
+    )
+    hidden = hidden[torch.tensor([place[b] for b, _ in wave], dtype=torch.long, device=base.device)]  # (R, H)
+    rows = [row for _, row in wave]
+    ids: dict[int, list[int]] = {row: [] for row in rows}
+    logps: dict[int, list[float]] = {row: [] for row in rows}
+    live = list(range(len(rows)))  # places in `rows` still being written
+    stops = base.stop_ids
+    for t in range(max_completion_length):
+        chosen = uniforms[torch.tensor(rows, dtype=torch.long, device="cpu"), t].to(base.device)
+        tokens, logp = _draw_tiled(base, hidden, chosen, sampling, limits.tile)
+        token_list, logp_list = tokens.tolist(), logp.tolist()
+        still: list[int] = []
+        for i in live:
+            ids[rows[i]].append(token_list[i])
+            logps[rows[i]].append(logp_list[i])
+            if token_list[i] in stops or t == max_completion_length - 1:
+                done[rows[i]] = Completion(ids[rows[i]], logps[rows[i]], token_list[i] not in stops)
+            else:
+                still.append(i)
+        if progress and len(still) < len(live):
+            progress(sum(c is not None for c in done), len(done))
+        live = still
+        if not live:
+            return
+        if len(live) <= COMPACT_BELOW * len(rows):
+            cache.keep(live)
+            tokens = tokens[torch.tensor(live, dtype=torch.long, device=base.device)]
+            rows, live = [rows[i] for i in live], list(range(len(live)))
+        positions = cache.row_lengths + t
+        cache.advance()
+        hidden = base.hidden_states(tokens[None], positions[None], cache)
+
+
+def _draw_tiled(
+    base: SharedBase, hidden: torch.Tensor, uniforms: torch.Tensor, sampling: Sampling, tile: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    parts = [draw(base.head.logits(hidden[part]), uniforms[part], sampling) for part in tiles(hidden.shape[0], tile)]
+    return torch.cat([token for token, _ in parts]), torch.cat([logp for _, logp in parts])
+
+
+def prefill(
+    base: SharedBase, prompts: Sequence[Sequence[int]], row_prompt: Sequence[int], limit: int, max_tokens: int
+) -> tuple[SharedPromptCache, torch.Tensor]:
+    """Run the prompts once, packed in passes of at most ``max_tokens`` (or one prompt).
+
+    Returns:
+        The cache for decoding, and the last hidden state of each prompt, (B, H).
+    """
+    layers: dict[int, list[tuple[torch.Tensor, torch.Tensor]]] = {}
+    last: list[torch.Tensor] = []
+    for chunk in _chunks(prompts, max_tokens):
+        batch = pack([Group(prompt, [], []) for prompt in chunk], base.device)
+        context = PackedContext(batch.buckets, base.device, keep=True)
+        hidden = base.hidden_states(batch.input_ids, batch.position_ids, context)
+        spans = [(end + 1 - len(p), end + 1) for p, end in zip(chunk, batch.prompt_ends, strict=True)]
+        last += [hidden[end - 1] for _, end in spans]
+        for layer, (k, v) in (context.kept or {}).items():
+            pairs = layers.setdefault(layer, [])
+            pairs += [(k[:, a:b].clone(), v[:, a:b].clone()) for a, b in spans]  # copies: the packed row is freed
+    return SharedPromptCache(layers, row_prompt, base.device, max(limit, 1)), torch.stack(last)
+
+
+def _chunks(prompts: Sequence[Sequence[int]], max_tokens: int) -> list[list[Sequence[int]]]:
+    chunks: list[list[Sequence[int]]] = [[]]
+    tokens = 0
+    for prompt in prompts:
+        if chunks[-1] and tokens + len(prompt) > max_tokens:
+            chunks.append([])
+            tokens = 0
+        chunks[-1].append(prompt)
+        tokens += len(prompt)
+    return chunks

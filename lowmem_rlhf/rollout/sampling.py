@@ -1,0 +1,61 @@
+"""Draw tokens from logits: temperature, top-k, top-p, min-p, by inverse transform of one uniform number a token.
+
+One uniform for each (completion, position), drawn ahead on the CPU, makes a completion the same whatever else is in
+the batch and on whatever device.
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How tokens are drawn (see GenerationConfig). A temperature of 0 takes the likeliest token."""
+
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+
+
+def draw(logits: torch.Tensor, uniforms: torch.Tensor, sampling: Sampling) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return token ids (R,) and their log-probs (R,) fp32.
+
+    The log-prob is that of the full distribution at this temperature, before top-k, top-p and min-p: it is what the
+    training pass computes. With greedy drawing it is taken at temperature 1.
+
+    Args:
+        logits: (R, V) fp32, overwritten.
+        uniforms: (R,) in [0, 1).
+    """
+    if sampling.temperature == 0:
+        logp = torch.log_softmax(logits, dim=-1)
+        best, token = logp.max(dim=-1)
+        return token, best
+    logp = logits.div_(sampling.temperature).log_softmax(dim=-1)
+    probs = logp.exp()
+    if sampling.top_k or sampling.top_p < 1 or sampling.min_p:
+        probs = _truncate(probs, sampling)
+    total = probs.cumsum_(dim=-1)  # (R, V)
+    # u < 1 and side "right" never choose a token of probability zero
+    goal = (uniforms[:, None].to(total.dtype) * total[:, -1:]).clamp_(
+        max=torch.nextafter(total[:, -1:], torch.zeros_like(total[:, -1:]))
+    )
+    token = torch.searchsorted(total, goal, right=True).squeeze(-1)
+    return token, logp.gather(-1, token[:, None]).squeeze(-1)
+
+
+def _truncate(probs: torch.Tensor, sampling: Sampling) -> torch.Tensor:
+    """Return probabilities (R, V) with the tokens that top-k, min-p and top-p exclude set to zero."""
+    if sampling.min_p:
+        probs = probs.masked_fill(probs < sampling.min_p * probs.amax(-1, keepdim=True), 0.0)
+    if sampling.top_k and sampling.top_k < probs.shape[-1]:
+        least = probs.topk(sampling.top_k, dim=-1).values[:, -1:]
+        probs = probs.masked_fill(probs < least, 0.0)
+    if sampling.top_p < 1:
+        ordered, index = probs.sort(dim=-1, descending=True)
+        before = ordered.cumsum(-1).sub_(ordered)  # probability of the likelier tokens
+        drop = before >= sampling.top_p * ordered.sum(-1, keepdim=True)
+        probs = probs.masked_fill(torch.zeros_like(drop).scatter_(-1, index, drop), 0.0)
+    return probs

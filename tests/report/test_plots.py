@@ -1,0 +1,74 @@
+"""Pictures are drawn, with content, from whole and from poor metrics."""
+
+import math
+import subprocess
+import sys
+
+import pytest
+from PIL import Image
+
+from lowmem_rlhf.report.plots import plot_reward, plot_run, smooth
+
+EVALUATION = {"before": {"accuracy": 0.1, "problems": 128}, "after": {"accuracy": 0.6, "problems": 128}}
+
+
+def rows(count: int, scale: float = 1.0) -> list[dict]:
+    return [
+        {
+            "step": step, "reward/mean": scale * step / (count + 1), "reward/std": 0.1,
+            "kl": None if step == 2 else 0.01 * step, "entropy": 1.0,
+            "completion/mean_length": 5.0, "completion/truncated": 0.1, "grad_norm": 0.5,
+            "time/step": 2.0, "time/rollout": 1.0, "time/score": 0.2, "time/update": 0.7,
+        }
+        for step in range(1, count + 1)
+    ]  # fmt: skip
+
+
+def colours(path) -> int:
+    with Image.open(path) as image:
+        assert image.format == "PNG"
+        return len(image.convert("RGB").getcolors(1 << 24))
+
+
+def test_readme_picture_has_its_size_and_colours(tmp_path):
+    path = plot_reward(rows(30), EVALUATION, tmp_path / "sub" / "reward.png", "Title")
+    with Image.open(path) as image:
+        assert image.size == (900, 450)
+        colours_of = image.convert("RGB").getcolors(1 << 24)
+    white = sum(count for count, colour in colours_of if colour == (255, 255, 255))
+    assert 0.3 < white / (900 * 450) < 0.95
+    assert colours(path) > 50
+
+
+@pytest.mark.parametrize(
+    ("metrics", "evaluation"),
+    [
+        (rows(40), EVALUATION),
+        (rows(40, scale=-5), {"before": {"accuracy": 0.0}}),
+        (rows(1), {"after": {"accuracy": None}}),
+        ([], {}),
+        ([], EVALUATION),
+        ([{"step": 1}, {"step": 2, "reward/mean": math.nan, "kl": "?"}, {}], {"before": None}),
+    ],
+)
+def test_any_metrics_can_be_drawn(tmp_path, metrics, evaluation):
+    assert colours(plot_run(metrics, evaluation, tmp_path / "run.png")) > 2
+    assert colours(plot_reward(metrics, evaluation, tmp_path / "reward.png", "")) > 2
+
+
+def test_svg_by_suffix(tmp_path):
+    assert b"<svg" in plot_run(rows(3), {}, tmp_path / "run.svg").read_bytes()
+
+
+def test_smooth_is_centred_and_skips_gaps():
+    assert smooth([0.0, 3.0, 6.0], 3) == [0.0, 3.0, 6.0]
+    assert smooth([0.0, 0.0, 9.0, 0.0, 0.0], 3) == [0.0, 3.0, 3.0, 3.0, 0.0]
+    assert smooth([1.0, math.nan, 3.0], 3)[1] == 2.0
+    assert math.isnan(smooth([math.nan], 3)[0])
+
+
+def test_import_is_light():
+    code = "import sys, lowmem_rlhf.report.html, lowmem_rlhf.report.live as _; "
+    code += "print({'torch', 'matplotlib'} & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "set()"
