@@ -1,7 +1,7 @@
 """The schema of a recipe: what a run is, in one YAML file. Loads without torch.
 
-Hyper-parameters carry TRL's names. ``auto`` leaves a setting to the plan. Unknown keys are refused with a suggestion and
-every error of a recipe is shown at once.
+Hyper-parameters carry TRL's names. ``auto`` leaves a setting to the plan. Unknown keys are refused with a suggestion
+and every error of a recipe is shown at once.
 """
 
 from pathlib import Path
@@ -222,7 +222,7 @@ def _apply(values: Any, override: str) -> None:
         raise UserError(f"override {override!r} is not of the form key=value, for example training.max_steps=10")
     try:
         value = OmegaConf.to_container(OmegaConf.create({"value": OmegaConf.create(f"value: {text}")["value"]}))
-        OmegaConf.update(values, key.strip(), value["value"], merge=True)  # type: ignore[index,call-overload]
+        OmegaConf.update(values, key.strip(), value["value"], merge=True)  # type: ignore
     except (yaml.YAMLError, OmegaConfBaseException, TypeError, ValueError, IndexError, AttributeError) as error:
         raise UserError(f"override {override!r} cannot be applied: {' '.join(str(error).split())}") from error
 
@@ -242,7 +242,9 @@ def validate_recipe(values: dict[str, Any], source: str = "recipe") -> Recipe:
 
 
 def _explain(item: Any) -> str:
-    where = [part for part in item["loc"] if not (isinstance(part, str) and part.startswith(("literal", "constrained")))]
+    where = [
+        part for part in item["loc"] if not (isinstance(part, str) and part.startswith(("literal", "constrained")))
+    ]
     key = ".".join(str(part) for part in where)
     if item["type"] == "extra_forbidden":
         allowed = _fields_at(where[:-1])

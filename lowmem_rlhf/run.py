@@ -47,25 +47,24 @@ class RunDirectory:
 
     @classmethod
     def create(cls, path: str | Path, recipe: Recipe, plan_dict: dict[str, Any], resume: bool) -> "RunDirectory":
-        """Start a run in a new or empty folder, or continue the one that is there from its latest checkpoint.
+        """Start a run in a new or empty folder, or continue the one that is there.
 
-        A resume takes the logs back to the latest checkpoint (see :meth:`rewind`).
+        A resume takes the logs back to the latest checkpoint (see :meth:`rewind`), without one to the start.
 
         Raises:
             UserError: the folder holds another run or foreign files, is a file or cannot be written; with ``resume``,
-                there is no run or no checkpoint, or the recipe differs in what is learned. Nothing was changed then.
+                there is no run, or the recipe differs in what is learned. Nothing was changed then.
         """
         run = cls(Path(path), recipe.training.save_total_limit)
         try:
+            cls.check(run.path, recipe, resume)
             if resume:
-                start = run._check_resume(recipe)
+                start = run._last_step()
                 run.rewind(start)
                 evaluation = run.evaluation()
                 if start < recipe.training.max_steps and evaluation.pop("after", None) is not None:
                     run.write_evaluation(evaluation)
-            else:
-                run._check_new()
-                run.path.mkdir(parents=True, exist_ok=True)
+            run.path.mkdir(parents=True, exist_ok=True)
             run._clean()
             atomic_write(run.path / RECIPE, recipe.to_yaml())
             atomic_write(run.path / PLAN, dumps(plan_dict, indent=2) + "\n")
@@ -74,6 +73,20 @@ class RunDirectory:
                 f"output folder {path} cannot be written ({error.strerror or error}); choose another one with --output"
             ) from error
         return run
+
+    @classmethod
+    def check(cls, path: str | Path, recipe: Recipe, resume: bool) -> None:
+        """Check that a run may start (or continue) there, before anything costly; writes nothing.
+
+        Raises:
+            UserError: as for `create`.
+        """
+        run = cls(Path(path))
+        run._check_resume(recipe) if resume else run._check_new()
+
+    def _last_step(self) -> int:
+        latest = self.latest_checkpoint()
+        return latest[0] if latest else 0
 
     def _check_new(self) -> None:
         if not self.path.exists():
@@ -92,17 +105,11 @@ class RunDirectory:
                 f"output folder {self.path} is not empty and holds no run ({shown}); choose another one with --output"
             )
 
-    def _check_resume(self, recipe: Recipe) -> int:
+    def _check_resume(self, recipe: Recipe) -> None:
         if not self._holds_run():
             raise UserError(
                 f"--resume: there is no run in {self.path}; name the run's folder with --output, or start one "
                 "without --resume"
-            )
-        checkpoint = self.latest_checkpoint()
-        if checkpoint is None:
-            raise UserError(
-                f"--resume: the run in {self.path} has no checkpoint yet; delete that folder and start without "
-                "--resume, or choose another one with --output"
             )
         saved = _flatten(validate_recipe(self.recipe_values(), source=str(self.path / RECIPE)).model_dump())
         wanted = _flatten(recipe.model_dump())
@@ -118,7 +125,6 @@ class RunDirectory:
                 f"{', '.join(MAY_CHANGE)} and hardware.*)."
             )
             raise UserError("\n".join([head, *lines, tail]))
-        return checkpoint[0]
 
     def _holds_run(self) -> bool:
         return any((self.path / name).exists() for name in (RECIPE, METRICS, CHECKPOINTS))

@@ -56,6 +56,7 @@ def read_file(source: str, key: str) -> "Dataset":
                 cache_dir=cache,
                 keep_in_memory=True,
             )
+            rows.data.validate(full=True)  # text that is not UTF-8 would otherwise fail at some later row
         except Exception as error:
             if "corresponds to no data" in str(error):
                 raise UserError(f"{key}: {source} has no rows; it must hold at least one") from error
@@ -122,7 +123,7 @@ def _reason(path: Path, error: Exception) -> str:
 def _bad_json(path: Path) -> str:
     """Return where a JSON or JSON-lines file breaks; an empty string when it does not."""
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         return f"it is not UTF-8 text (byte {error.start})"
     if path.suffix.lower() == ".json" and text.lstrip().startswith("["):

@@ -53,7 +53,7 @@ class SharedBase(nn.Module):
                 "trained packed; take a model of the Llama, Qwen, Mistral, Gemma, Phi or GPT-2 families"
             )
         self.device: torch.device = model.device
-        self.dtype: torch.dtype = model.get_input_embeddings().weight.dtype
+        self.dtype: torch.dtype = model.get_input_embeddings().weight.dtype  # type: ignore[assignment]
         self.tokenizer = tokenizer
         self.active = ActiveAdapters()
         self.roles: dict[str, tuple[str, ...]] = {"reference": (), POLICY: (POLICY,)}

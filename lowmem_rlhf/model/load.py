@@ -2,9 +2,9 @@
 
 import contextlib
 import hashlib
-import logging
 import os
 import shutil
+import sys
 import tempfile
 import warnings
 from collections.abc import Iterator
@@ -51,6 +51,11 @@ def load_base(
     with _quiet():
         try:
             config = AutoConfig.from_pretrained(path, **common)
+            if getattr(config, "quantization_config", None) is not None:
+                raise UserError(
+                    f"model {model!r} is a checkpoint that is already quantized; take the original 16-bit weights, "
+                    "they are quantized while loading"
+                )
             _switch_dropout_off(config)
             tokenizer = AutoTokenizer.from_pretrained(path, **common)
             loaded = AutoModelForCausalLM.from_pretrained(
@@ -132,13 +137,13 @@ def _first_sentence(error: Exception) -> str:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Keep the loaders' harmless lines and bars (bitsandbytes' CPU kernels, weight loading) out of the user's sight."""
+    """Keep the loaders' harmless lines out of the user's sight, and their bars where nobody watches."""
     from transformers.utils import logging as transformers_logging
 
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     verbosity, bar = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
     transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
+    if not sys.stderr.isatty():
+        transformers_logging.disable_progress_bar()
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")

@@ -71,7 +71,8 @@ class SharedLoraLinear(nn.Module, LoraLayer):
         """Return the layer's output (..., out) in x's dtype, with the adapters of the current role added."""
         y = self.base_layer(x)
         for name in self.active.names:
-            a, b = self.lora_A[name].weight, self.lora_B[name].weight
+            a: torch.Tensor = self.lora_A[name].weight  # type: ignore[assignment]
+            b: torch.Tensor = self.lora_B[name].weight  # type: ignore[assignment]
             a16, b16 = self._compute_copy(name, a, b, x.dtype)
             y = _AddLora.apply(y, x, a, b, a16, b16, self.scaling[name])
         return y

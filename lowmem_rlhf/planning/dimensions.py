@@ -156,7 +156,9 @@ def dimensions_from_config(config: Mapping[str, Any], model: str) -> ModelDimens
     kv_heads = _positive(fields.get("num_key_value_heads", heads), "num_key_value_heads", model)
     dim = _positive(fields.get("head_dim", family.head_dim or hidden // heads), "head_dim", model)
     if heads % kv_heads:
-        raise UserError(f"model {model!r}: num_attention_heads {heads} is no multiple of num_key_value_heads {kv_heads}")
+        raise UserError(
+            f"model {model!r}: num_attention_heads {heads} is no multiple of num_key_value_heads {kv_heads}"
+        )
     positions = fields.get("max_position_embeddings")
     if model_type == "gpt2" and positions is None:
         raise UserError(f"model {model!r}: its config.json lacks n_positions")
@@ -183,7 +185,9 @@ def dimensions_from_config(config: Mapping[str, Any], model: str) -> ModelDimens
 
 def _positive(value: Any, key: str, model: str) -> int:
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise UserError(f"model {model!r}: its config gives {key} = {value!r}; a whole number of at least 1 is expected")
+        raise UserError(
+            f"model {model!r}: its config gives {key} = {value!r}; a whole number of at least 1 is expected"
+        )
     return value
 
 

@@ -95,8 +95,8 @@ FAMILIES: dict[str, Family] = {
     "smollm3": Family(**_BIAS, mlp_bias="mlp_bias", tied=True),
 }
 
-ENCODERS = frozenset("bert roberta distilbert electra albert deberta deberta-v2 xlm-roberta mpnet modernbert".split())
-ENCODER_DECODERS = frozenset("t5 umt5 mt5 bart mbart pegasus marian led whisper t5gemma longt5 blenderbot".split())
+ENCODERS = {"bert", "roberta", "distilbert", "electra", "albert", "deberta", "deberta-v2", "xlm-roberta", "mpnet"}
+ENCODER_DECODERS = {"t5", "umt5", "mt5", "bart", "mbart", "pegasus", "marian", "led", "whisper", "t5gemma", "longt5"}
 
 _GPT2_FIELDS = {
     "n_embd": "hidden_size",
@@ -137,7 +137,9 @@ def check_causal(model: str, config: Mapping[str, Any]) -> str:
     if not model_type:
         raise UserError(f"model {model!r}: its config.json has no model_type, so it is no transformers model")
     if config.get("is_encoder_decoder") or model_type in ENCODER_DECODERS:
-        raise UserError(f"model {model!r} is an encoder-decoder ({model_type}); a decoder-only language model is needed")
+        raise UserError(
+            f"model {model!r} is an encoder-decoder ({model_type}); a decoder-only language model is needed"
+        )
     if model_type in ENCODERS:
         raise UserError(f"model {model!r} is an encoder ({model_type}); a decoder-only language model is needed")
     if "vision_config" in config or "audio_config" in config:

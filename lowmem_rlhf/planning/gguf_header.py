@@ -89,7 +89,9 @@ def read_gguf_header(path: Path) -> GGUFHeader:
         with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
             return _read(_Cursor(data))
     except (struct.error, ValueError, MemoryError, OverflowError) as error:
-        raise UserError(f"model {str(path)!r}: the GGUF header cannot be read ({error}); fetch the file again") from error
+        raise UserError(
+            f"model {str(path)!r}: the GGUF header cannot be read ({error}); fetch the file again"
+        ) from error
 
 
 def _read(cursor: _Cursor) -> GGUFHeader:

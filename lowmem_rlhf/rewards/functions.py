@@ -7,6 +7,7 @@ does not apply, and never raises on odd text. Keyword-only arguments other than 
 
 import json
 import math
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from typing import Any, Literal
 
@@ -22,12 +23,12 @@ def completion_text(completion: Completion) -> str:
     return "\n".join(str(message.get("content") or "") for message in completion)
 
 
-def arithmetic_answer(completions: list[Completion], answer: list[Any], **columns: Any) -> list[float | None]:
+def arithmetic_answer(completions: Sequence[Completion], answer: Sequence[Any], **columns: Any) -> list[float | None]:
     """1.0 where the answer that a completion states (see `stated_answer`) has the value of `answer`, otherwise 0.0."""
     return [_matches(completion, reference) for completion, reference in zip(completions, answer, strict=True)]
 
 
-def gsm8k_answer(completions: list[Completion], answer: list[Any], **columns: Any) -> list[float | None]:
+def gsm8k_answer(completions: Sequence[Completion], answer: Sequence[Any], **columns: Any) -> list[float | None]:
     """1.0 where the stated answer has the value after ``####`` in `answer`, otherwise 0.0.
 
     An `answer` without ``####`` is the value itself. The format is GSM8K's (arXiv 2110.14168).
@@ -42,7 +43,7 @@ def _matches(completion: Completion, reference: Any) -> float | None:
     return float(same_value(str(reference), stated_answer(completion_text(completion))))
 
 
-def think_format(completions: list[Completion], **columns: Any) -> list[float | None]:
+def think_format(completions: Sequence[Completion], **columns: Any) -> list[float | None]:
     """1.0 where the completion is ``<think>reasoning</think>answer``, otherwise 0.0: TRL's `think_format_reward`."""
     from trl.rewards import think_format_reward
 
@@ -51,8 +52,8 @@ def think_format(completions: list[Completion], **columns: Any) -> list[float | 
 
 
 def length(
-    completions: list[Completion],
-    completion_ids: list[list[int]],
+    completions: Sequence[Completion],
+    completion_ids: Sequence[list[int]],
     *,
     target: int,
     unit: Literal["tokens", "characters"] = "tokens",
@@ -75,13 +76,15 @@ def length(
         raise ValueError(f"unit: got {unit!r}; give 'tokens' or 'characters'")
     if prefer not in ("near", "below"):
         raise ValueError(f"prefer: got {prefer!r}; give 'near' or 'below'")
-    counted = completion_ids if unit == "tokens" else [completion_text(completion) for completion in completions]
+    counted: Sequence[Any] = (
+        completion_ids if unit == "tokens" else [completion_text(completion) for completion in completions]
+    )
     over = [len(one) - target for one in counted]
     return [max(0.0, 1.0 - (max(0, n) if prefer == "below" else abs(n)) / target) for n in over]
 
 
 def reasoning_gym_answer(
-    completions: list[Completion],
+    completions: Sequence[Completion],
     task: list[str],
     task_options: list[dict[str, Any]],
     entry: list[dict[str, Any]],
@@ -118,7 +121,7 @@ def _answer_part(text: str) -> str:
     return (opened[2].partition("</answer>")[0] if opened[1] else text).strip()
 
 
-SHIPPED = {
+SHIPPED: dict[str, Callable[..., Any]] = {
     function.__name__: function
     for function in (arithmetic_answer, gsm8k_answer, think_format, length, reasoning_gym_answer)
 }

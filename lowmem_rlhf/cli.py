@@ -1,0 +1,170 @@
+"""The command line. Typer commands, nothing else; torch is imported only by the commands that compute."""
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from lowmem_rlhf import __version__
+from lowmem_rlhf.errors import LowmemError
+
+app = typer.Typer(
+    help="RLHF on one consumer graphics card: name a recipe, the settings follow from the card.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
+RecipeName = Annotated[str, typer.Argument(metavar="RECIPE", help="A recipe file, or the name of a shipped recipe.")]
+Overrides = Annotated[
+    list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Changes, e.g. training.max_steps=10.")
+]
+
+
+def main() -> None:
+    """Run the command line; errors that are the user's to mend are one clear message without a traceback."""
+    from lowmem_rlhf.hardware.detect import pin_cuda_order
+
+    pin_cuda_order()  # before torch: card numbers then mean the same to NVML and to CUDA
+    try:
+        app(standalone_mode=True)
+    except LowmemError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        print("interrupted; what was finished is kept, --resume goes on from it", file=sys.stderr)
+        sys.exit(1)
+
+
+def _version(show: bool) -> None:
+    if show:
+        print(f"lowmem-rlhf {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print it.")] = False,
+) -> None:
+    pass
+
+
+def _print_json(value: Any) -> None:
+    print(json.dumps(value, indent=2))
+
+
+@app.command()
+def detect(
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N or another torch device.")] = "auto",
+    as_json: Json = False,
+) -> None:
+    """Show the device that a run would use, its memory and what else uses it."""
+    from lowmem_rlhf.hardware.detect import describe
+    from lowmem_rlhf.hardware.detect import detect as find
+    from lowmem_rlhf.hardware.profiles import match_profile
+
+    found = find(device)
+    profile = match_profile(found)
+    if as_json:
+        _print_json({**found.to_dict(), "profile": profile.key})
+        return
+    for line in describe(found):
+        print(line)
+    print(f"profile: {profile.key}")
+
+
+@app.command()
+def profiles(as_json: Json = False) -> None:
+    """List the known cards."""
+    from lowmem_rlhf.hardware.profiles import load_profiles
+
+    known = load_profiles()
+    if as_json:
+        _print_json({key: profile.model_dump() for key, profile in known.items()})
+        return
+    for key, profile in known.items():
+        memory = f"{profile.memory_mib / 1024:.1f} GiB" if profile.memory_mib else "RAM"
+        capability = f"sm_{profile.compute_capability.replace('.', '')}" if profile.compute_capability else ""
+        print(f"{key:20} {profile.name:32} {memory:>9}  {capability:7} {'bf16' if profile.bf16 else 'fp16'}")
+
+
+@app.command()
+def recipes(as_json: Json = False) -> None:
+    """List the shipped recipes."""
+    from lowmem_rlhf.recipe import load_recipe, shipped_recipes
+
+    found = {name: load_recipe(name) for name in shipped_recipes()}
+    if as_json:
+        _print_json({name: recipe.model_dump() for name, recipe in found.items()})
+        return
+    for name, recipe in found.items():
+        print(f"{name:20} {recipe.description}")
+
+
+@app.command()
+def plan(
+    recipe: RecipeName,
+    overrides: Overrides = None,
+    profile: Annotated[str | None, typer.Option(help="Plan for this card (see `profiles`).")] = None,
+    vram: Annotated[str | None, typer.Option(help="Plan for this much memory, e.g. 11GB.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Show the settings that a recipe would run with, why, and the memory it needs."""
+    from lowmem_rlhf.planning.plan import why_not
+    from lowmem_rlhf.recipe import load_recipe
+    from lowmem_rlhf.report.live import print_plan
+    from lowmem_rlhf.session import plan_recipe
+
+    given = [f"hardware.{key}={value}" for key, value in (("profile", profile), ("vram", vram)) if value]
+    made = plan_recipe(load_recipe(recipe, [*(overrides or []), *given]))
+    if as_json:
+        _print_json(made.to_dict())
+        return
+    print_plan(made.to_dict())
+    if not made.fits:
+        print(why_not(made))
+
+
+@app.command()
+def train(
+    recipe: RecipeName,
+    overrides: Overrides = None,
+    output: Annotated[Path | None, typer.Option(help="The run's folder; default runs/NAME.")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the folder's last checkpoint.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print the resolved recipe and the plan, and stop.")
+    ] = False,
+) -> None:
+    """Run a recipe."""
+    from lowmem_rlhf.recipe import load_recipe
+    from lowmem_rlhf.report.live import print_plan
+    from lowmem_rlhf.session import plan_recipe
+    from lowmem_rlhf.session import train as run_recipe
+
+    resolved = load_recipe(recipe, overrides)
+    if dry_run:
+        print(resolved.to_yaml())
+        print_plan(plan_recipe(resolved).to_dict())
+        return
+    run = run_recipe(resolved, output, resume)
+    print(f"adapter: {run.path / 'adapter'}\nreport:  {run.path / 'report.html'}")
+
+
+@app.command()
+def report(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="A run directory.")],
+    plot: Annotated[Path | None, typer.Option(help="Also save the reward curve as this PNG.")] = None,
+) -> None:
+    """Write a run's report.html."""
+    from lowmem_rlhf.report.html import write_report
+    from lowmem_rlhf.report.plots import plot_reward
+    from lowmem_rlhf.run import open_run
+
+    opened = open_run(run)
+    print(write_report(opened))
+    if plot:
+        plot_reward(opened.metrics(), opened.evaluation(), plot, str(opened.recipe_values().get("name", "")))
+        print(plot)

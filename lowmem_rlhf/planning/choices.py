@@ -1,0 +1,241 @@
+"""The choice of each setting: every function returns ``(value, reason)``. The rule as a whole stands in `plan`."""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+from typing import Any
+
+from lowmem_rlhf.errors import UserError
+from lowmem_rlhf.hardware.device import Device
+from lowmem_rlhf.planning.dimensions import ModelDimensions
+from lowmem_rlhf.planning.memory import (
+    CPU_PROCESS_BYTES,
+    CUDA_CONTEXT_BYTES,
+    GIB,
+    MIB,
+    Components,
+    Settings,
+    group_tokens,
+    peak_phase,
+    phases,
+    row_tokens,
+    step_tokens,
+)
+from lowmem_rlhf.recipe import Recipe
+
+PINNED = "set in the recipe"
+COMFORTABLE = 0.6  # share of the budget that the smallest working set may take at a higher precision
+MARGIN = 0.04  # share of free memory left alone
+TILE_BYTES = 128 * MIB
+MICRO_BATCH_CAP = {"cpu": 4096, "gpu": 16384}  # a CPU gains nothing from more: the activations fall out of its caches
+
+
+@dataclass(frozen=True)
+class Case:
+    """What a plan is made from."""
+
+    recipe: Recipe
+    device: Device
+    dims: ModelDimensions
+    budget: int
+
+    @property
+    def on_cpu(self) -> bool:
+        """Whether the run computes on the CPU, with the RAM as its budget."""
+        return self.device.torch_device.startswith("cpu")
+
+    def pinned(self, key: str) -> Any:
+        """Return the recipe's value of a setting, or None when it is left to the plan."""
+        value = getattr(self.recipe.hardware, key)
+        return None if value == "auto" else value
+
+    def phases(self, settings: Settings) -> dict[str, Components]:
+        """Return the predicted bytes of every phase."""
+        return phases(self.dims, self.recipe, settings, self.device)
+
+    def peak(self, settings: Settings, *names: str) -> int:
+        """Return the predicted bytes of the largest of the named phases (of all, when none is named)."""
+        by_phase = self.phases(settings)
+        return peak_phase({name: by_phase[name] for name in names or by_phase})[1]
+
+
+def gib(count: float) -> str:
+    """Return bytes as GiB with two digits."""
+    return f"{count / GIB:.2f} GiB"
+
+
+def budget_bytes(device: Device) -> int:
+    """Return what a run may take: free memory less 4 % and what the process holds before its first tensor.
+
+    That is the CUDA context (141 MiB; not when torch measured free memory, as it is open then), or on the CPU about
+    768 MiB of Python and libraries.
+    """
+    if device.torch_device.startswith("cpu"):
+        process = CPU_PROCESS_BYTES
+    else:
+        process = 0 if device.source == "torch" else CUDA_CONTEXT_BYTES
+    return max(0, int(device.free_bytes * (1 - MARGIN)) - process)
+
+
+def compute_dtype(case: Case, quantization: str) -> tuple[str, str]:
+    """Choose the compute dtype for a quantization.
+
+    Raises:
+        UserError: the device or the quantization cannot compute in the pinned dtype, or the model overflows float16.
+    """
+    pinned, device, family = case.pinned("compute_dtype"), case.device, case.dims.model_type
+    has_bf16 = device.bf16 or case.on_cpu
+    if pinned == "bfloat16" and not has_bf16:
+        raise UserError(
+            f"hardware.compute_dtype: got bfloat16, which {device.name} does not compute; take float16 or auto"
+        )
+    if pinned == "float32" and quantization == "int8":
+        raise UserError("hardware.compute_dtype: got float32 with int8 weights, which compute in 16 bits; take nf4")
+    int8_on_gpu = quantization == "int8" and not case.on_cpu
+    chosen = pinned or ("bfloat16" if has_bf16 and not int8_on_gpu else "float16")
+    if case.dims.overflows_float16 and (chosen == "float16" or int8_on_gpu):
+        raise UserError(
+            f"model {case.recipe.model!r} ({family}) overflows float16"
+            + ("" if has_bf16 else f" and {device.name} has no bfloat16")
+            + "; take another model, or hardware.compute_dtype=float32 with hardware.quantization=nf4 (slower)"
+        )
+    if pinned:
+        return pinned, PINNED
+    if int8_on_gpu:
+        return chosen, "int8 weights (LLM.int8) are multiplied in float16"
+    if chosen == "float16":
+        return chosen, f"{device.name} has no bfloat16; the update scales the loss"
+    if case.on_cpu:
+        return chosen, "16 bits; on a CPU float16 is 10 to 30 times slower than bfloat16"
+    return chosen, f"{device.name} computes bfloat16, which needs no loss scaling"
+
+
+def smallest(case: Case, quantization: str) -> Settings:
+    """Return the settings of the smallest working set at a quantization, with pinned values kept."""
+    lora = case.recipe.lora
+    checkpointing = case.pinned("gradient_checkpointing")
+    return Settings(
+        quantization=quantization,
+        compute_dtype=compute_dtype(case, quantization)[0],
+        gradient_checkpointing=True if checkpointing is None else checkpointing,
+        micro_batch_tokens=case.pinned("micro_batch_tokens") or row_tokens(case.recipe),
+        rollout_batch_size=case.pinned("rollout_batch_size") or 1,
+        logits_tile_tokens=logits_tile_tokens(case)[0],
+        optim=case.pinned("optim") or "adamw",
+        lora={"r": lora.r, "lora_alpha": lora.lora_alpha, "target_modules": lora.target_modules},
+    )
+
+
+def quantization(case: Case) -> tuple[str, str]:
+    """Choose the highest precision whose smallest working set takes at most 60 % of the budget, else NF4."""
+    if pinned := case.pinned("quantization"):
+        compute_dtype(case, pinned)  # refuses a combination that cannot be
+        return pinned, PINNED
+    passed = []
+    for candidate, name in (("none", "16-bit"), ("int8", "int8")):
+        if candidate == "int8" and (case.pinned("compute_dtype") == "float32" or case.dims.overflows_float16):
+            continue
+        settings = smallest(case, candidate)
+        name = "32-bit" if settings.width == 4 else name
+        need = case.peak(settings)
+        share = f"{gib(need)} of the {gib(case.budget)} budget"
+        if need <= COMFORTABLE * case.budget:
+            return (
+                candidate,
+                f"with {name} weights the smallest working set takes {share}, at most {COMFORTABLE * 100:.0f} %",
+            )
+        passed.append(f"{gib(need)} with {name}")
+    need = case.peak(smallest(case, "nf4"))
+    return "nf4", (
+        f"the smallest working set takes {gib(need)} against {' and '.join(passed)} weights, which is more than "
+        f"{COMFORTABLE * 100:.0f} % of the {gib(case.budget)} budget"
+    )
+
+
+def logits_tile_tokens(case: Case) -> tuple[int, str]:
+    """Choose the power of two whose tile comes closest below 128 MiB; on the CPU between 256 and 512 positions."""
+    if pinned := case.pinned("logits_tile_tokens"):
+        return pinned, PINNED
+    row = case.dims.vocab_size * 10
+    tokens = 1 << max(4, min(10, (TILE_BYTES // row).bit_length() - 1))
+    tokens = max(256, min(512, tokens)) if case.on_cpu else tokens
+    return tokens, f"a tile over {case.dims.vocab_size:,} tokens of vocabulary takes about {tokens * row / MIB:.0f} MiB"
+
+
+def optim(case: Case, settings: Settings) -> tuple[str, str]:
+    """Choose AdamW, in 8 bits only when the smallest working set does not fit otherwise."""
+    if pinned := case.pinned("optim"):
+        return pinned, PINNED
+    need = case.peak(settings)
+    if need <= case.budget:
+        return "adamw", f"fp32 moments fit: the smallest working set takes {gib(need)} of {gib(case.budget)}"
+    short = case.peak(replace(settings, optim="adamw_8bit"))
+    return "adamw_8bit", f"memory is short: {gib(short)} with 8-bit moments against {gib(need)} with fp32 ones"
+
+
+def gradient_checkpointing(case: Case, settings: Settings) -> tuple[bool, str]:
+    """Choose to recompute activations only when keeping them does not fit with a whole group in a micro-batch."""
+    pinned = case.pinned("gradient_checkpointing")
+    if pinned is not None:
+        return pinned, PINNED
+    top = _micro_batch_limits(case)[1]
+    tokens = case.pinned("micro_batch_tokens") or min(group_tokens(case.recipe), top)
+    need = case.peak(replace(settings, gradient_checkpointing=False, micro_batch_tokens=tokens), "update")
+    if need <= case.budget:
+        return False, f"the update keeps all activations of {tokens} tokens: {gib(need)} of {gib(case.budget)}"
+    return True, f"keeping all activations of {tokens} tokens would take {gib(need)}, the budget is {gib(case.budget)}"
+
+
+def micro_batch_tokens(case: Case, settings: Settings) -> tuple[int, str]:
+    """Choose the most packed tokens of one pass that fit, at least the longest prompt with its completion.
+
+    Raises:
+        UserError: the pinned number is less than that.
+    """
+    least, top = _micro_batch_limits(case)
+    if pinned := case.pinned("micro_batch_tokens"):
+        if pinned < least:
+            raise UserError(
+                f"hardware.micro_batch_tokens: got {pinned}, but a prompt and its completion may have {least} tokens; "
+                f"give at least {least}, or lower data.max_prompt_length or generation.max_completion_length"
+            )
+        return pinned, PINNED
+    steps = {least, top} | {base << shift for base in (2, 3) for shift in range(20)}
+
+    def need(tokens: int) -> int:
+        return case.peak(replace(settings, micro_batch_tokens=tokens), "scoring", "update")
+
+    tokens = _largest((s for s in sorted(steps, reverse=True) if least <= s <= top), lambda s: need(s) <= case.budget)
+    if tokens is None:
+        return least, f"the longest prompt and completion need {least} tokens: {gib(need(least))}"
+    share = f"the update takes {gib(need(tokens))} of {gib(case.budget)}"
+    if tokens < top:
+        return tokens, f"the most that fits: {share}"
+    what = "a whole step" if tokens == step_tokens(case.recipe) else "the cap for a CPU" if case.on_cpu else "the cap"
+    return tokens, f"{what}: {share}"
+
+
+def rollout_batch_size(case: Case, settings: Settings) -> tuple[int, str]:
+    """Choose how many completions are written at once: a whole step, else whole groups, else fewer than a group."""
+    if pinned := case.pinned("rollout_batch_size"):
+        return pinned, PINNED
+    group, prompts = case.recipe.generation.num_generations, case.recipe.training.prompts_per_step
+    sizes = [group * count for count in range(prompts, 0, -1)] + list(range(group - 1, 0, -1))
+
+    def need(rows: int) -> int:
+        return case.peak(replace(settings, rollout_batch_size=rows), "rollout")
+
+    rows = _largest(sizes, lambda size: need(size) <= case.budget)
+    if rows is None:
+        return 1, f"even one completion at a time takes {gib(need(1))}"
+    cache = case.phases(replace(settings, rollout_batch_size=rows))["rollout"]["kv_cache"]
+    share = f"its key-value cache takes {gib(cache)}, the rollout {gib(need(rows))} of {gib(case.budget)}"
+    return rows, f"{'all of a step' if rows == sizes[0] else f'the most of {sizes[0]} that fits'}: {share}"
+
+
+def _micro_batch_limits(case: Case) -> tuple[int, int]:
+    least = row_tokens(case.recipe)
+    return least, max(least, min(step_tokens(case.recipe), MICRO_BATCH_CAP["cpu" if case.on_cpu else "gpu"]))
+
+
+def _largest(descending: Iterable[int], fits: Callable[[int], bool]) -> int | None:
+    return next((size for size in descending if fits(size)), None)

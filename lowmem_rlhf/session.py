@@ -1,0 +1,148 @@
+"""From a recipe to a finished run: device, plan, data, base, training, report. The command line calls nothing else."""
+
+import logging
+import os
+import warnings
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from lowmem_rlhf.errors import RunError, UserError
+from lowmem_rlhf.hardware.detect import detect
+from lowmem_rlhf.hardware.device import Device
+from lowmem_rlhf.hardware.profiles import find_profile, match_profile, parse_bytes, profile_device
+from lowmem_rlhf.planning.plan import Plan, make_plan, why_not
+from lowmem_rlhf.recipe import Recipe
+from lowmem_rlhf.run import RunDirectory, default_output
+
+
+def planned_device(recipe: Recipe) -> tuple[Device, str]:
+    """Return the device to plan for and its profile's name, without touching it.
+
+    A named profile (or ``vram``) stands for a card that need not be here.
+
+    Raises:
+        UserError: no such device or profile, or an unusable amount of memory.
+    """
+    hardware = recipe.hardware
+    if hardware.profile != "auto":
+        profile = find_profile(hardware.profile)
+        return profile_device(profile, hardware.vram), profile.key
+    device = detect(hardware.device)
+    profile = match_profile(device)
+    return _limited(device, hardware.vram), profile.key
+
+
+def _limited(device: Device, vram: str | None) -> Device:
+    if vram is None:
+        return device
+    limit = parse_bytes(vram)
+    note = f"planned for {vram} as hardware.vram says"
+    return replace(device, total_bytes=limit, free_bytes=min(limit, device.free_bytes), notes=(*device.notes, note))
+
+
+def plan_recipe(recipe: Recipe) -> Plan:
+    """Choose every setting of a recipe for its device (see `planned_device`)."""
+    device, profile = planned_device(recipe)
+    return make_plan(recipe, device, profile)
+
+
+def running_plan(recipe: Recipe) -> Plan:
+    """Plan for a run on this machine: a named profile lends its memory, the device that is here computes.
+
+    Raises:
+        UserError: the plan does not fit, or torch cannot use the device.
+    """
+    device, profile = planned_device(recipe)
+    if device.source == "profile":
+        here = detect(recipe.hardware.device)
+        free = min(device.free_bytes, here.free_bytes)
+        device = replace(here, total_bytes=device.total_bytes, free_bytes=free, bf16=device.bf16 and here.bf16)
+    plan = make_plan(recipe, device, profile)
+    if not plan.fits:
+        raise UserError(why_not(plan))
+    return plan
+
+
+def train(recipe: Recipe, output: Path | None = None, resume: bool = False) -> RunDirectory:
+    """Run a recipe and return its run directory; everything the user watches is printed.
+
+    Raises:
+        UserError: the input is wrong; nothing was trained.
+        RunError: the run had begun and failed; its last finished step is kept.
+    """
+    _hush()
+    plan = running_plan(recipe)
+    path = output or default_output(recipe.name, resume)
+    from lowmem_rlhf.rewards.loading import check_reward_columns, load_rewards
+
+    rewards = load_rewards(recipe.rewards)
+    RunDirectory.check(path, recipe, resume)
+
+    from lowmem_rlhf.data.prompts import build_examples
+    from lowmem_rlhf.data.sources import load_rows
+
+    rows, held_out_rows = load_rows(recipe.data, "train", recipe.training.seed), []
+    if recipe.data.eval_size:
+        held_out_rows = load_rows(recipe.data, "eval", recipe.training.seed)
+    check_reward_columns(rewards, {name for row in rows[:1] for name in [*row, "answer"]})
+
+    import torch
+
+    from lowmem_rlhf.model.base import SharedBase
+    from lowmem_rlhf.report.html import write_report
+    from lowmem_rlhf.report.live import LiveView, print_evaluation, print_plan
+    from lowmem_rlhf.training.loop import Trainer
+
+    print_plan(plan.to_dict())
+    device = _torch_device(torch, plan.device)
+    try:
+        base = SharedBase.load(
+            recipe.model,
+            device,
+            plan.settings.quantization,
+            plan.settings.compute_dtype,
+            recipe.revision,
+            recipe.trust_remote_code,
+            r=recipe.lora.r,
+            lora_alpha=recipe.lora.lora_alpha,
+            target_modules=recipe.lora.target_modules,
+            seed=recipe.training.seed,
+        )
+    except torch.OutOfMemoryError as error:
+        raise RunError(
+            f"the device's memory ran out while loading {recipe.model}; close other programs that use it, or set "
+            "hardware.quantization=nf4"
+        ) from error
+    examples = build_examples(rows, recipe.data, base.tokenizer)
+    held_out = build_examples(held_out_rows, recipe.data, base.tokenizer) if held_out_rows else []
+    run = RunDirectory.create(path, recipe, plan.to_dict(), resume)
+    trainer = Trainer(recipe, plan, base, rewards, examples, held_out, run)
+    if resume:
+        trainer.resume()
+    print(f"run directory: {run.path}", flush=True)
+    with LiveView(recipe.training.max_steps, trainer.step) as view:
+        evaluation = trainer.train(view)
+    write_report(run)
+    if evaluation:
+        print_evaluation(evaluation)
+    return run
+
+
+def _torch_device(torch, device: Device):  # type: ignore[no-untyped-def]
+    if device.torch_device.startswith("cuda") and not torch.cuda.is_available():
+        raise UserError(
+            f"{device.name} is here, but this torch ({torch.__version__}) cannot use it; install a CUDA build of "
+            "torch, or set hardware.device=cpu"
+        )
+    return torch.device(device.torch_device)
+
+
+def _hush(loggers: Sequence[str] = ("bitsandbytes", "transformers", "datasets", "accelerate")) -> None:
+    """Keep what the libraries say about themselves out of the user's sight; our own warnings stay."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("BITSANDBYTES_NOWELCOME", "1")
+    logging.basicConfig(format="%(message)s", level=logging.WARNING)
+    for name in loggers:
+        logging.getLogger(name).setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", module=r"(bitsandbytes|torch|peft|transformers|accelerate)(\.|$)")

@@ -1,0 +1,39 @@
+"""Checkpoints: the adapter, the optimizer's state and the counters. Everything else follows from (seed, step)."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from lowmem_rlhf.errors import UserError
+from lowmem_rlhf.model.base import SharedBase
+from lowmem_rlhf.run import RunDirectory
+from lowmem_rlhf.training.optimizer import Stepper
+
+STATE = "state.json"
+
+
+def save_checkpoint(run: RunDirectory, step: int, base: SharedBase, stepper: Stepper, counters: dict[str, Any]) -> Path:
+    """Write checkpoints/step-N whole or not at all; return its folder."""
+    folder = run.begin_checkpoint(step)
+    base.save_adapter(folder)
+    state = {"step": step, "optimizer": stepper.save(folder), "counters": counters}
+    (folder / STATE).write_text(json.dumps(state), encoding="utf-8")
+    return run.finish_checkpoint(step)
+
+
+def load_checkpoint(folder: Path, base: SharedBase, stepper: Stepper) -> tuple[int, dict[str, Any]]:
+    """Put a checkpoint's state into the base and the stepper; return its step and counters.
+
+    Raises:
+        UserError: the checkpoint is incomplete or of another model.
+    """
+    try:
+        state = json.loads((folder / STATE).read_text(encoding="utf-8"))
+        base.load_adapter(folder)
+        stepper.load(folder, state["optimizer"])
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(
+            f"checkpoint {folder} cannot be read ({type(error).__name__}: {error}); delete it to resume from an "
+            "earlier one"
+        ) from error
+    return int(state["step"]), state["counters"]

@@ -1,0 +1,94 @@
+"""Held-out evaluation: sample completions of prompts never trained on and score them with the recipe's rewards."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from lowmem_rlhf.data.prompts import Example
+from lowmem_rlhf.model.base import SharedBase
+from lowmem_rlhf.recipe import Recipe
+from lowmem_rlhf.rewards.loading import Reward
+from lowmem_rlhf.rewards.scoring import Scores, score
+from lowmem_rlhf.rollout.generate import Completion, Limits, generate
+from lowmem_rlhf.rollout.sampling import Sampling
+
+CORRECT = 1.0  # the accuracy reward's value from which a completion counts as correct
+
+
+def reward_completions(
+    rewards: Sequence[Reward], base: SharedBase, examples: Sequence[Example], completions: Sequence[Completion]
+) -> tuple[Scores, list[str]]:
+    """Score completions of examples (one each); return the scores and the completions' texts.
+
+    Raises:
+        RunError: a reward function failed.
+    """
+    texts = [base.tokenizer.decode(c.ids, skip_special_tokens=True) for c in completions]
+    given = [
+        text if isinstance(example.prompt, str) else [{"role": "assistant", "content": text}]
+        for example, text in zip(examples, texts, strict=True)
+    ]
+    names = {name for example in examples for name in example.columns}
+    columns = {name: [example.columns.get(name) for example in examples] for name in sorted(names)}
+    scores = score(rewards, [e.prompt for e in examples], given, [c.ids for c in completions], columns)
+    return scores, texts
+
+
+def sampling_of(recipe: Recipe) -> Sampling:
+    """Return how the recipe samples its rollouts."""
+    g = recipe.generation
+    return Sampling(g.temperature, g.top_p, g.top_k, g.min_p)
+
+
+def evaluate(
+    base: SharedBase,
+    role: str,
+    examples: Sequence[Example],
+    recipe: Recipe,
+    rewards: Sequence[Reward],
+    limits: Limits,
+    progress: Callable[[int, int], None] | None = None,
+) -> dict[str, Any]:
+    """Return accuracy and the mean of every reward of a role on held-out examples.
+
+    The same problems and random numbers every time, so that before and after differ by the policy alone.
+    """
+    settings = recipe.evaluation
+    sampling = sampling_of(recipe)
+    if settings.temperature is not None:
+        sampling = (
+            Sampling(settings.temperature)
+            if settings.temperature == 0
+            else Sampling(settings.temperature, sampling.top_p, sampling.top_k, sampling.min_p)
+        )
+    with base.role(role):
+        groups = generate(
+            base,
+            [example.prompt_ids for example in examples],
+            settings.num_samples,
+            recipe.generation.max_completion_length,
+            sampling,
+            limits,
+            seed=recipe.training.seed,
+            progress=progress,
+        )
+    completions = [completion for group in groups for completion in group]
+    repeated = [example for example in examples for _ in range(settings.num_samples)]
+    scores, _ = reward_completions(rewards, base, repeated, completions)
+    means = {f"reward/{name}": mean(values) for name, values in scores.by_name.items()}
+    judged = [value for value in scores.by_name[settings.accuracy] if value is not None]
+    return {
+        "accuracy": mean([float(value >= CORRECT) for value in judged]),
+        "reward/mean": mean([t for t in scores.total if t == t]),
+        **means,
+        "completion/mean_length": mean([float(len(c.ids)) for c in completions]),
+        "completion/truncated": mean([float(c.truncated) for c in completions]),
+        "problems": len(examples),
+        "samples": settings.num_samples,
+        "temperature": sampling.temperature,
+    }
+
+
+def mean(values: Sequence[float | None]) -> float | None:
+    """Return the mean of the values that are there, None when there are none."""
+    there = [value for value in values if value is not None]
+    return sum(there) / len(there) if there else None

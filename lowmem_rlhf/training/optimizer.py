@@ -1,0 +1,125 @@
+"""The optimizer, its schedule, loss scaling for float16, and their state as safetensors and plain values.
+
+What stays out: unpickling. A checkpoint's tensors are safetensors, its numbers JSON.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers import get_scheduler
+
+from lowmem_rlhf.errors import UserError
+from lowmem_rlhf.recipe import TrainingConfig
+
+INITIAL_LOSS_SCALE = 2.0**12  # torch's 65536 overflows float16 in the first steps and only loses them
+
+
+class Stepper:
+    """Clips, steps and schedules; with float16 it scales the loss and skips a step whose gradients overflowed.
+
+    Args:
+        parameters: what trains, by name (fp32 masters).
+        training: learning rate, schedule, clipping.
+        optim: ``adamw`` or ``adamw_8bit``.
+        total_steps: optimizer steps of the whole run, for the schedule.
+        scale_loss: whether the activations are float16.
+    """
+
+    def __init__(
+        self,
+        parameters: dict[str, nn.Parameter],
+        training: TrainingConfig,
+        optim: str,
+        total_steps: int,
+        device: torch.device,
+        scale_loss: bool,
+    ) -> None:
+        self.parameters = parameters
+        self.max_grad_norm = training.max_grad_norm
+        self.skipped = 0  # steps left out because float16 gradients overflowed
+        settings: dict[str, Any] = {"lr": training.learning_rate, "weight_decay": training.weight_decay}
+        with torch.device("cpu"):  # the step counters that the optimizers make for themselves
+            if optim == "adamw_8bit":
+                from bitsandbytes.optim import AdamW8bit
+
+                self.optimizer: torch.optim.Optimizer = AdamW8bit(list(parameters.values()), **settings)
+            else:
+                self.optimizer = torch.optim.AdamW(list(parameters.values()), **settings)
+            self.scheduler = get_scheduler(
+                training.lr_scheduler_type, self.optimizer, training.warmup_steps, max(total_steps, 1)
+            )
+            self.scaler = torch.amp.GradScaler(device.type, init_scale=INITIAL_LOSS_SCALE, enabled=scale_loss)
+        if scale_loss:
+            self.scaler.scale(torch.zeros((), dtype=torch.float32, device=device))  # makes the scale's tensor
+
+    @property
+    def loss_scale(self) -> float:
+        """What a loss is to be multiplied with before its backward pass."""
+        return self.scaler.get_scale() if self.scaler.is_enabled() else 1.0
+
+    @property
+    def learning_rate(self) -> float:
+        """The learning rate of the next step."""
+        return float(self.scheduler.get_last_lr()[0])
+
+    def zero_grad(self) -> None:
+        """Give every parameter a zero gradient, so that a step without any loss still is an optimizer step."""
+        for parameter in self.parameters.values():
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+            else:
+                parameter.grad.zero_()
+
+    def step(self) -> float:
+        """Clip to ``max_grad_norm``, step, schedule; return the gradient's norm before clipping."""
+        self.scaler.unscale_(self.optimizer)
+        norm = float(nn.utils.clip_grad_norm_(self.parameters.values(), self.max_grad_norm))
+        before = self.loss_scale
+        with torch.device("cpu"):
+            self.scaler.step(self.optimizer)
+            self.scaler.update()
+        if self.loss_scale < before:
+            self.skipped += 1
+        else:
+            self.scheduler.step()
+        return norm
+
+    def save(self, folder: Path) -> dict[str, Any]:
+        """Write the tensors of the state into optimizer.safetensors; return its plain values, fit for JSON."""
+        names = list(self.parameters)
+        tensors: dict[str, torch.Tensor] = {}
+        numbers: dict[str, Any] = {}
+        for index, state in self.optimizer.state_dict()["state"].items():
+            for key, value in state.items():
+                if isinstance(value, torch.Tensor):
+                    tensors[f"{names[index]}|{key}"] = value.detach().to("cpu").clone()
+                else:
+                    numbers[f"{names[index]}|{key}"] = value
+        save_file(tensors, folder / "optimizer.safetensors")
+        scheduler = {"last_epoch": self.scheduler.last_epoch}
+        return {"numbers": numbers, "scheduler": scheduler, "scaler": self.scaler.state_dict(), "skipped": self.skipped}
+
+    def load(self, folder: Path, plain: dict[str, Any]) -> None:
+        """Take over what `save` wrote.
+
+        Raises:
+            UserError: the state belongs to other parameters or another optimizer.
+        """
+        index = {name: i for i, name in enumerate(self.parameters)}
+        state: dict[int, dict[str, Any]] = {}
+        tensors = load_file(folder / "optimizer.safetensors", device="cpu")
+        for place, value in [*tensors.items(), *plain["numbers"].items()]:
+            name, _, key = place.partition("|")
+            if name not in index:
+                raise UserError(f"the optimizer state in {folder} has {name!r}, which this run does not train")
+            state.setdefault(index[name], {})[key] = value
+        whole = self.optimizer.state_dict()
+        with torch.device("cpu"):
+            self.optimizer.load_state_dict({**whole, "state": state})
+            self.scheduler.last_epoch = plain["scheduler"]["last_epoch"] - 1
+            self.scheduler.step()
+        self.scaler.load_state_dict(plain["scaler"])
+        self.skipped = plain["skipped"]

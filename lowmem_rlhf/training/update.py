@@ -1,0 +1,221 @@
+"""Scoring and the policy update: packed micro-batches sized in tokens, one optimizer step as for the whole batch.
+
+What is left out: nothing of GRPO. A completion whose advantage is zero has a gradient of exactly zero when there is no
+KL term; it is not run through the model then, but it counts in every mean of the loss.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+
+import torch
+
+from lowmem_rlhf.algorithms.grpo import token_loss, token_weights
+from lowmem_rlhf.model.attention import PackedContext
+from lowmem_rlhf.model.base import SharedBase
+from lowmem_rlhf.model.logprobs import tiled_logprobs
+from lowmem_rlhf.model.packing import Group, PackedBatch, micro_batches, pack
+from lowmem_rlhf.recipe import GRPOSettings
+from lowmem_rlhf.rollout.generate import Completion
+from lowmem_rlhf.training.memory import with_less
+from lowmem_rlhf.training.optimizer import Stepper
+
+Progress = Callable[[int, int], None]
+LEAST_TOKENS = 64  # a micro-batch never gets smaller; it holds one completion then
+
+
+@dataclass(frozen=True)
+class Batch:
+    """The whole batch of a step: B prompts, N = B * G completions, row n belongs to prompt n // G.
+
+    Attributes:
+        prompts: token ids of the B prompts.
+        completions: the N completions.
+        advantages: N numbers.
+        num_generations: G.
+    """
+
+    prompts: Sequence[Sequence[int]]
+    completions: Sequence[Completion]
+    advantages: Sequence[float]
+    num_generations: int
+
+    def groups(self, rows: Sequence[int]) -> list[Group]:
+        """Return the groups of these completions, each prompt once."""
+        members: dict[int, list[int]] = {}
+        for row in rows:
+            members.setdefault(row // self.num_generations, []).append(row)
+        return [Group(self.prompts[b], [self.completions[n].ids for n in ns], ns) for b, ns in members.items()]
+
+
+def packed_logprobs(
+    base: SharedBase, batch: PackedBatch, temperature: float, tile: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return log-probs and entropies (S,) of a packed row's scored tokens in the role that ``base`` is in."""
+    hidden = base.hidden_states(batch.input_ids, batch.position_ids, PackedContext(batch.buckets, base.device))
+    return tiled_logprobs(hidden.index_select(0, batch.predict), batch.targets, base.head, temperature, tile)
+
+
+@dataclass(frozen=True)
+class PassSettings:
+    """How passes over a batch are cut: tokens a micro-batch, positions a logits tile; and the sampling temperature."""
+
+    temperature: float
+    micro_batch_tokens: int
+    tile: int
+
+
+@torch.no_grad()
+def score(
+    base: SharedBase, batch: Batch, rows: Sequence[int], passes: PassSettings, progress: Progress | None = None
+) -> dict[int, torch.Tensor]:
+    """Return for each of these rows the log-probs of its tokens, fp32, in the role that ``base`` is in."""
+    logps: dict[int, torch.Tensor] = {}
+    parts = micro_batches(batch.groups(rows), passes.micro_batch_tokens)
+    for i, part in enumerate(parts):
+        packed = pack(part, base.device)
+        values, _ = packed_logprobs(base, packed, passes.temperature, passes.tile)
+        logps.update(zip(packed.rows, values.split(packed.lengths), strict=True))
+        if progress:
+            progress(i + 1, len(parts))
+    return logps
+
+
+@dataclass
+class UpdateStats:
+    """What an update did; the sums are over the completion tokens that have a gradient.
+
+    Attributes:
+        loss: of the whole batch, before the update.
+        grad_norm: of the last iteration, before clipping.
+        tokens: tokens fed to the model, over all iterations.
+        scored: completion tokens with a gradient.
+        entropy, kl: sums before the update; kl over ``kl_tokens`` of them.
+        clipped_low, clipped_high: tokens outside the clip range, over all iterations, of ``clip_tokens``.
+        logps: the policy's log-probs before the update, by row.
+    """
+
+    loss: float = 0.0
+    grad_norm: float = 0.0
+    tokens: int = 0
+    scored: int = 0
+    entropy: float = 0.0
+    kl: float = 0.0
+    kl_tokens: int = 0
+    clipped_low: float = 0.0
+    clipped_high: float = 0.0
+    clip_tokens: int = 0
+    logps: dict[int, torch.Tensor] = field(default_factory=dict)
+
+
+def rows_to_train(batch: Batch, settings: GRPOSettings) -> list[int]:
+    """Return the completions that have any gradient: all that count, less those of zero advantage when beta is 0."""
+    counted = _counted(batch, settings)
+    return [n for n, counts in enumerate(counted) if counts and (settings.beta or batch.advantages[n])]
+
+
+def _counted(batch: Batch, settings: GRPOSettings) -> list[bool]:
+    return [not (settings.mask_truncated_completions and c.truncated) for c in batch.completions]
+
+
+def backward(
+    base: SharedBase,
+    batch: Batch,
+    settings: GRPOSettings,
+    max_completion_length: int,
+    passes: PassSettings,
+    ref_logps: dict[int, torch.Tensor],
+    old_logps: dict[int, torch.Tensor] | None = None,
+    loss_scale: float = 1.0,
+    progress: Progress | None = None,
+) -> UpdateStats:
+    """Add the gradient of the whole batch's loss to the adapter's gradients.
+
+    Args:
+        ref_logps: of the reference, by row; with beta all trained rows, otherwise any rows whose KL is to be measured.
+        old_logps: of the policy before the first iteration, by row; None: it is the policy as it is now.
+        loss_scale: multiplies the loss (float16).
+    """
+    stats = UpdateStats()
+    lengths = [len(c.ids) for c in batch.completions]
+    weights = token_weights(lengths, _counted(batch, settings), settings.loss_type, max_completion_length)
+    parts = micro_batches(batch.groups(rows_to_train(batch, settings)), passes.micro_batch_tokens)
+    for i, part in enumerate(parts):
+        packed = pack(part, base.device)
+        logps, entropies = packed_logprobs(base, packed, passes.temperature, passes.tile)
+        own = dict(zip(packed.rows, logps.detach().split(packed.lengths), strict=True))
+        old = torch.cat([(old_logps or own)[row] for row in packed.rows])
+        ref, measured = _reference(packed, ref_logps, own)
+        row_values = [(batch.advantages[row], weights[row]) for row in packed.rows]
+        per_token = torch.tensor(row_values, dtype=torch.float32, device=base.device).index_select(0, packed.row_index)
+        high = settings.epsilon if settings.epsilon_high is None else settings.epsilon_high
+        result = token_loss(logps, old, per_token[:, 0], settings.epsilon, high, ref, settings.beta)
+        loss = (result.loss * per_token[:, 1]).sum()
+        (loss * loss_scale).backward()
+        stats.loss += float(loss.detach())
+        stats.tokens += packed.input_ids.numel()
+        stats.scored += packed.targets.numel()
+        stats.entropy += float(entropies.detach().sum())
+        stats.kl += float((result.kl * measured).sum())
+        stats.kl_tokens += int(measured.sum())
+        stats.clipped_low += float(result.clipped_low.sum())
+        stats.clipped_high += float(result.clipped_high.sum())
+        stats.clip_tokens += packed.targets.numel()
+        stats.logps.update(own)
+        if progress:
+            progress(i + 1, len(parts))
+    return stats
+
+
+def _reference(
+    packed: PackedBatch, ref_logps: dict[int, torch.Tensor], own: dict[int, torch.Tensor]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the reference's log-probs (S,) and which of them there are; the policy's own stand for the others."""
+    ref = torch.cat([ref_logps.get(row, own[row]) for row in packed.rows])
+    measured = torch.cat([torch.full_like(own[row], float(row in ref_logps)) for row in packed.rows])
+    return ref, measured
+
+
+def update(
+    base: SharedBase,
+    stepper: Stepper,
+    batch: Batch,
+    settings: GRPOSettings,
+    max_completion_length: int,
+    passes: PassSettings,
+    ref_logps: dict[int, torch.Tensor],
+    say: Callable[[str], None],
+    progress: Progress | None = None,
+) -> tuple[UpdateStats, int]:
+    """Take ``num_iterations`` optimizer steps on one rollout.
+
+    Returns:
+        The statistics, and the micro-batch size that fitted into memory.
+
+    Raises:
+        RunError: memory runs out whatever the micro-batch size; the optimizer step in question was not taken.
+    """
+    first: UpdateStats | None = None
+    tokens = passes.micro_batch_tokens
+    for _ in range(settings.num_iterations):
+        old = first.logps if first else None
+
+        def gradient(size: int, old: dict[int, torch.Tensor] | None = old) -> UpdateStats:
+            stepper.zero_grad()
+            sized = replace(passes, micro_batch_tokens=size)
+            return backward(
+                base, batch, settings, max_completion_length, sized, ref_logps, old, stepper.loss_scale, progress
+            )
+
+        stats, tokens = with_less(gradient, tokens, LEAST_TOKENS, "hardware.micro_batch_tokens", base.device, say)
+        norm = stepper.step()
+        base.adapters_changed()
+        if first is None:
+            first = stats
+        else:
+            first.tokens += stats.tokens
+            first.clipped_low += stats.clipped_low
+            first.clipped_high += stats.clipped_high
+            first.clip_tokens += stats.clip_tokens
+        first.grad_norm = norm
+    assert first is not None
+    return first, tokens

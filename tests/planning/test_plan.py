@@ -1,0 +1,186 @@
+"""The plan: the contract, the rule, pins, and what it says when something does not fit."""
+
+import json
+import subprocess
+import sys
+from dataclasses import fields, replace
+
+import pytest
+from planning_cases import CONFIGS, GIB, card, cpu
+
+from lowmem_rlhf.errors import UserError
+from lowmem_rlhf.planning.memory import row_tokens
+from lowmem_rlhf.planning.plan import Settings, make_plan, why_not
+
+PRECISION = {"nf4": 0, "int8": 1, "none": 2}
+
+
+def test_the_contract(recipe):
+    plan = make_plan(recipe("Qwen2.5-0.5B"), card(10.75), "rtx-2080-ti-11gb").to_dict()
+    assert set(plan) == {"fits", "device", "profile", "settings", "reasons", "memory"}
+    assert set(plan["memory"]) == {"budget_bytes", "peak_bytes", "phases"}
+    assert set(plan["memory"]["phases"]) == {"rollout", "scoring", "update", "optimizer", "export"}
+    assert list(plan["settings"]) == [field.name for field in fields(Settings)]
+    assert set(plan["reasons"]) == set(plan["settings"])
+    assert all(reason for reason in plan["reasons"].values())
+    assert plan["memory"]["peak_bytes"] == max(sum(phase.values()) for phase in plan["memory"]["phases"].values())
+    assert plan["profile"] == "rtx-2080-ti-11gb"
+    assert json.loads(json.dumps(plan))["settings"] == plan["settings"]
+
+
+def test_the_reference_card_takes_gsm8k_in_float16(recipe):
+    loaded = recipe("Qwen2.5-0.5B")
+    plan = make_plan(loaded, card(10.75), "rtx-2080-ti-11gb")
+    assert plan.fits and why_not(plan) == ""
+    assert plan.settings.compute_dtype == "float16"
+    assert plan.settings.quantization == "none"
+    assert plan.settings.rollout_batch_size == 64
+    assert row_tokens(loaded) <= plan.settings.micro_batch_tokens
+    assert "no bfloat16" in plan.reasons["compute_dtype"]
+
+
+def test_a_7b_fits_on_the_reference_card_in_nf4(recipe):
+    plan = make_plan(recipe("Qwen2.5-7B"), card(10.75), "x")
+    assert plan.fits and plan.settings.quantization == "nf4" and plan.settings.gradient_checkpointing
+
+
+def test_a_7b_does_not_fit_on_4_gb_and_says_why(recipe):
+    plan = make_plan(recipe("Qwen2.5-7B"), card(3.75, bf16=True), "x")
+    assert not plan.fits
+    assert plan.settings.quantization == "nf4" and plan.settings.optim == "adamw_8bit"
+    assert set(plan.reasons) == {field.name for field in fields(Settings)}
+    assert any("GiB short" in reason and "weights take" in reason for reason in plan.reasons.values())
+    assert "weights take" in why_not(plan) and "a smaller model" in why_not(plan)
+
+
+@pytest.mark.parametrize("model", ["Qwen2.5-0.5B", "Qwen2.5-1.5B", "Qwen2.5-7B"])
+@pytest.mark.parametrize("bf16", [False, True])
+def test_more_memory_never_gives_lower_precision(recipe, model, bf16):
+    loaded = recipe(model)
+    plans = [make_plan(loaded, card(free, bf16), "x") for free in (1, 2, 3, 4, 6, 8, 11, 16, 24, 32, 80)]
+    precisions = [PRECISION[plan.settings.quantization] for plan in plans]
+    assert precisions == sorted(precisions)
+    fits = [plan.fits for plan in plans]
+    assert fits == sorted(fits)
+    for plan in plans:
+        assert plan.fits == (plan.memory["peak_bytes"] <= plan.memory["budget_bytes"])
+        assert plan.settings.micro_batch_tokens >= row_tokens(loaded)
+
+
+def test_a_tight_card_uses_less_at_once(recipe):
+    roomy, tight = (make_plan(recipe("Qwen2.5-7B"), card(free), "x") for free in (14.0, 8.5))
+    assert roomy.fits and tight.fits
+    assert tight.settings.rollout_batch_size < roomy.settings.rollout_batch_size
+    assert tight.settings.micro_batch_tokens < roomy.settings.micro_batch_tokens
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("quantization", "nf4"),
+        ("quantization", "int8"),
+        ("quantization", "none"),
+        ("compute_dtype", "float32"),
+        ("gradient_checkpointing", True),
+        ("gradient_checkpointing", False),
+        ("micro_batch_tokens", 1000),
+        ("rollout_batch_size", 5),
+        ("logits_tile_tokens", 100),
+        ("optim", "adamw_8bit"),
+    ],
+)
+def test_a_pinned_setting_is_kept_and_the_others_adapt(recipe, key, value):
+    plan = make_plan(recipe("Qwen2.5-0.5B", f"hardware.{key}={value}"), card(10.75), "x")
+    assert getattr(plan.settings, key) == value
+    assert plan.reasons[key] == "set in the recipe"
+    assert plan.fits
+
+
+def test_a_pin_that_does_not_fit_is_kept_and_named(recipe):
+    plan = make_plan(recipe("Qwen2.5-7B", "hardware.quantization=none"), card(10.75), "x")
+    assert not plan.fits and plan.settings.quantization == "none"
+    assert "hardware.quantization=nf4" in why_not(plan)
+    plan = make_plan(
+        recipe("Qwen2.5-1.5B", "hardware.rollout_batch_size=64", "data.max_prompt_length=6000"), card(5), "x"
+    )
+    assert not plan.fits and "hardware.rollout_batch_size=auto" in why_not(plan)
+    plan = make_plan(recipe("Qwen2.5-1.5B", "hardware.gradient_checkpointing=false"), card(4), "x")
+    assert not plan.fits and "hardware.gradient_checkpointing=true" in why_not(plan)
+
+
+def test_float32_doubles_the_weights(recipe):
+    wide = make_plan(recipe("Qwen2.5-0.5B", "hardware.compute_dtype=float32"), cpu(32), "cpu")
+    half = make_plan(recipe("Qwen2.5-0.5B"), cpu(32), "cpu")
+    components = [plan.memory["phases"]["export"]["weights"] for plan in (wide, half)]
+    assert components[0] == 2 * components[1]
+
+
+def test_the_cpu_plans_from_ram_in_bfloat16(recipe):
+    plan = make_plan(recipe("SmolLM2-135M"), cpu(8), "cpu")
+    assert plan.fits and plan.settings.compute_dtype == "bfloat16"
+    assert plan.settings.micro_batch_tokens <= 4096
+    assert 256 <= plan.settings.logits_tile_tokens <= 512
+    assert plan.memory["budget_bytes"] < 8 * GIB
+    assert (
+        make_plan(recipe("SmolLM2-135M", "hardware.quantization=int8"), cpu(8), "cpu").settings.compute_dtype
+        == "bfloat16"
+    )
+
+
+def test_int8_on_a_card_computes_in_float16(recipe):
+    plan = make_plan(recipe("Qwen2.5-0.5B", "hardware.quantization=int8"), card(10.75, bf16=True), "x")
+    assert plan.settings.compute_dtype == "float16"
+
+
+def test_the_context_is_only_taken_off_before_torch_has_it(recipe):
+    loaded = recipe("Qwen2.5-0.5B")
+    before, after = (
+        make_plan(loaded, card(8, source=source), "x").memory["budget_bytes"] for source in ("nvml", "torch")
+    )
+    assert after - before == 141 * 1024**2
+
+
+@pytest.mark.parametrize(
+    ("model", "overrides", "message"),
+    [
+        ("Qwen2.5-0.5B", ["hardware.compute_dtype=bfloat16"], "bfloat16, which NVIDIA GeForce RTX 2080 Ti does not"),
+        ("Qwen2.5-0.5B", ["hardware.compute_dtype=float32", "hardware.quantization=int8"], "take nf4"),
+        ("gemma-3-1b", [], "overflows float16 and NVIDIA GeForce RTX 2080 Ti has no bfloat16"),
+        ("Qwen2.5-0.5B", ["hardware.micro_batch_tokens=100"], "got 100.*832 tokens"),
+        ("gpt2", ["data.max_prompt_length=900"], "1220 tokens.*1024 positions"),
+        ("Qwen2.5-0.5B", ["lora.target_modules=[q_prj]"], "did you mean 'q_proj'"),
+    ],
+)
+def test_what_cannot_be_is_refused(recipe, model, overrides, message):
+    with pytest.raises(UserError, match=message):
+        make_plan(recipe(model, *overrides), card(10.75), "x")
+
+
+def test_gemma3_is_planned_in_bfloat16_or_float32(recipe):
+    for free in (3, 6, 24):
+        plan = make_plan(recipe("gemma-3-1b"), card(free, bf16=True), "x")
+        assert plan.settings.compute_dtype == "bfloat16" and plan.settings.quantization != "int8"
+    plan = make_plan(
+        recipe("gemma-3-1b", "hardware.compute_dtype=float32", "hardware.quantization=nf4"), card(10.75), "x"
+    )
+    assert plan.settings.compute_dtype == "float32"
+
+
+def test_an_empty_card_gets_a_plan_that_does_not_fit(recipe):
+    plan = make_plan(recipe("SmolLM2-135M"), replace(card(1), free_bytes=0), "x")
+    assert not plan.fits and plan.memory["budget_bytes"] == 0 and why_not(plan)
+
+
+def test_planning_imports_neither_torch_nor_transformers(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(CONFIGS["Qwen2.5-0.5B"]))
+    code = (
+        "import sys\n"
+        "from lowmem_rlhf.hardware.device import Device\n"
+        "from lowmem_rlhf.planning.plan import make_plan\n"
+        "from lowmem_rlhf.recipe import load_recipe\n"
+        f"recipe = load_recipe('grpo_gsm8k', ['model={tmp_path}'])\n"
+        "make_plan(recipe, Device('cuda:0', 'x', 2**34, 2**33, (7, 5), False), 'x')\n"
+        "print([name for name in ('torch', 'transformers', 'bitsandbytes') if name in sys.modules])\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
