@@ -118,8 +118,8 @@ class Trainer:
             self.accelerator.end_training()
         if self.recipe.training.max_steps and not self.learned_tokens:
             raise RunError(
-                "nothing was learned: in every step all completions of each prompt had the same reward, so no advantage "
-                "was left; look at samples.jsonl, make the task easier or the reward finer, or raise num_generations"
+                "nothing was learned: in every step all completions of each prompt had the same reward, so no "
+                "advantage was left; look at samples.jsonl, make the task easier or the reward finer, or raise num_generations"
             )
         self._save()
         if self.held_out:

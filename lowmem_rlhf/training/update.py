@@ -11,7 +11,7 @@ import torch
 
 from lowmem_rlhf.algorithms.grpo import token_loss, token_weights
 from lowmem_rlhf.model.attention import PackedContext
-from lowmem_rlhf.model.base import SharedBase
+from lowmem_rlhf.model.base import POLICY, SharedBase
 from lowmem_rlhf.model.logprobs import tiled_logprobs
 from lowmem_rlhf.model.packing import Group, PackedBatch, micro_batches, pack
 from lowmem_rlhf.recipe import GRPOSettings
@@ -130,6 +130,8 @@ def backward(
 ) -> UpdateStats:
     """Add the gradient of the whole batch's loss to the adapter's gradients.
 
+    To be called in the policy's role.
+
     Args:
         ref_logps: of the reference, by row; with beta all trained rows, otherwise any rows whose KL is to be measured.
         old_logps: of the policy before the first iteration, by row; None: it is the policy as it is now.
@@ -202,9 +204,10 @@ def update(
         def gradient(size: int, old: dict[int, torch.Tensor] | None = old) -> UpdateStats:
             stepper.zero_grad()
             sized = replace(passes, micro_batch_tokens=size)
-            return backward(
-                base, batch, settings, max_completion_length, sized, ref_logps, old, stepper.loss_scale, progress
-            )
+            with base.role(POLICY):
+                return backward(
+                    base, batch, settings, max_completion_length, sized, ref_logps, old, stepper.loss_scale, progress
+                )
 
         stats, tokens = with_less(gradient, tokens, LEAST_TOKENS, "hardware.micro_batch_tokens", base.device, say)
         norm = stepper.step()
