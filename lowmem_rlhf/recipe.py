@@ -36,6 +36,7 @@ class HardwareConfig(Section):
     gradient_checkpointing: bool | Auto = "auto"
     micro_batch_tokens: Annotated[int, Field(ge=1)] | Auto = "auto"
     rollout_batch_size: Annotated[int, Field(ge=1)] | Auto = "auto"  # completions generated at once
+    rollout_weights: Literal["auto", "quantized", "dequantized"] = "auto"  # of an NF4 base while it samples
     logits_tile_tokens: Annotated[int, Field(ge=1)] | Auto = "auto"
     optim: Literal["auto", "adamw", "adamw_8bit"] = "auto"
 
@@ -221,7 +222,7 @@ def _apply(values: Any, override: str) -> None:
     if not sep or not key.strip():
         raise UserError(f"override {override!r} is not of the form key=value, for example training.max_steps=10")
     try:
-        value = OmegaConf.to_container(OmegaConf.create({"value": OmegaConf.create(f"value: {text}")["value"]}))
+        value: Any = OmegaConf.to_container(OmegaConf.create(f"value: {text}"))
         OmegaConf.update(values, key.strip(), value["value"], merge=True)  # type: ignore
     except (yaml.YAMLError, OmegaConfBaseException, TypeError, ValueError, IndexError, AttributeError) as error:
         raise UserError(f"override {override!r} cannot be applied: {' '.join(str(error).split())}") from error

@@ -65,7 +65,7 @@ def token_weights(lengths: Sequence[int], counted: Sequence[bool], loss_type: st
 
 @dataclass(frozen=True)
 class TokenLoss:
-    """Per-token results, all (S,): the loss, the k3 divergence from the reference, and clip indicators."""
+    """Per-token results, all (S,): the loss, the divergence from the reference (r * k3), and clip indicators."""
 
     loss: torch.Tensor
     kl: torch.Tensor
@@ -82,7 +82,10 @@ def token_loss(
     ref_logps: torch.Tensor,
     beta: float,
 ) -> TokenLoss:
-    """Return the clipped surrogate ``-min(r A, clip(r, 1 - low, 1 + high) A) + beta * k3`` for each token.
+    """Return the clipped surrogate ``-min(r A, clip(r, 1 - low, 1 + high) A) + beta * r * k3`` for each token.
+
+    The ratio r makes the KL term's gradient the unbiased one of the reverse KL, on the policy too, where r is 1 but
+    not its gradient (DeepSeek-V3.2, arXiv 2512.02556; TRL's ``use_bias_correction_kl``, its default).
 
     Args:
         logps: (S,) of the policy, differentiable.
@@ -95,7 +98,7 @@ def token_loss(
     clipped = ratio.clamp(1 - epsilon_low, 1 + epsilon_high)
     loss = -torch.minimum(ratio * advantages, clipped * advantages)
     difference = ref_logps - logps
-    kl = difference.exp() - difference - 1
+    kl = ratio * (difference.exp() - difference - 1)
     if beta:
         loss = loss + beta * kl
     with torch.no_grad():

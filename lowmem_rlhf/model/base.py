@@ -20,7 +20,7 @@ from lowmem_rlhf.model.attention import NAME as ATTENTION
 from lowmem_rlhf.model.attention import AttentionContext
 from lowmem_rlhf.model.load import load_base
 from lowmem_rlhf.model.logprobs import Head
-from lowmem_rlhf.model.lora import ActiveAdapters, SharedLoraLinear, lora_config
+from lowmem_rlhf.model.lora import ActiveAdapters, SharedLoraLinear, dequantized, lora_config
 
 POLICY = "policy"
 
@@ -58,6 +58,7 @@ class SharedBase(nn.Module):
         self.active = ActiveAdapters()
         self.roles: dict[str, tuple[str, ...]] = {"reference": (), POLICY: (POLICY,)}
         model.set_attn_implementation(ATTENTION)
+        model.name_or_path = model_id  # peft puts it into the adapter's file
         config = lora_config(r, lora_alpha, target_modules, model_id)
         with torch.device("cpu"), torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
@@ -68,7 +69,8 @@ class SharedBase(nn.Module):
         for layer in self.adapter_layers():
             layer.active = self.active
         self.model: PreTrainedModel = self.peft.get_base_model()  # type: ignore[assignment]
-        self.model.train()  # dropout is zero everywhere; checkpointing only works in this mode
+        _switch_dropout_off(self.model)
+        self.model.train()  # checkpointing only works in this mode
         self.decoder = self.model.get_decoder() if hasattr(self.model, "get_decoder") else self.model.base_model
         text = self.model.config.get_text_config()
         scale = getattr(text, "logit_scale", None) or 1 / (getattr(text, "logits_scaling", None) or 1.0)
@@ -109,6 +111,21 @@ class SharedBase(nn.Module):
             yield self
         finally:
             self.active.names = before
+
+    @contextmanager
+    def dequantized(self, on: bool = True) -> Iterator["SharedBase"]:
+        """Lend NF4 layers a 16-bit copy of their weights inside the block: same numbers, no dequantizing a pass.
+
+        For passes without gradients; with ``on`` false nothing happens.
+        """
+        layers = list(self.adapter_layers()) if on else []
+        try:
+            for layer in layers:
+                layer.dense = dequantized(layer.base_layer, self.dtype)
+            yield self
+        finally:
+            for layer in layers:
+                layer.dense = None
 
     def hidden_states(
         self, input_ids: torch.Tensor, position_ids: torch.Tensor, context: AttentionContext
@@ -180,3 +197,13 @@ class SharedBase(nn.Module):
         with torch.no_grad():
             set_peft_model_state_dict(self.peft, state, adapter_name=role)
         self.adapters_changed()
+
+
+def _switch_dropout_off(model: nn.Module) -> None:
+    """The sampling policy must be the trained policy, so no dropout of the base is ever active."""
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        for name, value in vars(module).items():  # what goes to F.dropout
+            if "dropout" in name and isinstance(value, float):
+                setattr(module, name, 0.0)

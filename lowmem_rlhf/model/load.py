@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedModel
 
 from lowmem_rlhf.errors import UserError
@@ -48,7 +49,7 @@ def load_base(
         path = str(convert_gguf(Path(path)))
     dtype = DTYPES[compute_dtype]
     common = {"revision": revision, "trust_remote_code": trust_remote_code}
-    with _quiet():
+    with _quiet(), torch.device("cpu"):  # what the loader makes for itself
         try:
             config = AutoConfig.from_pretrained(path, **common)
             if getattr(config, "quantization_config", None) is not None:
@@ -67,7 +68,7 @@ def load_base(
                 use_safetensors=True,
                 **common,
             )
-        except (OSError, ValueError, KeyError, RuntimeError) as error:
+        except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
             if isinstance(error, torch.OutOfMemoryError):
                 raise
             raise UserError(

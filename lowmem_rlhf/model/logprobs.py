@@ -3,7 +3,7 @@
 The head is applied to a tile of positions at a time. The backward pass makes each tile's logits again:
 ``d logp_t / d logits = (onehot(t) - p) / temperature`` and ``d H / d logits = -p (log p + H) / temperature``.
 Shapes: T positions, H hidden size, V vocabulary, K positions in a tile. Memory: one (K, V) tile in the compute dtype
-and two in fp32, whatever T is.
+and one or two in fp32, whatever T is.
 """
 
 from collections.abc import Iterator
@@ -28,12 +28,12 @@ class Head:
     softcap: float = 0.0
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Return fp32 logits (K, V) of hidden (K, H)."""
-        logits = self.module(hidden).float()
+        """Return logits (K, V) of hidden (K, H): in the compute dtype, or fp32 where they are scaled or capped."""
+        logits = self.module(hidden)
         if self.scale != 1.0:
-            logits = logits.mul_(self.scale)
+            logits = logits.float().mul_(self.scale)
         if self.softcap:
-            logits = logits.div_(self.softcap).tanh_().mul_(self.softcap)
+            logits = logits.float().div_(self.softcap).tanh_().mul_(self.softcap)
         return logits
 
     def backward(self, grad_logits: torch.Tensor, logits: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -67,47 +67,62 @@ def tiles(length: int, tile: int) -> Iterator[slice]:
         yield slice(i * length // count, (i + 1) * length // count)
 
 
+def _softmax(logits: torch.Tensor, temperature: float) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return the scaled logits (K, V), their softmax (K, V) in fp32 and log-sum-exp (K,) in fp32."""
+    if temperature != 1.0:
+        logits = logits.float() / temperature
+    p = torch.softmax(logits, dim=-1, dtype=torch.float32)
+    top, at = logits.max(dim=-1, keepdim=True)
+    return logits, p, (top.float() - p.gather(-1, at).log()).squeeze(-1)  # p at the maximum is at least 1 / V
+
+
 class _TiledLogProbs(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, targets, head, temperature, tile):  # type: ignore[no-untyped-def]
-        length = hidden.shape[0]
-        logps = torch.empty(length, dtype=torch.float32, device=hidden.device)
-        entropies, lses = torch.empty_like(logps), torch.empty_like(logps)
-        for part in tiles(length, tile):
-            logits = head.logits(hidden[part]).div_(temperature)  # (K, V)
-            lses[part] = lse = torch.logsumexp(logits, dim=-1)
-            logps[part] = logits.gather(-1, targets[part, None]).squeeze(-1) - lse
-            p = (logits - lse[:, None]).exp_()
-            entropies[part] = lse - p.mul_(logits).sum(-1)
-        ctx.save_for_backward(hidden, targets, lses, entropies)
+    def forward(ctx, hidden, targets, head, temperature, tile, want_entropy):  # type: ignore[no-untyped-def]
+        logps = torch.empty(hidden.shape[0], dtype=torch.float32, device=hidden.device)
+        entropies = torch.zeros_like(logps)
+        for part in tiles(hidden.shape[0], tile):
+            logits, p, lse = _softmax(head.logits(hidden[part]), temperature)
+            logps[part] = logits.gather(-1, targets[part, None]).squeeze(-1).float() - lse
+            if want_entropy:
+                entropies[part] = lse - p.mul_(logits).sum(-1)
+            del logits, p
+        ctx.save_for_backward(hidden, targets, entropies)
         ctx.head, ctx.temperature, ctx.tile = head, temperature, tile
+        ctx.set_materialize_grads(False)
         return logps, entropies
 
     @staticmethod
     def backward(ctx, grad_logps, grad_entropies):  # type: ignore[no-untyped-def]
-        hidden, targets, lses, entropies = ctx.saved_tensors
+        hidden, targets, entropies = ctx.saved_tensors
         head, temperature = ctx.head, ctx.temperature
         grad_hidden = torch.empty_like(hidden)
-        use_entropy = grad_entropies is not None and bool(torch.count_nonzero(grad_entropies))
         for part in tiles(hidden.shape[0], ctx.tile):
             raw = head.logits(hidden[part])
-            log_p = (
-                (raw / temperature).sub_(lses[part, None])
-                if head.softcap
-                else raw.div_(temperature).sub_(lses[part, None])
-            )
-            g = log_p.exp().mul_(-grad_logps[part, None])  # (K, V)
-            if use_entropy:
-                h = entropies[part, None]
-                g.sub_((log_p + h).mul_(log_p.exp()).mul_(grad_entropies[part, None]))
-            del log_p
-            g.scatter_add_(-1, targets[part, None], grad_logps[part, None].to(g.dtype))
-            grad_hidden[part] = head.backward(g.div_(temperature), raw, hidden.dtype)
-        return grad_hidden, None, None, None, None
+            logits, p, lse = _softmax(raw, temperature)
+            g: torch.Tensor | None = None
+            if grad_entropies is not None:
+                log_p = logits.float() - lse[:, None]
+                g = log_p.add_(entropies[part, None]).mul_(p).mul_(-grad_entropies[part, None])
+            if grad_logps is not None:
+                weight = grad_logps[part, None].float()
+                p.mul_(-weight).scatter_add_(-1, targets[part, None], weight)
+                g = p if g is None else g.add_(p)
+            assert g is not None, "autograd calls backward with at least one gradient"
+            if temperature != 1.0:
+                g.div_(temperature)
+            grad_hidden[part] = head.backward(g, raw, hidden.dtype)
+            del raw, logits, p, g
+        return grad_hidden, None, None, None, None, None
 
 
 def tiled_logprobs(
-    hidden: torch.Tensor, targets: torch.Tensor, head: Head, temperature: float, tile: int
+    hidden: torch.Tensor,
+    targets: torch.Tensor,
+    head: Head,
+    temperature: float,
+    tile: int,
+    want_entropy: bool = True,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return log-probs and entropies, both (T,) fp32 and differentiable in ``hidden``.
 
@@ -117,5 +132,6 @@ def tiled_logprobs(
         head: the output head.
         temperature: the logits are divided by it, as in sampling.
         tile: positions whose logits exist at once.
+        want_entropy: whether to compute entropies; zeros otherwise.
     """
-    return _TiledLogProbs.apply(hidden, targets, head, temperature, tile)
+    return _TiledLogProbs.apply(hidden, targets, head, temperature, tile, want_entropy)

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from peft.tuners.lora import LoraConfig
 from peft.tuners.lora.layer import LoraLayer
 from torch import nn
@@ -58,6 +59,7 @@ class SharedLoraLinear(nn.Module, LoraLayer):
     """
 
     active: ActiveAdapters  # set by SharedBase after injection
+    dense: torch.Tensor | None = None  # a 16-bit copy of quantized weights, (out, in), while the base lends one
 
     def __init__(self, base_layer: nn.Module, adapter_name: str, config: LoraConfig, **kwargs: Any) -> None:
         super().__init__()
@@ -69,7 +71,7 @@ class SharedLoraLinear(nn.Module, LoraLayer):
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         """Return the layer's output (..., out) in x's dtype, with the adapters of the current role added."""
-        y = self.base_layer(x)
+        y = self.base_layer(x) if self.dense is None else F.linear(x, self.dense, self.base_layer.bias)  # type: ignore[arg-type]
         for name in self.active.names:
             a: torch.Tensor = self.lora_A[name].weight  # type: ignore[assignment]
             b: torch.Tensor = self.lora_B[name].weight  # type: ignore[assignment]
@@ -85,6 +87,16 @@ class SharedLoraLinear(nn.Module, LoraLayer):
         if cached is None or cached[0] != key:
             cached = self._copies[name] = (key, a.detach().to(dtype), b.detach().to(dtype))
         return cached[1], cached[2]
+
+
+def dequantized(layer: nn.Module, dtype: torch.dtype) -> torch.Tensor | None:
+    """Return the 16-bit numbers (out, in) that an NF4 layer's weights stand for; None for any other layer."""
+    state = getattr(getattr(layer, "weight", None), "quant_state", None)
+    if state is None:
+        return None
+    from bitsandbytes.functional import dequantize_4bit
+
+    return dequantize_4bit(layer.weight.data, state).to(dtype)  # type: ignore[arg-type]
 
 
 def lora_config(r: int, lora_alpha: float, target_modules: str | list[str], model_id: str) -> LoraConfig:

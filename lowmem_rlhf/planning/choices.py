@@ -119,6 +119,7 @@ def smallest(case: Case, quantization: str) -> Settings:
         gradient_checkpointing=True if checkpointing is None else checkpointing,
         micro_batch_tokens=case.pinned("micro_batch_tokens") or row_tokens(case.recipe),
         rollout_batch_size=case.pinned("rollout_batch_size") or 1,
+        rollout_weights=case.pinned("rollout_weights") or "quantized",
         logits_tile_tokens=logits_tile_tokens(case)[0],
         optim=case.pinned("optim") or "adamw",
         lora={"r": lora.r, "lora_alpha": lora.lora_alpha, "target_modules": lora.target_modules},
@@ -230,6 +231,26 @@ def rollout_batch_size(case: Case, settings: Settings) -> tuple[int, str]:
     cache = case.phases(replace(settings, rollout_batch_size=rows))["rollout"]["kv_cache"]
     share = f"its key-value cache takes {gib(cache)}, the rollout {gib(need(rows))} of {gib(case.budget)}"
     return rows, f"{'all of a step' if rows == sizes[0] else f'the most of {sizes[0]} that fits'}: {share}"
+
+
+def rollout_weights(case: Case, settings: Settings) -> tuple[str, str]:
+    """Choose whether sampling reads a 16-bit copy of NF4 weights, made anew for each rollout.
+
+    The copy is the very numbers that NF4 stands for, and the adapter stays beside it, so the sampling policy is the
+    trained one. On a CPU it saves dequantizing every weight for every token. On a GPU bitsandbytes multiplies 4-bit
+    weights directly and which is faster was not measured: there it is left to the recipe.
+    """
+    if pinned := case.pinned("rollout_weights"):
+        return pinned, PINNED
+    if settings.quantization != "nf4":
+        return "quantized", "the weights are not 4-bit"
+    if not case.on_cpu:
+        return "quantized", "a GPU multiplies 4-bit weights directly"
+    wanted = replace(settings, rollout_weights="dequantized")
+    need = case.peak(wanted, "rollout")
+    if need > case.budget:
+        return "quantized", f"with a 16-bit copy the rollout would take {gib(need)} of {gib(case.budget)}"
+    return "dequantized", f"a 16-bit copy saves dequantizing for every token; the rollout takes {gib(need)} with it"
 
 
 def _micro_batch_limits(case: Case) -> tuple[int, int]:

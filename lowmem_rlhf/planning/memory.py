@@ -31,6 +31,7 @@ class Settings:
         compute_dtype: ``bfloat16``, ``float16`` or ``float32``.
         micro_batch_tokens: packed tokens of one forward and backward pass, and of one prefill pass.
         rollout_batch_size: completions generated at once.
+        rollout_weights: ``dequantized``: a 16-bit copy of the NF4 weights exists while sampling; else ``quantized``.
         logits_tile_tokens: positions whose logits exist at once.
         optim: ``adamw`` or ``adamw_8bit``.
         lora: ``r``, ``lora_alpha`` and ``target_modules`` of the policy adapter.
@@ -41,6 +42,7 @@ class Settings:
     gradient_checkpointing: bool
     micro_batch_tokens: int
     rollout_batch_size: int
+    rollout_weights: str
     logits_tile_tokens: int
     optim: str
     lora: dict[str, Any]
@@ -176,6 +178,13 @@ def rollout_rows(recipe: Recipe, settings: Settings) -> int:
     return min(settings.rollout_batch_size, max(step, recipe.data.eval_size * recipe.evaluation.num_samples))
 
 
+def rollout_copy_bytes(dims: ModelDimensions, settings: Settings) -> int:
+    """Bytes of the 16-bit copy of the blocks' linear weights that sampling reads, if the settings want one."""
+    if settings.quantization != "nf4" or settings.rollout_weights != "dequantized":
+        return 0
+    return settings.width * dims.linear_parameters
+
+
 def phases(dims: ModelDimensions, recipe: Recipe, settings: Settings, device: Device) -> dict[str, Components]:
     """Return bytes by component for rollout, scoring, update, optimizer and export.
 
@@ -192,7 +201,10 @@ def phases(dims: ModelDimensions, recipe: Recipe, settings: Settings, device: De
     work = {"dequantized_weight": dequantized_bytes(dims, settings.quantization, settings.width)}
     gradients = {"gradients": 4 * parameters}
     result = {
-        "rollout": resident | work | _rollout(dims, recipe, settings),
+        "rollout": resident
+        | work
+        | {"rollout_copy": rollout_copy_bytes(dims, settings)}
+        | _rollout(dims, recipe, settings),
         "scoring": resident | work | _scoring(dims, settings),
         "update": resident | gradients | work | _update(dims, settings),
         "optimizer": resident | gradients | {"update_buffers": 4 * parameters if settings.optim == "adamw" else 0},

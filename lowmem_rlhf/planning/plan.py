@@ -89,6 +89,8 @@ def make_plan(recipe: Recipe, device: Device, profile: str) -> Plan:
     settings = replace(settings, micro_batch_tokens=tokens)
     rows, reasons["rollout_batch_size"] = choices.rollout_batch_size(case, settings)
     settings = replace(settings, rollout_batch_size=rows)
+    weights, reasons["rollout_weights"] = choices.rollout_weights(case, settings)
+    settings = replace(settings, rollout_weights=weights)
     reasons["logits_tile_tokens"] = choices.logits_tile_tokens(case)[1]
     reasons["optim"] = optim_reason
     reasons["lora"] = _lora_reason(case)

@@ -26,14 +26,15 @@ def draw(logits: torch.Tensor, uniforms: torch.Tensor, sampling: Sampling) -> tu
     training pass computes. With greedy drawing it is taken at temperature 1.
 
     Args:
-        logits: (R, V) fp32, overwritten.
+        logits: (R, V) in the compute dtype or fp32.
         uniforms: (R,) in [0, 1).
     """
     if sampling.temperature == 0:
-        logp = torch.log_softmax(logits, dim=-1)
+        logp = torch.log_softmax(logits, dim=-1, dtype=torch.float32)
         best, token = logp.max(dim=-1)
         return token, best
-    logp = logits.div_(sampling.temperature).log_softmax(dim=-1)
+    scaled = logits if sampling.temperature == 1 else logits.float() / sampling.temperature
+    logp = scaled.log_softmax(dim=-1, dtype=torch.float32)
     probs = logp.exp()
     if sampling.top_k or sampling.top_p < 1 or sampling.min_p:
         probs = _truncate(probs, sampling)

@@ -41,14 +41,13 @@ def sampling_of(recipe: Recipe) -> Sampling:
 
 def evaluate(
     base: SharedBase,
-    role: str,
     examples: Sequence[Example],
     recipe: Recipe,
     rewards: Sequence[Reward],
     limits: Limits,
     progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, Any]:
-    """Return accuracy and the mean of every reward of a role on held-out examples.
+    """Return accuracy and the mean of every reward on held-out examples, in the role that ``base`` is in.
 
     The same problems and random numbers every time, so that before and after differ by the policy alone.
     """
@@ -60,17 +59,16 @@ def evaluate(
             if settings.temperature == 0
             else Sampling(settings.temperature, sampling.top_p, sampling.top_k, sampling.min_p)
         )
-    with base.role(role):
-        groups = generate(
-            base,
-            [example.prompt_ids for example in examples],
-            settings.num_samples,
-            recipe.generation.max_completion_length,
-            sampling,
-            limits,
-            seed=recipe.training.seed,
-            progress=progress,
-        )
+    groups = generate(
+        base,
+        [example.prompt_ids for example in examples],
+        settings.num_samples,
+        recipe.generation.max_completion_length,
+        sampling,
+        limits,
+        seed=recipe.training.seed,
+        progress=progress,
+    )
     completions = [completion for group in groups for completion in group]
     repeated = [example for example in examples for _ in range(settings.num_samples)]
     scores, _ = reward_completions(rewards, base, repeated, completions)

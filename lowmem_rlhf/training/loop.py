@@ -72,6 +72,7 @@ class Trainer:
             recipe.generation.temperature, settings.micro_batch_tokens, settings.logits_tile_tokens
         )
         self.limits = Limits(settings.rollout_batch_size, settings.micro_batch_tokens, settings.logits_tile_tokens)
+        self.dequantize = settings.rollout_weights == "dequantized"
         self.accelerator = _accelerator(base.device, recipe, run)
         set_seed(recipe.training.seed)
         base.set_gradient_checkpointing(settings.gradient_checkpointing)
@@ -84,8 +85,8 @@ class Trainer:
             scale_loss=base.dtype == torch.float16,
         )
         self.step = 0
-        self.learned_tokens = 0
-        self._updating = False
+        self.learned_tokens = 0  # completion tokens with an advantage, over all steps
+        self._taken = 0  # optimizer steps of this process at the last finished step
 
     def resume(self) -> None:
         """Continue from the run's latest checkpoint; a run that has none yet starts over."""
@@ -110,16 +111,22 @@ class Trainer:
                 self._train_step(view)
                 if self.step % self.recipe.training.save_steps == 0:
                     self._save()
-        except BaseException:
-            if self.step and not self._updating:
+        except BaseException as error:
+            if self.step and self.stepper.taken == self._taken:
                 self._save()  # nothing of the finished steps is lost
+            if isinstance(error, torch.OutOfMemoryError):
+                raise RunError(
+                    f"the device's memory ran out in step {self.step + 1}; close other programs that use it, or set "
+                    "hardware.quantization=nf4 or hardware.optim=adamw_8bit"
+                ) from error
             raise
         finally:
             self.accelerator.end_training()
         if self.recipe.training.max_steps and not self.learned_tokens:
             raise RunError(
                 "nothing was learned: in every step all completions of each prompt had the same reward, so no "
-                "advantage was left; look at samples.jsonl, make the task easier or the reward finer, or raise num_generations"
+                "advantage was left; look at samples.jsonl, make the task easier or the reward finer, or raise "
+                "generation.num_generations"
             )
         self._save()
         if self.held_out:
@@ -135,15 +142,15 @@ class Trainer:
 
     def _evaluate(self, when: str, evaluation: dict[str, Any], view: LiveView) -> None:
         def work(rows: int) -> dict[str, Any]:
-            return evaluate(
-                self.base,
-                POLICY,
-                self.held_out,
-                self.recipe,
-                self.rewards,
-                replace(self.limits, rows=rows),
-                lambda done, total: view.phase(f"evaluation {when}", done, total),
-            )
+            with self.base.role(POLICY), self.base.dequantized(self.dequantize):
+                return evaluate(
+                    self.base,
+                    self.held_out,
+                    self.recipe,
+                    self.rewards,
+                    replace(self.limits, rows=rows),
+                    lambda done, total: view.phase(f"evaluation {when}", done, total),
+                )
 
         evaluation[when] = self._with_fewer_rows(work, view)
         self.run.write_evaluation(evaluation)
@@ -164,8 +171,11 @@ class Trainer:
         ref_logps = self._reference(batch, rows, view)
         times.append(time.perf_counter())
         learning_rate = self.stepper.learning_rate
-        before = self._adapter_sum() if rows and not self.learned_tokens else None
-        self._updating = True
+        # without an advantage there is no signal: the KL term's gradient is zero while policy and reference agree;
+        # a warm-up begins with a learning rate of zero
+        signal = [row for row in rows if batch.advantages[row]] if learning_rate else []
+        before = self._adapter_sum() if signal and not self.learned_tokens else None
+        skipped = self.stepper.skipped
         stats, tokens = update(
             self.base,
             self.stepper,
@@ -177,13 +187,14 @@ class Trainer:
             view.message,
             lambda done, total: view.phase("update", done, total),
         )
-        self._updating = False
         self.passes = replace(self.passes, micro_batch_tokens=tokens)
         times.append(time.perf_counter())
-        if before is not None and not self.stepper.skipped and before == self._adapter_sum():
-            raise RunError("the first optimizer step did not change the adapter: nothing would be learned")
+        if self.stepper.skipped == skipped:
+            if before is not None and before == self._adapter_sum():
+                raise RunError("the first optimizer step did not change the adapter: nothing would be learned")
+            self.learned_tokens += sum(len(batch.completions[row].ids) for row in signal)
         self.step += 1
-        self.learned_tokens += stats.scored
+        self._taken = self.stepper.taken
         metrics = self._metrics(rollout, batch, stats, ref_logps, times, learning_rate)
         self.run.log_metrics(metrics)
         self.run.log_samples(self.step, self._samples(rollout, batch))
@@ -195,7 +206,7 @@ class Trainer:
         examples = self.stream.batch(self.step)
 
         def work(rows: int) -> list[list[Completion]]:
-            with self.base.role(POLICY):
+            with self.base.role(POLICY), self.base.dequantized(self.dequantize):
                 return generate(
                     self.base,
                     [example.prompt_ids for example in examples],
@@ -256,7 +267,7 @@ class Trainer:
         totals = torch.tensor([t for t in rollout.scores.total if t == t], dtype=torch.float32, device="cpu")
         lengths = [len(c.ids) for c in batch.completions]
         groups = len(batch.prompts)
-        trained_groups = len({row // batch.num_generations for row in stats.logps})
+        with_signal = len({row // batch.num_generations for row in stats.logps if batch.advantages[row]})
         return {
             "step": self.step,
             "reward/mean": float(totals.mean()) if len(totals) else None,
@@ -267,7 +278,7 @@ class Trainer:
             "entropy": stats.entropy / stats.scored if stats.scored else None,
             "completion/mean_length": sum(lengths) / len(lengths),
             "completion/truncated": sum(c.truncated for c in batch.completions) / len(lengths),
-            "groups/without_signal": 1 - trained_groups / groups,
+            "groups/without_signal": 1 - with_signal / groups,
             "loss": stats.loss,
             "grad_norm": stats.grad_norm,
             "clip_ratio/low": stats.clipped_low / max(stats.clip_tokens, 1),

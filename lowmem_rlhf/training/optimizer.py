@@ -40,6 +40,7 @@ class Stepper:
         self.parameters = parameters
         self.max_grad_norm = training.max_grad_norm
         self.skipped = 0  # steps left out because float16 gradients overflowed
+        self.taken = 0  # steps begun by this process: parameters may have changed since it was last lower
         settings: dict[str, Any] = {"lr": training.learning_rate, "weight_decay": training.weight_decay}
         with torch.device("cpu"):  # the step counters that the optimizers make for themselves
             if optim == "adamw_8bit":
@@ -78,6 +79,7 @@ class Stepper:
         self.scaler.unscale_(self.optimizer)
         norm = float(nn.utils.clip_grad_norm_(self.parameters.values(), self.max_grad_norm))
         before = self.loss_scale
+        self.taken += 1
         with torch.device("cpu"):
             self.scaler.step(self.optimizer)
             self.scaler.update()

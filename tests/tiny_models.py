@@ -1,0 +1,161 @@
+"""Tiny random models of every architecture family, and bases made of them. Not a test module."""
+
+import copy
+from collections.abc import Sequence
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+from lowmem_rlhf.model.base import SharedBase
+from lowmem_rlhf.model.packing import Group
+from lowmem_rlhf.rollout.generate import Completion
+from lowmem_rlhf.training.update import Batch
+
+VOCAB = 97
+EOS = 3
+CPU = torch.device("cpu")
+
+_COMMON: dict[str, Any] = {
+    "vocab_size": VOCAB,
+    "hidden_size": 48,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 128,
+    "bos_token_id": 2,
+    "eos_token_id": EOS,
+    "pad_token_id": 0,
+    "tie_word_embeddings": False,
+}
+_LAYER_TYPES = {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 5}
+
+# name -> (model type, what differs); sliding windows are smaller than the sequences of the tests
+FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("llama", {}),
+    "llama-tied-biased": ("llama", {"tie_word_embeddings": True, "attention_bias": True, "mlp_bias": True}),
+    "qwen2": ("qwen2", {}),
+    "qwen2-window": ("qwen2", {"use_sliding_window": True, "max_window_layers": 1, "sliding_window": 5}),
+    "qwen3": ("qwen3", {"head_dim": 16}),
+    "mistral": ("mistral", {"sliding_window": 5}),
+    "gemma": ("gemma", {"head_dim": 16, "num_key_value_heads": 1}),
+    "gemma2": (
+        "gemma2",
+        {
+            "head_dim": 16,
+            **_LAYER_TYPES,
+            "attn_logit_softcapping": 2.0,
+            "final_logit_softcapping": 3.0,
+            "query_pre_attn_scalar": 20,
+        },
+    ),
+    "gemma3": ("gemma3_text", {"head_dim": 16, **_LAYER_TYPES, "query_pre_attn_scalar": 20}),
+    "phi": ("phi", {"partial_rotary_factor": 0.5, "num_key_value_heads": 4}),
+    "phi3": ("phi3", {"sliding_window": 5}),
+    "gpt2": ("gpt2", {"n_embd": 48, "n_layer": 2, "n_head": 4, "n_positions": 128, "scale_attn_by_inverse_layer_idx": True}),
+    "olmo2": ("olmo2", {}),
+    "granite": (
+        "granite",
+        {
+            "logits_scaling": 4.0,
+            "attention_multiplier": 0.2,
+            "residual_multiplier": 0.7,
+            "embedding_multiplier": 3.0,
+        },
+    ),
+    "cohere": ("cohere", {"logit_scale": 0.25}),
+    "gpt_neox": ("gpt_neox", {"rotary_pct": 0.25}),
+    "starcoder2": ("starcoder2", {"sliding_window": 5, "use_bias": True}),
+}
+_GPT2_NAMES = {"hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads"}
+
+
+def tiny_config(family: str, **changes: Any) -> Any:
+    """Return the configuration of a family's tiny model."""
+    model_type, own = FAMILIES[family]
+    common = {k: v for k, v in _COMMON.items() if model_type != "gpt2" or k not in _GPT2_NAMES}
+    return AutoConfig.for_model(model_type, **{**common, **own, **changes})
+
+
+def tiny_model(family: str, seed: int = 0, attn: str = "eager", **changes: Any) -> PreTrainedModel:
+    """Return a tiny fp32 model all of whose weights, biases and norms are random and large enough to matter."""
+    model = AutoModelForCausalLM.from_config(
+        tiny_config(family, **changes), attn_implementation=attn, dtype=torch.float32
+    )
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            noise = torch.randn(p.shape, generator=generator)
+            if p.ndim < 2:
+                p.add_(noise, alpha=0.2)
+            else:
+                p.copy_(noise * (0.5 if "embed" in name or "wte" in name else 1.2 * p.shape[-1] ** -0.5))
+    model.requires_grad_(False)
+    return model.eval()
+
+
+def tiny_tokenizer(eos: int | None = EOS) -> Any:
+    """Return all that a SharedBase reads of a tokenizer."""
+    return SimpleNamespace(eos_token_id=eos)
+
+
+def fill_adapter(base: SharedBase, seed: int = 1, size: float = 0.1) -> None:
+    """Make the policy's adapter differ from zero, B included."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for p in base.trainable().values():
+            p.copy_(torch.randn(p.shape, generator=generator) * size)
+    base.adapters_changed()
+
+
+def tiny_base(
+    family: str, seed: int = 0, adapter: float = 0.1, dtype: torch.dtype = torch.float32, **changes: Any
+) -> tuple[SharedBase, PreTrainedModel]:
+    """Return a base with a non-zero adapter, and a stock model with the same weights and none."""
+    stock = tiny_model(family, seed, **changes).to(dtype)
+    base = SharedBase(copy.deepcopy(stock), tiny_tokenizer(), f"tiny/{family}", r=4, lora_alpha=8)
+    if adapter:
+        fill_adapter(base, size=adapter)
+    return base, stock
+
+
+def ragged_groups(seed: int = 0, shapes: Sequence[tuple[int, Sequence[int]]] = ()) -> list[Group]:
+    """Return groups of random tokens for (prompt length, completion lengths); rows count up."""
+    shapes = shapes or [(7, [6, 1, 9]), (3, [4, 4, 2]), (7, [1, 1, 1]), (1, [5, 8, 3]), (11, [10])]
+    generator = torch.Generator().manual_seed(seed)
+    groups, row = [], 0
+    for prompt, completions in shapes:
+        tokens = [torch.randint(4, VOCAB, (n,), generator=generator).tolist() for n in (prompt, *completions)]
+        groups.append(Group(tokens[0], tokens[1:], list(range(row, row + len(completions)))))
+        row += len(completions)
+    return groups
+
+
+def as_batch(groups: Sequence[Group]) -> Batch:
+    """Return the whole batch of groups that all have the same number of completions."""
+    completions = [Completion(list(c), [0.0] * len(c), False) for g in groups for c in g.completions]
+    return Batch([list(g.prompt) for g in groups], completions, [1.0] * len(completions), len(groups[0].completions))
+
+
+def byte_tokenizer() -> Any:
+    """Return a real tokenizer file's content: one token a byte, ids below 260."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    symbols = ["<pad>", "<unk>", "<s>", "</s>", *sorted(pre_tokenizers.ByteLevel.alphabet())]
+    tokenizer = Tokenizer(models.BPE(vocab={symbol: index for index, symbol in enumerate(symbols)}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="<pad>")
+
+
+def save_tiny(family: str, folder: Path, **changes: Any) -> Path:
+    """Write a tiny model with its tokenizer as a local model folder; 64 wide, so that NF4 and int8 take it."""
+    changes = {"vocab_size": 260, "hidden_size": 64, "intermediate_size": 128, **changes}
+    model = tiny_model(family, **changes)
+    model.save_pretrained(folder)
+    byte_tokenizer().save_pretrained(folder)
+    return folder

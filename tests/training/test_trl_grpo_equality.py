@@ -1,0 +1,282 @@
+"""TRL 1.16's GRPOTrainer is the oracle: its own advantages, masks, loss, gradients and optimizer steps on our batches.
+
+TRL's side is a stock peft model loaded from our adapter folder, padded as TRL pads. What it is given is the recorded
+completions (through its `rollout_func`), their rewards, and log-probs of the old policy where these matter.
+"""
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from datasets import Dataset
+from peft import PeftModel
+from tiny_models import EOS, VOCAB, tiny_model
+from training_cases import (
+    BETAS,
+    LIMIT,
+    LOSS_TYPES,
+    REWARDS,
+    base_of,
+    close,
+    gradients,
+    logps_of,
+    passes_of,
+    ragged_batch,
+    settings_of,
+    shifted,
+    stepper_of,
+    weights,
+)
+from trl import GRPOConfig, GRPOTrainer
+
+from lowmem_rlhf.algorithms.grpo import group_advantages
+from lowmem_rlhf.model.base import SharedBase
+from lowmem_rlhf.training.update import Batch, update
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+TOLERANCE = 1e-4
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast
+
+    vocab = {f"t{i}": i for i in range(VOCAB)}
+    vocab["<pad>"], vocab["</s>"] = vocab.pop("t0"), vocab.pop(f"t{EOS}")
+    made = Tokenizer(models.WordLevel(vocab, unk_token="t1"))
+    return PreTrainedTokenizerFast(tokenizer_object=made, pad_token="<pad>", eos_token="</s>")
+
+
+class Oracle:
+    """TRL's trainer with the adapter that a base of ours has, fed with recorded batches, one an optimizer step."""
+
+    def __init__(
+        self, base: SharedBase, batches: list[Batch], rewards: list[list[list[float]]], folder: Path, tokenizer: Any, **args: Any
+    ) -> None:
+        self.batches, self.rewards, self.calls = batches, rewards, 0
+        base.save_adapter(folder / "adapter")
+        stock = tiny_model("llama", attn="sdpa", tie_word_embeddings=base.model.config.tie_word_embeddings)
+        stock.generation_config.eos_token_id = EOS
+        model = PeftModel.from_pretrained(stock, folder / "adapter", is_trainable=True)
+        rows = len(batches[0].completions)
+        settings = {
+            "output_dir": str(folder / "trl"),
+            "per_device_train_batch_size": rows,
+            "gradient_accumulation_steps": 1,
+            "num_generations": batches[0].num_generations,
+            "max_completion_length": LIMIT,
+            "gradient_checkpointing": False,
+            "use_cpu": True,
+            "bf16": False,
+            "report_to": [],
+            "save_strategy": "no",
+            "logging_steps": 1,
+            "disable_tqdm": True,
+            "shuffle_dataset": False,
+            "optim": "adamw_torch",
+        }
+        self.trainer = GRPOTrainer(
+            model=model,
+            reward_funcs=self.reward,
+            args=GRPOConfig(**{**settings, **args}),
+            train_dataset=Dataset.from_list([{"prompt": str(b)} for b in range(len(batches[0].prompts))]),
+            processing_class=tokenizer,
+            rollout_func=self.rollout,
+        )
+        self.trainer.current_gradient_accumulation_steps = 1
+        self.model = self.trainer.model
+
+    def rollout(self, prompts: list[str], _: Any) -> dict[str, Any]:
+        """Give the recorded completions of the prompts, in TRL's order."""
+        batch = self.batches[self.calls]
+        group, seen = batch.num_generations, {prompt: 0 for prompt in prompts}
+        self.rows = []
+        for prompt in prompts:
+            self.rows.append(int(prompt) * group + seen[prompt])
+            seen[prompt] += 1
+        assert sorted(self.rows) == list(range(len(batch.completions)))
+        return {
+            "prompt_ids": [list(batch.prompts[row // group]) for row in self.rows],
+            "completion_ids": [batch.completions[row].ids for row in self.rows],
+            "logprobs": None,
+        }
+
+    def reward(self, prompts: list[str], completions: list[str], **columns: Any) -> list[float | None]:
+        """Give the recorded rewards; a NaN is TRL's None."""
+        flat = [r for group in self.rewards[self.calls] for r in group]
+        self.calls += 1
+        return [None if math.isnan(flat[row]) else flat[row] for row in self.rows]
+
+    def inputs(self) -> dict[str, torch.Tensor]:
+        """Return what TRL makes of the recorded batch: padded ids, masks, advantages, the normaliser."""
+        group = self.batches[0].num_generations
+        rows = [{"prompt": str(b)} for b in range(len(self.batches[0].prompts)) for _ in range(group)]
+        self.model.train()
+        return self.trainer._generate_and_score_completions(rows)
+
+    def padded(self, logps: dict[int, torch.Tensor]) -> torch.Tensor:
+        """Return log-probs by row as TRL has them; what stands on padding must not matter."""
+        length = max(len(c.ids) for c in self.batches[0].completions)
+        out = torch.full((len(logps), length), -7.0)
+        for row, values in logps.items():
+            out[row, : len(values)] = values
+        return out
+
+    def logps(self, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+        """Return TRL's own log-probs (N, longest completion) of the model as it is."""
+        ids = torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], dim=1)
+        mask = torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], dim=1)
+        keep = inputs["completion_ids"].shape[1]
+        with torch.no_grad():
+            return self.trainer._get_per_token_logps_and_entropies(self.model, ids, mask, keep)[0]
+
+    def gradients(self, inputs: dict[str, torch.Tensor]) -> tuple[float, dict[str, torch.Tensor]]:
+        """Return the loss and every adapter gradient, named as ours."""
+        self.model.zero_grad()
+        loss = self.trainer.compute_loss(self.model, inputs)
+        loss.backward()
+        found = {name: p.grad for name, p in self.model.named_parameters() if p.grad is not None}
+        return loss.item(), {name.replace(".default.", ".policy."): grad for name, grad in found.items()}
+
+    def metric(self, name: str) -> float:
+        return self.trainer._metrics["train"][name][-1]
+
+
+def advantages_of(rewards: list[list[float]], scale: str = "group") -> list[float]:
+    return group_advantages(torch.tensor(rewards), scale).flatten().tolist()
+
+
+@pytest.mark.parametrize("scale", ["group", "batch", "none"])
+def test_advantages(scale, tmp_path, tokenizer):
+    oracle = Oracle(base_of(), [ragged_batch()], [REWARDS], tmp_path, tokenizer, scale_rewards=scale)
+    theirs = oracle.inputs()["advantages"]
+    assert theirs.abs().max() > 0.4
+    assert (theirs == 0).sum() == 5  # the group without variance, and the completion without a reward
+    torch.testing.assert_close(torch.tensor(advantages_of(REWARDS, scale)), theirs, rtol=1e-6, atol=1e-7)
+
+
+CASES = [
+    pytest.param(loss_type, beta, old, {}, {}, id=f"{loss_type}-{beta}-{'off' if old else 'on'}-policy")
+    for loss_type in LOSS_TYPES
+    for beta in BETAS
+    for old in (False, True)
+]
+CASES += [
+    pytest.param(loss_type, beta, True, changes, {}, id=f"{loss_type}-{beta}-{name}")
+    for loss_type in LOSS_TYPES
+    for beta, name, changes in [
+        (0.04, "masked", {"mask_truncated_completions": True}),
+        (0.0, "clip-higher", {"epsilon": 0.1, "epsilon_high": 0.28}),
+    ]
+]
+CASES += [
+    pytest.param(loss_type, beta, old, {}, {"temperature": 0.7}, id=f"{loss_type}-{beta}-temperature")
+    for loss_type, beta, old in [("grpo", 0.04, True), ("bnpo", 0.0, False), ("dr_grpo", 0.0, True), ("dapo", 0.04, False)]
+]
+CASES += [pytest.param("dapo", 0.04, True, {}, {"tie": True}, id="dapo-0.04-tied-head")]
+
+
+@pytest.mark.parametrize(("loss_type", "beta", "off_policy", "changes", "other"), CASES)
+def test_loss_and_gradients(loss_type, beta, off_policy, changes, other, tmp_path, tokenizer):
+    temperature = other.get("temperature", 1.0)
+    base = base_of(tie=other.get("tie", False))
+    batch = ragged_batch(advantages_of(REWARDS))
+    settings = {"loss_type": loss_type, "beta": beta, **changes}
+    oracle = Oracle(base, [batch], [REWARDS], tmp_path, tokenizer, temperature=temperature, **settings)
+    inputs = oracle.inputs()
+    ref = logps_of(base, batch, "reference", temperature)
+    old = shifted(logps_of(base, batch, "policy", temperature)) if off_policy else None
+    inputs["ref_per_token_logps"] = oracle.padded(ref)
+    if old:
+        inputs["old_per_token_logps"] = oracle.padded(old)
+    loss, theirs = oracle.gradients(inputs)
+
+    stats, ours = gradients(
+        base, batch, settings_of(**settings), passes_of(tokens=40, temperature=temperature), ref=ref, old_logps=old
+    )
+
+    assert abs(loss) > 1e-3 or not (off_policy or beta)  # on the policy and without KL the loss is a mean advantage
+    assert stats.loss == pytest.approx(loss, rel=TOLERANCE, abs=1e-7)
+    assert ours.keys() == theirs.keys()
+    assert len(ours) == 2 * 7 * 2  # A and B of seven linear layers in two blocks
+    for name, gradient in ours.items():
+        assert theirs[name].norm() > 1e-4, name
+        assert close(gradient, theirs[name]) < TOLERANCE, name
+    if off_policy and not beta:  # TRL also counts the tokens of completions without advantage, which we skip
+        assert oracle.metric("clip_ratio/low_mean") > 0.02
+        assert oracle.metric("clip_ratio/high_mean") > 0.02
+        tokens = sum(len(c.ids) for c in batch.completions)
+        assert stats.clipped_low / tokens == pytest.approx(oracle.metric("clip_ratio/low_mean"))
+        assert stats.clipped_high / tokens == pytest.approx(oracle.metric("clip_ratio/high_mean"))
+    if beta and not changes:
+        assert stats.kl / stats.kl_tokens == pytest.approx(oracle.metric("kl"), rel=TOLERANCE)
+        assert stats.entropy / stats.scored == pytest.approx(oracle.metric("entropy"), rel=TOLERANCE)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_log_probs_of_policy_and_reference(temperature, tmp_path, tokenizer):
+    base, batch = base_of(), ragged_batch()
+    oracle = Oracle(base, [batch], [REWARDS], tmp_path, tokenizer, temperature=temperature)
+    inputs = oracle.inputs()
+    mask = inputs["completion_mask"].bool()
+    policy = oracle.logps(inputs)
+    with oracle.model.disable_adapter():
+        reference = oracle.logps(inputs)
+    assert close(policy[mask], reference[mask]) > 0.01
+    for role, theirs in (("policy", policy), ("reference", reference)):
+        ours = oracle.padded(logps_of(base, batch, role, temperature))
+        torch.testing.assert_close(ours[mask], theirs[mask], rtol=1e-5, atol=1e-5)
+
+
+STEPS = [
+    pytest.param("dapo", 0.0, 1, 1, id="dapo"),
+    pytest.param("dapo", 0.0, 4, 1, id="dapo-accumulated"),  # TRL in four passes, its normaliser over all of them
+    pytest.param("grpo", 0.0, 1, 1, id="grpo"),
+    pytest.param("dr_grpo", 0.0, 1, 2, id="dr_grpo-two-iterations"),
+    pytest.param("bnpo", 0.04, 1, 2, id="bnpo-beta-two-iterations"),
+]
+
+
+@pytest.mark.parametrize(("loss_type", "beta", "accumulate", "iterations"), STEPS)
+def test_optimizer_steps_of_trls_own_loop(loss_type, beta, accumulate, iterations, tmp_path, tokenizer):
+    base = base_of(adapter=0 if beta else 0.1)  # TRL's reference is the adapter that it starts with
+    rewards = [REWARDS, [[0.0, 1.0, 2.0, 0.5], [1.0, 0.0, 0.0, 0.0], [0.5, 0.5, 0.5, 3.0]]]
+    prompts = [(5, 2, 9), (3, 7, 1)]
+    batches = [ragged_batch(advantages_of(rewards[i]), seed=i, prompts=prompts[i]) for i in range(2)]
+    total, lr, norm = 2 * iterations, 1e-2, 0.05
+    before = weights(base)
+    oracle = Oracle(
+        base,
+        batches,
+        rewards,
+        tmp_path,
+        tokenizer,
+        loss_type=loss_type,
+        beta=beta,
+        num_iterations=iterations,
+        per_device_train_batch_size=12 // accumulate,
+        gradient_accumulation_steps=accumulate,
+        max_steps=total,
+        learning_rate=lr,
+        max_grad_norm=norm,
+    )
+    oracle.trainer.train()
+    named = {name.replace(".default.", ".policy."): p.detach() for name, p in oracle.model.named_parameters()}
+    logged = [row for row in oracle.trainer.state.log_history if "grad_norm" in row]
+
+    stepper = stepper_of(base.trainable(), total=total, learning_rate=lr, max_grad_norm=norm)
+    settings = settings_of(loss_type=loss_type, beta=beta, num_iterations=iterations)
+    for batch in batches:
+        ref = logps_of(base, batch, "reference") if beta else {}
+        stats, _ = update(base, stepper, batch, settings, LIMIT, passes_of(tokens=40), ref, print)
+    assert oracle.calls == 2
+    assert logged[-1]["grad_norm"] > norm  # so that clipping took part
+    assert stats.grad_norm == pytest.approx(logged[-1]["grad_norm"], rel=1e-3)
+    for name, after in weights(base).items():
+        assert close(after, named[name]) < TOLERANCE, name
+        moved = named[name] - before[name]
+        assert moved.abs().max() > lr / 2, name
+        assert close(after - before[name], moved) < 1e-3, name

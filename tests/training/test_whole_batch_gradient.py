@@ -1,0 +1,108 @@
+"""However a batch is cut into micro-batches and tiles, its loss and gradient are those of the whole batch."""
+
+import pytest
+import torch
+from training_cases import (
+    ADVANTAGES,
+    BETAS,
+    CPU,
+    LOSS_TYPES,
+    base_of,
+    close,
+    gradients,
+    logps_of,
+    passes_of,
+    ragged_batch,
+    settings_of,
+    shifted,
+)
+
+from lowmem_rlhf.model.packing import micro_batches
+from lowmem_rlhf.training import update
+from lowmem_rlhf.training.update import rows_to_train
+
+TOLERANCE = 1e-5
+PROMPTS = (5, 2, 9, 5, 30)
+
+
+@pytest.fixture(scope="module")
+def base():
+    return base_of()
+
+
+@pytest.fixture(scope="module")
+def batch():
+    return ragged_batch([*ADVANTAGES, 0.4, 0.0, -0.4, 0.0, 0.0, 0.0, 0.0, 0.0], prompts=PROMPTS)
+
+
+@pytest.mark.parametrize("beta", BETAS)
+@pytest.mark.parametrize("loss_type", LOSS_TYPES)
+def test_any_split_gives_the_whole_batches_gradient(base, batch, loss_type, beta):
+    settings = settings_of(loss_type=loss_type, beta=beta, mask_truncated_completions=loss_type == "bnpo")
+    logps = {"ref": logps_of(base, batch, "reference"), "old_logps": shifted(logps_of(base, batch, "policy"))}
+    whole, want = gradients(base, batch, settings, passes_of(1_000_000), **dict(logps))
+    groups = batch.groups(rows_to_train(batch, settings))
+    counts = set()
+    for tokens, tile in [(1, 1), (9, 1000), (17, 7), (40, 3), (90, 64)]:
+        counts.add(len(micro_batches(groups, tokens)))
+        stats, got = gradients(base, batch, settings, passes_of(tokens, tile), **dict(logps))
+        assert stats.loss == pytest.approx(whole.loss, rel=TOLERANCE)
+        assert (stats.kl_tokens, stats.scored) == (whole.kl_tokens, whole.scored)
+        assert stats.entropy == pytest.approx(whole.entropy, rel=TOLERANCE)
+        assert stats.kl == pytest.approx(whole.kl, rel=1e-4)
+        assert (stats.clipped_low, stats.clipped_high) == (whole.clipped_low, whole.clipped_high)
+        for name, gradient in got.items():
+            assert want[name].norm() > 0, name
+            assert close(gradient, want[name]) < TOLERANCE, (name, tokens)
+    assert len(counts) >= 4  # the splits differ, from one completion a micro-batch on
+    assert max(counts) == len(rows_to_train(batch, settings))
+
+
+@pytest.mark.parametrize("loss_type", LOSS_TYPES)
+def test_leaving_out_completions_without_advantage_is_exact(base, batch, loss_type, monkeypatch):
+    settings = settings_of(loss_type=loss_type)
+    skipped, got = gradients(base, batch, settings, passes_of())
+    monkeypatch.setattr(update, "rows_to_train", lambda batch, settings: list(range(len(batch.completions))))
+    full, want = gradients(base, batch, settings, passes_of())
+    assert skipped.tokens < full.tokens - 30  # the last prompt is not run at all
+    assert len(skipped.logps) == len(batch.completions) - 9
+    assert skipped.loss == pytest.approx(full.loss, rel=TOLERANCE)
+    for name, gradient in got.items():
+        assert close(gradient, want[name]) < TOLERANCE, name
+
+
+def test_which_completions_are_trained(batch):
+    without = [2, 5, 10, 13, 15, 16, 17, 18, 19]
+    rows = list(range(20))
+    assert rows_to_train(batch, settings_of(beta=0.04)) == rows
+    assert rows_to_train(batch, settings_of()) == [n for n in rows if n not in without]
+    masked = settings_of(beta=0.04, mask_truncated_completions=True)
+    assert rows_to_train(batch, masked) == [n for n in rows if n not in (4, 9)]
+
+
+def test_gradients_add_up_over_calls_and_scale_with_the_loss_scale(base, batch):
+    settings = settings_of()
+    _, once = gradients(base, batch, settings, passes_of())
+    _, scaled = gradients(base, batch, settings, passes_of(), loss_scale=4096.0)
+    with base.role("policy"):
+        update.backward(base, batch, settings, 12, passes_of(), {})
+    for name, parameter in base.trainable().items():
+        torch.testing.assert_close(scaled[name], once[name] * 4096)
+        assert close(parameter.grad, once[name] * 4097) < TOLERANCE
+
+
+def test_a_batch_without_any_signal_has_no_gradient(base):
+    batch = ragged_batch([0.0] * 12)
+    stats, got = gradients(base, batch, settings_of(), passes_of())
+    assert (stats.loss, stats.scored, stats.tokens, stats.logps) == (0.0, 0, 0, {})
+    assert all(not g.any() for g in got.values())
+
+
+def test_bfloat16_splits_agree_as_far_as_bfloat16_does(batch):
+    base = base_of(dtype=torch.bfloat16)
+    assert base.device == CPU
+    _, want = gradients(base, batch, settings_of(), passes_of())
+    _, got = gradients(base, batch, settings_of(), passes_of(9, 3))
+    for name, gradient in got.items():
+        assert gradient.dtype == torch.float32
+        assert close(gradient, want[name]) < 0.05, name
