@@ -4,6 +4,7 @@ Hyper-parameters carry TRL's names. ``auto`` leaves a setting to the plan. Unkno
 and every error of a recipe is shown at once.
 """
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -211,7 +212,7 @@ def load_recipe(recipe: str, overrides: list[str] | None = None) -> Recipe:
             _apply(values, override)
         plain = OmegaConf.to_container(values, resolve=True)
     except (yaml.YAMLError, OmegaConfBaseException, UnicodeDecodeError, OSError) as error:
-        raise UserError(f"recipe {path} cannot be read as YAML: {' '.join(str(error).split())}") from error
+        raise UserError(f"recipe {path} cannot be read as YAML: {_reason(error)}") from error
     assert isinstance(plain, dict)
     plain["name"] = plain.get("name") or path.stem
     return validate_recipe({str(key): value for key, value in plain.items()}, source=str(recipe))
@@ -222,10 +223,25 @@ def _apply(values: Any, override: str) -> None:
     if not sep or not key.strip():
         raise UserError(f"override {override!r} is not of the form key=value, for example training.max_steps=10")
     try:
+        OmegaConf.update(values, key.strip(), _override_value(text), merge=True)
+    except IndexError as error:
+        raise UserError(f"override {override!r} cannot be applied: the list has no item of that number") from error
+    except (OmegaConfBaseException, TypeError, ValueError, AttributeError) as error:
+        raise UserError(f"override {override!r} cannot be applied: {_reason(error)}") from error
+
+
+def _override_value(text: str) -> Any:
+    """Return what YAML reads; a text is taken as it was written, colons and number signs included."""
+    try:
         value: Any = OmegaConf.to_container(OmegaConf.create(f"value: {text}"))
-        OmegaConf.update(values, key.strip(), value["value"], merge=True)  # type: ignore
-    except (yaml.YAMLError, OmegaConfBaseException, TypeError, ValueError, IndexError, AttributeError) as error:
-        raise UserError(f"override {override!r} cannot be applied: {' '.join(str(error).split())}") from error
+    except yaml.YAMLError:
+        return text.strip()
+    return text.strip() if isinstance(value["value"], str) and text.strip()[0] not in "\"'" else value["value"]
+
+
+def _reason(error: Exception) -> str:
+    """Return an error's text on one line, without OmegaConf's appendix on types."""
+    return " ".join(str(error).split()).split(" full_key: ")[0]
 
 
 def validate_recipe(values: dict[str, Any], source: str = "recipe") -> Recipe:
@@ -237,28 +253,72 @@ def validate_recipe(values: dict[str, Any], source: str = "recipe") -> Recipe:
     try:
         return Recipe.model_validate(values)
     except ValidationError as error:
-        lines = [_explain(item) for item in error.errors()]
+        lines = _explain(error.errors())
         head = f"recipe {source} has {'an error' if len(lines) == 1 else f'{len(lines)} errors'}:"
         raise UserError("\n".join([head, *(f"  {line}" for line in lines)])) from None
 
 
-def _explain(item: Any) -> str:
-    where = [
-        part for part in item["loc"] if not (isinstance(part, str) and part.startswith(("literal", "constrained")))
+def _explain(errors: Sequence[Any]) -> list[str]:
+    """Return one line for each wrong key; a value that may be of several kinds is an error for each of them."""
+    lines: list[str] = []
+    expected: dict[str, tuple[Any, list[str]]] = {}
+    for item in errors:
+        where = _place(item["loc"])
+        key = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in where).lstrip(".")
+        if item["type"] == "extra_forbidden":
+            allowed = _fields_at(where[:-1])
+            hint = did_you_mean(str(where[-1]), allowed)
+            lines.append(f"{key}: unknown key{hint} (allowed: {', '.join(allowed)})")
+        elif item["type"] == "missing":
+            lines.append(f"{key}: missing; it has to be given")
+        elif item["type"] == "value_error":
+            text = str(item["ctx"]["error"])
+            lines.append(f"{key}: {text}" if key else text)
+        elif item["type"] in ("model_type", "model_attributes_type"):
+            lines.append(f"{key}: got {item['input']!r}; it should hold keys ({', '.join(_fields_at(where))})")
+        else:
+            expected.setdefault(key, (item["input"], []))[1].append(_expectation(item["msg"]))
+    lines += [
+        f"{key}: got {got!r}; it should be {' or '.join(dict.fromkeys(kinds))}"
+        for key, (got, kinds) in expected.items()
     ]
-    key = ".".join(str(part) for part in where)
-    if item["type"] == "extra_forbidden":
-        allowed = _fields_at(where[:-1])
-        return f"{key}: unknown key{did_you_mean(str(where[-1]), allowed)} (allowed: {', '.join(allowed)})"
-    if item["type"] == "missing":
-        return f"{key}: missing; it has to be given"
-    if item["type"] == "value_error":
-        text = str(item["ctx"]["error"])
-        return f"{key}: {text}" if key else text
-    return f"{key}: got {item['input']!r}; {item['msg'][0].lower()}{item['msg'][1:]}"
+    return lines
 
 
-def _fields_at(where: list[Any]) -> list[str]:
+def _expectation(message: str) -> str:
+    """Return what pydantic's message says that a value should be, in plain words."""
+    kind = message.removeprefix("Input should be ").split(", ")[0] if ", unable" in message else message
+    kind = kind.removeprefix("Input should be ").removeprefix("Input should ")
+    return _PLAIN_WORDS.get(kind, kind).replace("greater than or equal to", "at least")
+
+
+_PLAIN_WORDS = {
+    "a valid boolean": "true or false",
+    "a valid integer": "a whole number",
+    "a valid integer, got a number with a fractional part": "a whole number",
+    "a valid number": "a number",
+    "a valid string": "a text",
+    "a valid list": "a list, written [a, b]",
+    "a valid dictionary": "keys with values, written {a: 1}",
+    "List should have at least 1 item after validation, not 0": "a list of at least one",
+}
+
+
+def _place(loc: tuple[str | int, ...]) -> list[str | int]:
+    """Return an error's place without pydantic's names for the kinds of a value (``bool``, ``literal['auto']``)."""
+    for end in range(1, len(loc)):
+        part = loc[end]
+        if isinstance(part, str) and not isinstance(loc[end - 1], int) and not _is_section(loc[:end]):
+            return list(loc[:end])
+    return list(loc)
+
+
+def _is_section(where: tuple[str | int, ...]) -> bool:
+    """Say whether a place holds keys of the schema."""
+    return bool(where) and (where[0] == "rewards" or (len(where) == 1 and where[0] in _SECTIONS))
+
+
+def _fields_at(where: Sequence[Any]) -> list[str]:
     section: type[BaseModel] = Recipe
     for part in where:
         if part == "rewards":
@@ -268,3 +328,6 @@ def _fields_at(where: list[Any]) -> list[str]:
             if isinstance(inner, type) and issubclass(inner, BaseModel):
                 section = inner
     return list(section.model_fields)
+
+
+_SECTIONS = [name for name, field in Recipe.model_fields.items() if _fields_at([name]) != list(Recipe.model_fields)]

@@ -55,7 +55,10 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "gemma3": ("gemma3_text", {"head_dim": 16, **_LAYER_TYPES, "query_pre_attn_scalar": 20}),
     "phi": ("phi", {"partial_rotary_factor": 0.5, "num_key_value_heads": 4}),
     "phi3": ("phi3", {"sliding_window": 5}),
-    "gpt2": ("gpt2", {"n_embd": 48, "n_layer": 2, "n_head": 4, "n_positions": 128, "scale_attn_by_inverse_layer_idx": True}),
+    "gpt2": (
+        "gpt2",
+        {"n_embd": 48, "n_layer": 2, "n_head": 4, "n_positions": 128, "scale_attn_by_inverse_layer_idx": True},
+    ),
     "olmo2": ("olmo2", {}),
     "granite": (
         "granite",

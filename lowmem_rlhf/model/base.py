@@ -47,7 +47,7 @@ class SharedBase(nn.Module):
         seed: int = 0,
     ) -> None:
         super().__init__()
-        if not getattr(model, "_supports_attention_backend", True):
+        if not _packable(model):
             raise UserError(
                 f"model {model_id!r} ({type(model).__name__}) does not let its attention be replaced and cannot be "
                 "trained packed; take a model of the Llama, Qwen, Mistral, Gemma, Phi or GPT-2 families"
@@ -207,3 +207,18 @@ def _switch_dropout_off(model: nn.Module) -> None:
         for name, value in vars(module).items():  # what goes to F.dropout
             if "dropout" in name and isinstance(value, float):
                 setattr(module, name, 0.0)
+
+
+def _packable(model: PreTrainedModel) -> bool:
+    """Say whether tokens of a model meet in nothing but attention of a kind that our function computes.
+
+    Recurrent and convolutional layers would let completions of one row see each other; attention sinks (GPT-OSS)
+    and compressed or chunked attention would be left out without a word.
+    """
+    kinds = set(getattr(model.config.get_text_config(), "layer_types", None) or ())
+    return (
+        bool(getattr(model, "_supports_attention_backend", False))
+        and not getattr(model, "_is_stateful", False)
+        and kinds <= {"full_attention", "sliding_attention"}
+        and not any(name.endswith(".sinks") for name, _ in model.named_parameters())
+    )

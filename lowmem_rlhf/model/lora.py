@@ -76,7 +76,11 @@ class SharedLoraLinear(nn.Module, LoraLayer):
             a: torch.Tensor = self.lora_A[name].weight  # type: ignore[assignment]
             b: torch.Tensor = self.lora_B[name].weight  # type: ignore[assignment]
             a16, b16 = self._compute_copy(name, a, b, x.dtype)
-            y = _AddLora.apply(y, x, a, b, a16, b16, self.scaling[name])
+            if torch.is_grad_enabled():
+                y = _AddLora.apply(y, x, a, b, a16, b16, self.scaling[name])
+            else:
+                xa = x.view(-1, x.shape[-1]) @ a16.t()
+                y.view(-1, y.shape[-1]).addmm_(xa, b16.t(), alpha=self.scaling[name])
         return y
 
     def _compute_copy(

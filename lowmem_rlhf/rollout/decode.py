@@ -1,6 +1,10 @@
 """Keys and values while decoding: each prompt's once, shared by its completions, and each completion's own.
 
-Shapes: B prompts, R rows (live completions), P longest prompt, C room for completion tokens, d head size.
+The rows (live completions) lie in slots, a fixed number G' for each prompt, so that all queries of a prompt meet its
+keys in one product. Where prompts have unequal numbers of rows left, the spare slots repeat a row and are never read.
+
+Shapes: B prompts, R rows, G' slots a prompt, P longest prompt, t completion tokens so far, d head size, nkv key heads,
+rep query heads a key head.
 """
 
 from collections.abc import Sequence
@@ -8,6 +12,8 @@ from collections.abc import Sequence
 import torch
 
 BLOCK = 32  # the room for completion tokens grows by at least this many
+
+Pair = tuple[torch.Tensor, torch.Tensor]
 
 
 class SharedPromptCache:
@@ -21,48 +27,35 @@ class SharedPromptCache:
     """
 
     def __init__(
-        self,
-        prompts: dict[int, list[tuple[torch.Tensor, torch.Tensor]]],
-        row_prompt: Sequence[int],
-        device: torch.device,
-        limit: int,
+        self, prompts: dict[int, list[Pair]], row_prompt: Sequence[int], device: torch.device, limit: int
     ) -> None:
         self.device, self.limit, self.length = device, limit, 0
-        some = next(iter(prompts.values()))
-        self.lengths = [k.shape[-2] for k, _ in some]
+        self.lengths = [k.shape[-2] for k, _ in next(iter(prompts.values()))]
         self._prompt = {layer: _pad_prompts(pairs) for layer, pairs in prompts.items()}
-        self._own: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+        self._own: dict[int, Pair] = {}  # (B * nkv * G', room, d) each
         self._arrange(list(row_prompt))
 
     def _arrange(self, row_prompt: list[int]) -> None:
-        """Lay the rows out as (B, G') slots, so that a prompt's rows meet its keys in one product."""
+        """Give every row a slot and prepare what all layers share."""
         counts = [0] * len(self.lengths)
-        slot: list[int] = []
+        slots: list[tuple[int, int]] = []
         for b in row_prompt:
-            slot.append(counts[b])
+            slots.append((b, counts[b]))
             counts[b] += 1
-        self.row_prompt, self._per_prompt = row_prompt, max(counts, default=0)
-        flat = [b * self._per_prompt + s for b, s in zip(row_prompt, slot, strict=True)]
-        even = all(c == self._per_prompt for c in counts) and flat == list(range(len(flat)))
+        self.row_prompt, self.slots, self.per_prompt = row_prompt, slots, max(counts)
+        flat = [b * self.per_prompt + g for b, g in slots]
         self._to_slots: torch.Tensor | None = None
         self._from_slots: torch.Tensor | None = None
-        if not even:
-            rows = [0] * (len(counts) * self._per_prompt)
+        if flat != list(range(len(counts) * self.per_prompt)):
+            rows = [0] * (len(counts) * self.per_prompt)
             for row, place in enumerate(flat):
                 rows[place] = row
-            self._to_slots = torch.tensor(rows, dtype=torch.long, device=self.device)
-            self._from_slots = torch.tensor(flat, dtype=torch.long, device=self.device)
-        longest = max(self.lengths)
-        self._hidden: torch.Tensor | None = None
-        if any(n < longest for n in self.lengths):
-            at = torch.arange(longest, device=self.device)
-            lengths = torch.tensor(self.lengths, dtype=torch.long, device=self.device)
-            self._hidden = at[None] >= lengths[:, None]  # (B, P): behind the prompt's end
+            self._to_slots, self._from_slots = self._index(rows), self._index(flat)
+        self.row_lengths = self._index([self.lengths[b] for b in row_prompt])  # (R,) prompt length of each row
+        self._prompt_mask: torch.Tensor | None = None  # made in the first pass, which knows the dtype and the heads
 
-    @property
-    def row_lengths(self) -> torch.Tensor:
-        """The prompt length of each row, (R,)."""
-        return torch.tensor([self.lengths[b] for b in self.row_prompt], dtype=torch.long, device=self.device)
+    def _index(self, values: list[int]) -> torch.Tensor:
+        return torch.tensor(values, dtype=torch.long, device=self.device)
 
     def advance(self) -> None:
         """Make room for one more completion token; to be called before each decoding pass."""
@@ -79,103 +72,115 @@ class SharedPromptCache:
         softcap: float | None,
     ) -> torch.Tensor:
         """See `AttentionContext.attend`; T is R, one token a row."""
-        own_k, own_v = self._store(layer, k, v)  # (R, nkv, t, d)
-        heads, rows, d = q.shape
+        heads, _, d = q.shape
         kv_heads = k.shape[0]
-        q = q.transpose(0, 1).reshape(rows, kv_heads, heads // kv_heads, d) * scaling  # (R, nkv, rep, d)
-        scores = torch.cat([self._prompt_scores(layer, q), (q @ own_k.transpose(-1, -2)).float()], dim=-1)
+        if self._to_slots is not None:
+            q, k, v = (x.index_select(1, self._to_slots) for x in (q, k, v))
+        own_k, own_v = self._store(layer, k, v)  # (B * nkv * G', t, d)
+        prompt_k, prompt_v = self._prompt[layer]  # (B * nkv, d, P), (B * nkv, P, d)
+        prompts, longest = len(self.lengths), prompt_k.shape[-1]
+        repeats = heads // kv_heads
+        slotted = q.view(kv_heads, repeats, prompts, self.per_prompt, d).permute(2, 0, 3, 1, 4)
+        slotted = slotted.reshape(prompts * kv_heads, self.per_prompt * repeats, d)  # (B * nkv, G' * rep, d)
+        own_q = slotted.reshape(-1, repeats, d)  # (B * nkv * G', rep, d)
+        to_prompt = torch.baddbmm(self._mask_of_prompts(kv_heads, q.dtype), slotted, prompt_k, alpha=scaling)
+        to_own = torch.bmm(own_q, own_k.transpose(1, 2)).mul_(scaling)
+        scores = torch.cat([to_prompt.view(-1, repeats, longest), to_own], dim=-1)  # (B * nkv * G', rep, P + t)
         if softcap:
-            scores = torch.tanh(scores / softcap) * softcap
-        self._mask(scores, window)
-        weights = scores.softmax(-1).to(v.dtype)  # (R, nkv, rep, P + t)
-        longest = max(self.lengths)
-        out = self._prompt_values(layer, weights[..., :longest]) + weights[..., longest:] @ own_v
-        return out.reshape(rows, heads, d)
+            scores = torch.tanh(scores.float() / softcap) * softcap
+            scores[..., :longest] += self._mask_of_prompts(kv_heads, scores.dtype).repeat_interleave(self.per_prompt, 0)
+        if window is not None and window < longest + self.length:
+            scores = scores.masked_fill(self._outside(window, kv_heads), float("-inf"))
+        weights = scores.softmax(-1, dtype=torch.float32).to(v.dtype)
+        of_prompt = weights[..., :longest].reshape(prompts * kv_heads, -1, longest)
+        out = torch.bmm(of_prompt, prompt_v).view(-1, repeats, d)
+        out = torch.baddbmm(out, weights[..., longest:], own_v)
+        out = out.view(prompts, kv_heads, self.per_prompt, repeats, d).transpose(1, 2).reshape(-1, heads, d)
+        return out if self._from_slots is None else out.index_select(0, self._from_slots)
 
-    def _store(self, layer: int, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def _store(self, layer: int, k: torch.Tensor, v: torch.Tensor) -> Pair:
+        """Append one token's keys and values (nkv, B * G', d); return all so far, (B * nkv * G', t, d) each."""
         t = self.length
         held = self._own.get(layer)
-        if held is None or held[0].shape[-2] < t:
-            room = min(self.limit, max(BLOCK, t + t // 2))
-            shape = (k.shape[1], k.shape[0], room, k.shape[2])
-            grown = (
-                torch.zeros(shape, dtype=k.dtype, device=k.device),
-                torch.zeros(shape, dtype=v.dtype, device=v.device),
-            )
-            if held is not None:
-                for new, old in zip(grown, held, strict=True):
-                    new[:, :, : old.shape[-2]] = old
-            held = self._own[layer] = grown
-        held[0][:, :, t - 1] = k.transpose(0, 1)
-        held[1][:, :, t - 1] = v.transpose(0, 1)
-        return held[0][:, :, :t], held[1][:, :, :t]
+        if held is None or held[0].shape[1] < t:
+            held = self._own[layer] = self._grown(held, k, v)
+        for stored, new in zip(held, (k, v), strict=True):
+            slotted = new.view(new.shape[0], len(self.lengths), self.per_prompt, -1).transpose(0, 1)
+            stored[:, t - 1] = slotted.reshape(stored.shape[0], -1)
+        return held[0][:, :t], held[1][:, :t]
 
-    def _prompt_scores(self, layer: int, q: torch.Tensor) -> torch.Tensor:
-        """Scores of the rows against their prompts' keys, (R, nkv, rep, P) fp32."""
-        repeats = q.shape[2]
-        slots = q if self._to_slots is None else q.index_select(0, self._to_slots)
-        slots = slots.unflatten(0, (len(self.lengths), -1)).transpose(1, 2).flatten(2, 3)  # (B, nkv, G'*rep, d)
-        scores = (slots @ self._prompt[layer][0].transpose(-1, -2)).float()  # (B, nkv, G'*rep, P)
-        if self._hidden is not None:
-            scores = scores.masked_fill_(self._hidden[:, None, None], float("-inf"))
-        return self._rows(scores, repeats)
+    def _grown(self, held: Pair | None, k: torch.Tensor, v: torch.Tensor) -> Pair:
+        """Return larger room with what is held copied into it."""
+        room = min(self.limit, max(BLOCK, self.length + self.length // 2))
+        shapes = [(x.shape[0] * x.shape[1], room, x.shape[2]) for x in (k, v)]
+        grown = tuple(
+            torch.zeros(shape, dtype=x.dtype, device=x.device) for shape, x in zip(shapes, (k, v), strict=True)
+        )
+        for new, old in zip(grown, held or (), strict=False):
+            new[:, : old.shape[1]] = old
+        return grown[0], grown[1]
 
-    def _prompt_values(self, layer: int, weights: torch.Tensor) -> torch.Tensor:
-        """Weighted prompt values, (R, nkv, rep, d)."""
-        repeats = weights.shape[2]
-        slots = weights if self._to_slots is None else weights.index_select(0, self._to_slots)
-        slots = slots.unflatten(0, (len(self.lengths), -1)).transpose(1, 2).flatten(2, 3)
-        return self._rows(slots @ self._prompt[layer][1], repeats)
+    def _mask_of_prompts(self, kv_heads: int, dtype: torch.dtype) -> torch.Tensor:
+        """A summand (B * nkv, 1, P) that hides the padding behind the shorter prompts."""
+        mask = self._prompt_mask
+        if mask is None or mask.dtype != dtype or mask.shape[0] != len(self.lengths) * kv_heads:
+            at = torch.arange(max(self.lengths), device=self.device)
+            hidden = at[None] >= self._index(self.lengths)[:, None]  # (B, P)
+            zero = torch.zeros(hidden.shape, dtype=dtype, device=self.device)
+            mask = zero.masked_fill_(hidden, float("-inf")).repeat_interleave(kv_heads, dim=0)[:, None]
+            self._prompt_mask = mask
+        return mask
 
-    def _rows(self, slots: torch.Tensor, repeats: int) -> torch.Tensor:
-        """Bring (B, nkv, G' * rep, x) back to rows (R, nkv, rep, x)."""
-        rows = slots.unflatten(2, (-1, repeats)).transpose(1, 2).flatten(0, 1)
-        return rows if self._from_slots is None else rows.index_select(0, self._from_slots)
-
-    def _mask(self, scores: torch.Tensor, window: int | None) -> None:
-        """Hide keys further back than the sliding window; scores (R, nkv, rep, P + t) in place."""
+    def _outside(self, window: int, kv_heads: int) -> torch.Tensor:
+        """The keys (B * nkv * G', 1, P + t) that lie further back than the sliding window."""
         longest, t = max(self.lengths), self.length
-        if window is None or window >= longest + t:
-            return
         at = torch.arange(longest + t, device=self.device)[None]
-        lengths = self.row_lengths[:, None]
-        position = torch.where(at < longest, at, at - longest + lengths)  # (R, P + t)
+        lengths = self._index(self.lengths)[:, None]
+        position = torch.where(at < longest, at, at - longest + lengths)  # (B, P + t)
         hidden = position <= lengths + t - 1 - window
-        scores.masked_fill_(hidden[:, None, None], float("-inf"))
+        return hidden.repeat_interleave(kv_heads * self.per_prompt, dim=0)[:, None]
 
     def keep(self, rows: list[int]) -> None:
         """Drop all rows but these (places in the present order), and the prompts that no row needs any more."""
-        index = torch.tensor(rows, dtype=torch.long, device=self.device)
-        for layer in list(self._own):
-            k, v = self._own.pop(layer)
-            self._own[layer] = (k.index_select(0, index), v.index_select(0, index))
         row_prompt = [self.row_prompt[row] for row in rows]
         used = sorted(set(row_prompt))
-        if len(used) < len(self.lengths):
-            lengths = [self.lengths[b] for b in used]
-            where = torch.tensor(used, dtype=torch.long, device=self.device)
-            for layer in list(self._prompt):
-                k, v = self._prompt.pop(layer)
-                longest = max(lengths)
-                self._prompt[layer] = (
-                    k.index_select(0, where)[:, :, :longest],
-                    v.index_select(0, where)[:, :, :longest],
-                )
-            self.lengths = lengths
+        old_slots, old_count, old_per_prompt = [self.slots[row] for row in rows], len(self.lengths), self.per_prompt
+        if len(used) < old_count:
+            self.lengths = [self.lengths[b] for b in used]
+            where, longest = self._index(used), max(self.lengths)
+            for layer, (k, v) in self._prompt.items():
+                kept_k = k.unflatten(0, (old_count, -1)).index_select(0, where)[..., :longest].flatten(0, 1)
+                kept_v = v.unflatten(0, (old_count, -1)).index_select(0, where)[..., :longest, :].flatten(0, 1)
+                self._prompt[layer] = (kept_k.contiguous(), kept_v.contiguous())
         place = {b: i for i, b in enumerate(used)}
         self._arrange([place[b] for b in row_prompt])
+        source = [old_slots[0]] * (len(used) * self.per_prompt)
+        for (b, g), old in zip(self.slots, old_slots, strict=True):
+            source[b * self.per_prompt + g] = old
+        for layer in list(self._own):
+            pair = self._own.pop(layer)  # one at a time: the old rows are freed before the next layer's are copied
+            kv_heads = pair[0].shape[0] // (old_count * old_per_prompt)
+            index = self._index(
+                [
+                    (b * kv_heads + head) * old_per_prompt + g
+                    for first in range(0, len(source), self.per_prompt)
+                    for head in range(kv_heads)
+                    for b, g in source[first : first + self.per_prompt]
+                ]
+            )
+            self._own[layer] = (pair[0].index_select(0, index), pair[1].index_select(0, index))
 
 
-def _pad_prompts(pairs: list[tuple[torch.Tensor, torch.Tensor]]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Stack prompts' keys and values (nkv, P_b, d) to (B, nkv, P, d), zeros behind the shorter ones."""
+def _pad_prompts(pairs: list[Pair]) -> Pair:
+    """Stack prompts' keys and values (nkv, P_b, d), zeros behind the shorter ones: (B * nkv, d, P), (B * nkv, P, d)."""
     longest = max(k.shape[-2] for k, _ in pairs)
     keys, values = pairs[0]
-    shape = (len(pairs), keys.shape[0], longest, keys.shape[2])
-    out = (
-        torch.zeros(shape, dtype=keys.dtype, device=keys.device),
-        torch.zeros(shape, dtype=values.dtype, device=values.device),
-    )
+    padded = []
+    for x in (keys, values):
+        shape = (len(pairs), x.shape[0], longest, x.shape[2])
+        padded.append(torch.zeros(shape, dtype=x.dtype, device=x.device))
     for b, pair in enumerate(pairs):
-        for target, x in zip(out, pair, strict=True):
+        for target, x in zip(padded, pair, strict=True):
             target[b, :, : x.shape[-2]] = x
-    return out
+    k, v = (x.flatten(0, 1) for x in padded)
+    return k.transpose(1, 2).contiguous(), v

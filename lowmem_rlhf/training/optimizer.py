@@ -3,6 +3,7 @@
 What stays out: unpickling. A checkpoint's tensors are safetensors, its numbers JSON.
 """
 
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -91,15 +92,15 @@ class Stepper:
 
     def save(self, folder: Path) -> dict[str, Any]:
         """Write the tensors of the state into optimizer.safetensors; return its plain values, fit for JSON."""
-        names = list(self.parameters)
         tensors: dict[str, torch.Tensor] = {}
         numbers: dict[str, Any] = {}
-        for index, state in self.optimizer.state_dict()["state"].items():
-            for key, value in state.items():
+        for name, parameter in self.parameters.items():
+            # not state_dict(), where bitsandbytes wraps the 8-bit moments into one more dict
+            for key, value in self.optimizer.state.get(parameter, {}).items():
                 if isinstance(value, torch.Tensor):
-                    tensors[f"{names[index]}|{key}"] = value.detach().to("cpu").clone()
+                    tensors[f"{name}|{key}"] = value.detach().to("cpu").clone()
                 else:
-                    numbers[f"{names[index]}|{key}"] = value
+                    numbers[f"{name}|{key}"] = value
         save_file(tensors, folder / "optimizer.safetensors")
         scheduler = {"last_epoch": self.scheduler.last_epoch}
         return {"numbers": numbers, "scheduler": scheduler, "scaler": self.scaler.state_dict(), "skipped": self.skipped}
@@ -122,6 +123,8 @@ class Stepper:
         with torch.device("cpu"):
             self.optimizer.load_state_dict({**whole, "state": state})
             self.scheduler.last_epoch = plain["scheduler"]["last_epoch"] - 1
-            self.scheduler.step()
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # that the optimizer was not stepped first; it was, by the run before
+                self.scheduler.step()
         self.scaler.load_state_dict(plain["scaler"])
         self.skipped = plain["skipped"]

@@ -42,7 +42,9 @@ def test_a_completion_that_nothing_scored_is_left_out_of_mean_and_deviation():
     deviation = math.sqrt(2) + 1e-4  # of 1 and 3
     torch.testing.assert_close(got[0], torch.tensor([-1 / deviation, 0, 1 / deviation, 0]))
     assert got[1:].tolist() == [[0.0] * 4] * 2  # nothing to compare with
-    torch.testing.assert_close(advantages([[1.0, NAN, 3.0], [0.0, 0.0, NAN]], "batch")[0][0].item(), -1 / (2**0.5 + 1e-4))
+    torch.testing.assert_close(
+        advantages([[1.0, NAN, 3.0], [0.0, 0.0, NAN]], "batch")[0][0].item(), -1 / (2**0.5 + 1e-4)
+    )
 
 
 def test_an_unknown_scale_is_refused():

@@ -1,4 +1,4 @@
-"""Whole runs of a tiny random Llama: the model on disk, recipes for it, and what of a run must not depend on the device."""
+"""Whole runs of a tiny random Llama: the model on disk, recipes for it, and what no device must change."""
 
 import json
 import string

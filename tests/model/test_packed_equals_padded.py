@@ -6,6 +6,7 @@ import pytest
 import torch
 from peft import PeftModel
 from tiny_models import CPU, FAMILIES, as_batch, ragged_groups, tiny_base, tiny_tokenizer
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from lowmem_rlhf.errors import UserError
 from lowmem_rlhf.model.base import POLICY, SharedBase
@@ -154,9 +155,28 @@ def test_a_completion_does_not_see_its_siblings():
         assert distance(after[row], before[row]) < CLOSE
 
 
-def test_a_model_whose_attention_cannot_be_replaced_is_refused():
-    from transformers import BloomConfig, BloomForCausalLM
+_OTHER = {
+    "vocab_size": 50,
+    "hidden_size": 32,
+    "intermediate_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "head_dim": 16,
+    "pad_token_id": 0,
+}
 
-    model = BloomForCausalLM(BloomConfig(vocab_size=50, hidden_size=32, n_layer=1, n_head=2))
+
+@pytest.mark.parametrize(
+    ("model_type", "changes"),
+    [
+        ("bloom", {}),  # its positions are added to the scores
+        ("mamba", {"state_size": 4}),  # no attention at all
+        ("lfm2", {"layer_types": ["conv", "full_attention"]}),  # a convolution along the row
+        ("gpt_oss", {"num_local_experts": 2, "num_experts_per_tok": 1}),  # attention sinks
+    ],
+)
+def test_a_model_whose_tokens_meet_elsewhere_is_refused(model_type, changes):
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **{**_OTHER, **changes}))
     with pytest.raises(UserError, match="cannot be trained packed"):
-        SharedBase(model, tiny_tokenizer(), "bloom")
+        SharedBase(model, tiny_tokenizer(), model_type)

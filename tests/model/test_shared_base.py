@@ -59,7 +59,7 @@ def train_step(base, packed):
 def test_there_is_one_copy_of_the_base(tiny_folder, quantization, dtype):
     model, tokenizer = load_base(str(tiny_folder), quantization, dtype, CPU)
     with torch.no_grad():  # int8 layers move their weight into their state when they first run
-        model(input_ids=torch.tensor([[5, 6]]))
+        model.train()(input_ids=torch.tensor([[5, 6]]))
     before = storages(model)
     base = SharedBase(model, tokenizer, "tiny", r=4)
     fill_adapter(base)
@@ -118,7 +118,7 @@ def test_no_dequantized_weight_outlives_its_product(load_tiny, checkpointing):
     assert packed.input_ids.numel() not in {size for shape in shapes for size in shape}
     with LiveCopies(shapes, set(storages(base))) as seen:
         train_step(base, packed)
-    assert seen.made > 2 * len(list(base.adapter_layers()))  # dequantized forward and backward
+    assert seen.made >= len(list(base.adapter_layers())) - 3  # the backward pass, less the first q, k and v
     assert seen.most <= 3
     del packed
     gc.collect()
@@ -132,6 +132,7 @@ def test_the_reference_is_the_untouched_base_exactly(tiny_folder, load_tiny, qua
     train_step(base, packed)
     untouched, _ = load_base(str(tiny_folder), quantization, dtype, CPU)
     untouched.set_attn_implementation("lowmem")
+    untouched.train()  # in eval mode bitsandbytes repacks 4-bit weights for another, rounder, kernel of the CPU
 
     def run(decoder):
         context = PackedContext(packed.buckets, CPU)
@@ -199,7 +200,9 @@ def test_the_seed_fixes_the_adapter_and_leaves_the_global_generator_alone():
     (a, x), (b, y), (c, z) = first(1), first(1), first(2)
     assert torch.equal(a, b)
     assert not torch.equal(a, c)
-    assert x == y == z == torch.rand(1, generator=torch.Generator().manual_seed(99)) or x == y == z
+    torch.manual_seed(99)
+    tiny_model("llama")
+    assert x == y == z == torch.rand(1)
 
 
 @pytest.mark.parametrize("family", ["gpt2", "phi", "llama"])

@@ -48,7 +48,13 @@ def run(stepper: Stepper, first: int, last: int) -> list[float]:
 def test_a_state_saved_and_loaded_goes_on_bit_for_bit(optim, schedule, tmp_path):
     def stepper() -> Stepper:
         return stepper_of(
-            parameters(), optim, total=8, learning_rate=0.1, lr_scheduler_type=schedule, warmup_steps=3, weight_decay=0.1
+            parameters(),
+            optim,
+            total=8,
+            learning_rate=0.1,
+            lr_scheduler_type=schedule,
+            warmup_steps=3,
+            weight_decay=0.1,
         )
 
     whole = stepper()
@@ -66,7 +72,7 @@ def test_a_state_saved_and_loaded_goes_on_bit_for_bit(optim, schedule, tmp_path)
     assert run(resumed, 4, 7) == rates[4:]
     for name, p in whole.parameters.items():
         assert torch.equal(p, resumed.parameters[name]), name
-    for mine, theirs in zip(*(s.optimizer.state_dict()["state"].values() for s in (whole, resumed)), strict=True):
+    for mine, theirs in zip(*(s.optimizer.state.values() for s in (whole, resumed)), strict=True):
         assert mine.keys() == theirs.keys()
         for key, value in mine.items():
             same = torch.equal(value, theirs[key]) if isinstance(value, torch.Tensor) else value == theirs[key]
@@ -86,7 +92,7 @@ def test_without_the_state_it_would_not_go_on_alike(tmp_path):
 def test_eight_bit_moments_are_eight_bit():
     stepper = stepper_of(parameters(), "adamw_8bit")
     run(stepper, 0, 1)
-    state = list(stepper.optimizer.state_dict()["state"].values())
+    state = list(stepper.optimizer.state.values())
     assert state[0]["state1"].dtype == torch.uint8
     assert state[1]["state1"].dtype == torch.float32
 

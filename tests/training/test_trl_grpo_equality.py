@@ -54,7 +54,13 @@ class Oracle:
     """TRL's trainer with the adapter that a base of ours has, fed with recorded batches, one an optimizer step."""
 
     def __init__(
-        self, base: SharedBase, batches: list[Batch], rewards: list[list[list[float]]], folder: Path, tokenizer: Any, **args: Any
+        self,
+        base: SharedBase,
+        batches: list[Batch],
+        rewards: list[list[list[float]]],
+        folder: Path,
+        tokenizer: Any,
+        **args: Any,
     ) -> None:
         self.batches, self.rewards, self.calls = batches, rewards, 0
         base.save_adapter(folder / "adapter")
@@ -92,7 +98,7 @@ class Oracle:
     def rollout(self, prompts: list[str], _: Any) -> dict[str, Any]:
         """Give the recorded completions of the prompts, in TRL's order."""
         batch = self.batches[self.calls]
-        group, seen = batch.num_generations, {prompt: 0 for prompt in prompts}
+        group, seen = batch.num_generations, dict.fromkeys(prompts, 0)
         self.rows = []
         for prompt in prompts:
             self.rows.append(int(prompt) * group + seen[prompt])
@@ -174,7 +180,12 @@ CASES += [
 ]
 CASES += [
     pytest.param(loss_type, beta, old, {}, {"temperature": 0.7}, id=f"{loss_type}-{beta}-temperature")
-    for loss_type, beta, old in [("grpo", 0.04, True), ("bnpo", 0.0, False), ("dr_grpo", 0.0, True), ("dapo", 0.04, False)]
+    for loss_type, beta, old in [
+        ("grpo", 0.04, True),
+        ("bnpo", 0.0, False),
+        ("dr_grpo", 0.0, True),
+        ("dapo", 0.04, False),
+    ]
 ]
 CASES += [pytest.param("dapo", 0.04, True, {}, {"tie": True}, id="dapo-0.04-tied-head")]
 

@@ -46,7 +46,7 @@ def test_any_split_gives_the_whole_batches_gradient(base, batch, loss_type, beta
     for tokens, tile in [(1, 1), (9, 1000), (17, 7), (40, 3), (90, 64)]:
         counts.add(len(micro_batches(groups, tokens)))
         stats, got = gradients(base, batch, settings, passes_of(tokens, tile), **dict(logps))
-        assert stats.loss == pytest.approx(whole.loss, rel=TOLERANCE)
+        assert stats.loss == pytest.approx(whole.loss, rel=TOLERANCE, abs=1e-6)  # terms of size 1 that nearly cancel
         assert (stats.kl_tokens, stats.scored) == (whole.kl_tokens, whole.scored)
         assert stats.entropy == pytest.approx(whole.entropy, rel=TOLERANCE)
         assert stats.kl == pytest.approx(whole.kl, rel=1e-4)
@@ -66,7 +66,7 @@ def test_leaving_out_completions_without_advantage_is_exact(base, batch, loss_ty
     full, want = gradients(base, batch, settings, passes_of())
     assert skipped.tokens < full.tokens - 30  # the last prompt is not run at all
     assert len(skipped.logps) == len(batch.completions) - 9
-    assert skipped.loss == pytest.approx(full.loss, rel=TOLERANCE)
+    assert skipped.loss == pytest.approx(full.loss, rel=TOLERANCE, abs=1e-6)
     for name, gradient in got.items():
         assert close(gradient, want[name]) < TOLERANCE, name
 

@@ -155,7 +155,13 @@ def recipe_of(model: Path, **sections: Any) -> Recipe:
             "optim": "adamw",
         },
         "lora": {"r": 4, "lora_alpha": 8},
-        "data": {"train": "arithmetic", "template": "{question} =", "eval_size": 6, "train_size": 12},
+        "data": {
+            "train": "arithmetic",
+            "template": "{question} =",
+            "eval_size": 6,
+            "train_size": 12,
+            "max_prompt_length": 16,
+        },
         "generation": {"num_generations": 4, "max_completion_length": 10},
         "rewards": [{"function": "length", "name": "digits", "options": {"target": 10}}],
         "grpo": {"beta": 0.04},
@@ -188,9 +194,7 @@ class Talk(LiveView):
         self.said.append(text)
 
 
-def trainer_of(
-    recipe: Recipe, path: Path, reward: Callable[..., list[Any]] = digits, resume: bool = False
-) -> Trainer:
+def trainer_of(recipe: Recipe, path: Path, reward: Callable[..., list[Any]] = digits, resume: bool = False) -> Trainer:
     """Return the trainer of a recipe as `session.train` makes it, with a reward function of the test."""
     plan = running_plan(recipe)
     base = SharedBase.load(

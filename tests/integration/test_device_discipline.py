@@ -1,0 +1,128 @@
+"""Everything follows the model's device: runs on the virtual card equal the CPU's, a foreign default is ignored."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny_runs import learned, tiny_recipe
+
+from lowmem_rlhf.run import RunDirectory
+from lowmem_rlhf.session import train
+
+HERE = Path(__file__).resolve().parent
+VCARD = HERE.parents[2] / "shared" / "vcard"
+
+
+@pytest.fixture(scope="module")
+def card(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
+    """Run all cases of vcard_process.py once; return the folder of their runs and what the process saw."""
+    if not (VCARD / "vcard.py").is_file():
+        pytest.skip(f"the virtual card is not here ({VCARD})")
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
+    for tool in ("gcc", "ninja"):
+        if not shutil.which(tool, path=path):
+            pytest.skip(f"the virtual card is compiled with {tool}, which is not here")
+    output = tmp_path_factory.mktemp("vcard")
+    done = subprocess.run(
+        [sys.executable, str(HERE / "vcard_process.py"), str(VCARD), str(tiny_model), str(output)],
+        env={**os.environ, "PATH": path, "TORCHDYNAMO_DISABLE": "1", "HF_HUB_OFFLINE": "1"},
+        cwd=HERE.parents[1],
+        capture_output=True,
+        text=True,
+    )
+    assert (output / "facts.json").is_file(), done.stderr[-3000:]
+    return output, json.loads((output / "facts.json").read_text())
+
+
+def run_of(card: tuple[Path, dict[str, Any]], case: str) -> RunDirectory:
+    output, facts = card
+    assert "error" not in (facts[case] or {}), facts[case]
+    return RunDirectory(output / case)
+
+
+def distance(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> float:
+    """Return the norm of the difference of two adapters over the norm of the first."""
+    assert list(one) == list(other)
+    a, b = (torch.cat([state[key].flatten() for key in state]).double() for state in (one, other))
+    return float((a - b).norm() / a.norm())
+
+
+def test_the_base_lies_on_the_card_and_devices_do_not_mix(card):
+    facts = card[1]["placement"]
+    assert facts["devices"] == ["vcard:0"], facts
+    assert "same device" in facts["mixing"]
+
+
+# Adam's first steps have the size of the learning rate whatever the gradient's, so an entry whose gradient is rounding
+# noise moves either way: the 16-bit adapters agree as a whole, the curves closely.
+@pytest.mark.parametrize(
+    ("precision", "adapter", "curves"),
+    [("float32", 1e-4, 1e-5), ("float16", 1e-2, 1e-2), ("bfloat16", 3e-2, 2e-2), ("nf4", 3e-2, 2e-2)],
+)
+def test_a_run_on_the_card_equals_the_cpus(card, precision, adapter, curves):
+    cpu, there = (learned(run_of(card, f"{precision}-{device}")) for device in ("cpu", "vcard"))
+    assert [row["step"] for row in there["metrics"]] == [1, 2, 3]
+    assert cpu["samples"] == there["samples"]
+    assert cpu["evaluation"] == there["evaluation"]
+    for expected, got in zip(cpu["metrics"], there["metrics"], strict=True):
+        assert expected.pop("sampling/logp_difference") < 1e-2 and got.pop("sampling/logp_difference") < 1e-2
+        assert got == pytest.approx(expected, rel=curves, abs=1e-7)
+    assert any(row["kl"] > 0 for row in there["metrics"]), "the reference was never scored"
+    assert distance(cpu["adapter"], there["adapter"]) < adapter
+
+
+@pytest.mark.parametrize("precision", ["float32", "nf4"])
+def test_the_plan_and_the_peak_are_the_cards(card, precision):
+    run = run_of(card, f"{precision}-vcard")
+    assert run.plan()["device"]["torch_device"] == "vcard:0"
+    peaks = [row["memory/peak_bytes"] for row in run.metrics()]
+    # the process itself holds hundreds of megabytes; the tiny model with its batch takes about one
+    assert all(100_000 < peak < 16 * 2**20 for peak in peaks), peaks
+
+
+@pytest.mark.parametrize(
+    ("case", "setting", "smaller"),
+    [("oom-in-rollout", "rollout_batch_size=8", 4), ("oom-in-update", "micro_batch_tokens=96", 64)],
+)
+def test_a_step_that_runs_out_of_memory_goes_on_with_less(card, case, setting, smaller):
+    run, facts = run_of(card, case), card[1][case]
+    assert facts["code"] == 0, facts
+    assert f"memory ran out with hardware.{setting}; going on with {smaller}" in facts["out"]
+    undisturbed, survived = learned(run_of(card, "oom-nowhere")), learned(run)
+    assert undisturbed["samples"] == survived["samples"]
+    assert distance(undisturbed["adapter"], survived["adapter"]) < 1e-4
+
+
+@pytest.mark.parametrize(
+    ("case", "sentence", "kept"),
+    [
+        ("oom-in-optimizer", "the device's memory ran out in step 1", None),
+        ("hopeless-rollout", "ran out even with hardware.rollout_batch_size=1", 1),
+        ("hopeless-update", "ran out even with hardware.micro_batch_tokens=64", 1),
+    ],
+)
+def test_hopeless_memory_ends_the_run_with_one_sentence(card, case, sentence, kept):
+    run, facts = run_of(card, case), card[1][case]
+    assert facts["code"] == 1
+    assert facts["err"].startswith("error: ") and sentence in facts["err"] and facts["err"].count("\n") == 1
+    latest = run.latest_checkpoint()
+    assert (latest and latest[0]) == kept
+
+
+def test_nothing_is_made_on_the_default_device(tiny_model, tmp_path):
+    """A tensor made without its device would be a meta tensor here, which meets the model's in no operation."""
+    hardware = {"compute_dtype": "bfloat16"}
+    first, longer = (tiny_recipe(tiny_model, hardware=hardware, training={"max_steps": n}) for n in (1, 2))
+    plain = train(longer, tmp_path / "plain")
+    with torch.device("meta"):
+        train(first, tmp_path / "meta")
+        resumed = train(longer, tmp_path / "meta", resume=True)
+    expected, got = learned(plain), learned(resumed)
+    assert got["metrics"] == expected["metrics"] and got["samples"] == expected["samples"]
+    assert all(torch.equal(expected["adapter"][key], got["adapter"][key]) for key in expected["adapter"])

@@ -1,0 +1,256 @@
+"""Rollouts: the decoding path against the training pass, stock generate() and the exact distribution."""
+
+import pytest
+import torch
+from tiny_models import CPU, EOS, FAMILIES, VOCAB, fill_adapter, tiny_base, tiny_model, tiny_tokenizer
+
+from lowmem_rlhf.model.base import POLICY, SharedBase
+from lowmem_rlhf.rollout.generate import Limits, generate
+from lowmem_rlhf.rollout.sampling import Sampling
+from lowmem_rlhf.training.update import Batch, PassSettings, score
+
+LIMITS = Limits(rows=64, prefill_tokens=24, tile=5)
+
+
+def ragged_prompts(seed=0, lengths=(7, 3, 1, 12, 7)):
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randint(4, VOCAB, (n,), generator=generator).tolist() for n in lengths]
+
+
+def stopping_base(family="llama", stops=(EOS, 20, 21, 22, 23, 24, 25, 26, 27, 28), **changes):
+    """Return a base that stops at many ids, so that completions end at very different lengths."""
+    base, stock = tiny_base(family, **changes)
+    base.model.generation_config.eos_token_id = list(stops)
+    assert base.stop_ids == set(stops)
+    return base, stock
+
+
+def tokens_of(completions):
+    return [[c.ids for c in group] for group in completions]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_sampling_log_probs_are_those_of_the_training_pass(family):
+    """With shared prompts, ragged lengths, windows smaller than the texts, and compaction along the way."""
+    base, _ = stopping_base(family, stops=(EOS, 20, 21, 22))
+    prompts, temperature, groups = ragged_prompts(), 1.6, 4
+    with base.role(POLICY):
+        rollout = generate(base, prompts, groups, 40, Sampling(temperature), LIMITS, seed=3)
+        flat = [c for group in rollout for c in group]
+        batch = Batch(prompts, flat, [1.0] * len(flat), groups)
+        scored = score(base, batch, range(len(flat)), PassSettings(temperature, 200, 16))
+    with base.role("reference"):
+        other = score(base, batch, range(len(flat)), PassSettings(temperature, 200, 16))
+    lengths = {len(c.ids) for c in flat}
+    assert len(lengths) > 4
+    assert max(lengths) > 32  # the room for completion tokens had to grow
+    for row, completion in enumerate(flat):
+        torch.testing.assert_close(torch.tensor(completion.logps), scored[row], rtol=1e-4, atol=1e-4)
+    difference = torch.cat([scored[n] - other[n] for n in scored]).abs().max()
+    assert difference > 1e-2  # the adapter took part
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_greedy_equals_transformers_generate(family):
+    base, stock = tiny_base(family, adapter=0.0)
+    base.model.generation_config.eos_token_id = EOS
+    prompts = ragged_prompts()
+    with base.role(POLICY):
+        got = generate(base, prompts, 1, 24, Sampling(temperature=0.0), LIMITS, seed=0)
+    stock.generation_config.eos_token_id = EOS
+    for prompt, [completion] in zip(prompts, got, strict=True):
+        want = stock.generate(
+            input_ids=torch.tensor([prompt]),
+            attention_mask=torch.ones(1, len(prompt), dtype=torch.long),
+            do_sample=False,
+            max_new_tokens=24,
+            pad_token_id=0,
+        )[0, len(prompt) :]
+        assert completion.ids == want.tolist()
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral", "gemma2", "gpt2"])
+def test_the_same_seed_gives_the_same_completions_however_they_are_batched(family):
+    base, _ = stopping_base(family)
+    prompts = ragged_prompts()
+
+    def run(rows, prefill=24, tile=5, seed=3):
+        with base.role(POLICY):
+            return generate(base, prompts, 4, 24, Sampling(0.9, top_p=0.95), Limits(rows, prefill, tile), seed)
+
+    want = run(64)
+    assert [len(group) for group in want] == [4] * len(prompts)
+    for rows, prefill, tile in ((1, 24, 5), (3, 1, 1), (7, 1000, 1000)):
+        got = run(rows, prefill, tile)
+        assert tokens_of(got) == tokens_of(want)
+        assert [[c.truncated for c in g] for g in got] == [[c.truncated for c in g] for g in want]
+        torch.testing.assert_close(
+            torch.tensor([x for g in got for c in g for x in c.logps]),
+            torch.tensor([x for g in want for c in g for x in c.logps]),
+            rtol=1e-4,
+            atol=1e-5,
+        )
+    assert tokens_of(run(64, seed=4)) != tokens_of(want)
+    siblings = [tuple(c.ids) for c in want[0]]
+    assert len(set(siblings)) > 1
+
+
+def test_a_role_decides_what_is_sampled():
+    base, _ = tiny_base("llama", adapter=0.4)
+    results = []
+    for role in (POLICY, "reference"):
+        with base.role(role):
+            results.append(tokens_of(generate(base, ragged_prompts(), 2, 8, Sampling(), LIMITS, seed=1)))
+    assert results[0] != results[1]
+
+
+def test_completions_stop_at_any_stop_id_and_say_when_they_were_cut():
+    base, _ = stopping_base()
+    with base.role(POLICY):
+        rollout = generate(base, ragged_prompts(), 16, 12, Sampling(), LIMITS, seed=5)
+    flat = [c for group in rollout for c in group]
+    ended = [c for c in flat if not c.truncated]
+    assert len({c.ids[-1] for c in ended}) > 2  # several different stop ids
+    assert {c.truncated for c in flat} == {True, False}
+    for c in flat:
+        assert len(c.ids) == len(c.logps)
+        assert not set(c.ids[:-1]) & base.stop_ids
+        assert c.truncated == (c.ids[-1] not in base.stop_ids)
+        assert len(c.ids) == 12 if c.truncated else len(c.ids) <= 12
+
+
+def test_a_stop_token_at_the_very_limit_is_not_truncated():
+    base, _ = tiny_base("llama")
+    base.model.generation_config.eos_token_id = list(range(VOCAB))
+    with base.role(POLICY):
+        rollout = generate(base, ragged_prompts(), 3, 1, Sampling(), LIMITS, seed=5)
+    assert all(len(c.ids) == 1 and not c.truncated for group in rollout for c in group)
+
+
+@pytest.mark.parametrize("rows", [1, 64])
+def test_a_maximum_length_of_one(rows):
+    base, _ = tiny_base("llama")
+    with base.role(POLICY):
+        rollout = generate(base, ragged_prompts(), 3, 1, Sampling(), Limits(rows, 24, 5), seed=5)
+    flat = [c for group in rollout for c in group]
+    assert len(flat) == 15
+    assert all(len(c.ids) == len(c.logps) == 1 for c in flat)
+    assert all(c.truncated == (c.ids[0] not in base.stop_ids) for c in flat)
+
+
+def test_without_any_stop_id_everything_is_truncated():
+    base = SharedBase(tiny_model("llama", eos_token_id=None), tiny_tokenizer(None), "tiny", r=4)
+    base.model.generation_config.eos_token_id = None
+    with base.role(POLICY):
+        rollout = generate(base, ragged_prompts(), 2, 5, Sampling(), LIMITS, seed=5)
+    assert all(c.truncated and len(c.ids) == 5 for group in rollout for c in group)
+
+
+def test_progress_ends_at_all_completions():
+    base, _ = stopping_base()
+    calls = []
+    with base.role(POLICY):
+        generate(base, ragged_prompts(), 4, 12, Sampling(), Limits(7, 24, 5), 1, lambda *call: calls.append(call))
+    assert calls[-1] == (20, 20)
+    assert [done for done, _ in calls] == sorted({done for done, _ in calls})
+
+
+def test_sampling_leaves_no_graph_and_changes_nothing():
+    base, _ = tiny_base("llama")
+    before = {name: p.clone() for name, p in base.peft.named_parameters()}
+    base.set_gradient_checkpointing(True)
+    with base.role(POLICY):
+        generate(base, ragged_prompts(), 2, 5, Sampling(), LIMITS, seed=5)
+    assert all(torch.equal(before[name], p) and p.grad is None for name, p in base.peft.named_parameters())
+
+
+def exact_pairs(stock, prompt, stops):
+    """Return the probability of every text (first token,) that stops at once, or (first, second)."""
+    vocabulary = stock.config.vocab_size
+    with torch.no_grad():
+        first = stock(input_ids=torch.tensor([prompt])).logits[0, -1].double().softmax(-1)
+        continued = torch.tensor([[*prompt, token] for token in range(vocabulary)])
+        second = stock(input_ids=continued).logits[:, -1].double().softmax(-1)
+    pairs = {}
+    for a in range(vocabulary):
+        if a in stops:
+            pairs[(a,)] = float(first[a])
+        else:
+            pairs |= {(a, b): float(first[a] * second[a, b]) for b in range(vocabulary)}
+    return pairs
+
+
+@pytest.mark.parametrize("rows", [4000, 37], ids=["all-at-once", "waves"])
+def test_two_token_texts_have_their_exact_probabilities(rows):
+    """Shared prompts of different lengths; a third of the rows leaves after the first token, so the batch shrinks."""
+    stops = (EOS, 5, 6, 7)
+    base, stock = tiny_base("llama", adapter=0.0, vocab_size=12)
+    base.model.generation_config.eos_token_id = list(stops)
+    prompts = [[4, 9, 10, 8, 11], [8, 10]]
+    n = 3000 if rows > 100 else 1000
+    with base.role(POLICY):
+        # three tokens are written, so that the second one comes from a batch that was compacted or not
+        rollout = generate(base, prompts, n, 3, Sampling(), Limits(rows, 64, 512), seed=9)
+    shares = []
+    for prompt, completions in zip(prompts, rollout, strict=True):
+        counts = {}
+        for c in completions:
+            counts[tuple(c.ids[:2])] = counts.get(tuple(c.ids[:2]), 0) + 1
+        pairs = exact_pairs(stock, prompt, stops)
+        assert counts.keys() <= pairs.keys()
+        shares.append(sum(counts.get((s,), 0) for s in stops) / n)
+        # texts that are expected less than 5 times count together
+        large = {pair: p for pair, p in pairs.items() if p * n >= 5}
+        rest = 1 - sum(large.values())
+        observed = [(counts.get(pair, 0), p * n) for pair, p in large.items()]
+        observed.append((n - sum(o for o, _ in observed), rest * n))
+        statistic = sum((o - e) ** 2 / e for o, e in observed if e > 0)
+        freedom = len(observed) - 1
+        assert freedom > 20
+        assert abs(statistic - freedom) / (2 * freedom) ** 0.5 < 4
+    assert max(shares) > 0.25  # otherwise nothing would have left the batch
+
+
+def test_greedy_on_the_real_model_equals_transformers_generate(smollm2_float32):
+    base, stock = smollm2_float32
+    questions = ["What is 3 + 4? Reply with just the number.", "Name the capital of France."]
+    prompts = [
+        base.tokenizer.apply_chat_template(
+            [{"role": "user", "content": q}], add_generation_prompt=True, return_dict=True
+        )["input_ids"]
+        for q in questions
+    ]
+    with base.role("reference"):
+        got = generate(base, prompts, 1, 16, Sampling(temperature=0.0), Limits(8, 512, 8), seed=0)
+    for prompt, [completion] in zip(prompts, got, strict=True):
+        want = stock.generate(
+            input_ids=torch.tensor([prompt]),
+            attention_mask=torch.ones(1, len(prompt), dtype=torch.long),
+            do_sample=False,
+            max_new_tokens=16,
+        )[0, len(prompt) :]
+        assert completion.ids == want.tolist()
+        assert len(completion.ids) > 1
+
+
+@pytest.fixture(scope="module")
+def smollm2_float32(smollm2):
+    """Return SmolLM2 in fp32 as a base, and as the stock model: one copy of the weights serves both in turn."""
+    base = SharedBase.load(smollm2, CPU, "none", "float32")
+    fill_adapter(base, size=0.02)
+    return base, Stock(base)
+
+
+class Stock:
+    """The base's own modules under stock eager attention and stock generate()."""
+
+    def __init__(self, base):
+        self.base = base
+
+    def generate(self, **kwargs):
+        model = self.base.model
+        model.set_attn_implementation("eager")
+        try:
+            return model.generate(**kwargs)
+        finally:
+            model.set_attn_implementation("lowmem")

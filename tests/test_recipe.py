@@ -1,0 +1,205 @@
+"""Recipes: the shipped ones, numbers and overrides, messages, and that no option is there for nothing."""
+
+import ast
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+from pydantic import BaseModel
+
+import lowmem_rlhf
+from lowmem_rlhf.errors import UserError
+from lowmem_rlhf.hardware.profiles import load_profiles, profile_device
+from lowmem_rlhf.planning.plan import make_plan, why_not
+from lowmem_rlhf.recipe import Recipe, Section, load_recipe, shipped_recipes, validate_recipe
+
+QWEN_05B = {
+    "model_type": "qwen2",
+    "hidden_size": 896,
+    "num_hidden_layers": 24,
+    "num_attention_heads": 14,
+    "num_key_value_heads": 2,
+    "intermediate_size": 4864,
+    "vocab_size": 151936,
+    "max_position_embeddings": 32768,
+    "tie_word_embeddings": True,
+}
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("qwen")
+    (folder / "config.json").write_text(json.dumps(QWEN_05B))
+    return folder
+
+
+def refusal(*overrides: str) -> str:
+    with pytest.raises(UserError) as caught:
+        load_recipe("quickstart", list(overrides))
+    return str(caught.value)
+
+
+def test_the_main_recipes_are_shipped():
+    assert {"quickstart", "grpo_gsm8k"} <= set(shipped_recipes())
+
+
+@pytest.mark.parametrize("name", list(shipped_recipes()))
+def test_a_shipped_recipe_is_named_like_its_file_and_says_what_it_is(name):
+    recipe = load_recipe(name)
+    assert recipe.name == name and recipe.description
+    assert recipe.data.eval_size > 0, "a shipped recipe shows what was learned"
+
+
+@pytest.mark.parametrize("profile", list(load_profiles()))
+@pytest.mark.parametrize("name", list(shipped_recipes()))
+def test_a_shipped_recipe_has_a_plan_for_every_card_or_says_why_not(name, profile, model):
+    plan = make_plan(load_recipe(name, [f"model={model}"]), profile_device(load_profiles()[profile]), profile)
+    needed, budget = plan.memory["peak_bytes"], plan.memory["budget_bytes"]
+    assert plan.fits == (needed <= budget)
+    if plan.fits:
+        assert plan.settings.compute_dtype == ("bfloat16" if plan.device.bf16 else "float16") or (
+            plan.settings.quantization == "int8"
+        )
+    else:
+        assert "short" in why_not(plan) and "try " in why_not(plan)
+
+
+@pytest.mark.parametrize("name", list(shipped_recipes()))
+def test_a_shipped_recipe_fits_on_the_reference_card(name, model):
+    device = profile_device(load_profiles()["rtx-2080-ti"])
+    assert make_plan(load_recipe(name, [f"model={model}"]), device, "rtx-2080-ti").fits
+
+
+@pytest.mark.parametrize("text", ["1e-5", "1.0e-5", "0.00001", "1E-05"])
+def test_an_exponent_is_a_number_in_yaml_and_in_overrides(text, tmp_path):
+    file = tmp_path / "mine.yaml"
+    file.write_text(f"model: m\ndata: {{train: arithmetic}}\nrewards: [length]\ntraining:\n  learning_rate: {text}\n")
+    assert load_recipe(str(file)).training.learning_rate == 1e-5
+    assert load_recipe("quickstart", [f"training.learning_rate={text}"]).training.learning_rate == 1e-5
+
+
+def test_a_recipe_takes_its_files_name_and_rewards_may_be_plain_names(tmp_path):
+    file = tmp_path / "mine.yaml"
+    file.write_text("model: m\ndata: {train: arithmetic}\nrewards: [arithmetic_answer, my.py:short]\n")
+    recipe = load_recipe(str(file))
+    assert recipe.name == "mine"
+    assert [reward.name for reward in recipe.rewards] == ["arithmetic_answer", "short"]
+    assert recipe.evaluation.accuracy == "arithmetic_answer"
+
+
+def test_dotted_overrides_reach_every_kind_of_value():
+    recipe = load_recipe(
+        "grpo_gsm8k",
+        [
+            "rewards[0].weight=2",
+            "rewards[1].options={a: 1}",
+            "training.max_steps=7",
+            "data.system=null",
+            "data.options.low=3",
+            "lora.target_modules=[q_proj,v_proj]",
+            "hardware.gradient_checkpointing=true",
+            "data.template=What is {question}? Think: yes",
+            "evaluation.temperature=0",
+            "data.config='a b'",
+        ],
+    )
+    assert [reward.weight for reward in recipe.rewards] == [2.0, 0.2]
+    assert recipe.rewards[1].options == {"a": 1}
+    assert recipe.training.max_steps == 7
+    assert recipe.data.system is None and recipe.data.options == {"low": 3}
+    assert recipe.lora.target_modules == ["q_proj", "v_proj"]
+    assert recipe.hardware.gradient_checkpointing is True
+    assert recipe.evaluation.temperature == 0
+    assert recipe.data.config == "a b"
+    assert recipe.data.template == "What is {question}? Think: yes"
+
+
+@pytest.mark.parametrize("name", list(shipped_recipes()))
+def test_a_resolved_recipe_loads_again_as_itself(name, tmp_path):
+    recipe = load_recipe(name, ["training.learning_rate=1e-7", "data.system=Grüße: {a} # no comment"])
+    file = tmp_path / "again.yaml"
+    file.write_text(recipe.to_yaml(), encoding="utf-8")
+    assert load_recipe(str(file)) == recipe
+    assert validate_recipe(yaml.safe_load(recipe.to_yaml())) == recipe
+
+
+@pytest.mark.parametrize(
+    ("override", "line"),
+    [
+        (
+            "hardware.gradient_checkpointing=7",
+            "hardware.gradient_checkpointing: got 7; it should be true or false or 'auto'",
+        ),
+        (
+            "hardware.micro_batch_tokens=many",
+            "hardware.micro_batch_tokens: got 'many'; it should be a whole number or 'auto'",
+        ),
+        ("hardware.micro_batch_tokens=0", "hardware.micro_batch_tokens: got 0; it should be at least 1 or 'auto'"),
+        ("lora.target_modules=[1,2]", "lora.target_modules: got [1, 2]; it should be 'all-linear' or a text"),
+        ("hardware.quantization=nf5", "hardware.quantization: got 'nf5'; it should be 'auto', 'nf4', 'int8' or 'none'"),
+        ("training.max_steps=1.5", "training.max_steps: got 1.5; it should be a whole number"),
+        ("rewards[0].weight=big", "rewards[0].weight: got 'big'; it should be a number"),
+        ("rewards=[]", "rewards: got []; it should be a list of at least one"),
+        ("data.train=null", "data.train: got None; it should be a text"),
+    ],
+)
+def test_a_wrong_value_is_one_line_that_says_what_is_allowed(override, line):
+    assert refusal(override) == f"recipe quickstart has an error:\n  {line}"
+
+
+@pytest.mark.parametrize(
+    ("override", "parts"),
+    [
+        ("training.max_step=3", ["training.max_step: unknown key", "did you mean 'max_steps'?"]),
+        ("trainig.max_steps=3", ["trainig: unknown key", "did you mean 'training'?"]),
+        ("rewards[0].wieght=3", ["rewards[0].wieght: unknown key", "did you mean 'weight'?"]),
+        ("training=3", ["training: got 3; it should hold keys (max_steps, "]),
+        ("evaluation.accuracy=arithmetic", ["no reward of this recipe", "did you mean 'arithmetic_answer'?"]),
+        ("generation.num_generations=1", ["needs at least 2"]),
+        ("nonsense", ["override 'nonsense' is not of the form key=value"]),
+        ("=3", ["is not of the form key=value"]),
+        ("training.max_steps=[1", ["training.max_steps: got '[1'; it should be a whole number"]),
+        ("rewards[5].weight=1", ["the list has no item of that number"]),
+        ("training.seed=${nothing}", ["Interpolation key 'nothing' not found"]),
+    ],
+)
+def test_a_wrong_override_is_refused_with_what_to_do(override, parts):
+    message = refusal(override)
+    assert all(part in message for part in parts), message
+    assert "Config" not in message and "Settings" not in message and "full_key" not in message
+
+
+def test_all_errors_are_shown_at_once():
+    lines = refusal("training.learning_rate=fast", "training.max_steps=x", "foo=1", "grpo.loss_type=gpro").split("\n")
+    assert lines[0] == "recipe quickstart has 4 errors:"
+    assert [line.split(":")[0].strip() for line in sorted(lines[1:])] == [
+        "foo",
+        "grpo.loss_type",
+        "training.learning_rate",
+        "training.max_steps",
+    ]
+
+
+def test_two_rewards_of_one_name_are_refused():
+    assert "same name" in refusal("rewards=[length, length]")
+
+
+def sections() -> list[type[BaseModel]]:
+    return [Recipe, *(found for found in Section.__subclasses__() if found is not Recipe)]
+
+
+def test_every_option_is_read_somewhere():
+    """An option that nothing reads is a promise that nobody keeps (style.md)."""
+    package = Path(lowmem_rlhf.__file__).parent
+    read: set[str] = set()
+    for file in package.rglob("*.py"):
+        if file.name == "recipe.py":
+            continue
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Attribute):
+                read.add(node.attr)
+            elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+                read.add(node.value)
+    unread = [f"{one.__name__}.{key}" for one in sections() for key in one.model_fields if key not in read]
+    assert len(sections()) >= 9 and not unread
