@@ -5,7 +5,7 @@ backward pass and inside custom autograd functions, and forgets a storage when i
 count once. Operators of other libraries whose kernels are Python code (bitsandbytes) are looked into.
 
 What is left out: scratch memory inside torch's own C++ kernels (the blocked weights of a matmul, for example), what an
-allocator keeps in reserve, and tensors on the meta device. A storage is counted from the end of the operator that made it.
+allocator keeps in reserve, and tensors on the meta device. A storage counts from the end of the operator that made it.
 """
 
 import gc

@@ -109,8 +109,13 @@ class Channel:
     def __init__(self) -> None:
         self._out = os.fdopen(os.dup(1), "w")
         os.dup2(2, 1)  # what libraries print must not come between
-        os.environ["HF_HUB_OFFLINE"] = "1" if os.environ.get("HF_HUB_OFFLINE") is None else os.environ["HF_HUB_OFFLINE"]
         warnings.filterwarnings("ignore")
+
+    def ready(self, **settings: Any) -> None:
+        """Tell the parent that the side is loaded, and with what settings."""
+        import torch
+
+        self.send(settings={**settings, "threads": torch.get_num_threads()})
 
     def send(self, **message: Any) -> None:
         self._out.write(json.dumps(message) + "\n")
@@ -206,14 +211,11 @@ def run_ours(work: argparse.Namespace, channel: Channel) -> None:
     from meter import Meter
 
     side = OurSide(work)
-    channel.send(
-        ready="ours",
-        settings={
-            "micro_batch_tokens": work.micro_batch_tokens,
-            "tile": work.tile,
-            "gradient_checkpointing": not work.no_checkpointing,
-            "rollout_weights": work.rollout_weights,
-        },
+    channel.ready(
+        micro_batch_tokens=work.micro_batch_tokens,
+        tile=work.tile,
+        gradient_checkpointing=not work.no_checkpointing,
+        rollout_weights=work.rollout_weights,
     )
     for _ in range(work.repeats + 2):
         counter = LiveBytes() if channel.command() == "bytes" else None
@@ -350,7 +352,7 @@ def run_trl(work: argparse.Namespace, channel: Channel) -> None:
         trainer = trl_trainer(work, folder, callbacks=[Serve()])
         names = ("per_device_train_batch_size", "gradient_accumulation_steps", "gradient_checkpointing", "bf16")
         settings = {name: getattr(trainer.args, name) for name in names}
-        channel.send(ready="trl", settings={**settings, "optim": str(trainer.args.optim.value)})
+        channel.ready(**settings, optim=str(trainer.args.optim.value))
         trainer.train()
 
 
@@ -489,7 +491,12 @@ def main() -> None:
     found = measure(work, lambda text: print(text, file=sys.stderr, flush=True))
     if work.json:
         kept = {k: v for k, v in vars(work).items() if k not in ("json", "side")}
-        result = {"work": kept, **found, **({"ratios": ratios(found)} if len(found) == 2 else {})}
+        result = {
+            "work": kept,
+            "load_average": os.getloadavg()[0],
+            **found,
+            **({"ratios": ratios(found)} if len(found) == 2 else {}),
+        }
         print(json.dumps(result, indent=2, default=str))
     else:
         print_table(found, work)

@@ -6,6 +6,7 @@ manager and costs nothing: the layers look up which adapters are active.
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,9 @@ import torch
 from peft import get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from lowmem_rlhf.errors import UserError
 from lowmem_rlhf.model.attention import NAME as ATTENTION
@@ -138,10 +141,10 @@ class SharedBase(nn.Module):
 
     def set_gradient_checkpointing(self, on: bool) -> None:
         """Recompute every layer in the backward pass, or keep all activations."""
-        if on:
-            self.model.gradient_checkpointing_enable({"use_reentrant": False})
-        else:
-            self.model.gradient_checkpointing_disable()
+        for module in self.model.modules():
+            if isinstance(module, GradientCheckpointingLayer):
+                module.gradient_checkpointing = on
+                module._gradient_checkpointing_func = partial(checkpoint, use_reentrant=False)  # type: ignore[assignment]
 
     def trainable(self) -> dict[str, nn.Parameter]:
         """Return the parameters that train, by name.

@@ -1,4 +1,4 @@
-"""Wrong input to `train`: one clear message, no traceback, exit code 2 (1 when the run had begun; its steps are kept)."""
+"""Wrong input to `train`: one clear message, no traceback, exit code 2; 1 when the run had begun."""
 
 import sys
 from collections.abc import Callable

@@ -31,7 +31,7 @@ def card(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Pa
     output = tmp_path_factory.mktemp("vcard")
     done = subprocess.run(
         [sys.executable, str(HERE / "vcard_process.py"), str(VCARD), str(tiny_model), str(output)],
-        env={**os.environ, "PATH": path, "TORCHDYNAMO_DISABLE": "1", "HF_HUB_OFFLINE": "1"},
+        env={**os.environ, "PATH": path, "TORCHDYNAMO_DISABLE": "1", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"},
         cwd=HERE.parents[1],
         capture_output=True,
         text=True,

@@ -134,6 +134,15 @@ def test_samples_are_written_with_their_numbers(whole):
         assert math.isfinite(sample["advantage"])
 
 
+def test_every_step_has_random_numbers_of_its_own_and_every_seed_others(model_folder, tmp_path, monkeypatch):
+    seeds = []
+    original = loop.generate
+    monkeypatch.setattr(loop, "generate", lambda *a, **kw: seeds.append(kw["seed"]) or original(*a, **kw))
+    for seed in (0, 1):
+        train(trainer_of(recipe_of(model_folder, training={"seed": seed}), tmp_path / str(seed)))
+    assert len(set(seeds)) == len(seeds) == 8
+
+
 # Resume
 
 
@@ -321,7 +330,7 @@ def test_memory_that_never_suffices_ends_the_run_at_the_last_finished_step(
 
 @pytest.mark.parametrize("iteration", [1, 2])
 def test_a_step_interrupted_after_an_optimizer_step_is_not_kept(model_folder, tmp_path, monkeypatch, iteration):
-    recipe = recipe_of(model_folder, grpo={"num_iterations": 2}, training={"save_steps": 1, "max_steps": 2})
+    recipe = recipe_of(model_folder, grpo={"num_iterations": 2}, training={"save_steps": 2})
     uninterrupted = trainer_of(recipe, tmp_path / "whole")
     train(uninterrupted)
     trainer = trainer_of(recipe, tmp_path / "run")
@@ -329,7 +338,7 @@ def test_a_step_interrupted_after_an_optimizer_step_is_not_kept(model_folder, tm
 
     def step(self):
         norm = original(self)
-        if next(taken) == 2 + iteration:  # of the second step
+        if next(taken) == 6 + iteration:  # of the fourth step; the third is finished and not yet saved
             raise KeyboardInterrupt
         return norm
 
@@ -338,6 +347,6 @@ def test_a_step_interrupted_after_an_optimizer_step_is_not_kept(model_folder, tm
         with pytest.raises(KeyboardInterrupt):
             train(trainer)
     resumed = trainer_of(recipe, tmp_path / "run", resume=True)
-    assert resumed.step == 1
+    assert resumed.step == 2
     train(resumed)
     assert same(adapter(resumed.run), adapter(uninterrupted.run))
