@@ -73,6 +73,12 @@ class TokenLoss:
     clipped_high: torch.Tensor
 
 
+def k3(logps: torch.Tensor, ref_logps: torch.Tensor) -> torch.Tensor:
+    """Return ``exp(ref - logp) - (ref - logp) - 1`` for each token (Schulman, "Approximating KL divergence")."""
+    difference = ref_logps - logps
+    return difference.exp() - difference - 1
+
+
 def token_loss(
     logps: torch.Tensor,
     old_logps: torch.Tensor,
@@ -92,13 +98,12 @@ def token_loss(
         old_logps: (S,) of the policy that sampled; its own detached values in the first iteration.
         advantages: (S,) of each token's completion.
         ref_logps: (S,) of the reference; only measured when beta is 0.
-        beta: weight of ``k3 = exp(ref - logp) - (ref - logp) - 1`` (Schulman, "Approximating KL divergence").
+        beta: weight of the `k3` term.
     """
     ratio = (logps - old_logps).exp()
     clipped = ratio.clamp(1 - epsilon_low, 1 + epsilon_high)
     loss = -torch.minimum(ratio * advantages, clipped * advantages)
-    difference = ref_logps - logps
-    kl = ratio * (difference.exp() - difference - 1)
+    kl = ratio * k3(logps, ref_logps)
     if beta:
         loss = loss + beta * kl
     with torch.no_grad():

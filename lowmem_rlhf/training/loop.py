@@ -29,7 +29,16 @@ from lowmem_rlhf.training.checkpoint import load_checkpoint, save_checkpoint
 from lowmem_rlhf.training.evaluate import evaluate, mean, reward_completions, sampling_of
 from lowmem_rlhf.training.memory import peak_bytes, reset_peak, with_less
 from lowmem_rlhf.training.optimizer import Stepper
-from lowmem_rlhf.training.update import LEAST_TOKENS, Batch, PassSettings, UpdateStats, rows_to_train, score, update
+from lowmem_rlhf.training.update import (
+    LEAST_TOKENS,
+    Batch,
+    PassSettings,
+    UpdateStats,
+    measure,
+    rows_to_train,
+    score,
+    update,
+)
 
 T = TypeVar("T")
 
@@ -169,6 +178,7 @@ class Trainer:
         batch = self._batch(rollout)
         rows = rows_to_train(batch, self.recipe.grpo)
         ref_logps = self._reference(batch, rows, view)
+        quiet = None if rows else self._measure(batch, ref_logps)
         times.append(time.perf_counter())
         learning_rate = self.stepper.learning_rate
         # without an advantage there is no signal: the KL term's gradient is zero while policy and reference agree;
@@ -189,6 +199,8 @@ class Trainer:
         )
         self.passes = replace(self.passes, micro_batch_tokens=tokens)
         times.append(time.perf_counter())
+        if quiet:
+            stats = replace(quiet, loss=stats.loss, grad_norm=stats.grad_norm)
         if self.stepper.skipped == skipped:
             if before is not None and before == self._adapter_sum():
                 raise RunError("the first optimizer step did not change the adapter: nothing would be learned")
@@ -236,8 +248,7 @@ class Trainer:
         """Score the reference: on all trained rows with beta, otherwise on one a group, to measure the KL."""
         if not self.recipe.grpo.beta:
             rows = list({row // batch.num_generations: row for row in rows}.values())
-        if not rows:
-            return {}
+        rows = rows or list(range(0, len(batch.completions), batch.num_generations))
 
         def work(tokens: int) -> dict[int, torch.Tensor]:
             passes = replace(self.passes, micro_batch_tokens=tokens)
@@ -250,6 +261,11 @@ class Trainer:
         )
         self.passes = replace(self.passes, micro_batch_tokens=tokens)
         return logps
+
+    def _measure(self, batch: Batch, ref_logps: dict[int, torch.Tensor]) -> UpdateStats:
+        """What the metrics tell of the policy in a step that trains nothing, from the rows scored by the reference."""
+        with self.base.role(POLICY):
+            return measure(self.base, batch, self.passes, ref_logps)
 
     def _adapter_sum(self) -> float:
         """A number that any change of the adapter changes."""

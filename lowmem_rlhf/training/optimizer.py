@@ -3,6 +3,7 @@
 What stays out: unpickling. A checkpoint's tensors are safetensors, its numbers JSON.
 """
 
+import math
 import warnings
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import get_scheduler
 
-from lowmem_rlhf.errors import UserError
+from lowmem_rlhf.errors import RunError, UserError
 from lowmem_rlhf.recipe import TrainingConfig
 
 INITIAL_LOSS_SCALE = 2.0**12  # torch's 65536 overflows float16 in the first steps and only loses them
@@ -76,9 +77,18 @@ class Stepper:
                 parameter.grad.zero_()
 
     def step(self) -> float:
-        """Clip to ``max_grad_norm``, step, schedule; return the gradient's norm before clipping."""
+        """Clip to ``max_grad_norm``, step, schedule; return the gradient's norm before clipping.
+
+        Raises:
+            RunError: the gradient is not finite, other than by an overflow of float16; no weight was changed.
+        """
         self.scaler.unscale_(self.optimizer)
         norm = float(nn.utils.clip_grad_norm_(self.parameters.values(), self.max_grad_norm))
+        if not self.scaler.is_enabled() and not math.isfinite(norm):
+            raise RunError(
+                f"the gradient became {norm}; nothing of this step was kept. Lower training.learning_rate, and look at "
+                "the last samples for what went wrong before"
+            )
         before = self.loss_scale
         self.taken += 1
         with torch.device("cpu"):

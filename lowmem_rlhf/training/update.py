@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 
 import torch
 
-from lowmem_rlhf.algorithms.grpo import token_loss, token_weights
+from lowmem_rlhf.algorithms.grpo import k3, token_loss, token_weights
 from lowmem_rlhf.model.attention import PackedContext
 from lowmem_rlhf.model.base import POLICY, SharedBase
 from lowmem_rlhf.model.logprobs import tiled_logprobs
@@ -166,6 +166,23 @@ def backward(
         stats.logps.update(own)
         if progress:
             progress(i + 1, len(parts))
+    return stats
+
+
+@torch.no_grad()
+def measure(base: SharedBase, batch: Batch, passes: PassSettings, ref_logps: dict[int, torch.Tensor]) -> UpdateStats:
+    """Return log-probs, entropy and KL of the policy on the rows that the reference has scored, without an update."""
+    stats = UpdateStats()
+    for part in micro_batches(batch.groups(list(ref_logps)), passes.micro_batch_tokens):
+        packed = pack(part, base.device)
+        logps, entropies = packed_logprobs(base, packed, passes.temperature, passes.tile)
+        own = dict(zip(packed.rows, logps.split(packed.lengths), strict=True))
+        ref, _ = _reference(packed, ref_logps, own)
+        stats.kl += float(k3(logps, ref).sum())
+        stats.kl_tokens += packed.targets.numel()
+        stats.scored += packed.targets.numel()
+        stats.entropy += float(entropies.sum())
+        stats.logps.update(own)
     return stats
 
 
