@@ -19,7 +19,8 @@ from training_cases import (
     weights,
 )
 
-from lowmem_rlhf.errors import UserError
+from lowmem_rlhf.errors import RunError, UserError
+from lowmem_rlhf.recipe import TrainingConfig
 from lowmem_rlhf.training.optimizer import INITIAL_LOSS_SCALE, Stepper
 from lowmem_rlhf.training.update import update
 
@@ -218,3 +219,14 @@ def test_a_gradient_that_overflows_in_the_backward_pass_is_found():
     assert not math.isfinite(stats.grad_norm)
     assert (stepper.skipped, stepper.scheduler.last_epoch) == (1, 0)
     assert all(torch.equal(p, before[n]) for n, p in weights(base).items())
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_gradient_that_is_not_finite_changes_nothing_and_is_an_error(value):
+    parameter = torch.nn.Parameter(torch.ones(4))
+    stepper = Stepper({"w": parameter}, TrainingConfig(), "adamw", 10, torch.device("cpu"), scale_loss=False)
+    stepper.zero_grad()
+    parameter.grad[0] = value
+    with pytest.raises(RunError, match=r"gradient became .*learning_rate"):
+        stepper.step()
+    assert torch.equal(parameter.detach(), torch.ones(4)) and stepper.taken == 0
