@@ -158,6 +158,10 @@ class Recipe(Section):
         names = [reward.name for reward in self.rewards]
         if len(set(names)) < len(names):
             raise ValueError(f"rewards: two rewards have the same name ({', '.join(names)}); give one a `name:`")
+        if taken := {"mean", "std"}.intersection(names):
+            raise ValueError(
+                f"rewards: the name {taken.pop()!r} is taken by a metric of all rewards; give another `name:`"
+            )
         self.evaluation.accuracy = self.evaluation.accuracy or names[0]
         if self.evaluation.accuracy not in names:
             raise ValueError(

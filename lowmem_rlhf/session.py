@@ -1,5 +1,6 @@
 """From a recipe to a finished run: device, plan, data, base, training, report. The command line calls nothing else."""
 
+import importlib.util
 import logging
 import os
 import warnings
@@ -77,6 +78,7 @@ def train(recipe: Recipe, output: Path | None = None, resume: bool = False) -> R
     from lowmem_rlhf.rewards.loading import check_reward_columns, load_rewards
 
     rewards = load_rewards(recipe.rewards)
+    _check_trackers(recipe)
     RunDirectory.check(path, recipe, resume)
 
     from lowmem_rlhf.data.prompts import build_examples
@@ -127,6 +129,13 @@ def train(recipe: Recipe, output: Path | None = None, resume: bool = False) -> R
     if evaluation:
         print_evaluation(evaluation)
     return run
+
+
+def _check_trackers(recipe: Recipe) -> None:
+    modules = {"tensorboard": ("tensorboard", "tensorboardX")}
+    for tracker in recipe.training.report_to:
+        if not any(importlib.util.find_spec(name) for name in modules.get(tracker, (tracker,))):
+            raise UserError(f"training.report_to: {tracker} is not installed; pip install {tracker}, or leave it out")
 
 
 def _torch_device(torch, device: Device):  # type: ignore[no-untyped-def]

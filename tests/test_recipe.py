@@ -183,6 +183,7 @@ def test_all_errors_are_shown_at_once():
 
 def test_two_rewards_of_one_name_are_refused():
     assert "same name" in refusal("rewards=[length, length]")
+    assert "taken by a metric" in refusal("rewards=[{function: length, name: std}]")
 
 
 def sections() -> list[type[BaseModel]]:

@@ -7,7 +7,7 @@ continues as the uninterrupted one would have.
 import os
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any, TypeVar
 
 import torch
@@ -22,12 +22,12 @@ from lowmem_rlhf.planning.plan import Plan
 from lowmem_rlhf.recipe import Recipe
 from lowmem_rlhf.report.live import LiveView
 from lowmem_rlhf.rewards.loading import Reward
-from lowmem_rlhf.rewards.scoring import Scores
 from lowmem_rlhf.rollout.generate import Completion, Limits, generate
 from lowmem_rlhf.run import RunDirectory
 from lowmem_rlhf.training.checkpoint import load_checkpoint, save_checkpoint
-from lowmem_rlhf.training.evaluate import evaluate, mean, reward_completions, sampling_of
+from lowmem_rlhf.training.evaluate import evaluate, reward_completions, sampling_of
 from lowmem_rlhf.training.memory import peak_bytes, reset_peak, with_less
+from lowmem_rlhf.training.metrics import Rollout, rollout_metrics, samples, update_metrics
 from lowmem_rlhf.training.optimizer import Stepper
 from lowmem_rlhf.training.update import (
     LEAST_TOKENS,
@@ -41,16 +41,6 @@ from lowmem_rlhf.training.update import (
 )
 
 T = TypeVar("T")
-
-
-@dataclass(frozen=True)
-class Rollout:
-    """A step's rollout: N = B * G completions with their scores, row n of prompt n // G."""
-
-    examples: Sequence[Example]
-    completions: Sequence[Completion]
-    texts: Sequence[str]
-    scores: Scores
 
 
 class Trainer:
@@ -207,9 +197,18 @@ class Trainer:
             self.learned_tokens += sum(len(batch.completions[row].ids) for row in signal)
         self.step += 1
         self._taken = self.stepper.taken
-        metrics = self._metrics(rollout, batch, stats, ref_logps, times, learning_rate)
+        metrics = {
+            "step": self.step,
+            **rollout_metrics(rollout, batch),
+            **update_metrics(batch, stats),
+            "learning_rate": learning_rate,
+            "loss_scale/skipped_steps": self.stepper.skipped,
+            **{f"time/{name}": times[i + 1] - times[i] for i, name in enumerate(("rollout", "score", "update"))},
+            "time/step": times[-1] - times[0],
+            "memory/peak_bytes": peak_bytes(self.base.device),
+        }
         self.run.log_metrics(metrics)
-        self.run.log_samples(self.step, self._samples(rollout, batch))
+        self.run.log_samples(self.step, samples(rollout, batch, self.recipe.training.log_completions))
         self.accelerator.log({k: v for k, v in metrics.items() if v is not None}, step=self.step)
         view.step(metrics)
 
@@ -270,72 +269,6 @@ class Trainer:
     def _adapter_sum(self) -> float:
         """A number that any change of the adapter changes."""
         return sum(float(p.detach().double().abs().sum()) for p in self.stepper.parameters.values())
-
-    def _metrics(
-        self,
-        rollout: Rollout,
-        batch: Batch,
-        stats: UpdateStats,
-        ref_logps: dict[int, torch.Tensor],
-        times: list[float],
-        learning_rate: float,
-    ) -> dict[str, Any]:
-        totals = torch.tensor([t for t in rollout.scores.total if t == t], dtype=torch.float32, device="cpu")
-        lengths = [len(c.ids) for c in batch.completions]
-        groups = len(batch.prompts)
-        with_signal = len({row // batch.num_generations for row in stats.logps if batch.advantages[row]})
-        return {
-            "step": self.step,
-            "reward/mean": float(totals.mean()) if len(totals) else None,
-            "reward/std": float(totals.std()) if len(totals) > 1 else 0.0,
-            **{f"reward/{name}": mean(values) for name, values in rollout.scores.by_name.items()},
-            **rollout.scores.metrics,
-            "kl": stats.kl / stats.kl_tokens if stats.kl_tokens else None,
-            "entropy": stats.entropy / stats.scored if stats.scored else None,
-            "completion/mean_length": sum(lengths) / len(lengths),
-            "completion/truncated": sum(c.truncated for c in batch.completions) / len(lengths),
-            "groups/without_signal": 1 - with_signal / groups,
-            "loss": stats.loss,
-            "grad_norm": stats.grad_norm,
-            "clip_ratio/low": stats.clipped_low / max(stats.clip_tokens, 1),
-            "clip_ratio/high": stats.clipped_high / max(stats.clip_tokens, 1),
-            "learning_rate": learning_rate,
-            "loss_scale/skipped_steps": self.stepper.skipped,
-            "tokens/generated": sum(lengths),
-            "tokens/trained": stats.tokens,
-            "time/step": times[-1] - times[0],
-            "time/rollout": times[1] - times[0],
-            "time/score": times[2] - times[1],
-            "time/update": times[3] - times[2],
-            "memory/peak_bytes": peak_bytes(self.base.device),
-            "sampling/logp_difference": _difference(batch, stats.logps),
-        }
-
-    def _samples(self, rollout: Rollout, batch: Batch) -> list[dict[str, Any]]:
-        """The first completion of the first few prompts, with all its numbers."""
-        group = batch.num_generations
-        rows = range(0, len(batch.completions), group)[: self.recipe.training.log_completions]
-        return [
-            {
-                "prompt": rollout.examples[row // group].prompt,
-                "completion": rollout.texts[row],
-                "rewards": {name: values[row] for name, values in rollout.scores.by_name.items()},
-                "advantage": batch.advantages[row],
-                "tokens": len(batch.completions[row].ids),
-                "truncated": batch.completions[row].truncated,
-            }
-            for row in rows
-        ]
-
-
-def _difference(batch: Batch, logps: dict[int, torch.Tensor]) -> float | None:
-    """Mean absolute difference of the tokens' log-probs between sampling and the training pass."""
-    total, count = 0.0, 0
-    for row, trained in logps.items():
-        sampled = torch.tensor(batch.completions[row].logps, dtype=torch.float32, device=trained.device)
-        total += float((trained - sampled).abs().sum())
-        count += len(sampled)
-    return total / count if count else None
 
 
 def _accelerator(device: torch.device, recipe: Recipe, run: RunDirectory) -> Accelerator:

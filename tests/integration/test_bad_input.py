@@ -105,6 +105,7 @@ def one_message(done: Done) -> str:
         ("rewards=[length]", ["length needs the option 'target'"]),
         ("rewards=[nowhere.py:f]", ["there is no file nowhere.py"]),
         ("rewards=['mine.py:brokn']", ["mine.py defines no 'brokn'", "did you mean 'broken'?"]),
+        ("training.report_to=[trackio]", ["trackio is not installed", "pip install trackio"]),
         ("hardware.profile=rtx-9999", ["profile 'rtx-9999' is not known"]),
         ("hardware.vram=nonsense", ["'nonsense' is not an amount of memory", "11GB"]),
         ("hardware.vram=1MB", ["the plan does not fit", "short"]),

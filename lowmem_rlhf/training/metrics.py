@@ -1,0 +1,80 @@
+"""What a step tells: the rows of metrics.jsonl and samples.jsonl."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from lowmem_rlhf.data.prompts import Example
+from lowmem_rlhf.rewards.scoring import Scores
+from lowmem_rlhf.rollout.generate import Completion
+from lowmem_rlhf.training.evaluate import mean
+from lowmem_rlhf.training.update import Batch, UpdateStats
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """A step's rollout: N = B * G completions with their scores, row n of prompt n // G."""
+
+    examples: Sequence[Example]
+    completions: Sequence[Completion]
+    texts: Sequence[str]
+    scores: Scores
+
+
+def rollout_metrics(rollout: Rollout, batch: Batch) -> dict[str, Any]:
+    """Return rewards, lengths, and the share of groups whose completions all got the same reward."""
+    totals = torch.tensor([t for t in rollout.scores.total if t == t], dtype=torch.float32, device="cpu")
+    lengths = [len(c.ids) for c in batch.completions]
+    with_signal = {row // batch.num_generations for row, advantage in enumerate(batch.advantages) if advantage}
+    return {
+        "reward/mean": float(totals.mean()) if len(totals) else None,
+        "reward/std": float(totals.std()) if len(totals) > 1 else 0.0,
+        **{f"reward/{name}": mean(values) for name, values in rollout.scores.by_name.items()},
+        **rollout.scores.metrics,
+        "completion/mean_length": sum(lengths) / len(lengths),
+        "completion/truncated": sum(c.truncated for c in batch.completions) / len(lengths),
+        "groups/without_signal": 1 - len(with_signal) / len(batch.prompts),
+        "tokens/generated": sum(lengths),
+    }
+
+
+def update_metrics(batch: Batch, stats: UpdateStats) -> dict[str, Any]:
+    """Return what the update measured; KL, entropy and difference are means over tokens, before the update."""
+    return {
+        "kl": stats.kl / stats.kl_tokens if stats.kl_tokens else None,
+        "entropy": stats.entropy / stats.scored if stats.scored else None,
+        "loss": stats.loss,
+        "grad_norm": stats.grad_norm,
+        "clip_ratio/low": stats.clipped_low / max(stats.clip_tokens, 1),
+        "clip_ratio/high": stats.clipped_high / max(stats.clip_tokens, 1),
+        "tokens/trained": stats.tokens,
+        "sampling/logp_difference": _difference(batch, stats.logps),
+    }
+
+
+def _difference(batch: Batch, logps: dict[int, torch.Tensor]) -> float | None:
+    """Mean absolute difference of the tokens' log-probs between sampling and the training pass."""
+    total, count = 0.0, 0
+    for row, trained in logps.items():
+        sampled = torch.tensor(batch.completions[row].logps, dtype=torch.float32, device=trained.device)
+        total += float((trained - sampled).abs().sum())
+        count += len(sampled)
+    return total / count if count else None
+
+
+def samples(rollout: Rollout, batch: Batch, prompts: int) -> list[dict[str, Any]]:
+    """Return the first completion of each of the first few prompts, with its numbers."""
+    group = batch.num_generations
+    return [
+        {
+            "prompt": rollout.examples[row // group].prompt,
+            "completion": rollout.texts[row],
+            "rewards": {name: values[row] for name, values in rollout.scores.by_name.items()},
+            "advantage": batch.advantages[row],
+            "tokens": len(batch.completions[row].ids),
+            "truncated": batch.completions[row].truncated,
+        }
+        for row in range(0, len(batch.completions), group)[:prompts]
+    ]
