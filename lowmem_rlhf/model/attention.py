@@ -19,6 +19,7 @@ from transformers import AttentionInterface
 from lowmem_rlhf.model.packing import Bucket
 
 NAME = "lowmem"
+EXPLICIT_KEYS = 256  # up to this many keys the CPU is several times faster, backward above all, with explicit scores
 
 
 class AttentionContext(Protocol):
@@ -128,12 +129,10 @@ class PackedContext:
     ) -> torch.Tensor:
         """Causal attention of q (B, nh, Q, d) over k, v (B, nkv, K, d), aligned at the end; returns (B, nh, Q, d)."""
         queries, keys = q.shape[-2], k.shape[-2]
+        if softcap or (q.device.type == "cpu" and keys <= EXPLICIT_KEYS):
+            return _explicit(q, k, v, scaling, self._mask(queries, keys, window, q), softcap)
         repeats = q.shape[1] // k.shape[1]
         k, v = expand_heads(k, repeats), expand_heads(v, repeats)
-        if softcap:
-            scores = torch.tanh((q @ k.transpose(-1, -2)).float() * (scaling / softcap)) * softcap
-            scores = scores + self._mask(queries, keys, window, q).float()
-            return scores.softmax(-1).to(v.dtype) @ v
         if queries == keys and (window is None or window >= keys):
             return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scaling)
         return F.scaled_dot_product_attention(q, k, v, attn_mask=self._mask(queries, keys, window, q), scale=scaling)
@@ -146,6 +145,20 @@ class PackedContext:
             zero = torch.zeros(allowed.shape, dtype=like.dtype, device=like.device)
             self._masks[key] = zero.masked_fill_(~allowed, float("-inf"))
         return self._masks[key]
+
+
+def _explicit(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scaling: float, mask: torch.Tensor, softcap: float | None
+) -> torch.Tensor:
+    """Attention with its score matrix, softmax in fp32; as `PackedContext._sdpa`."""
+    batch, heads, queries, d = q.shape
+    kv_heads, keys = k.shape[1], k.shape[2]
+    grouped = (q * scaling).reshape(batch, kv_heads, -1, d)  # the query heads of a key head side by side
+    scores = (grouped @ k.transpose(-1, -2)).view(batch, kv_heads, -1, queries, keys).float()
+    if softcap:
+        scores = torch.tanh(scores / softcap) * softcap
+    weights = (scores + mask.float()).softmax(-1).to(v.dtype)
+    return (weights.view(batch, kv_heads, -1, keys) @ v).view(batch, heads, queries, d)
 
 
 def _flatten(x: torch.Tensor) -> torch.Tensor:
