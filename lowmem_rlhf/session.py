@@ -3,10 +3,12 @@
 import importlib.util
 import logging
 import os
+import sys
 import warnings
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from lowmem_rlhf.errors import RunError, UserError
 from lowmem_rlhf.hardware.detect import detect
@@ -15,6 +17,9 @@ from lowmem_rlhf.hardware.profiles import find_profile, match_profile, parse_byt
 from lowmem_rlhf.planning.plan import Plan, make_plan, why_not
 from lowmem_rlhf.recipe import Recipe
 from lowmem_rlhf.run import RunDirectory, default_output
+
+if TYPE_CHECKING:
+    from lowmem_rlhf.model.base import SharedBase
 
 
 def planned_device(recipe: Recipe) -> tuple[Device, str]:
@@ -89,33 +94,12 @@ def train(recipe: Recipe, output: Path | None = None, resume: bool = False) -> R
         held_out_rows = load_rows(recipe.data, "eval", recipe.training.seed)
     check_reward_columns(rewards, {name for row in rows[:1] for name in [*row, "answer"]})
 
-    import torch
-
-    from lowmem_rlhf.model.base import SharedBase
     from lowmem_rlhf.report.html import write_report
     from lowmem_rlhf.report.live import LiveView, print_evaluation, print_plan
     from lowmem_rlhf.training.loop import Trainer
 
     print_plan(plan.to_dict())
-    device = _torch_device(torch, plan.device)
-    try:
-        base = SharedBase.load(
-            recipe.model,
-            device,
-            plan.settings.quantization,
-            plan.settings.compute_dtype,
-            recipe.revision,
-            recipe.trust_remote_code,
-            r=recipe.lora.r,
-            lora_alpha=recipe.lora.lora_alpha,
-            target_modules=recipe.lora.target_modules,
-            seed=recipe.training.seed,
-        )
-    except torch.OutOfMemoryError as error:
-        raise RunError(
-            f"the device's memory ran out while loading {recipe.model}; close other programs that use it, or set "
-            "hardware.quantization=nf4"
-        ) from error
+    base = _shared_base(recipe, plan)
     examples = build_examples(rows, recipe.data, base.tokenizer)
     held_out = build_examples(held_out_rows, recipe.data, base.tokenizer) if held_out_rows else []
     run = RunDirectory.create(path, recipe, plan.to_dict(), resume)
@@ -131,6 +115,38 @@ def train(recipe: Recipe, output: Path | None = None, resume: bool = False) -> R
     return run
 
 
+def _shared_base(recipe: Recipe, plan: Plan) -> "SharedBase":
+    import torch
+
+    from lowmem_rlhf.model.base import SharedBase
+
+    name = plan.device.torch_device
+    if name.startswith("cuda") and not torch.cuda.is_available():
+        raise UserError(
+            f"{plan.device.name} is here, but this torch ({torch.__version__}) cannot use it; install a CUDA build of "
+            "torch, or set hardware.device=cpu"
+        )
+    print(f"loading {recipe.model}", flush=True)
+    try:
+        return SharedBase.load(
+            recipe.model,
+            torch.device(name),
+            plan.settings.quantization,
+            plan.settings.compute_dtype,
+            recipe.revision,
+            recipe.trust_remote_code,
+            r=recipe.lora.r,
+            lora_alpha=recipe.lora.lora_alpha,
+            target_modules=recipe.lora.target_modules,
+            seed=recipe.training.seed,
+        )
+    except torch.OutOfMemoryError as error:
+        raise RunError(
+            f"the device's memory ran out while loading {recipe.model}; close other programs that use it, or set "
+            "hardware.quantization=nf4"
+        ) from error
+
+
 def _check_trackers(recipe: Recipe) -> None:
     modules = {"tensorboard": ("tensorboard", "tensorboardX")}
     for tracker in recipe.training.report_to:
@@ -138,19 +154,12 @@ def _check_trackers(recipe: Recipe) -> None:
             raise UserError(f"training.report_to: {tracker} is not installed; pip install {tracker}, or leave it out")
 
 
-def _torch_device(torch, device: Device):  # type: ignore[no-untyped-def]
-    if device.torch_device.startswith("cuda") and not torch.cuda.is_available():
-        raise UserError(
-            f"{device.name} is here, but this torch ({torch.__version__}) cannot use it; install a CUDA build of "
-            "torch, or set hardware.device=cpu"
-        )
-    return torch.device(device.torch_device)
-
-
 def _hush(loggers: Sequence[str] = ("bitsandbytes", "transformers", "datasets", "accelerate")) -> None:
     """Keep what the libraries say about themselves out of the user's sight; our own warnings stay."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("BITSANDBYTES_NOWELCOME", "1")
+    if not sys.stderr.isatty():
+        os.environ.setdefault("TQDM_DISABLE", "1")  # the libraries' bars
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
     for name in loggers:
         logging.getLogger(name).setLevel(logging.ERROR)
