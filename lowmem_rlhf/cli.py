@@ -1,5 +1,6 @@
 """The command line. Typer commands, nothing else; torch is imported only by the commands that compute."""
 
+import io
 import json
 import sys
 from pathlib import Path
@@ -28,15 +29,15 @@ def main() -> None:
     """Run the command line; errors that are the user's to mend are one clear message without a traceback."""
     from lowmem_rlhf.hardware.detect import pin_cuda_order
 
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # consoles that lack a character of a recipe
     pin_cuda_order()  # before torch: card numbers then mean the same to NVML and to CUDA
     try:
         app(standalone_mode=True)
     except LowmemError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
-    except KeyboardInterrupt:
-        print("interrupted; what was finished is kept, --resume goes on from it", file=sys.stderr)
-        sys.exit(1)
 
 
 def _version(show: bool) -> None:
@@ -139,17 +140,25 @@ def train(
     ] = False,
 ) -> None:
     """Run a recipe."""
+    from lowmem_rlhf.planning.plan import why_not
     from lowmem_rlhf.recipe import load_recipe
     from lowmem_rlhf.report.live import print_plan
-    from lowmem_rlhf.session import plan_recipe
+    from lowmem_rlhf.session import running_plan
     from lowmem_rlhf.session import train as run_recipe
 
     resolved = load_recipe(recipe, overrides)
     if dry_run:
+        made = running_plan(resolved)
         print(resolved.to_yaml())
-        print_plan(plan_recipe(resolved).to_dict())
+        print_plan(made.to_dict())
+        if not made.fits:
+            print(why_not(made))
         return
-    run = run_recipe(resolved, output, resume)
+    try:
+        run = run_recipe(resolved, output, resume)
+    except KeyboardInterrupt:
+        print("interrupted; the finished steps are kept, --resume goes on from them", file=sys.stderr)
+        raise typer.Exit(1) from None
     print(f"adapter: {run.path / 'adapter'}\nreport:  {run.path / 'report.html'}")
 
 

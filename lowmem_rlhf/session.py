@@ -54,20 +54,25 @@ def plan_recipe(recipe: Recipe) -> Plan:
 
 
 def running_plan(recipe: Recipe) -> Plan:
-    """Plan for a run on this machine: a named profile lends its memory, the device that is here computes.
-
-    Raises:
-        UserError: the plan does not fit, or torch cannot use the device.
-    """
+    """Plan for a run on this machine: a named profile lends its memory, the device that is here computes."""
     device, profile = planned_device(recipe)
     if device.source == "profile":
         here = detect(recipe.hardware.device)
         free = min(device.free_bytes, here.free_bytes)
         device = replace(here, total_bytes=device.total_bytes, free_bytes=free, bf16=device.bf16 and here.bf16)
-    plan = make_plan(recipe, device, profile)
-    if not plan.fits:
-        raise UserError(why_not(plan))
-    return plan
+    return make_plan(recipe, device, profile)
+
+
+KEPT = ("quantization", "compute_dtype", "optim")  # a resumed run keeps them, whatever memory is free today
+
+
+def _resumed_plan(recipe: Recipe, path: Path) -> Plan:
+    """Plan as `running_plan`, with the settings of the run in ``path`` that would change what is computed."""
+    began = RunDirectory(path).plan().get("settings", {})
+    kept = {key: began[key] for key in KEPT if getattr(recipe.hardware, key) == "auto" and key in began}
+    hardware = recipe.hardware.model_copy(update=kept)
+    plan = running_plan(recipe.model_copy(update={"hardware": hardware}))
+    return replace(plan, reasons={**plan.reasons, **dict.fromkeys(kept, "as the run began")})
 
 
 def train(recipe: Recipe, output: Path | None = None, resume: bool = False) -> RunDirectory:
@@ -78,8 +83,10 @@ def train(recipe: Recipe, output: Path | None = None, resume: bool = False) -> R
         RunError: the run had begun and failed; its last finished step is kept.
     """
     _hush()
-    plan = running_plan(recipe)
     path = output or default_output(recipe.name, resume)
+    plan = _resumed_plan(recipe, path) if resume else running_plan(recipe)
+    if not plan.fits:
+        raise UserError(why_not(plan))
     from lowmem_rlhf.rewards.loading import check_reward_columns, load_rewards
 
     rewards = load_rewards(recipe.rewards)
@@ -118,6 +125,7 @@ def train(recipe: Recipe, output: Path | None = None, resume: bool = False) -> R
 def _shared_base(recipe: Recipe, plan: Plan) -> "SharedBase":
     import torch
 
+    from lowmem_rlhf.memory import is_out_of_memory
     from lowmem_rlhf.model.base import SharedBase
 
     name = plan.device.torch_device
@@ -140,7 +148,9 @@ def _shared_base(recipe: Recipe, plan: Plan) -> "SharedBase":
             target_modules=recipe.lora.target_modules,
             seed=recipe.training.seed,
         )
-    except torch.OutOfMemoryError as error:
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
         raise RunError(
             f"the device's memory ran out while loading {recipe.model}; close other programs that use it, or set "
             "hardware.quantization=nf4"

@@ -87,14 +87,17 @@ def test_full_disk_is_a_user_error(tmp_path, monkeypatch):
     assert names(tmp_path / "run") == set()
 
 
-def test_resume_without_run_or_checkpoint(tmp_path):
+def test_resume_without_a_run_is_refused_and_without_a_checkpoint_starts_over(tmp_path):
     with pytest.raises(UserError, match="no run in"):
         RunDirectory.create(tmp_path / "none", recipe(), PLAN, resume=True)
     assert not (tmp_path / "none").exists()
     run = start(tmp_path / "run")
+    run.log_metrics({"step": 1})
+    run.write_evaluation({"before": {"accuracy": 0.1}})
     run.begin_checkpoint(5)  # never finished
-    with pytest.raises(UserError, match="no checkpoint"):
-        RunDirectory.create(run.path, recipe(), PLAN, resume=True)
+    resumed = RunDirectory.create(run.path, recipe(), PLAN, resume=True)
+    assert resumed.metrics() == [] and resumed.latest_checkpoint() is None
+    assert resumed.evaluation() == {"before": {"accuracy": 0.1}}
 
 
 def test_resume_names_every_difference(tmp_path):

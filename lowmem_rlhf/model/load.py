@@ -16,6 +16,7 @@ from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedModel
 
 from lowmem_rlhf.errors import UserError
+from lowmem_rlhf.memory import is_out_of_memory
 from lowmem_rlhf.model.source import resolve_model
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
@@ -68,8 +69,8 @@ def load_base(
                 use_safetensors=True,
                 **common,
             )
-        except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
-            if isinstance(error, torch.OutOfMemoryError):
+        except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
+            if is_out_of_memory(error):
                 raise
             raise UserError(
                 f"model {model!r} cannot be loaded: {_first_sentence(error)}; give a Hub id that can be reached, a "
@@ -105,11 +106,11 @@ def convert_gguf(path: Path) -> Path:
     if target.is_dir():
         return target
     source = {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
-    with _quiet():
+    with _quiet(), torch.device("cpu"):
         try:
             tokenizer = AutoTokenizer.from_pretrained(**source)
             model = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float16)
-        except (OSError, ValueError, KeyError, RuntimeError, NotImplementedError) as error:
+        except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
             raise UserError(
                 f"GGUF file {path} cannot be read: {_first_sentence(error)}; take another GGUF of the model, or its "
                 "safetensors folder"

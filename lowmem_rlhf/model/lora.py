@@ -30,9 +30,8 @@ class _AddLora(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, y, x, a, b, a16, b16, scaling):  # type: ignore[no-untyped-def]
-        x2, y2 = x.reshape(-1, x.shape[-1]), y.view(-1, y.shape[-1])  # (T, in), (T, out)
-        xa = x2 @ a16.t()  # (T, r)
-        y2.addmm_(xa, b16.t(), alpha=scaling)
+        xa = x @ a16.t()  # (T, r), for x (T, in) and y (T, out)
+        y.addmm_(xa, b16.t(), alpha=scaling)
         ctx.save_for_backward(x, xa, a16, b16)
         ctx.scaling = scaling
         ctx.mark_dirty(y)
@@ -41,14 +40,13 @@ class _AddLora(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_y):  # type: ignore[no-untyped-def]
         x, xa, a16, b16 = ctx.saved_tensors
-        g = grad_y.reshape(-1, grad_y.shape[-1])  # (T, out)
-        gxa = (g @ b16).mul_(ctx.scaling)  # (T, r)
-        grad_x = (gxa @ a16).view(x.shape) if ctx.needs_input_grad[1] else None
+        gxa = (grad_y @ b16).mul_(ctx.scaling)  # (T, r)
+        grad_x = gxa @ a16 if ctx.needs_input_grad[1] else None
         grad_a = grad_b = None
         if ctx.needs_input_grad[2]:
-            grad_a = (gxa.t() @ x.reshape(-1, x.shape[-1])).float()
+            grad_a = (gxa.t() @ x).float()
         if ctx.needs_input_grad[3]:
-            grad_b = (g.t() @ xa).float().mul_(ctx.scaling)
+            grad_b = (grad_y.t() @ xa).float().mul_(ctx.scaling)
         return grad_y, grad_x, grad_a, grad_b, None, None, None
 
 
@@ -71,6 +69,8 @@ class SharedLoraLinear(nn.Module, LoraLayer):
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         """Return the layer's output (..., out) in x's dtype, with the adapters of the current role added."""
+        shape = x.shape
+        x = x.reshape(-1, shape[-1])  # (T, in): of more dimensions bitsandbytes returns a view, which must not change
         y = self.base_layer(x) if self.dense is None else F.linear(x, self.dense, self.base_layer.bias)  # type: ignore[arg-type]
         for name in self.active.names:
             a: torch.Tensor = self.lora_A[name].weight  # type: ignore[assignment]
@@ -79,9 +79,8 @@ class SharedLoraLinear(nn.Module, LoraLayer):
             if torch.is_grad_enabled():
                 y = _AddLora.apply(y, x, a, b, a16, b16, self.scaling[name])
             else:
-                xa = x.view(-1, x.shape[-1]) @ a16.t()
-                y.view(-1, y.shape[-1]).addmm_(xa, b16.t(), alpha=self.scaling[name])
-        return y
+                y.addmm_(x @ a16.t(), b16.t(), alpha=self.scaling[name])
+        return y.view(*shape[:-1], -1)
 
     def _compute_copy(
         self, name: str, a: torch.Tensor, b: torch.Tensor, dtype: torch.dtype

@@ -22,11 +22,6 @@ BLUE, ORANGE, GREEN, RED, PURPLE = "#2f6fb0", "#d9822b", "#2c8a5b", "#b83a4b", "
 PHASES = (("rollout", BLUE), ("score", ORANGE), ("update", GREEN))
 
 
-def plot_run(metrics: Rows, evaluation: dict[str, Any], path: str | Path) -> Path:
-    """Write the picture of a whole run: reward, lengths, KL and entropy, gradient norm, time."""
-    return _write(draw_run(metrics, evaluation), path, dpi=130)
-
-
 def plot_reward(metrics: Rows, evaluation: dict[str, Any], path: str | Path, title: str = "") -> Path:
     """Write one small picture, 900 x 450 pixels: the reward curve and the held-out accuracy before and after."""
     figure = _figure(5.625, 2.8125)
@@ -37,7 +32,7 @@ def plot_reward(metrics: Rows, evaluation: dict[str, Any], path: str | Path, tit
 
 
 def draw_run(metrics: Rows, evaluation: dict[str, Any]) -> "Figure":
-    """Return the figure that :func:`plot_run` writes."""
+    """Return the picture of a whole run: reward, lengths, KL and entropy, gradient norm, time."""
     figure = _figure(9.0, 8.2)
     grid = figure.add_gridspec(3, 2, height_ratios=(1.35, 1, 1))
     reward = figure.add_subplot(grid[0, :])

@@ -80,11 +80,12 @@ class SharedPromptCache:
         prompt_k, prompt_v = self._prompt[layer]  # (B * nkv, d, P), (B * nkv, P, d)
         prompts, longest = len(self.lengths), prompt_k.shape[-1]
         repeats = heads // kv_heads
-        slotted = q.view(kv_heads, repeats, prompts, self.per_prompt, d).permute(2, 0, 3, 1, 4)
+        # scaled before the products: in float16 the product of large queries and keys would overflow
+        slotted = (q * scaling).view(kv_heads, repeats, prompts, self.per_prompt, d).permute(2, 0, 3, 1, 4)
         slotted = slotted.reshape(prompts * kv_heads, self.per_prompt * repeats, d)  # (B * nkv, G' * rep, d)
         own_q = slotted.reshape(-1, repeats, d)  # (B * nkv * G', rep, d)
-        to_prompt = torch.baddbmm(self._mask_of_prompts(kv_heads, q.dtype), slotted, prompt_k, alpha=scaling)
-        to_own = torch.bmm(own_q, own_k.transpose(1, 2)).mul_(scaling)
+        to_prompt = torch.baddbmm(self._mask_of_prompts(kv_heads, q.dtype), slotted, prompt_k)
+        to_own = torch.bmm(own_q, own_k.transpose(1, 2))
         scores = torch.cat([to_prompt.view(-1, repeats, longest), to_own], dim=-1)  # (B * nkv * G', rep, P + t)
         if softcap:
             scores = torch.tanh(scores.float() / softcap) * softcap

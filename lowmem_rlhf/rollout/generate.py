@@ -5,11 +5,13 @@ What is left out: speculative and continuous batching. A wave of completions sta
 longest one; how many run at once is the plan's ``rollout_batch_size``.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 
+from lowmem_rlhf.errors import RunError
 from lowmem_rlhf.model.attention import PackedContext
 from lowmem_rlhf.model.base import SharedBase
 from lowmem_rlhf.model.logprobs import tiles
@@ -61,6 +63,9 @@ def generate(
         prompts: token ids, none empty.
         seed: the same seed gives the same completions, however many run at once.
         progress: called with (finished completions, all completions).
+
+    Raises:
+        RunError: the logits are not finite.
     """
     generator = torch.Generator(device="cpu").manual_seed(seed)
     uniforms = torch.rand(
@@ -101,6 +106,11 @@ def _wave(
         chosen = uniforms[torch.tensor(rows, dtype=torch.long, device="cpu"), t].to(base.device)
         tokens, logp = _draw_tiled(base, hidden, chosen, sampling, limits.tile)
         token_list, logp_list = tokens.tolist(), logp.tolist()
+        if not all(map(math.isfinite, logp_list)):
+            raise RunError(
+                f"the model's logits are not finite (completion token {t + 1}, {base.dtype}); with float16 take "
+                "hardware.compute_dtype=bfloat16 or float32, otherwise lower training.learning_rate"
+            )
         still: list[int] = []
         for i in live:
             ids[rows[i]].append(token_list[i])

@@ -26,7 +26,7 @@ def draw(logits: torch.Tensor, uniforms: torch.Tensor, sampling: Sampling) -> tu
     training pass computes. With greedy drawing it is taken at temperature 1.
 
     Args:
-        logits: (R, V) in the compute dtype or fp32.
+        logits: (R, V) in the compute dtype or fp32. Where they are not finite the log-prob is not either.
         uniforms: (R,) in [0, 1).
     """
     if sampling.temperature == 0:
@@ -43,7 +43,7 @@ def draw(logits: torch.Tensor, uniforms: torch.Tensor, sampling: Sampling) -> tu
     goal = (uniforms[:, None].to(total.dtype) * total[:, -1:]).clamp_(
         max=torch.nextafter(total[:, -1:], torch.zeros_like(total[:, -1:]))
     )
-    token = torch.searchsorted(total, goal, right=True).squeeze(-1)
+    token = torch.searchsorted(total, goal, right=True).squeeze(-1).clamp_(max=total.shape[-1] - 1)  # NaN: V
     return token, logp.gather(-1, token[:, None]).squeeze(-1)
 
 

@@ -4,6 +4,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
+
 from lowmem_rlhf.errors import UserError
 from lowmem_rlhf.model.base import SharedBase
 from lowmem_rlhf.run import RunDirectory
@@ -31,7 +33,7 @@ def load_checkpoint(folder: Path, base: SharedBase, stepper: Stepper) -> tuple[i
         state = json.loads((folder / STATE).read_text(encoding="utf-8"))
         base.load_adapter(folder)
         stepper.load(folder, state["optimizer"])
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
         raise UserError(
             f"checkpoint {folder} cannot be read ({type(error).__name__}: {error}); delete it to resume from an "
             "earlier one"

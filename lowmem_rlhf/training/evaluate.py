@@ -1,6 +1,7 @@
 """Held-out evaluation: sample completions of prompts never trained on and score them with the recipe's rewards."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from lowmem_rlhf.data.prompts import Example
@@ -14,8 +15,20 @@ from lowmem_rlhf.rollout.sampling import Sampling
 CORRECT = 1.0  # the accuracy reward's value from which a completion counts as correct
 
 
+@dataclass(frozen=True)
+class TrainerState:
+    """What reward functions can ask of the run, under TRL's names."""
+
+    global_step: int
+    max_steps: int
+
+
 def reward_completions(
-    rewards: Sequence[Reward], base: SharedBase, examples: Sequence[Example], completions: Sequence[Completion]
+    rewards: Sequence[Reward],
+    base: SharedBase,
+    examples: Sequence[Example],
+    completions: Sequence[Completion],
+    state: TrainerState,
 ) -> tuple[Scores, list[str]]:
     """Score completions of examples (one each); return the scores and the completions' texts.
 
@@ -29,7 +42,7 @@ def reward_completions(
     ]
     names = {name for example in examples for name in example.columns}
     columns = {name: [example.columns.get(name) for example in examples] for name in sorted(names)}
-    scores = score(rewards, [e.prompt for e in examples], given, [c.ids for c in completions], columns)
+    scores = score(rewards, [e.prompt for e in examples], given, [c.ids for c in completions], columns, state)
     return scores, texts
 
 
@@ -45,6 +58,7 @@ def evaluate(
     recipe: Recipe,
     rewards: Sequence[Reward],
     limits: Limits,
+    state: TrainerState,
     progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, Any]:
     """Return accuracy and the mean of every reward on held-out examples, in the role that ``base`` is in.
@@ -71,7 +85,7 @@ def evaluate(
     )
     completions = [completion for group in groups for completion in group]
     repeated = [example for example in examples for _ in range(settings.num_samples)]
-    scores, _ = reward_completions(rewards, base, repeated, completions)
+    scores, _ = reward_completions(rewards, base, repeated, completions, state)
     means = {f"reward/{name}": mean(values) for name, values in scores.by_name.items()}
     judged = [value for value in scores.by_name[settings.accuracy] if value is not None]
     return {

@@ -5,7 +5,6 @@ continues as the uninterrupted one would have.
 """
 
 import os
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any, TypeVar
@@ -17,6 +16,7 @@ from accelerate.utils import set_seed
 from lowmem_rlhf.algorithms.grpo import group_advantages
 from lowmem_rlhf.data.prompts import Example, PromptStream
 from lowmem_rlhf.errors import RunError
+from lowmem_rlhf.memory import clock, is_out_of_memory, peak_bytes, reset_peak, with_less
 from lowmem_rlhf.model.base import POLICY, SharedBase
 from lowmem_rlhf.planning.plan import Plan
 from lowmem_rlhf.recipe import Recipe
@@ -25,8 +25,7 @@ from lowmem_rlhf.rewards.loading import Reward
 from lowmem_rlhf.rollout.generate import Completion, Limits, generate
 from lowmem_rlhf.run import RunDirectory
 from lowmem_rlhf.training.checkpoint import load_checkpoint, save_checkpoint
-from lowmem_rlhf.training.evaluate import evaluate, reward_completions, sampling_of
-from lowmem_rlhf.training.memory import peak_bytes, reset_peak, with_less
+from lowmem_rlhf.training.evaluate import TrainerState, evaluate, reward_completions, sampling_of
 from lowmem_rlhf.training.metrics import Rollout, rollout_metrics, samples, update_metrics
 from lowmem_rlhf.training.optimizer import Stepper
 from lowmem_rlhf.training.update import (
@@ -91,7 +90,9 @@ class Trainer:
         """Continue from the run's latest checkpoint; a run that has none yet starts over."""
         latest = self.run.latest_checkpoint()
         if latest is None:
+            print("there is no checkpoint yet: the run starts over", flush=True)
             return
+        print(f"going on after step {latest[0]}", flush=True)
         self.step, counters = load_checkpoint(latest[1], self.base, self.stepper)
         self.learned_tokens = counters["learned_tokens"]
 
@@ -113,7 +114,7 @@ class Trainer:
         except BaseException as error:
             if self.step and self.stepper.taken == self._taken:
                 self._save()  # nothing of the finished steps is lost
-            if isinstance(error, torch.OutOfMemoryError):
+            if is_out_of_memory(error):
                 raise RunError(
                     f"the device's memory ran out in step {self.step + 1}; close other programs that use it, or set "
                     "hardware.quantization=nf4 or hardware.optim=adamw_8bit"
@@ -148,6 +149,7 @@ class Trainer:
                     self.recipe,
                     self.rewards,
                     replace(self.limits, rows=rows),
+                    TrainerState(self.step, self.recipe.training.max_steps),
                     lambda done, total: view.phase(f"evaluation {when}", done, total),
                 )
 
@@ -162,14 +164,14 @@ class Trainer:
 
     def _train_step(self, view: LiveView) -> None:
         reset_peak(self.base.device)
-        times = [time.perf_counter()]
+        times = [clock(self.base.device)]
         rollout = self._rollout(view)
-        times.append(time.perf_counter())
+        times.append(clock(self.base.device))
         batch = self._batch(rollout)
         rows = rows_to_train(batch, self.recipe.grpo)
         ref_logps = self._reference(batch, rows, view)
         quiet = None if rows else self._measure(batch, ref_logps)
-        times.append(time.perf_counter())
+        times.append(clock(self.base.device))
         learning_rate = self.stepper.learning_rate
         # without an advantage there is no signal: the KL term's gradient is zero while policy and reference agree;
         # a warm-up begins with a learning rate of zero
@@ -188,7 +190,7 @@ class Trainer:
             lambda done, total: view.phase("update", done, total),
         )
         self.passes = replace(self.passes, micro_batch_tokens=tokens)
-        times.append(time.perf_counter())
+        times.append(clock(self.base.device))
         if quiet:
             stats = replace(quiet, loss=stats.loss, grad_norm=stats.grad_norm)
         if self.stepper.skipped == skipped:
@@ -233,7 +235,8 @@ class Trainer:
         repeated = [example for example in examples for _ in range(generation.num_generations)]
         completions = [completion for group in groups for completion in group]
         view.phase("rewards")
-        scores, texts = reward_completions(self.rewards, self.base, repeated, completions)
+        state = TrainerState(self.step, self.recipe.training.max_steps)
+        scores, texts = reward_completions(self.rewards, self.base, repeated, completions, state)
         return Rollout(examples, completions, texts, scores)
 
     def _batch(self, rollout: Rollout) -> Batch:
@@ -268,7 +271,7 @@ class Trainer:
 
     def _adapter_sum(self) -> float:
         """A number that any change of the adapter changes."""
-        return sum(float(p.detach().double().abs().sum()) for p in self.stepper.parameters.values())
+        return sum(float(p.detach().cpu().double().abs().sum()) for p in self.stepper.parameters.values())
 
 
 def _accelerator(device: torch.device, recipe: Recipe, run: RunDirectory) -> Accelerator:

@@ -75,6 +75,7 @@ def samples(rollout: Rollout, batch: Batch, prompts: int) -> list[dict[str, Any]
             "advantage": batch.advantages[row],
             "tokens": len(batch.completions[row].ids),
             "truncated": batch.completions[row].truncated,
+            **{name: values[row] for name, values in rollout.scores.extra.items() if len(values) == len(rollout.texts)},
         }
         for row in range(0, len(batch.completions), group)[:prompts]
     ]

@@ -40,6 +40,7 @@ class Stepper:
         scale_loss: bool,
     ) -> None:
         self.parameters = parameters
+        self.optim = optim
         self.max_grad_norm = training.max_grad_norm
         self.skipped = 0  # steps left out because float16 gradients overflowed
         self.taken = 0  # steps begun by this process: parameters may have changed since it was last lower
@@ -96,6 +97,11 @@ class Stepper:
             self.scaler.update()
         if self.loss_scale < before:
             self.skipped += 1
+            if self.loss_scale < 1:
+                raise RunError(
+                    "float16 gradients overflow whatever the loss is scaled by; this model needs "
+                    "hardware.compute_dtype=bfloat16 or float32"
+                )
         else:
             self.scheduler.step()
         return norm
@@ -113,7 +119,8 @@ class Stepper:
                     numbers[f"{name}|{key}"] = value
         save_file(tensors, folder / "optimizer.safetensors")
         scheduler = {"last_epoch": self.scheduler.last_epoch}
-        return {"numbers": numbers, "scheduler": scheduler, "scaler": self.scaler.state_dict(), "skipped": self.skipped}
+        plain = {"optim": self.optim, "scheduler": scheduler, "scaler": self.scaler.state_dict()}
+        return {**plain, "numbers": numbers, "skipped": self.skipped}
 
     def load(self, folder: Path, plain: dict[str, Any]) -> None:
         """Take over what `save` wrote.
@@ -121,6 +128,11 @@ class Stepper:
         Raises:
             UserError: the state belongs to other parameters or another optimizer.
         """
+        if plain["optim"] != self.optim:
+            raise UserError(
+                f"the optimizer state in {folder} is {plain['optim']}'s, this run has {self.optim}; resume with "
+                f"hardware.optim={plain['optim']}"
+            )
         index = {name: i for i, name in enumerate(self.parameters)}
         state: dict[int, dict[str, Any]] = {}
         tensors = load_file(folder / "optimizer.safetensors", device="cpu")
@@ -136,5 +148,6 @@ class Stepper:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # that the optimizer was not stepped first; it was, by the run before
                 self.scheduler.step()
-        self.scaler.load_state_dict(plain["scaler"])
+        if plain["scaler"] and self.scaler.is_enabled():
+            self.scaler.load_state_dict(plain["scaler"])
         self.skipped = plain["skipped"]

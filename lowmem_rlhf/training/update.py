@@ -10,13 +10,13 @@ from dataclasses import dataclass, field, replace
 import torch
 
 from lowmem_rlhf.algorithms.grpo import k3, token_loss, token_weights
+from lowmem_rlhf.memory import with_less
 from lowmem_rlhf.model.attention import PackedContext
 from lowmem_rlhf.model.base import POLICY, SharedBase
 from lowmem_rlhf.model.logprobs import tiled_logprobs
 from lowmem_rlhf.model.packing import Group, PackedBatch, micro_batches, pack
 from lowmem_rlhf.recipe import GRPOSettings
 from lowmem_rlhf.rollout.generate import Completion
-from lowmem_rlhf.training.memory import with_less
 from lowmem_rlhf.training.optimizer import Stepper
 
 Progress = Callable[[int, int], None]

@@ -42,6 +42,11 @@ def fails_at_step_3(completions, completion_ids, **columns):
     return [len(ids) / 12 for ids in completion_ids]
 
 
+def counts_steps(completions, trainer_state, **columns):
+    assert trainer_state.max_steps == 2
+    return [trainer_state.global_step + n / 10 for n, _ in enumerate(completions)]
+
+
 def constant(completions, **columns):
     return [1.0] * len(completions)
 """
@@ -210,3 +215,44 @@ def test_resume_without_a_run_is_refused(train):
     done = train(options=["--resume"])
     assert done.code == 2 and "there is no run in run" in one_message(done)
     assert not done.run.path.exists()
+
+
+def test_a_reward_function_can_ask_for_the_step_as_with_trl(train):
+    done = train("rewards=['mine.py:counts_steps']", "training.max_steps=2")
+    assert done.code == 0, done.err
+    first, second = (row["reward/mean"] for row in done.run.metrics())
+    assert second == pytest.approx(first + 1)
+
+
+def test_ctrl_c_says_how_to_go_on(train, monkeypatch):
+    from lowmem_rlhf.training.loop import Trainer
+
+    real = Trainer._train_step
+
+    def interrupted(self, view):
+        if self.step == 2:
+            raise KeyboardInterrupt
+        real(self, view)
+
+    monkeypatch.setattr(Trainer, "_train_step", interrupted)
+    done = train("training.max_steps=4")
+    assert done.code == 1 and "--resume" in done.err and "Traceback" not in done.err
+    assert done.run.latest_checkpoint()[0] == 2
+
+
+def test_a_resumed_run_keeps_its_precision_and_optimizer(train):
+    done = train("training.max_steps=2", hardware={"device": "cpu", "quantization": "nf4", "optim": "adamw_8bit"})
+    assert done.code == 0, done.err
+    again = train("training.max_steps=3", options=["--resume"], hardware={"device": "cpu"})
+    assert again.code == 0, again.err
+    assert "going on after step 2" in again.out
+    settings, reasons = again.run.plan()["settings"], again.run.plan()["reasons"]
+    assert (settings["quantization"], settings["optim"]) == ("nf4", "adamw_8bit")
+    assert reasons["quantization"] == "as the run began"
+
+
+def test_a_damaged_checkpoint_is_one_sentence(train):
+    done = train("training.max_steps=2")
+    (done.run.latest_checkpoint()[1] / "optimizer.safetensors").write_bytes(b"torn")
+    again = train("training.max_steps=3", options=["--resume"])
+    assert again.code == 2 and "cannot be read" in one_message(again)

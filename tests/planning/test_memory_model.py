@@ -9,7 +9,7 @@ from lowmem_rlhf.planning.memory import MIB, Settings
 from lowmem_rlhf.recipe import load_recipe
 
 LORA = {"r": 16, "lora_alpha": 32.0, "target_modules": "all-linear"}
-SETTINGS = Settings("nf4", "float16", True, 4096, 64, 64, "adamw", LORA)
+SETTINGS = Settings("nf4", "float16", True, 4096, 64, "quantized", 64, "adamw", LORA)
 
 
 def dims(name: str) -> ModelDimensions:

@@ -4,7 +4,9 @@ import pytest
 import torch
 from tiny_models import CPU, EOS, FAMILIES, VOCAB, fill_adapter, tiny_base, tiny_model, tiny_tokenizer
 
+from lowmem_rlhf.errors import RunError
 from lowmem_rlhf.model.base import POLICY, SharedBase
+from lowmem_rlhf.rollout.decode import SharedPromptCache
 from lowmem_rlhf.rollout.generate import Limits, generate
 from lowmem_rlhf.rollout.sampling import Sampling
 from lowmem_rlhf.training.update import Batch, PassSettings, score
@@ -254,3 +256,22 @@ class Stock:
             return model.generate(**kwargs)
         finally:
             model.set_attn_implementation("lowmem")
+
+
+def test_logits_that_are_not_finite_end_the_rollout_with_a_sentence():
+    base, _ = tiny_base("llama")
+    with torch.no_grad():
+        base.head.module.weight.fill_(float("nan"))
+    with base.role("policy"), pytest.raises(RunError, match="logits are not finite"):
+        generate(base, [[5, 6, 7]], 2, 4, Sampling(), Limits(8, 64, 8), seed=0)
+
+
+def test_large_queries_and_keys_do_not_overflow_float16_while_decoding():
+    heads, d = 4, 64
+    prompt = (torch.full((2, 3, d), 40.0, dtype=torch.float16), torch.ones(2, 3, d, dtype=torch.float16))
+    cache = SharedPromptCache({0: [prompt]}, [0, 0], torch.device("cpu"), 4)
+    cache.advance()
+    q = torch.full((heads, 2, d), 40.0, dtype=torch.float16)  # q k = 102,400, more than float16 holds; scaled: 12,800
+    k = torch.full((2, 2, d), 40.0, dtype=torch.float16)
+    out = cache.attend(0, q, k, torch.ones(2, 2, d, dtype=torch.float16), d**-0.5, None, None)
+    assert torch.allclose(out, torch.ones_like(out))

@@ -1,5 +1,7 @@
 """The sampler's token frequencies against the exact distribution."""
 
+import math
+
 import pytest
 import torch
 
@@ -117,3 +119,12 @@ def test_a_row_is_drawn_the_same_in_any_batch():
     together = draw(rows.clone(), uniforms, sampling)[0]
     alone = [int(draw(rows[i : i + 1].clone(), uniforms[i : i + 1], sampling)[0]) for i in range(9)]
     assert together.tolist() == alone
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_logits_that_are_not_finite_give_a_token_of_the_vocabulary_and_a_log_prob_that_tells(value):
+    logits = torch.zeros(2, 7)
+    logits[1] = value
+    token, logp = draw(logits, torch.tensor([0.5, 0.5]), Sampling())
+    assert token.max() < 7
+    assert math.isfinite(logp[0]) and not math.isfinite(logp[1])

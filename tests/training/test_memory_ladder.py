@@ -5,7 +5,7 @@ import torch
 from training_cases import CPU
 
 from lowmem_rlhf.errors import RunError
-from lowmem_rlhf.training.memory import with_less
+from lowmem_rlhf.memory import with_less
 
 
 class Card:

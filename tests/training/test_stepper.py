@@ -230,3 +230,30 @@ def test_a_gradient_that_is_not_finite_changes_nothing_and_is_an_error(value):
     with pytest.raises(RunError, match=r"gradient became .*learning_rate"):
         stepper.step()
     assert torch.equal(parameter.detach(), torch.ones(4)) and stepper.taken == 0
+
+
+def test_float16_that_overflows_at_every_scale_is_an_error():
+    parameter = torch.nn.Parameter(torch.ones(4))
+    stepper = stepper_of({"w": parameter}, scale_loss=True)
+    with pytest.raises(RunError, match=r"overflow .*compute_dtype"):
+        for _ in range(40):
+            stepper.zero_grad()
+            parameter.grad[0] = float("inf")
+            stepper.step()
+    assert torch.equal(parameter.detach(), torch.ones(4))
+
+
+def test_the_state_of_the_other_optimizer_is_refused(tmp_path):
+    parameters = {"w": torch.nn.Parameter(torch.ones(4))}
+    plain = stepper_of(parameters).save(tmp_path)
+    with pytest.raises(UserError, match=r"is adamw's.*hardware\.optim=adamw"):
+        stepper_of(parameters, optim="adamw_8bit").load(tmp_path, plain)
+
+
+@pytest.mark.parametrize("saved_scaled", [False, True])
+def test_a_state_goes_over_to_and_from_loss_scaling(saved_scaled, tmp_path):
+    parameters = {"w": torch.nn.Parameter(torch.ones(4))}
+    plain = json.loads(json.dumps(stepper_of(parameters, scale_loss=saved_scaled).save(tmp_path)))
+    other = stepper_of(parameters, scale_loss=not saved_scaled)
+    other.load(tmp_path, plain)
+    assert other.loss_scale == (1.0 if saved_scaled else INITIAL_LOSS_SCALE)

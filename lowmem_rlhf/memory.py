@@ -1,8 +1,9 @@
 """Peak memory of the device, and the ladder that a step climbs down when memory runs out."""
 
 import gc
+import time
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import psutil
 import torch
@@ -14,15 +15,34 @@ T = TypeVar("T")
 
 def reset_peak(device: torch.device) -> None:
     """Start measuring a new peak (on a device that counts; the CPU does not)."""
-    if device.type != "cpu":
-        torch.get_device_module(device).reset_peak_memory_stats()
+    if reset := _counter(device, "reset_peak_memory_stats"):
+        reset(device)
 
 
 def peak_bytes(device: torch.device) -> int:
-    """Return the device's peak of allocated bytes since `reset_peak`; on the CPU the process's resident bytes now."""
-    if device.type == "cpu":
-        return psutil.Process().memory_info().rss
-    return int(torch.get_device_module(device).max_memory_allocated())
+    """Return the device's peak of allocated bytes since `reset_peak`; where nobody counts, the process's bytes now."""
+    if count := _counter(device, "max_memory_allocated"):
+        return int(count(device))
+    return psutil.Process().memory_info().rss
+
+
+def clock(device: torch.device) -> float:
+    """Return seconds, once the device has done what it was given."""
+    if wait := _counter(device, "synchronize"):
+        wait()
+    return time.perf_counter()
+
+
+def _counter(device: torch.device, name: str) -> Callable[..., Any] | None:
+    return None if device.type == "cpu" else getattr(torch.get_device_module(device), name, None)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that memory ran out; cuBLAS, bitsandbytes and the CPU have no type of their own for it."""
+    if isinstance(error, torch.OutOfMemoryError):
+        return True
+    signs = ("out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "can't allocate memory")
+    return isinstance(error, RuntimeError) and any(sign in str(error) for sign in signs)
 
 
 def with_less(
@@ -49,15 +69,17 @@ def with_less(
     while True:
         try:
             return work(size), size
-        except torch.OutOfMemoryError as error:
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
             if size <= least:
                 raise RunError(
                     f"the device's memory ran out even with {key}={size}; shorten generation.max_completion_length, "
                     "take a smaller model or hardware.quantization=nf4"
                 ) from error
         gc.collect()
-        if device.type != "cpu":
-            torch.get_device_module(device).empty_cache()
+        if empty := _counter(device, "empty_cache"):
+            empty()
         smaller = max(least, size // 2)
         say(f"the device's memory ran out with {key}={size}; going on with {smaller}")
         size = smaller
