@@ -19,7 +19,8 @@ from transformers import AttentionInterface
 from lowmem_rlhf.model.packing import Bucket
 
 NAME = "lowmem"
-EXPLICIT_KEYS = 256  # up to this many keys the CPU is several times faster, backward above all, with explicit scores
+EXPLICIT_KEYS = 256  # up to this many keys explicit scores are several times faster, backward above all, on these:
+EXPLICIT_ON = {"cpu"}
 
 
 class AttentionContext(Protocol):
@@ -129,7 +130,7 @@ class PackedContext:
     ) -> torch.Tensor:
         """Causal attention of q (B, nh, Q, d) over k, v (B, nkv, K, d), aligned at the end; returns (B, nh, Q, d)."""
         queries, keys = q.shape[-2], k.shape[-2]
-        if softcap or (q.device.type == "cpu" and keys <= EXPLICIT_KEYS):
+        if softcap or (q.device.type in EXPLICIT_ON and keys <= EXPLICIT_KEYS):
             return _explicit(q, k, v, scaling, self._mask(queries, keys, window, q), softcap)
         repeats = q.shape[1] // k.shape[1]
         k, v = expand_heads(k, repeats), expand_heads(v, repeats)

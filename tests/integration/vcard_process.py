@@ -20,6 +20,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import lowmem_rlhf.training.loop as loop
 from lowmem_rlhf import cli
+from lowmem_rlhf.model import attention
 from lowmem_rlhf.model.base import SharedBase
 from lowmem_rlhf.session import train
 from lowmem_rlhf.training.optimizer import Stepper
@@ -31,6 +32,7 @@ PRECISIONS = {
     "float16": {"quantization": "none", "compute_dtype": "float16"},
     "nf4": {"quantization": "nf4", "compute_dtype": "bfloat16"},
 }
+attention.EXPLICIT_ON.clear()  # the CPU's runs take SDPA, as a card does
 facts: dict[str, Any] = {}
 
 
