@@ -29,7 +29,7 @@ def peak_bytes(device: torch.device) -> int:
 def clock(device: torch.device) -> float:
     """Return seconds, once the device has done what it was given."""
     if wait := _counter(device, "synchronize"):
-        wait()
+        wait(device) if device.index else wait()  # not every kind of device takes an argument
     return time.perf_counter()
 
 

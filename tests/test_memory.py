@@ -47,3 +47,10 @@ def test_a_device_that_counts_nothing_reports_the_process(device_module):
 )
 def test_what_counts_as_out_of_memory(error, out):
     assert memory.is_out_of_memory(error) is out
+
+
+def test_the_clock_waits_for_the_device_that_computes(device_module):
+    device_module.module.synchronize = lambda *device: device_module.asked.append(device)
+    memory.clock(torch.device("cuda:1"))
+    memory.clock(torch.device("mps"))
+    assert device_module.asked == [(torch.device("cuda:1"),), ()]
