@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from lowmem_rlhf.algorithms.grpo import group_advantages, token_loss, token_weights
+from lowmem_rlhf.algorithms.grpo import group_advantages, importance_weights, token_loss, token_weights
 
 NAN = float("nan")
 
@@ -130,3 +130,58 @@ def test_without_beta_the_reference_is_only_measured():
     result, gradient = loss_of(1.0, 2.0, ref=0.5, beta=0.0)
     assert result.kl.item() == pytest.approx(math.exp(0.5) - 1.5)
     assert (result.loss.item(), gradient) == (-2.0, -2.0)
+
+
+# two completions of two and three tokens: how much likelier the training pass finds each token than the sampler did
+RATIOS = [2.0, 0.5, 3.0, 2.0, 0.25]
+IMPORTANCE = [
+    ("token_truncate", None, 2.5, [2.0, 0.5, 2.5, 2.0, 0.25]),
+    ("token_truncate", 0.4, None, [2.0, 0.5, 3.0, 2.0, 0.4]),
+    ("token_mask", None, 2.5, [2.0, 0.5, 0.0, 2.0, 0.25]),
+    ("token_mask", 0.4, 2.5, [2.0, 0.5, 0.0, 2.0, 0.0]),
+    ("sequence_truncate", None, 1.2, [1.0, 1.0, 1.2, 1.2, 1.2]),
+    ("sequence_mask", None, 1.2, [1.0, 1.0, 0.0, 0.0, 0.0]),
+    ("sequence_mask", 1.1, None, [0.0, 0.0, 1.5, 1.5, 1.5]),
+]
+
+
+def ratios_to_weights(ratios, mode, low, high):
+    sampling = torch.linspace(-3, -1, len(ratios))
+    old = (sampling + torch.tensor(ratios).log()).requires_grad_()
+    return importance_weights(old, sampling, [2, len(ratios) - 2], mode, low, high)
+
+
+@pytest.mark.parametrize(("mode", "low", "high", "expected"), IMPORTANCE)
+def test_importance_weights_are_bounded_ratios(mode, low, high, expected):
+    got = ratios_to_weights(RATIOS, mode, low, high)
+    assert got.tolist() == pytest.approx(expected)
+    assert not got.requires_grad  # constants of the loss
+
+
+@pytest.mark.parametrize("mode", ["token_truncate", "token_mask", "sequence_truncate", "sequence_mask"])
+def test_equal_log_probs_have_importance_weights_of_one(mode):
+    assert ratios_to_weights([1.0] * 5, mode, 0.9, 1.1).tolist() == pytest.approx([1.0] * 5)
+
+
+def test_an_unknown_importance_mode_is_refused():
+    with pytest.raises(ValueError, match=r"importance_sampling_mode: got 'token_clip'; allowed are token_truncate"):
+        ratios_to_weights(RATIOS, "token_clip", None, 3.0)
+
+
+def test_importance_weights_leave_the_kl_term_alone():
+    def gradient(weight, advantage, beta):
+        logps = torch.tensor([-1.0], requires_grad=True)
+        result = token_loss(
+            logps,
+            torch.tensor([-1.0]),
+            torch.tensor([advantage]),
+            0.2,
+            0.2,
+            torch.tensor([-0.5]),
+            beta,
+            torch.tensor([weight]),
+        )
+        return torch.autograd.grad(result.loss.sum(), logps)[0].item()
+
+    assert gradient(0.5, 2.0, 0.0) == pytest.approx(-1.0)
+    assert gradient(0.0, 2.0, 0.04) == pytest.approx(0.04 * -0.5)

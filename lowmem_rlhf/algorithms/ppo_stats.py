@@ -1,0 +1,58 @@
+"""What an update did, added up over its micro-batches: means over real tokens, in float64, whatever the split."""
+
+import math
+from dataclasses import dataclass, field
+
+import torch
+
+from lowmem_rlhf.algorithms.ppo import PolicyLoss, ValueLoss
+
+
+@dataclass
+class PPOStatistics:
+    """Sums over the tokens of micro-batches, and the metrics that they give.
+
+    Attributes:
+        tokens: tokens of the policy's loss so far.
+        value_tokens: positions of the value loss so far; 0 for an algorithm without a critic.
+    """
+
+    tokens: int = 0
+    value_tokens: int = 0
+    _policy: list[float] = field(default_factory=lambda: [0.0] * 6)
+    _ratios: tuple[float, float] = (math.inf, -math.inf)
+    _value: list[float] = field(default_factory=lambda: [0.0] * 2)
+
+    @torch.no_grad()
+    def add(self, policy: PolicyLoss, value: ValueLoss | None = None) -> None:
+        """Take in a micro-batch of at least one token; one transfer from the device."""
+        off = policy.ratio.double() - 1  # from 1, so that the square keeps its digits
+        sums = [policy.loss, policy.approx_kl, policy.approx_kl_k3, policy.clipped, off, off.square()]
+        values = [value.loss, value.clipped] if value else []
+        totals = torch.stack([x.double().sum() for x in sums + values] + list(policy.ratio.double().aminmax())).tolist()
+        self._policy = [a + b for a, b in zip(self._policy, totals[: len(sums)], strict=True)]
+        self._ratios = min(self._ratios[0], totals[-2]), max(self._ratios[1], totals[-1])
+        self.tokens += len(policy.loss)
+        if value:
+            self._value = [a + b for a, b in zip(self._value, totals[len(sums) : -2], strict=True)]
+            self.value_tokens += len(value.loss)
+
+    def metrics(self) -> dict[str, float]:
+        """Return means over all tokens taken in, and the ratio's deviation and range; nothing if there were none."""
+        found: dict[str, float] = {}
+        if self.tokens:
+            loss, approx_kl, approx_kl_k3, clipped, off, squares = (x / self.tokens for x in self._policy)
+            found = {
+                "policy/loss": loss,
+                "policy/approx_kl": approx_kl,
+                "policy/approx_kl_k3": approx_kl_k3,
+                "policy/clip_fraction": clipped,
+                "policy/ratio_mean": 1 + off,
+                "policy/ratio_std": math.sqrt(max(squares - off**2, 0.0)),
+                "policy/ratio_min": self._ratios[0],
+                "policy/ratio_max": self._ratios[1],
+            }
+        if self.value_tokens:
+            loss, clipped = (x / self.value_tokens for x in self._value)
+            found |= {"value/loss": loss, "value/clip_fraction": clipped}
+        return found

@@ -1,0 +1,86 @@
+"""RLOO and REINFORCE++: advantages without a critic. Their loss is `ppo.policy_loss`.
+
+RLOO (Ahmadian et al. 2024, arXiv 2402.14740) takes an answer as one action and compares it with the other answers to
+the same prompt. REINFORCE++ (Hu 2025, arXiv 2501.03262) sums up the rewards that follow each token and normalises over
+the whole batch; its baseline variant first takes the mean score of the prompt's answers away.
+
+Shapes: B prompts, G completions a prompt, N = B * G, L tokens of the longest one.
+"""
+
+import torch
+
+from lowmem_rlhf.algorithms.padded import token_mask, whiten, zero_padding
+from lowmem_rlhf.algorithms.ppo import gae
+from lowmem_rlhf.algorithms.shaping import token_rewards
+
+
+def sequence_rewards(scores: torch.Tensor, kl: torch.Tensor, lengths: torch.Tensor, kl_coef: float) -> torch.Tensor:
+    """Return (N,) ``score - kl_coef * sum of kl``, the reward of an answer taken as one action.
+
+    Args:
+        scores: (N,); NaN marks an answer that no reward function scored, and stays.
+        kl: (N, L) estimates, nats (RLOO: k1).
+        lengths: (N,) real tokens.
+        kl_coef: reward for each nat.
+
+    Raises:
+        ValueError: a length outside 1..L.
+    """
+    return scores - kl_coef * zero_padding(kl, token_mask(lengths, kl.shape[1])).sum(1)
+
+
+def rloo_advantages(rewards: torch.Tensor, normalize_advantages: bool = False) -> torch.Tensor:
+    """Return advantages (B, G): each reward less the mean of the group's other rewards.
+
+    Args:
+        rewards: (B, G) from `sequence_rewards`; NaN is left out of the means. Its advantage is 0, and so is that of a
+            reward that is the only one of its group.
+        normalize_advantages: less their mean over their unbiased deviation plus 1e-4, over the batch (TRL's option).
+
+    Raises:
+        ValueError: G is less than 2, so that there is nothing to compare with.
+    """
+    if rewards.shape[1] < 2:
+        raise ValueError(f"num_generations: got {rewards.shape[1]}; RLOO compares at least 2 completions of a prompt")
+    count = (~rewards.isnan()).sum(1, keepdim=True)
+    others = (rewards.nansum(1, keepdim=True) - rewards) / (count - 1)  # 0 / 0 for the only one of its group
+    advantages = rewards - others
+    if normalize_advantages:
+        known = advantages[~advantages.isnan()]
+        deviation = known.std() if len(known) > 1 else known.new_zeros(())
+        advantages = (advantages - known.mean()) / (deviation + 1e-4)
+    return advantages.nan_to_num(nan=0.0)
+
+
+def reinforce_plus_plus_advantages(
+    kl: torch.Tensor,
+    scores: torch.Tensor,
+    lengths: torch.Tensor,
+    kl_coef: float,
+    gamma: float = 1.0,
+    baseline_generations: int | None = None,
+) -> torch.Tensor:
+    """Return advantages (N, L): for each token the sum of its and the following rewards, whitened over the batch.
+
+    Args:
+        kl: (N, L) estimates, nats.
+        scores: (N,) finite, on the last real token; the completions of a prompt stand together.
+        lengths: (N,) real tokens.
+        kl_coef: reward for each nat; the baseline variant usually has 0 here and a KL term in its loss.
+        gamma: discount a token.
+        baseline_generations: G, for the variant REINFORCE++-baseline: scores less the mean of their prompt's G.
+
+    Raises:
+        ValueError: a length outside 1..L, or N is not a multiple of G, or G is less than 2.
+    """
+    if baseline_generations is not None:
+        if baseline_generations < 2 or len(scores) % baseline_generations:
+            raise ValueError(
+                f"num_generations: got {baseline_generations} for {len(scores)} completions; the group baseline needs "
+                "at least 2 completions of every prompt"
+            )
+        groups = scores.view(-1, baseline_generations)
+        scores = (groups - groups.mean(1, keepdim=True)).flatten()
+    rewards = token_rewards(kl, scores, lengths, kl_coef)
+    following, _ = gae(rewards, torch.zeros_like(rewards), lengths, gamma, lam=1.0)
+    return whiten(following, token_mask(lengths, kl.shape[1]))
