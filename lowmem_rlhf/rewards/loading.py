@@ -1,4 +1,5 @@
-"""From the `rewards` of a recipe to callables: shipped functions by name, the user's own as ``path.py:function``."""
+"""From the `rewards` of a recipe to callables: shipped functions and learned rewards by name, the user's own as
+``path.py:function``."""
 
 import importlib.util
 import inspect
@@ -7,12 +8,15 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lowmem_rlhf.errors import UserError
-from lowmem_rlhf.recipe import RewardConfig
+from lowmem_rlhf.recipe import LEARNED_REWARDS, RewardConfig
 from lowmem_rlhf.rewards.functions import SHIPPED
 from lowmem_rlhf.suggest import did_you_mean
+
+if TYPE_CHECKING:
+    from lowmem_rlhf.rewards.learned import Room
 
 # What every reward function is given besides the columns of the data and its own options (as TRL does).
 GIVEN = ("prompts", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric")
@@ -20,24 +24,46 @@ GIVEN = ("prompts", "completions", "completion_ids", "trainer_state", "log_extra
 
 @dataclass(frozen=True)
 class Reward:
-    """A reward function with its metric's name, its weight in the total and its options."""
+    """A reward function with its metric's name, its weight in the total and its options.
+
+    Attributes:
+        columns: columns of the data that it needs besides those its signature names.
+        placement: ``device`` and ``reason`` of a learned reward's model.
+    """
 
     name: str
     function: Callable[..., Any]
     weight: float = 1.0
     options: dict[str, Any] = field(default_factory=dict)
+    columns: tuple[str, ...] = ()
+    placement: dict[str, str] | None = None
 
 
-def load_rewards(configs: list[RewardConfig]) -> list[Reward]:
-    """Load the reward functions of a recipe, in its order.
+def load_rewards(configs: list[RewardConfig], device: str = "cpu", free_bytes: int = 0) -> list[Reward]:
+    """Load the rewards of a recipe, in its order.
 
     The file of a ``path.py:function`` is the user's own code and is executed.
 
+    Args:
+        configs: the recipe's rewards.
+        device: the policy's, where the models of learned rewards lie as well if they fit.
+        free_bytes: what the plan leaves there.
+
     Raises:
         UserError: unknown name; file absent or failing on import; function absent or not callable; options it does not
-            take, lacks or refuses.
+            take, lacks or refuses; a model that cannot be loaded or is of another kind.
     """
-    return [_load(config) for config in configs]
+    if not any(config.function in LEARNED_REWARDS for config in configs):
+        return [_load(config, None) for config in configs]
+    from lowmem_rlhf.rewards.learned import Room
+
+    room = Room(device, free_bytes)
+    return [_load(config, room) for config in configs]
+
+
+def placements(rewards: Iterable[Reward]) -> dict[str, dict[str, str]]:
+    """Return by name where the models of learned rewards lie, and why."""
+    return {reward.name: reward.placement for reward in rewards if reward.placement}
 
 
 def check_reward_columns(rewards: list[Reward], columns: Iterable[str]) -> None:
@@ -48,7 +74,7 @@ def check_reward_columns(rewards: list[Reward], columns: Iterable[str]) -> None:
     """
     columns = list(columns)
     for reward in rewards:
-        for name in _required(reward.function):
+        for name in (*_required(reward.function), *reward.columns):
             if name not in (*GIVEN, *columns, *reward.options):
                 hint = did_you_mean(name, columns)
                 raise UserError(
@@ -65,19 +91,30 @@ def accepted(function: Callable[..., Any], arguments: dict[str, Any]) -> dict[st
     return {name: value for name, value in arguments.items() if name in parameters}
 
 
-def _load(config: RewardConfig) -> Reward:
+def _load(config: RewardConfig, room: "Room | None") -> Reward:
+    if config.function in LEARNED_REWARDS:
+        return _learned(config, room)
     if ".py" in config.function or ":" in config.function:
         function = _from_file(config.function)
     elif config.function in SHIPPED:
         function = SHIPPED[config.function]
     else:
         raise UserError(
-            f"rewards: got {config.function!r}; give path.py:function or one of {', '.join(SHIPPED)}"
-            f"{did_you_mean(config.function, SHIPPED)}"
+            f"rewards: got {config.function!r}; give path.py:function or one of {', '.join(_NAMES)}"
+            f"{did_you_mean(config.function, _NAMES)}"
         )
     reward = Reward(config.name, function, config.weight, dict(config.options))
     _check_options(reward, shipped=config.function in SHIPPED)
     return reward
+
+
+def _learned(config: RewardConfig, room: "Room | None") -> Reward:
+    from lowmem_rlhf.rewards.learned import load_learned
+
+    assert room is not None
+    function, device, reason = load_learned(config, room)
+    placement = {"model": config.options["model"], "device": device, "reason": reason}
+    return Reward(config.name, function, config.weight, columns=function.columns, placement=placement)
 
 
 def _from_file(reference: str) -> Callable[..., Any]:
@@ -118,6 +155,9 @@ def _import(path: Path, source: str) -> ModuleType:
     finally:
         sys.path.remove(str(path.parent))
     return module
+
+
+_NAMES = (*SHIPPED, *LEARNED_REWARDS)
 
 
 def _has_signature(function: Callable[..., Any]) -> bool:

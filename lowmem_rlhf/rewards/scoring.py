@@ -70,6 +70,8 @@ def _call(reward: Reward, arguments: dict[str, Any]) -> Any:
     try:
         result = reward.function(**accepted(reward.function, arguments))
         return asyncio.run(_awaited(result)) if inspect.isawaitable(result) else result
+    except RunError as error:
+        raise RunError(f"reward {reward.name}: {error}") from error
     except LowmemError:
         raise
     except Exception as error:

@@ -58,7 +58,9 @@ def test_a_users_function(users_file):
 
 
 def test_refused_names():
-    refused(rf"got 'gsm8k_anwser'; give path.py:function or one of {', '.join(SHIPPED)}; did you mean", "gsm8k_anwser")
+    names = ", ".join([*SHIPPED, "classifier", "similarity"])
+    refused(rf"got 'gsm8k_anwser'; give path.py:function or one of {names}; did you mean", "gsm8k_anwser")
+    refused(r"got 'clasifier'; .*; did you mean 'classifier'\?", "clasifier")
     refused("'rewards.py'; a function of your own is written path.py:function", "rewards.py")
     refused("written path.py:function", "rewards:mine")
     refused("written path.py:function", "rewards.py:")

@@ -1,0 +1,66 @@
+"""Learned rewards by name: loaded once, each placed beside the policy or on the CPU."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from lowmem_rlhf.errors import LowmemError, UserError
+from lowmem_rlhf.hardware.detect import detect
+from lowmem_rlhf.planning.choices import PINNED
+from lowmem_rlhf.planning.placement import reward_bytes, reward_device
+from lowmem_rlhf.recipe import LEARNED_REWARDS, ClassifierReward, RewardConfig, SimilarityReward
+from lowmem_rlhf.rewards.classifier import Classifier, load_classifier
+from lowmem_rlhf.rewards.similarity import Similarity, load_similarity
+
+
+@dataclass
+class Room:
+    """The policy's device, and what is still free there for rewards."""
+
+    device: str = "cpu"
+    free_bytes: int = 0
+
+
+def load_learned(config: RewardConfig, room: Room) -> tuple[Classifier | Similarity, str, str]:
+    """Load a learned reward; return it with its device and why it is there. Takes what it needs from the room.
+
+    Raises:
+        UserError: an option that the model or the machine does not have; the message names the reward.
+        RunError: the memory of its device ran out.
+    """
+    options: Any = LEARNED_REWARDS[config.function].model_validate(config.options)
+    try:
+        reward = _load(options)
+        device, reason = _placed(reward, options.device, room)
+        reward.encoder.to(device)
+    except LowmemError as error:
+        raise type(error)(f"rewards: {config.name}: {error}") from error
+    return reward, device, reason
+
+
+def _load(options: Any) -> Classifier | Similarity:
+    if isinstance(options, ClassifierReward):
+        return load_classifier(options)
+    assert isinstance(options, SimilarityReward)
+    return load_similarity(options)
+
+
+def _placed(reward: Classifier | Similarity, wanted: str, room: Room) -> tuple[str, str]:
+    """Return the device and why: what the recipe says, else the policy's where the room is large enough."""
+    if wanted != "auto":
+        device, reason = detect(wanted).torch_device, PINNED
+        if not _computes(device):
+            raise UserError(f"device: got {wanted!r}, which this torch ({torch.__version__}) cannot use; take cpu")
+    else:
+        encoder = reward.encoder
+        device, reason = reward_device(encoder.weight_bytes, encoder.work_bytes, room.device, room.free_bytes)
+        if not _computes(device):
+            device, reason = "cpu", f"this torch ({torch.__version__}) cannot use {device}"
+    if device == room.device:
+        room.free_bytes -= reward_bytes(reward.encoder.weight_bytes, reward.encoder.work_bytes, device)
+    return device, reason
+
+
+def _computes(device: str) -> bool:
+    return not device.startswith("cuda") or torch.cuda.is_available()
