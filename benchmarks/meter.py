@@ -1,12 +1,13 @@
 """Time and peak live bytes of the phases of a step."""
 
-import time
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
 from live_bytes import LiveBytes
+
+from lowmem_rlhf.memory import clock
 
 
 class Meter:
@@ -37,9 +38,7 @@ class Meter:
 
     def _close(self) -> None:
         """Charge what happened since the last change to the phase that was open."""
-        if self.device.type != "cpu":
-            torch.get_device_module(self.device).synchronize()
-        now = time.perf_counter()
+        now = clock(self.device)
         if self._open:
             name = self._open[-1]
             self.seconds[name] += now - self._since

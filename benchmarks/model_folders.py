@@ -1,0 +1,66 @@
+"""Model folders made for a benchmark: a real model with fewer layers, and a tiny random one."""
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+TINY = {"vocab_size": 512, "hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 4}
+LAYER_KEYS = ("num_hidden_layers", "n_layer", "n_layers")
+
+
+def model_folder(model: str) -> Path:
+    """Return the local folder of a model in transformers' format; a GGUF is converted, a Hub id fetched."""
+    from lowmem_rlhf.model.load import convert_gguf
+    from lowmem_rlhf.model.source import is_local, resolve_model
+
+    path = resolve_model(model)
+    if not is_local(path):
+        from huggingface_hub import snapshot_download
+
+        return Path(snapshot_download(path, allow_patterns=["*.json", "*.safetensors", "*.model", "*.jinja"]))
+    return convert_gguf(Path(path)) if path.endswith(".gguf") else Path(path)
+
+
+def truncated(folder: Path, layers: int, target: Path) -> Path:
+    """Make ``target`` the same model with its first ``layers`` layers only; the weights are linked, not copied.
+
+    Raises:
+        ValueError: the model has fewer layers.
+    """
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    key = next(key for key in LAYER_KEYS if key in config)
+    if not 1 <= layers <= config[key]:
+        raise ValueError(f"got {layers} layers; {folder} has {config[key]}")
+    config[key] = layers
+    if isinstance(config.get("layer_types"), list):
+        config["layer_types"] = config["layer_types"][:layers]
+    target.mkdir(parents=True)
+    for file in folder.iterdir():
+        if file.name == "config.json" or file.is_dir():
+            continue
+        try:
+            os.symlink(file.resolve(), target / file.name)
+        except OSError:  # Windows without the right to link
+            shutil.copyfile(file, target / file.name)
+    (target / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    return target
+
+
+def tiny_llama(folder: Path) -> Path:
+    """Write a random Llama of four layers with a tokenizer of bytes into ``folder``."""
+    import torch
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    config = LlamaConfig(**TINY, num_attention_heads=4, num_key_value_heads=2, eos_token_id=2, tie_word_embeddings=True)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        LlamaForCausalLM(config).save_pretrained(folder)
+    symbols = ["<pad>", "<s>", "</s>", *sorted(pre_tokenizers.ByteLevel.alphabet())]
+    tokenizer = Tokenizer(models.BPE(vocab={symbol: i for i, symbol in enumerate(symbols)}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    special = {"pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>"}
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special).save_pretrained(folder)
+    return folder

@@ -1,0 +1,129 @@
+"""One GRPO step of our engine, piece by piece in the order of the training loop, timed and measured by phase.
+
+Every completion has exactly the length that was asked for: the base's set of stop tokens is empty. The reward is a
+number made from a hash of the completion's text.
+"""
+
+import argparse
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from live_bytes import LiveBytes
+from meter import Meter
+from work import ALPHA, BETA, LEARNING_RATE, RANK, hash_reward
+
+from lowmem_rlhf.algorithms.grpo import group_advantages
+from lowmem_rlhf.data.prompts import build_examples
+from lowmem_rlhf.model.base import SharedBase
+from lowmem_rlhf.recipe import DataConfig, GRPOSettings, TrainingConfig
+from lowmem_rlhf.rollout.generate import Completion, Limits, generate
+from lowmem_rlhf.rollout.sampling import Sampling
+from lowmem_rlhf.training.optimizer import Stepper
+from lowmem_rlhf.training.update import Batch, PassSettings, rows_to_train, score, update
+
+Prompts = Sequence[Sequence[int]]
+
+
+@dataclass(frozen=True)
+class Cut:
+    """What bounds the memory of a step.
+
+    Attributes:
+        rows: completions written at once (``rollout_batch_size``).
+        micro_batch_tokens: packed tokens of one pass.
+        tile: positions whose logits exist at once.
+        checkpointing: layers whose activations are made again in the backward pass: all, none, or the first so many.
+        dequantized: an NF4 base lends the rollout a 16-bit copy of its weights.
+    """
+
+    rows: int
+    micro_batch_tokens: int
+    tile: int
+    checkpointing: bool | int = True
+    dequantized: bool = True
+
+
+def cut_of(work: argparse.Namespace) -> Cut:
+    """Return the settings that the flags describe; all completions are written at once."""
+    rows, dequantized = work.prompts * work.generations, work.rollout_weights == "dequantized"
+    return Cut(rows, work.micro_batch_tokens, work.tile, work.checkpointing, dequantized)
+
+
+class _Endless(SharedBase):
+    stop_ids = frozenset()  # type: ignore[assignment]
+
+
+class OurStep:
+    """The base with a LoRA on all linear layers, its optimizer, and steps of them on whatever work is given.
+
+    Args:
+        model: as in a recipe.
+        device: where everything lies.
+        quantization, compute_dtype: as in a recipe's section ``hardware``.
+    """
+
+    def __init__(
+        self, model: str, device: torch.device, quantization: str = "nf4", compute_dtype: str = "bfloat16"
+    ) -> None:
+        self.device, self.taken = device, 0
+        self.base = _Endless.load(model, device, quantization, compute_dtype, r=RANK, lora_alpha=ALPHA)
+        self.grpo = GRPOSettings(beta=BETA, loss_type="dapo")
+        training = TrainingConfig(learning_rate=LEARNING_RATE, lr_scheduler_type="constant")
+        half = compute_dtype == "float16"
+        self.stepper = Stepper(self.base.trainable(), training, "adamw", 100, device, scale_loss=half)
+
+    def encode(self, questions: Sequence[str]) -> list[list[int]]:
+        """Return the questions as prompts in the model's chat template."""
+        data = DataConfig(train="questions", answer=None, max_prompt_length=10_000)
+        rows = [{"question": question} for question in questions]
+        return [list(example.prompt_ids) for example in build_examples(rows, data, self.base.tokenizer)]
+
+    def measure(self, prompts: Prompts, generations: int, length: int, cut: Cut, count: bool = False) -> dict[str, Any]:
+        """Take a step of B prompts x ``generations`` completions of ``length`` tokens; return its figures.
+
+        Returns:
+            ``seconds`` and ``peaks`` (bytes; only with ``count``) by phase, ``start_bytes`` that were live before,
+            ``lengths`` and ``prompt_lengths`` in tokens, ``update_tokens`` that went through the update.
+        """
+        counter = LiveBytes() if count else None
+        meter = Meter(self.device, counter)
+        self.base.set_gradient_checkpointing(cut.checkpointing)
+        with counter or nullcontext():
+            start = counter.current if counter else 0
+            lengths, tokens = self._step(meter, prompts, generations, length, cut)
+        return {
+            "seconds": dict(meter.seconds),
+            "peaks": dict(meter.peaks),
+            "start_bytes": start,
+            "lengths": lengths,
+            "prompt_lengths": [len(prompt) for prompt in prompts],
+            "update_tokens": tokens,
+        }
+
+    def _step(self, meter: Meter, prompts: Prompts, generations: int, length: int, cut: Cut) -> tuple[list[int], int]:
+        passes = PassSettings(1.0, cut.micro_batch_tokens, cut.tile)
+        with meter.phase("rollout"):
+            completions = self._rollout(prompts, generations, length, cut)
+        with meter.phase("other"):
+            batch = self._batch(prompts, completions, generations)
+            rows = rows_to_train(batch, self.grpo)
+        with meter.phase("score"), self.base.role("reference"):
+            reference = score(self.base, batch, rows, passes)
+        with meter.phase("update"):
+            done, _ = update(self.base, self.stepper, batch, self.grpo, length, passes, reference, lambda message: None)
+        self.taken += 1
+        return [len(completion.ids) for completion in completions], done.tokens
+
+    def _rollout(self, prompts: Prompts, generations: int, length: int, cut: Cut) -> list[Completion]:
+        limits = Limits(cut.rows, cut.micro_batch_tokens, cut.tile)
+        with self.base.role("policy"), self.base.decoding(cut.dequantized):
+            groups = generate(self.base, prompts, generations, length, Sampling(), limits, seed=self.taken)
+        return [completion for group in groups for completion in group]
+
+    def _batch(self, prompts: Prompts, completions: Sequence[Completion], generations: int) -> Batch:
+        texts = self.base.tokenizer.batch_decode([c.ids for c in completions], skip_special_tokens=True)
+        rewards = torch.tensor([hash_reward(text) for text in texts]).view(-1, generations)
+        return Batch(prompts, completions, group_advantages(rewards, "group").flatten().tolist(), generations)

@@ -1,0 +1,360 @@
+"""The pairs of techniques.py: what is run with and without each technique, all on one loaded base.
+
+A technique is switched by a public setting, or by a module's constant that is replaced while its side runs.
+"""
+
+import random
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+from peft import LoraConfig, get_peft_model
+from torch import nn
+from work import ALPHA, BETA, RANK
+
+import lowmem_rlhf.rollout.generate as rollout
+import lowmem_rlhf.training.update as training
+from lowmem_rlhf.model import attention, fused
+from lowmem_rlhf.model.attention import PackedContext
+from lowmem_rlhf.model.base import POLICY, SharedBase
+from lowmem_rlhf.model.load import load_base
+from lowmem_rlhf.model.logprobs import Head, tiled_logprobs
+from lowmem_rlhf.model.packing import pack
+from lowmem_rlhf.recipe import GRPOSettings
+from lowmem_rlhf.rollout.generate import Completion, Limits
+from lowmem_rlhf.rollout.sampling import Sampling
+from lowmem_rlhf.training.update import Batch, PassSettings
+
+TIMES_OF_A_PASS = 1.3  # what a pass with adapters may cost, in passes without
+NEARLY_UNIFORM = 50.0  # a temperature at which the model hardly matters for when a completion ends
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """The work: completions of prompt ``b`` have lengths from ``longest`` down to a quarter of it, evenly."""
+
+    prompts: tuple[int, ...] = (96, 128)
+    generations: int = 8
+    longest: int = 64
+    micro_batch_tokens: int = 1024
+    tile: int = 128
+    decoded: int = 40
+
+
+QUICK = Sizes(prompts=(24, 32), generations=4, longest=16, micro_batch_tokens=160, tile=16, decoded=8)
+
+
+@dataclass(frozen=True)
+class Contest:
+    """Ways of doing the same work, and which of them are held against each other.
+
+    Attributes:
+        work: what is done.
+        sides: a run by the name of the way.
+        pairs: (with, without), names of sides.
+        bound: the time ratio that the first pair must not exceed; 0: none.
+    """
+
+    work: str
+    sides: dict[str, Callable[[], object]]
+    pairs: Sequence[tuple[str, str]]
+    bound: float = 0.0
+
+
+@contextmanager
+def replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
+    """Let ``owner.name`` be ``value`` inside the block."""
+    before = getattr(owner, name)
+    setattr(owner, name, value)
+    try:
+        yield
+    finally:
+        setattr(owner, name, before)
+
+
+@contextmanager
+def stock_forwards(model: nn.Module) -> Iterator[None]:
+    """Let norms and gated layers run their own forward inside the block."""
+    taken = {
+        module: vars(module).pop("forward")
+        for module in model.modules()
+        if isinstance(f := vars(module).get("forward"), partial) and f.func.__module__ == fused.__name__
+    }
+    try:
+        yield
+    finally:
+        for module, forward in taken.items():
+            module.forward = forward  # type: ignore[assignment]
+
+
+@dataclass
+class Work:
+    """One base and random work for it."""
+
+    base: SharedBase
+    model: str
+    quantization: str
+    compute_dtype: str
+    sizes: Sizes
+    batch: Batch = field(init=False)
+    lone: Batch = field(init=False)  # every completion with a prompt of its own
+    padded: Batch = field(init=False)  # and both filled up to the longest
+
+    def __post_init__(self) -> None:
+        draw, sizes = random.Random(0), self.sizes
+        vocabulary, per_prompt = self.base.head.vocabulary, sizes.generations
+        prompts = [[draw.randrange(vocabulary) for _ in range(n)] for n in sizes.prompts]
+        lengths = [sizes.longest - g * (sizes.longest * 3 // 4) // (per_prompt - 1) for g in range(per_prompt)]
+        texts = [[draw.randrange(vocabulary) for _ in range(n)] for _ in prompts for n in lengths]
+        advantages = [(-1.0) ** n for n in range(len(texts))]
+        own = [prompt for prompt in prompts for _ in range(per_prompt)]
+        self.batch = Batch(prompts, completions(texts), advantages, per_prompt)
+        self.lone = Batch(own, completions(texts), advantages, 1)
+        filled = [filled_up(own, max(sizes.prompts)), filled_up(texts, sizes.longest)]
+        self.padded = Batch(filled[0], completions(filled[1]), advantages, 1)
+        self.passes = PassSettings(1.0, sizes.micro_batch_tokens, sizes.tile)
+
+    def forget(self) -> None:
+        """Drop the 16-bit copies of the adapters, so that whatever runs next makes them and is charged for them."""
+        for siblings in self.base.siblings:
+            siblings.lend(None)
+
+    def score(self, batch: Batch, role: str = "reference") -> None:
+        """Score all completions without gradients."""
+        with self.base.role(role):
+            training.score(self.base, batch, range(len(batch.completions)), self.passes)
+
+    def update(self, batch: Batch, beta: float = BETA, checkpointing: bool = True) -> None:
+        """Make the gradient of the whole batch; the reference's log-probs are any numbers."""
+        base, settings = self.base, GRPOSettings(beta=beta, loss_type="dapo")
+        reference = {n: torch.zeros(len(c.ids), device=base.device) for n, c in enumerate(batch.completions)}
+        base.set_gradient_checkpointing(checkpointing)
+        with base.role(POLICY):
+            training.backward(
+                base, batch, settings, self.sizes.longest, self.passes, reference if beta else {}, progress=None
+            )
+        base.zero_grad(set_to_none=True)
+
+    def decode(self, shared: bool = True, weights: str = "copy", stop_every: int = 0) -> None:
+        """Sample completions; with ``stop_every`` one token in so many ends a completion, otherwise none does."""
+        base, sizes = self.base, self.sizes
+        limits = Limits(len(self.lone.prompts), sizes.micro_batch_tokens, sizes.tile)
+        prompts, each = (self.batch.prompts, sizes.generations) if shared else (self.lone.prompts, 1)
+        stops = frozenset(range(0, base.head.vocabulary, stop_every)) if stop_every else frozenset()
+        sampling = Sampling(temperature=NEARLY_UNIFORM if stop_every else 1.0)
+        held = nullcontext() if weights == "layers" else base.decoding(dequantize=weights == "copy")
+        with replaced(type(base), "stop_ids", stops), base.role(POLICY), held:
+            rollout.generate(base, prompts, each, sizes.decoded, sampling, limits, seed=0)
+
+
+def completions(texts: Sequence[list[int]]) -> list[Completion]:
+    """Return token ids as completions."""
+    return [Completion(ids, [0.0] * len(ids), False) for ids in texts]
+
+
+def filled_up(texts: Sequence[list[int]], length: int) -> list[list[int]]:
+    """Repeat each text's last token up to this length."""
+    return [[*ids, *[ids[-1]] * (length - len(ids))] for ids in texts]
+
+
+def _packing(work: Work) -> Iterator[Contest]:
+    shapes = {"packed": work.batch, "own prompts": work.lone, "padded": work.padded}
+    for name, run in (("score", work.score), ("update", work.update)):
+        yield Contest(
+            f"{name} of {len(work.lone.prompts)} ragged completions",
+            {shape: partial(run, batch) for shape, batch in shapes.items()},
+            [("packed", "own prompts"), ("packed", "padded")],
+        )
+
+
+def _logprobs(work: Work) -> Iterator[Contest]:
+    base = work.base
+    targets = torch.tensor([token for c in work.batch.completions for token in c.ids], device=base.device)
+    generator = torch.Generator(device="cpu").manual_seed(0)
+    hidden = torch.randn(len(targets), base.head.module.in_features, generator=generator)  # type: ignore[call-overload]
+    hidden = hidden.to(base.device, base.dtype)
+
+    def tiled(gradient: bool) -> None:
+        x = hidden.clone().requires_grad_(gradient)
+        logps, _ = tiled_logprobs(x, targets, base.head, 1.0, work.sizes.tile)
+        if gradient:
+            logps.sum().backward()
+
+    def full(gradient: bool) -> None:
+        x = hidden.clone().requires_grad_(gradient)
+        with torch.set_grad_enabled(gradient):
+            all_logps = base.head.logits(x).float().log_softmax(-1)
+            logps = all_logps.gather(-1, targets[:, None]).squeeze(-1)
+        with torch.no_grad():
+            -(all_logps.exp() * all_logps).sum(-1)
+        if gradient:
+            logps.sum().backward()
+
+    for gradient in (False, True):
+        yield Contest(
+            f"log-probs and entropies of {len(targets)} tokens" + (" and their gradient" if gradient else ""),
+            {"tiles": partial(tiled, gradient), "all logits": partial(full, gradient)},
+            [("tiles", "all logits")],
+        )
+
+
+def _adapters(work: Work) -> Iterator[Contest]:
+    """One packed group through the layers: with our adapters, with none, with stock peft's on the same base.
+
+    Nothing but the adapters differs: all take our attention and our fused layers. Where there is a gradient, it goes
+    to the embeddings too, so that a pass without adapters has one; activations are kept.
+    """
+    base = work.base
+    base.set_gradient_checkpointing(False)
+    packed = pack(work.batch.groups(range(work.sizes.generations)), base.device)
+    stock = _stock_peft(work)
+
+    def run(decoder: nn.Module, head: Head, embeddings: nn.Module, gradient: bool) -> None:
+        hook = embeddings.register_forward_hook(lambda module, given, out: out.requires_grad_(gradient))
+        with torch.set_grad_enabled(gradient):
+            hidden = decoder(
+                input_ids=packed.input_ids,
+                position_ids=packed.position_ids,
+                use_cache=False,
+                lowmem_context=PackedContext(packed.buckets, base.device),
+            ).last_hidden_state[0]
+            logps, _ = tiled_logprobs(hidden[packed.predict], packed.targets, head, 1.0, work.sizes.tile)
+        if gradient:
+            logps.sum().backward()
+        hook.remove()
+        base.zero_grad(set_to_none=True)
+        stock.zero_grad(set_to_none=True)
+
+    def ours(role: str, gradient: bool) -> None:
+        with base.role(role):
+            run(base.decoder, base.head, base.model.get_input_embeddings(), gradient)
+
+    def peft(gradient: bool) -> None:
+        model = stock.get_base_model()
+        run(model.get_decoder(), Head(model.get_output_embeddings()), model.get_input_embeddings(), gradient)
+
+    for gradient in (False, True):
+        base.set_gradient_checkpointing(False)
+        yield Contest(
+            f"a pass of {packed.input_ids.numel()} tokens " + ("with gradients" if gradient else "without gradients"),
+            {
+                "our adapters": partial(ours, POLICY, gradient),
+                "no adapters": partial(ours, "reference", gradient),
+                "peft's adapters": partial(peft, gradient),
+            },
+            [("our adapters", "no adapters"), ("our adapters", "peft's adapters"), ("peft's adapters", "no adapters")],
+            bound=TIMES_OF_A_PASS,
+        )
+
+
+def _stock_peft(work: Work) -> Any:
+    """Return the same base with stock peft's LoRA of the same rank, our attention and our fused layers."""
+    model, _ = load_base(work.model, work.quantization, work.compute_dtype, work.base.device)
+    model.set_attn_implementation(attention.NAME)
+    config = LoraConfig(
+        r=RANK, lora_alpha=ALPHA, target_modules="all-linear", lora_dropout=0.0, bias="none", task_type="CAUSAL_LM"
+    )
+    with torch.device("cpu"):
+        stock = get_peft_model(model, config)
+    stock.train()
+    fused.fuse(stock, work.base.dtype)
+    return stock
+
+
+def _within(run: Callable[[], object], context: Callable[[], Any]) -> None:
+    with context():
+        run()
+
+
+def _attention(work: Work) -> Iterator[Contest]:
+    if work.base.device.type not in attention.EXPLICIT_ON:
+        return
+    fused_attention = partial(replaced, attention, "EXPLICIT_ON", set())
+    for name, run in (("score", partial(work.score, work.batch)), ("update", partial(work.update, work.batch))):
+        sides = {"explicit": run, "SDPA": partial(_within, run, fused_attention)}
+        yield Contest(name, sides, [("explicit", "SDPA")])
+
+
+def _fused_layers(work: Work) -> Iterator[Contest]:
+    runs = {
+        "score": partial(work.score, work.batch),
+        "update": partial(work.update, work.batch),
+        "update, activations kept": partial(work.update, work.batch, checkpointing=False),
+    }
+    for name, run in runs.items():
+        sides = {"fused": run, "stock": partial(_within, run, partial(stock_forwards, work.base.model))}
+        yield Contest(name, sides, [("fused", "stock")])
+
+
+def _checkpointing(work: Work) -> Iterator[Contest]:
+    sides = {name: partial(work.update, work.batch, checkpointing=name == "on") for name in ("on", "off")}
+    yield Contest("update", sides, [("on", "off")])
+
+
+def _decoding_weights(work: Work) -> Iterator[Contest]:
+    sides = {
+        name: partial(work.decode, weights=weights)
+        for name, weights in (("16-bit copy", "copy"), ("4-bit kernel", "kernel"), ("plain layers", "layers"))
+    }
+    yield Contest(
+        f"rollout of {len(work.lone.prompts)} x {work.sizes.decoded} tokens",
+        sides,
+        [("16-bit copy", "plain layers"), ("4-bit kernel", "plain layers"), ("4-bit kernel", "16-bit copy")],
+    )
+
+
+def _decoding_prompts(work: Work) -> Iterator[Contest]:
+    yield Contest(
+        f"rollout of {len(work.lone.prompts)} x {work.sizes.decoded} tokens",
+        {"shared": work.decode, "own prefill": partial(work.decode, shared=False)},
+        [("shared", "own prefill")],
+    )
+
+
+def _compaction(work: Work) -> Iterator[Contest]:
+    decoded = work.sizes.decoded
+    ragged = partial(work.decode, stop_every=max(2, decoded // 4))
+
+    def uncompacted() -> None:
+        with replaced(rollout, "COMPACT_BELOW", 0):
+            ragged()
+
+    yield Contest(
+        f"rollout of {len(work.lone.prompts)} ragged completions, at most {decoded} tokens",
+        {"on": ragged, "off": uncompacted},
+        [("on", "off")],
+    )
+
+
+def _zero_advantages(work: Work) -> Iterator[Contest]:
+    """Half of the groups have no advantage, and there is no KL term."""
+    batch, half = work.batch, len(work.batch.completions) // 2
+    some = Batch(batch.prompts, batch.completions, [*batch.advantages[:half], *[0.0] * half], batch.num_generations)
+    skipping = partial(work.update, some, beta=0.0)
+
+    def all_rows() -> None:
+        with replaced(training, "rows_to_train", lambda batch, settings: range(2 * half)):
+            skipping()
+
+    yield Contest(
+        "update, beta 0, half of the groups without advantage",
+        {"skipped": skipping, "run": all_rows},
+        [("skipped", "run")],
+    )
+
+
+TECHNIQUES: dict[str, Callable[[Work], Iterator[Contest]]] = {
+    "shared-prompt packing": _packing,
+    "tiled log-probs": _logprobs,
+    "16-bit adapters": _adapters,
+    "explicit attention scores (CPU)": _attention,
+    "fused norms and gated layers": _fused_layers,
+    "gradient checkpointing": _checkpointing,
+    "weights while decoding": _decoding_weights,
+    "shared prompts while decoding": _decoding_prompts,
+    "compaction": _compaction,
+    "skipping zero advantages": _zero_advantages,
+}
