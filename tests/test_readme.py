@@ -6,7 +6,7 @@ from pathlib import Path
 from typer.testing import CliRunner
 
 from lowmem_rlhf.cli import app
-from lowmem_rlhf.recipe import GenerationConfig, GRPOSettings, load_recipe, shipped_recipes
+from lowmem_rlhf.recipe import LEARNED_REWARDS, GenerationConfig, GRPOSettings, load_recipe, shipped_recipes
 from lowmem_rlhf.rewards.functions import SHIPPED
 
 ROOT = Path(__file__).parents[1]
@@ -47,6 +47,16 @@ def test_named_rewards_and_options_exist():
     for section, model in (("grpo", GRPOSettings), ("generation", GenerationConfig)):
         for key in re.findall(rf"`{section}\.(\w+)`", README):
             assert key in model.model_fields
+
+
+def test_learned_rewards_and_their_options_exist():
+    section = README.split("**Learned rewards**")[1].split("\n**")[0]
+    shared = set(re.findall(r"`(\w+)`", section.split("Both take")[1].split(".")[0]))
+    items = [re.findall(r"`(\w+)`", item.split("\n\n")[0]) for item in section.split("\n- ")[1:]]
+    listed = {item[0]: set(item[1:]) for item in items}
+    assert {name: options | shared for name, options in listed.items()} == {
+        name: set(options.model_fields) for name, options in LEARNED_REWARDS.items()
+    }
 
 
 def test_links_and_pictures_are_there():

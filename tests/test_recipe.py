@@ -12,7 +12,7 @@ import lowmem_rlhf
 from lowmem_rlhf.errors import UserError
 from lowmem_rlhf.hardware.profiles import load_profiles, profile_device
 from lowmem_rlhf.planning.plan import make_plan, why_not
-from lowmem_rlhf.recipe import Recipe, Section, load_recipe, shipped_recipes, validate_recipe
+from lowmem_rlhf.recipe import Section, load_recipe, shipped_recipes, validate_recipe
 
 QWEN_05B = {
     "model_type": "qwen2",
@@ -88,6 +88,18 @@ def test_a_recipe_takes_its_files_name_and_rewards_may_be_plain_names(tmp_path):
     assert recipe.evaluation.accuracy == "arithmetic_answer"
 
 
+@pytest.mark.parametrize(("text", "value"), [("true", True), ("false", False), ("1", 1), ("0", 0), ("auto", "auto")])
+def test_checkpointing_is_a_truth_or_a_number_of_layers(text, value):
+    got = load_recipe("grpo_gsm8k", [f"hardware.gradient_checkpointing={text}"]).hardware.gradient_checkpointing
+    assert got == value and type(got) is type(value)
+
+
+@pytest.mark.parametrize("none", ["false", "0"])
+def test_checkpoints_that_are_not_made_cannot_be_offloaded(none):
+    with pytest.raises(UserError, match=r"offload_checkpoints: got true, but .* there are no checkpoints"):
+        load_recipe("grpo_gsm8k", [f"hardware.gradient_checkpointing={none}", "hardware.offload_checkpoints=true"])
+
+
 def test_dotted_overrides_reach_every_kind_of_value():
     recipe = load_recipe(
         "grpo_gsm8k",
@@ -128,8 +140,12 @@ def test_a_resolved_recipe_loads_again_as_itself(name, tmp_path):
     ("override", "line"),
     [
         (
-            "hardware.gradient_checkpointing=7",
-            "hardware.gradient_checkpointing: got 7; it should be true or false or 'auto'",
+            "hardware.gradient_checkpointing=-1",
+            "hardware.gradient_checkpointing: got -1; it should be true or false or at least 0 or 'auto'",
+        ),
+        (
+            "hardware.gradient_checkpointing=2.5",
+            "hardware.gradient_checkpointing: got 2.5; it should be true or false or a whole number or 'auto'",
         ),
         (
             "hardware.micro_batch_tokens=many",
@@ -186,8 +202,8 @@ def test_two_rewards_of_one_name_are_refused():
     assert "taken by a metric" in refusal("rewards=[{function: length, name: std}]")
 
 
-def sections() -> list[type[BaseModel]]:
-    return [Recipe, *(found for found in Section.__subclasses__() if found is not Recipe)]
+def sections(of: type[BaseModel] = Section) -> list[type[BaseModel]]:
+    return [one for found in of.__subclasses__() for one in (found, *sections(found))]
 
 
 def test_every_option_is_read_somewhere():
@@ -204,3 +220,10 @@ def test_every_option_is_read_somewhere():
                 read.add(node.value)
     unread = [f"{one.__name__}.{key}" for one in sections() for key in one.model_fields if key not in read]
     assert len(sections()) >= 9 and not unread
+
+
+def test_bounds_of_the_importance_correction_are_ordered_and_given():
+    low = refusal("grpo.importance_sampling_clip_min=3", "grpo.importance_sampling_clip_max=2")
+    assert "importance_sampling_clip_min: got 3; it should be less than importance_sampling_clip_max, which is 2" in low
+    none = refusal("grpo.importance_sampling_correction=true", "grpo.importance_sampling_clip_max=null")
+    assert "a bound is missing" in none

@@ -1,16 +1,21 @@
 """GRPO: the mathematics alone, on numbers and vectors, without a model.
 
 Group-relative advantages (DeepSeekMath, arXiv 2402.03300), the loss normalisations of GRPO, BNPO, Dr. GRPO
-(arXiv 2503.20783) and DAPO (arXiv 2503.14476), asymmetric clipping (DAPO) and the k3 estimate of the KL divergence.
+(arXiv 2503.20783) and DAPO (arXiv 2503.14476), asymmetric clipping (DAPO), the k3 estimate of the KL divergence, and
+bounded importance weights for the difference between sampling and training pass (TIS, "Your Efficient RL Framework
+Secretly Brings You Off-Policy RL Training", Yao et al. 2025).
 Names and numbers agree with TRL 1.16, which is the oracle in the tests.
 
 Shapes: B prompts, G completions a prompt, N = B * G, S scored tokens of a micro-batch.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+
+from lowmem_rlhf.algorithms.kl import k3
 
 
 def group_advantages(rewards: torch.Tensor, scale: str) -> torch.Tensor:
@@ -73,10 +78,39 @@ class TokenLoss:
     clipped_high: torch.Tensor
 
 
-def k3(logps: torch.Tensor, ref_logps: torch.Tensor) -> torch.Tensor:
-    """Return ``exp(ref - logp) - (ref - logp) - 1`` for each token (Schulman, "Approximating KL divergence")."""
-    difference = ref_logps - logps
-    return difference.exp() - difference - 1
+@torch.no_grad()
+def importance_weights(
+    old_logps: torch.Tensor,
+    sampling_logps: torch.Tensor,
+    lengths: Sequence[int],
+    mode: str,
+    clip_min: float | None,
+    clip_max: float | None,
+) -> torch.Tensor:
+    """Return each token's weight (S,): its probability in the training pass over that while sampling, bounded.
+
+    They are constants of the loss: no gradient flows through them.
+
+    Args:
+        old_logps: (S,) of the training pass, before the first update.
+        sampling_logps: (S,) as the tokens were drawn.
+        lengths: tokens of each completion, in order; they add up to S.
+        mode: ``token_*``: each token's own ratio; ``sequence_*``: the product over its completion. ``*_truncate``:
+            ratios are clamped to the bounds; ``*_mask``: outside of the bounds the weight is 0.
+        clip_min, clip_max: the bounds; None: none.
+    """
+    level, _, bounding = mode.partition("_")
+    if level not in ("token", "sequence") or bounding not in ("truncate", "mask"):
+        allowed = "token_truncate, token_mask, sequence_truncate and sequence_mask"
+        raise ValueError(f"importance_sampling_mode: got {mode!r}; allowed are {allowed}")
+    difference = old_logps - sampling_logps
+    if level == "sequence":
+        difference = torch.cat([part.sum().expand(len(part)) for part in difference.split(list(lengths))])
+    ratio = difference.exp()
+    low, high = clip_min or 0.0, math.inf if clip_max is None else clip_max
+    if bounding == "truncate":
+        return ratio.clamp(low, high)
+    return ratio.masked_fill((ratio < low) | (ratio > high), 0.0)
 
 
 def token_loss(
@@ -87,8 +121,9 @@ def token_loss(
     epsilon_high: float,
     ref_logps: torch.Tensor,
     beta: float,
+    weights: torch.Tensor | None = None,
 ) -> TokenLoss:
-    """Return the clipped surrogate ``-min(r A, clip(r, 1 - low, 1 + high) A) + beta * r * k3`` for each token.
+    """Return the clipped surrogate ``-w min(r A, clip(r, 1 - low, 1 + high) A) + beta * r * k3`` for each token.
 
     The ratio r makes the KL term's gradient the unbiased one of the reverse KL, on the policy too, where r is 1 but
     not its gradient (DeepSeek-V3.2, arXiv 2512.02556; TRL's ``use_bias_correction_kl``, its default).
@@ -99,10 +134,13 @@ def token_loss(
         advantages: (S,) of each token's completion.
         ref_logps: (S,) of the reference; only measured when beta is 0.
         beta: weight of the `k3` term.
+        weights: (S,) w, see `importance_weights`; None: 1. They weigh the surrogate alone, as in TRL.
     """
     ratio = (logps - old_logps).exp()
     clipped = ratio.clamp(1 - epsilon_low, 1 + epsilon_high)
     loss = -torch.minimum(ratio * advantages, clipped * advantages)
+    if weights is not None:
+        loss = loss * weights
     kl = ratio * k3(logps, ref_logps)
     if beta:
         loss = loss + beta * kl

@@ -6,24 +6,30 @@ manager and costs nothing: the layers look up which adapters are active.
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from peft import get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from peft.tuners.lora.layer import LoraLayer
 from safetensors.torch import load_file, save_file
 from torch import nn
-from torch.utils.checkpoint import checkpoint
-from transformers import PreTrainedModel
+from transformers import Cache, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from lowmem_rlhf.errors import UserError
 from lowmem_rlhf.model.attention import NAME as ATTENTION
-from lowmem_rlhf.model.attention import AttentionContext
+from lowmem_rlhf.model.attention import AttentionContext, PackedContext
+from lowmem_rlhf.model.decoding import lend_for_decoding
+from lowmem_rlhf.model.fused import fuse
+from lowmem_rlhf.model.lean import lean_decoder
 from lowmem_rlhf.model.load import load_base
-from lowmem_rlhf.model.logprobs import Head
-from lowmem_rlhf.model.lora import ActiveAdapters, SharedLoraLinear, dequantized, lora_config
+from lowmem_rlhf.model.logprobs import head_of
+from lowmem_rlhf.model.lora import ActiveAdapters, SharedLoraLinear, lora_config
+from lowmem_rlhf.model.packing import Group, PackedBatch
+from lowmem_rlhf.model.padded import PACKED, PADDED, cache_follows_rows, forward_names, padded_modes, why_not_packed
+from lowmem_rlhf.model.recompute import recompute_layers
+from lowmem_rlhf.model.siblings import Siblings
 
 POLICY = "policy"
 
@@ -50,19 +56,18 @@ class SharedBase(nn.Module):
         seed: int = 0,
     ) -> None:
         super().__init__()
-        if not _packable(model):
-            raise UserError(
-                f"model {model_id!r} ({type(model).__name__}) does not let its attention be replaced and cannot be "
-                "trained packed; take a model of the Llama, Qwen, Mistral, Gemma, Phi or GPT-2 families"
-            )
+        self.why_padded = why_not_packed(model)
+        self.packable = not self.why_padded
+        self.layout = PACKED if self.packable else PADDED
         self.device: torch.device = model.device
         self.dtype: torch.dtype = model.get_input_embeddings().weight.dtype  # type: ignore[assignment]
         self.tokenizer = tokenizer
         self.active = ActiveAdapters()
         self.roles: dict[str, tuple[str, ...]] = {"reference": (), POLICY: (POLICY,)}
-        model.set_attn_implementation(ATTENTION)
+        if self.packable:
+            model.set_attn_implementation(ATTENTION)
         model.name_or_path = model_id  # peft puts it into the adapter's file
-        config = lora_config(r, lora_alpha, target_modules, model_id)
+        config = lora_config(r, lora_alpha, target_modules, model_id, model.config.model_type)
         with torch.device("cpu"), torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             try:
@@ -71,13 +76,28 @@ class SharedBase(nn.Module):
                 raise UserError(f"lora.target_modules={target_modules!r} does not fit {model_id!r}: {error}") from error
         for layer in self.adapter_layers():
             layer.active = self.active
+        if any(not isinstance(m, SharedLoraLinear) for m in self.peft.modules() if isinstance(m, LoraLayer)) or (
+            isinstance(model.get_output_embeddings(), SharedLoraLinear)
+        ):
+            raise UserError(
+                f"lora.target_modules={target_modules!r} names an embedding or the output head of {model_id!r}; only "
+                "linear layers inside the model take adapters: give their names, or all-linear"
+            )
         self.model: PreTrainedModel = self.peft.get_base_model()  # type: ignore[assignment]
         _switch_dropout_off(self.model)
-        self.model.train()  # checkpointing only works in this mode
+        self.model.train()  # checkpointing only works in this mode, and in the other bitsandbytes repacks its weights
+        fuse(self.model, self.dtype)
         self.decoder = self.model.get_decoder() if hasattr(self.model, "get_decoder") else self.model.base_model
-        text = self.model.config.get_text_config()
-        scale = getattr(text, "logit_scale", None) or 1 / (getattr(text, "logits_scaling", None) or 1.0)
-        self.head = Head(self.model.get_output_embeddings(), scale, getattr(text, "final_logit_softcapping", None) or 0)
+        self.head = head_of(self.model)
+        self._takes_positions, self._cache_name = forward_names(self.decoder)
+        self._recomputable = [m for m in self.model.modules() if isinstance(m, GradientCheckpointingLayer)]
+        self.keeps_cache = False  # one that `stock_states` can continue
+        if not self.packable:
+            padded_modes(self.model)
+            self._check_head(model_id)
+            self.keeps_cache = bool(self._cache_name) and cache_follows_rows(self)
+        self.siblings = self._find_siblings()
+        self.lean = lean_decoder(self) if self.packable else None
 
     @classmethod
     def load(
@@ -115,20 +135,101 @@ class SharedBase(nn.Module):
         finally:
             self.active.names = before
 
-    @contextmanager
-    def dequantized(self, on: bool = True) -> Iterator["SharedBase"]:
-        """Lend NF4 layers a 16-bit copy of their weights inside the block: same numbers, no dequantizing a pass.
+    @torch.no_grad()
+    def _find_siblings(self) -> list[Siblings]:
+        """Run one token through the model and join the layers that are called with the same input in succession."""
+        calls: list[tuple[SharedLoraLinear, torch.Tensor]] = []
+        self.active.calls = calls
+        self.states(self.layout.lay_out([Group([0], [[0]], [0])], self.device))
+        self.active.calls = None
+        groups: list[list[SharedLoraLinear]] = []
+        last: torch.Tensor | None = None
+        seen: set[SharedLoraLinear] = set()  # a layer that is called again (Zamba's shared block) stays where it is
+        for layer, x in calls:
+            if layer in seen:
+                last = None
+                continue
+            seen.add(layer)
+            if x is last:
+                groups[-1].append(layer)
+            else:
+                groups.append([layer])
+            last = x
+        self._check_called(seen)
+        found = [Siblings(group) for group in groups]
+        for siblings in found:
+            for layer in siblings.layers:
+                layer.siblings = siblings
+        return found
 
-        For passes without gradients; with ``on`` false nothing happens.
-        """
-        layers = list(self.adapter_layers()) if on else []
+    def _check_called(self, called: set[SharedLoraLinear]) -> None:
+        """An adapter that the model's forward passes by would learn nothing. Of experts, one token meets but a few."""
+        layers = {name: m for name, m in self.model.named_modules() if isinstance(m, SharedLoraLinear)}
+        idle = sorted({n.rsplit(".", 1)[-1] for n, m in layers.items() if m not in called and "expert" not in n})
+        if idle:
+            raise UserError(
+                f"{type(self.model).__name__} multiplies with the weights of {', '.join(idle)} directly, so adapters "
+                "there have no effect; name the other layers in lora.target_modules"
+            )
+
+    @contextmanager
+    def decoding(self, dequantize: bool) -> Iterator["SharedBase"]:
+        """Hold NF4 weights inside the block in a form for decoding (see `lend_for_decoding`)."""
         try:
-            for layer in layers:
-                layer.dense = dequantized(layer.base_layer, self.dtype)
+            for siblings in self.siblings:
+                lend_for_decoding(siblings, self.dtype, dequantize)
             yield self
         finally:
-            for layer in layers:
-                layer.dense = None
+            for siblings in self.siblings:
+                siblings.lend(None)
+
+    def states(self, batch: PackedBatch) -> torch.Tensor:
+        """Return the last hidden states (T, H) of a batch of this base's layout, in this role."""
+        if batch.buckets:
+            context = PackedContext(batch.buckets, self.device)
+            return self.hidden_states(batch.input_ids, batch.position_ids, context)
+        return self.stock_states(batch.input_ids, batch.position_ids).flatten(0, 1)
+
+    def stock_states(
+        self, input_ids: torch.Tensor, position_ids: torch.Tensor, cache: Cache | None = None
+    ) -> torch.Tensor:
+        """Return the last hidden states (R, L, H) of rows under stock attention, in this role; a cache is continued."""
+        given: dict[str, Any] = {"position_ids": position_ids} if self._takes_positions else {}
+        if cache is not None:
+            given[self._cache_name] = cache
+        recomputing = [layer for layer in self._recomputable if layer.gradient_checkpointing and cache is not None]
+        try:
+            for layer in recomputing:  # such a layer would leave the cache out
+                layer.gradient_checkpointing = False
+            out = self.decoder(input_ids=input_ids, use_cache=cache is not None, return_dict=True, **given)
+        finally:
+            for layer in recomputing:
+                layer.gradient_checkpointing = True
+        return out.last_hidden_state.to(self.dtype)  # Mamba's is in fp32
+
+    @torch.no_grad()
+    def _check_head(self, model_id: str) -> None:
+        """Try out that an architecture we know nothing of does no more for its logits than our `Head` does."""
+        token = torch.zeros((1, 1), dtype=torch.long, device=self.device)
+        ours = self.head.logits(self.stock_states(token, token)[0]).float()
+        stock = self.model(input_ids=token, use_cache=False).logits[0].float()
+        close = max(1e-4, 4 * torch.finfo(self.dtype).eps) * float(stock.abs().max())
+        if not torch.allclose(ours, stock, rtol=0, atol=close):
+            raise UserError(
+                f"model {model_id!r} ({type(self.model).__name__}) computes more on the way to its logits than its "
+                "output head and cannot be trained; take another model"
+            )
+
+    @property
+    def note(self) -> str:
+        """What a user should know about how this model is run; empty where it is packed."""
+        if self.packable:
+            return ""
+        again = "" if self.keeps_cache else ", and the whole text for every token that is sampled"
+        return (
+            f"{type(self.model).__name__} cannot be packed ({self.why_padded}): rows are padded, and a prompt runs "
+            f"once a completion in training{again}"
+        )
 
     def hidden_states(
         self, input_ids: torch.Tensor, position_ids: torch.Tensor, context: AttentionContext
@@ -139,12 +240,23 @@ class SharedBase(nn.Module):
         )
         return out.last_hidden_state[0]
 
-    def set_gradient_checkpointing(self, on: bool) -> None:
-        """Recompute every layer in the backward pass, or keep all activations."""
-        for module in self.model.modules():
-            if isinstance(module, GradientCheckpointingLayer):
-                module.gradient_checkpointing = on
-                module._gradient_checkpointing_func = partial(checkpoint, use_reentrant=False)  # type: ignore[assignment]
+    def next_hidden_states(
+        self, input_ids: torch.Tensor, position_ids: torch.Tensor, context: AttentionContext
+    ) -> torch.Tensor:
+        """Return what `hidden_states` does, for a decoding pass: few rows, no gradient."""
+        run = self.hidden_states if self.lean is None else self.lean.hidden_states
+        return run(input_ids, position_ids, context)
+
+    def set_gradient_checkpointing(self, layers: bool | int, offload: bool = False) -> None:
+        """Recompute all layers, none or the first so many in the backward pass (see `recompute_layers`).
+
+        Args:
+            offload: their inputs wait in host memory; on a CPU this changes nothing.
+
+        Raises:
+            UserError: the model has fewer layers.
+        """
+        recompute_layers(self.model, layers, offload)
 
     def trainable(self) -> dict[str, nn.Parameter]:
         """Return the parameters that train, by name.
@@ -210,18 +322,3 @@ def _switch_dropout_off(model: nn.Module) -> None:
         for name, value in vars(module).items():  # what goes to F.dropout
             if "dropout" in name and isinstance(value, float):
                 setattr(module, name, 0.0)
-
-
-def _packable(model: PreTrainedModel) -> bool:
-    """Say whether tokens of a model meet in nothing but attention of a kind that our function computes.
-
-    Recurrent and convolutional layers would let completions of one row see each other; attention sinks (GPT-OSS)
-    and compressed or chunked attention would be left out without a word.
-    """
-    kinds = set(getattr(model.config.get_text_config(), "layer_types", None) or ())
-    return (
-        bool(getattr(model, "_supports_attention_backend", False))
-        and not getattr(model, "_is_stateful", False)
-        and kinds <= {"full_attention", "sliding_attention"}
-        and not any(name.endswith(".sinks") for name, _ in model.named_parameters())
-    )

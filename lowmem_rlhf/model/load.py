@@ -50,7 +50,7 @@ def load_base(
         path = str(convert_gguf(Path(path)))
     dtype = DTYPES[compute_dtype]
     common = {"revision": revision, "trust_remote_code": trust_remote_code}
-    with _quiet(), torch.device("cpu"):  # what the loader makes for itself
+    with quiet(), torch.device("cpu"):  # what the loader makes for itself
         try:
             config = AutoConfig.from_pretrained(path, **common)
             if getattr(config, "quantization_config", None) is not None:
@@ -73,7 +73,7 @@ def load_base(
             if is_out_of_memory(error):
                 raise
             raise UserError(
-                f"model {model!r} cannot be loaded: {_first_sentence(error)}; give a Hub id that can be reached, a "
+                f"model {model!r} cannot be loaded: {first_sentence(error)}; give a Hub id that can be reached, a "
                 "local folder in the transformers format with safetensors weights, or a .gguf file"
             ) from error
     loaded.requires_grad_(False)
@@ -106,13 +106,13 @@ def convert_gguf(path: Path) -> Path:
     if target.is_dir():
         return target
     source = {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
-    with _quiet(), torch.device("cpu"):
+    with quiet(), torch.device("cpu"):
         try:
             tokenizer = AutoTokenizer.from_pretrained(**source)
             model = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float16)
         except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
             raise UserError(
-                f"GGUF file {path} cannot be read: {_first_sentence(error)}; take another GGUF of the model, or its "
+                f"GGUF file {path} cannot be read: {first_sentence(error)}; take another GGUF of the model, or its "
                 "safetensors folder"
             ) from error
         for mark in ("hf_quantizer", "is_quantized"):  # the loader marks the model as quantized; it no longer is
@@ -132,13 +132,14 @@ def convert_gguf(path: Path) -> Path:
     return target
 
 
-def _first_sentence(error: Exception) -> str:
+def first_sentence(error: Exception) -> str:
+    """Return what an error says first, on one line."""
     text = " ".join(str(error).split()) or type(error).__name__
     return text.split(". ")[0].rstrip(".")[:300]
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Keep the loaders' harmless lines out of the user's sight, and their bars where nobody watches."""
     from transformers.utils import logging as transformers_logging
 

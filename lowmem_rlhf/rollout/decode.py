@@ -3,15 +3,19 @@
 The rows (live completions) lie in slots, a fixed number G' for each prompt, so that all queries of a prompt meet its
 keys in one product. Where prompts have unequal numbers of rows left, the spare slots repeat a row and are never read.
 
-Shapes: B prompts, R rows, G' slots a prompt, P longest prompt, t completion tokens so far, d head size, nkv key heads,
-rep query heads a key head.
+Shapes: B prompts, R rows, G' slots a prompt, P longest prompt, room for so many completion tokens, d head size, nkv key
+heads, rep query heads a key head.
 """
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
 
-BLOCK = 32  # the room for completion tokens grows by at least this many
+if TYPE_CHECKING:
+    from lowmem_rlhf.model.base import SharedBase
+
+BLOCK = 32  # the room for completion tokens is a multiple of this: shapes change once in a block of tokens
 
 Pair = tuple[torch.Tensor, torch.Tensor]
 
@@ -32,7 +36,7 @@ class SharedPromptCache:
         self.device, self.limit, self.length = device, limit, 0
         self.lengths = [k.shape[-2] for k, _ in next(iter(prompts.values()))]
         self._prompt = {layer: _pad_prompts(pairs) for layer, pairs in prompts.items()}
-        self._own: dict[int, Pair] = {}  # (B * nkv * G', room, d) each
+        self._own: dict[int, Pair] = {}  # (B * nkv * G', d, room), (B * nkv * G', room, d)
         self._arrange(list(row_prompt))
 
     def _arrange(self, row_prompt: list[int]) -> None:
@@ -52,7 +56,7 @@ class SharedPromptCache:
                 rows[place] = row
             self._to_slots, self._from_slots = self._index(rows), self._index(flat)
         self.row_lengths = self._index([self.lengths[b] for b in row_prompt])  # (R,) prompt length of each row
-        self._prompt_mask: torch.Tensor | None = None  # made in the first pass, which knows the dtype and the heads
+        self._masks: dict[tuple[int | None, torch.dtype], torch.Tensor] = {}  # of this token
 
     def _index(self, values: list[int]) -> torch.Tensor:
         return torch.tensor(values, dtype=torch.long, device=self.device)
@@ -60,6 +64,13 @@ class SharedPromptCache:
     def advance(self) -> None:
         """Make room for one more completion token; to be called before each decoding pass."""
         self.length += 1
+        self._masks.clear()
+
+    def next_states(self, base: "SharedBase", tokens: torch.Tensor) -> torch.Tensor:
+        """Run one more token (R,) of each row through the model; return the last hidden states (R, H)."""
+        positions = self.row_lengths + self.length
+        self.advance()
+        return base.next_hidden_states(tokens[None], positions[None], self)
 
     def attend(
         self,
@@ -76,23 +87,22 @@ class SharedPromptCache:
         kv_heads = k.shape[0]
         if self._to_slots is not None:
             q, k, v = (x.index_select(1, self._to_slots) for x in (q, k, v))
-        own_k, own_v = self._store(layer, k, v)  # (B * nkv * G', t, d)
+        own_k, own_v = self._store(layer, k, v)  # (B * nkv * G', d, room), (B * nkv * G', room, d)
         prompt_k, prompt_v = self._prompt[layer]  # (B * nkv, d, P), (B * nkv, P, d)
         prompts, longest = len(self.lengths), prompt_k.shape[-1]
         repeats = heads // kv_heads
         # scaled before the products: in float16 the product of large queries and keys would overflow
         slotted = (q * scaling).view(kv_heads, repeats, prompts, self.per_prompt, d).permute(2, 0, 3, 1, 4)
         slotted = slotted.reshape(prompts * kv_heads, self.per_prompt * repeats, d)  # (B * nkv, G' * rep, d)
-        own_q = slotted.reshape(-1, repeats, d)  # (B * nkv * G', rep, d)
-        to_prompt = torch.baddbmm(self._mask_of_prompts(kv_heads, q.dtype), slotted, prompt_k)
-        to_own = torch.bmm(own_q, own_k.transpose(1, 2))
-        scores = torch.cat([to_prompt.view(-1, repeats, longest), to_own], dim=-1)  # (B * nkv * G', rep, P + t)
+        to_prompt = torch.bmm(slotted, prompt_k).view(-1, repeats, longest)
+        to_own = torch.bmm(slotted.reshape(-1, repeats, d), own_k)
+        scores = torch.cat([to_prompt, to_own], dim=-1)  # (B * nkv * G', rep, P + room)
         if softcap:
             scores = torch.tanh(scores.float() / softcap) * softcap
-            scores[..., :longest] += self._mask_of_prompts(kv_heads, scores.dtype).repeat_interleave(self.per_prompt, 0)
-        if window is not None and window < longest + self.length:
-            scores = scores.masked_fill(self._outside(window, kv_heads), float("-inf"))
-        weights = scores.softmax(-1, dtype=torch.float32).to(v.dtype)
+        if window is not None and window >= longest + self.length:
+            window = None
+        scores.view(prompts, -1, scores.shape[-1]).add_(self._mask(window, own_v.shape[1], scores.dtype))
+        weights = scores.softmax(-1).to(v.dtype)  # a 16-bit softmax computes in fp32 and rounds its result
         of_prompt = weights[..., :longest].reshape(prompts * kv_heads, -1, longest)
         out = torch.bmm(of_prompt, prompt_v).view(-1, repeats, d)
         out = torch.baddbmm(out, weights[..., longest:], own_v)
@@ -100,46 +110,43 @@ class SharedPromptCache:
         return out if self._from_slots is None else out.index_select(0, self._from_slots)
 
     def _store(self, layer: int, k: torch.Tensor, v: torch.Tensor) -> Pair:
-        """Append one token's keys and values (nkv, B * G', d); return all so far, (B * nkv * G', t, d) each."""
-        t = self.length
+        """Append one token's keys and values (nkv, B * G', d); return the whole room."""
         held = self._own.get(layer)
-        if held is None or held[0].shape[1] < t:
+        if held is None or held[1].shape[1] < self.length:
             held = self._own[layer] = self._grown(held, k, v)
-        for stored, new in zip(held, (k, v), strict=True):
-            slotted = new.view(new.shape[0], len(self.lengths), self.per_prompt, -1).transpose(0, 1)
-            stored[:, t - 1] = slotted.reshape(stored.shape[0], -1)
-        return held[0][:, :t], held[1][:, :t]
+        keys, values = held
+        kv_heads, prompts = k.shape[0], len(self.lengths)
+        slots = (prompts, kv_heads, self.per_prompt, -1)
+        for place, new in ((keys[:, :, self.length - 1], k), (values[:, self.length - 1], v)):
+            place.view(slots).copy_(new.view(kv_heads, prompts, self.per_prompt, -1).transpose(0, 1))
+        return held
 
     def _grown(self, held: Pair | None, k: torch.Tensor, v: torch.Tensor) -> Pair:
-        """Return larger room with what is held copied into it."""
-        room = min(self.limit, max(BLOCK, self.length + self.length // 2))
-        shapes = [(x.shape[0] * x.shape[1], room, x.shape[2]) for x in (k, v)]
-        grown = tuple(
-            torch.zeros(shape, dtype=x.dtype, device=x.device) for shape, x in zip(shapes, (k, v), strict=True)
-        )
-        for new, old in zip(grown, held or (), strict=False):
-            new[:, : old.shape[1]] = old
-        return grown[0], grown[1]
+        """Return larger room with what is held copied into it: by a block, or an eighth of what there is."""
+        step = BLOCK * max(1, self.length // (8 * BLOCK))
+        room = min(self.limit, -(-self.length // step) * step)
+        rows = k.shape[0] * k.shape[1]
+        keys = torch.zeros((rows, k.shape[2], room), dtype=k.dtype, device=k.device)
+        values = torch.zeros((rows, room, v.shape[2]), dtype=v.dtype, device=v.device)
+        if held is not None:
+            keys[:, :, : held[0].shape[2]] = held[0]
+            values[:, : held[1].shape[1]] = held[1]
+        return keys, values
 
-    def _mask_of_prompts(self, kv_heads: int, dtype: torch.dtype) -> torch.Tensor:
-        """A summand (B * nkv, 1, P) that hides the padding behind the shorter prompts."""
-        mask = self._prompt_mask
-        if mask is None or mask.dtype != dtype or mask.shape[0] != len(self.lengths) * kv_heads:
-            at = torch.arange(max(self.lengths), device=self.device)
-            hidden = at[None] >= self._index(self.lengths)[:, None]  # (B, P)
+    def _mask(self, window: int | None, room: int, dtype: torch.dtype) -> torch.Tensor:
+        """Return a summand (B, 1, P + room) that hides what is padding or outside the window; all layers share it."""
+        key = (window, dtype)
+        if key not in self._masks:
+            longest = max(self.lengths)
+            at = torch.arange(longest + room, dtype=torch.long, device=self.device)[None]
+            lengths = self._index(self.lengths)[:, None]
+            hidden = torch.where(at < longest, at >= lengths, at >= longest + self.length)  # (B, P + room)
+            if window is not None:
+                position = torch.where(at < longest, at, at - longest + lengths)
+                hidden |= position < lengths + self.length - window
             zero = torch.zeros(hidden.shape, dtype=dtype, device=self.device)
-            mask = zero.masked_fill_(hidden, float("-inf")).repeat_interleave(kv_heads, dim=0)[:, None]
-            self._prompt_mask = mask
-        return mask
-
-    def _outside(self, window: int, kv_heads: int) -> torch.Tensor:
-        """The keys (B * nkv * G', 1, P + t) that lie further back than the sliding window."""
-        longest, t = max(self.lengths), self.length
-        at = torch.arange(longest + t, device=self.device)[None]
-        lengths = self._index(self.lengths)[:, None]
-        position = torch.where(at < longest, at, at - longest + lengths)  # (B, P + t)
-        hidden = position <= lengths + t - 1 - window
-        return hidden.repeat_interleave(kv_heads * self.per_prompt, dim=0)[:, None]
+            self._masks[key] = zero.masked_fill_(hidden, float("-inf"))[:, None]
+        return self._masks[key]
 
     def keep(self, rows: list[int]) -> None:
         """Drop all rows but these (places in the present order), and the prompts that no row needs any more."""

@@ -1,8 +1,11 @@
 """Rollouts: sample completions of prompts in the current role.
 
-Each prompt is prefilled once, packed; its keys are shared by its completions; finished rows leave the batch.
+Each prompt is prefilled once, packed; its keys are shared by its completions; finished rows leave the batch. A model
+that cannot be packed keeps its own cache (see `unshared`).
 What is left out: speculative and continuous batching. A wave of completions starts together and ends with its
-longest one; how many run at once is the plan's ``rollout_batch_size``.
+longest one; how many run at once is at most the plan's ``rollout_batch_size``.
+
+Shapes: B prompts, G completions a prompt, R rows of a wave, U draws from one distribution, V vocabulary, H hidden.
 """
 
 import math
@@ -18,6 +21,7 @@ from lowmem_rlhf.model.logprobs import tiles
 from lowmem_rlhf.model.packing import Group, pack
 from lowmem_rlhf.rollout.decode import SharedPromptCache
 from lowmem_rlhf.rollout.sampling import Sampling, draw
+from lowmem_rlhf.rollout.unshared import UnsharedRows, start_unshared, unshared_waves
 
 COMPACT_BELOW = 0.75  # rows leave once no more than this share of the batch is still being written
 
@@ -72,12 +76,39 @@ def generate(
         (len(prompts) * num_generations, max_completion_length), generator=generator, dtype=torch.float32, device="cpu"
     )
     done: list[Completion | None] = [None] * len(uniforms)
-    jobs = [(b, b * num_generations + g) for b in range(len(prompts)) for g in range(num_generations)]
-    for start in range(0, len(jobs), limits.rows):
-        wave = jobs[start : start + limits.rows]
+    if base.packable:
+        parts = waves([len(prompt) for prompt in prompts], num_generations, limits.rows)
+    else:
+        jobs = [(b, b * num_generations + g) for b in range(len(prompts)) for g in range(num_generations)]
+        parts = unshared_waves(base, prompts, jobs, max_completion_length, limits.rows)
+    for wave in parts:
         _wave(base, prompts, wave, uniforms, max_completion_length, sampling, limits, done, progress)
     complete = [c for c in done if c is not None]
     return [complete[i : i + num_generations] for i in range(0, len(complete), num_generations)]
+
+
+def waves(lengths: Sequence[int], num_generations: int, rows: int) -> list[list[tuple[int, int]]]:
+    """Divide the B * G completions into waves of at most ``rows``, those of the longest prompts first.
+
+    So running out of memory shows at once, and prompts of similar length share a wave, where the keys of each take the
+    room of the longest. A wave holds whole groups, or an even part of one where ``rows`` is less than a group: unequal
+    parts of groups would take the cache of more rows than there are (see `SharedPromptCache`).
+
+    Args:
+        lengths: tokens of the B prompts.
+
+    Returns:
+        The waves, each a list of (prompt, row in the whole batch) in ascending order.
+    """
+    ascending = sorted(range(len(lengths)), key=lambda b: lengths[b])
+    found: list[list[tuple[int, int]]] = []
+    # As even as possible: that takes no more waves, a pass takes time about linear in its rows, so nothing is lost, and
+    # the largest wave, which sets the peak, is smaller.
+    for part in tiles(len(lengths), max(1, rows // num_generations)):
+        for members in tiles(num_generations, rows):
+            first, last = members.start, members.stop
+            found.append([(b, b * num_generations + g) for b in sorted(ascending[part]) for g in range(first, last)])
+    return found[::-1]  # no tile is larger than the last one
 
 
 def _wave(
@@ -93,18 +124,18 @@ def _wave(
 ) -> None:
     used = sorted({b for b, _ in wave})
     place = {b: i for i, b in enumerate(used)}
-    cache, hidden = prefill(
-        base, [prompts[b] for b in used], [place[b] for b, _ in wave], max_completion_length - 1, limits.prefill_tokens
+    row_prompt = [place[b] for b, _ in wave]
+    state, hidden = _start(
+        base, [prompts[b] for b in used], row_prompt, max_completion_length - 1, limits.prefill_tokens
     )
-    hidden = hidden[torch.tensor([place[b] for b, _ in wave], dtype=torch.long, device=base.device)]  # (R, H)
     rows = [row for _, row in wave]
+    first = uniforms[rows, 0].view(hidden.shape[0], -1)  # a prompt's logits are made once for its rows, equally many
+    tokens, logp = _draw_tiled(base, hidden, first, sampling, limits.tile)
     ids: dict[int, list[int]] = {row: [] for row in rows}
     logps: dict[int, list[float]] = {row: [] for row in rows}
     live = list(range(len(rows)))  # places in `rows` still being written
     stops = base.stop_ids
     for t in range(max_completion_length):
-        chosen = uniforms[torch.tensor(rows, dtype=torch.long, device="cpu"), t].to(base.device)
-        tokens, logp = _draw_tiled(base, hidden, chosen, sampling, limits.tile)
         token_list, logp_list = tokens.tolist(), logp.tolist()
         if not all(map(math.isfinite, logp_list)):
             raise RunError(
@@ -125,19 +156,32 @@ def _wave(
         if not live:
             return
         if len(live) <= COMPACT_BELOW * len(rows):
-            cache.keep(live)
+            state.keep(live)
             tokens = tokens[torch.tensor(live, dtype=torch.long, device=base.device)]
             rows, live = [rows[i] for i in live], list(range(len(live)))
-        positions = cache.row_lengths + t
-        cache.advance()
-        hidden = base.hidden_states(tokens[None], positions[None], cache)
+        hidden = state.next_states(base, tokens)
+        tokens, logp = _draw_tiled(base, hidden, uniforms[rows, t + 1][:, None], sampling, limits.tile)
+
+
+def _start(
+    base: SharedBase, prompts: Sequence[Sequence[int]], row_prompt: Sequence[int], limit: int, max_tokens: int
+) -> tuple[SharedPromptCache | UnsharedRows, torch.Tensor]:
+    """Run the prompts; return what decoding continues, and the hidden states of the first tokens.
+
+    Those are (B, H), or (R, H) where the rows keep caches of their own.
+    """
+    if not base.packable:
+        return start_unshared(base, prompts, row_prompt, max_tokens)
+    return prefill(base, prompts, row_prompt, limit, max_tokens)
 
 
 def _draw_tiled(
     base: SharedBase, hidden: torch.Tensor, uniforms: torch.Tensor, sampling: Sampling, tile: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return tokens and log-probs (K * U,) for hidden states (K, H) and uniforms (K, U)."""
+    uniforms = uniforms.to(base.device)
     parts = [draw(base.head.logits(hidden[part]), uniforms[part], sampling) for part in tiles(hidden.shape[0], tile)]
-    return torch.cat([token for token, _ in parts]), torch.cat([logp for _, logp in parts])
+    return torch.cat([token for token, _ in parts]).flatten(), torch.cat([logp for _, logp in parts]).flatten()
 
 
 def prefill(

@@ -20,19 +20,22 @@ class Sampling:
 
 
 def draw(logits: torch.Tensor, uniforms: torch.Tensor, sampling: Sampling) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return token ids (R,) and their log-probs (R,) fp32.
+    """Return token ids and their log-probs, fp32, shaped as the uniforms: (R,), or (R, U) for U draws of each row.
 
     The log-prob is that of the full distribution at this temperature, before top-k, top-p and min-p: it is what the
     training pass computes. With greedy drawing it is taken at temperature 1.
 
     Args:
         logits: (R, V) in the compute dtype or fp32. Where they are not finite the log-prob is not either.
-        uniforms: (R,) in [0, 1).
+        uniforms: (R,) or (R, U) in [0, 1).
     """
+    if uniforms.dim() == 1:
+        token, chosen = draw(logits, uniforms[:, None], sampling)
+        return token[:, 0], chosen[:, 0]
     if sampling.temperature == 0:
         logp = torch.log_softmax(logits, dim=-1, dtype=torch.float32)
-        best, token = logp.max(dim=-1)
-        return token, best
+        best, token = logp.max(dim=-1, keepdim=True)
+        return token.expand_as(uniforms), best.expand_as(uniforms)
     scaled = logits if sampling.temperature == 1 else logits.float() / sampling.temperature
     logp = scaled.log_softmax(dim=-1, dtype=torch.float32)
     probs = logp.exp()
@@ -40,11 +43,11 @@ def draw(logits: torch.Tensor, uniforms: torch.Tensor, sampling: Sampling) -> tu
         probs = _truncate(probs, sampling)
     total = probs.cumsum_(dim=-1)  # (R, V)
     # u < 1 and side "right" never choose a token of probability zero
-    goal = (uniforms[:, None].to(total.dtype) * total[:, -1:]).clamp_(
+    goal = (uniforms.to(total.dtype) * total[:, -1:]).clamp_(
         max=torch.nextafter(total[:, -1:], torch.zeros_like(total[:, -1:]))
     )
-    token = torch.searchsorted(total, goal, right=True).squeeze(-1).clamp_(max=total.shape[-1] - 1)  # NaN: V
-    return token, logp.gather(-1, token[:, None]).squeeze(-1)
+    token = torch.searchsorted(total, goal, right=True).clamp_(max=total.shape[-1] - 1)  # NaN: V
+    return token, logp.gather(-1, token)
 
 
 def _truncate(probs: torch.Tensor, sampling: Sampling) -> torch.Tensor:

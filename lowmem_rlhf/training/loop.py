@@ -73,7 +73,7 @@ class Trainer:
         self.dequantize = settings.rollout_weights == "dequantized"
         self.accelerator = _accelerator(base.device, recipe, run)
         set_seed(recipe.training.seed)
-        base.set_gradient_checkpointing(settings.gradient_checkpointing)
+        base.set_gradient_checkpointing(settings.gradient_checkpointing, settings.offload_checkpoints)
         self.stepper = Stepper(
             base.trainable(),
             recipe.training,
@@ -142,7 +142,7 @@ class Trainer:
 
     def _evaluate(self, when: str, evaluation: dict[str, Any], view: LiveView) -> None:
         def work(rows: int) -> dict[str, Any]:
-            with self.base.role(POLICY), self.base.dequantized(self.dequantize):
+            with self.base.role(POLICY), self.base.decoding(self.dequantize):
                 return evaluate(
                     self.base,
                     self.held_out,
@@ -202,7 +202,7 @@ class Trainer:
         metrics = {
             "step": self.step,
             **rollout_metrics(rollout, batch),
-            **update_metrics(batch, stats),
+            **update_metrics(batch, stats, self.recipe.grpo),
             "learning_rate": learning_rate,
             "loss_scale/skipped_steps": self.stepper.skipped,
             **{f"time/{name}": times[i + 1] - times[i] for i, name in enumerate(("rollout", "score", "update"))},
@@ -219,7 +219,7 @@ class Trainer:
         examples = self.stream.batch(self.step)
 
         def work(rows: int) -> list[list[Completion]]:
-            with self.base.role(POLICY), self.base.dequantized(self.dequantize):
+            with self.base.role(POLICY), self.base.decoding(self.dequantize):
                 return generate(
                     self.base,
                     [example.prompt_ids for example in examples],

@@ -106,6 +106,11 @@ class Stepper:
             self.scheduler.step()
         return norm
 
+    def drop_gradients(self) -> None:
+        """Give the gradients' memory back: until the next update it is the rollout's."""
+        for parameter in self.parameters.values():
+            parameter.grad = None
+
     def save(self, folder: Path) -> dict[str, Any]:
         """Write the tensors of the state into optimizer.safetensors; return its plain values, fit for JSON."""
         tensors: dict[str, torch.Tensor] = {}

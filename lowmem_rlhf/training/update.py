@@ -9,12 +9,12 @@ from dataclasses import dataclass, field, replace
 
 import torch
 
-from lowmem_rlhf.algorithms.grpo import k3, token_loss, token_weights
+from lowmem_rlhf.algorithms.grpo import importance_weights, token_loss, token_weights
+from lowmem_rlhf.algorithms.kl import k3
 from lowmem_rlhf.memory import with_less
-from lowmem_rlhf.model.attention import PackedContext
 from lowmem_rlhf.model.base import POLICY, SharedBase
-from lowmem_rlhf.model.logprobs import tiled_logprobs
-from lowmem_rlhf.model.packing import Group, PackedBatch, micro_batches, pack
+from lowmem_rlhf.model.logprobs import Entropy, tiled_logprobs
+from lowmem_rlhf.model.packing import Group, PackedBatch
 from lowmem_rlhf.recipe import GRPOSettings
 from lowmem_rlhf.rollout.generate import Completion
 from lowmem_rlhf.training.optimizer import Stepper
@@ -48,12 +48,11 @@ class Batch:
 
 
 def packed_logprobs(
-    base: SharedBase, batch: PackedBatch, temperature: float, tile: int, want_entropy: bool = True
+    base: SharedBase, batch: PackedBatch, temperature: float, tile: int, entropy: Entropy = "value"
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return log-probs and entropies (S,) of a packed row's scored tokens in the role that ``base`` is in."""
-    hidden = base.hidden_states(batch.input_ids, batch.position_ids, PackedContext(batch.buckets, base.device))
-    predicting = hidden.index_select(0, batch.predict)
-    return tiled_logprobs(predicting, batch.targets, base.head, temperature, tile, want_entropy)
+    predicting = base.states(batch).index_select(0, batch.predict)
+    return tiled_logprobs(predicting, batch.targets, base.head, temperature, tile, entropy)
 
 
 @dataclass(frozen=True)
@@ -71,10 +70,10 @@ def score(
 ) -> dict[int, torch.Tensor]:
     """Return for each of these rows the log-probs of its tokens, fp32, in the role that ``base`` is in."""
     logps: dict[int, torch.Tensor] = {}
-    parts = micro_batches(batch.groups(rows), passes.micro_batch_tokens)
+    parts = base.layout.cut(batch.groups(rows), passes.micro_batch_tokens)
     for i, part in enumerate(parts):
-        packed = pack(part, base.device)
-        values, _ = packed_logprobs(base, packed, passes.temperature, passes.tile, want_entropy=False)
+        packed = base.layout.lay_out(part, base.device)
+        values, _ = packed_logprobs(base, packed, passes.temperature, passes.tile, entropy="none")
         logps.update(zip(packed.rows, values.split(packed.lengths), strict=True))
         if progress:
             progress(i + 1, len(parts))
@@ -141,9 +140,9 @@ def backward(
     stats = UpdateStats()
     lengths = [len(c.ids) for c in batch.completions]
     weights = token_weights(lengths, _counted(batch, settings), settings.loss_type, max_completion_length)
-    parts = micro_batches(batch.groups(rows_to_train(batch, settings)), passes.micro_batch_tokens)
+    parts = base.layout.cut(batch.groups(rows_to_train(batch, settings)), passes.micro_batch_tokens)
     for i, part in enumerate(parts):
-        packed = pack(part, base.device)
+        packed = base.layout.lay_out(part, base.device)
         logps, entropies = packed_logprobs(base, packed, passes.temperature, passes.tile)
         own = dict(zip(packed.rows, logps.detach().split(packed.lengths), strict=True))
         old = torch.cat([(old_logps or own)[row] for row in packed.rows])
@@ -151,7 +150,8 @@ def backward(
         row_values = [(batch.advantages[row], weights[row]) for row in packed.rows]
         per_token = torch.tensor(row_values, dtype=torch.float32, device=base.device).index_select(0, packed.row_index)
         high = settings.epsilon if settings.epsilon_high is None else settings.epsilon_high
-        result = token_loss(logps, old, per_token[:, 0], settings.epsilon, high, ref, settings.beta)
+        correction = sampling_correction(batch, packed.rows, old, settings)
+        result = token_loss(logps, old, per_token[:, 0], settings.epsilon, high, ref, settings.beta, correction)
         loss = (result.loss * per_token[:, 1]).sum()
         (loss * loss_scale).backward()
         stats.loss += float(loss.detach())
@@ -169,12 +169,29 @@ def backward(
     return stats
 
 
+def sampling_correction(
+    batch: Batch, rows: Sequence[int], old_logps: torch.Tensor, settings: GRPOSettings
+) -> torch.Tensor | None:
+    """Return the weights (S,) that correct for the sampler's log-probs of these completions; None: not asked for."""
+    if not settings.importance_sampling_correction:
+        return None
+    drawn = [batch.completions[row].logps for row in rows]
+    return importance_weights(
+        old_logps,
+        torch.tensor([logp for logps in drawn for logp in logps], dtype=torch.float32, device=old_logps.device),
+        [len(logps) for logps in drawn],
+        settings.importance_sampling_mode,
+        settings.importance_sampling_clip_min,
+        settings.importance_sampling_clip_max,
+    )
+
+
 @torch.no_grad()
 def measure(base: SharedBase, batch: Batch, passes: PassSettings, ref_logps: dict[int, torch.Tensor]) -> UpdateStats:
     """Return log-probs, entropy and KL of the policy on the rows that the reference has scored, without an update."""
     stats = UpdateStats()
-    for part in micro_batches(batch.groups(list(ref_logps)), passes.micro_batch_tokens):
-        packed = pack(part, base.device)
+    for part in base.layout.cut(batch.groups(list(ref_logps)), passes.micro_batch_tokens):
+        packed = base.layout.lay_out(part, base.device)
         logps, entropies = packed_logprobs(base, packed, passes.temperature, passes.tile)
         own = dict(zip(packed.rows, logps.split(packed.lengths), strict=True))
         ref, _ = _reference(packed, ref_logps, own)
@@ -238,5 +255,6 @@ def update(
             first.clipped_high += stats.clipped_high
             first.clip_tokens += stats.clip_tokens
         first.grad_norm = norm
+    stepper.drop_gradients()
     assert first is not None
     return first, tokens

@@ -1,13 +1,18 @@
 """One tiny model for all whole runs."""
 
 import os
-from collections.abc import Iterator
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 from tiny_runs import save_tiny_model
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+HERE = Path(__file__).resolve().parent
+VCARD = HERE.parents[2] / "shared" / "vcard"
 
 
 @pytest.fixture(scope="session")
@@ -25,3 +30,26 @@ def one_thread(request: pytest.FixtureRequest) -> Iterator[None]:
     torch.set_num_threads(before if request.node.get_closest_marker("slow") else 1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="session")
+def on_the_card() -> Callable[..., None]:
+    """Return what runs a script of this folder, with the virtual card's folder as its first argument, and waits."""
+    if not (VCARD / "vcard.py").is_file():
+        pytest.skip(f"the virtual card is not here ({VCARD})")
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
+    for tool in ("gcc", "ninja"):
+        if not shutil.which(tool, path=path):
+            pytest.skip(f"the virtual card is compiled with {tool}, which is not here")
+
+    def run(script: str, *arguments: str, made: Path) -> None:
+        done = subprocess.run(
+            [sys.executable, str(HERE / script), str(VCARD), *arguments],
+            env={**os.environ, "PATH": path, "TORCHDYNAMO_DISABLE": "1", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"},
+            cwd=HERE.parents[1],
+            capture_output=True,
+            text=True,
+        )
+        assert made.is_file(), done.stderr[-3000:]
+
+    return run

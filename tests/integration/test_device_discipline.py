@@ -1,10 +1,6 @@
 """Everything follows the model's device: runs on the virtual card equal the CPU's, a foreign default is ignored."""
 
 import json
-import os
-import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,28 +11,12 @@ from tiny_runs import learned, tiny_recipe
 from lowmem_rlhf.run import RunDirectory
 from lowmem_rlhf.session import train
 
-HERE = Path(__file__).resolve().parent
-VCARD = HERE.parents[2] / "shared" / "vcard"
-
 
 @pytest.fixture(scope="module")
-def card(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
+def card(on_the_card, tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
     """Run all cases of vcard_process.py once; return the folder of their runs and what the process saw."""
-    if not (VCARD / "vcard.py").is_file():
-        pytest.skip(f"the virtual card is not here ({VCARD})")
-    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
-    for tool in ("gcc", "ninja"):
-        if not shutil.which(tool, path=path):
-            pytest.skip(f"the virtual card is compiled with {tool}, which is not here")
     output = tmp_path_factory.mktemp("vcard")
-    done = subprocess.run(
-        [sys.executable, str(HERE / "vcard_process.py"), str(VCARD), str(tiny_model), str(output)],
-        env={**os.environ, "PATH": path, "TORCHDYNAMO_DISABLE": "1", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"},
-        cwd=HERE.parents[1],
-        capture_output=True,
-        text=True,
-    )
-    assert (output / "facts.json").is_file(), done.stderr[-3000:]
+    on_the_card("vcard_process.py", str(tiny_model), str(output), made=output / "facts.json")
     return output, json.loads((output / "facts.json").read_text())
 
 
@@ -95,9 +75,27 @@ def test_the_plan_and_the_peak_are_the_cards(card, precision):
     assert all(100_000 < peak < 16 * 2**20 for peak in peaks), peaks
 
 
+def test_a_learned_reward_lies_beside_the_policy_or_on_the_cpu(card):
+    runs = {name: run_of(card, f"learned-{name}") for name in ("cpu", "vcard", "aside")}
+    placed = {name: run.plan()["rewards"]["classifier"] for name, run in runs.items()}
+    assert {name: one["device"] for name, one in placed.items()} == {"cpu": "cpu", "vcard": "vcard:0", "aside": "cpu"}
+    assert "fit beside the policy" in placed["vcard"]["reason"] and placed["aside"]["reason"] == "set in the recipe"
+    expected = learned(runs["cpu"])
+    for name in ("vcard", "aside"):
+        got = learned(runs[name])
+        for one, other in zip(expected["samples"], got["samples"], strict=True):
+            assert one["completion"] == other["completion"]
+            assert one["rewards"] == pytest.approx(other["rewards"], abs=1e-6)
+        assert distance(expected["adapter"], got["adapter"]) < 1e-4
+
+
 @pytest.mark.parametrize(
     ("case", "setting", "smaller"),
-    [("oom-in-rollout", "rollout_batch_size=8", 4), ("oom-in-update", "micro_batch_tokens=96", 64)],
+    [
+        ("oom-in-rollout", "rollout_batch_size=8", 4),
+        ("oom-in-update", "micro_batch_tokens=96", 64),
+        ("oom-in-offloaded-update", "micro_batch_tokens=96", 64),
+    ],
 )
 def test_a_step_that_runs_out_of_memory_goes_on_with_less(card, case, setting, smaller):
     run, facts = run_of(card, case), card[1][case]
@@ -122,6 +120,19 @@ def test_hopeless_memory_ends_the_run_with_one_sentence(card, case, sentence, ke
     assert facts["err"].startswith("error: ") and sentence in facts["err"] and facts["err"].count("\n") == 1
     latest = run.latest_checkpoint()
     assert (latest and latest[0]) == kept
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_checkpoints_in_host_memory_leave_the_card_and_change_no_gradient(card, precision):
+    facts = card[1][f"offloaded-{precision}"]
+    assert "error" not in facts, facts
+    assert all(facts["equal"]) and facts["norm"] > 0
+    assert facts["failed"] == 5, "memory was to run out five times"
+    peaks, checkpoint = facts["peaks"], facts["checkpoint_bytes"]
+    # six checkpoints are on the card when the last layer is recomputed; its own is there in both cases
+    assert 4.5 * checkpoint <= peaks["here"] - peaks["there"] <= 6.5 * checkpoint, facts
+    assert peaks["there"] < peaks["here"] < peaks["kept"]
+    assert peaks["again"] == peaks["there"]
 
 
 def test_nothing_is_made_on_the_default_device(tiny_model, tmp_path):

@@ -13,30 +13,31 @@ SYMBOLS = ["<pad>", "</s>", "<s>", *string.digits, *"abcdefgh", " ", "+", "-", "
 MEASURED = ("time/", "memory/")
 
 
-def save_tiny_model(folder: Path, seed: int = 0) -> Path:
-    """Write a random two-layer Llama with a tokenizer of single characters; return the folder."""
+def save_tiny_model(folder: Path, seed: int = 0, model_type: str = "llama", **changes: Any) -> Path:
+    """Write a random two-layer model, a Llama by default, with a tokenizer of single characters; return the folder."""
     import torch
     from tokenizers import Regex, Tokenizer, models, pre_tokenizers
-    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+    from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
     tokenizer = Tokenizer(models.WordLevel({symbol: i for i, symbol in enumerate(SYMBOLS)}, unk_token="."))
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("."), behavior="isolated")
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>", bos_token="<s>")
-    config = LlamaConfig(
-        vocab_size=len(SYMBOLS),
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=256,
-        tie_word_embeddings=True,
-        pad_token_id=0,
-        eos_token_id=1,
-        bos_token_id=2,
-    )
+    fields: dict[str, Any] = {
+        "vocab_size": len(SYMBOLS),
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 256,
+        "tie_word_embeddings": True,
+        "pad_token_id": 0,
+        "eos_token_id": 1,
+        "bos_token_id": 2,
+    }
+    config = AutoConfig.for_model(model_type, **{**fields, **changes})
     torch.manual_seed(seed)
-    LlamaForCausalLM(config).save_pretrained(folder)
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
     fast.save_pretrained(folder)
     return folder
 

@@ -4,26 +4,34 @@ Writes one run directory a case into OUTPUT, and OUTPUT/facts.json with what onl
 """
 
 import contextlib
+import gc
 import io
 import json
 import sys
 import traceback
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 sys.path.insert(0, sys.argv[1])
+sys.path.insert(1, str(Path(__file__).resolve().parents[1]))
 import torch
 import vcard
+from tiny_classifiers import save_classifier
 from tiny_runs import tiny_recipe
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from transformers import LlamaConfig, LlamaForCausalLM
 
 import lowmem_rlhf.training.loop as loop
 from lowmem_rlhf import cli
 from lowmem_rlhf.model import attention
 from lowmem_rlhf.model.base import SharedBase
+from lowmem_rlhf.model.packing import Group, pack
+from lowmem_rlhf.recipe import validate_recipe
 from lowmem_rlhf.session import train
 from lowmem_rlhf.training.optimizer import Stepper
+from lowmem_rlhf.training.update import packed_logprobs
 
 MODEL, OUTPUT = Path(sys.argv[2]), Path(sys.argv[3])
 PRECISIONS = {
@@ -60,6 +68,17 @@ def placement() -> dict[str, Any]:
     return {"devices": sorted({str(t.device) for t in tensors}), "mixing": mixing}
 
 
+def learned_reward(policy: str, device: str, name: str) -> None:
+    """Two steps with a classifier as the reward, on a device of its own."""
+    if not (folder := OUTPUT / "classifier").exists():
+        save_classifier(folder)
+    options = {"model": str(folder), "label": 1, "batch_tokens": 64, "device": device}
+    values = {**recipe(policy).model_dump(), "evaluation": {}}
+    values["rewards"] = [{"function": "classifier", "options": options}]
+    with sdpa_kernel(SDPBackend.MATH):
+        train(validate_recipe(values), OUTPUT / name)
+
+
 @contextlib.contextmanager
 def before(owner: Any, name: str, act: Callable[[int], None]) -> Any:
     """Call ``act(call)`` before each call of a function, calls counted from 1."""
@@ -79,10 +98,10 @@ def before(owner: Any, name: str, act: Callable[[int], None]) -> Any:
         vcard.set_capacity(2**40)
 
 
-def out_of_memory(name: str, owner: Any, function: str, act: Callable[[int], None]) -> dict[str, Any]:
+def out_of_memory(name: str, owner: Any, function: str, act: Callable[[int], None], **hardware: Any) -> dict[str, Any]:
     """Run the recipe from the command line while memory runs out; return exit code and output."""
     file = OUTPUT / f"{name}.yaml"
-    file.write_text(recipe("vcard").to_yaml())
+    file.write_text(recipe("vcard", **hardware).to_yaml())
     out, err = io.StringIO(), io.StringIO()
     sys.argv = ["lowmem-rlhf", "train", str(file), "--output", str(OUTPUT / name)]
     with before(owner, function, act), contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
@@ -94,13 +113,57 @@ def out_of_memory(name: str, owner: Any, function: str, act: Callable[[int], Non
     return {"code": code, "out": out.getvalue(), "err": err.getvalue()}
 
 
+def offloaded(dtype: torch.dtype) -> dict[str, Any]:
+    """Passes of a deeper model with checkpoints on the card and in host memory, undisturbed and out of memory."""
+    sizes = {"vocab_size": 256, "hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4}
+    config = LlamaConfig(num_hidden_layers=6, num_key_value_heads=2, **sizes)
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(config).requires_grad_(False).to("vcard:0", dtype)
+    base = SharedBase(model, SimpleNamespace(eos_token_id=1), "deeper", r=4)
+    with torch.no_grad():
+        for p in base.trainable().values():
+            p.add_(0.02)
+    base.adapters_changed()
+    row = pack([Group([5] * 40, [[7 + n] * 64 for n in range(3)], [0, 1, 2])], base.device)
+
+    def one_pass(layers: int, offload: bool) -> dict[str, Any]:
+        base.set_gradient_checkpointing(layers, offload)
+        for p in base.trainable().values():  # there from the start, as in training
+            p.grad = torch.zeros_like(p)
+        gc.collect()
+        start, calls = vcard.live(), vcard.allocs()
+        vcard.reset_peak()
+        with base.role("policy"):
+            packed_logprobs(base, row, 1.0, 16)[0].sum().backward()
+        gradients = torch.cat([p.grad.flatten().cpu() for p in base.trainable().values()])  # type: ignore[union-attr]
+        return {"gradients": gradients, "peak": vcard.peak() - start, "allocs": vcard.allocs() - calls}
+
+    one_pass(0, False)  # makes the adapters' copies
+    kept, here, there, half = (one_pass(*how) for how in ((0, False), (6, False), (6, True), (3, True)))
+    failed = 0
+    for part in (1, 3, 5, 6, 7):
+        vcard.fail_at(vcard.allocs() + there["allocs"] * part // 8)
+        try:
+            one_pass(6, True)
+        except torch.OutOfMemoryError:
+            failed += 1
+    again = one_pass(6, True)
+    return {
+        "checkpoint_bytes": row.input_ids.numel() * config.hidden_size * dtype.itemsize,
+        "peaks": {"kept": kept["peak"], "here": here["peak"], "there": there["peak"], "again": again["peak"]},
+        "norm": float(kept["gradients"].norm()),
+        "equal": [torch.equal(kept["gradients"], other["gradients"]) for other in (here, there, half, again)],
+        "failed": failed,
+    }
+
+
 def fail_once(after: int) -> Callable[[int], None]:
     return lambda call: vcard.fail_at(vcard.allocs() + after) if call == 1 else None
 
 
 def no_room_in_step_2(call: int) -> None:
     if call == 2:
-        vcard.set_capacity(vcard.live() + 2048)
+        vcard.set_capacity(1)  # whatever the step itself gives back is not enough
 
 
 CASES: dict[str, Callable[[], Any]] = {
@@ -110,12 +173,20 @@ CASES: dict[str, Callable[[], Any]] = {
         for precision in PRECISIONS
         for device in ("cpu", "vcard")
     },
+    "learned-cpu": lambda: learned_reward("cpu", "auto", "learned-cpu"),
+    "learned-vcard": lambda: learned_reward("vcard", "auto", "learned-vcard"),
+    "learned-aside": lambda: learned_reward("vcard", "cpu", "learned-aside"),
     "oom-nowhere": lambda: out_of_memory("oom-nowhere", loop, "generate", lambda call: None),
     "oom-in-rollout": lambda: out_of_memory("oom-in-rollout", loop, "generate", fail_once(300)),
     "oom-in-update": lambda: out_of_memory("oom-in-update", loop, "update", fail_once(600)),
     "oom-in-optimizer": lambda: out_of_memory("oom-in-optimizer", Stepper, "step", fail_once(30)),
     "hopeless-rollout": lambda: out_of_memory("hopeless-rollout", loop, "generate", no_room_in_step_2),
     "hopeless-update": lambda: out_of_memory("hopeless-update", loop, "update", no_room_in_step_2),
+    "oom-in-offloaded-update": lambda: out_of_memory(
+        "oom-in-offloaded-update", loop, "update", fail_once(600), offload_checkpoints=True
+    ),
+    "offloaded-float32": lambda: offloaded(torch.float32),
+    "offloaded-bfloat16": lambda: offloaded(torch.bfloat16),
 }
 
 if __name__ == "__main__":

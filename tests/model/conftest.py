@@ -1,3 +1,8 @@
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))  # the counter of live bytes
+
 import pytest
 import torch
 from tiny_models import CPU, fill_adapter

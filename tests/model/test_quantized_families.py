@@ -8,8 +8,8 @@ from transformers.pytorch_utils import Conv1D
 from lowmem_rlhf.model.attention import PackedContext
 from lowmem_rlhf.model.base import SharedBase
 from lowmem_rlhf.model.logprobs import tiled_logprobs
-from lowmem_rlhf.model.lora import dequantized
 from lowmem_rlhf.model.packing import pack
+from lowmem_rlhf.model.siblings import dense_weight
 from lowmem_rlhf.rollout.generate import Limits, generate
 from lowmem_rlhf.rollout.sampling import Sampling
 
@@ -45,19 +45,19 @@ def test_a_step_runs_and_equals_that_of_the_same_numbers_in_16_bits(folder, quan
     base.set_gradient_checkpointing(checkpointing)
     with torch.no_grad():
         for quantized, layer in zip(base.adapter_layers(), exact.adapter_layers(), strict=True):
-            numbers = dequantized(quantized.base_layer, torch.bfloat16)
-            if numbers is not None:  # NF4; int8 is near enough to compare with the original weights
-                layer.base_layer.weight.copy_(numbers.t() if isinstance(layer.base_layer, Conv1D) else numbers)
+            numbers = dense_weight(quantized.base_layer, torch.bfloat16)
+            layer.base_layer.weight.copy_(numbers.t() if isinstance(layer.base_layer, Conv1D) else numbers)
     (logps, gradient), (exact_logps, exact_gradient) = logps_and_gradients(base), logps_and_gradients(exact)
     assert torch.isfinite(gradient).all() and gradient.abs().max() > 0
     assert (logps - exact_logps).abs().mean() < 0.05
     assert torch.cosine_similarity(gradient, exact_gradient, dim=0) > 0.99
 
 
+@pytest.mark.parametrize("dequantize", [False, True])
 @pytest.mark.parametrize("quantization", ["nf4", "int8"])
-def test_sampling_runs_on_it(folder, quantization):
+def test_sampling_runs_on_it(folder, quantization, dequantize):
     base = load(folder, quantization)
-    with base.role("policy"), base.dequantized(quantization == "nf4"):
+    with base.role("policy"), base.decoding(dequantize):
         groups = generate(base, [[5, 6, 7], [8, 9]], 3, 5, Sampling(), Limits(8, 64, 8), seed=0)
     assert [len(group) for group in groups] == [3, 3]
 

@@ -1,5 +1,7 @@
 """The memory model: its parts by hand, against public measurements, and against what autograd keeps."""
 
+from dataclasses import replace
+
 import pytest
 from planning_cases import CONFIGS, card, cpu
 
@@ -9,7 +11,7 @@ from lowmem_rlhf.planning.memory import MIB, Settings
 from lowmem_rlhf.recipe import load_recipe
 
 LORA = {"r": 16, "lora_alpha": 32.0, "target_modules": "all-linear"}
-SETTINGS = Settings("nf4", "float16", True, 4096, 64, "quantized", 64, "adamw", LORA)
+SETTINGS = Settings("nf4", "float16", True, False, 4096, 64, "quantized", 64, "adamw", LORA)
 
 
 def dims(name: str) -> ModelDimensions:
@@ -60,6 +62,32 @@ def test_checkpointed_terms_against_public_measurements(name, r, tokens, loaded,
     assert (loaded * MIB + adapters + stored + logits) / (peak * MIB) == pytest.approx(1, abs=0.02)
 
 
+def test_stored_activations_by_hand():
+    model = dims("Qwen2.5-0.5B")
+    hidden, layer = 2 * 1000 * 896, memory.layer_activation_bytes(model, 1000, 2)
+
+    def stored(checkpointing: bool | int, offload: bool = False) -> int:
+        return memory.stored_activation_bytes(model, 1000, 2, checkpointing, offload)
+
+    assert stored(True) == stored(24) == 26 * hidden
+    assert stored(False) == stored(0) == 2 * hidden + 24 * layer
+    assert stored(1) == 3 * hidden + 23 * layer
+    assert stored(True, offload=True) == 2 * hidden
+    assert stored(20, offload=True) == 2 * hidden + 4 * layer
+
+
+def test_a_recomputed_layer_is_no_peak_of_its_own_while_another_keeps_its_activations():
+    model, recipe = dims("Qwen2.5-0.5B"), load_recipe("grpo_gsm8k")
+
+    def update(checkpointing: bool | int) -> memory.Components:
+        return memory.phases(model, recipe, replace(SETTINGS, gradient_checkpointing=checkpointing), cpu(11))["update"]
+
+    assert update(True) == update(24) and update(True)["layer_activations"] > 0
+    assert "layer_activations" not in update(23) and "logits_tile" in update(23)
+    sizes = [sum(update(count).values()) for count in range(25)]
+    assert sizes == sorted(sizes, reverse=True)
+
+
 def test_a_layer_keeps_no_more_than_predicted():
     """Tensors that autograd keeps for one more layer of a packed pass, counted by storage."""
     torch = pytest.importorskip("torch")
@@ -95,7 +123,7 @@ def test_a_layer_keeps_no_more_than_predicted():
 
     (one, tokens), (two, _) = kept(1), kept(2)
     predicted = memory.layer_activation_bytes(dims("SmolLM2-135M"), tokens, 2)
-    assert 0.6 * predicted < two - one <= predicted
+    assert 0.45 * predicted < two - one <= predicted
 
 
 def test_phases_are_integers_and_sum_up():
@@ -112,5 +140,5 @@ def test_evaluation_rows_have_prompts_of_their_own():
     recipe = load_recipe("grpo_gsm8k", ["data.eval_size=0"])
     assert memory.prompts_at_once(recipe, 64) == 8
     assert memory.prompts_at_once(load_recipe("grpo_gsm8k"), 64) == 64
-    assert memory.prompts_at_once(recipe, 12) == 3
+    assert memory.prompts_at_once(recipe, 12) == 1  # waves are of whole groups
     assert memory.prompts_at_once(recipe, 1) == 1

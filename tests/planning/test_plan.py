@@ -9,7 +9,8 @@ import pytest
 from planning_cases import CONFIGS, GIB, card, cpu
 
 from lowmem_rlhf.errors import UserError
-from lowmem_rlhf.planning.memory import row_tokens
+from lowmem_rlhf.planning.dimensions import model_dimensions
+from lowmem_rlhf.planning.memory import group_tokens, phases, row_tokens
 from lowmem_rlhf.planning.plan import Settings, make_plan, why_not
 
 PRECISION = {"nf4": 0, "int8": 1, "none": 2}
@@ -83,6 +84,11 @@ def test_a_tight_card_uses_less_at_once(recipe):
         ("compute_dtype", "float32"),
         ("gradient_checkpointing", True),
         ("gradient_checkpointing", False),
+        ("gradient_checkpointing", 0),
+        ("gradient_checkpointing", 1),
+        ("gradient_checkpointing", 24),
+        ("offload_checkpoints", True),
+        ("offload_checkpoints", False),
         ("micro_batch_tokens", 1000),
         ("rollout_batch_size", 5),
         ("logits_tile_tokens", 100),
@@ -91,7 +97,7 @@ def test_a_tight_card_uses_less_at_once(recipe):
 )
 def test_a_pinned_setting_is_kept_and_the_others_adapt(recipe, key, value):
     plan = make_plan(recipe("Qwen2.5-0.5B", f"hardware.{key}={value}"), card(10.75), "x")
-    assert getattr(plan.settings, key) == value
+    assert getattr(plan.settings, key) == value and type(getattr(plan.settings, key)) is type(value)
     assert plan.reasons[key] == "set in the recipe"
     assert plan.fits
 
@@ -106,6 +112,64 @@ def test_a_pin_that_does_not_fit_is_kept_and_named(recipe):
     assert not plan.fits and "hardware.rollout_batch_size=auto" in why_not(plan)
     plan = make_plan(recipe("Qwen2.5-1.5B", "hardware.gradient_checkpointing=false"), card(4), "x")
     assert not plan.fits and "hardware.gradient_checkpointing=true" in why_not(plan)
+
+
+def recomputed(plan, layers):
+    """Return how many layers the plan recomputes; all and none are said with true and false."""
+    value = plan.settings.gradient_checkpointing
+    assert type(value) is bool or 0 < value < layers
+    return value * layers if type(value) is bool else value
+
+
+@pytest.mark.parametrize(
+    ("model", "layers", "budgets"), [("Qwen2.5-0.5B", 24, (2, 3, 4, 5, 6, 8)), ("Qwen2.5-7B", 28, (8, 9, 10, 12, 16))]
+)
+@pytest.mark.parametrize("pinned", [[], ["hardware.micro_batch_tokens=1024"]])
+def test_the_fewest_layers_that_fit_are_recomputed(recipe, model, layers, budgets, pinned):
+    loaded = recipe(model, "hardware.quantization=nf4", *pinned)
+    group = 1024 if pinned else group_tokens(loaded)
+    before, between = (0, 0), 0
+    for free in budgets:
+        device = card(free)
+        plan = make_plan(loaded, device, "x")
+        count, tokens = recomputed(plan, layers), plan.settings.micro_batch_tokens
+        assert plan.fits and plan.settings.offload_checkpoints is False
+        now = (min(tokens, group), -count)
+        assert now >= before  # a group first, then fewer layers
+        before, between = now, between + (0 < count < layers)
+        if count:
+            fewer = replace(plan.settings, gradient_checkpointing=count - 1)
+            update = phases(model_dimensions(loaded.model), loaded, fewer, device)["update"]
+            assert sum(update.values()) > plan.memory["budget_bytes"]
+    assert between
+
+
+def test_the_tokens_grow_beyond_a_group_only_when_nothing_is_recomputed(recipe):
+    loaded = recipe("Qwen2.5-0.5B", "hardware.quantization=nf4")
+    plans = [make_plan(loaded, card(free), "x") for free in (3, 4, 6, 8, 12, 16, 24)]
+    assert {p.settings.micro_batch_tokens for p in plans if p.settings.gradient_checkpointing} == {group_tokens(loaded)}
+    assert plans[-1].settings.gradient_checkpointing is False
+    assert plans[-1].settings.micro_batch_tokens > group_tokens(loaded)
+
+
+def test_checkpoints_go_to_host_memory_only_when_nothing_else_makes_it_fit(recipe):
+    loaded = recipe("Qwen2.5-7B", "hardware.quantization=nf4")
+    hopeless, away, roomy = (make_plan(loaded, card(free), "x") for free in (7.0, 7.2, 7.6))
+    assert [plan.fits for plan in (hopeless, away, roomy)] == [False, True, True]
+    assert [plan.settings.offload_checkpoints for plan in (hopeless, away, roomy)] == [False, True, False]
+    assert "would not help" in hopeless.reasons["offload_checkpoints"]
+    assert "memory is short" in away.reasons["offload_checkpoints"] and away.settings.optim == "adamw_8bit"
+    kept = make_plan(
+        recipe("Qwen2.5-7B", "hardware.quantization=nf4", "hardware.offload_checkpoints=false"), card(7.2), "x"
+    )
+    assert not kept.fits and "hardware.offload_checkpoints=auto" in why_not(kept)
+
+
+def test_a_cpu_says_that_there_is_nothing_to_offload(recipe):
+    for pin in ("auto", "true", "false"):
+        plan = make_plan(recipe("SmolLM2-135M", f"hardware.offload_checkpoints={pin}"), cpu(8), "cpu")
+        assert plan.settings.offload_checkpoints is False
+        assert "in host memory anyway" in plan.reasons["offload_checkpoints"]
 
 
 def test_float32_doubles_the_weights(recipe):
@@ -147,6 +211,7 @@ def test_the_context_is_only_taken_off_before_torch_has_it(recipe):
         ("Qwen2.5-0.5B", ["hardware.compute_dtype=float32", "hardware.quantization=int8"], "take nf4"),
         ("gemma-3-1b", [], "overflows float16 and NVIDIA GeForce RTX 2080 Ti has no bfloat16"),
         ("Qwen2.5-0.5B", ["hardware.micro_batch_tokens=100"], "got 100.*832 tokens"),
+        ("Qwen2.5-0.5B", ["hardware.gradient_checkpointing=25"], "got 25, but .* has 24 layers; give at most 24"),
         ("gpt2", ["data.max_prompt_length=900"], "1220 tokens.*1024 positions"),
         ("Qwen2.5-0.5B", ["lora.target_modules=[q_prj]"], "did you mean 'q_proj'"),
     ],

@@ -117,6 +117,9 @@ def test_print_plan():
     assert "peak 12.00 GiB of 10.00 GiB: does not fit" in text
     assert "fits" in printed(print_plan, {**plan, "fits": True})
     assert "does not fit" in printed(print_plan, {})
+    placement = {"model": "org/bert", "device": "cpu", "reason": "its 1.00 GiB do not fit"}
+    lines = printed(print_plan, {**plan, "rewards": {"style": placement}}).splitlines()
+    assert ["style", "org/bert", "cpu", "its", "1.00", "GiB", "do", "not", "fit"] in [line.split() for line in lines]
 
 
 def test_print_evaluation():

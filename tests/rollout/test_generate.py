@@ -1,13 +1,16 @@
 """Rollouts: the decoding path against the training pass, stock generate() and the exact distribution."""
 
+import itertools
+
 import pytest
 import torch
 from tiny_models import CPU, EOS, FAMILIES, VOCAB, fill_adapter, tiny_base, tiny_model, tiny_tokenizer
 
 from lowmem_rlhf.errors import RunError
 from lowmem_rlhf.model.base import POLICY, SharedBase
+from lowmem_rlhf.rollout import generate as rollout_module
 from lowmem_rlhf.rollout.decode import SharedPromptCache
-from lowmem_rlhf.rollout.generate import Limits, generate
+from lowmem_rlhf.rollout.generate import Limits, generate, waves
 from lowmem_rlhf.rollout.sampling import Sampling
 from lowmem_rlhf.training.update import Batch, PassSettings, score
 
@@ -95,6 +98,63 @@ def test_the_same_seed_gives_the_same_completions_however_they_are_batched(famil
     assert tokens_of(run(64, seed=4)) != tokens_of(want)
     siblings = [tuple(c.ids) for c in want[0]]
     assert len(set(siblings)) > 1
+
+
+# number of prompts, completions a prompt, rows at once, completions of each wave
+WAVES = [
+    pytest.param(5, 4, 64, [20], id="all-at-once"),
+    pytest.param(5, 4, 20, [20], id="just-fits"),
+    pytest.param(5, 4, 16, [12, 8], id="even-not-16-and-4"),
+    pytest.param(5, 4, 7, [4] * 5, id="whole-groups"),
+    pytest.param(5, 4, 3, [2] * 10, id="half-a-group-not-3-and-1"),
+    pytest.param(2, 5, 4, [3, 2, 3, 2], id="parts-of-a-group"),
+    pytest.param(5, 4, 1, [1] * 20, id="one-by-one"),
+    pytest.param(5, 1, 3, [3, 2], id="one-completion-a-prompt"),
+]
+
+
+@pytest.mark.parametrize(("prompts", "groups", "rows", "sizes"), WAVES)
+def test_waves_are_even_and_of_whole_groups_longest_prompts_first(prompts, groups, rows, sizes):
+    lengths = [7, 3, 1, 12, 7][:prompts]
+    found = waves(lengths, groups, rows)
+    assert [len(wave) for wave in found] == sizes
+    assert sorted(row for wave in found for _, row in wave) == list(range(prompts * groups))
+    assert all(b == row // groups for wave in found for b, row in wave)
+    assert all(wave == sorted(wave) for wave in found)
+    for wave, later in itertools.pairwise(found):
+        assert min(lengths[b] for b, _ in wave) >= max(lengths[b] for b, _ in later)
+    for wave in found:  # no spare slot in the cache
+        assert len({sum(b == of for of, _ in wave) for b, _ in wave}) == 1
+
+
+def test_the_rollout_begins_with_its_longest_prompts(monkeypatch):
+    base, _ = tiny_base("llama")
+    prompts, filled = ragged_prompts(), []
+    prefill = rollout_module.prefill
+
+    def noted(base, wave, *args):
+        filled.append(sorted(len(prompt) for prompt in wave))
+        return prefill(base, wave, *args)
+
+    monkeypatch.setattr(rollout_module, "prefill", noted)
+    with base.role(POLICY):
+        rollout = generate(base, prompts, 2, 4, Sampling(), Limits(4, 24, 5), seed=1)
+    assert filled == [[7, 12], [3, 7], [1]]
+    assert [len(group) for group in rollout] == [2] * 5
+
+
+@pytest.mark.parametrize("length", [1, 4])
+def test_the_first_logits_are_made_once_a_prompt(length, monkeypatch):
+    base, _ = tiny_base("llama")
+    monkeypatch.setattr(type(base), "stop_ids", frozenset())
+    prompts, groups, positions = ragged_prompts(), 6, []
+    hook = base.head.module.register_forward_hook(lambda module, args, out: positions.append(args[0].shape[0]))
+    with base.role(POLICY):
+        rollout = generate(base, prompts, groups, length, Sampling(), LIMITS, seed=5)
+    hook.remove()
+    assert sum(positions) == len(prompts) + len(prompts) * groups * (length - 1)
+    assert max(positions) <= LIMITS.tile
+    assert len({c.ids[0] for c in rollout[0]}) > 1  # a draw of its own for each
 
 
 def test_a_role_decides_what_is_sampled():

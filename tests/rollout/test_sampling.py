@@ -128,3 +128,14 @@ def test_logits_that_are_not_finite_give_a_token_of_the_vocabulary_and_a_log_pro
     token, logp = draw(logits, torch.tensor([0.5, 0.5]), Sampling())
     assert token.max() < 7
     assert math.isfinite(logp[0]) and not math.isfinite(logp[1])
+
+
+@pytest.mark.parametrize("sampling", [*CASES, Sampling(temperature=0.0)])
+def test_many_draws_of_one_row_are_the_draws_of_repeated_rows(sampling):
+    rows = torch.randn(3, V, generator=torch.Generator().manual_seed(1))
+    uniforms = torch.rand(3, 50, generator=torch.Generator().manual_seed(2))
+    tokens, logps = draw(rows, uniforms, sampling)
+    repeated, their_logps = draw(rows.repeat_interleave(50, 0), uniforms.flatten(), sampling)
+    assert tokens.shape == logps.shape == (3, 50)
+    assert torch.equal(tokens.flatten(), repeated)
+    assert torch.equal(logps.flatten(), their_logps)

@@ -20,6 +20,7 @@ from training_cases import (
     REWARDS,
     base_of,
     close,
+    drawn_with,
     gradients,
     logps_of,
     passes_of,
@@ -33,6 +34,7 @@ from trl import GRPOConfig, GRPOTrainer
 
 from lowmem_rlhf.algorithms.grpo import group_advantages
 from lowmem_rlhf.model.base import SharedBase
+from lowmem_rlhf.training.metrics import update_metrics
 from lowmem_rlhf.training.update import Batch, update
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -107,7 +109,7 @@ class Oracle:
         return {
             "prompt_ids": [list(batch.prompts[row // group]) for row in self.rows],
             "completion_ids": [batch.completions[row].ids for row in self.rows],
-            "logprobs": None,
+            "logprobs": [batch.completions[row].logps for row in self.rows] if self.trainer.use_vllm else None,
         }
 
     def reward(self, prompts: list[str], completions: list[str], **columns: Any) -> list[float | None]:
@@ -122,6 +124,11 @@ class Oracle:
         rows = [{"prompt": str(b)} for b in range(len(self.batches[0].prompts)) for _ in range(group)]
         self.model.train()
         return self.trainer._generate_and_score_completions(rows)
+
+    def sampled_elsewhere(self) -> None:
+        """Let the trainer take the recorded log-probs for those of vLLM, whose weights are in step."""
+        self.trainer.use_vllm = True
+        self.trainer._last_loaded_step = self.trainer.state.global_step
 
     def padded(self, logps: dict[int, torch.Tensor]) -> torch.Tensor:
         """Return log-probs by row as TRL has them; what stands on padding must not matter."""
@@ -225,6 +232,56 @@ def test_loss_and_gradients(loss_type, beta, off_policy, changes, other, tmp_pat
     if beta and not changes:
         assert stats.kl / stats.kl_tokens == pytest.approx(oracle.metric("kl"), rel=TOLERANCE)
         assert stats.entropy / stats.scored == pytest.approx(oracle.metric("entropy"), rel=TOLERANCE)
+
+
+CORRECTIONS = [
+    pytest.param(mode, loss_type, beta, old, masked, id=f"{mode}-{loss_type}-{'off' if old else 'on'}-policy")
+    for mode in ("token_truncate", "token_mask", "sequence_truncate", "sequence_mask")
+    for loss_type, beta, old, masked in [
+        ("dapo", 0.04, False, False),
+        ("grpo", 0.04, True, False),
+        ("bnpo", 0.0, True, True),
+    ]
+]
+
+
+@pytest.mark.parametrize(("mode", "loss_type", "beta", "off_policy", "masked"), CORRECTIONS)
+def test_importance_correction(mode, loss_type, beta, off_policy, masked, tmp_path, tokenizer, monkeypatch):
+    base, bounds = base_of(), {"clip_min": 0.8, "clip_max": 1.25}
+    plain = ragged_batch(advantages_of(REWARDS))
+    policy, ref = logps_of(base, plain, "policy"), logps_of(base, plain, "reference")
+    batch = drawn_with(plain, shifted(policy, by=0.4, seed=11))
+    settings = {"loss_type": loss_type, "beta": beta, "mask_truncated_completions": masked}
+    own = {"importance_sampling_correction": True, "importance_sampling_mode": mode}
+    own |= {f"importance_sampling_{name}": bound for name, bound in bounds.items()}
+    oracle = Oracle(
+        base, [batch], [REWARDS], tmp_path, tokenizer, **settings, **{f"vllm_{name}": v for name, v in own.items()}
+    )
+    oracle.sampled_elsewhere()
+    old = shifted(policy) if off_policy else None
+    with monkeypatch.context() as patch:
+        if old:  # the policy that TRL asks here is the one before the first update
+            given = (oracle.padded(old), None, None)
+            patch.setattr(oracle.trainer, "_get_per_token_logps_and_entropies", lambda *args, **kwargs: given)
+        inputs = oracle.inputs()
+    inputs["ref_per_token_logps"] = oracle.padded(ref)
+    loss, theirs = oracle.gradients(inputs)
+
+    asked = settings_of(**settings, **own)
+    stats, ours = gradients(base, batch, asked, passes_of(tokens=40), ref=ref, old_logps=old)
+    _, without = gradients(base, batch, settings_of(**settings), passes_of(), ref=ref, old_logps=old)
+
+    assert stats.loss == pytest.approx(loss, rel=TOLERANCE, abs=1e-7)
+    for name, gradient in ours.items():
+        assert close(gradient, theirs[name]) < TOLERANCE, name
+        assert close(gradient, without[name]) > 0.02, name
+    if not off_policy:
+        metrics = update_metrics(batch, stats, asked)
+        for kind in ("min", "mean", "max"):
+            name = f"sampling/importance_sampling_ratio/{kind}"
+            assert metrics[name] == pytest.approx(oracle.metric(name), rel=TOLERANCE)
+        theirs_mean = oracle.metric("sampling/sampling_logp_difference/mean")
+        assert metrics["sampling/logp_difference"] == pytest.approx(theirs_mean, rel=1e-3)
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])

@@ -9,6 +9,7 @@ from training_cases import (
     LOSS_TYPES,
     base_of,
     close,
+    drawn_with,
     gradients,
     logps_of,
     passes_of,
@@ -56,6 +57,33 @@ def test_any_split_gives_the_whole_batches_gradient(base, batch, loss_type, beta
             assert close(gradient, want[name]) < TOLERANCE, (name, tokens)
     assert len(counts) >= 4  # the splits differ, from one completion a micro-batch on
     assert max(counts) == len(rows_to_train(batch, settings))
+
+
+@pytest.mark.parametrize("mode", ["token_truncate", "token_mask", "sequence_truncate", "sequence_mask"])
+def test_any_split_gives_the_same_corrected_gradient(base, batch, mode):
+    policy = logps_of(base, batch, "policy")
+    drawn = drawn_with(batch, shifted(policy, by=0.4, seed=11))
+    settings = settings_of(
+        beta=0.04,
+        importance_sampling_correction=True,
+        importance_sampling_mode=mode,
+        importance_sampling_clip_max=1.25,
+    )
+    logps = {"ref": logps_of(base, batch, "reference"), "old_logps": shifted(policy)}
+    whole, want = gradients(base, drawn, settings, passes_of(1_000_000), **dict(logps))
+    for tokens, tile in [(1, 1), (17, 7), (90, 64)]:
+        stats, got = gradients(base, drawn, settings, passes_of(tokens, tile), **dict(logps))
+        assert stats.loss == pytest.approx(whole.loss, rel=TOLERANCE, abs=1e-6)
+        for name, gradient in got.items():
+            assert close(gradient, want[name]) < TOLERANCE, (name, tokens)
+
+
+def test_a_correction_of_equal_log_probs_changes_nothing(base, batch):
+    drawn = drawn_with(batch, logps_of(base, batch, "policy"))
+    _, plain = gradients(base, drawn, settings_of(), passes_of())
+    _, corrected = gradients(base, drawn, settings_of(importance_sampling_correction=True), passes_of())
+    for name, gradient in corrected.items():
+        assert close(gradient, plain[name]) < TOLERANCE, name
 
 
 @pytest.mark.parametrize("loss_type", LOSS_TYPES)

@@ -3,6 +3,7 @@
 import random
 import string
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from io import StringIO
 from pathlib import Path
 from types import SimpleNamespace
@@ -101,6 +102,12 @@ def shifted(logps: dict[int, torch.Tensor], by: float = 0.5, seed: int = 5) -> d
     """Return log-probs of a policy some updates ago: every token's shifted by up to ``by`` either way."""
     generator = torch.Generator().manual_seed(seed)
     return {row: v + (2 * torch.rand(v.shape, generator=generator) - 1) * by for row, v in sorted(logps.items())}
+
+
+def drawn_with(batch: Batch, logps: dict[int, torch.Tensor]) -> Batch:
+    """Return the batch as if its tokens had been sampled with these log-probs."""
+    drawn = [replace(c, logps=logps[row].tolist()) for row, c in enumerate(batch.completions)]
+    return replace(batch, completions=drawn)
 
 
 def gradients(

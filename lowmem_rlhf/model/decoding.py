@@ -1,0 +1,91 @@
+"""How sibling layers multiply while decoding: few rows, the same weights for every token, no gradient."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from lowmem_rlhf.model.siblings import Product, Siblings, dense_weight
+
+ANY_ROWS = 1 << 62
+FOUR_BIT_ROWS = 64  # with more rows, dequantizing once and a plain product are faster than the 4-bit kernel
+
+
+def lend_for_decoding(siblings: Siblings, dtype: torch.dtype, dequantize: bool) -> None:
+    """Give NF4 siblings a faster product for decoding, where there is one.
+
+    Args:
+        dequantize: keep a 16-bit copy of the weights, the same numbers. Otherwise the 4-bit weights are multiplied
+            directly; on a CPU that needs a copy of them in the order of bitsandbytes' kernel.
+    """
+    bases = [layer.base_layer for layer in siblings.layers]
+    if not all(getattr(getattr(base, "weight", None), "quant_state", None) is not None for base in bases):
+        return
+    if dequantize:
+        siblings.lend(_dense_product(bases, dtype), ANY_ROWS)
+    elif (product := _four_bit_product(bases, dtype)) is not None:
+        siblings.lend(product, FOUR_BIT_ROWS)
+
+
+def _dense_product(bases: Sequence[Any], dtype: torch.dtype) -> Product:
+    weight = torch.cat([dense_weight(base, dtype) for base in bases])
+    bias = _bias(bases, dtype, weight.device)
+    return lambda x: F.linear(x, weight, bias)
+
+
+def _bias(bases: Sequence[Any], dtype: torch.dtype, device: torch.device) -> torch.Tensor | None:
+    """Return the biases of all layers in a row, zeros for a layer that has none; None if no layer has one."""
+    if all(base.bias is None for base in bases):
+        return None
+    none = (torch.zeros(base.out_features, dtype=dtype, device=device) for base in bases)
+    return torch.cat([z if base.bias is None else base.bias.to(dtype) for z, base in zip(none, bases, strict=True)])
+
+
+def _four_bit_product(bases: Sequence[Any], dtype: torch.dtype) -> Product | None:
+    """Return bitsandbytes' AVX-512 product with NF4 weights; None where it does not run or the shapes do not fit."""
+    from bitsandbytes.functional import has_avx512bf16
+
+    weights = [base.weight for base in bases]
+    states = [weight.quant_state for weight in weights]
+    fits = all(
+        (s.quant_type, s.blocksize) == ("nf4", 64) and s.shape[0] % 32 == 0 and s.shape[1] % 64 == 0 for s in states
+    )
+    if dtype != torch.bfloat16 or weights[0].device.type != "cpu" or not fits or not has_avx512bf16():
+        return None
+    packed = torch.cat([four_bit_layout(w.data, s.shape) for w, s in zip(weights, states, strict=True)])
+    absmax = torch.cat([_block_scales(state) for state in states], dim=1)  # (in / 64, sum of out)
+    bias = _bias(bases, dtype, packed.device)
+    shape, code = (packed.shape[0], 2 * packed.shape[1]), states[0].code
+    kernel: Callable[..., torch.Tensor] = torch.ops.bitsandbytes.gemv_4bit.default
+
+    def product(x: torch.Tensor) -> torch.Tensor:
+        y = kernel(x, packed, shape, absmax, code, 64)
+        return y if bias is None else y.add_(bias)
+
+    return product
+
+
+def four_bit_layout(codes: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:
+    """Return NF4 codes in the order of bitsandbytes' CPU kernel, (out, in / 2) bytes.
+
+    A block is 32 rows by 2 columns; a byte holds a code of its upper 16 rows in the high half and one of its lower 16
+    rows in the low half.
+    """
+    out, width = shape
+    blocks = codes.view(torch.uint8).reshape(out // 32, 2, 16, width // 2)  # a byte: even column high, odd one low
+    lower, upper = blocks[:, 0], blocks[:, 1]
+    packed = torch.empty((out // 32, width // 2, 16, 2), dtype=torch.uint8, device=codes.device)
+    packed[..., 0] = ((upper & 0xF0) | (lower >> 4)).transpose(1, 2)
+    packed[..., 1] = ((upper << 4) | (lower & 0xF)).transpose(1, 2)
+    return packed.view(out, width // 2)
+
+
+def _block_scales(state: Any) -> torch.Tensor:
+    """Return the largest magnitude of each block of 64, (in / 64, out) bfloat16."""
+    from bitsandbytes.functional import dequantize_blockwise
+
+    scales = state.absmax
+    if state.nested:
+        scales = dequantize_blockwise(state.absmax, state.state2) + state.offset
+    return scales.reshape(state.shape[0], -1).t().to(torch.bfloat16).contiguous()

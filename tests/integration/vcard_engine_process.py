@@ -1,0 +1,236 @@
+"""The engine's passes on the CPU and on the virtual card: `python vcard_engine_process.py VCARD_FOLDER OUTPUT`.
+
+Writes the numbers of every family and device into OUTPUT/FAMILY-DEVICE.safetensors, and OUTPUT/peaks.json. Run it in a
+process of its own: the card is registered for the whole process.
+"""
+
+import gc
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, sys.argv[1])
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
+import torch
+import vcard
+from live_bytes import LiveBytes
+from peft import PeftModel
+from safetensors.torch import save_file
+from tiny_models import as_batch, fill_adapter, ragged_groups, tiny_model, tiny_tokenizer
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from lowmem_rlhf.algorithms.grpo import token_loss, token_weights
+from lowmem_rlhf.model import attention
+from lowmem_rlhf.model.base import POLICY, SharedBase
+from lowmem_rlhf.model.logprobs import tiled_logprobs
+from lowmem_rlhf.recipe import GRPOSettings
+from lowmem_rlhf.rollout.generate import Limits, generate
+from lowmem_rlhf.rollout.sampling import Sampling
+from lowmem_rlhf.training.update import Batch, PassSettings, backward, score
+
+OUTPUT = Path(sys.argv[2])
+FAMILIES = ("llama", "qwen2", "mistral", "gemma2", "gemma3", "gpt2")
+TEMPERATURE, TILE, LIMIT = 0.7, 5, 12
+BUDGETS = {"whole": 1000, "split": 30, "alone": 1}
+SETTINGS = GRPOSettings(beta=0.04)
+LARGER = {"hidden_size": 64, "intermediate_size": 160, "vocab_size": 512, "max_position_embeddings": 512}
+PROMPTS, GENERATIONS, LENGTH, TOKENS = (48, 64), 8, 48, 256  # of the step whose peaks are measured
+attention.EXPLICIT_ON.clear()  # the CPU takes SDPA, as a card does
+
+Numbers = dict[str, torch.Tensor]
+
+
+def base_on(device: str, family: str, **changes: Any) -> SharedBase:
+    """Return the family's tiny base with the same adapter on either device."""
+    model = tiny_model(family, **changes).to(device)
+    base = SharedBase(model, tiny_tokenizer(), f"tiny/{family}", r=4, lora_alpha=8)
+    fill_adapter(base)
+    return base
+
+
+def the_batch() -> Batch:
+    groups = ragged_groups(shapes=[(7, [6, 1, 9]), (3, [4, 4, 2]), (7, [1, 1, 12])])
+    batch = as_batch(groups)
+    return Batch(batch.prompts, batch.completions, [1.2, -0.7, 0.4, -0.5, 0.9, -1.1, 0.3, -0.2, 1.5], 3)
+
+
+def joined(by_row: dict[int, torch.Tensor]) -> torch.Tensor:
+    return torch.cat([by_row[row].detach().cpu() for row in sorted(by_row)])
+
+
+def gradient(module: torch.nn.Module) -> torch.Tensor:
+    found = {name.replace(".default.", f".{POLICY}."): p for name, p in module.named_parameters() if p.requires_grad}
+    flat = torch.cat([found[name].grad.cpu().flatten() for name in sorted(found)])
+    module.zero_grad(set_to_none=True)
+    return flat
+
+
+def engine(base: SharedBase, batch: Batch) -> Numbers:
+    """Return log-probs of both roles and the gradient of the update, however it is cut."""
+    numbers: Numbers = {}
+    rows = range(len(batch.completions))
+    for cut, tokens in BUDGETS.items():
+        passes = PassSettings(TEMPERATURE, tokens, TILE)
+        for role in (POLICY, "reference"):
+            with base.role(role):
+                logps = score(base, batch, rows, passes)
+            numbers[f"score/{role}/{cut}"] = joined(logps)
+        for checkpointing in (False, True):
+            base.set_gradient_checkpointing(checkpointing)
+            with base.role(POLICY):
+                backward(base, batch, SETTINGS, LIMIT, passes, logps)
+            numbers[f"update/{'recomputed' if checkpointing else 'kept'}/{cut}"] = gradient(base.peft)
+    return numbers
+
+
+def stock(base: SharedBase, batch: Batch, family: str, device: str) -> Numbers:
+    """Return the same from stock transformers with stock peft, each sequence alone."""
+    folder = OUTPUT / f"{family}-{device}-adapter"
+    base.save_adapter(folder)
+    model = PeftModel.from_pretrained(tiny_model(family).to(device), folder, is_trainable=True)
+
+    def logps_of(row: int) -> torch.Tensor:
+        prompt, ids = batch.prompts[row // batch.num_generations], batch.completions[row].ids
+        tokens = torch.tensor([[*prompt, *ids]], device=device)
+        logits = model(input_ids=tokens, use_cache=False).logits[0, len(prompt) - 1 : -1].float() / TEMPERATURE
+        return logits.log_softmax(-1).gather(-1, torch.tensor(ids, device=device)[:, None]).squeeze(-1)
+
+    rows = range(len(batch.completions))
+    with model.disable_adapter(), torch.no_grad():
+        reference = {row: logps_of(row) for row in rows}
+    policy = {row: logps_of(row) for row in rows}
+    lengths = [len(c.ids) for c in batch.completions]
+    weights = token_weights(lengths, [True] * len(lengths), SETTINGS.loss_type, LIMIT)
+    total = torch.zeros((), device=device)
+    for row in rows:
+        own = policy[row]
+        advantages = torch.full_like(own, batch.advantages[row], requires_grad=False)
+        epsilon = SETTINGS.epsilon
+        result = token_loss(own, own.detach(), advantages, epsilon, epsilon, reference[row], SETTINGS.beta)
+        total = total + (result.loss * weights[row]).sum()
+    total.backward()
+    return {
+        "stock/policy": joined(policy),
+        "stock/reference": joined(reference),
+        "stock/gradient": gradient(model),
+    }
+
+
+def logprobs(base: SharedBase) -> Numbers:
+    """Return tiled and full log-probs, entropies and gradients of the family's head."""
+    generator = torch.Generator().manual_seed(3)
+    width, count = base.head.module.in_features, 13  # type: ignore[union-attr]
+    targets = torch.randint(0, base.head.vocabulary, (count,), generator=generator).to(base.device)
+    given = torch.randn((count, int(width)), generator=generator)
+    outer = torch.randn((2, count), generator=generator).to(base.device)
+    numbers: Numbers = {}
+
+    def keep(way: str, x: torch.Tensor, logps: torch.Tensor, entropies: torch.Tensor) -> None:
+        (logps * outer[0] + entropies * outer[1]).sum().backward()
+        found = {"logps": logps, "entropies": entropies, "gradient": x.grad}
+        numbers.update({f"{way}/{name}": value.detach().cpu().clone() for name, value in found.items()})
+
+    x = given.clone().to(base.device).requires_grad_()
+    keep("tiled", x, *tiled_logprobs(x, targets, base.head, TEMPERATURE, TILE, "gradient"))
+    x = given.clone().to(base.device).requires_grad_()
+    logits = base.head.module(x) * base.head.scale
+    if base.head.softcap:
+        logits = torch.tanh(logits / base.head.softcap) * base.head.softcap
+    logps = (logits / TEMPERATURE).log_softmax(-1)
+    keep("full", x, logps.gather(-1, targets[:, None]).squeeze(-1), -(logps.exp() * logps).sum(-1))
+    return numbers
+
+
+def sampled(base: SharedBase) -> Numbers:
+    """Return completions of shared prompts, some of which end early, and their log-probs."""
+    base.model.generation_config.eos_token_id = list(range(3, 97, 8))
+    prompts = [[5, 6, 7, 8, 9, 10, 11], [20, 21], [30, 31, 32, 33]]
+    numbers: Numbers = {}
+    for cut, rows in {"at once": 64, "in waves": 5}.items():
+        with base.role(POLICY):
+            groups = generate(base, prompts, 4, 16, Sampling(0.9), Limits(rows, 16, 7), seed=1)
+        flat = [c for group in groups for c in group]
+        numbers[f"lengths/{cut}"] = torch.tensor([len(c.ids) for c in flat])
+        numbers[f"tokens/{cut}"] = torch.tensor([token for c in flat for token in c.ids])
+        numbers[f"sampled/{cut}"] = torch.tensor([logp for c in flat for logp in c.logps])
+    return numbers
+
+
+class Peak:
+    """The peak of a block over what was live before it: the card's own count, or the counter of live bytes."""
+
+    def __init__(self, device: str, counted: bool) -> None:
+        self.device, self.counter, self.bytes = device, LiveBytes() if counted else None, 0
+
+    def __enter__(self) -> "Peak":
+        gc.collect()
+        if self.counter:
+            self.before = self.counter.current
+            self.counter.__enter__()
+        else:
+            vcard.reset_peak()
+            self.before = vcard.live()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        if self.counter:
+            self.counter.__exit__(*error)
+        self.bytes = (self.counter.peak if self.counter else vcard.peak()) - self.before
+
+
+def peaks(device: str, dtype: torch.dtype, counted: bool) -> dict[str, int]:
+    """Return the peak of each phase of a step in bytes."""
+    base = base_on(device, "llama", **LARGER)
+    base.model.to(dtype)
+    for p in base.trainable().values():
+        p.data = p.data.float()
+    base.dtype = dtype
+    base.adapters_changed()
+    base.model.generation_config.eos_token_id = None
+    base.model.config.eos_token_id = None
+    base.tokenizer.eos_token_id = None
+    generator = torch.Generator().manual_seed(1)
+    prompts = [torch.randint(0, 512, (n,), generator=generator).tolist() for n in PROMPTS]
+    passes, found = PassSettings(1.0, TOKENS, 64), {}
+    for _ in range(2):  # the first time makes what stays
+        with base.role(POLICY), Peak(device, counted) as peak:
+            groups = generate(base, prompts, GENERATIONS, LENGTH, Sampling(), Limits(16, TOKENS, 64), seed=0)
+        found["rollout"] = peak.bytes
+        completions = [c for group in groups for c in group]
+        batch = Batch(prompts, completions, [(-1.0) ** n for n in range(len(completions))], GENERATIONS)
+        with base.role("reference"), Peak(device, counted) as peak:
+            reference = score(base, batch, range(len(completions)), passes)
+        found["score"] = peak.bytes
+        for name, checkpointing in (("update, kept", False), ("update, recomputed", True)):
+            base.set_gradient_checkpointing(checkpointing)
+            base.peft.zero_grad(set_to_none=True)
+            with base.role(POLICY), Peak(device, counted) as peak:
+                backward(base, batch, SETTINGS, LENGTH, passes, reference)
+            found[name] = peak.bytes
+    return found
+
+
+def main() -> None:
+    for family in FAMILIES:
+        for device in ("cpu", "vcard"):
+            base, batch = base_on(device, family), the_batch()
+            with sdpa_kernel(SDPBackend.MATH):
+                numbers = {**engine(base, batch), **stock(base, batch, family, device)}
+                numbers |= {**logprobs(base), **sampled(base)}
+            save_file(numbers, OUTPUT / f"{family}-{device}.safetensors")
+    with sdpa_kernel(SDPBackend.MATH):
+        found = {
+            str(dtype).removeprefix("torch."): {
+                "card": peaks("vcard", dtype, counted=False),
+                "counted on the card": peaks("vcard", dtype, counted=True),
+                "counted on the CPU": peaks("cpu", dtype, counted=True),
+            }
+            for dtype in (torch.float32, torch.bfloat16)
+        }
+    (OUTPUT / "peaks.json").write_text(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main()

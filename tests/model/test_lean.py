@@ -1,0 +1,48 @@
+"""The decoder without its modules: the same states as stock modules, or not taken."""
+
+import pytest
+import torch
+from tiny_models import CPU, ragged_groups, tiny_base
+
+from lowmem_rlhf.model.attention import PackedContext
+from lowmem_rlhf.model.base import POLICY
+from lowmem_rlhf.model.lean import lean_decoder
+from lowmem_rlhf.model.packing import pack
+
+
+def states(run, packed):
+    return run(packed.input_ids, packed.position_ids, PackedContext(packed.buckets, CPU))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "mistral", "gemma"])
+def test_it_computes_what_the_stock_decoder_computes(family, dtype):
+    base, _ = tiny_base(family, dtype=dtype)
+    packed = pack(ragged_groups(), CPU)
+    assert base.lean is not None
+    for role in (POLICY, "reference"):
+        with base.role(role), torch.no_grad():
+            want, got = states(base.hidden_states, packed), states(base.lean.hidden_states, packed)
+        near = {torch.float32: 1e-6, torch.bfloat16: 2e-2}[dtype]
+        assert float((got - want).float().norm() / want.float().norm()) < near
+
+
+@pytest.mark.parametrize("family", ["gemma2", "gpt2", "phi", "cohere", "olmo2"])
+def test_other_shapes_keep_their_modules(family):
+    base, _ = tiny_base(family)
+    assert base.lean is None
+    packed = pack(ragged_groups(), CPU)
+    with base.role(POLICY), torch.no_grad():
+        assert torch.equal(states(base.next_hidden_states, packed), states(base.hidden_states, packed))
+
+
+def test_a_model_of_that_shape_which_computes_something_else_keeps_its_modules():
+    base, _ = tiny_base("granite")  # Llama's parts, with factors on embeddings, residuals and attention
+    assert base.lean is None
+
+
+def test_the_trial_sees_a_difference():
+    base, _ = tiny_base("llama")
+    layer = base.decoder.layers[1]
+    layer.register_forward_pre_hook(lambda module, args: (args[0] * 1.001, *args[1:]))
+    assert lean_decoder(base) is None

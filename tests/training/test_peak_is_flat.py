@@ -1,0 +1,121 @@
+"""What a step's peak of live bytes depends on: not on generations, and on completion length by cache and row only."""
+
+import pytest
+from live_bytes import LiveBytes
+from tiny_models import tiny_base
+from training_cases import settings_of, stepper_of
+
+from lowmem_rlhf.model.base import SharedBase
+from lowmem_rlhf.planning.dimensions import dimensions_from_config
+from lowmem_rlhf.planning.memory import (
+    decode_scores_bytes,
+    forward_activation_bytes,
+    kv_bytes_per_token,
+    layer_activation_bytes,
+    stored_activation_bytes,
+)
+from lowmem_rlhf.rollout.generate import Limits, generate
+from lowmem_rlhf.rollout.sampling import Sampling
+from lowmem_rlhf.training.update import Batch, PassSettings, score, update
+
+SIZES = {
+    "vocab_size": 256,
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 3,
+    "max_position_embeddings": 512,
+}
+PROMPT, ROWS, TILE, WIDTH = 16, 4, 32, 4
+A_TOKEN = 12  # bytes of fp32 numbers a step keeps of each completion token: its uniform, and log-probs of two roles
+SLACK = 1.1
+
+
+class Step:
+    """Steps of a tiny base, phase by phase under a counter."""
+
+    def __init__(self) -> None:
+        self.base, _ = tiny_base("llama", adapter=0, **SIZES)
+        self.dims = dimensions_from_config(self.base.model.config.to_dict(), "tiny")
+        self.stepper = stepper_of(self.base.trainable())
+        self.counter = LiveBytes()
+        self.peaks(4, 8, 64)  # makes the optimizer's state
+
+    def peaks(self, generations: int, length: int, tokens: int, prompts: int = 1) -> dict[str, int]:
+        """Return each phase's peak bytes on top of what was live before it, with ``tokens`` a micro-batch."""
+        base, passes, found = self.base, PassSettings(1.0, tokens, TILE), {}
+        ids = [[(7 * b + i) % SIZES["vocab_size"] for i in range(PROMPT)] for b in range(prompts)]
+        limits = Limits(ROWS, tokens, TILE)
+
+        def measured(name, work):
+            before = self.counter.current
+            self.counter.reset_peak()
+            with self.counter:
+                result = work()
+            found[name] = self.counter.peak - before
+            return result
+
+        with base.role("policy"):
+            groups = measured("rollout", lambda: generate(base, ids, generations, length, Sampling(), limits, 0))
+        completions = [c for group in groups for c in group]
+        assert {len(c.ids) for c in completions} == {length}
+        batch = Batch(ids, completions, [(-1.0) ** n for n in range(len(completions))], generations)
+        with base.role("reference"):
+            reference = measured("score", lambda: score(base, batch, range(len(completions)), passes))
+        settings = settings_of(beta=0.04)
+        measured("update", lambda: update(base, self.stepper, batch, settings, length, passes, reference, print))
+        return found
+
+
+@pytest.fixture(scope="module")
+def endless_step():
+    """Return steps whose completions never end early."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(SharedBase, "stop_ids", frozenset())
+        yield Step()
+
+
+@pytest.fixture(params=[True, False], ids=["checkpointing", "all activations kept"])
+def checkpointing(request):
+    return request.param
+
+
+@pytest.fixture
+def step(endless_step, checkpointing):
+    endless_step.base.set_gradient_checkpointing(checkpointing)
+    return endless_step
+
+
+def test_peak_is_flat_in_the_number_of_generations(step):
+    length, prompts = 16, 2
+    budget = PROMPT + 4 * (length - 1)  # four completions fill a micro-batch and, with ROWS, a wave
+    few, many = (step.peaks(generations, length, budget, prompts) for generations in (4, 16))
+    more_tokens = 12 * prompts * length
+    for phase in few:
+        assert many[phase] < 1.05 * few[phase], phase
+        assert many[phase] - few[phase] <= A_TOKEN * more_tokens, phase
+
+
+def test_peak_grows_with_completion_length_by_cache_and_one_packed_row_only(step, checkpointing):
+    """Every completion is a packed row of its own here. Attention's scores, which the CPU spells out, are let through.
+
+    While the cache grows, one layer's old room is there beside the new one.
+    """
+    short, long = 16, 64
+    before, after = (step.peaks(8, length, PROMPT) for length in (short, long))
+    dims = step.dims
+
+    def bound(length: int) -> dict[str, float]:
+        tokens, scores = PROMPT + length - 1, decode_scores_bytes(dims, length, PROMPT + length, WIDTH)
+        cache = ROWS * length * kv_bytes_per_token(dims, WIDTH)
+        stored = stored_activation_bytes(dims, tokens, WIDTH, checkpointing)
+        layer = layer_activation_bytes(dims, tokens, WIDTH) if checkpointing else 0
+        return {
+            "rollout": cache * (1 + 1 / dims.num_layers) + decode_scores_bytes(dims, ROWS, PROMPT + length, WIDTH),
+            "score": forward_activation_bytes(dims, tokens, WIDTH) + scores,
+            "update": stored + layer + scores * (1 if checkpointing else dims.num_layers),
+        }
+
+    low, high = bound(short), bound(long)
+    for phase, grown in ((phase, after[phase] - before[phase]) for phase in before):
+        allowed = high[phase] - low[phase]
+        assert 0 < grown < SLACK * allowed, (phase, grown, allowed)
