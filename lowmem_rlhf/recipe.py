@@ -27,6 +27,8 @@ from lowmem_rlhf.resources import shipped
 from lowmem_rlhf.suggest import did_you_mean
 
 Auto = Literal["auto"]
+Algorithm = Literal["grpo", "ppo", "rloo", "reinforce_plus_plus", "sft", "reward_model", "classifier"]
+ONLINE = ("grpo", "ppo", "rloo", "reinforce_plus_plus")  # algorithms that sample and score what they learn from
 
 
 class Section(BaseModel):
@@ -53,7 +55,7 @@ class HardwareConfig(Section):
 
 
 class LoraSettings(Section):
-    """The policy adapter (peft's names). There is no dropout: the sampling policy must be the trained policy."""
+    """The adapters (peft's names). There is no dropout: the sampling policy must be the trained policy."""
 
     r: int = Field(16, ge=1)
     lora_alpha: float = Field(32, gt=0)
@@ -73,6 +75,13 @@ class DataConfig(Section):
     options: dict[str, Any] = Field(default_factory=dict)  # options of a generated task
     prompt: str = "question"  # column: a text, or a list of chat messages
     answer: str | None = "answer"  # column with the reference answer, given to rewards as `answer`
+    completion: str | None = None  # sft: the column that is learned; absent: `answer`
+    messages: str | None = None  # sft: a column of whole conversations, in place of prompt and completion
+    text: str | None = None  # sft, classifier: a column of plain text, in place of prompt and completion
+    label: str | None = None  # classifier: the column with the class
+    chosen: str | None = None  # reward_model: the column with the better answer (its default there: chosen)
+    rejected: str | None = None  # reward_model: the column with the worse answer (its default there: rejected)
+    margin: str | None = None  # reward_model: a column with how much better it is
     system: str | None = None  # system message of a chat prompt, or a text put before a plain one
     template: str | None = None  # the user's turn, with {column} place-holders
     chat: bool | Auto = "auto"  # apply the tokenizer's chat template; auto: when it has one
@@ -117,7 +126,15 @@ class SimilarityReward(LearnedReward):
     column: str = "answer"  # the reference answer
 
 
+class AdapterRewardConfig(Section):
+    """The score of a reward model's adapter on the policy's own base."""
+
+    adapter: str  # a run of algorithm reward_model, or its adapter folder
+
+
 LEARNED_REWARDS: dict[str, type[LearnedReward]] = {"classifier": ClassifierReward, "similarity": SimilarityReward}
+REWARD_ADAPTER = "reward_adapter"
+REWARD_OPTIONS: dict[str, type[Section]] = {**LEARNED_REWARDS, REWARD_ADAPTER: AdapterRewardConfig}
 
 
 class RewardConfig(Section):
@@ -131,7 +148,7 @@ class RewardConfig(Section):
     @model_validator(mode="after")
     def _resolved(self) -> "RewardConfig":
         self.name = self.name or self.function.rsplit(":", 1)[-1]
-        if section := LEARNED_REWARDS.get(self.function):
+        if section := REWARD_OPTIONS.get(self.function):
             try:
                 self.options = section.model_validate(self.options).model_dump()
             except ValidationError as error:
@@ -173,10 +190,64 @@ class GRPOSettings(Section):
         return self
 
 
+class PPOSettings(Section):
+    """PPO's hyper-parameters, under the names of TRL's last PPO; RLOO and REINFORCE++ have those that fit them."""
+
+    kl_coef: float = Field(0.05, ge=0)
+    kl_estimator: Literal["k1", "k3"] = "k1"
+    kl_target: float | None = Field(None, gt=0)  # nats a completion that an adaptive kl_coef aims at; absent: fixed
+    kl_horizon: float = Field(10_000, gt=0)  # completions over which the adaptive coefficient changes
+    num_ppo_epochs: int = Field(4, ge=1)
+    num_mini_batches: int = Field(1, ge=1)
+    cliprange: float = Field(0.2, gt=0)
+    entropy_coef: float = Field(0.0, ge=0)
+    target_kl: float | None = Field(None, gt=0)  # the epochs end once approx_kl is above 1.5 times this
+    gamma: float = Field(1.0, gt=0, le=1)
+    missing_eos_penalty: float | None = Field(None, ge=0)  # subtracted from the score of an answer that was cut
+    normalize_scores: Literal["none", "batch", "running"] = "none"
+    cliprange_reward: float | None = Field(None, gt=0)
+    # PPO alone
+    critic: Literal["adapter", "reward", "policy"] = "adapter"  # its own; its own, from the reward adapter; a head only
+    lam: float = Field(0.95, ge=0, le=1)
+    vf_coef: float = Field(0.1, gt=0)
+    cliprange_value: float | None = Field(0.2, gt=0)
+    whiten_rewards: bool = False
+    bootstrap_truncated: bool = False  # an answer that was cut is worth what the critic expects from there
+    score_position: Literal["last", "after_last"] = "last"  # after_last: one slot later, as TRL's PPO had it
+    # RLOO alone
+    normalize_advantages: bool = False
+    # REINFORCE++ alone
+    group_baseline: bool = False  # scores less their prompt's mean
+
+
+class SFTSettings(Section):
+    """Supervised fine-tuning, under TRL's names. Examples are always packed."""
+
+    max_length: int = Field(1024, ge=2)  # tokens of an example
+    completion_only_loss: bool = True  # False: prompts are learned too
+    eval_steps: int | None = Field(None, ge=1)  # held-out loss every so many steps; absent: before and after
+
+
+class RewardModelSettings(Section):
+    """A reward model from preference pairs (Bradley-Terry), under TRL's names."""
+
+    max_length: int = Field(1024, ge=2)  # tokens of a prompt with one answer
+    center_rewards_coefficient: float | None = Field(None, gt=0)  # pulls the two scores' sum to 0
+    eval_steps: int | None = Field(None, ge=1)
+
+
+class ClassifierSettings(Section):
+    """A sequence classifier (BERT and the like), trained whole; the `model` of the recipe is where it starts."""
+
+    max_length: int | None = Field(None, ge=1)  # tokens read of a text; absent: all that the model can read
+    batch_tokens: int = Field(4096, ge=1)  # tokens of one pass, padding included
+
+
 class TrainingConfig(Section):
     """The loop around the algorithm."""
 
     max_steps: int = Field(100, ge=0)
+    num_train_epochs: int | None = Field(None, ge=1)  # in place of max_steps: passes over all examples
     prompts_per_step: int = Field(8, ge=1)
     learning_rate: float = Field(1e-5, gt=0)
     lr_scheduler_type: Literal["constant", "constant_with_warmup", "linear", "cosine"] = "linear"
@@ -203,7 +274,8 @@ class Recipe(Section):
 
     name: str = ""
     description: str = ""
-    algorithm: Literal["grpo"] = "grpo"
+    algorithm: Algorithm = "grpo"
+    adapter: str | None = None  # a run or adapter folder to continue from; the reference is then the model with it
     model: str  # a Hub id, a local folder, a .gguf file, or package:PACKAGE/FILE for a file inside an installed package
     revision: str | None = None
     trust_remote_code: bool = False
@@ -213,38 +285,89 @@ class Recipe(Section):
     generation: GenerationConfig = Field(default_factory=GenerationConfig)
     rewards: Annotated[
         list[Annotated[RewardConfig, BeforeValidator(lambda v: {"function": v} if isinstance(v, str) else v)]],
-        Field(min_length=1),
-    ]
+        Field(default_factory=list),
+    ]  # an online algorithm needs at least one; for sft they judge held-out completions
     grpo: GRPOSettings = Field(default_factory=GRPOSettings)
+    ppo: PPOSettings = Field(default_factory=PPOSettings)
+    sft: SFTSettings = Field(default_factory=SFTSettings)
+    reward_model: RewardModelSettings = Field(default_factory=RewardModelSettings)
+    classifier: ClassifierSettings = Field(default_factory=ClassifierSettings)
     training: TrainingConfig = Field(default_factory=TrainingConfig)
     evaluation: EvaluationConfig = Field(default_factory=EvaluationConfig)
 
     @model_validator(mode="after")
     def _consistent(self) -> "Recipe":
+        self._fill_data()
+        self._check_rewards()
+        if self.hardware.offload_checkpoints is True and self.hardware.gradient_checkpointing in (False, 0):
+            raise ValueError(
+                "hardware.offload_checkpoints: got true, but with hardware.gradient_checkpointing=false there are no "
+                "checkpoints; set only one of them"
+            )
+        comparing = {
+            "grpo": self.grpo.scale_rewards != "none" and "GRPO",
+            "rloo": "RLOO",
+            "reinforce_plus_plus": self.ppo.group_baseline and "REINFORCE++ with ppo.group_baseline",
+        }.get(self.algorithm)
+        if self.generation.num_generations < 2 and comparing:
+            raise ValueError(
+                f"generation.num_generations: got 1; {comparing} compares the completions of a prompt with each other "
+                "and needs at least 2"
+            )
+        return self
+
+    def _fill_data(self) -> None:
+        """Set the columns that follow from the algorithm, and check that those it needs are named."""
+        data = self.data
+        if self.algorithm == "reward_model":
+            data.chosen, data.rejected = data.chosen or "chosen", data.rejected or "rejected"
+        if self.algorithm == "classifier" and not (data.text and data.label):
+            raise ValueError("data.text, data.label: a classifier needs both, the columns with its text and its class")
+        if data.text and data.messages:
+            raise ValueError("data.text, data.messages: got both; an example is one of them")
+        if data.template is not None and (data.text or data.messages):
+            raise ValueError("data.template: an example of data.text or data.messages is taken as it is; leave it out")
+        self._check_ppo()
+        if self.algorithm in ("reward_model", "classifier") or data.text or data.messages:
+            data.answer = data.answer if "answer" in data.model_fields_set else None
+        elif self.algorithm == "sft":
+            if data.completion and "answer" not in data.model_fields_set:
+                data.answer = None
+            data.completion = data.completion or data.answer
+            if data.completion is None:
+                raise ValueError(
+                    "data.completion: missing; name the column that is learned (or data.messages, data.text)"
+                )
+
+    def _check_ppo(self) -> None:
+        ppo = self.ppo
+        if ppo.bootstrap_truncated and ppo.score_position != "last":
+            raise ValueError(
+                "ppo.bootstrap_truncated: is for ppo.score_position=last; after_last has that slot already"
+            )
+        completions = self.training.prompts_per_step * self.generation.num_generations
+        if self.algorithm in ONLINE[1:] and ppo.kl_target and completions > ppo.kl_horizon:
+            raise ValueError(f"ppo.kl_horizon: got {ppo.kl_horizon:g} for steps of {completions} completions; raise it")
+        adapters = [reward for reward in self.rewards if reward.function == REWARD_ADAPTER]
+        if self.algorithm == "ppo" and ppo.critic == "reward" and not adapters:
+            raise ValueError(f"ppo.critic: got reward, but no reward of this recipe is a {REWARD_ADAPTER}")
+
+    def _check_rewards(self) -> None:
         names = [reward.name for reward in self.rewards]
+        if self.algorithm in ONLINE and not names:
+            raise ValueError(f"rewards: missing; {self.algorithm} needs at least one")
         if len(set(names)) < len(names):
             raise ValueError(f"rewards: two rewards have the same name ({', '.join(names)}); give one a `name:`")
         if taken := {"mean", "std"}.intersection(names):
             raise ValueError(
                 f"rewards: the name {taken.pop()!r} is taken by a metric of all rewards; give another `name:`"
             )
-        self.evaluation.accuracy = self.evaluation.accuracy or names[0]
-        if self.evaluation.accuracy not in names:
+        self.evaluation.accuracy = self.evaluation.accuracy or (names[0] if names else "")
+        if self.evaluation.accuracy and self.evaluation.accuracy not in names:
             raise ValueError(
                 f"evaluation.accuracy: got {self.evaluation.accuracy!r}, which is no reward of this recipe "
                 f"({', '.join(names)}){did_you_mean(self.evaluation.accuracy, names)}"
             )
-        if self.hardware.offload_checkpoints is True and self.hardware.gradient_checkpointing in (False, 0):
-            raise ValueError(
-                "hardware.offload_checkpoints: got true, but with hardware.gradient_checkpointing=false there are no "
-                "checkpoints; set only one of them"
-            )
-        if self.generation.num_generations < 2 and self.grpo.scale_rewards != "none":
-            raise ValueError(
-                "generation.num_generations: got 1; GRPO compares the completions of a prompt with each other and "
-                "needs at least 2"
-            )
-        return self
 
     def to_yaml(self) -> str:
         """Return the resolved recipe as YAML."""

@@ -84,28 +84,33 @@ def train(recipe: Recipe, output: Path | None = None, resume: bool = False) -> R
     """
     _hush()
     path = output or default_output(recipe.name, resume)
+    _check_trackers(recipe)
+    if recipe.algorithm == "classifier":
+        from lowmem_rlhf.training.classifier import train_classifier_run
+
+        return train_classifier_run(recipe, path, resume)
+    recipe = _as_saved(recipe)
     plan = _resumed_plan(recipe, path) if resume else running_plan(recipe)
     if not plan.fits:
         raise UserError(why_not(plan))
     from lowmem_rlhf.rewards.loading import check_reward_columns, load_rewards, placements
 
     free_bytes = plan.memory["budget_bytes"] - plan.memory["peak_bytes"]
-    rewards = load_rewards(recipe.rewards, plan.device.torch_device, free_bytes)
+    rewards = load_rewards(recipe.rewards, plan.device.torch_device, free_bytes, recipe.model)
     placed = {"rewards": placements(rewards)}
-    _check_trackers(recipe)
     RunDirectory.check(path, recipe, resume)
 
-    from lowmem_rlhf.data.prompts import build_examples
     from lowmem_rlhf.data.sources import load_rows
 
     rows, held_out_rows = load_rows(recipe.data, "train", recipe.training.seed), []
     if recipe.data.eval_size:
         held_out_rows = load_rows(recipe.data, "eval", recipe.training.seed)
-    check_reward_columns(rewards, {name for row in rows[:1] for name in [*row, "answer"]})
+    if rewards:
+        check_reward_columns(rewards, {name for row in rows[:1] for name in [*row, "answer"]})
 
     from lowmem_rlhf.report.html import write_report
     from lowmem_rlhf.report.live import LiveView, print_evaluation, print_plan
-    from lowmem_rlhf.training.loop import Trainer
+    from lowmem_rlhf.training.build import add_roles, make_trainer
 
     print_plan({**plan.to_dict(), **placed})
     base = _shared_base(recipe, plan)
@@ -113,25 +118,50 @@ def train(recipe: Recipe, output: Path | None = None, resume: bool = False) -> R
         print(base.note, flush=True)
         key = "micro_batch_tokens"
         plan = replace(plan, reasons={**plan.reasons, key: f"{plan.reasons[key]}; {base.note}"})
-    examples = build_examples(rows, recipe.data, base.tokenizer)
-    held_out = build_examples(held_out_rows, recipe.data, base.tokenizer) if held_out_rows else []
-    run = RunDirectory.create(path, recipe, {**plan.to_dict(), **placed}, resume)
-    trainer = Trainer(recipe, plan, base, rewards, examples, held_out, run)
+    add_roles(base, recipe, plan, rewards)
+
+    def run_directory(resolved: Recipe) -> RunDirectory:
+        return RunDirectory.create(path, resolved, {**plan.to_dict(), **placed}, resume)
+
+    trainer = make_trainer(recipe, plan, base, rewards, rows, held_out_rows, run_directory)
     if resume:
         trainer.resume()
-    print(f"run directory: {run.path}", flush=True)
-    with LiveView(recipe.training.max_steps, trainer.step) as view:
+    print(f"run directory: {trainer.run.path}", flush=True)
+    with LiveView(trainer.recipe.training.max_steps, trainer.step) as view:
         evaluation = trainer.train(view)
-    write_report(run)
+    write_report(trainer.run)
     if evaluation:
         print_evaluation(evaluation)
-    return run
+    return trainer.run
+
+
+def _as_saved(recipe: Recipe) -> Recipe:
+    """Return the recipe with the shape of the adapter that it continues from.
+
+    Raises:
+        UserError: that adapter is not there, belongs to another base or has another shape than the recipe sets.
+    """
+    if recipe.adapter is None:
+        return recipe
+    from lowmem_rlhf.model.adapters import saved_adapter
+
+    saved = saved_adapter(recipe.adapter, recipe.model)
+    given = {key: getattr(recipe.lora, key) for key in recipe.lora.model_fields_set & {"r", "lora_alpha"}}
+    for key, value in given.items():
+        if value != getattr(saved, key):
+            raise UserError(
+                f"lora.{key}: got {value:g}, but the adapter that the recipe continues from ({recipe.adapter}) has "
+                f"{getattr(saved, key):g}; leave it out or set it to that"
+            )
+    lora = recipe.lora.model_copy(update={"r": saved.r, "lora_alpha": saved.lora_alpha})
+    return recipe.model_copy(update={"lora": lora})
 
 
 def _shared_base(recipe: Recipe, plan: Plan) -> "SharedBase":
     import torch
 
     from lowmem_rlhf.memory import is_out_of_memory
+    from lowmem_rlhf.model.adapters import saved_adapter
     from lowmem_rlhf.model.base import SharedBase
 
     name = plan.device.torch_device
@@ -140,6 +170,7 @@ def _shared_base(recipe: Recipe, plan: Plan) -> "SharedBase":
             f"{plan.device.name} is here, but this torch ({torch.__version__}) cannot use it; install a CUDA build of "
             "torch, or set hardware.device=cpu"
         )
+    saved = saved_adapter(recipe.adapter, recipe.model) if recipe.adapter else None
     print(f"loading {recipe.model}", flush=True)
     try:
         return SharedBase.load(
@@ -151,7 +182,8 @@ def _shared_base(recipe: Recipe, plan: Plan) -> "SharedBase":
             recipe.trust_remote_code,
             r=recipe.lora.r,
             lora_alpha=recipe.lora.lora_alpha,
-            target_modules=recipe.lora.target_modules,
+            target_modules=saved.target_modules if saved else recipe.lora.target_modules,
+            use_rslora=saved.use_rslora if saved else False,
             seed=recipe.training.seed,
         )
     except RuntimeError as error:

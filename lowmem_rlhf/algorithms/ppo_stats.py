@@ -25,17 +25,29 @@ class PPOStatistics:
 
     @torch.no_grad()
     def add(self, policy: PolicyLoss, value: ValueLoss | None = None) -> None:
-        """Take in a micro-batch of at least one token; one transfer from the device."""
+        """Take in a micro-batch of at least one token; one transfer from the device for each loss."""
         off = policy.ratio.double() - 1  # from 1, so that the square keeps its digits
         sums = [policy.loss, policy.approx_kl, policy.approx_kl_k3, policy.clipped, off, off.square()]
-        values = [value.loss, value.clipped] if value else []
-        totals = torch.stack([x.double().sum() for x in sums + values] + list(policy.ratio.double().aminmax())).tolist()
-        self._policy = [a + b for a, b in zip(self._policy, totals[: len(sums)], strict=True)]
+        totals = torch.stack([x.double().sum() for x in sums] + list(policy.ratio.double().aminmax())).tolist()
+        self._policy = [a + b for a, b in zip(self._policy, totals[:-2], strict=True)]
         self._ratios = min(self._ratios[0], totals[-2]), max(self._ratios[1], totals[-1])
         self.tokens += len(policy.loss)
         if value:
-            self._value = [a + b for a, b in zip(self._value, totals[len(sums) : -2], strict=True)]
-            self.value_tokens += len(value.loss)
+            self.add_value(value)
+
+    @torch.no_grad()
+    def add_value(self, value: ValueLoss) -> None:
+        """Take in the value loss of a micro-batch, which may be another one than the policy's."""
+        totals = torch.stack([value.loss.double().sum(), value.clipped.double().sum()]).tolist()
+        self._value = [a + b for a, b in zip(self._value, totals, strict=True)]
+        self.value_tokens += len(value.loss)
+
+    def merge(self, other: "PPOStatistics") -> None:
+        """Take in what another one has taken in."""
+        self.tokens, self.value_tokens = self.tokens + other.tokens, self.value_tokens + other.value_tokens
+        self._policy = [a + b for a, b in zip(self._policy, other._policy, strict=True)]
+        self._value = [a + b for a, b in zip(self._value, other._value, strict=True)]
+        self._ratios = min(self._ratios[0], other._ratios[0]), max(self._ratios[1], other._ratios[1])
 
     def metrics(self) -> dict[str, float]:
         """Return means over all tokens taken in, and the ratio's deviation and range; nothing if there were none."""

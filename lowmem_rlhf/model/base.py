@@ -1,7 +1,8 @@
 """SharedBase: the base model once, and roles as states of it.
 
-``policy`` is the base with its adapter, ``reference`` the same base with none. A role is entered with a context
-manager and costs nothing: the layers look up which adapters are active.
+``policy`` is the base with its adapter, ``reference`` the same base with none, or with the frozen adapter that the
+policy started from; ``critic`` and ``reward`` are adapters of their own with a head of one output. A role is entered
+with a context manager and costs nothing: the layers look up which adapters are active.
 """
 
 from collections.abc import Iterator
@@ -18,6 +19,7 @@ from transformers import Cache, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from lowmem_rlhf.errors import UserError
+from lowmem_rlhf.model.adapters import HEAD, WEIGHTS, SavedAdapter, saved_adapter
 from lowmem_rlhf.model.attention import NAME as ATTENTION
 from lowmem_rlhf.model.attention import AttentionContext, PackedContext
 from lowmem_rlhf.model.decoding import lend_for_decoding
@@ -31,7 +33,7 @@ from lowmem_rlhf.model.padded import PACKED, PADDED, cache_follows_rows, forward
 from lowmem_rlhf.model.recompute import recompute_layers
 from lowmem_rlhf.model.siblings import Siblings
 
-POLICY = "policy"
+POLICY, REFERENCE, START, CRITIC, REWARD = "policy", "reference", "start", "critic", "reward"
 
 
 class SharedBase(nn.Module):
@@ -41,7 +43,7 @@ class SharedBase(nn.Module):
         model: a loaded, frozen transformers causal LM; its linear layers get the policy adapter.
         tokenizer: its tokenizer.
         model_id: the name that goes into the adapter's file.
-        r, lora_alpha, target_modules: the policy adapter, as in peft.
+        r, lora_alpha, target_modules, use_rslora: the policy adapter, as in peft.
         seed: of the adapter's initial weights.
     """
 
@@ -54,6 +56,7 @@ class SharedBase(nn.Module):
         lora_alpha: float = 32,
         target_modules: str | list[str] = "all-linear",
         seed: int = 0,
+        use_rslora: bool = False,
     ) -> None:
         super().__init__()
         self.why_padded = why_not_packed(model)
@@ -62,12 +65,14 @@ class SharedBase(nn.Module):
         self.device: torch.device = model.device
         self.dtype: torch.dtype = model.get_input_embeddings().weight.dtype  # type: ignore[assignment]
         self.tokenizer = tokenizer
+        self.model_id = model_id
         self.active = ActiveAdapters()
-        self.roles: dict[str, tuple[str, ...]] = {"reference": (), POLICY: (POLICY,)}
+        self.roles: dict[str, tuple[str, ...]] = {REFERENCE: (), POLICY: (POLICY,)}
+        self.heads = nn.ModuleDict()  # of roles that give one number a position, fp32
         if self.packable:
             model.set_attn_implementation(ATTENTION)
         model.name_or_path = model_id  # peft puts it into the adapter's file
-        config = lora_config(r, lora_alpha, target_modules, model_id, model.config.model_type)
+        config = lora_config(r, lora_alpha, target_modules, model_id, model.config.model_type, use_rslora)
         with torch.device("cpu"), torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             try:
@@ -124,7 +129,7 @@ class SharedBase(nn.Module):
 
     @contextmanager
     def role(self, name: str) -> Iterator["SharedBase"]:
-        """Be ``policy`` or ``reference`` inside the block.
+        """Be ``policy``, ``reference`` or another role that was added, inside the block.
 
         Raises:
             KeyError: there is no such role.
@@ -134,6 +139,102 @@ class SharedBase(nn.Module):
             yield self
         finally:
             self.active.names = before
+
+    def add_role(
+        self,
+        role: str,
+        r: int,
+        lora_alpha: float,
+        target_modules: str | list[str],
+        seed: int = 0,
+        use_rslora: bool = False,
+        below: str = "",
+    ) -> None:
+        """Add a role with an adapter of its own, which starts at zero and trains.
+
+        Args:
+            role: its name, and the adapter's.
+            r, lora_alpha, target_modules, seed, use_rslora: as for the policy's adapter.
+            below: a frozen adapter that is active with it.
+        """
+        model = self.model
+        config = lora_config(r, lora_alpha, target_modules, self.model_id, model.config.model_type, use_rslora)
+        trains = {name: p.requires_grad for name, p in self.peft.named_parameters()}
+        with torch.device("cpu"), torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            self.peft.add_adapter(role, config)
+        for name, p in self.peft.named_parameters():
+            p.requires_grad_(trains.get(name, True))  # peft switches all adapters but its active one off
+        self.roles[role] = (below, role) if below else (role,)
+
+    def add_saved_role(self, role: str, saved: SavedAdapter) -> None:
+        """Add a role with a frozen adapter, and its head if it has one, from disk.
+
+        Raises:
+            UserError: it does not fit this base.
+        """
+        self.add_role(role, saved.r, saved.lora_alpha, saved.target_modules, use_rslora=saved.use_rslora)
+        self.load_adapter(saved.folder, role)
+        if saved.head is not None:
+            self.add_head(role)
+            self.load_head(saved.folder, role)
+        self.freeze(role)
+
+    def start_from(self, saved: SavedAdapter) -> None:
+        """Let the policy go on from a saved adapter; the reference is then the base with that adapter, frozen.
+
+        Raises:
+            UserError: it does not fit this base and the policy's adapter.
+        """
+        self.load_adapter(saved.folder, POLICY)
+        self.refer_to(saved)
+
+    def refer_to(self, saved: SavedAdapter) -> None:
+        """Let the reference be the base with this adapter, frozen.
+
+        Raises:
+            UserError: it does not fit this base.
+        """
+        self.add_saved_role(START, saved)
+        self.roles[REFERENCE] = (START,)
+
+    def add_start(self, folder: Path) -> None:
+        """Let the reference be the base with the adapter in this folder (see `refer_to`)."""
+        self.refer_to(saved_adapter(str(folder), self.model_id))
+
+    def freeze(self, role: str) -> None:
+        """Let nothing of a role's adapter and head train."""
+        for layer in self.adapter_layers():
+            for master in layer.masters(role):
+                master.requires_grad_(False)
+        if role in self.heads:
+            self.heads[role].requires_grad_(False)
+
+    def add_head(self, role: str, bias: bool = False, std: float = 0.0, seed: int = 0) -> None:
+        """Give a role a head of one output (a value, a score), fp32.
+
+        Args:
+            bias: whether it adds a number to every output; it starts at 0.
+            std: of its initial weights; 0: they are zero, so that the head says 0.
+            seed: of its initial weights.
+        """
+        generator = torch.Generator(device="cpu").manual_seed(seed)
+        weight = torch.empty((1, self.hidden_size), dtype=torch.float32, device="cpu").normal_(generator=generator)
+        head = nn.Linear(self.hidden_size, 1, bias=bias, dtype=torch.float32, device=self.device)
+        with torch.no_grad():
+            head.weight.copy_(weight * std)
+            if bias:
+                head.bias.zero_()
+        self.heads[role] = head
+
+    @property
+    def hidden_size(self) -> int:
+        """Width of the last hidden states, H."""
+        return int(self.head.module.in_features)  # type: ignore[arg-type]
+
+    def outputs(self, role: str, states: torch.Tensor) -> torch.Tensor:
+        """Return the numbers (S,) fp32 that a role's head gives for hidden states (S, H)."""
+        return self.heads[role](states.float()).squeeze(-1)
 
     @torch.no_grad()
     def _find_siblings(self) -> list[Siblings]:
@@ -265,6 +366,7 @@ class SharedBase(nn.Module):
             RuntimeError: nothing trains.
         """
         found = {name: p for name, p in self.peft.named_parameters() if p.requires_grad}
+        found |= {f"heads.{name}": p for name, p in self.heads.named_parameters() if p.requires_grad}
         if not found:
             raise RuntimeError("no parameter of the shared base is trainable: nothing would be learned")
         return found
@@ -291,9 +393,14 @@ class SharedBase(nn.Module):
         return {name: tensor.detach().to("cpu").contiguous() for name, tensor in state.items()}
 
     def save_adapter(self, folder: Path, role: str = POLICY) -> None:
-        """Write the adapter in peft's format: adapter_model.safetensors and adapter_config.json."""
+        """Write the adapter in peft's format (adapter_model.safetensors, adapter_config.json), and a head beside it."""
         folder.mkdir(parents=True, exist_ok=True)
-        save_file(self.adapter_state(role), folder / "adapter_model.safetensors", metadata={"format": "pt"})
+        if role in self.heads:
+            state = {name: p.detach().to("cpu").contiguous() for name, p in self.heads[role].named_parameters()}
+            save_file(state, folder / HEAD, metadata={"format": "pt"})
+        if role not in self.peft.peft_config:
+            return  # a head on another role's adapter
+        save_file(self.adapter_state(role), folder / WEIGHTS, metadata={"format": "pt"})
         config = self.peft.peft_config[role]
         training, config.inference_mode = config.inference_mode, True
         config.save_pretrained(str(folder))
@@ -305,13 +412,41 @@ class SharedBase(nn.Module):
         Raises:
             UserError: the file is not of this base and adapter shape.
         """
-        state = load_file(folder / "adapter_model.safetensors", device="cpu")
+        state = load_file(folder / WEIGHTS, device="cpu")
         have = self.adapter_state(role)
         if {n: t.shape for n, t in state.items()} != {n: t.shape for n, t in have.items()}:
             raise UserError(f"the adapter in {folder} does not fit this base: its tensors have other names or shapes")
         with torch.no_grad():
             set_peft_model_state_dict(self.peft, state, adapter_name=role)
         self.adapters_changed()
+
+    def load_role(self, folder: Path, role: str = POLICY) -> None:
+        """Put back what `save_adapter` wrote of a role.
+
+        Raises:
+            UserError: see `load_adapter` and `load_head`.
+        """
+        if role in self.peft.peft_config:
+            self.load_adapter(folder, role)
+        if role in self.heads:
+            self.load_head(folder, role)
+
+    def load_head(self, folder: Path, role: str) -> None:
+        """Put saved weights into the head of this role.
+
+        Raises:
+            UserError: there are none, or they are of another width.
+        """
+        if not (folder / HEAD).is_file():
+            raise UserError(
+                f"{folder} holds an adapter without a head ({HEAD}): it gives no score; take a reward model's"
+            )
+        state, have = load_file(folder / HEAD, device="cpu"), dict(self.heads[role].named_parameters())
+        if {n: t.shape for n, t in state.items()} != {n: p.shape for n, p in have.items()}:
+            raise UserError(f"the head in {folder} does not fit this base: its tensors have other names or shapes")
+        with torch.no_grad():
+            for name, p in have.items():
+                p.copy_(state[name])
 
 
 def _switch_dropout_off(model: nn.Module) -> None:

@@ -57,13 +57,19 @@ class SharedLoraLinear(nn.Module, LoraLayer):
 
 
 def lora_config(
-    r: int, lora_alpha: float, target_modules: str | list[str], model_id: str, model_type: str
+    r: int,
+    lora_alpha: float,
+    target_modules: str | list[str],
+    model_id: str,
+    model_type: str,
+    use_rslora: bool = False,
 ) -> LoraConfig:
     """Return peft's configuration of a role's adapter: starts at zero, no dropout, our layer for every linear one."""
     bypassed = list(BYPASSED.get(model_type, ())) if target_modules == "all-linear" else []
     config = LoraConfig(
         r=r,
         lora_alpha=lora_alpha,  # type: ignore[arg-type]
+        use_rslora=use_rslora,
         target_modules=target_modules,
         exclude_modules=bypassed or None,
         lora_dropout=0.0,

@@ -15,9 +15,11 @@ from lowmem_rlhf.planning.memory import (
     Components,
     Settings,
     group_tokens,
+    length_keys,
     peak_phase,
     phases,
     row_tokens,
+    samples_completions,
     step_tokens,
 )
 from lowmem_rlhf.recipe import Recipe
@@ -249,7 +251,7 @@ def micro_batch_tokens(case: Case, settings: Settings) -> tuple[int, str]:
         if pinned < least:
             raise UserError(
                 f"hardware.micro_batch_tokens: got {pinned}, but a prompt and its completion may have {least} tokens; "
-                f"give at least {least}, or lower data.max_prompt_length or generation.max_completion_length"
+                f"give at least {least}, or lower {' or '.join(length_keys(case.recipe))}"
             )
         return pinned, PINNED
     steps = sorted({*_token_steps(least, top), min(group_tokens(case.recipe), top)}, reverse=True)
@@ -271,6 +273,8 @@ def rollout_batch_size(case: Case, settings: Settings) -> tuple[int, str]:
     """Choose how many completions are written at once: a whole step, else whole groups, else fewer than a group."""
     if pinned := case.pinned("rollout_batch_size"):
         return pinned, PINNED
+    if not samples_completions(case.recipe):
+        return 1, "nothing is sampled"
     group, prompts = case.recipe.generation.num_generations, case.recipe.training.prompts_per_step
     sizes = [group * count for count in range(prompts, 0, -1)] + list(range(group - 1, 0, -1))
 
@@ -294,8 +298,8 @@ def rollout_weights(case: Case, settings: Settings) -> tuple[str, str]:
     """
     if pinned := case.pinned("rollout_weights"):
         return pinned, PINNED
-    if settings.quantization != "nf4":
-        return "quantized", "the weights are not 4-bit"
+    if settings.quantization != "nf4" or not samples_completions(case.recipe):
+        return "quantized", "the weights are not 4-bit" if settings.quantization != "nf4" else "nothing is sampled"
     if not case.on_cpu:
         return "quantized", "a GPU multiplies 4-bit weights directly"
     wanted = replace(settings, rollout_weights="dequantized")

@@ -11,7 +11,7 @@ from typing import Any
 
 from lowmem_rlhf.hardware.device import Device
 from lowmem_rlhf.planning.dimensions import ModelDimensions
-from lowmem_rlhf.recipe import Recipe
+from lowmem_rlhf.recipe import ONLINE, REWARD_ADAPTER, Recipe
 
 MIB = 1024**2
 GIB = 1024**3
@@ -166,14 +166,45 @@ def step_tokens(recipe: Recipe) -> int:
 
 
 def group_tokens(recipe: Recipe) -> int:
-    """Packed tokens of one group at full length."""
+    """Packed tokens of one group at full length: a prompt with its completions, an example, or a pair."""
+    if recipe.algorithm not in ONLINE:
+        return row_tokens(recipe) * (2 if recipe.algorithm == "reward_model" else 1)
     lengths = recipe.generation
     return recipe.data.max_prompt_length + lengths.num_generations * lengths.max_completion_length
 
 
 def row_tokens(recipe: Recipe) -> int:
     """Tokens of the longest prompt with one completion: the least a micro-batch must hold."""
+    if recipe.algorithm == "sft":
+        return recipe.sft.max_length
+    if recipe.algorithm == "reward_model":
+        return recipe.reward_model.max_length
     return recipe.data.max_prompt_length + recipe.generation.max_completion_length
+
+
+def length_keys(recipe: Recipe) -> dict[str, int]:
+    """Return the recipe's keys that bound a row's tokens, with their values."""
+    if recipe.algorithm in ("sft", "reward_model"):
+        return {f"{recipe.algorithm}.max_length": row_tokens(recipe)}
+    return {
+        "data.max_prompt_length": recipe.data.max_prompt_length,
+        "generation.max_completion_length": recipe.generation.max_completion_length,
+    }
+
+
+def samples_completions(recipe: Recipe) -> bool:
+    """Whether the run writes completions: to learn from, or to judge held-out ones by the recipe's rewards."""
+    return recipe.algorithm in ONLINE or (recipe.algorithm == "sft" and bool(recipe.rewards and recipe.data.eval_size))
+
+
+def adapters_of(recipe: Recipe) -> tuple[int, int]:
+    """Return how many adapters train (policy, PPO's critic) and how many are frozen (start, reward models).
+
+    Each is taken to be of the policy's shape.
+    """
+    trained = 2 if recipe.algorithm == "ppo" and recipe.ppo.critic != "policy" else 1
+    start = bool(recipe.adapter) and recipe.algorithm in ONLINE
+    return trained, start + sum(reward.function == REWARD_ADAPTER for reward in recipe.rewards)
 
 
 def prompts_at_once(recipe: Recipe, rows: int) -> int:
@@ -200,16 +231,18 @@ def rollout_copy_bytes(dims: ModelDimensions, settings: Settings) -> int:
 
 
 def phases(dims: ModelDimensions, recipe: Recipe, settings: Settings, device: Device) -> dict[str, Components]:
-    """Return bytes by component for rollout, scoring, update, optimizer and export.
+    """Return bytes by component for rollout (where the run samples), scoring, update, optimizer and export.
 
     A phase's need is the sum of its components. Where two things are never there together only the larger one is
     listed. On a GPU every phase ends with what the caching allocator holds beyond what is in use (factor 1.125).
     """
-    parameters = dims.lora_parameters(settings.lora["r"], settings.lora["target_modules"])
+    one = dims.lora_parameters(settings.lora["r"], settings.lora["target_modules"])
+    trained, frozen = adapters_of(recipe)
+    parameters = one * trained
     resident = {
         "weights": block_weight_bytes(dims, settings.quantization, settings.width),
         "embeddings": embedding_bytes(dims, settings.width),
-        "adapters": adapter_bytes(parameters, settings.width),
+        "adapters": adapter_bytes(one * (trained + frozen), settings.width),
         "optimizer_state": optimizer_state_bytes(parameters, settings.optim),
     }
     work = {"dequantized_weight": dequantized_bytes(dims, settings.quantization, settings.width)}
@@ -225,6 +258,8 @@ def phases(dims: ModelDimensions, recipe: Recipe, settings: Settings, device: De
         "export": {key: resident[key] for key in ("weights", "embeddings", "adapters")}
         | {"merged_layer": 2 * 4 * dims.largest_linear},  # one layer at a time: its fp32 weight and its fp32 delta
     }
+    if not samples_completions(recipe):
+        del result["rollout"]
     factor = ALLOCATOR_FACTOR if device.torch_device.startswith("cuda") else 1.0
     for components in result.values():
         components["allocator"] = round(sum(components.values()) * (factor - 1))

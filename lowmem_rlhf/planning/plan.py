@@ -24,7 +24,7 @@ from lowmem_rlhf.hardware.device import Device
 from lowmem_rlhf.planning import choices
 from lowmem_rlhf.planning.choices import PINNED, Case, gib
 from lowmem_rlhf.planning.dimensions import ModelDimensions, model_dimensions
-from lowmem_rlhf.planning.memory import Components, Settings, peak_phase, row_tokens
+from lowmem_rlhf.planning.memory import Components, Settings, adapters_of, length_keys, peak_phase, row_tokens
 from lowmem_rlhf.recipe import Recipe
 
 __all__ = ["Plan", "Settings", "make_plan", "why_not"]
@@ -148,15 +148,18 @@ def _changes(plan: Plan, components: Components) -> list[str]:
 
 def _lora_reason(case: Case) -> str:
     lora = case.recipe.lora
+    trained, frozen = adapters_of(case.recipe)
     millions = case.dims.lora_parameters(lora.r, lora.target_modules) / 1e6
     share = 100e6 * millions / case.dims.num_parameters
-    return f"{PINNED}: {millions:.2f} million adapter parameters, {share:.2g} % of the model's"
+    more = f"; {trained} adapters train and {frozen} are frozen" if trained + frozen > 1 else ""
+    return f"{PINNED}: {millions:.2f} million adapter parameters, {share:.2g} % of the model's{more}"
 
 
 def _check_positions(recipe: Recipe, dims: ModelDimensions) -> None:
     if dims.max_positions is not None and row_tokens(recipe) > dims.max_positions:
+        keys = length_keys(recipe)
+        verb, which = ("makes", "it") if len(keys) == 1 else ("make", "one of them")
         raise UserError(
-            f"data.max_prompt_length {recipe.data.max_prompt_length} and generation.max_completion_length "
-            f"{recipe.generation.max_completion_length} make {row_tokens(recipe)} tokens, but {recipe.model!r} has "
-            f"only {dims.max_positions} positions; lower one of them"
+            f"{' and '.join(f'{key} {value}' for key, value in keys.items())} {verb} {row_tokens(recipe)} tokens, but "
+            f"{recipe.model!r} has only {dims.max_positions} positions; lower {which}"
         )

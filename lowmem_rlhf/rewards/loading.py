@@ -11,7 +11,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from lowmem_rlhf.errors import UserError
-from lowmem_rlhf.recipe import LEARNED_REWARDS, RewardConfig
+from lowmem_rlhf.recipe import LEARNED_REWARDS, REWARD_ADAPTER, RewardConfig
 from lowmem_rlhf.rewards.functions import SHIPPED
 from lowmem_rlhf.suggest import did_you_mean
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from lowmem_rlhf.rewards.learned import Room
 
 # What every reward function is given besides the columns of the data and its own options (as TRL does).
-GIVEN = ("prompts", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric")
+GIVEN = ("prompts", "completions", "prompt_ids", "completion_ids", "trainer_state", "log_extra", "log_metric")
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,9 @@ class Reward:
     placement: dict[str, str] | None = None
 
 
-def load_rewards(configs: list[RewardConfig], device: str = "cpu", free_bytes: int = 0) -> list[Reward]:
+def load_rewards(
+    configs: list[RewardConfig], device: str = "cpu", free_bytes: int = 0, model: str = ""
+) -> list[Reward]:
     """Load the rewards of a recipe, in its order.
 
     The file of a ``path.py:function`` is the user's own code and is executed.
@@ -48,17 +50,18 @@ def load_rewards(configs: list[RewardConfig], device: str = "cpu", free_bytes: i
         configs: the recipe's rewards.
         device: the policy's, where the models of learned rewards lie as well if they fit.
         free_bytes: what the plan leaves there.
+        model: the recipe's, which a reward adapter must belong to.
 
     Raises:
         UserError: unknown name; file absent or failing on import; function absent or not callable; options it does not
             take, lacks or refuses; a model that cannot be loaded or is of another kind.
     """
     if not any(config.function in LEARNED_REWARDS for config in configs):
-        return [_load(config, None) for config in configs]
+        return [_load(config, None, model) for config in configs]
     from lowmem_rlhf.rewards.learned import Room
 
     room = Room(device, free_bytes)
-    return [_load(config, room) for config in configs]
+    return [_load(config, room, model) for config in configs]
 
 
 def placements(rewards: Iterable[Reward]) -> dict[str, dict[str, str]]:
@@ -91,9 +94,13 @@ def accepted(function: Callable[..., Any], arguments: dict[str, Any]) -> dict[st
     return {name: value for name, value in arguments.items() if name in parameters}
 
 
-def _load(config: RewardConfig, room: "Room | None") -> Reward:
+def _load(config: RewardConfig, room: "Room | None", model: str) -> Reward:
     if config.function in LEARNED_REWARDS:
         return _learned(config, room)
+    if config.function == REWARD_ADAPTER:
+        from lowmem_rlhf.rewards.adapter import load_adapter_reward
+
+        return Reward(config.name, load_adapter_reward(config.name, config.options["adapter"], model), config.weight)
     if ".py" in config.function or ":" in config.function:
         function = _from_file(config.function)
     elif config.function in SHIPPED:
@@ -157,7 +164,7 @@ def _import(path: Path, source: str) -> ModuleType:
     return module
 
 
-_NAMES = (*SHIPPED, *LEARNED_REWARDS)
+_NAMES = (*SHIPPED, *LEARNED_REWARDS, REWARD_ADAPTER)
 
 
 def _has_signature(function: Callable[..., Any]) -> bool:

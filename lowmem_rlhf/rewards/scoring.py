@@ -29,6 +29,7 @@ def score(
     completion_ids: Sequence[list[int]],
     columns: dict[str, list[Any]],
     trainer_state: Any = None,
+    prompt_ids: Sequence[Sequence[int]] = (),
 ) -> Scores:
     """Score N completions with every reward function.
 
@@ -42,6 +43,7 @@ def score(
         completion_ids: (N,) token ids of each completion.
         columns: each column of the data, N values.
         trainer_state: given to the functions under this name (TRL's has `global_step`).
+        prompt_ids: (N,) token ids of each prompt.
 
     Raises:
         RunError: a function raises, gives another number of values than N, or gives something that is not a number.
@@ -51,6 +53,7 @@ def score(
     given = {
         "prompts": list(prompts),
         "completions": list(completions),
+        "prompt_ids": list(prompt_ids),
         "completion_ids": list(completion_ids),
         "trainer_state": trainer_state,
         "log_extra": lambda column, values: extra.setdefault(column, []).extend(values),

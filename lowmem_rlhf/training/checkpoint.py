@@ -1,6 +1,7 @@
 """Checkpoints: the adapter, the optimizer's state and the counters. Everything else follows from (seed, step)."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,16 +15,27 @@ from lowmem_rlhf.training.optimizer import Stepper
 STATE = "state.json"
 
 
-def save_checkpoint(run: RunDirectory, step: int, base: SharedBase, stepper: Stepper, counters: dict[str, Any]) -> Path:
-    """Write checkpoints/step-N whole or not at all; return its folder."""
+def save_checkpoint(
+    run: RunDirectory,
+    step: int,
+    base: SharedBase,
+    stepper: Stepper,
+    counters: dict[str, Any],
+    others: Sequence[str] = (),
+) -> Path:
+    """Write checkpoints/step-N whole or not at all; return its folder. Roles besides the policy get folders in it."""
     folder = run.begin_checkpoint(step)
     base.save_adapter(folder)
+    for role in others:
+        base.save_adapter(folder / role, role)
     state = {"step": step, "optimizer": stepper.save(folder), "counters": counters}
     (folder / STATE).write_text(json.dumps(state), encoding="utf-8")
     return run.finish_checkpoint(step)
 
 
-def load_checkpoint(folder: Path, base: SharedBase, stepper: Stepper) -> tuple[int, dict[str, Any]]:
+def load_checkpoint(
+    folder: Path, base: SharedBase, stepper: Stepper, others: Sequence[str] = ()
+) -> tuple[int, dict[str, Any]]:
     """Put a checkpoint's state into the base and the stepper; return its step and counters.
 
     Raises:
@@ -31,7 +43,9 @@ def load_checkpoint(folder: Path, base: SharedBase, stepper: Stepper) -> tuple[i
     """
     try:
         state = json.loads((folder / STATE).read_text(encoding="utf-8"))
-        base.load_adapter(folder)
+        base.load_role(folder)
+        for role in others:
+            base.load_role(folder / role, role)
         stepper.load(folder, state["optimizer"])
     except (OSError, ValueError, KeyError, SafetensorError) as error:
         raise UserError(

@@ -42,7 +42,15 @@ def reward_completions(
     ]
     names = {name for example in examples for name in example.columns}
     columns = {name: [example.columns.get(name) for example in examples] for name in sorted(names)}
-    scores = score(rewards, [e.prompt for e in examples], given, [c.ids for c in completions], columns, state)
+    scores = score(
+        rewards,
+        [e.prompt for e in examples],
+        given,
+        [c.ids for c in completions],
+        columns,
+        state,
+        [e.prompt_ids for e in examples],
+    )
     return scores, texts
 
 

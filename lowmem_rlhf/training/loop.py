@@ -1,76 +1,68 @@
-"""The online loop: prompts -> rollout -> rewards -> advantages -> packed micro-batches -> optimizer step.
+"""What all training shares: steps, held-out evaluation before and after, checkpoints, and what may go wrong.
 
-One direction, a stage takes the previous one's values. All randomness is a function of (seed, step), so a resumed run
-continues as the uninterrupted one would have.
+A kind of training fills in one step and the evaluation (`online` for what samples and scores, `supervised` for what
+learns from given texts). All randomness is a function of (seed, step), so a resumed run continues as the uninterrupted
+one would have.
 """
 
 import os
-from collections.abc import Callable, Sequence
-from dataclasses import replace
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
 
-from lowmem_rlhf.algorithms.grpo import group_advantages
-from lowmem_rlhf.data.prompts import Example, PromptStream
 from lowmem_rlhf.errors import RunError
 from lowmem_rlhf.memory import clock, is_out_of_memory, peak_bytes, reset_peak, with_less
-from lowmem_rlhf.model.base import POLICY, SharedBase
+from lowmem_rlhf.model.base import CRITIC, SharedBase
 from lowmem_rlhf.planning.plan import Plan
 from lowmem_rlhf.recipe import Recipe
 from lowmem_rlhf.report.live import LiveView
-from lowmem_rlhf.rewards.loading import Reward
-from lowmem_rlhf.rollout.generate import Completion, Limits, generate
 from lowmem_rlhf.run import RunDirectory
 from lowmem_rlhf.training.checkpoint import load_checkpoint, save_checkpoint
-from lowmem_rlhf.training.evaluate import TrainerState, evaluate, reward_completions, sampling_of
-from lowmem_rlhf.training.metrics import Rollout, rollout_metrics, samples, update_metrics
 from lowmem_rlhf.training.optimizer import Stepper
-from lowmem_rlhf.training.update import (
-    LEAST_TOKENS,
-    Batch,
-    PassSettings,
-    UpdateStats,
-    measure,
-    rows_to_train,
-    score,
-    update,
-)
+from lowmem_rlhf.training.update import LEAST_TOKENS, PassSettings
 
 T = TypeVar("T")
 
 
-class Trainer:
-    """GRPO on a SharedBase.
+@dataclass(frozen=True)
+class StepResult:
+    """What one step did.
+
+    Attributes:
+        metrics: what it measured, without what `Loop` adds.
+        learned_tokens: tokens that taught something.
+        samples: rows for samples.jsonl.
+    """
+
+    metrics: dict[str, Any]
+    learned_tokens: int
+    samples: Sequence[dict[str, Any]] = field(default_factory=tuple)
+
+
+class Loop(ABC):
+    """Training on a SharedBase.
 
     Args:
         recipe, plan: what to do and the chosen settings.
-        base: the shared base with its policy adapter.
-        rewards: the reward functions.
-        train, held_out: prompts to train on and to evaluate on.
+        base: the shared base with the adapters that train.
         run: where everything is written.
+        updates: optimizer steps of each step, for the schedule.
     """
 
-    def __init__(
-        self,
-        recipe: Recipe,
-        plan: Plan,
-        base: SharedBase,
-        rewards: Sequence[Reward],
-        train: Sequence[Example],
-        held_out: Sequence[Example],
-        run: RunDirectory,
-    ) -> None:
-        self.recipe, self.base, self.rewards, self.held_out, self.run = recipe, base, rewards, held_out, run
-        self.stream = PromptStream(train, recipe.training.prompts_per_step, recipe.training.seed)
+    nothing_learned = "nothing was learned: no token of the run had anything to teach"
+
+    def __init__(self, recipe: Recipe, plan: Plan, base: SharedBase, run: RunDirectory, updates: int = 1) -> None:
+        self.recipe, self.base, self.run = recipe, base, run
         settings = plan.settings
         self.passes = PassSettings(
             recipe.generation.temperature, settings.micro_batch_tokens, settings.logits_tile_tokens
         )
-        self.limits = Limits(settings.rollout_batch_size, settings.micro_batch_tokens, settings.logits_tile_tokens)
-        self.dequantize = settings.rollout_weights == "dequantized"
         self.accelerator = _accelerator(base.device, recipe, run)
         set_seed(recipe.training.seed)
         base.set_gradient_checkpointing(settings.gradient_checkpointing, settings.offload_checkpoints)
@@ -78,13 +70,29 @@ class Trainer:
             base.trainable(),
             recipe.training,
             settings.optim,
-            recipe.training.max_steps * recipe.grpo.num_iterations,
+            recipe.training.max_steps * updates,
             base.device,
             scale_loss=base.dtype == torch.float16,
         )
         self.step = 0
-        self.learned_tokens = 0  # completion tokens with an advantage, over all steps
+        self.learned_tokens = 0  # tokens that taught something, over all steps
         self._taken = 0  # optimizer steps of this process at the last finished step
+        self._times: dict[str, float] = {}
+
+    @abstractmethod
+    def one_step(self, view: LiveView) -> StepResult:
+        """Take the step after ``self.step``; its optimizer steps go through ``self.stepper``."""
+
+    @abstractmethod
+    def evaluate(self, when: str, view: LiveView) -> dict[str, Any]:
+        """Return held-out results; empty if nothing is held out."""
+
+    def state(self) -> dict[str, Any]:
+        """Return what a checkpoint keeps besides weights, optimizer and step; fit for JSON."""
+        return {}
+
+    def load_state(self, state: dict[str, Any]) -> None:  # noqa: B027 (most have no state)
+        """Go on from what `state` gave."""
 
     def resume(self) -> None:
         """Continue from the run's latest checkpoint; a run that has none yet starts over."""
@@ -93,8 +101,9 @@ class Trainer:
             print("there is no checkpoint yet: the run starts over", flush=True)
             return
         print(f"going on after step {latest[0]}", flush=True)
-        self.step, counters = load_checkpoint(latest[1], self.base, self.stepper)
-        self.learned_tokens = counters["learned_tokens"]
+        self.step, counters = load_checkpoint(latest[1], self.base, self.stepper, self._others())
+        self.learned_tokens = counters.pop("learned_tokens")
+        self.load_state(counters)
 
     def train(self, view: LiveView) -> dict[str, Any]:
         """Run all steps and both evaluations; return evaluation.json's content.
@@ -104,7 +113,7 @@ class Trainer:
                 step is kept as a checkpoint.
         """
         evaluation = self.run.evaluation()
-        if self.held_out and "before" not in evaluation:
+        if "before" not in evaluation:
             self._evaluate("before", evaluation, view)
         try:
             while self.step < self.recipe.training.max_steps:
@@ -123,151 +132,74 @@ class Trainer:
         finally:
             self.accelerator.end_training()
         if self.recipe.training.max_steps and not self.learned_tokens:
-            raise RunError(
-                "nothing was learned: in every step all completions of each prompt had the same reward, so no "
-                "advantage was left; look at samples.jsonl, make the task easier or the reward finer, or raise "
-                "generation.num_generations"
-            )
+            raise RunError(self.nothing_learned)
         self._save()
-        if self.held_out:
-            self._evaluate("after", evaluation, view)
+        self._evaluate("after", evaluation, view)
         with self.run.new_adapter() as folder:
             self.base.save_adapter(folder)
+            for role in self._others():
+                self.base.save_adapter(folder / role, role)
         return evaluation
+
+    def _others(self) -> list[str]:
+        """Return the roles that train besides the policy."""
+        return [CRITIC] if CRITIC in self.base.heads else []
 
     def _save(self) -> None:
         latest = self.run.latest_checkpoint()
         if latest is None or latest[0] < self.step:
-            save_checkpoint(self.run, self.step, self.base, self.stepper, {"learned_tokens": self.learned_tokens})
+            counters = {"learned_tokens": self.learned_tokens, **self.state()}
+            save_checkpoint(self.run, self.step, self.base, self.stepper, counters, self._others())
 
     def _evaluate(self, when: str, evaluation: dict[str, Any], view: LiveView) -> None:
-        def work(rows: int) -> dict[str, Any]:
-            with self.base.role(POLICY), self.base.decoding(self.dequantize):
-                return evaluate(
-                    self.base,
-                    self.held_out,
-                    self.recipe,
-                    self.rewards,
-                    replace(self.limits, rows=rows),
-                    TrainerState(self.step, self.recipe.training.max_steps),
-                    lambda done, total: view.phase(f"evaluation {when}", done, total),
-                )
+        if found := self.evaluate(when, view):
+            evaluation[when] = found
+            self.run.write_evaluation(evaluation)
 
-        evaluation[when] = self._with_fewer_rows(work, view)
-        self.run.write_evaluation(evaluation)
+    @contextmanager
+    def timed(self, name: str) -> Iterator[None]:
+        """Measure a part of the step."""
+        began = clock(self.base.device)
+        yield
+        self._times[name] = clock(self.base.device) - began
 
-    def _with_fewer_rows(self, work: Callable[[int], T], view: LiveView) -> T:
-        key = "hardware.rollout_batch_size"
-        result, rows = with_less(work, self.limits.rows, 1, key, self.base.device, view.message)
-        self.limits = replace(self.limits, rows=rows)
+    def with_fewer_tokens(self, work: Callable[[PassSettings], T], view: LiveView) -> T:
+        """Run passes over a batch; when memory runs out, cut them into smaller micro-batches from then on."""
+
+        def sized(tokens: int) -> T:
+            return work(replace(self.passes, micro_batch_tokens=tokens))
+
+        key, tokens = "hardware.micro_batch_tokens", self.passes.micro_batch_tokens
+        result, tokens = with_less(sized, tokens, LEAST_TOKENS, key, self.base.device, view.message)
+        self.passes = replace(self.passes, micro_batch_tokens=tokens)
         return result
 
     def _train_step(self, view: LiveView) -> None:
         reset_peak(self.base.device)
-        times = [clock(self.base.device)]
-        rollout = self._rollout(view)
-        times.append(clock(self.base.device))
-        batch = self._batch(rollout)
-        rows = rows_to_train(batch, self.recipe.grpo)
-        ref_logps = self._reference(batch, rows, view)
-        quiet = None if rows else self._measure(batch, ref_logps)
-        times.append(clock(self.base.device))
-        learning_rate = self.stepper.learning_rate
-        # without an advantage there is no signal: the KL term's gradient is zero while policy and reference agree;
-        # a warm-up begins with a learning rate of zero
-        signal = [row for row in rows if batch.advantages[row]] if learning_rate else []
-        before = self._adapter_sum() if signal and not self.learned_tokens else None
-        skipped = self.stepper.skipped
-        stats, tokens = update(
-            self.base,
-            self.stepper,
-            batch,
-            self.recipe.grpo,
-            self.recipe.generation.max_completion_length,
-            self.passes,
-            ref_logps,
-            view.message,
-            lambda done, total: view.phase("update", done, total),
-        )
-        self.passes = replace(self.passes, micro_batch_tokens=tokens)
-        times.append(clock(self.base.device))
-        if quiet:
-            stats = replace(quiet, loss=stats.loss, grad_norm=stats.grad_norm)
-        if self.stepper.skipped == skipped:
+        learning_rate, skipped = self.stepper.learning_rate, self.stepper.skipped
+        before = None if self.learned_tokens else self._adapter_sum()
+        self._times = {}
+        done = self.one_step(view)
+        # a warm-up begins with a learning rate of zero; float16 may have left the update out
+        if done.learned_tokens and learning_rate and self.stepper.skipped == skipped:
             if before is not None and before == self._adapter_sum():
                 raise RunError("the first optimizer step did not change the adapter: nothing would be learned")
-            self.learned_tokens += sum(len(batch.completions[row].ids) for row in signal)
+            self.learned_tokens += done.learned_tokens
         self.step += 1
         self._taken = self.stepper.taken
         metrics = {
             "step": self.step,
-            **rollout_metrics(rollout, batch),
-            **update_metrics(batch, stats, self.recipe.grpo),
+            **done.metrics,
             "learning_rate": learning_rate,
             "loss_scale/skipped_steps": self.stepper.skipped,
-            **{f"time/{name}": times[i + 1] - times[i] for i, name in enumerate(("rollout", "score", "update"))},
-            "time/step": times[-1] - times[0],
+            **{f"time/{name}": seconds for name, seconds in self._times.items()},
+            "time/step": sum(self._times.values()),
             "memory/peak_bytes": peak_bytes(self.base.device),
         }
         self.run.log_metrics(metrics)
-        self.run.log_samples(self.step, samples(rollout, batch, self.recipe.training.log_completions))
+        self.run.log_samples(self.step, done.samples)
         self.accelerator.log({k: v for k, v in metrics.items() if v is not None}, step=self.step)
         view.step(metrics)
-
-    def _rollout(self, view: LiveView) -> Rollout:
-        generation, seed = self.recipe.generation, self.recipe.training.seed
-        examples = self.stream.batch(self.step)
-
-        def work(rows: int) -> list[list[Completion]]:
-            with self.base.role(POLICY), self.base.decoding(self.dequantize):
-                return generate(
-                    self.base,
-                    [example.prompt_ids for example in examples],
-                    generation.num_generations,
-                    generation.max_completion_length,
-                    sampling_of(self.recipe),
-                    replace(self.limits, rows=rows),
-                    seed=(seed + 1) * 1_000_003 + self.step,
-                    progress=lambda done, total: view.phase("rollout", done, total),
-                )
-
-        groups = self._with_fewer_rows(work, view)
-        repeated = [example for example in examples for _ in range(generation.num_generations)]
-        completions = [completion for group in groups for completion in group]
-        view.phase("rewards")
-        state = TrainerState(self.step, self.recipe.training.max_steps)
-        scores, texts = reward_completions(self.rewards, self.base, repeated, completions, state)
-        return Rollout(examples, completions, texts, scores)
-
-    def _batch(self, rollout: Rollout) -> Batch:
-        group = self.recipe.generation.num_generations
-        rewards = torch.tensor(rollout.scores.total, dtype=torch.float32, device="cpu").view(-1, group)
-        advantages = group_advantages(rewards, self.recipe.grpo.scale_rewards)
-        prompts = [example.prompt_ids for example in rollout.examples]
-        return Batch(prompts, rollout.completions, advantages.flatten().tolist(), group)
-
-    def _reference(self, batch: Batch, rows: list[int], view: LiveView) -> dict[int, torch.Tensor]:
-        """Score the reference: on all trained rows with beta, otherwise on one a group, to measure the KL."""
-        if not self.recipe.grpo.beta:
-            rows = list({row // batch.num_generations: row for row in rows}.values())
-        rows = rows or list(range(0, len(batch.completions), batch.num_generations))
-
-        def work(tokens: int) -> dict[int, torch.Tensor]:
-            passes = replace(self.passes, micro_batch_tokens=tokens)
-            with self.base.role("reference"):
-                return score(self.base, batch, rows, passes, lambda done, total: view.phase("score", done, total))
-
-        tokens = self.passes.micro_batch_tokens
-        logps, tokens = with_less(
-            work, tokens, LEAST_TOKENS, "hardware.micro_batch_tokens", self.base.device, view.message
-        )
-        self.passes = replace(self.passes, micro_batch_tokens=tokens)
-        return logps
-
-    def _measure(self, batch: Batch, ref_logps: dict[int, torch.Tensor]) -> UpdateStats:
-        """What the metrics tell of the policy in a step that trains nothing, from the rows scored by the reference."""
-        with self.base.role(POLICY):
-            return measure(self.base, batch, self.passes, ref_logps)
 
     def _adapter_sum(self) -> float:
         """A number that any change of the adapter changes."""

@@ -51,7 +51,7 @@ def update_metrics(batch: Batch, stats: UpdateStats, settings: GRPOSettings) -> 
         "clip_ratio/low": stats.clipped_low / max(stats.clip_tokens, 1),
         "clip_ratio/high": stats.clipped_high / max(stats.clip_tokens, 1),
         "tokens/trained": stats.tokens,
-        "sampling/logp_difference": _difference(batch, stats.logps),
+        "sampling/logp_difference": sampling_difference(batch, stats.logps),
         **_correction(batch, stats.logps, settings),
     }
 
@@ -73,7 +73,7 @@ def _correction(batch: Batch, logps: dict[int, torch.Tensor], settings: GRPOSett
     }
 
 
-def _difference(batch: Batch, logps: dict[int, torch.Tensor]) -> float | None:
+def sampling_difference(batch: Batch, logps: dict[int, torch.Tensor]) -> float | None:
     """Mean absolute difference of the tokens' log-probs between sampling and the training pass."""
     total, count = 0.0, 0
     for row, trained in logps.items():

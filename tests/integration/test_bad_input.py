@@ -225,7 +225,7 @@ def test_a_reward_function_can_ask_for_the_step_as_with_trl(train):
 
 
 def test_ctrl_c_says_how_to_go_on(train, monkeypatch):
-    from lowmem_rlhf.training.loop import Trainer
+    from lowmem_rlhf.training.online import Trainer
 
     real = Trainer._train_step
 

@@ -82,7 +82,7 @@ def tiny_recipe(model: Path | str, **sections: Any) -> Recipe:
     """Return `tiny_values` as a recipe, with keys of its sections replaced."""
     values = tiny_values(model)
     for key, value in sections.items():
-        values[key] = {**values[key], **value} if isinstance(value, dict) else value
+        values[key] = {**values.get(key, {}), **value} if isinstance(value, dict) else value
     return validate_recipe(values)
 
 

@@ -23,13 +23,13 @@ from tiny_runs import tiny_recipe
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import LlamaConfig, LlamaForCausalLM
 
-import lowmem_rlhf.training.loop as loop
 from lowmem_rlhf import cli
 from lowmem_rlhf.model import attention
 from lowmem_rlhf.model.base import SharedBase
 from lowmem_rlhf.model.packing import Group, pack
 from lowmem_rlhf.recipe import validate_recipe
 from lowmem_rlhf.session import train
+from lowmem_rlhf.training import grpo, online
 from lowmem_rlhf.training.optimizer import Stepper
 from lowmem_rlhf.training.update import packed_logprobs
 
@@ -176,14 +176,14 @@ CASES: dict[str, Callable[[], Any]] = {
     "learned-cpu": lambda: learned_reward("cpu", "auto", "learned-cpu"),
     "learned-vcard": lambda: learned_reward("vcard", "auto", "learned-vcard"),
     "learned-aside": lambda: learned_reward("vcard", "cpu", "learned-aside"),
-    "oom-nowhere": lambda: out_of_memory("oom-nowhere", loop, "generate", lambda call: None),
-    "oom-in-rollout": lambda: out_of_memory("oom-in-rollout", loop, "generate", fail_once(300)),
-    "oom-in-update": lambda: out_of_memory("oom-in-update", loop, "update", fail_once(600)),
+    "oom-nowhere": lambda: out_of_memory("oom-nowhere", online, "generate", lambda call: None),
+    "oom-in-rollout": lambda: out_of_memory("oom-in-rollout", online, "generate", fail_once(300)),
+    "oom-in-update": lambda: out_of_memory("oom-in-update", grpo, "update", fail_once(600)),
     "oom-in-optimizer": lambda: out_of_memory("oom-in-optimizer", Stepper, "step", fail_once(30)),
-    "hopeless-rollout": lambda: out_of_memory("hopeless-rollout", loop, "generate", no_room_in_step_2),
-    "hopeless-update": lambda: out_of_memory("hopeless-update", loop, "update", no_room_in_step_2),
+    "hopeless-rollout": lambda: out_of_memory("hopeless-rollout", online, "generate", no_room_in_step_2),
+    "hopeless-update": lambda: out_of_memory("hopeless-update", grpo, "update", no_room_in_step_2),
     "oom-in-offloaded-update": lambda: out_of_memory(
-        "oom-in-offloaded-update", loop, "update", fail_once(600), offload_checkpoints=True
+        "oom-in-offloaded-update", grpo, "update", fail_once(600), offload_checkpoints=True
     ),
     "offloaded-float32": lambda: offloaded(torch.float32),
     "offloaded-bfloat16": lambda: offloaded(torch.bfloat16),

@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from training_cases import SYMBOLS, digits, recipe_of, train, trainer_of
 
 from lowmem_rlhf.errors import RunError
-from lowmem_rlhf.training import loop
+from lowmem_rlhf.training import grpo, online
 from lowmem_rlhf.training import update as update_module
 from lowmem_rlhf.training.optimizer import Stepper
 
@@ -116,8 +116,8 @@ def test_evaluation_is_of_the_same_problems_before_and_after(model_folder, tmp_p
     assert evaluation["before"] != evaluation["after"]
 
     asked = []
-    original = loop.evaluate
-    monkeypatch.setattr(loop, "evaluate", lambda *args: asked.append(args[1]) or original(*args))
+    original = online.evaluate
+    monkeypatch.setattr(online, "evaluate", lambda *args: asked.append(args[1]) or original(*args))
     trainer = trainer_of(recipe_of(model_folder, training={"max_steps": 0}), tmp_path / "still")
     still, _ = train(trainer)
     assert still["before"] == still["after"] == evaluation["before"]  # same problems, same random numbers, no training
@@ -136,8 +136,8 @@ def test_samples_are_written_with_their_numbers(whole):
 
 def test_every_step_has_random_numbers_of_its_own_and_every_seed_others(model_folder, tmp_path, monkeypatch):
     seeds = []
-    original = loop.generate
-    monkeypatch.setattr(loop, "generate", lambda *a, **kw: seeds.append(kw["seed"]) or original(*a, **kw))
+    original = online.generate
+    monkeypatch.setattr(online, "generate", lambda *a, **kw: seeds.append(kw["seed"]) or original(*a, **kw))
     for seed in (0, 1):
         train(trainer_of(recipe_of(model_folder, training={"seed": seed}), tmp_path / str(seed)))
     assert len(set(seeds)) == len(seeds) == 8
@@ -280,9 +280,9 @@ def fed(base, batch, *_):
 
 # what runs out, its limit, the sizes after the run: completions at once, tokens in a micro-batch
 OUT = {
-    "rollout": (loop, "generate", lambda base, prompts, count, length, sampling, limits: limits.rows, 5, (4, 4096)),
-    "evaluation": (loop, "evaluate", lambda base, examples, recipe, rewards, limits, *_: limits.rows, 8, (8, 4096)),
-    "scoring": (loop, "score", lambda base, batch, rows, passes, *_: passes.micro_batch_tokens, 1024, (16, 1024)),
+    "rollout": (online, "generate", lambda base, prompts, count, length, sampling, limits: limits.rows, 5, (4, 4096)),
+    "evaluation": (online, "evaluate", lambda base, examples, recipe, rewards, limits, *_: limits.rows, 8, (8, 4096)),
+    "scoring": (grpo, "score", lambda base, batch, rows, passes, *_: passes.micro_batch_tokens, 1024, (16, 1024)),
     "update": (
         update_module,
         "backward",

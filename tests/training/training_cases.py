@@ -22,7 +22,7 @@ from lowmem_rlhf.rewards.loading import Reward
 from lowmem_rlhf.rollout.generate import Completion
 from lowmem_rlhf.run import RunDirectory
 from lowmem_rlhf.session import running_plan
-from lowmem_rlhf.training.loop import Trainer
+from lowmem_rlhf.training.online import Trainer
 from lowmem_rlhf.training.optimizer import Stepper
 from lowmem_rlhf.training.update import Batch, PassSettings, UpdateStats, backward, score
 

@@ -1,0 +1,92 @@
+"""A learned reward in place: a reward model's adapter and score head on the base that the policy lies on.
+
+It reads the very tokens of the rollout, so no text is tokenized again, and each prompt runs once for its completions.
+"""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from lowmem_rlhf.errors import UserError
+from lowmem_rlhf.memory import with_less
+from lowmem_rlhf.model.adapters import HEAD, SavedAdapter, saved_adapter
+
+if TYPE_CHECKING:
+    from lowmem_rlhf.model.base import SharedBase
+    from lowmem_rlhf.training.update import PassSettings
+
+
+class AdapterReward:
+    """The score of a reward model (`algorithm: reward_model`) at a completion's last token.
+
+    Args:
+        name: of the reward, for messages.
+        saved: its adapter, with a head.
+    """
+
+    columns: tuple[str, ...] = ()
+
+    def __init__(self, name: str, saved: SavedAdapter) -> None:
+        self.name, self.saved = name, saved
+        self.base: SharedBase | None = None
+
+    def bind(self, base: "SharedBase", role: str, passes: "PassSettings") -> None:
+        """Lie down on the base as this role; passes over texts are cut as these settings say."""
+        base.add_saved_role(role, self.saved)
+        self.base, self.role, self.passes = base, role, passes
+
+    def __call__(
+        self, prompt_ids: Sequence[Sequence[int]], completion_ids: Sequence[Sequence[int]], **columns: Any
+    ) -> list[float]:
+        """Return the scores of N completions, given as token ids; completions of one prompt stand together."""
+        from lowmem_rlhf.training.heads import ahead, head_outputs
+        from lowmem_rlhf.training.update import LEAST_TOKENS
+
+        assert self.base is not None, "an adapter reward was called before it was bound to a base"
+        base, groups = self.base, ahead(_grouped(prompt_ids, completion_ids))
+
+        def work(tokens: int) -> list[float]:
+            found = head_outputs(base, self.role, groups, _sized(self.passes, tokens))
+            return [float(found[row][-1]) for row in range(len(completion_ids))]
+
+        key, tokens = "hardware.micro_batch_tokens", self.passes.micro_batch_tokens
+        values, tokens = with_less(work, tokens, LEAST_TOKENS, key, base.device, print)
+        self.passes = _sized(self.passes, tokens)
+        return values
+
+
+def load_adapter_reward(name: str, adapter: str, model: str) -> AdapterReward:
+    """Return the reward of a reward model's run or adapter folder, yet to be bound to the base of this model.
+
+    Raises:
+        UserError: there is no such adapter, it belongs to another base, or it has no score head.
+    """
+    try:
+        saved = saved_adapter(adapter, model)
+    except UserError as error:
+        raise UserError(f"rewards: {name}: {error}") from error
+    if saved.head is None:
+        raise UserError(
+            f"rewards: {name}: adapter {adapter!r} has no score head ({HEAD}); train it with algorithm: reward_model"
+        )
+    return AdapterReward(name, saved)
+
+
+def _sized(passes: "PassSettings", tokens: int) -> "PassSettings":
+    from dataclasses import replace
+
+    return replace(passes, micro_batch_tokens=tokens)
+
+
+def _grouped(prompt_ids: Sequence[Sequence[int]], completion_ids: Sequence[Sequence[int]]) -> list[Any]:
+    from lowmem_rlhf.model.packing import Group
+
+    groups: list[Group] = []
+    members: list[list[int]] = []
+    for row, prompt in enumerate(prompt_ids):
+        if row and list(prompt_ids[row - 1]) == list(prompt):
+            members[-1].append(row)
+        else:
+            members.append([row])
+    for rows in members:
+        groups.append(Group(prompt_ids[rows[0]], [completion_ids[row] for row in rows], rows))
+    return groups

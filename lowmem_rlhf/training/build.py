@@ -1,0 +1,104 @@
+"""From a loaded base to its trainer: the roles that a recipe needs, and its data as the algorithm reads it."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from lowmem_rlhf.data.prompts import Example, build_examples
+from lowmem_rlhf.data.supervised import build_pairs, build_supervised
+from lowmem_rlhf.errors import UserError
+from lowmem_rlhf.model.adapters import saved_adapter
+from lowmem_rlhf.model.base import CRITIC, POLICY, REWARD, START, SharedBase
+from lowmem_rlhf.planning.plan import Plan
+from lowmem_rlhf.recipe import ONLINE, REWARD_ADAPTER, Recipe
+from lowmem_rlhf.report.live import LiveView
+from lowmem_rlhf.rewards.adapter import AdapterReward
+from lowmem_rlhf.rewards.loading import Reward
+from lowmem_rlhf.run import RunDirectory
+from lowmem_rlhf.training.loop import Loop
+from lowmem_rlhf.training.online import Judge, Trainer
+from lowmem_rlhf.training.supervised import SFT, RewardModel, with_epochs
+from lowmem_rlhf.training.update import PassSettings
+
+Rows = Sequence[dict[str, Any]]
+
+
+def add_roles(base: SharedBase, recipe: Recipe, plan: Plan, rewards: Sequence[Reward]) -> None:
+    """Put on the base what a recipe needs besides the policy: its start, PPO's critic, reward adapters.
+
+    Raises:
+        UserError: an adapter does not fit the base.
+    """
+    if recipe.adapter:
+        saved = saved_adapter(recipe.adapter, recipe.model)
+        if recipe.algorithm in ONLINE:
+            base.start_from(saved)
+        else:
+            base.load_adapter(saved.folder)
+    settings = plan.settings
+    passes = PassSettings(1.0, settings.micro_batch_tokens, settings.logits_tile_tokens)
+    for number, one in enumerate(r.function for r in rewards if isinstance(r.function, AdapterReward)):
+        one.bind(base, f"{REWARD}_{number}" if number else REWARD, passes)
+    if recipe.algorithm == "ppo":
+        _add_critic(base, recipe)
+
+
+def _add_critic(base: SharedBase, recipe: Recipe) -> None:
+    """Add the critic: its own adapter above the start, one that begins as the reward model, or a head on the policy."""
+    lora, kind = recipe.lora, recipe.ppo.critic
+    if kind == "policy":
+        base.roles[CRITIC] = base.roles[POLICY]
+        base.add_head(CRITIC, bias=True)
+        return
+    if kind == "reward":
+        adapter = next(r.options["adapter"] for r in recipe.rewards if r.function == REWARD_ADAPTER)
+        saved = saved_adapter(adapter, recipe.model)
+        base.add_role(CRITIC, saved.r, saved.lora_alpha, saved.target_modules, use_rslora=saved.use_rslora)
+        base.load_adapter(saved.folder, CRITIC)
+        base.add_head(CRITIC)
+        base.load_head(saved.folder, CRITIC)
+        return
+    start = START if START in base.roles else ""
+    targets = saved_adapter(recipe.adapter, recipe.model).target_modules if recipe.adapter else lora.target_modules
+    base.add_role(CRITIC, lora.r, lora.lora_alpha, targets, seed=recipe.training.seed + 1, below=start)
+    base.add_head(CRITIC, bias=True)
+
+
+def make_trainer(
+    recipe: Recipe,
+    plan: Plan,
+    base: SharedBase,
+    rewards: Sequence[Reward],
+    rows: Rows,
+    held_out_rows: Rows,
+    run_directory: Callable[[Recipe], RunDirectory],
+) -> Loop:
+    """Return the trainer of a recipe, with its run directory begun.
+
+    Raises:
+        UserError: the data does not suit the algorithm.
+    """
+    data, tokenizer, stops = recipe.data, base.tokenizer, base.stop_ids
+    if recipe.algorithm == "sft":
+        train = build_supervised(rows, data, recipe.sft, tokenizer, stops)
+        held_out = build_supervised(held_out_rows, data, recipe.sft, tokenizer, stops) if held_out_rows else []
+        recipe = with_epochs(recipe, len(train))
+        prompts = build_examples(held_out_rows, data, tokenizer) if rewards and held_out_rows else []
+        judge = _judge(recipe, plan, base, rewards, prompts) if prompts else None
+        return SFT(recipe, plan, base, train, held_out, run_directory(recipe), judge)
+    if recipe.algorithm == "reward_model":
+        length = recipe.reward_model.max_length
+        pairs = build_pairs(rows, data, length, tokenizer, stops)
+        kept = build_pairs(held_out_rows, data, length, tokenizer, stops) if held_out_rows else []
+        recipe = with_epochs(recipe, len(pairs))
+        return RewardModel(recipe, plan, base, pairs, kept, run_directory(recipe))
+    if recipe.training.num_train_epochs is not None:
+        raise UserError("training.num_train_epochs: is for sft, reward_model and classifier; set training.max_steps")
+    examples = build_examples(rows, data, tokenizer)
+    held = build_examples(held_out_rows, data, tokenizer) if held_out_rows else []
+    return Trainer(recipe, plan, base, rewards, examples, held, run_directory(recipe))
+
+
+def _judge(
+    recipe: Recipe, plan: Plan, base: SharedBase, rewards: Sequence[Reward], prompts: Sequence[Example]
+) -> Callable[[str, LiveView], dict[str, Any]]:
+    return Judge(recipe, plan, base, rewards, prompts).evaluate

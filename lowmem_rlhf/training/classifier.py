@@ -1,0 +1,67 @@
+"""A run that trains a sequence classifier for the `classifier` reward; its run directory is that of any run.
+
+There is no shared base: the whole model trains in fp32 (see `rewards.train_classifier`), and ends up in RUN/model.
+"""
+
+import time
+from pathlib import Path
+
+from lowmem_rlhf.data.sources import load_rows
+from lowmem_rlhf.data.supervised import labelled_texts
+from lowmem_rlhf.errors import UserError
+from lowmem_rlhf.hardware.detect import detect
+from lowmem_rlhf.recipe import LearnedReward, Recipe
+from lowmem_rlhf.report.html import write_report
+from lowmem_rlhf.report.live import LiveView, print_evaluation
+from lowmem_rlhf.rewards.train_classifier import train_classifier
+from lowmem_rlhf.run import RunDirectory
+from lowmem_rlhf.training.supervised import with_epochs
+
+MODEL = "model"  # the folder of the run that the reward's option `model` names
+
+
+def train_classifier_run(recipe: Recipe, path: Path, resume: bool) -> RunDirectory:
+    """Train a classifier and return its run directory.
+
+    Raises:
+        UserError: the data or the model does not suit; or ``resume``, which a run of minutes does not have.
+        RunError: the gradient became infinite, or memory ran out.
+    """
+    if resume:
+        raise UserError("--resume: a classifier's run cannot be continued; start it anew with another --output")
+    RunDirectory.check(path, recipe, resume)
+    data = labelled_texts(load_rows(recipe.data, "train", recipe.training.seed), recipe.data)
+    held_out: tuple[list[str], list[str]] = ([], [])
+    if recipe.data.eval_size:
+        held_out = labelled_texts(load_rows(recipe.data, "eval", recipe.training.seed), recipe.data)
+    size = recipe.training.prompts_per_step
+    epochs = recipe.training.num_train_epochs or max(1, round(recipe.training.max_steps * size / len(data[0])))
+    one = recipe.model_copy(update={"training": recipe.training.model_copy(update={"num_train_epochs": epochs})})
+    recipe = with_epochs(one, len(data[0]))
+    device = detect(recipe.hardware.device)
+    run = RunDirectory.create(path, recipe, {"device": device.to_dict(), "settings": {"quantization": "none"}}, resume)
+    print(f"run directory: {run.path}", flush=True)
+    start = LearnedReward(
+        model=recipe.model,
+        revision=recipe.revision,
+        device=device.torch_device,
+        max_length=recipe.classifier.max_length,
+        batch_tokens=recipe.classifier.batch_tokens,
+    )
+    before = time.perf_counter()
+    with LiveView(recipe.training.max_steps) as view:
+
+        def progress(step: int, steps: int, loss: float) -> None:
+            nonlocal before
+            now = time.perf_counter()
+            metrics = {"step": step, "loss": loss, "time/step": now - before}
+            before = now
+            run.log_metrics(metrics)
+            view.step(metrics)
+
+        report = train_classifier(data, run.path / MODEL, start, recipe.training, epochs, held_out, progress)
+    if report.held_out:
+        run.write_evaluation({"after": {**report.held_out, "problems": len(held_out[0])}})
+        print_evaluation(run.evaluation())
+    write_report(run)
+    return run

@@ -1,0 +1,196 @@
+"""Online training: prompts -> rollout -> rewards -> advantages -> packed micro-batches -> optimizer steps.
+
+One direction, a stage takes the previous one's values. What is done with a scored rollout is the algorithm's:
+`grpo.GRPO`, or `ppo.PPO` for PPO, RLOO and REINFORCE++.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Protocol, TypeVar
+
+from lowmem_rlhf.data.prompts import Example, PromptStream
+from lowmem_rlhf.memory import with_less
+from lowmem_rlhf.model.base import POLICY, SharedBase
+from lowmem_rlhf.planning.plan import Plan
+from lowmem_rlhf.recipe import Recipe
+from lowmem_rlhf.report.live import LiveView
+from lowmem_rlhf.rewards.loading import Reward
+from lowmem_rlhf.rollout.generate import Completion, Limits, generate
+from lowmem_rlhf.run import RunDirectory
+from lowmem_rlhf.training.evaluate import TrainerState, evaluate, reward_completions, sampling_of
+from lowmem_rlhf.training.loop import Loop, StepResult
+from lowmem_rlhf.training.metrics import Rollout, rollout_metrics, samples
+from lowmem_rlhf.training.update import Batch
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Learned:
+    """What an algorithm made of a rollout: its batch with advantages, metrics, and the rows that taught something."""
+
+    batch: Batch
+    metrics: dict[str, Any]
+    signal: Sequence[int]
+
+
+class Algorithm(Protocol):
+    """What learns from a scored rollout."""
+
+    def learn(self, rollout: Rollout, trainer: "Trainer", view: LiveView) -> Learned:
+        """Score the rollout with the other roles and take the optimizer steps."""
+        ...
+
+    def state(self) -> dict[str, Any]:
+        """Return what a checkpoint keeps."""
+        ...
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Go on from what `state` gave."""
+        ...
+
+
+def algorithm_of(recipe: Recipe) -> Algorithm:
+    """Return the algorithm that a recipe names."""
+    if recipe.algorithm == "grpo":
+        from lowmem_rlhf.training.grpo import GRPO
+
+        return GRPO(recipe)
+    from lowmem_rlhf.training.ppo import PPO
+
+    return PPO(recipe)
+
+
+def updates_of(recipe: Recipe) -> int:
+    """Return the optimizer steps of each step."""
+    if recipe.algorithm == "grpo":
+        return recipe.grpo.num_iterations
+    return recipe.ppo.num_ppo_epochs * recipe.ppo.num_mini_batches
+
+
+class Judge:
+    """Samples held-out completions of the policy and scores them; shared by everything that evaluates so.
+
+    Args:
+        recipe, plan, base, rewards: as `Trainer`'s.
+        held_out: prompts never trained on.
+    """
+
+    def __init__(
+        self, recipe: Recipe, plan: Plan, base: SharedBase, rewards: Sequence[Reward], held_out: Sequence[Example]
+    ) -> None:
+        self.recipe, self.base, self.rewards, self.held_out = recipe, base, rewards, held_out
+        settings = plan.settings
+        self.limits = Limits(settings.rollout_batch_size, settings.micro_batch_tokens, settings.logits_tile_tokens)
+        self.dequantize = settings.rollout_weights == "dequantized"
+
+    def evaluate(self, when: str, view: LiveView, step: int = 0) -> dict[str, Any]:
+        """Return accuracy and the mean of every reward; empty if nothing is held out."""
+        if not self.held_out:
+            return {}
+
+        def work(rows: int) -> dict[str, Any]:
+            with self.base.role(POLICY), self.base.decoding(self.dequantize):
+                return evaluate(
+                    self.base,
+                    self.held_out,
+                    self.recipe,
+                    self.rewards,
+                    replace(self.limits, rows=rows),
+                    TrainerState(step, self.recipe.training.max_steps),
+                    lambda done, total: view.phase(f"evaluation {when}", done, total),
+                )
+
+        return self.with_fewer_rows(work, view)
+
+    def with_fewer_rows(self, work: Callable[[int], T], view: LiveView) -> T:
+        """Sample; when memory runs out, write fewer completions at once from then on."""
+        key = "hardware.rollout_batch_size"
+        result, rows = with_less(work, self.limits.rows, 1, key, self.base.device, view.message)
+        self.limits = replace(self.limits, rows=rows)
+        return result
+
+
+class Trainer(Loop):
+    """Online training on a SharedBase.
+
+    Args:
+        recipe, plan: what to do and the chosen settings.
+        base: the shared base with its policy adapter, and the roles that the algorithm needs.
+        rewards: the reward functions.
+        train, held_out: prompts to train on and to evaluate on.
+        run: where everything is written.
+    """
+
+    nothing_learned = (
+        "nothing was learned: in every step all completions of each prompt had the same reward, so no advantage was "
+        "left; look at samples.jsonl, make the task easier or the reward finer, or raise generation.num_generations"
+    )
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        plan: Plan,
+        base: SharedBase,
+        rewards: Sequence[Reward],
+        train: Sequence[Example],
+        held_out: Sequence[Example],
+        run: RunDirectory,
+    ) -> None:
+        super().__init__(recipe, plan, base, run, updates_of(recipe))
+        self.rewards, self.judge = rewards, Judge(recipe, plan, base, rewards, held_out)
+        self.stream = PromptStream(train, recipe.training.prompts_per_step, recipe.training.seed)
+        self.algorithm = algorithm_of(recipe)
+
+    def state(self) -> dict[str, Any]:
+        """See `Loop.state`."""
+        return self.algorithm.state()
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """See `Loop.load_state`."""
+        self.algorithm.load_state(state)
+
+    def evaluate(self, when: str, view: LiveView) -> dict[str, Any]:
+        """Sample held-out completions in the policy's role and score them."""
+        return self.judge.evaluate(when, view, self.step)
+
+    @property
+    def limits(self) -> Limits:
+        """What bounds a rollout's memory, as it is by now."""
+        return self.judge.limits
+
+    def one_step(self, view: LiveView) -> StepResult:
+        """Roll out, score, learn."""
+        with self.timed("rollout"):
+            rollout = self._rollout(view)
+        learned = self.algorithm.learn(rollout, self, view)
+        return StepResult(
+            {**rollout_metrics(rollout, learned.batch), **learned.metrics},
+            sum(len(rollout.completions[row].ids) for row in learned.signal),
+            samples(rollout, learned.batch, self.recipe.training.log_completions),
+        )
+
+    def _rollout(self, view: LiveView) -> Rollout:
+        generation, seed = self.recipe.generation, self.recipe.training.seed
+        examples = self.stream.batch(self.step)
+
+        def work(rows: int) -> list[list[Completion]]:
+            with self.base.role(POLICY), self.base.decoding(self.judge.dequantize):
+                return generate(
+                    self.base,
+                    [example.prompt_ids for example in examples],
+                    generation.num_generations,
+                    generation.max_completion_length,
+                    sampling_of(self.recipe),
+                    replace(self.limits, rows=rows),
+                    seed=(seed + 1) * 1_000_003 + self.step,
+                    progress=lambda done, total: view.phase("rollout", done, total),
+                )
+
+        groups = self.judge.with_fewer_rows(work, view)
+        repeated = [example for example in examples for _ in range(generation.num_generations)]
+        completions = [completion for group in groups for completion in group]
+        view.phase("rewards")
+        state = TrainerState(self.step, self.recipe.training.max_steps)
+        scores, texts = reward_completions(self.rewards, self.base, repeated, completions, state)
+        return Rollout(examples, completions, texts, scores)

@@ -1,0 +1,249 @@
+"""PPO, RLOO and REINFORCE++ as the online loop's algorithm.
+
+A rollout is scored in three roles (policy, reference, critic) on one base; the KL penalty and the score become the
+tokens' rewards, these become advantages (`algorithms`), and `ppo_update` takes the steps. RLOO and REINFORCE++ are the
+same without a critic.
+
+Shapes: N completions, L tokens of the longest one.
+"""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from lowmem_rlhf.algorithms.kl import AdaptiveKLController, FixedKLController, kl_estimate
+from lowmem_rlhf.algorithms.padded import pad_rows, token_mask, unpad_rows, zero_padding
+from lowmem_rlhf.algorithms.ppo import explained_variance, ppo_advantages
+from lowmem_rlhf.algorithms.reinforce import reinforce_plus_plus_advantages, rloo_advantages, sequence_rewards
+from lowmem_rlhf.algorithms.shaping import RunningMoments, shape_scores
+from lowmem_rlhf.model.base import CRITIC, POLICY, REFERENCE
+from lowmem_rlhf.recipe import Recipe
+from lowmem_rlhf.report.live import LiveView
+from lowmem_rlhf.training.heads import ahead, head_outputs
+from lowmem_rlhf.training.metrics import Rollout, sampling_difference
+from lowmem_rlhf.training.online import Learned
+from lowmem_rlhf.training.ppo_update import Rows, Targets, UpdateResult, update
+from lowmem_rlhf.training.update import Batch, PassSettings, score
+
+if TYPE_CHECKING:
+    from lowmem_rlhf.training.online import Trainer
+
+
+class PPO:
+    """PPO with a critic on the shared base, or one of the algorithms without (`recipe.algorithm`)."""
+
+    def __init__(self, recipe: Recipe) -> None:
+        self.settings, self.algorithm = recipe.ppo, recipe.algorithm
+        self.group, self.seed = recipe.generation.num_generations, recipe.training.seed
+        ppo = recipe.ppo
+        self.kl = (
+            AdaptiveKLController(ppo.kl_coef, ppo.kl_target, ppo.kl_horizon)
+            if ppo.kl_target
+            else FixedKLController(ppo.kl_coef)
+        )
+        self.moments = RunningMoments()
+
+    def state(self) -> dict[str, Any]:
+        """Return the KL coefficient and the moments of the scores so far."""
+        return {"kl": self.kl.state_dict(), "moments": self.moments.state_dict()}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Go on from what `state` gave."""
+        self.kl.load_state_dict(state["kl"])
+        self.moments.load_state_dict(state["moments"])
+
+    def learn(self, rollout: Rollout, trainer: "Trainer", view: LiveView) -> Learned:
+        """Score one rollout in all roles and take the optimizer steps."""
+        prompts = [example.prompt_ids for example in rollout.examples]
+        batch = Batch(prompts, rollout.completions, [0.0] * len(rollout.completions), self.group)
+        rows = [row for row, total in enumerate(rollout.scores.total) if total == total]  # NaN: no reward applies
+        if not rows:
+            return Learned(batch, {"kl": None, "loss": 0.0, "grad_norm": 0.0, "tokens/trained": 0}, [])
+        with trainer.timed("score"):
+            logps, refs, values, beyond = self._score(batch, rows, trainer, view)
+            scores = self._shaped(rollout, rows, trainer.base.device)
+            targets, metrics = self._targets(batch, rows, logps, refs, values, beyond, scores)
+        with trainer.timed("update"):
+            done, tokens = update(
+                trainer.base,
+                trainer.stepper,
+                batch,
+                rows,
+                targets,
+                self.settings,
+                trainer.passes,
+                f"mini-batches/{self.seed}/{trainer.step}",
+                view.message,
+                lambda done, total: view.phase("update", done, total),
+            )
+        trainer.passes = replace(trainer.passes, micro_batch_tokens=tokens)
+        advantages = [0.0] * len(batch.completions)
+        for row in rows:
+            advantages[row] = float(targets.advantages[row].mean())
+        batch = replace(batch, advantages=advantages)
+        signal = [row for row in rows if bool(targets.advantages[row].any())]
+        metrics |= self._update_metrics(done) | {"sampling/logp_difference": sampling_difference(batch, logps)}
+        return Learned(batch, metrics, signal)
+
+    def _score(
+        self, batch: Batch, rows: Sequence[int], trainer: "Trainer", view: LiveView
+    ) -> tuple[Rows, Rows, Rows, Rows]:
+        """Return log-probs of policy and reference, the critic's values, and its value behind the last token."""
+        base = trainer.base
+
+        def shown(done: int, total: int) -> None:
+            view.phase("score", done, total)
+
+        def logps(role: str) -> Rows:
+            def work(passes: PassSettings) -> Rows:
+                with base.role(role):
+                    return score(base, batch, rows, passes, shown)
+
+            return trainer.with_fewer_tokens(work, view)
+
+        policy, reference = logps(POLICY), logps(REFERENCE)
+        if self.algorithm != "ppo":
+            return policy, reference, {}, {}
+        further = self.settings.bootstrap_truncated or self.settings.score_position == "after_last"
+        groups = ahead(batch.groups(rows)) if further else batch.groups(rows)
+        values = trainer.with_fewer_tokens(lambda passes: head_outputs(base, CRITIC, groups, passes, shown), view)
+        if not further:
+            return policy, reference, values, {}
+        beyond = {row: value[-1] for row, value in values.items()}
+        if self.settings.score_position == "last":
+            values = {row: value[:-1] for row, value in values.items()}
+        return policy, reference, values, beyond
+
+    def _shaped(self, rollout: Rollout, rows: Sequence[int], device: torch.device) -> torch.Tensor:
+        settings = self.settings
+        totals = torch.tensor([rollout.scores.total[row] for row in rows], dtype=torch.float32, device=device)
+        cut = torch.tensor([rollout.completions[row].truncated for row in rows], dtype=torch.bool, device=device)
+        return shape_scores(
+            totals,
+            cut,
+            normalize=settings.normalize_scores,
+            moments=self.moments,
+            cliprange_reward=settings.cliprange_reward,
+            missing_eos_penalty=settings.missing_eos_penalty,
+        )
+
+    def _targets(
+        self,
+        batch: Batch,
+        rows: Sequence[int],
+        logps: Rows,
+        refs: Rows,
+        values: Rows,
+        beyond: Rows,
+        scores: torch.Tensor,
+    ) -> tuple[Targets, dict[str, Any]]:
+        """Return what the update is given, and what the scoring measured; adapts the KL coefficient afterwards."""
+        settings, coefficient = self.settings, self.kl.value
+        policy, lengths = pad_rows([logps[row] for row in rows])  # (N, L)
+        reference, _ = pad_rows([refs[row] for row in rows])
+        mask = token_mask(lengths, policy.shape[1])
+        kl = zero_padding(kl_estimate(policy, reference, settings.kl_estimator), mask)
+        per_completion = float(kl.sum(1).mean())
+        metrics: dict[str, Any] = {
+            "kl": float(kl.sum() / lengths.sum()),
+            "objective/kl": per_completion,
+            "objective/kl_coef": coefficient,
+            "objective/scores": float(scores.mean()),
+            "objective/non_score_reward": -coefficient * per_completion,
+        }
+        if self.algorithm == "ppo":
+            targets, more = self._with_critic(batch, rows, policy, reference, lengths, values, beyond, scores, logps)
+        else:
+            targets, more = self._without_critic(rows, kl, lengths, scores, logps), {}
+        self.kl.update(per_completion, len(rows))
+        return targets, {**metrics, **more}
+
+    def _with_critic(
+        self,
+        batch: Batch,
+        rows: Sequence[int],
+        policy: torch.Tensor,
+        reference: torch.Tensor,
+        lengths: torch.Tensor,
+        values: Rows,
+        beyond: Rows,
+        scores: torch.Tensor,
+        logps: Rows,
+    ) -> tuple[Targets, dict[str, Any]]:
+        settings = self.settings
+        valued = pad_rows([values[row] for row in rows])[0][:, : policy.shape[1]]  # (N, L)
+        bootstrap = None
+        if settings.bootstrap_truncated:
+            ends = [beyond[row] * float(batch.completions[row].truncated) for row in rows]
+            bootstrap = torch.stack(ends)
+        made = ppo_advantages(
+            policy,
+            reference,
+            valued,
+            scores,
+            lengths,
+            kl_coef=self.kl.value,
+            kl_estimator=settings.kl_estimator,
+            gamma=settings.gamma,
+            lam=settings.lam,
+            whiten_rewards=settings.whiten_rewards,
+            bootstrap=bootstrap,
+            score_position=settings.score_position,
+        )
+        old_values = unpad_rows(valued, made.value_lengths)
+        returns = unpad_rows(made.returns, made.value_lengths)
+        targets = Targets(
+            logps,
+            dict(zip(rows, unpad_rows(made.advantages, lengths), strict=True)),
+            dict(zip(rows, old_values, strict=True)),
+            dict(zip(rows, returns, strict=True)),
+            one_more=settings.score_position == "after_last",
+        )
+        mask = token_mask(made.value_lengths, valued.shape[1])
+        metrics = {
+            "value/explained_variance": explained_variance(valued[mask], made.returns[mask]),
+            "value/mean": float(valued[mask].mean()),
+            "value/returns_mean": float(made.returns[mask].mean()),
+            "objective/rlhf_reward": float(zero_padding(made.rewards, mask).sum(1).mean()),
+        }
+        return targets, metrics
+
+    def _without_critic(
+        self, rows: Sequence[int], kl: torch.Tensor, lengths: torch.Tensor, scores: torch.Tensor, logps: Rows
+    ) -> Targets:
+        """Return RLOO's or REINFORCE++'s targets; a completion that no reward applies to leaves its group smaller."""
+        coefficient, settings = self.kl.value, self.settings
+        if self.algorithm == "rloo":
+            groups = max(rows) // self.group + 1
+            rewards = torch.full((groups * self.group,), float("nan"), dtype=torch.float32, device=kl.device)
+            rewards[list(rows)] = sequence_rewards(scores, kl, lengths, coefficient)
+            of_all = rloo_advantages(rewards.view(groups, self.group), settings.normalize_advantages).flatten()
+            return Targets(logps, {row: of_all[row].view(1) for row in rows}, by_sequence=True)
+        if settings.group_baseline:
+            scores = _less_group_mean(scores, [row // self.group for row in rows])
+        advantages = reinforce_plus_plus_advantages(kl, scores, lengths, coefficient, settings.gamma)
+        return Targets(logps, dict(zip(rows, unpad_rows(advantages, lengths), strict=True)))
+
+    def _update_metrics(self, done: UpdateResult) -> dict[str, Any]:
+        assert done.first is not None
+        first = done.first.metrics()
+        return {
+            **done.stats.metrics(),
+            "policy/approx_kl_first": first["policy/approx_kl"],
+            "policy/epochs": done.epochs,
+            "entropy": done.entropy / done.scored,
+            "loss": done.loss,
+            "grad_norm": done.grad_norm,
+            "tokens/trained": done.tokens,
+        }
+
+
+def _less_group_mean(scores: torch.Tensor, groups: Sequence[int]) -> torch.Tensor:
+    """Return scores (N,) less the mean of their group's."""
+    index = torch.tensor(groups, dtype=torch.long, device=scores.device)
+    size = int(index.max()) + 1
+    sums = torch.zeros(size, dtype=scores.dtype, device=scores.device).index_add_(0, index, scores)
+    counts = torch.zeros(size, dtype=scores.dtype, device=scores.device).index_add_(0, index, torch.ones_like(scores))
+    return scores - (sums / counts.clamp(min=1)).index_select(0, index)
