@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from lowmem_rlhf import __version__
-from lowmem_rlhf.errors import LowmemError
+from lowmem_rlhf.errors import LowmemError, UserError
 
 app = typer.Typer(
     help="RLHF on one consumer graphics card: name a recipe, the settings follow from the card.",
@@ -160,6 +160,35 @@ def train(
         print("interrupted; the finished steps are kept, --resume goes on from them", file=sys.stderr)
         raise typer.Exit(1) from None
     print(f"adapter: {run.path / 'adapter'}\nreport:  {run.path / 'report.html'}")
+
+
+@app.command()
+def chat(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="A run directory.")],
+    prompt: Annotated[str | None, typer.Option(help="Answer this text and stop; without it, a prompt line.")] = None,
+    compare: Annotated[bool, typer.Option("--compare", help="Show what the reference answers, too.")] = False,
+    max_tokens: Annotated[int | None, typer.Option(min=1, help="Of an answer; default: as in training.")] = None,
+    temperature: Annotated[float, typer.Option(min=0, help="0 takes the likeliest token.")] = 0.0,
+    seed: Annotated[int, typer.Option(min=0, help="Of what is drawn at a temperature above 0.")] = 0,
+    device: Annotated[str | None, typer.Option(help="auto, cpu, cuda, ...; default: the recipe's.")] = None,
+    step: Annotated[int | None, typer.Option(help="Take this checkpoint and not the finished adapter.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Talk to the policy that a run has trained."""
+    from lowmem_rlhf.chat import conversation
+    from lowmem_rlhf.chat.show import answer, interact, show
+    from lowmem_rlhf.chat.talk import Wish
+    from lowmem_rlhf.run import open_run
+
+    if as_json and prompt is None:
+        raise UserError("--json prints one answer; give its prompt with --prompt TEXT")
+    with conversation(open_run(run), step, device, Wish(compare, max_tokens, temperature, seed)) as talk:
+        if prompt is None:
+            interact(talk)
+        elif as_json:
+            _print_json(answer(talk, prompt))
+        else:
+            show(talk.ask(prompt))
 
 
 @app.command()

@@ -84,6 +84,7 @@ class DataConfig(Section):
     margin: str | None = None  # reward_model: a column with how much better it is
     system: str | None = None  # system message of a chat prompt, or a text put before a plain one
     template: str | None = None  # the user's turn, with {column} place-holders
+    prompt_words: int | None = Field(None, ge=1)  # only so many first words of the prompt column: a text to go on with
     chat: bool | Auto = "auto"  # apply the tokenizer's chat template; auto: when it has one
     max_prompt_length: int = Field(512, ge=1)  # tokens
     long_prompts: Literal["error", "drop"] = "error"
@@ -325,6 +326,8 @@ class Recipe(Section):
             raise ValueError("data.text, data.label: a classifier needs both, the columns with its text and its class")
         if data.text and data.messages:
             raise ValueError("data.text, data.messages: got both; an example is one of them")
+        if data.prompt_words and (data.template is not None or data.text or data.messages):
+            raise ValueError("data.prompt_words: is for data.prompt alone; leave it or template, text and messages out")
         if data.template is not None and (data.text or data.messages):
             raise ValueError("data.template: an example of data.text or data.messages is taken as it is; leave it out")
         self._check_ppo()

@@ -82,7 +82,7 @@ def train(recipe: Recipe, output: Path | None = None, resume: bool = False) -> R
         UserError: the input is wrong; nothing was trained.
         RunError: the run had begun and failed; its last finished step is kept.
     """
-    _hush()
+    hush()
     path = output or default_output(recipe.name, resume)
     _check_trackers(recipe)
     if recipe.algorithm == "classifier":
@@ -202,7 +202,7 @@ def _check_trackers(recipe: Recipe) -> None:
             raise UserError(f"training.report_to: {tracker} is not installed; pip install {tracker}, or leave it out")
 
 
-def _hush(loggers: Sequence[str] = ("bitsandbytes", "transformers", "datasets", "accelerate")) -> None:
+def hush(loggers: Sequence[str] = ("bitsandbytes", "transformers", "datasets", "accelerate")) -> None:
     """Keep what the libraries say about themselves out of the user's sight; our own warnings stay."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("BITSANDBYTES_NOWELCOME", "1")

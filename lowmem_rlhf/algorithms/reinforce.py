@@ -43,13 +43,32 @@ def rloo_advantages(rewards: torch.Tensor, normalize_advantages: bool = False) -
     if rewards.shape[1] < 2:
         raise ValueError(f"num_generations: got {rewards.shape[1]}; RLOO compares at least 2 completions of a prompt")
     count = (~rewards.isnan()).sum(1, keepdim=True)
-    others = (rewards.nansum(1, keepdim=True) - rewards) / (count - 1)  # 0 / 0 for the only one of its group
-    advantages = rewards - others
+    exact = rewards.double()  # equal rewards have advantages of exactly 0, which Adam would make whole steps of else
+    others = (exact.nansum(1, keepdim=True) - exact) / (count - 1)  # 0 / 0 for the only one of its group
+    advantages = (exact - others).to(rewards.dtype)
     if normalize_advantages:
         known = advantages[~advantages.isnan()]
         deviation = known.std() if len(known) > 1 else known.new_zeros(())
         advantages = (advantages - known.mean()) / (deviation + 1e-4)
     return advantages.nan_to_num(nan=0.0)
+
+
+def less_group_mean(scores: torch.Tensor, groups: torch.Tensor) -> torch.Tensor:
+    """Return scores (N,) less the mean score of their group; that of the only one of a group becomes 0.
+
+    Args:
+        scores: (N,) finite.
+        groups: (N,) which prompt each completion answers, in any order; groups may differ in size.
+
+    Raises:
+        ValueError: there are not as many groups named as scores.
+    """
+    if groups.shape != scores.shape:
+        raise ValueError(f"groups: got {len(groups)} for {len(scores)} scores; each completion has one")
+    _, member, counts = groups.unique(return_inverse=True, return_counts=True)
+    exact = scores.double()  # see `rloo_advantages`
+    means = torch.zeros_like(counts, dtype=exact.dtype).index_add(0, member, exact) / counts
+    return (exact - means.index_select(0, member)).to(scores.dtype)
 
 
 def reinforce_plus_plus_advantages(
@@ -58,29 +77,23 @@ def reinforce_plus_plus_advantages(
     lengths: torch.Tensor,
     kl_coef: float,
     gamma: float = 1.0,
-    baseline_generations: int | None = None,
+    groups: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Return advantages (N, L): for each token the sum of its and the following rewards, whitened over the batch.
 
     Args:
         kl: (N, L) estimates, nats.
-        scores: (N,) finite, on the last real token; the completions of a prompt stand together.
+        scores: (N,) finite, on the last real token.
         lengths: (N,) real tokens.
         kl_coef: reward for each nat; the baseline variant usually has 0 here and a KL term in its loss.
         gamma: discount a token.
-        baseline_generations: G, for the variant REINFORCE++-baseline: scores less the mean of their prompt's G.
+        groups: (N,) prompts, for the variant REINFORCE++-baseline; see `less_group_mean`.
 
     Raises:
-        ValueError: a length outside 1..L, or N is not a multiple of G, or G is less than 2.
+        ValueError: a length outside 1..L, or not one group a score.
     """
-    if baseline_generations is not None:
-        if baseline_generations < 2 or len(scores) % baseline_generations:
-            raise ValueError(
-                f"num_generations: got {baseline_generations} for {len(scores)} completions; the group baseline needs "
-                "at least 2 completions of every prompt"
-            )
-        groups = scores.view(-1, baseline_generations)
-        scores = (groups - groups.mean(1, keepdim=True)).flatten()
+    if groups is not None:
+        scores = less_group_mean(scores, groups)
     rewards = token_rewards(kl, scores, lengths, kl_coef)
     following, _ = gae(rewards, torch.zeros_like(rewards), lengths, gamma, lam=1.0)
     return whiten(following, token_mask(lengths, kl.shape[1]))

@@ -182,7 +182,8 @@ def _text(row: dict[str, Any], number: int, data: DataConfig) -> str:
                 f"row {number}: column {name!r} is empty, and a prompt is made of it; remove the row or fill it"
             )
     if data.template is None:
-        return str(row[data.prompt])
+        text = str(row[data.prompt])
+        return text if data.prompt_words is None else " ".join(text.split()[: data.prompt_words])
     parts = Formatter().parse(data.template)
     return "".join(text + (str(row[name]) if name else "") for text, name, _, _ in parts)
 

