@@ -159,7 +159,8 @@ def train(
     except KeyboardInterrupt:
         print("interrupted; the finished steps are kept, --resume goes on from them", file=sys.stderr)
         raise typer.Exit(1) from None
-    print(f"adapter: {run.path / 'adapter'}\nreport:  {run.path / 'report.html'}")
+    result = "model" if resolved.algorithm == "classifier" else "adapter"
+    print(f"{result + ':':8} {run.path / result}\nreport:  {run.path / 'report.html'}")
 
 
 @app.command()

@@ -315,6 +315,12 @@ class Recipe(Section):
                 f"generation.num_generations: got 1; {comparing} compares the completions of a prompt with each other "
                 "and needs at least 2"
             )
+        if self.training.num_train_epochs is not None and self.algorithm in ONLINE:
+            raise ValueError(
+                "training.num_train_epochs: is for sft, reward_model and classifier; set training.max_steps"
+            )
+        if self.adapter is not None and self.algorithm == "classifier":
+            raise ValueError("adapter: a classifier trains whole and has none; leave it out")
         return self
 
     def _fill_data(self) -> None:
@@ -359,6 +365,8 @@ class Recipe(Section):
         names = [reward.name for reward in self.rewards]
         if self.algorithm in ONLINE and not names:
             raise ValueError(f"rewards: missing; {self.algorithm} needs at least one")
+        if self.algorithm in ("reward_model", "classifier") and names:
+            raise ValueError(f"rewards: {self.algorithm} learns from its data alone; leave them out (rewards=[])")
         if len(set(names)) < len(names):
             raise ValueError(f"rewards: two rewards have the same name ({', '.join(names)}); give one a `name:`")
         if taken := {"mean", "std"}.intersection(names):

@@ -29,6 +29,7 @@ from lowmem_rlhf.recipe import Recipe, validate_recipe
 
 RECIPE, PLAN, METRICS, SAMPLES = "recipe.yaml", "plan.json", "metrics.jsonl", "samples.jsonl"
 EVALUATION, REPORT, CHECKPOINTS, ADAPTER = "evaluation.json", "report.html", "checkpoints", "adapter"
+MODEL = "model"  # of a classifier's run, in place of the adapter
 
 # What a resume may change: how long, how often and where, never what is learned.
 MAY_CHANGE = tuple(

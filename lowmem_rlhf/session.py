@@ -88,6 +88,7 @@ def train(recipe: Recipe, output: Path | None = None, resume: bool = False) -> R
     if recipe.algorithm == "classifier":
         from lowmem_rlhf.training.classifier import train_classifier_run
 
+        _check_computes(detect(recipe.hardware.device))
         return train_classifier_run(recipe, path, resume)
     recipe = _as_saved(recipe)
     plan = _resumed_plan(recipe, path) if resume else running_plan(recipe)
@@ -106,7 +107,8 @@ def train(recipe: Recipe, output: Path | None = None, resume: bool = False) -> R
     if recipe.data.eval_size:
         held_out_rows = load_rows(recipe.data, "eval", recipe.training.seed)
     if rewards:
-        check_reward_columns(rewards, {name for row in rows[:1] for name in [*row, "answer"]})
+        given = ["answer"] if recipe.data.answer is not None else []
+        check_reward_columns(rewards, {name for row in rows[:1] for name in [*row, *given]})
 
     from lowmem_rlhf.report.html import write_report
     from lowmem_rlhf.report.live import LiveView, print_evaluation, print_plan
@@ -153,6 +155,14 @@ def _as_saved(recipe: Recipe) -> Recipe:
                 f"lora.{key}: got {value:g}, but the adapter that the recipe continues from ({recipe.adapter}) has "
                 f"{getattr(saved, key):g}; leave it out or set it to that"
             )
+    targets = recipe.lora.target_modules
+    if isinstance(targets, list) and isinstance(saved.target_modules, list):
+        wanted, there = ({name.rsplit(".", 1)[-1] for name in names} for names in (targets, saved.target_modules))
+        if wanted != there:
+            raise UserError(
+                f"lora.target_modules: got {', '.join(targets)}, but the adapter that the recipe continues from "
+                f"({recipe.adapter}) is beside {', '.join(sorted(there))}; leave it out or set it to that"
+            )
     lora = recipe.lora.model_copy(update={"r": saved.r, "lora_alpha": saved.lora_alpha})
     return recipe.model_copy(update={"lora": lora})
 
@@ -164,18 +174,13 @@ def _shared_base(recipe: Recipe, plan: Plan) -> "SharedBase":
     from lowmem_rlhf.model.adapters import saved_adapter
     from lowmem_rlhf.model.base import SharedBase
 
-    name = plan.device.torch_device
-    if name.startswith("cuda") and not torch.cuda.is_available():
-        raise UserError(
-            f"{plan.device.name} is here, but this torch ({torch.__version__}) cannot use it; install a CUDA build of "
-            "torch, or set hardware.device=cpu"
-        )
+    _check_computes(plan.device)
     saved = saved_adapter(recipe.adapter, recipe.model) if recipe.adapter else None
     print(f"loading {recipe.model}", flush=True)
     try:
         return SharedBase.load(
             recipe.model,
-            torch.device(name),
+            torch.device(plan.device.torch_device),
             plan.settings.quantization,
             plan.settings.compute_dtype,
             recipe.revision,
@@ -193,6 +198,16 @@ def _shared_base(recipe: Recipe, plan: Plan) -> "SharedBase":
             f"the device's memory ran out while loading {recipe.model}; close other programs that use it, or set "
             "hardware.quantization=nf4"
         ) from error
+
+
+def _check_computes(device: Device) -> None:
+    import torch
+
+    if device.torch_device.startswith("cuda") and not torch.cuda.is_available():
+        raise UserError(
+            f"{device.name} is here, but this torch ({torch.__version__}) cannot use it; install a CUDA build of "
+            "torch, or set hardware.device=cpu"
+        )
 
 
 def _check_trackers(recipe: Recipe) -> None:

@@ -6,7 +6,17 @@ from pathlib import Path
 from typer.testing import CliRunner
 
 from lowmem_rlhf.cli import app
-from lowmem_rlhf.recipe import LEARNED_REWARDS, GenerationConfig, GRPOSettings, load_recipe, shipped_recipes
+from lowmem_rlhf.recipe import (
+    LEARNED_REWARDS,
+    REWARD_OPTIONS,
+    GenerationConfig,
+    GRPOSettings,
+    PPOSettings,
+    RewardModelSettings,
+    SFTSettings,
+    load_recipe,
+    shipped_recipes,
+)
 from lowmem_rlhf.rewards.functions import SHIPPED
 
 ROOT = Path(__file__).parents[1]
@@ -14,13 +24,14 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
 def test_the_table_of_commands_is_the_program_s():
-    documented = set(re.findall(r"^\| `([a-z]+)[ `]", README, re.MULTILINE)) - set(shipped_recipes())
+    commands = README.split("## On your card")[1].split("\n## ")[0]
+    documented = set(re.findall(r"^\| `([a-z]+)[ `]", commands, re.MULTILINE))
     registered = {command.name or command.callback.__name__ for command in app.registered_commands}
     assert documented == registered
 
 
 def test_the_options_in_the_table_are_in_the_help():
-    for line in re.findall(r"^\| `([a-z]+ [^`]*)`", README, re.MULTILINE):
+    for line in re.findall(r"^\| `([a-z]+ [A-Z\[][^`]*)`", README, re.MULTILINE):
         name, options = line.split()[0], re.findall(r"--[a-z-]+", line)
         text = CliRunner().invoke(app, [name, "--help"], env={"COLUMNS": "200"}).output
         for option in options:
@@ -29,7 +40,8 @@ def test_the_options_in_the_table_are_in_the_help():
 
 def test_the_table_of_recipes_is_what_ships():
     section = README.split("## Recipes")[1].split("##")[0]
-    assert set(re.findall(r"^\| `(\w+)` \|", section, re.MULTILINE)) == set(shipped_recipes())
+    cells = re.findall(r"^\| (`[^|]*) \|", section, re.MULTILINE)
+    assert {name for cell in cells for name in re.findall(r"`(\w+)`", cell)} == set(shipped_recipes())
 
 
 def test_every_example_on_the_command_line_names_a_recipe_and_keys_that_exist():
@@ -44,18 +56,20 @@ def test_named_rewards_and_options_exist():
     shipped = re.search(r"^Shipped: (.*)$", README, re.MULTILINE)
     assert shipped
     assert set(re.findall(r"`(\w+)`", shipped.group(1))) == set(SHIPPED)
-    for section, model in (("grpo", GRPOSettings), ("generation", GenerationConfig)):
-        for key in re.findall(rf"`{section}\.(\w+)`", README):
+    sections = {"grpo": GRPOSettings, "generation": GenerationConfig, "ppo": PPOSettings}
+    sections |= {"sft": SFTSettings, "reward_model": RewardModelSettings}
+    for section, model in sections.items():
+        for key in re.findall(rf"`{section}\.(\w+)[`=]", README):
             assert key in model.model_fields
 
 
 def test_learned_rewards_and_their_options_exist():
     section = README.split("**Learned rewards**")[1].split("\n**")[0]
-    shared = set(re.findall(r"`(\w+)`", section.split("Both take")[1].split(".")[0]))
+    shared = set(re.findall(r"`(\w+)`", section.split("The first two take")[1].split(".")[0]))
     items = [re.findall(r"`(\w+)`", item.split("\n\n")[0]) for item in section.split("\n- ")[1:]]
     listed = {item[0]: set(item[1:]) for item in items}
-    assert {name: options | shared for name, options in listed.items()} == {
-        name: set(options.model_fields) for name, options in LEARNED_REWARDS.items()
+    assert {name: options | (shared if name in LEARNED_REWARDS else set()) for name, options in listed.items()} == {
+        name: set(options.model_fields) for name, options in REWARD_OPTIONS.items()
     }
 
 

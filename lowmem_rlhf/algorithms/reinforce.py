@@ -58,17 +58,17 @@ def less_group_mean(scores: torch.Tensor, groups: torch.Tensor) -> torch.Tensor:
 
     Args:
         scores: (N,) finite.
-        groups: (N,) which prompt each completion answers, in any order; groups may differ in size.
+        groups: (N,) number of the prompt that each completion answers; in any order, and of any sizes.
 
     Raises:
         ValueError: there are not as many groups named as scores.
     """
     if groups.shape != scores.shape:
         raise ValueError(f"groups: got {len(groups)} for {len(scores)} scores; each completion has one")
-    _, member, counts = groups.unique(return_inverse=True, return_counts=True)
     exact = scores.double()  # see `rloo_advantages`
-    means = torch.zeros_like(counts, dtype=exact.dtype).index_add(0, member, exact) / counts
-    return (exact - means.index_select(0, member)).to(scores.dtype)
+    none = exact.new_zeros(int(groups.max()) + 1)
+    means = none.index_add(0, groups, exact) / none.index_add(0, groups, torch.ones_like(exact))
+    return (exact - means.index_select(0, groups)).to(scores.dtype)
 
 
 def reinforce_plus_plus_advantages(

@@ -13,11 +13,14 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from lowmem_rlhf.errors import UserError
-from lowmem_rlhf.run import ADAPTER, RECIPE, RunDirectory
+from lowmem_rlhf.run import ADAPTER, MODEL, RECIPE, RunDirectory
 
 WEIGHTS, CONFIG, HEAD = "adapter_model.safetensors", "adapter_config.json", "head.safetensors"
 # what peft can add to a low-rank product and this package does not compute
-MORE = ("use_dora", "lora_bias", "modules_to_save", "trainable_token_indices")
+MORE = (
+    *("use_dora", "lora_bias", "modules_to_save", "trainable_token_indices"),
+    *("alora_invocation_tokens", "arrow_config", "kasa_config", "monteclora_config", "use_bdlora", "use_qalora"),
+)
 
 
 @dataclass(frozen=True)
@@ -54,6 +57,11 @@ def adapter_folder(reference: str) -> Path:
     if not path.exists():
         raise UserError(f"adapter {reference!r} does not exist; give a run's folder or one with {CONFIG} and {WEIGHTS}")
     if (path / RECIPE).is_file():
+        if (path / MODEL).is_dir():
+            raise UserError(
+                f"adapter {reference!r} is a classifier's run, which has no adapter; a reward of the kind classifier "
+                f"takes {path / MODEL} as its model"
+            )
         latest = RunDirectory(path).latest_checkpoint()
         other = f"take its checkpoint {latest[1]}" if latest else "let it finish first"
         raise UserError(f"adapter {reference!r} is a run without a finished adapter; {other}")
@@ -68,8 +76,8 @@ def saved_adapter(reference: str, model: str) -> SavedAdapter:
     """
     folder = adapter_folder(reference)
     try:
-        config: dict[str, Any] = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        config: dict[str, Any] = dict(json.loads((folder / CONFIG).read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError) as error:
         raise UserError(f"adapter {reference!r}: {CONFIG} cannot be read ({error})") from error
     if config.get("peft_type") != "LORA":
         raise UserError(

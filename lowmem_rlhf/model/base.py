@@ -202,11 +202,19 @@ class SharedBase(nn.Module):
         """Let the reference be the base with the adapter in this folder (see `refer_to`)."""
         self.refer_to(saved_adapter(str(folder), self.model_id))
 
+    @torch.no_grad()
     def freeze(self, role: str) -> None:
-        """Let nothing of a role's adapter and head train."""
+        """Let nothing of a role's adapter and head train, and keep only the numbers that it multiplies with.
+
+        They are A and the scaled B in the compute dtype: half of the memory of fp32 masters goes, no result changes.
+        """
         for layer in self.adapter_layers():
-            for master in layer.masters(role):
-                master.requires_grad_(False)
+            a, b = layer.masters(role)
+            a.data, b.data = a.to(self.dtype), b.mul(layer.scaling[role]).to(self.dtype)
+            layer.scaling[role] = 1.0
+            a.requires_grad_(False)
+            b.requires_grad_(False)
+        self.adapters_changed()
         if role in self.heads:
             self.heads[role].requires_grad_(False)
 

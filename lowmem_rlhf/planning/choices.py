@@ -22,7 +22,7 @@ from lowmem_rlhf.planning.memory import (
     samples_completions,
     step_tokens,
 )
-from lowmem_rlhf.recipe import Recipe
+from lowmem_rlhf.recipe import ONLINE, Recipe
 
 PINNED = "set in the recipe"
 COMFORTABLE = 0.6  # share of the budget that the smallest working set may take at a higher precision
@@ -270,12 +270,17 @@ def micro_batch_tokens(case: Case, settings: Settings) -> tuple[int, str]:
 
 
 def rollout_batch_size(case: Case, settings: Settings) -> tuple[int, str]:
-    """Choose how many completions are written at once: a whole step, else whole groups, else fewer than a group."""
+    """Choose how many completions are written at once: a whole step, else whole groups, else fewer than a group.
+
+    Where only held-out completions are sampled (SFT with rewards), the whole is the evaluation.
+    """
     if pinned := case.pinned("rollout_batch_size"):
         return pinned, PINNED
     if not samples_completions(case.recipe):
         return 1, "nothing is sampled"
-    group, prompts = case.recipe.generation.num_generations, case.recipe.training.prompts_per_step
+    group, prompts, whole = case.recipe.generation.num_generations, case.recipe.training.prompts_per_step, "a step"
+    if case.recipe.algorithm not in ONLINE:
+        group, prompts, whole = case.recipe.evaluation.num_samples, case.recipe.data.eval_size, "the evaluation"
     sizes = [group * count for count in range(prompts, 0, -1)] + list(range(group - 1, 0, -1))
 
     def need(rows: int) -> int:
@@ -286,7 +291,7 @@ def rollout_batch_size(case: Case, settings: Settings) -> tuple[int, str]:
         return 1, f"even one completion at a time takes {gib(need(1))}"
     cache = case.phases(replace(settings, rollout_batch_size=rows))["rollout"]["kv_cache"]
     share = f"its key-value cache takes {gib(cache)}, the rollout {gib(need(rows))} of {gib(case.budget)}"
-    return rows, f"{'all of a step' if rows == sizes[0] else f'the most of {sizes[0]} that fits'}: {share}"
+    return rows, f"{f'all of {whole}' if rows == sizes[0] else f'the most of {sizes[0]} that fits'}: {share}"
 
 
 def rollout_weights(case: Case, settings: Settings) -> tuple[str, str]:

@@ -186,6 +186,11 @@ def length_keys(recipe: Recipe) -> dict[str, int]:
     """Return the recipe's keys that bound a row's tokens, with their values."""
     if recipe.algorithm in ("sft", "reward_model"):
         return {f"{recipe.algorithm}.max_length": row_tokens(recipe)}
+    return sampled_keys(recipe)
+
+
+def sampled_keys(recipe: Recipe) -> dict[str, int]:
+    """Return the recipe's keys that bound a prompt with a sampled completion, with their values in tokens."""
     return {
         "data.max_prompt_length": recipe.data.max_prompt_length,
         "generation.max_completion_length": recipe.generation.max_completion_length,
@@ -213,13 +218,14 @@ def prompts_at_once(recipe: Recipe, rows: int) -> int:
     Evaluation writes ``num_samples`` completions a prompt, so its rows may each have a prompt of their own.
     """
     training = min(rows // recipe.generation.num_generations, recipe.training.prompts_per_step)
+    training = training if recipe.algorithm in ONLINE else 0
     evaluation = min(rows // recipe.evaluation.num_samples, recipe.data.eval_size)
     return max(training, evaluation, 1)  # a wave is of whole groups, or of a part of one
 
 
 def rollout_rows(recipe: Recipe, settings: Settings) -> int:
     """Completions at once: no more than a step, or the evaluation, has."""
-    step = recipe.training.prompts_per_step * recipe.generation.num_generations
+    step = recipe.training.prompts_per_step * recipe.generation.num_generations if recipe.algorithm in ONLINE else 0
     return min(settings.rollout_batch_size, max(step, recipe.data.eval_size * recipe.evaluation.num_samples))
 
 
@@ -242,7 +248,7 @@ def phases(dims: ModelDimensions, recipe: Recipe, settings: Settings, device: De
     resident = {
         "weights": block_weight_bytes(dims, settings.quantization, settings.width),
         "embeddings": embedding_bytes(dims, settings.width),
-        "adapters": adapter_bytes(one * (trained + frozen), settings.width),
+        "adapters": adapter_bytes(one * trained, settings.width) + one * frozen * settings.width,
         "optimizer_state": optimizer_state_bytes(parameters, settings.optim),
     }
     work = {"dequantized_weight": dequantized_bytes(dims, settings.quantization, settings.width)}
@@ -276,7 +282,7 @@ def _rollout(dims: ModelDimensions, recipe: Recipe, settings: Settings) -> Compo
     prompt_tokens = prompts_at_once(recipe, rows) * recipe.data.max_prompt_length
     prefill = min(prompt_tokens, max(settings.micro_batch_tokens, recipe.data.max_prompt_length))
     decode = {
-        "attention_scores": decode_scores_bytes(dims, rows, row_tokens(recipe), width),
+        "attention_scores": decode_scores_bytes(dims, rows, sum(sampled_keys(recipe).values()), width),
         "sampling_logits": sampling_logits_bytes(dims, min(rows, settings.logits_tile_tokens), width),
     }
     prefill_pass = {

@@ -24,7 +24,15 @@ from lowmem_rlhf.hardware.device import Device
 from lowmem_rlhf.planning import choices
 from lowmem_rlhf.planning.choices import PINNED, Case, gib
 from lowmem_rlhf.planning.dimensions import ModelDimensions, model_dimensions
-from lowmem_rlhf.planning.memory import Components, Settings, adapters_of, length_keys, peak_phase, row_tokens
+from lowmem_rlhf.planning.memory import (
+    Components,
+    Settings,
+    adapters_of,
+    length_keys,
+    peak_phase,
+    sampled_keys,
+    samples_completions,
+)
 from lowmem_rlhf.recipe import Recipe
 
 __all__ = ["Plan", "Settings", "make_plan", "why_not"]
@@ -47,6 +55,7 @@ class Plan:
         profile: the name of the profile that the device was matched with.
         reasons: one sentence for every setting, under the setting's name.
         memory: ``budget_bytes``, ``peak_bytes`` (of the largest phase), ``phases`` (bytes by component).
+        lengths: the recipe's keys that bound a row's tokens.
     """
 
     fits: bool
@@ -55,6 +64,7 @@ class Plan:
     settings: Settings
     reasons: dict[str, str]
     memory: dict[str, Any]
+    lengths: tuple[str, ...]
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain values: what ``plan --json`` prints and ``plan.json`` holds."""
@@ -74,8 +84,15 @@ def make_plan(recipe: Recipe, device: Device, profile: str) -> Plan:
     A plan that does not fit is returned too, with ``fits`` False; `why_not` says what to change.
 
     Raises:
-        UserError: the model cannot be read, or the recipe asks for what the model or the device cannot do.
+        UserError: the model cannot be read, or the recipe asks for what the model or the device cannot do; or it
+            trains a classifier, for which there is nothing to choose.
     """
+    if recipe.algorithm == "classifier":
+        raise UserError(
+            "algorithm: a classifier has no plan, as nothing is chosen for it: all of it trains in float32 (16 bytes a "
+            f"parameter), and a pass has at most classifier.batch_tokens ({recipe.classifier.batch_tokens}) tokens; "
+            "start it with train"
+        )
     dims = model_dimensions(recipe.model, recipe.revision)
     _check_positions(recipe, dims)
     case = Case(recipe, device, dims, choices.budget_bytes(device))
@@ -104,7 +121,7 @@ def make_plan(recipe: Recipe, device: Device, profile: str) -> Plan:
         key = _SETTING_OF_PHASE[phase]
         reasons[key] = f"{reasons[key]}; {_shortage(phase, by_phase[phase], case.budget)}"
     memory = {"budget_bytes": case.budget, "peak_bytes": peak, "phases": by_phase}
-    return Plan(peak <= case.budget, device, profile, settings, reasons, memory)
+    return Plan(peak <= case.budget, device, profile, settings, reasons, memory, tuple(length_keys(recipe)))
 
 
 def why_not(plan: Plan) -> str:
@@ -140,7 +157,7 @@ def _changes(plan: Plan, components: Components) -> list[str]:
         ("rollout_batch_size" in pinned and cache > 0, "hardware.rollout_batch_size=auto"),
         (settings.compute_dtype == "float32", "hardware.compute_dtype=auto"),
         (settings.optim == "adamw", "hardware.optim=adamw_8bit"),
-        (max(activations, cache) > weights / 4, "a smaller generation.max_completion_length or data.max_prompt_length"),
+        (max(activations, cache) > weights / 4, f"a smaller {' or '.join(reversed(plan.lengths))}"),
         (True, "a smaller model, or a card with more free memory"),
     ]
     return [text for helps, text in changes if helps][:3]
@@ -156,10 +173,12 @@ def _lora_reason(case: Case) -> str:
 
 
 def _check_positions(recipe: Recipe, dims: ModelDimensions) -> None:
-    if dims.max_positions is not None and row_tokens(recipe) > dims.max_positions:
-        keys = length_keys(recipe)
-        verb, which = ("makes", "it") if len(keys) == 1 else ("make", "one of them")
-        raise UserError(
-            f"{' and '.join(f'{key} {value}' for key, value in keys.items())} {verb} {row_tokens(recipe)} tokens, but "
-            f"{recipe.model!r} has only {dims.max_positions} positions; lower {which}"
-        )
+    rows = [length_keys(recipe), *([sampled_keys(recipe)] if samples_completions(recipe) else [])]
+    for keys in rows:
+        tokens = sum(keys.values())
+        if dims.max_positions is not None and tokens > dims.max_positions:
+            verb, which = ("makes", "it") if len(keys) == 1 else ("make", "one of them")
+            raise UserError(
+                f"{' and '.join(f'{key} {value}' for key, value in keys.items())} {verb} {tokens} tokens, but "
+                f"{recipe.model!r} has only {dims.max_positions} positions; lower {which}"
+            )

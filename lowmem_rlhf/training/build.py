@@ -8,6 +8,7 @@ from lowmem_rlhf.data.supervised import build_pairs, build_supervised
 from lowmem_rlhf.errors import UserError
 from lowmem_rlhf.model.adapters import saved_adapter
 from lowmem_rlhf.model.base import CRITIC, POLICY, REWARD, START, SharedBase
+from lowmem_rlhf.model.lora import SharedLoraLinear
 from lowmem_rlhf.planning.plan import Plan
 from lowmem_rlhf.recipe import ONLINE, REWARD_ADAPTER, Recipe
 from lowmem_rlhf.report.live import LiveView
@@ -38,8 +39,21 @@ def add_roles(base: SharedBase, recipe: Recipe, plan: Plan, rewards: Sequence[Re
     passes = PassSettings(1.0, settings.micro_batch_tokens, settings.logits_tile_tokens)
     for number, one in enumerate(r.function for r in rewards if isinstance(r.function, AdapterReward)):
         one.bind(base, f"{REWARD}_{number}" if number else REWARD, passes)
+        _check_layers(base, one)
     if recipe.algorithm == "ppo":
         _add_critic(base, recipe)
+
+
+def _check_layers(base: SharedBase, reward: AdapterReward) -> None:
+    """The layers of a base carry the adapters of all its roles."""
+    layers = {name: m for name, m in base.model.named_modules() if isinstance(m, SharedLoraLinear)}
+    other = [name for name, layer in layers.items() if (POLICY in layer.lora_A) != (reward.role in layer.lora_A)]
+    if other:
+        names = ", ".join(sorted({name.rsplit(".", 1)[-1] for name in other}))
+        raise UserError(
+            f"rewards: {reward.name}: the adapter in {reward.saved.folder} and the policy's are not beside the same "
+            f"layers ({names}); set lora.target_modules to {reward.saved.target_modules}"
+        )
 
 
 def _add_critic(base: SharedBase, recipe: Recipe) -> None:

@@ -3,21 +3,19 @@
 There is no shared base: the whole model trains in fp32 (see `rewards.train_classifier`), and ends up in RUN/model.
 """
 
+import math
 import time
 from pathlib import Path
 
 from lowmem_rlhf.data.sources import load_rows
 from lowmem_rlhf.data.supervised import labelled_texts
-from lowmem_rlhf.errors import UserError
+from lowmem_rlhf.errors import RunError, UserError
 from lowmem_rlhf.hardware.detect import detect
 from lowmem_rlhf.recipe import LearnedReward, Recipe
 from lowmem_rlhf.report.html import write_report
 from lowmem_rlhf.report.live import LiveView, print_evaluation
 from lowmem_rlhf.rewards.train_classifier import train_classifier
-from lowmem_rlhf.run import RunDirectory
-from lowmem_rlhf.training.supervised import with_epochs
-
-MODEL = "model"  # the folder of the run that the reward's option `model` names
+from lowmem_rlhf.run import MODEL, RunDirectory
 
 
 def train_classifier_run(recipe: Recipe, path: Path, resume: bool) -> RunDirectory:
@@ -25,7 +23,7 @@ def train_classifier_run(recipe: Recipe, path: Path, resume: bool) -> RunDirecto
 
     Raises:
         UserError: the data or the model does not suit; or ``resume``, which a run of minutes does not have.
-        RunError: the gradient became infinite, or memory ran out.
+        RunError: the gradient became infinite, memory ran out, or the user interrupted it.
     """
     if resume:
         raise UserError("--resume: a classifier's run cannot be continued; start it anew with another --output")
@@ -36,11 +34,11 @@ def train_classifier_run(recipe: Recipe, path: Path, resume: bool) -> RunDirecto
         held_out = labelled_texts(load_rows(recipe.data, "eval", recipe.training.seed), recipe.data)
     size = recipe.training.prompts_per_step
     epochs = recipe.training.num_train_epochs or max(1, round(recipe.training.max_steps * size / len(data[0])))
-    one = recipe.model_copy(update={"training": recipe.training.model_copy(update={"num_train_epochs": epochs})})
-    recipe = with_epochs(one, len(data[0]))
+    length = {"num_train_epochs": epochs, "max_steps": epochs * math.ceil(len(data[0]) / size)}
+    recipe = recipe.model_copy(update={"training": recipe.training.model_copy(update=length)})
     device = detect(recipe.hardware.device)
-    run = RunDirectory.create(path, recipe, {"device": device.to_dict(), "settings": {"quantization": "none"}}, resume)
-    print(f"run directory: {run.path}", flush=True)
+    plan = {"device": device.to_dict(), "settings": {"quantization": "none"}}
+    run: RunDirectory | None = None  # made after the first step, before which the model or the texts may be refused
     start = LearnedReward(
         model=recipe.model,
         revision=recipe.revision,
@@ -52,14 +50,21 @@ def train_classifier_run(recipe: Recipe, path: Path, resume: bool) -> RunDirecto
     with LiveView(recipe.training.max_steps) as view:
 
         def progress(step: int, steps: int, loss: float) -> None:
-            nonlocal before
+            nonlocal before, run
+            if run is None:
+                run = RunDirectory.create(path, recipe, plan, resume=False)
+                view.message(f"run directory: {run.path}")
             now = time.perf_counter()
             metrics = {"step": step, "loss": loss, "time/step": now - before}
             before = now
             run.log_metrics(metrics)
             view.step(metrics)
 
-        report = train_classifier(data, run.path / MODEL, start, recipe.training, epochs, held_out, progress)
+        try:
+            report = train_classifier(data, path / MODEL, start, recipe.training, epochs, held_out, progress)
+        except KeyboardInterrupt:
+            raise RunError("interrupted; a classifier's run cannot be continued: start it anew") from None
+    assert run is not None
     if report.held_out:
         run.write_evaluation({"after": {**report.held_out, "problems": len(held_out[0])}})
         print_evaluation(run.evaluation())

@@ -37,6 +37,7 @@ class PPO:
     def __init__(self, recipe: Recipe) -> None:
         self.settings, self.algorithm = recipe.ppo, recipe.algorithm
         self.group, self.seed = recipe.generation.num_generations, recipe.training.seed
+        self.max_length = recipe.generation.max_completion_length
         ppo = recipe.ppo
         self.kl = (
             AdaptiveKLController(ppo.kl_coef, ppo.kl_target, ppo.kl_horizon)
@@ -56,11 +57,19 @@ class PPO:
 
     def learn(self, rollout: Rollout, trainer: "Trainer", view: LiveView) -> Learned:
         """Score one rollout in all roles and take the optimizer steps."""
+        before = self.state()
+        try:
+            return self._learn(rollout, trainer, view)
+        except BaseException:
+            self.load_state(before)  # the step will be taken again, by the run that resumes
+            raise
+
+    def _learn(self, rollout: Rollout, trainer: "Trainer", view: LiveView) -> Learned:
         prompts = [example.prompt_ids for example in rollout.examples]
         batch = Batch(prompts, rollout.completions, [0.0] * len(rollout.completions), self.group)
         rows = [row for row, total in enumerate(rollout.scores.total) if total == total]  # NaN: no reward applies
         if not rows:
-            return Learned(batch, {"kl": None, "loss": 0.0, "grad_norm": 0.0, "tokens/trained": 0}, [])
+            return Learned(batch, self._nothing(), [])
         with trainer.timed("score"):
             logps, refs, values, beyond = self._score(batch, rows, trainer, view)
             scores = self._shaped(rollout, rows, trainer.base.device)
@@ -173,6 +182,9 @@ class PPO:
         logps: Rows,
     ) -> tuple[Targets, dict[str, Any]]:
         settings = self.settings
+        if settings.score_position == "after_last":  # TRL's rows are as wide as an answer may be
+            room = (0, min(policy.shape[1] + 1, self.max_length) - policy.shape[1])
+            policy, reference = (torch.nn.functional.pad(logps, room) for logps in (policy, reference))
         valued = pad_rows([values[row] for row in rows])[0][:, : policy.shape[1]]  # (N, L)
         bootstrap = None
         if settings.bootstrap_truncated:
@@ -221,9 +233,9 @@ class PPO:
             rewards[list(rows)] = sequence_rewards(scores, kl, lengths, coefficient)
             of_all = rloo_advantages(rewards.view(groups, self.group), settings.normalize_advantages).flatten()
             return Targets(logps, {row: of_all[row].view(1) for row in rows}, by_sequence=True)
-        if settings.group_baseline:
-            scores = _less_group_mean(scores, [row // self.group for row in rows])
-        advantages = reinforce_plus_plus_advantages(kl, scores, lengths, coefficient, settings.gamma)
+        prompts = torch.tensor(rows, dtype=torch.long, device=kl.device) // self.group
+        groups = prompts if settings.group_baseline else None
+        advantages = reinforce_plus_plus_advantages(kl, scores, lengths, coefficient, settings.gamma, groups)
         return Targets(logps, dict(zip(rows, unpad_rows(advantages, lengths), strict=True)))
 
     def _update_metrics(self, done: UpdateResult) -> dict[str, Any]:
@@ -239,11 +251,9 @@ class PPO:
             "tokens/trained": done.tokens,
         }
 
-
-def _less_group_mean(scores: torch.Tensor, groups: Sequence[int]) -> torch.Tensor:
-    """Return scores (N,) less the mean of their group's."""
-    index = torch.tensor(groups, dtype=torch.long, device=scores.device)
-    size = int(index.max()) + 1
-    sums = torch.zeros(size, dtype=scores.dtype, device=scores.device).index_add_(0, index, scores)
-    counts = torch.zeros(size, dtype=scores.dtype, device=scores.device).index_add_(0, index, torch.ones_like(scores))
-    return scores - (sums / counts.clamp(min=1)).index_select(0, index)
+    def _nothing(self) -> dict[str, Any]:
+        """Return the metrics of a step in which no reward applies to any completion."""
+        unknown = ["kl", "entropy", "sampling/logp_difference", "policy/approx_kl", "policy/clip_fraction"]
+        unknown += ["value/loss", "value/explained_variance"] if self.algorithm == "ppo" else []
+        still = {"loss": 0.0, "grad_norm": 0.0, "tokens/trained": 0, "time/score": 0.0, "time/update": 0.0}
+        return {**dict.fromkeys(unknown), **still}

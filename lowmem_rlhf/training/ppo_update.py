@@ -111,30 +111,27 @@ def update(
     Raises:
         RunError: memory runs out whatever the micro-batch size; the optimizer step in question was not taken.
     """
-    result, tokens, steps, wanted = UpdateResult(), passes.micro_batch_tokens, 0, 0
-    wanted = settings.num_ppo_epochs * min(settings.num_mini_batches, len(rows))
-    for epoch in range(settings.num_ppo_epochs):
-        result.epochs += 1
-        for mini in mini_batches(rows, settings.num_mini_batches, f"{seed}/{epoch}"):
+    result, tokens = UpdateResult(), passes.micro_batch_tokens
+    epochs = range(settings.num_ppo_epochs)
+    minis = [(e, mini) for e in epochs for mini in mini_batches(rows, settings.num_mini_batches, f"{seed}/{e}")]
+    done = 0
+    for done, (epoch, mini) in enumerate(minis, 1):
 
-            def gradient(size: int, mini: list[int] = mini) -> _Part:
-                stepper.zero_grad()
-                sized = replace(passes, micro_batch_tokens=size)
-                return backward(base, batch, mini, targets, settings, sized, stepper.loss_scale)
+        def gradient(size: int, mini: list[int] = mini) -> _Part:
+            stepper.zero_grad()
+            sized = replace(passes, micro_batch_tokens=size)
+            return backward(base, batch, mini, targets, settings, sized, stepper.loss_scale)
 
-            part, tokens = with_less(gradient, tokens, LEAST_TOKENS, "hardware.micro_batch_tokens", base.device, say)
-            result.grad_norm = stepper.step()
-            base.adapters_changed()
-            steps += 1
-            _take_in(result, part, epoch)
-            if progress:
-                progress(steps, wanted)
-            if settings.target_kl and part.stats.metrics()["policy/approx_kl"] > 1.5 * settings.target_kl:
-                say(f"epoch {epoch + 1}: approx_kl is above 1.5 times ppo.target_kl; the step ends here")
-                result.loss /= steps
-                stepper.drop_gradients()
-                return result, tokens
-    result.loss /= max(steps, 1)
+        part, tokens = with_less(gradient, tokens, LEAST_TOKENS, "hardware.micro_batch_tokens", base.device, say)
+        _take_in(result, part, epoch)
+        if done > 1 and settings.target_kl and part.stats.metrics()["policy/approx_kl"] > 1.5 * settings.target_kl:
+            say(f"epoch {epoch + 1}: approx_kl is above 1.5 times ppo.target_kl; the step ends here")
+            break
+        result.grad_norm = stepper.step()
+        base.adapters_changed()
+        if progress:
+            progress(done, len(minis))
+    result.loss /= done
     stepper.drop_gradients()
     return result, tokens
 
@@ -144,6 +141,7 @@ def _take_in(result: UpdateResult, part: _Part, epoch: int) -> None:
     result.first = result.first or part.stats
     result.loss += part.loss
     result.tokens += part.tokens
+    result.epochs = epoch + 1
     if epoch == 0:
         result.entropy += part.entropy
         result.scored += part.scored

@@ -16,6 +16,7 @@ import torch
 from lowmem_rlhf.algorithms.preferences import pair_loss
 from lowmem_rlhf.data.prompts import PromptStream
 from lowmem_rlhf.data.supervised import Pair, Supervised
+from lowmem_rlhf.model.adapters import saved_adapter
 from lowmem_rlhf.model.base import POLICY, SharedBase
 from lowmem_rlhf.model.packing import Group
 from lowmem_rlhf.planning.plan import Plan
@@ -144,6 +145,9 @@ class RewardModel(Loop):
         run: RunDirectory,
     ) -> None:
         base.add_head(POLICY, std=(base.hidden_size + 1) ** -0.5, seed=recipe.training.seed)
+        saved = saved_adapter(recipe.adapter, recipe.model) if recipe.adapter else None
+        if saved is not None and saved.head is not None:
+            base.load_head(saved.folder, POLICY)  # it goes on as a whole
         super().__init__(recipe, plan, base, run)
         self.stream = PromptStream(train, recipe.training.prompts_per_step, recipe.training.seed)
         self.held_out = held_out
