@@ -1,5 +1,6 @@
 # make quickstart   set up, then GRPO on a real small model: no GPU, no Hub, a few minutes
 # make test         set up, then the tests, with one real learning run
+#                   (waiting threads sleep: where other programs use the cores, spinning ones make it twice as slow)
 # make lint         linters and the type checker
 # make install      set up only
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
@@ -13,7 +14,7 @@ quickstart: $(VENV)/.installed
 	$(BIN)/lowmem-rlhf train quickstart
 
 test: $(VENV)/.installed-dev
-	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m "not slow or ci"
+	OMP_WAIT_POLICY=passive HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m "not slow or ci"
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .

@@ -19,10 +19,11 @@ import lowmem_rlhf.rollout.generate as rollout
 import lowmem_rlhf.training.update as training
 from lowmem_rlhf.model import attention, fused
 from lowmem_rlhf.model.attention import PackedContext
-from lowmem_rlhf.model.base import POLICY, SharedBase
+from lowmem_rlhf.model.base import SharedBase
 from lowmem_rlhf.model.load import load_base
 from lowmem_rlhf.model.logprobs import Head, tiled_logprobs
 from lowmem_rlhf.model.packing import pack
+from lowmem_rlhf.model.roles import POLICY
 from lowmem_rlhf.recipe import GRPOSettings
 from lowmem_rlhf.rollout.generate import Completion, Limits
 from lowmem_rlhf.rollout.sampling import Sampling

@@ -85,16 +85,17 @@ def _style(folder: Path) -> list[str]:
 
 def style_grpo(folder: Path) -> list[str]:
     """Return the overrides of this twin."""
-    return [*_style(folder), "training.max_steps=24", "training.learning_rate=3.0e-4"]
+    return [*_style(folder), "training.max_steps=20", "training.learning_rate=5.0e-4"]
 
 
 def style_ppo(folder: Path) -> list[str]:
     """Return the overrides of this twin."""
     return [
         *_style(folder),
-        "training.max_steps=16",
+        "training.max_steps=24",
         "training.prompts_per_step=32",
-        "training.learning_rate=3.0e-4",
+        "training.learning_rate=1.0e-3",
+        "training.lr_scheduler_type=constant",
         "ppo.num_ppo_epochs=2",
         "ppo.num_mini_batches=1",
         "ppo.target_kl=null",

@@ -126,6 +126,8 @@ def _metric_parts(metrics: dict[str, Any], trend: str) -> list[str]:
         "kl": "kl {:.2g}",
         "completion/mean_length": "len {:.1f}",
     }
+    if "reward/mean" not in metrics:  # what learns from given texts
+        texts = {"loss": "loss {:.4f}", "accuracy": "accuracy {:.3f}", "eval/loss": "held-out loss {:.4f}"}
     found = {key: value for key in texts if (value := number(metrics.get(key))) is not None}
     parts = [texts[key].format(value) for key, value in found.items()]
     if (seconds := number(metrics.get("time/step"))) is not None:

@@ -22,32 +22,46 @@ BLUE, ORANGE, GREEN, RED, PURPLE = "#2f6fb0", "#d9822b", "#2c8a5b", "#b83a4b", "
 PHASES = (("rollout", BLUE), ("score", ORANGE), ("update", GREEN))
 
 
+# (title, what is drawn against the left axis, against the right axis), for the metrics that a run has
+PANELS: tuple[tuple[str, tuple[str, str, str], tuple[str, str, str]], ...] = (
+    (
+        "Completions",
+        ("completion/mean_length", "mean length (tokens)", BLUE),
+        ("completion/truncated", "truncated share", ORANGE),
+    ),
+    ("KL and entropy", ("kl", "KL to the reference", PURPLE), ("entropy", "entropy", GREEN)),
+    ("Critic", ("value/explained_variance", "explained variance", BLUE), ("value/loss", "value loss", ORANGE)),
+    ("Policy update", ("policy/approx_kl", "approx. KL", PURPLE), ("policy/clip_fraction", "clip fraction", GREEN)),
+    ("Pairs", ("accuracy", "pairs in the right order", BLUE), ("score/margin", "score margin", ORANGE)),
+)
+
+
 def plot_reward(metrics: Rows, evaluation: dict[str, Any], path: str | Path, title: str = "") -> Path:
-    """Write one small picture, 900 x 450 pixels: the reward curve and the held-out accuracy before and after."""
+    """Write one small picture, 900 x 450 pixels: the reward curve and the held-out accuracy before and after.
+
+    Of a run that learns from given texts it is the loss.
+    """
     figure = _figure(5.625, 2.8125)
     axes = figure.add_subplot()
-    _reward(axes, metrics, evaluation)
+    _main(axes, metrics, evaluation)
     axes.set_title(title, **_TITLE, pad=19)
     return _write(figure, path, dpi=160)
 
 
 def draw_run(metrics: Rows, evaluation: dict[str, Any]) -> "Figure":
-    """Return the picture of a whole run: reward, lengths, KL and entropy, gradient norm, time."""
-    figure = _figure(9.0, 8.2)
-    grid = figure.add_gridspec(3, 2, height_ratios=(1.35, 1, 1))
-    reward = figure.add_subplot(grid[0, :])
-    reward.set_title("Reward", **_TITLE, pad=19)
-    _reward(reward, metrics, evaluation)
-    lengths, kl, norm, times = (figure.add_subplot(grid[row, column]) for row in (1, 2) for column in (0, 1))
-    lengths.set_title("Completions", **_TITLE)
-    _two_scales(
-        lengths,
-        metrics,
-        ("completion/mean_length", "mean length (tokens)", BLUE),
-        ("completion/truncated", "truncated share", ORANGE),
-    )
-    kl.set_title("KL and entropy", **_TITLE)
-    _two_scales(kl, metrics, ("kl", "KL to the reference", PURPLE), ("entropy", "entropy", GREEN))
+    """Return the picture of a whole run: reward or loss, then what else it recorded, gradient norm and time."""
+    panels = [p for p in PANELS if any(map(math.isfinite, [*_series(metrics, p[1][0]), *_series(metrics, p[2][0])]))]
+    rows = (len(panels) + 3) // 2
+    figure = _figure(9.0, 3.2 + 2.5 * rows)
+    grid = figure.add_gridspec(1 + rows, 2, height_ratios=(1.35, *[1] * rows))
+    main = figure.add_subplot(grid[0, :])
+    main.set_title("Loss" if _supervised(metrics) else "Reward", **_TITLE, pad=19)
+    _main(main, metrics, evaluation)
+    places = [figure.add_subplot(grid[1 + i // 2, i % 2]) for i in range(len(panels) + 2)]
+    for axes, (title, left, right) in zip(places, panels, strict=False):
+        axes.set_title(title, **_TITLE)
+        _two_scales(axes, metrics, left, right)
+    norm, times = places[-2:]
     norm.set_title("Gradient norm", **_TITLE)
     _style(norm, metrics)
     if _line(norm, metrics, "grad_norm", RED):
@@ -139,6 +153,29 @@ def _line(axes: "Axes", metrics: Rows, key: str, color: str, **options: Any) -> 
     return True
 
 
+def _supervised(metrics: Rows) -> bool:
+    """Whether a run learned from given texts: it has losses and no rewards."""
+    return any("loss" in row for row in metrics) and not any("reward/mean" in row for row in metrics)
+
+
+def _main(axes: "Axes", metrics: Rows, evaluation: dict[str, Any]) -> None:
+    (_loss if _supervised(metrics) else _reward)(axes, metrics, evaluation)
+
+
+def _loss(axes: "Axes", metrics: Rows, evaluation: dict[str, Any]) -> None:
+    _style(axes, metrics)
+    _line(axes, metrics, "loss", BLUE, label="training loss")
+    last = max(_steps(metrics), default=1.0)
+    points = [(0.0, (evaluation.get("before") or {}).get("loss"))]
+    points += zip(_steps(metrics), _series(metrics, "eval/loss"), strict=True)
+    points += [(last, (evaluation.get("after") or {}).get("loss"))]
+    shown = [(x, y) for x, value in points if (y := number(value)) is not None]
+    if shown:
+        axes.plot(*zip(*shown, strict=True), "D-", color=ORANGE, markersize=5, linewidth=1, label="held-out loss")
+    axes.set_ylabel("loss", fontsize=8, color=BLUE)
+    axes.legend(fontsize=7, frameon=False, ncols=2, loc="upper right", labelcolor=MUTED)
+
+
 def _reward(axes: "Axes", metrics: Rows, evaluation: dict[str, Any]) -> None:
     _style(axes, metrics)
     mean, spread, steps = _series(metrics, "reward/mean"), _series(metrics, "reward/std"), _steps(metrics)
@@ -167,13 +204,20 @@ def _reward(axes: "Axes", metrics: Rows, evaluation: dict[str, Any]) -> None:
 
 
 def _accuracy(axes: "Axes", metrics: Rows, evaluation: dict[str, Any], shared: bool) -> "Axes | None":
-    """Mark the held-out accuracy before (at step 0) and after; on an axis of its own where rewards leave [0, 1]."""
+    """Mark the held-out accuracy before (at step 0) and after; on an axis of its own where rewards leave [0, 1].
+
+    Where nothing counts as correct, as with a reward that is a probability, it is the mean held-out reward.
+    """
     parts = {when: evaluation.get(when) or {} for when in ("before", "after")}
-    values = {when: y for when, part in parts.items() if (y := number(part.get("accuracy"))) is not None}
+    correct = any(number(part.get("accuracy")) for part in parts.values())
+    key, form = ("accuracy", "{:.1%}") if correct else ("reward/mean", "{:.3g}")
+    values = {when: y for when, part in parts.items() if (y := number(part.get(key))) is not None}
     if not values:
         return None
     target, last = axes, max(_steps(metrics), default=1.0)
-    if shared:
+    if not correct:
+        pass  # of the axes' own kind, whatever its range
+    elif shared:
         low, high = axes.get_ylim()
         axes.set_ylim(max(low, -0.05), min(max(high, 1.15 * max(values.values())), 1.05))
     else:
@@ -181,27 +225,29 @@ def _accuracy(axes: "Axes", metrics: Rows, evaluation: dict[str, Any], shared: b
         _right_axis(target, "held-out accuracy", ORANGE)
         target.set_ylim(-0.05, 1.05)
     problems = next((part["problems"] for part in parts.values() if number(part.get("problems"))), None)
-    label = "held-out accuracy" + (f" ({problems} problems)" if problems else "")
+    label = f"held-out {'accuracy' if correct else 'reward'}" + (f" ({problems} problems)" if problems else "")
     places = [0.0 if when == "before" else last for when in values]
     target.plot(places, list(values.values()), "D", color=ORANGE, markersize=6, label=label, zorder=5)
     if "before" in values:
         target.hlines(values["before"], 0, last, color=ORANGE, linewidth=0.9, linestyle=(0, (2, 3)))
     ends = [v for v in _series(metrics, "reward/mean") if math.isfinite(v)] or [0.0]
     low, high = target.get_ylim()
-    _value(target, 0.0, values.get("before"), "before", below=values.get("before", 0.0) - low > 0.1 * (high - low))
-    _value(target, last, values.get("after"), "after", below=not shared or values.get("after", 0.0) <= ends[-1])
+    texts = {when: f"{when} {form.format(value)}" for when, value in values.items()}
+    _value(target, 0.0, values.get("before"), texts, below=values.get("before", 0.0) - low > 0.1 * (high - low))
+    _value(target, last, values.get("after"), texts, below=not shared or values.get("after", 0.0) <= ends[-1])
     return target
 
 
-def _value(axes: "Axes", x: float, y: float | None, name: str, below: bool) -> None:
-    """Write a marker's value beside it, with a white rim so that it can be read on a curve."""
+def _value(axes: "Axes", x: float, y: float | None, texts: dict[str, str], below: bool) -> None:
+    """Write a marker's value beside it, with a white rim so that it can be read on a curve; the first one at step 0."""
     if y is None:
         return
     from matplotlib.patheffects import withStroke
 
-    right = name == "before"
+    right = x == 0
     axes.annotate(
-        f"{name} {y:.1%}", (x, y), xytext=(8 if right else -8, -13 if below else 5), textcoords="offset points",
+        texts["before" if right else "after"], (x, y), xytext=(8 if right else -8, -13 if below else 5),
+        textcoords="offset points",
         fontsize=8, fontweight="bold", color="#a85e14", ha="left" if right else "right", zorder=6,
         path_effects=[withStroke(linewidth=2.5, foreground="white")],
     )  # fmt: skip

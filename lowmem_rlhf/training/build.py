@@ -7,8 +7,9 @@ from lowmem_rlhf.data.prompts import Example, build_examples
 from lowmem_rlhf.data.supervised import build_pairs, build_supervised
 from lowmem_rlhf.errors import UserError
 from lowmem_rlhf.model.adapters import saved_adapter
-from lowmem_rlhf.model.base import CRITIC, POLICY, REWARD, START, SharedBase
+from lowmem_rlhf.model.base import SharedBase
 from lowmem_rlhf.model.lora import SharedLoraLinear
+from lowmem_rlhf.model.roles import CRITIC, POLICY, REWARD, START
 from lowmem_rlhf.planning.plan import Plan
 from lowmem_rlhf.recipe import ONLINE, REWARD_ADAPTER, Recipe
 from lowmem_rlhf.report.live import LiveView

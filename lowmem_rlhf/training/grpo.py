@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from lowmem_rlhf.algorithms.grpo import group_advantages
-from lowmem_rlhf.model.base import POLICY, REFERENCE
+from lowmem_rlhf.model.roles import POLICY, REFERENCE
 from lowmem_rlhf.recipe import Recipe
 from lowmem_rlhf.report.live import LiveView
 from lowmem_rlhf.training.metrics import Rollout, update_metrics

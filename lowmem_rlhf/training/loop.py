@@ -18,7 +18,8 @@ from accelerate.utils import set_seed
 
 from lowmem_rlhf.errors import RunError
 from lowmem_rlhf.memory import clock, is_out_of_memory, peak_bytes, reset_peak, with_less
-from lowmem_rlhf.model.base import CRITIC, SharedBase
+from lowmem_rlhf.model.base import SharedBase
+from lowmem_rlhf.model.roles import CRITIC
 from lowmem_rlhf.planning.plan import Plan
 from lowmem_rlhf.recipe import Recipe
 from lowmem_rlhf.report.live import LiveView

@@ -10,7 +10,8 @@ from typing import Any, Protocol, TypeVar
 
 from lowmem_rlhf.data.prompts import Example, PromptStream
 from lowmem_rlhf.memory import with_less
-from lowmem_rlhf.model.base import POLICY, SharedBase
+from lowmem_rlhf.model.base import SharedBase
+from lowmem_rlhf.model.roles import POLICY
 from lowmem_rlhf.planning.plan import Plan
 from lowmem_rlhf.recipe import Recipe
 from lowmem_rlhf.report.live import LiveView

@@ -18,7 +18,7 @@ from lowmem_rlhf.algorithms.padded import pad_rows, token_mask, unpad_rows, zero
 from lowmem_rlhf.algorithms.ppo import explained_variance, ppo_advantages
 from lowmem_rlhf.algorithms.reinforce import reinforce_plus_plus_advantages, rloo_advantages, sequence_rewards
 from lowmem_rlhf.algorithms.shaping import RunningMoments, shape_scores
-from lowmem_rlhf.model.base import CRITIC, POLICY, REFERENCE
+from lowmem_rlhf.model.roles import CRITIC, POLICY, REFERENCE
 from lowmem_rlhf.recipe import Recipe
 from lowmem_rlhf.report.live import LiveView
 from lowmem_rlhf.training.heads import ahead, head_outputs

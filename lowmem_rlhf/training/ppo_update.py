@@ -16,9 +16,10 @@ import torch
 from lowmem_rlhf.algorithms.ppo import policy_loss, value_loss
 from lowmem_rlhf.algorithms.ppo_stats import PPOStatistics
 from lowmem_rlhf.memory import with_less
-from lowmem_rlhf.model.base import CRITIC, POLICY, SharedBase
+from lowmem_rlhf.model.base import SharedBase
 from lowmem_rlhf.model.logprobs import Entropy, tiled_logprobs
 from lowmem_rlhf.model.packing import PackedBatch
+from lowmem_rlhf.model.roles import CRITIC, POLICY
 from lowmem_rlhf.recipe import PPOSettings
 from lowmem_rlhf.training.heads import ahead
 from lowmem_rlhf.training.optimizer import Stepper

@@ -17,8 +17,9 @@ from lowmem_rlhf.algorithms.preferences import pair_loss
 from lowmem_rlhf.data.prompts import PromptStream
 from lowmem_rlhf.data.supervised import Pair, Supervised
 from lowmem_rlhf.model.adapters import saved_adapter
-from lowmem_rlhf.model.base import POLICY, SharedBase
+from lowmem_rlhf.model.base import SharedBase
 from lowmem_rlhf.model.packing import Group
+from lowmem_rlhf.model.roles import POLICY
 from lowmem_rlhf.planning.plan import Plan
 from lowmem_rlhf.recipe import Recipe
 from lowmem_rlhf.report.live import LiveView

@@ -12,9 +12,10 @@ import torch
 from lowmem_rlhf.algorithms.grpo import importance_weights, token_loss, token_weights
 from lowmem_rlhf.algorithms.kl import k3
 from lowmem_rlhf.memory import with_less
-from lowmem_rlhf.model.base import POLICY, SharedBase
+from lowmem_rlhf.model.base import SharedBase
 from lowmem_rlhf.model.logprobs import Entropy, tiled_logprobs
 from lowmem_rlhf.model.packing import Group, PackedBatch
+from lowmem_rlhf.model.roles import POLICY
 from lowmem_rlhf.recipe import GRPOSettings
 from lowmem_rlhf.rollout.generate import Completion
 from lowmem_rlhf.training.optimizer import Stepper

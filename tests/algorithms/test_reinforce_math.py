@@ -7,7 +7,12 @@ import torch
 
 from lowmem_rlhf.algorithms.padded import token_mask
 from lowmem_rlhf.algorithms.ppo import policy_loss
-from lowmem_rlhf.algorithms.reinforce import reinforce_plus_plus_advantages, rloo_advantages, sequence_rewards
+from lowmem_rlhf.algorithms.reinforce import (
+    less_group_mean,
+    reinforce_plus_plus_advantages,
+    rloo_advantages,
+    sequence_rewards,
+)
 
 NAN = float("nan")
 KL = torch.tensor([[0.5, 1.0, NAN], [2.0, NAN, NAN], [0.1, -0.2, 0.3], [1.0, 1.0, NAN]])
@@ -86,15 +91,35 @@ def test_following_rewards_are_discounted():
 
 
 def test_the_baseline_variant_compares_with_the_mean_of_the_prompts_answers():
-    got = reinforce_plus_plus_advantages(KL, SCORES, LENGTHS, kl_coef=0.0, baseline_generations=2)
+    groups = torch.tensor([0, 0, 1, 1])
+    got = reinforce_plus_plus_advantages(KL, SCORES, LENGTHS, kl_coef=0.0, groups=groups)
     torch.testing.assert_close(got[MASK], torch.tensor(whitened([0.5, 0.5, -0.5, 0.5, 0.5, 0.5, -0.5, -0.5])))
     easier = SCORES + torch.tensor([0.0, 0.0, 5.0, 5.0])  # a prompt whose answers all score higher
-    torch.testing.assert_close(
-        reinforce_plus_plus_advantages(KL, easier, LENGTHS, kl_coef=0.0, baseline_generations=2), got
-    )
+    torch.testing.assert_close(reinforce_plus_plus_advantages(KL, easier, LENGTHS, kl_coef=0.0, groups=groups), got)
 
 
-@pytest.mark.parametrize("group", [1, 3])
-def test_groups_that_cannot_be_are_refused(group):
-    with pytest.raises(ValueError, match=f"num_generations: got {group} for 4 completions"):
-        reinforce_plus_plus_advantages(KL, SCORES, LENGTHS, 0.0, baseline_generations=group)
+def test_the_baseline_leaves_the_divergence_to_the_tokens():
+    got = reinforce_plus_plus_advantages(KL, SCORES, LENGTHS, kl_coef=0.1, groups=torch.tensor([0, 0, 1, 1]))
+    following = [0.5 - 0.15, 0.5 - 0.1, -0.5 - 0.2, 0.5 - 0.02, 0.5 - 0.01, 0.5 - 0.03, -0.5 - 0.2, -0.5 - 0.1]
+    torch.testing.assert_close(got[MASK], torch.tensor(whitened(following)))
+
+
+def test_groups_may_have_lost_answers_and_stand_in_any_order():
+    """An answer that nothing scored is left out before; the last one of its group has nothing to compare with."""
+    got = less_group_mean(torch.tensor([1.0, 5.0, 2.0, 9.0, 6.0]), torch.tensor([4, 0, 4, 2, 4]))
+    assert got.tolist() == [1 - 3, 0, 2 - 3, 0, 6 - 3]
+
+
+@pytest.mark.parametrize("size", [3, 6, 7])
+def test_equal_rewards_teach_exactly_nothing(size):
+    """Whatever their sum rounds to: whitened or divided by Adam, the rounding would become an update."""
+    rewards = torch.tensor([[0.1], [0.7], [123.4], [1e-3]]).expand(4, size)
+    groups = torch.arange(4).repeat_interleave(size)
+    assert not less_group_mean(rewards.flatten(), groups).any()
+    for normalize in (False, True):
+        assert not rloo_advantages(rewards, normalize).any()
+
+
+def test_a_group_for_every_score():
+    with pytest.raises(ValueError, match="groups: got 3 for 4 scores"):
+        reinforce_plus_plus_advantages(KL, SCORES, LENGTHS, 0.0, groups=torch.tensor([0, 0, 1]))

@@ -89,7 +89,7 @@ def test_three_steps_on_gsm8k_change_the_adapter_and_measure_everything(tmp_path
 
 @pytest.mark.slow
 @pytest.mark.ci
-@pytest.mark.timeout(1500)
+@pytest.mark.timeout(3600)  # two minutes alone; a machine that others use was seen to be twenty times slower
 def test_the_quickstart_learns_arithmetic(tmp_path):
     run: RunDirectory = train(load_recipe("quickstart"), tmp_path / "run")
     assert run.plan()["settings"]["quantization"] == "nf4"

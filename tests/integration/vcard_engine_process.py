@@ -23,8 +23,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from lowmem_rlhf.algorithms.grpo import token_loss, token_weights
 from lowmem_rlhf.model import attention
-from lowmem_rlhf.model.base import POLICY, SharedBase
+from lowmem_rlhf.model.base import SharedBase
 from lowmem_rlhf.model.logprobs import tiled_logprobs
+from lowmem_rlhf.model.roles import POLICY
 from lowmem_rlhf.recipe import GRPOSettings
 from lowmem_rlhf.rollout.generate import Limits, generate
 from lowmem_rlhf.rollout.sampling import Sampling

@@ -7,9 +7,10 @@ import torch
 from bitsandbytes import functional
 from tiny_models import CPU, fill_adapter, save_tiny
 
-from lowmem_rlhf.model.base import POLICY, SharedBase
+from lowmem_rlhf.model.base import SharedBase
 from lowmem_rlhf.model.decoding import FOUR_BIT_ROWS, four_bit_layout
 from lowmem_rlhf.model.packing import Group, pack
+from lowmem_rlhf.model.roles import POLICY
 from lowmem_rlhf.model.siblings import dense_weight
 from lowmem_rlhf.rollout.generate import Limits, generate
 from lowmem_rlhf.rollout.sampling import Sampling

@@ -5,9 +5,9 @@ import torch
 from tiny_models import CPU, ragged_groups, tiny_base
 
 from lowmem_rlhf.model.attention import PackedContext
-from lowmem_rlhf.model.base import POLICY
 from lowmem_rlhf.model.lean import lean_decoder
 from lowmem_rlhf.model.packing import pack
+from lowmem_rlhf.model.roles import POLICY
 
 
 def states(run, packed):

@@ -10,8 +10,8 @@ from transformers.pytorch_utils import Conv1D
 
 from lowmem_rlhf.errors import UserError
 from lowmem_rlhf.model.attention import PackedContext
-from lowmem_rlhf.model.base import POLICY
 from lowmem_rlhf.model.packing import pack
+from lowmem_rlhf.model.roles import POLICY
 from lowmem_rlhf.training.update import packed_logprobs
 
 PRODUCTS = ("mm", "bmm", "addmm", "baddbmm", "mv", "matmul", "linear", "addmv", "dot")

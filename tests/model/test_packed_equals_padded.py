@@ -7,8 +7,8 @@ import torch
 from peft import PeftModel
 from tiny_models import CPU, FAMILIES, as_batch, ragged_groups, tiny_base
 
-from lowmem_rlhf.model.base import POLICY
 from lowmem_rlhf.model.packing import micro_batches, pack
+from lowmem_rlhf.model.roles import POLICY
 from lowmem_rlhf.training.update import PassSettings, packed_logprobs, score
 
 TEMPERATURE = 0.7

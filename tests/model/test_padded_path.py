@@ -16,9 +16,10 @@ from tiny_models import CPU, EOS, UNPACKABLE, VOCAB, as_batch, ragged_groups, ti
 
 from lowmem_rlhf.errors import UserError
 from lowmem_rlhf.model import base as base_module
-from lowmem_rlhf.model.base import POLICY, SharedBase
+from lowmem_rlhf.model.base import SharedBase
 from lowmem_rlhf.model.packing import Group
 from lowmem_rlhf.model.padded import pad, padded_micro_batches
+from lowmem_rlhf.model.roles import POLICY
 from lowmem_rlhf.rollout.generate import Limits, generate
 from lowmem_rlhf.rollout.sampling import Sampling
 from lowmem_rlhf.rollout.unshared import unshared_waves

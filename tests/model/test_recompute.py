@@ -8,9 +8,9 @@ from live_bytes import LiveBytes
 from tiny_models import CPU, ragged_groups, tiny_base
 
 from lowmem_rlhf.errors import UserError
-from lowmem_rlhf.model.base import POLICY
 from lowmem_rlhf.model.packing import pack
 from lowmem_rlhf.model.recompute import recompute_layers
+from lowmem_rlhf.model.roles import POLICY
 from lowmem_rlhf.planning.dimensions import dimensions_from_config
 from lowmem_rlhf.planning.memory import layer_activation_bytes
 from lowmem_rlhf.training.update import packed_logprobs

@@ -12,9 +12,10 @@ from torch.utils._pytree import tree_leaves
 
 from lowmem_rlhf.errors import UserError
 from lowmem_rlhf.model.attention import PackedContext
-from lowmem_rlhf.model.base import POLICY, SharedBase
+from lowmem_rlhf.model.base import SharedBase
 from lowmem_rlhf.model.load import load_base
 from lowmem_rlhf.model.packing import pack
+from lowmem_rlhf.model.roles import POLICY
 from lowmem_rlhf.training.update import packed_logprobs
 
 PRECISIONS = [("nf4", "bfloat16"), ("nf4", "float32"), ("nf4", "float16"), ("int8", "float16"), ("int8", "bfloat16")]

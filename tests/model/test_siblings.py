@@ -4,8 +4,8 @@ import pytest
 import torch
 from tiny_models import fill_adapter, tiny_base
 
-from lowmem_rlhf.model.base import POLICY
 from lowmem_rlhf.model.lora import lora_config
+from lowmem_rlhf.model.roles import POLICY
 from lowmem_rlhf.model.siblings import dense_weight
 
 TOGETHER = {

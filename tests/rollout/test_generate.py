@@ -7,7 +7,8 @@ import torch
 from tiny_models import CPU, EOS, FAMILIES, VOCAB, fill_adapter, tiny_base, tiny_model, tiny_tokenizer
 
 from lowmem_rlhf.errors import RunError
-from lowmem_rlhf.model.base import POLICY, SharedBase
+from lowmem_rlhf.model.base import SharedBase
+from lowmem_rlhf.model.roles import POLICY
 from lowmem_rlhf.rollout import generate as rollout_module
 from lowmem_rlhf.rollout.decode import SharedPromptCache
 from lowmem_rlhf.rollout.generate import Limits, generate, waves

@@ -5,7 +5,7 @@ import torch
 from tiny_models import EOS, UNPACKABLE, tiny_base
 
 from lowmem_rlhf.errors import RunError
-from lowmem_rlhf.model.base import POLICY
+from lowmem_rlhf.model.roles import POLICY
 from lowmem_rlhf.rollout.generate import Limits, generate
 from lowmem_rlhf.rollout.sampling import Sampling
 from lowmem_rlhf.rollout.stream import stream

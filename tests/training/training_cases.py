@@ -15,7 +15,8 @@ from tiny_models import EOS, VOCAB, fill_adapter, tiny_model
 
 from lowmem_rlhf.data.prompts import build_examples
 from lowmem_rlhf.data.sources import load_rows
-from lowmem_rlhf.model.base import POLICY, SharedBase
+from lowmem_rlhf.model.base import SharedBase
+from lowmem_rlhf.model.roles import POLICY
 from lowmem_rlhf.recipe import GRPOSettings, Recipe, TrainingConfig, validate_recipe
 from lowmem_rlhf.report.live import LiveView
 from lowmem_rlhf.rewards.loading import Reward

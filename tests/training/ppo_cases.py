@@ -1,0 +1,92 @@
+"""Bases with a critic, targets and gradients for the tests of PPO's update. Not a test module."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from tiny_models import fill_adapter, tiny_base
+from training_cases import LIMIT, logps_of, passes_of, ragged_batch, shifted
+
+from lowmem_rlhf.model.base import SharedBase
+from lowmem_rlhf.model.roles import CRITIC, POLICY, START
+from lowmem_rlhf.recipe import PPOSettings
+from lowmem_rlhf.training.heads import ahead, head_outputs
+from lowmem_rlhf.training.ppo_update import Rows, Targets, backward
+from lowmem_rlhf.training.update import Batch, PassSettings
+
+PROMPTS = (5, 2, 9, 30)
+
+
+def ppo_batch(prompts: Sequence[int] = PROMPTS) -> Batch:
+    """Return `ragged_batch` for PPO, which has its advantages in the targets."""
+    return ragged_batch([0.0] * 4 * len(prompts), prompts=prompts)
+
+
+def base_with(critic: str | None, family: str = "llama", dtype: torch.dtype = torch.float32) -> SharedBase:
+    """Return a tiny base whose policy, critic and value head are all random."""
+    base, _ = tiny_base(family, dtype=dtype)
+    add_critic(base, critic)
+    return base
+
+
+def add_critic(base: SharedBase, critic: str | None) -> None:
+    """Add a critic of its own (``adapter``), its own ``above the start``, a head on the ``policy``, or none."""
+    if critic == "policy":
+        base.roles[CRITIC] = base.roles[POLICY]
+    elif critic:
+        below = START if critic == "above the start" else ""
+        if below:
+            base.add_role(START, 3, 6, "all-linear", seed=5)
+            fill_adapter(base, seed=6)
+            base.freeze(START)
+        base.add_role(CRITIC, 2, 4, "all-linear", seed=7, below=below)
+    if critic:
+        base.add_head(CRITIC, bias=True)
+    fill_adapter(base, seed=8)
+
+
+def ppo_settings(**changes: Any) -> PPOSettings:
+    """Return PPO's settings."""
+    return PPOSettings.model_validate(changes)
+
+
+def rows_of(lengths: Sequence[int], seed: int, size: float = 1.0) -> Rows:
+    """Return random numbers by row."""
+    generator = torch.Generator().manual_seed(seed)
+    return {row: torch.randn(n, generator=generator) * size for row, n in enumerate(lengths)}
+
+
+def targets_of(
+    base: SharedBase, batch: Batch, temperature: float = 1.0, by_sequence: bool = False, one_more: bool = False
+) -> Targets:
+    """Return targets of a policy and a critic some updates ago, far enough for every clipping to take part."""
+    lengths = [len(c.ids) for c in batch.completions]
+    old = shifted(logps_of(base, batch, POLICY, temperature), by=0.3 if by_sequence else 0.5)
+    if by_sequence:
+        return Targets(old, rows_of([1] * len(lengths), seed=1), by_sequence=True)
+    valued = [min(n + 1, LIMIT) for n in lengths] if one_more else lengths
+    advantages = rows_of(lengths, seed=1)
+    if CRITIC not in base.heads:
+        return Targets(old, advantages)
+    groups = batch.groups(range(len(lengths)))
+    values = head_outputs(base, CRITIC, ahead(groups) if one_more else groups, passes_of())
+    old_values = {row: values[row][:n] + noise for (row, noise), n in zip(rows_of(valued, 2, 0.3).items(), valued)}
+    returns = {row: old_values[row] + noise for row, noise in rows_of(valued, 3).items()}
+    return Targets(old, advantages, old_values, returns, one_more=one_more)
+
+
+def ppo_gradients(
+    base: SharedBase,
+    batch: Batch,
+    targets: Targets,
+    settings: PPOSettings,
+    passes: PassSettings,
+    rows: Sequence[int] | None = None,
+    loss_scale: float = 1.0,
+) -> tuple[Any, dict[str, torch.Tensor]]:
+    """Return what `backward` gives for these rows (default: all), and every trained parameter's gradient."""
+    for p in base.trainable().values():
+        p.grad = torch.zeros_like(p)
+    rows = range(len(batch.completions)) if rows is None else rows
+    part = backward(base, batch, list(rows), targets, settings, passes, loss_scale)
+    return part, {name: p.grad.clone() for name, p in base.trainable().items()}  # type: ignore[union-attr]
