@@ -92,7 +92,7 @@ def style_ppo(folder: Path) -> list[str]:
     """Return the overrides of this twin."""
     return [
         *_style(folder),
-        "training.max_steps=24",
+        "training.max_steps=12",
         "training.prompts_per_step=32",
         "training.learning_rate=1.0e-3",
         "training.lr_scheduler_type=constant",
@@ -136,9 +136,9 @@ def ppo_gpt2_gsm8k(folder: Path) -> list[str]:
         "data.eval_size=48",
         f"rewards[0].options={{model: '{MINILM}'}}",
         "generation.max_completion_length=64",
-        "training.max_steps=14",
-        "training.prompts_per_step=24",
-        "training.learning_rate=2.0e-4",
+        "training.max_steps=12",
+        "training.prompts_per_step=16",
+        "training.learning_rate=3.0e-4",
         "training.warmup_steps=0",
         "ppo.num_ppo_epochs=2",
         "ppo.num_mini_batches=1",
@@ -151,7 +151,7 @@ def reward_model(folder: Path) -> list[str]:
     return [
         *_gpt(folder),
         f"data.train={DATA / 'gsm8k' / 'preferences.jsonl'}",
-        "data.train_size=400",
+        "data.train_size=300",
         "data.eval_size=128",
         "reward_model.max_length=512",
         "reward_model.eval_steps=10",
