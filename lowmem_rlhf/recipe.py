@@ -365,8 +365,6 @@ class Recipe(Section):
         names = [reward.name for reward in self.rewards]
         if self.algorithm in ONLINE and not names:
             raise ValueError(f"rewards: missing; {self.algorithm} needs at least one")
-        if self.algorithm in ("reward_model", "classifier") and names:
-            raise ValueError(f"rewards: {self.algorithm} learns from its data alone; leave them out (rewards=[])")
         if len(set(names)) < len(names):
             raise ValueError(f"rewards: two rewards have the same name ({', '.join(names)}); give one a `name:`")
         if taken := {"mean", "std"}.intersection(names):

@@ -85,6 +85,8 @@ def train(recipe: Recipe, output: Path | None = None, resume: bool = False) -> R
     hush()
     path = output or default_output(recipe.name, resume)
     _check_trackers(recipe)
+    if recipe.rewards and recipe.algorithm in ("reward_model", "classifier"):
+        raise UserError(f"rewards: {recipe.algorithm} learns from its data alone; leave them out (rewards=[])")
     if recipe.algorithm == "classifier":
         from lowmem_rlhf.training.classifier import train_classifier_run
 
@@ -148,9 +150,9 @@ def _as_saved(recipe: Recipe) -> Recipe:
     from lowmem_rlhf.model.adapters import saved_adapter
 
     saved = saved_adapter(recipe.adapter, recipe.model)
-    given = {key: getattr(recipe.lora, key) for key in recipe.lora.model_fields_set & {"r", "lora_alpha"}}
-    for key, value in given.items():
-        if value != getattr(saved, key):
+    for key in ("r", "lora_alpha"):
+        value = getattr(recipe.lora, key)
+        if key in recipe.lora.model_fields_set and value != getattr(saved, key):
             raise UserError(
                 f"lora.{key}: got {value:g}, but the adapter that the recipe continues from ({recipe.adapter}) has "
                 f"{getattr(saved, key):g}; leave it out or set it to that"

@@ -12,7 +12,7 @@ import lowmem_rlhf
 from lowmem_rlhf.errors import UserError
 from lowmem_rlhf.hardware.profiles import load_profiles, profile_device
 from lowmem_rlhf.planning.plan import make_plan, why_not
-from lowmem_rlhf.recipe import Section, load_recipe, shipped_recipes, validate_recipe
+from lowmem_rlhf.recipe import ONLINE, Recipe, Section, load_recipe, shipped_recipes, validate_recipe
 
 QWEN_05B = {
     "model_type": "qwen2",
@@ -34,6 +34,10 @@ def model(tmp_path_factory) -> Path:
     return folder
 
 
+# a classifier trains whole: there is nothing to plan
+PLANNED = [name for name in shipped_recipes() if load_recipe(name).algorithm != "classifier"]
+
+
 def refusal(*overrides: str) -> str:
     with pytest.raises(UserError) as caught:
         load_recipe("quickstart", list(overrides))
@@ -52,7 +56,7 @@ def test_a_shipped_recipe_is_named_like_its_file_and_says_what_it_is(name):
 
 
 @pytest.mark.parametrize("profile", list(load_profiles()))
-@pytest.mark.parametrize("name", list(shipped_recipes()))
+@pytest.mark.parametrize("name", PLANNED)
 def test_a_shipped_recipe_has_a_plan_for_every_card_or_says_why_not(name, profile, model):
     plan = make_plan(load_recipe(name, [f"model={model}"]), profile_device(load_profiles()[profile]), profile)
     needed, budget = plan.memory["peak_bytes"], plan.memory["budget_bytes"]
@@ -65,7 +69,7 @@ def test_a_shipped_recipe_has_a_plan_for_every_card_or_says_why_not(name, profil
         assert "short" in why_not(plan) and "try " in why_not(plan)
 
 
-@pytest.mark.parametrize("name", list(shipped_recipes()))
+@pytest.mark.parametrize("name", PLANNED)
 def test_a_shipped_recipe_fits_on_the_reference_card(name, model):
     device = profile_device(load_profiles()["rtx-2080-ti"])
     assert make_plan(load_recipe(name, [f"model={model}"]), device, "rtx-2080-ti").fits
@@ -156,7 +160,7 @@ def test_a_resolved_recipe_loads_again_as_itself(name, tmp_path):
         ("hardware.quantization=nf5", "hardware.quantization: got 'nf5'; it should be 'auto', 'nf4', 'int8' or 'none'"),
         ("training.max_steps=1.5", "training.max_steps: got 1.5; it should be a whole number"),
         ("rewards[0].weight=big", "rewards[0].weight: got 'big'; it should be a number"),
-        ("rewards=[]", "rewards: got []; it should be a list of at least one"),
+        ("rewards=[]", "rewards: missing; grpo needs at least one"),
         ("data.train=null", "data.train: got None; it should be a text"),
     ],
 )
@@ -220,6 +224,110 @@ def test_every_option_is_read_somewhere():
                 read.add(node.value)
     unread = [f"{one.__name__}.{key}" for one in sections() for key in one.model_fields if key not in read]
     assert len(sections()) >= 9 and not unread
+
+
+# sections and the names under which the package hands them on
+STAGES = {
+    "ppo": ({"ppo", "settings"}, "training/*.py"),
+    "sft": ({"sft", "settings"}, "*/supervised.py"),
+    "reward_model": ({"reward_model"}, "training/*.py"),
+    "classifier": ({"classifier"}, "training/classifier.py"),
+}
+
+
+@pytest.mark.parametrize("section", STAGES)
+def test_every_option_of_a_stage_is_read_by_that_stage(section):
+    """Names such as max_length and eval_steps are those of several sections."""
+    package = Path(lowmem_rlhf.__file__).parent
+    holders, where = STAGES[section]
+    read = set()
+    for file in package.glob(where):
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Attribute):
+                holder = getattr(node.value, "attr", getattr(node.value, "id", ""))
+                read |= {node.attr} if holder in holders else set()
+    options = set(Recipe.model_fields[section].annotation.model_fields)
+    assert options and not options - read
+
+
+def values(**changes):
+    """Return a recipe's values; those of the data are the given ones."""
+    changes["data"] = {"train": "rows.jsonl", **changes.get("data", {})}
+    return {"model": "m", **changes}
+
+
+def refused(**changes) -> str:
+    with pytest.raises(UserError) as caught:
+        validate_recipe(values(**changes))
+    (line,) = str(caught.value).split("\n")[1:]
+    return line.strip()
+
+
+def columns(**changes) -> tuple:
+    """Return which columns a recipe reads: what is learned, the reference answer, and those of pairs."""
+    recipe = validate_recipe(values(**changes))
+    again = validate_recipe(yaml.safe_load(recipe.to_yaml()))
+    assert again == recipe  # what was filled in stays
+    data = recipe.data
+    return data.completion, data.answer, data.chosen, data.rejected
+
+
+def test_the_columns_follow_from_the_algorithm():
+    assert columns(rewards=["gsm8k_answer"]) == (None, "answer", None, None)
+    assert columns(algorithm="sft") == ("answer", "answer", None, None)
+    assert columns(algorithm="sft", data={"completion": "solution"}) == ("solution", None, None, None)
+    both = {"completion": "solution", "answer": "number"}
+    assert columns(algorithm="sft", data=both) == ("solution", "number", None, None)
+    assert columns(algorithm="sft", data={"text": "page"}) == (None, None, None, None)
+    assert columns(algorithm="sft", data={"messages": "talk", "answer": "gold"}) == (None, "gold", None, None)
+    assert columns(algorithm="reward_model") == (None, None, "chosen", "rejected")
+    assert columns(algorithm="reward_model", data={"chosen": "good"}) == (None, None, "good", "rejected")
+    assert columns(algorithm="classifier", data={"text": "page", "label": "genre"}) == (None, None, None, None)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"algorithm": "sft", "data": {"answer": None}}, "data.completion: missing; name the column that is learned"),
+        ({"algorithm": "sft", "data": {"text": "a", "messages": "b"}}, "data.text, data.messages: got both"),
+        ({"algorithm": "sft", "data": {"text": "a", "template": "{a}"}}, "data.template: an example of data.text or"),
+        ({"algorithm": "classifier"}, "data.text, data.label: a classifier needs both"),
+        ({"algorithm": "classifier", "data": {"text": "a"}}, "data.text, data.label: a classifier needs both"),
+        ({"algorithm": "sft", "evaluation": {"accuracy": "x"}}, "evaluation.accuracy: got 'x', which is no reward"),
+        *(({"algorithm": name}, f"rewards: missing; {name} needs at least one") for name in ONLINE),
+        *(
+            (
+                {"algorithm": name, "rewards": ["gsm8k_answer"], "training": {"num_train_epochs": 1}},
+                "training.num_train_epochs: is for sft, reward_model and classifier; set training.max_steps",
+            )
+            for name in ONLINE
+        ),
+        ({"algorithm": "sft", "sft": {"max_length": 1}}, "sft.max_length: got 1; it should be at least 2"),
+        ({"algorithm": "sft", "sft": {"packing": True}}, "sft.packing: unknown key"),
+        ({"algorithm": "dpo"}, "algorithm: got 'dpo'; it should be 'grpo', 'ppo', "),
+        ({"rewards": [{"function": "reward_adapter"}]}, "rewards[0].options.adapter: missing"),
+        (
+            {"rewards": [{"function": "reward_adapter", "options": {"adapter": "a", "adaptr": "b"}}]},
+            "rewards[0].options.adaptr: unknown key; did you mean 'adapter'?",
+        ),
+    ],
+)
+def test_a_stage_that_cannot_be_is_refused(changes, message):
+    assert refused(**changes).startswith(message)
+
+
+def test_an_adapter_is_for_what_lies_on_a_base():
+    for algorithm in ("sft", "reward_model"):
+        assert validate_recipe(values(algorithm=algorithm, adapter="runs/a")).adapter == "runs/a"
+    data = {"text": "page", "label": "genre"}
+    assert refused(algorithm="classifier", adapter="runs/a", data=data).startswith("adapter: a classifier trains whole")
+
+
+def test_a_critic_from_the_reward_needs_a_reward_adapter():
+    ppo = {"algorithm": "ppo", "ppo": {"critic": "reward"}}
+    assert refused(**ppo, rewards=["gsm8k_answer"]).startswith("ppo.critic: got reward, but no reward of this recipe")
+    liked = {"function": "reward_adapter", "options": {"adapter": "runs/r"}}
+    assert validate_recipe(values(**ppo, rewards=["gsm8k_answer", liked])).ppo.critic == "reward"
 
 
 def test_bounds_of_the_importance_correction_are_ordered_and_given():

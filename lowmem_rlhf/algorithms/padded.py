@@ -57,9 +57,9 @@ def whiten(x: torch.Tensor, mask: torch.Tensor, shift_mean: bool = True) -> torc
         mask: (N, L) bool.
         shift_mean: False adds the mean again after scaling (TRL whitens rewards so, to keep their sign and level).
     """
-    count = mask.sum()
-    mean = zero_padding(x, mask).sum() / count
-    centered = zero_padding(x - mean, mask)
+    count, exact = mask.sum(), x.double()  # so that equal numbers become zeros, and not rounding noise scaled up
+    mean = zero_padding(exact, mask).sum() / count
+    centered = zero_padding(exact - mean, mask)
     variance = centered.square().sum() / (count - 1).clamp(min=1)
     whitened = centered * (variance + 1e-8).rsqrt()
-    return whitened if shift_mean else zero_padding(whitened + mean, mask)
+    return (whitened if shift_mean else zero_padding(whitened + mean, mask)).to(x.dtype)

@@ -82,7 +82,8 @@ class Roles(nn.Module):
             torch.manual_seed(seed)
             self.peft.add_adapter(role, config)
         for name, p in self.peft.named_parameters():
-            p.requires_grad_(trains.get(name, True))  # peft switches all adapters but its active one off
+            # peft switches all adapters but its active one off, and renames the weights of layers that had none yet
+            p.requires_grad_(trains.get(name, f".{role}." in name))
         self.roles[role] = (below, role) if below else (role,)
 
     def add_saved_role(self, role: str, saved: SavedAdapter) -> None:

@@ -19,7 +19,7 @@ from accelerate.utils import set_seed
 from lowmem_rlhf.errors import RunError
 from lowmem_rlhf.memory import clock, is_out_of_memory, peak_bytes, reset_peak, with_less
 from lowmem_rlhf.model.base import SharedBase
-from lowmem_rlhf.model.roles import CRITIC
+from lowmem_rlhf.model.roles import CRITIC, POLICY
 from lowmem_rlhf.planning.plan import Plan
 from lowmem_rlhf.recipe import Recipe
 from lowmem_rlhf.report.live import LiveView
@@ -203,8 +203,9 @@ class Loop(ABC):
         view.step(metrics)
 
     def _adapter_sum(self) -> float:
-        """A number that any change of the adapter changes."""
-        return sum(float(p.detach().cpu().double().abs().sum()) for p in self.stepper.parameters.values())
+        """A number that any change of the policy's adapter (or its head) changes; a critic's does not count."""
+        own = [p for name, p in self.stepper.parameters.items() if f".{POLICY}." in name]
+        return sum(float(p.detach().cpu().double().abs().sum()) for p in own)
 
 
 def _accelerator(device: torch.device, recipe: Recipe, run: RunDirectory) -> Accelerator:

@@ -233,9 +233,9 @@ class PPO:
             rewards[list(rows)] = sequence_rewards(scores, kl, lengths, coefficient)
             of_all = rloo_advantages(rewards.view(groups, self.group), settings.normalize_advantages).flatten()
             return Targets(logps, {row: of_all[row].view(1) for row in rows}, by_sequence=True)
-        prompts = torch.tensor(rows, dtype=torch.long, device=kl.device) // self.group
-        groups = prompts if settings.group_baseline else None
-        advantages = reinforce_plus_plus_advantages(kl, scores, lengths, coefficient, settings.gamma, groups)
+        prompts = torch.tensor([row // self.group for row in rows], dtype=torch.long, device=kl.device)
+        compared = prompts if settings.group_baseline else None
+        advantages = reinforce_plus_plus_advantages(kl, scores, lengths, coefficient, settings.gamma, compared)
         return Targets(logps, dict(zip(rows, unpad_rows(advantages, lengths), strict=True)))
 
     def _update_metrics(self, done: UpdateResult) -> dict[str, Any]:

@@ -8,7 +8,6 @@ Shapes: S scored tokens of a micro-batch, N completions (two a pair).
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from typing import Any, TypeVar
 
 import torch
@@ -60,7 +59,6 @@ class SFT(Loop):
         judge: Callable[[str, LiveView], dict[str, Any]] | None = None,
     ) -> None:
         super().__init__(recipe, plan, base, run)
-        self.passes = replace(self.passes, temperature=1.0)
         self.stream = PromptStream(train, recipe.training.prompts_per_step, recipe.training.seed)
         self.held_out, self.judge = held_out, judge
 

@@ -1,11 +1,13 @@
 """Everything follows the model's device: runs on the virtual card equal the CPU's, a foreign default is ignored."""
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from tiny_runs import learned, tiny_recipe
 
 from lowmem_rlhf.run import RunDirectory
@@ -87,6 +89,44 @@ def test_a_learned_reward_lies_beside_the_policy_or_on_the_cpu(card):
             assert one["completion"] == other["completion"]
             assert one["rewards"] == pytest.approx(other["rewards"], abs=1e-6)
         assert distance(expected["adapter"], got["adapter"]) < 1e-4
+
+
+def with_critic(run: RunDirectory) -> dict[str, torch.Tensor]:
+    """Return all that PPO trained: the policy's adapter, the critic's, and the value head."""
+    folder = run.path / "adapter"
+    found = {}
+    for file in ("adapter_model.safetensors", "critic/adapter_model.safetensors", "critic/head.safetensors"):
+        found |= {f"{file} {name}": tensor for name, tensor in load_file(folder / file).items()}
+    return found
+
+
+def test_ppo_with_all_roles_on_the_card_equals_the_cpus(card):
+    cpu, there = (run_of(card, f"ppo-float32-{device}") for device in ("cpu", "vcard"))
+    assert there.plan()["device"]["torch_device"] == "vcard:0"
+    expected, got = learned(cpu), learned(there)
+    assert len(got["metrics"]) == 2
+    for one, other in zip(expected["samples"], got["samples"], strict=True):
+        assert one["completion"] == other["completion"]
+        assert one["rewards"] == pytest.approx(other["rewards"], rel=1e-5, abs=1e-6)
+    for one, other in zip(expected["metrics"], got["metrics"], strict=True):
+        assert one.pop("sampling/logp_difference") < 1e-2 and other.pop("sampling/logp_difference") < 1e-2
+        assert other["policy/approx_kl_first"] < 1e-9 < other["policy/approx_kl"]
+        assert other == pytest.approx(one, rel=1e-5, abs=1e-6)
+    assert got["metrics"][0]["kl"] == 0 != got["metrics"][1]["kl"]
+    assert distance(with_critic(cpu), with_critic(there)) < 1e-4
+
+
+def test_ppo_on_a_card_without_bf16_scales_its_loss(card):
+    run = run_of(card, "ppo-float16-vcard")
+    rows = learned(run)["metrics"]
+    for row in rows:
+        assert all(math.isfinite(value) for value in row.values()), row
+        assert row["sampling/logp_difference"] < 2e-2 and row["policy/approx_kl_first"] < 1e-3
+        assert row["loss_scale/skipped_steps"] == 0 and row["grad_norm"] > 0
+    (_, folder) = run.latest_checkpoint()  # type: ignore[misc]
+    assert json.loads((folder / "state.json").read_text())["optimizer"]["scaler"]["scale"] > 1
+    # unscaled before the optimizer: the weights are those of float32 to rounding
+    assert distance(with_critic(run_of(card, "ppo-float32-cpu")), with_critic(run)) < 0.02
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,7 @@ sys.path.insert(1, str(Path(__file__).resolve().parents[1]))
 import torch
 import vcard
 from tiny_classifiers import save_classifier
-from tiny_runs import tiny_recipe
+from tiny_runs import tiny_recipe, write_jsonl
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -77,6 +77,38 @@ def learned_reward(policy: str, device: str, name: str) -> None:
     values["rewards"] = [{"function": "classifier", "options": options}]
     with sdpa_kernel(SDPBackend.MATH):
         train(validate_recipe(values), OUTPUT / name)
+
+
+def stages() -> tuple[Path, Path]:
+    """Return the runs that PPO goes on from, a fine-tuning's and a reward model's; both are made on the CPU."""
+    sft, judge = OUTPUT / "sft", OUTPUT / "judge"
+    if not sft.exists():
+        given: dict[str, Any] = {"training": {"max_steps": 2}, "hardware": {"device": "cpu"}, "rewards": []}
+        train(tiny_recipe(MODEL, algorithm="sft", data={"eval_size": 0}, sft={"max_length": 32}, **given), sft)
+        pairs = [{"prompt": f"{a}+2=", "chosen": "12", "rejected": "abc"} for a in range(8)]
+        data = {"train": str(write_jsonl(OUTPUT / "pairs.jsonl", pairs)), "template": None, "prompt": "prompt"}
+        given |= {"data": {**data, "train_size": None, "eval_size": 0}, "reward_model": {"max_length": 32}}
+        train(tiny_recipe(MODEL, algorithm="reward_model", **given), judge)
+    return sft, judge
+
+
+def all_roles(device: str, precision: str) -> None:
+    """Two steps of PPO with start, policy, critic and reward on one base."""
+    sft, judge = stages()
+    with sdpa_kernel(SDPBackend.MATH):
+        train(
+            tiny_recipe(
+                MODEL,
+                algorithm="ppo",
+                adapter=str(sft),
+                hardware={"device": device, **PRECISIONS[precision]},
+                data={"eval_size": 0},
+                training={"max_steps": 2},
+                rewards=[{"function": "reward_adapter", "options": {"adapter": str(judge)}}],
+                ppo={"num_ppo_epochs": 2, "num_mini_batches": 2, "bootstrap_truncated": True, "entropy_coef": 0.01},
+            ),
+            OUTPUT / f"ppo-{precision}-{device}",
+        )
 
 
 @contextlib.contextmanager
@@ -176,6 +208,9 @@ CASES: dict[str, Callable[[], Any]] = {
     "learned-cpu": lambda: learned_reward("cpu", "auto", "learned-cpu"),
     "learned-vcard": lambda: learned_reward("vcard", "auto", "learned-vcard"),
     "learned-aside": lambda: learned_reward("vcard", "cpu", "learned-aside"),
+    "ppo-float32-cpu": lambda: all_roles("cpu", "float32"),
+    "ppo-float32-vcard": lambda: all_roles("vcard", "float32"),
+    "ppo-float16-vcard": lambda: all_roles("vcard", "float16"),
     "oom-nowhere": lambda: out_of_memory("oom-nowhere", online, "generate", lambda call: None),
     "oom-in-rollout": lambda: out_of_memory("oom-in-rollout", online, "generate", fail_once(300)),
     "oom-in-update": lambda: out_of_memory("oom-in-update", grpo, "update", fail_once(600)),

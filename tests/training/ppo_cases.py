@@ -70,9 +70,15 @@ def targets_of(
         return Targets(old, advantages)
     groups = batch.groups(range(len(lengths)))
     values = head_outputs(base, CRITIC, ahead(groups) if one_more else groups, passes_of())
-    old_values = {row: values[row][:n] + noise for (row, noise), n in zip(rows_of(valued, 2, 0.3).items(), valued)}
+    old_values = {row: values[row][: len(noise)] + noise for row, noise in rows_of(valued, 2, 0.3).items()}
     returns = {row: old_values[row] + noise for row, noise in rows_of(valued, 3).items()}
     return Targets(old, advantages, old_values, returns, one_more=one_more)
+
+
+def equal(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
+    """Return whether the weights are the same, bit by bit."""
+    assert one.keys() == other.keys()
+    return all(torch.equal(one[name], other[name]) for name in one)
 
 
 def ppo_gradients(

@@ -1,27 +1,21 @@
-"""PPO's update: any split is the whole mini-batch, it is plain autograd's, and TRL's targets come out of TRL's rollout."""
+"""PPO's update is plain autograd's on the whole mini-batch, however it is cut, and stops where it should."""
 
-import sys
-from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from ppo_cases import add_critic, base_with, ppo_batch, ppo_gradients, ppo_settings, rows_of, targets_of
+from ppo_cases import add_critic, base_with, equal, ppo_batch, ppo_gradients, ppo_settings, targets_of
 from tiny_models import tiny_base
-from training_cases import LIMIT, close, logps_of, passes_of, recipe_of, stepper_of, weights
+from training_cases import LIMIT, close, logps_of, passes_of, recipe_of, shifted, stepper_of, weights
 
-from lowmem_rlhf.algorithms.padded import unpad_rows
 from lowmem_rlhf.model.roles import CRITIC, POLICY, START
 from lowmem_rlhf.recipe import validate_recipe
-from lowmem_rlhf.rollout.generate import Completion
+from lowmem_rlhf.report import html
 from lowmem_rlhf.session import train
-from lowmem_rlhf.training import ppo
-from lowmem_rlhf.training.ppo import PPO
+from lowmem_rlhf.training import ppo, ppo_update
 from lowmem_rlhf.training.ppo_update import Targets, mini_batches, update
 from lowmem_rlhf.training.update import Batch
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "algorithms"))
-from test_ppo_parity import CASES, recording
 
 CLOSE = 1e-5
 # critic, targets of `targets_of`
@@ -98,8 +92,7 @@ def test_a_mini_batch_is_normalised_by_itself_and_gradients_scale_with_the_loss(
     base, batch, settings = base_with("adapter"), ppo_batch(), ppo_settings()
     targets, rows = targets_of(base, batch), [0, 3, 7, 8, 14]
     part, want = ppo_gradients(base, batch, targets, settings, passes_of(), rows)
-    alone = Batch([[5]] * 5, [Completion(list(batch.completions[row].ids), [], False) for row in rows], [0.0] * 5, 1)
-    alone = Batch([batch.prompts[row // 4] for row in rows], alone.completions, alone.advantages, 1)
+    alone = Batch([batch.prompts[row // 4] for row in rows], [batch.completions[row] for row in rows], [0.0] * 5, 1)
     fields = (targets.old_logps, targets.advantages, targets.old_values, targets.returns)
     other, got = ppo_gradients(
         base, alone, Targets(*({i: f[row] for i, row in enumerate(rows)} for f in fields)), settings, passes_of()
@@ -218,149 +211,6 @@ def test_the_gradient_is_plain_autograds(kind, entropy_coef):
         assert close(gradient, want[name]) < CLOSE, name
 
 
-# TRL's recorded rollouts
-
-
-@pytest.mark.parametrize("name", CASES)
-def test_trls_rollout_gives_trls_targets(name):
-    case = recording(name)
-    settings = {k: case.settings[k] for k in ("kl_coef", "kl_estimator", "gamma", "lam", "whiten_rewards")}
-    count, rows = len(case.lengths), [*range(len(case.lengths))]
-    made, metrics = targets_from(case, rows, settings)
-    for row in rows:
-        n, m = int(case.lengths[row]), int(case.value_lengths[row])
-        torch.testing.assert_close(made.advantages[row], case.rollout.advantages[row, :n], rtol=1e-5, atol=1e-5)
-        torch.testing.assert_close(made.returns[row], case.rollout.returns[row, :m], rtol=1e-5, atol=1e-5)
-        torch.testing.assert_close(made.old_values[row], case.rollout.values[row, :m])
-    assert made.one_more and count > 1
-    assert metrics["objective/rlhf_reward"] == pytest.approx(case.logged["objective/rlhf_reward"], rel=1e-4)
-
-
-def targets_from(case, rows, settings, width=10):
-    """Return what PPO makes of a recorded rollout's rows."""
-    recipe = validate_recipe(
-        {
-            "model": "none",
-            "algorithm": "ppo",
-            "data": {"train": "arithmetic"},
-            "rewards": ["length"],
-            "generation": {"max_completion_length": width, "num_generations": 1},
-            "ppo": {"score_position": "after_last", **settings},
-        }
-    )
-    lengths = case.lengths[rows]
-    batch = Batch(
-        [[7]] * len(rows), [Completion([5] * n, [0.0] * n, n == width) for n in lengths.tolist()], [0.0] * len(rows), 1
-    )
-    longest = int(lengths.max())
-    zero = torch.zeros(1)  # the critic is asked once more behind the last token than TRL's rows have room for
-    values = {
-        i: torch.cat([case.rollout.values[row], zero])[: int(case.lengths[row]) + 1] for i, row in enumerate(rows)
-    }
-    logps = dict(enumerate(unpad_rows(case.rollout.logprobs[rows], lengths)))
-    return PPO(recipe)._with_critic(
-        batch,
-        [*range(len(rows))],
-        case.rollout.logprobs[rows][:, :longest],
-        case.rollout.ref_logprobs[rows][:, :longest],
-        lengths,
-        values,
-        {row: value[-1] for row, value in values.items()},
-        case.rollout.scores[rows],
-        logps,
-    )
-
-
-def test_the_place_after_the_last_token_does_not_hang_on_the_longest_answer():
-    """TRL's rows are as wide as an answer may be; so the score of the batch's longest has its slot as well."""
-    case = recording("default")
-    settings = {k: case.settings[k] for k in ("kl_coef", "kl_estimator", "gamma", "lam", "whiten_rewards")}
-    short = (case.lengths < case.width).nonzero().flatten().tolist()
-    assert len(short) > 3
-    made, _ = targets_from(case, short, settings)
-    for i, row in enumerate(short):
-        n = int(case.lengths[row])
-        assert len(made.returns[i]) == n + 1
-        torch.testing.assert_close(made.returns[i], case.rollout.returns[row, : n + 1], rtol=1e-5, atol=1e-5)
-
-
-# What completions without a reward leave behind
-
-
-def test_a_completion_without_a_reward_makes_its_group_smaller():
-    settings = {"kl_coef": 0.1}
-    batch = Batch([[5]] * 3, [Completion([5] * n, [], False) for n in (2, 3, 1, 4, 2, 2, 3, 1, 2)], [0.0] * 9, 3)
-    rows = [0, 1, 2, 3, 5, 7]  # of the groups all, two and one
-    scores = torch.tensor([1.0, 0.5, -0.25, 2.0, 0.0, 3.0])
-    lengths = [len(batch.completions[row].ids) for row in rows]
-    logps = dict(zip(rows, rows_of(lengths, 1).values(), strict=True))
-    refs = dict(zip(rows, rows_of(lengths, 2).values(), strict=True))
-    kl = {row: logps[row] - refs[row] for row in rows}
-    answers = {row: float(score - 0.1 * kl[row].sum()) for row, score in zip(rows, scores, strict=True)}
-
-    def others(row):
-        return [answers[other] for other in rows if other // 3 == row // 3 and other != row]
-
-    made, metrics = ppo_of("rloo", settings, 3)._targets(batch, rows, logps, refs, {}, {}, scores)
-    for row in rows:
-        want = answers[row] - sum(others(row)) / len(others(row)) if others(row) else 0.0
-        assert made.advantages[row].tolist() == pytest.approx([want], abs=1e-5)
-    assert made.by_sequence and sorted(made.advantages) == rows
-    assert metrics["kl"] == pytest.approx(float(torch.cat(list(kl.values())).mean()), abs=1e-6)
-    assert metrics["objective/kl"] == pytest.approx(sum(float(k.sum()) for k in kl.values()) / len(rows), abs=1e-6)
-
-    baseline = ppo_of("reinforce_plus_plus", {**settings, "group_baseline": True}, 3)
-    made, _ = baseline._targets(batch, rows, logps, refs, {}, {}, scores)
-    means = {0: (1 + 0.5 - 0.25) / 3, 1: 1.0, 2: 3.0}
-    following = {}
-    for row, score in zip(rows, scores.tolist(), strict=True):
-        rewards = -0.1 * kl[row]
-        rewards[-1] += score - means[row // 3]
-        following[row] = rewards.flip(0).cumsum(0).flip(0)
-    every = torch.cat(list(following.values()))
-    for row in rows:
-        want = (following[row] - every.mean()) / (every.var() + 1e-8).sqrt()
-        torch.testing.assert_close(made.advantages[row], want, rtol=1e-5, atol=1e-5)
-
-
-def ppo_of(algorithm, settings, generations):
-    return PPO(
-        validate_recipe(
-            {
-                "model": "none",
-                "algorithm": algorithm,
-                "data": {"train": "arithmetic"},
-                "rewards": ["length"],
-                "generation": {"num_generations": generations},
-                "ppo": settings,
-            }
-        )
-    )
-
-
-def test_an_answer_that_was_cut_is_worth_what_the_critic_expects_from_there():
-    batch = Batch([[5]] * 2, [Completion([5, 5], [], False), Completion([5, 5], [], True)], [0.0] * 2, 1)
-    logps = {0: torch.zeros(2), 1: torch.zeros(2)}
-    values = {0: torch.tensor([0.5, 0.25]), 1: torch.tensor([0.5, 0.25])}
-    beyond = {0: torch.tensor(7.0), 1: torch.tensor(7.0)}
-    scores = torch.tensor([1.0, 1.0])
-    ppo = ppo_of("ppo", {"bootstrap_truncated": True, "lam": 1.0, "gamma": 0.5}, 1)
-    made, _ = ppo._targets(batch, [0, 1], logps, logps, values, beyond, scores)
-    assert made.returns[0].tolist() == [0.5, 1.0]
-    assert made.returns[1].tolist() == [0.25 * 7 + 0.5, 0.5 * 7 + 1.0]
-
-
-def test_the_coefficient_adapts_after_it_was_used():
-    batch = Batch([[5]] * 2, [Completion([5, 5], [], False)] * 2, [0.0] * 2, 1)
-    logps, refs = ({0: torch.full((2,), v), 1: torch.full((2,), v)} for v in (-1.0, -3.0))
-    ppo = ppo_of("reinforce_plus_plus", {"kl_coef": 0.1, "kl_target": 2.0, "kl_horizon": 10}, 1)
-    _, metrics = ppo._targets(batch, [0, 1], logps, refs, {}, {}, torch.tensor([1.0, 0.0]))
-    assert metrics["objective/kl"] == 4.0
-    assert metrics["objective/kl_coef"] == 0.1
-    assert metrics["objective/non_score_reward"] == pytest.approx(-0.4)
-    assert ppo.kl.value == pytest.approx(0.1 * (1 + 0.2 * 2 / 10))
-
-
 # Epochs and mini-batches
 
 
@@ -377,30 +227,20 @@ def test_every_row_is_dealt_out_once_and_differently_in_every_epoch():
     assert rows == sorted(rows)  # the caller's list stays
 
 
-def run_update(learning_rate=0.05, total=100, **changes):
+def run_update(drift=0.0, **changes):
+    """Return what the update of a small batch did; its policy is the one that sampled, to a drift of the log-probs."""
     base, batch, settings = base_with("adapter"), ppo_batch((5, 2, 9)), ppo_settings(**changes)
     rows = [row for row in range(12) if row != 6]
     targets = targets_of(base, batch)
-    targets = Targets(logps_of(base, batch, POLICY), targets.advantages, targets.old_values, targets.returns)
-    stepper = stepper_of(base.trainable(), total=total, learning_rate=learning_rate)
+    old = shifted(logps_of(base, batch, POLICY), by=drift)
+    targets = Targets(old, targets.advantages, targets.old_values, targets.returns)
+    stepper = stepper_of(base.trainable(), total=100, learning_rate=0.05)
     said: list[str] = []
     shown: list[tuple[int, int]] = []
     result, tokens = update(
         base, stepper, batch, rows, targets, settings, passes_of(70), "seed", said.append, lambda *n: shown.append(n)
     )
-    return SimpleUpdate(base, stepper, result, tokens, said, shown)
-
-
-class SimpleUpdate:
-    def __init__(self, base, stepper, result, tokens, said, shown):
-        self.base, self.stepper, self.result, self.tokens, self.said, self.shown = (
-            base,
-            stepper,
-            result,
-            tokens,
-            said,
-            shown,
-        )
+    return SimpleNamespace(base=base, stepper=stepper, result=result, tokens=tokens, said=said, shown=shown)
 
 
 def test_all_epochs_are_taken_and_counted():
@@ -415,10 +255,21 @@ def test_all_epochs_are_taken_and_counted():
     assert all(p.grad is None for p in done.base.trainable().values())
 
 
+def test_every_epoch_deals_the_rows_out_anew(monkeypatch):
+    dealt = []
+    original = ppo_update.backward
+    monkeypatch.setattr(ppo_update, "backward", lambda *args: dealt.append(args[2]) or original(*args))
+    run_update(num_ppo_epochs=3, num_mini_batches=2)
+    assert len(dealt) == 6
+    epochs = [dealt[i : i + 2] for i in (0, 2, 4)]
+    assert all(sorted(a + b) == [row for row in range(12) if row != 6] for a, b in epochs)
+    assert len({str(epoch) for epoch in epochs}) == 3
+
+
 def test_mini_batches_are_optimizer_steps_of_their_own():
     one, two = (run_update(num_ppo_epochs=1, num_mini_batches=n) for n in (1, 2))
     assert (one.stepper.taken, two.stepper.taken) == (1, 2)
-    assert any(not torch.equal(a, b) for a, b in zip(weights(one.base).values(), weights(two.base).values()))
+    assert not equal(weights(one.base), weights(two.base))
     # the loss is the mean over the mini-batches; the first of them sees the policy that sampled
     assert two.result.first.tokens < one.result.first.tokens == one.result.stats.tokens == two.result.stats.tokens
 
@@ -431,7 +282,7 @@ def test_a_policy_that_went_too_far_ends_the_step_before_it_goes_on():
     assert (kept.stepper.taken, kept.result.epochs) == (1, 2)  # the pass that found it out is no step
     assert kept.result.stats.tokens == 2 * kept.result.scored
     once = run_update(num_ppo_epochs=1)
-    assert all(torch.equal(a, b) for a, b in zip(weights(kept.base).values(), weights(once.base).values()))
+    assert equal(weights(kept.base), weights(once.base))
     assert kept.result.grad_norm == once.result.grad_norm
     far = kept.result.stats.metrics()["policy/approx_kl"]
     assert run_update(num_ppo_epochs=2, target_kl=far).stepper.taken == 1  # the mean of 0 and twice that
@@ -440,7 +291,10 @@ def test_a_policy_that_went_too_far_ends_the_step_before_it_goes_on():
 
 
 def test_the_first_mini_batch_is_always_a_step():
-    assert run_update(num_ppo_epochs=3, target_kl=1e-30).stepper.taken == 1
+    """In 16 bits it may look far from the policy that sampled, which it is not."""
+    done = run_update(num_ppo_epochs=3, target_kl=1e-9, drift=0.01)
+    assert done.result.first.metrics()["policy/approx_kl"] > 1.5e-9
+    assert (done.stepper.taken, done.result.epochs) == (1, 2)
 
 
 # The sampled policy is the trained policy
@@ -460,6 +314,7 @@ def test_the_first_epoch_is_on_the_policy_that_sampled(
         return results[-1], args[6].micro_batch_tokens
 
     monkeypatch.setattr(ppo, "update", recorded)
+    monkeypatch.setattr(html, "write_report", lambda run: None)  # the most of a tiny run's time
     hardware = {"quantization": quantization, "compute_dtype": dtype, "micro_batch_tokens": 60}
     small = recipe_of(
         tiny_folder,
@@ -468,9 +323,8 @@ def test_the_first_epoch_is_on_the_policy_that_sampled(
         generation={"num_generations": 2, "temperature": 0.7},
         training={"max_steps": 2, "learning_rate": 0.01},
     )
-    values = {**small.model_dump(), "algorithm": "ppo", "ppo": {"num_ppo_epochs": 2}, "rewards": ["length"]}
-    values["rewards"] = [{"function": "length", "options": {"target": 10}}]
-    run = train(validate_recipe({**values, "evaluation": {}}), tmp_path / "run")
+    values = {**small.model_dump(), "algorithm": "ppo", "ppo": {"num_ppo_epochs": 2}}
+    run = train(validate_recipe(values), tmp_path / "run")
     rows = run.metrics()
     assert len(rows) == len(results) == 2
     for row, result in zip(rows, results, strict=True):
