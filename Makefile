@@ -14,7 +14,7 @@ quickstart: $(VENV)/.installed
 	$(BIN)/lowmem-rlhf train quickstart
 
 test: $(VENV)/.installed-dev
-	OMP_WAIT_POLICY=passive HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m "not slow or ci"
+	OMP_WAIT_POLICY=passive HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow or ci"
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .

@@ -174,6 +174,7 @@ def backward(
                 loss = loss + _value_term(base, states, packed, targets, settings, lengths, part)
             (loss * loss_scale).backward()
             part.tokens += packed.input_ids.numel()
+            del states, loss  # they hold the policy's 16-bit adapters, which the critic's pass has no use for
     if targets.returns is not None and not one_pass:
         _critic_backward(base, batch, rows, targets, settings, passes, loss_scale, part)
     return part

@@ -1,0 +1,103 @@
+"""Every shipped recipe runs: the same file with a tiny model, tiny data and two steps, stages after one another."""
+
+import json
+from pathlib import Path
+
+import pytest
+from tiny_classifiers import save_sentence_encoder
+from tiny_runs import save_tiny_model, write_jsonl
+
+from lowmem_rlhf.recipe import load_recipe, shipped_recipes
+from lowmem_rlhf.run import RunDirectory
+from lowmem_rlhf.session import train
+
+BEFORE = {  # what a recipe goes on from
+    "ppo_gpt2_gsm8k": "sft_gpt2_gsm8k",
+    "sft_then_grpo": "sft_qwen_gsm8k",
+    "style_ppo": "style_classifier",
+    "style_grpo": "style_classifier",
+    "ppo_reward_adapter": "reward_model",
+}
+ROWS = [
+    {"question": f"{a}+{b}=?", "answer": f"{a}+{b} #### {a + b}", "prompt": f"{a}+{b}=", "chosen": f"{a + b}"}
+    | {"rejected": "abc", "text": f"{a} + {b} = {a + b} . {'a b' if a % 2 else 'c d'}", "label": a % 2}
+    for a in range(10)
+    for b in range(4)
+]
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a folder with the models and the data; the runs of earlier recipes go there too."""
+    folder = tmp_path_factory.mktemp("recipes")
+    save_tiny_model(folder / "gpt")
+    save_sentence_encoder(folder / "encoder", max_seq_length=48)
+    write_jsonl(folder / "rows.jsonl", ROWS)
+    return folder
+
+
+def overrides(name: str, place: Path) -> list[str]:
+    """Return what makes a shipped recipe tiny."""
+    recipe = load_recipe(name)
+    model = place / ("encoder" if recipe.algorithm == "classifier" else "gpt")
+    found = [
+        f"model={model}",
+        "hardware={device: cpu, quantization: none, compute_dtype: float32}",
+        f"data.train={place / 'rows.jsonl'}",
+        "data.options={}",
+        "data.config=null",
+        "data.chat=false",
+        "data.system=null",
+        "data.train_size=24",
+        "data.eval_size=4",
+        "data.max_prompt_length=48",
+        "data.long_prompts=error",
+        "generation.max_completion_length=8",
+        "sft.max_length=96",
+        "reward_model.max_length=48",
+        "training.max_steps=2",
+        "training.prompts_per_step=4",
+        "training.warmup_steps=0",
+    ]
+    if recipe.algorithm in ("sft", "reward_model", "classifier"):
+        found += ["training.num_train_epochs=1", "data.train_size=8"]
+    if recipe.adapter:
+        found.append(f"adapter={place / BEFORE[name]}")
+    for number, reward in enumerate(recipe.rewards):
+        options = dict(reward.options)
+        if reward.function == "similarity":
+            options["model"] = str(place / "encoder")
+        elif reward.function == "classifier":
+            options["model"] = str(place / BEFORE[name] / "model")
+        elif reward.function == "reward_adapter":
+            options["adapter"] = str(place / BEFORE[name])
+        elif reward.function == "arithmetic_answer":  # the quickstart's own data is generated
+            found = [item for item in found if not item.startswith(("data.train=", "data.options"))]
+            found[1:1] = ["data.train=arithmetic"]
+        found.append(f"rewards[{number}].options={json.dumps(options)}")
+    return found
+
+
+def run_of(name: str, place: Path) -> RunDirectory:
+    """Return the tiny run of a recipe, run once, after the one that it goes on from."""
+    if name in BEFORE:
+        run_of(BEFORE[name], place)
+    if not (place / name / "report.html").is_file():
+        train(load_recipe(name, overrides(name, place)), place / name)
+    return RunDirectory(place / name)
+
+
+@pytest.mark.parametrize("name", sorted(shipped_recipes()))
+def test_a_shipped_recipe_runs(name, place):
+    run, recipe = run_of(name, place), load_recipe(name)
+    rows = run.metrics()
+    assert len(rows) >= 2 and all(isinstance(row["loss"], float) for row in rows)
+    assert run.recipe_values()["algorithm"] == recipe.algorithm
+    assert "after" in run.evaluation()
+    made = "model/model.safetensors" if recipe.algorithm == "classifier" else "adapter/adapter_model.safetensors"
+    assert (run.path / made).is_file() and (run.path / "report.html").is_file()
+    if recipe.algorithm == "ppo":
+        assert (run.path / "adapter" / "critic" / "head.safetensors").is_file()
+        assert all(row["policy/approx_kl_first"] < 1e-9 for row in rows)
+    if recipe.adapter:  # at first the policy is the model that it goes on from
+        assert rows[0]["kl"] == pytest.approx(0, abs=1e-6)
