@@ -1,8 +1,8 @@
-"""Real models learn from real data: the shipped recipes' twins on a CPU, measured on held-out data, as a table and plots.
+"""Real models learn from real data: the shipped recipes' twins on a CPU, measured on held-out data; a table, plots.
 
     python benchmarks/learning.py [NAME ...] [--output FOLDER] [--plots FOLDER] [--json]
 
-Each recipe runs as it ships, with the overrides of `twins`: a small real model, local data, few steps. Later stages find
+Each recipe runs as it ships with the overrides of `twins`: a small real model, local data, few steps. Later stages find
 the runs of earlier ones in the output folder, so a name may need those before it (the order without names is right).
 A run that is there already is not run again. A minute to ten minutes each on two free cores.
 """
