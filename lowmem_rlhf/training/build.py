@@ -3,7 +3,7 @@
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from lowmem_rlhf.data.prompts import Example, build_examples
+from lowmem_rlhf.data.prompts import build_examples
 from lowmem_rlhf.data.supervised import build_pairs, build_supervised
 from lowmem_rlhf.errors import UserError
 from lowmem_rlhf.model.adapters import saved_adapter
@@ -12,7 +12,6 @@ from lowmem_rlhf.model.lora import SharedLoraLinear
 from lowmem_rlhf.model.roles import CRITIC, POLICY, REWARD, START
 from lowmem_rlhf.planning.plan import Plan
 from lowmem_rlhf.recipe import ONLINE, REWARD_ADAPTER, Recipe
-from lowmem_rlhf.report.live import LiveView
 from lowmem_rlhf.rewards.adapter import AdapterReward
 from lowmem_rlhf.rewards.loading import Reward
 from lowmem_rlhf.run import RunDirectory
@@ -98,7 +97,7 @@ def make_trainer(
         held_out = build_supervised(held_out_rows, data, recipe.sft, tokenizer, stops) if held_out_rows else []
         recipe = with_epochs(recipe, len(train))
         prompts = build_examples(held_out_rows, data, tokenizer) if rewards and held_out_rows else []
-        judge = _judge(recipe, plan, base, rewards, prompts) if prompts else None
+        judge = Judge(recipe, plan, base, rewards, prompts).evaluate if prompts else None
         return SFT(recipe, plan, base, train, held_out, run_directory(recipe), judge)
     if recipe.algorithm == "reward_model":
         length = recipe.reward_model.max_length
@@ -106,14 +105,6 @@ def make_trainer(
         kept = build_pairs(held_out_rows, data, length, tokenizer, stops) if held_out_rows else []
         recipe = with_epochs(recipe, len(pairs))
         return RewardModel(recipe, plan, base, pairs, kept, run_directory(recipe))
-    if recipe.training.num_train_epochs is not None:
-        raise UserError("training.num_train_epochs: is for sft, reward_model and classifier; set training.max_steps")
     examples = build_examples(rows, data, tokenizer)
     held = build_examples(held_out_rows, data, tokenizer) if held_out_rows else []
     return Trainer(recipe, plan, base, rewards, examples, held, run_directory(recipe))
-
-
-def _judge(
-    recipe: Recipe, plan: Plan, base: SharedBase, rewards: Sequence[Reward], prompts: Sequence[Example]
-) -> Callable[[str, LiveView], dict[str, Any]]:
-    return Judge(recipe, plan, base, rewards, prompts).evaluate
