@@ -12,7 +12,7 @@ from lowmem_rlhf.data.supervised import labelled_texts
 from lowmem_rlhf.errors import RunError, UserError
 from lowmem_rlhf.hardware.detect import detect
 from lowmem_rlhf.recipe import LearnedReward, Recipe
-from lowmem_rlhf.report.html import write_report
+from lowmem_rlhf.report import html
 from lowmem_rlhf.report.live import LiveView, print_evaluation
 from lowmem_rlhf.rewards.train_classifier import train_classifier
 from lowmem_rlhf.run import MODEL, RunDirectory
@@ -68,5 +68,5 @@ def train_classifier_run(recipe: Recipe, path: Path, resume: bool) -> RunDirecto
     if report.held_out:
         run.write_evaluation({"after": {**report.held_out, "problems": len(held_out[0])}})
         print_evaluation(run.evaluation())
-    write_report(run)
+    html.write_report(run)
     return run
