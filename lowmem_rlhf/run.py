@@ -158,7 +158,7 @@ class RunDirectory:
             if file.exists():
                 kept = [line + b"\n" for line, row in read_lines(file) if row.get("step", 0) <= step]
                 atomic_write(file, b"".join(kept))
-        for later, folder in self._checkpoints():
+        for later, folder in self.checkpoints():
             if later > step:
                 delete(folder)
 
@@ -170,7 +170,7 @@ class RunDirectory:
         """Make the checkpoint appear as ``checkpoints/step-N`` and delete the oldest beyond ``save_total_limit``."""
         folder = finish_folder(self.path / CHECKPOINTS / f"step-{step}")
         if self.save_total_limit is not None:
-            for _, old in self._checkpoints()[: -self.save_total_limit]:
+            for _, old in self.checkpoints()[: -self.save_total_limit]:
                 delete(old)
         return folder
 
@@ -183,7 +183,7 @@ class RunDirectory:
 
     # Reading
 
-    def _checkpoints(self) -> list[tuple[int, Path]]:
+    def checkpoints(self) -> list[tuple[int, Path]]:
         """Return the finished checkpoints, oldest first."""
         folder = self.path / CHECKPOINTS
         found = [] if not folder.is_dir() else [p for p in folder.iterdir() if p.is_dir()]
@@ -191,7 +191,7 @@ class RunDirectory:
 
     def latest_checkpoint(self) -> tuple[int, Path] | None:
         """Return ``(step, folder)`` of the latest finished checkpoint."""
-        found = self._checkpoints()
+        found = self.checkpoints()
         return found[-1] if found else None
 
     def metrics(self) -> list[dict[str, Any]]:

@@ -14,7 +14,7 @@ from lowmem_rlhf.errors import RunError, UserError
 from lowmem_rlhf.hardware.detect import detect
 from lowmem_rlhf.hardware.device import Device
 from lowmem_rlhf.recipe import Recipe, validate_recipe
-from lowmem_rlhf.run import ADAPTER, CHECKPOINTS, RECIPE, RunDirectory
+from lowmem_rlhf.run import ADAPTER, RECIPE, RunDirectory
 from lowmem_rlhf.session import hush
 
 if TYPE_CHECKING:
@@ -92,9 +92,9 @@ def add_start(base: "SharedBase", recipe: Recipe) -> None:
         UserError: that adapter is gone or does not fit.
     """
     if recipe.adapter:
-        from lowmem_rlhf.model.adapters import adapter_folder
+        from lowmem_rlhf.model.adapters import saved_adapter
 
-        base.add_start(adapter_folder(recipe.adapter))
+        base.refer_to(saved_adapter(recipe.adapter, recipe.model))
 
 
 def policy_folder(run: RunDirectory, step: int | None) -> Path:
@@ -103,9 +103,8 @@ def policy_folder(run: RunDirectory, step: int | None) -> Path:
     Raises:
         UserError: it is not there; the message names the steps there are.
     """
-    found = [folder for folder in (run.path / CHECKPOINTS).glob("step-*") if folder.is_dir()]
-    steps = {int(folder.name[5:]): folder for folder in found if folder.name[5:].isdigit()}
-    there = ", ".join(map(str, sorted(steps)))
+    steps = dict(run.checkpoints())
+    there = ", ".join(map(str, steps))
     if step is not None:
         if step not in steps:
             others = f"there is {there}" if steps else "there is none; leave --step out"

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from lowmem_rlhf.errors import UserError
-from lowmem_rlhf.model.adapters import HEAD, WEIGHTS, SavedAdapter, saved_adapter
+from lowmem_rlhf.model.adapters import HEAD, WEIGHTS, SavedAdapter
 from lowmem_rlhf.model.logprobs import Head
 from lowmem_rlhf.model.lora import ActiveAdapters, SharedLoraLinear, lora_config
 
@@ -116,10 +116,6 @@ class Roles(nn.Module):
         """
         self.add_saved_role(START, saved)
         self.roles[REFERENCE] = (START,)
-
-    def add_start(self, folder: Path) -> None:
-        """Let the reference be the base with the adapter in this folder (see `refer_to`)."""
-        self.refer_to(saved_adapter(str(folder), self.model_id))
 
     @torch.no_grad()
     def freeze(self, role: str) -> None:

@@ -4,15 +4,17 @@ It reads the very tokens of the rollout, so no text is tokenized again, and each
 """
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from dataclasses import replace
+from itertools import groupby
+from typing import Any
 
 from lowmem_rlhf.errors import UserError
 from lowmem_rlhf.memory import with_less
 from lowmem_rlhf.model.adapters import HEAD, SavedAdapter, saved_adapter
-
-if TYPE_CHECKING:
-    from lowmem_rlhf.model.base import SharedBase
-    from lowmem_rlhf.training.update import PassSettings
+from lowmem_rlhf.model.base import SharedBase
+from lowmem_rlhf.model.packing import Group
+from lowmem_rlhf.training.heads import ahead, head_outputs
+from lowmem_rlhf.training.update import LEAST_TOKENS, PassSettings
 
 
 class AdapterReward:
@@ -29,7 +31,7 @@ class AdapterReward:
         self.name, self.saved = name, saved
         self.base: SharedBase | None = None
 
-    def bind(self, base: "SharedBase", role: str, passes: "PassSettings") -> None:
+    def bind(self, base: SharedBase, role: str, passes: PassSettings) -> None:
         """Lie down on the base as this role; passes over texts are cut as these settings say."""
         base.add_saved_role(role, self.saved)
         self.base, self.role, self.passes = base, role, passes
@@ -38,19 +40,16 @@ class AdapterReward:
         self, prompt_ids: Sequence[Sequence[int]], completion_ids: Sequence[Sequence[int]], **columns: Any
     ) -> list[float]:
         """Return the scores of N completions, given as token ids; completions of one prompt stand together."""
-        from lowmem_rlhf.training.heads import ahead, head_outputs
-        from lowmem_rlhf.training.update import LEAST_TOKENS
-
         assert self.base is not None, "an adapter reward was called before it was bound to a base"
         base, groups = self.base, ahead(_grouped(prompt_ids, completion_ids))
 
         def work(tokens: int) -> list[float]:
-            found = head_outputs(base, self.role, groups, _sized(self.passes, tokens))
+            found = head_outputs(base, self.role, groups, replace(self.passes, micro_batch_tokens=tokens))
             return [float(found[row][-1]) for row in range(len(completion_ids))]
 
         key, tokens = "hardware.micro_batch_tokens", self.passes.micro_batch_tokens
         values, tokens = with_less(work, tokens, LEAST_TOKENS, key, base.device, print)
-        self.passes = _sized(self.passes, tokens)
+        self.passes = replace(self.passes, micro_batch_tokens=tokens)
         return values
 
 
@@ -71,22 +70,7 @@ def load_adapter_reward(name: str, adapter: str, model: str) -> AdapterReward:
     return AdapterReward(name, saved)
 
 
-def _sized(passes: "PassSettings", tokens: int) -> "PassSettings":
-    from dataclasses import replace
-
-    return replace(passes, micro_batch_tokens=tokens)
-
-
-def _grouped(prompt_ids: Sequence[Sequence[int]], completion_ids: Sequence[Sequence[int]]) -> list[Any]:
-    from lowmem_rlhf.model.packing import Group
-
-    groups: list[Group] = []
-    members: list[list[int]] = []
-    for row, prompt in enumerate(prompt_ids):
-        if row and list(prompt_ids[row - 1]) == list(prompt):
-            members[-1].append(row)
-        else:
-            members.append([row])
-    for rows in members:
-        groups.append(Group(prompt_ids[rows[0]], [completion_ids[row] for row in rows], rows))
-    return groups
+def _grouped(prompt_ids: Sequence[Sequence[int]], completion_ids: Sequence[Sequence[int]]) -> list[Group]:
+    """Return the completions as groups, a prompt once for those of it that stand together."""
+    members = [list(rows) for _, rows in groupby(range(len(prompt_ids)), key=lambda row: list(prompt_ids[row]))]
+    return [Group(prompt_ids[rows[0]], [completion_ids[row] for row in rows], rows) for rows in members]

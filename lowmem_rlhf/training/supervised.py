@@ -8,7 +8,7 @@ Shapes: S scored tokens of a micro-batch, N completions (two a pair).
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 
@@ -26,8 +26,6 @@ from lowmem_rlhf.run import RunDirectory
 from lowmem_rlhf.training.heads import ahead, head_outputs, last_of_each, packed_outputs
 from lowmem_rlhf.training.loop import Loop, StepResult
 from lowmem_rlhf.training.update import PassSettings, packed_logprobs
-
-Item = TypeVar("Item", Supervised, Pair)
 
 
 def with_epochs(recipe: Recipe, examples: int) -> Recipe:
