@@ -1,8 +1,8 @@
-"""Norms and gated feed-forward layers of stock models with fewer operations and less memory for the backward pass.
+"""Norms and feed-forward layers of stock models with fewer operations and less memory for the backward pass.
 
-Stock RMSNorm keeps fp32 copies of its input for the backward pass, and a gated MLP keeps the activated gate. Both are
-put in place of the stock forward only where they compute the same numbers, which is tried out on each module; whatever
-differs keeps its own forward.
+Stock RMSNorm keeps fp32 copies of its input for the backward pass, a gated MLP keeps the activated gate, and GPT-2's
+GELU, written out in Python, five tensors. All are put in place of the stock forward only where they compute the same
+numbers, which is tried out on each module; whatever differs keeps its own forward.
 
 Shapes: (.., H) for norms, (T, F) for the gate and up projections of an MLP.
 """
@@ -19,7 +19,10 @@ GATED_MLP = {"gate_proj", "up_proj", "down_proj", "act_fn"}  # the parts of one
 
 
 def _normed(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-    return F.rms_norm(x, x.shape[-1:], None, eps).mul_(weight)  # rounded as in the stock module
+    """Norm, rounded where the stock module rounds: before a weight of x's dtype, after an fp32 one (Gemma's 1 + w)."""
+    if weight.dtype == x.dtype:
+        return F.rms_norm(x, x.shape[-1:], None, eps).mul_(weight)
+    return F.rms_norm(x.float(), x.shape[-1:], weight, eps).to(x.dtype)
 
 
 class _RMSNorm(torch.autograd.Function):
@@ -65,8 +68,7 @@ ACTIVATIONS: tuple[tuple[Callable[..., Any], Callable[..., Any]], ...] = (
 )
 
 
-def _rms_norm(module: nn.Module, eps: float, x: torch.Tensor) -> torch.Tensor:
-    weight: torch.Tensor = module.weight  # type: ignore[assignment]
+def _rms_norm(weight: torch.Tensor, eps: float, x: torch.Tensor) -> torch.Tensor:
     return _RMSNorm.apply(x, weight, eps) if torch.is_grad_enabled() else _normed(x, weight, eps)
 
 
@@ -80,7 +82,8 @@ def _gated_mlp(module: Any, activation: tuple[Callable[..., Any], Callable[..., 
 @torch.no_grad()
 def fuse(model: nn.Module, dtype: torch.dtype) -> int:
     """Put the fused forwards into a frozen model of this compute dtype; return how many modules took one."""
-    return sum(_fuse_norm(module) or _fuse_mlp(module, dtype) for module in list(model.modules()))
+    kinds = (_fuse_norm, partial(_fuse_mlp, dtype=dtype), _fuse_gelu)
+    return sum(any(fuse_kind(module) for fuse_kind in kinds) for module in list(model.modules()))
 
 
 def _fuse_norm(module: nn.Module) -> bool:
@@ -88,7 +91,15 @@ def _fuse_norm(module: nn.Module) -> bool:
     eps = getattr(module, "variance_epsilon", getattr(module, "eps", None))
     if not type(module).__name__.endswith("RMSNorm") or not torch.is_tensor(weight) or not isinstance(eps, float):
         return False
-    return _take(module, partial(_rms_norm, module, eps), _trial(weight.numel(), weight.dtype, weight.device))
+    x = _trial(weight.numel(), weight.dtype, weight.device)
+    return any(_take(module, partial(_rms_norm, scale, eps), x) for scale in (weight, 1.0 + weight.float()))
+
+
+def _fuse_gelu(module: nn.Module) -> bool:
+    """GPT-2's GELU by its formula is torch's ``tanh`` approximation, which keeps its input alone."""
+    if type(module).__name__ != "NewGELUActivation":
+        return False
+    return _take(module, ACTIVATIONS[1][0], _trial(64, torch.float32, torch.device("cpu")))
 
 
 def _fuse_mlp(module: Any, dtype: torch.dtype) -> bool:

@@ -217,6 +217,7 @@ class _TiledLogProbs(torch.autograd.Function):
                 of_logps[part] -= running.mean("rows")
             if of_entropies is not None:
                 of_entropies[part] = spread * running.mean("rows") - running.mean("spread_rows")
+            del running  # its room is free before the next tile takes its own
         if entropy != "gradient":
             ctx.mark_non_differentiable(entropies)
         ctx.save_for_backward(of_logps, of_entropies)

@@ -24,7 +24,7 @@ class SharedPromptCache:
     """The attention context of decoding: one new token for each row, all rows at the same completion length.
 
     Args:
-        prompts: per layer the prompts' keys and values, a list over prompts of (nkv, P_b, d) pairs.
+        prompts: per layer the prompts' keys and values, a list over prompts of (nkv, P_b, d) pairs; it is emptied.
         row_prompt: for each row the number of its prompt.
         device: where everything lies.
         limit: the most completion tokens that will be stored.
@@ -35,7 +35,8 @@ class SharedPromptCache:
     ) -> None:
         self.device, self.limit, self.length = device, limit, 0
         self.lengths = [k.shape[-2] for k, _ in next(iter(prompts.values()))]
-        self._prompt = {layer: _pad_prompts(pairs) for layer, pairs in prompts.items()}
+        # what is stacked is freed layer by layer, so that prompts are never there twice
+        self._prompt = {layer: _pad_prompts(prompts.pop(layer)) for layer in list(prompts)}
         self._own: dict[int, Pair] = {}  # (B * nkv * G', d, room), (B * nkv * G', room, d)
         self._arrange(list(row_prompt))
 

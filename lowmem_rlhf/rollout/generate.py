@@ -215,6 +215,7 @@ def prefill(
         for layer, (k, v) in (context.kept or {}).items():
             pairs = layers.setdefault(layer, [])
             pairs += [(k[:, a:b].clone(), v[:, a:b].clone()) for a, b in spans]  # copies: the packed row is freed
+        del context, hidden, k, v
     return SharedPromptCache(layers, row_prompt, base.device, max(limit, 1)), torch.stack(last)
 
 
