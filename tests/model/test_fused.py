@@ -146,6 +146,7 @@ def test_less_is_kept_for_the_backward_pass(dtype, family):
         x = torch.randn(16, width(stock)).to(dtype).requires_grad_()
         ours, theirs = kept_bytes(module, x), kept_bytes(stock, x)
         if kind(module) != "mlp":
-            assert ours <= 4 * width(stock) < theirs  # x alone; for the whole model, Gemma's 1 + weight
+            once = 4 * width(stock) if family == "gemma3" else 0  # 1 + weight, which is not made for each pass
+            assert ours <= once and ours < theirs  # x alone
         else:
             assert ours == 2 * 16 * stock.gate_proj.out_features * x.element_size() < theirs  # gate and up
