@@ -8,7 +8,7 @@ expanded by hand: ``enable_gqa`` silently takes the math kernel there.
 Shapes: q (1, nh, T, d); k, v (1, nkv, T, d); result (1, T, nh, d).
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -21,6 +21,7 @@ from lowmem_rlhf.model.packing import Bucket
 NAME = "lowmem"
 EXPLICIT_KEYS = 256  # up to this many keys explicit scores are faster, backward above all, on these:
 EXPLICIT_ON = {"cpu"}
+CAPPED_SCORES = 1 << 22  # at once where scores have a soft cap: about 80 MB with their gradients
 
 
 class AttentionContext(Protocol):
@@ -130,8 +131,10 @@ class PackedContext:
     ) -> torch.Tensor:
         """Causal attention of q (B, nh, Q, d) over k, v (B, nkv, K, d), aligned at the end; returns (B, nh, Q, d)."""
         queries, keys = q.shape[-2], k.shape[-2]
-        if softcap or (q.device.type in EXPLICIT_ON and keys <= EXPLICIT_KEYS):
-            return _explicit(q, k, v, scaling, self._mask(queries, keys, window, q), softcap)
+        if softcap:
+            return _Capped.apply(q, k, v, scaling, self._mask(queries, keys, window, q), softcap)
+        if q.device.type in EXPLICIT_ON and keys <= EXPLICIT_KEYS:
+            return _explicit(q, k, v, scaling, self._mask(queries, keys, window, q), None)
         repeats = q.shape[1] // k.shape[1]
         k, v = expand_heads(k, repeats), expand_heads(v, repeats)
         if queries == keys and (window is None or window >= keys):
@@ -160,6 +163,39 @@ def _explicit(
         scores = torch.tanh(scores.float() / softcap) * softcap
     weights = scores.add_(mask).softmax(-1).to(v.dtype)  # a 16-bit softmax computes in fp32 and rounds its result
     return (weights.view(batch, kv_heads, -1, keys) @ v).view(batch, heads, queries, d)
+
+
+class _Capped(torch.autograd.Function):
+    """`_explicit` with a soft cap, which no SDPA kernel has: a few rows at a time, and scores made again for backward.
+
+    Of all scores, fp32 and rounded, there are `CAPPED_SCORES` at once (or those of one row); q, k and v are kept.
+    """
+
+    @staticmethod
+    def forward(ctx, q, k, v, scaling, mask, softcap):  # type: ignore[no-untyped-def]
+        ctx.save_for_backward(q, k, v, mask)
+        ctx.scaling, ctx.softcap = scaling, softcap
+        return torch.cat([_explicit(*part, scaling, mask, softcap) for part in _row_parts(q, k, v)])
+
+    @staticmethod
+    def backward(ctx, grad):  # type: ignore[no-untyped-def]
+        *given, mask = ctx.saved_tensors
+        grads = [torch.empty_like(x, memory_format=torch.contiguous_format) for x in given]
+        for *inputs, outer, a, b, c in _row_parts(*given, grad, *grads):
+            with torch.enable_grad():
+                inputs = [x.detach().requires_grad_() for x in inputs]
+                out = _explicit(*inputs, ctx.scaling, mask, ctx.softcap)
+                found = torch.autograd.grad(out, inputs, outer)
+            del out
+            for place, one in zip((a, b, c), found, strict=True):
+                place.copy_(one)
+        return *grads, None, None, None
+
+
+def _row_parts(*rows: torch.Tensor) -> Iterator[tuple[torch.Tensor, ...]]:
+    """Cut tensors that begin with q (B, nh, Q, d) and k (B, nkv, K, d) along B, so that scores stay within the bound."""
+    scores = rows[0].shape[1] * rows[0].shape[2] * rows[1].shape[2]
+    return zip(*(x.split(max(1, CAPPED_SCORES // scores)) for x in rows), strict=True)
 
 
 def _flatten(x: torch.Tensor) -> torch.Tensor:
