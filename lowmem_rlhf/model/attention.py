@@ -193,7 +193,7 @@ class _Capped(torch.autograd.Function):
 
 
 def _row_parts(*rows: torch.Tensor) -> Iterator[tuple[torch.Tensor, ...]]:
-    """Cut tensors that begin with q (B, nh, Q, d) and k (B, nkv, K, d) along B, so that scores stay within the bound."""
+    """Cut tensors that begin with q (B, nh, Q, d) and k (B, nkv, K, d) along B: their scores stay within the bound."""
     scores = rows[0].shape[1] * rows[0].shape[2] * rows[1].shape[2]
     return zip(*(x.split(max(1, CAPPED_SCORES // scores)) for x in rows), strict=True)
 

@@ -206,10 +206,15 @@ def _reward(axes: "Axes", metrics: Rows, evaluation: dict[str, Any]) -> None:
 def _accuracy(axes: "Axes", metrics: Rows, evaluation: dict[str, Any], shared: bool) -> "Axes | None":
     """Mark the held-out accuracy before (at step 0) and after; on an axis of its own where rewards leave [0, 1].
 
-    Where nothing counts as correct, as with a reward that is a probability, it is the mean held-out reward.
+    Where nothing counts as correct, as with a reward that is a probability, or accuracy is far from the reward that is
+    learned, it is the mean held-out reward.
     """
     parts = {when: evaluation.get(when) or {} for when in ("before", "after")}
-    correct = any(number(part.get("accuracy")) for part in parts.values())
+    low, high = axes.get_ylim()
+    found = [y for part in parts.values() if (y := number(part.get("accuracy")))]
+    correct = any(not shared or low <= y <= high for y in found) or (
+        bool(found) and not any(number(part.get("reward/mean")) for part in parts.values())
+    )
     key, form = ("accuracy", "{:.1%}") if correct else ("reward/mean", "{:.3g}")
     values = {when: y for when, part in parts.items() if (y := number(part.get(key))) is not None}
     if not values:
@@ -218,7 +223,7 @@ def _accuracy(axes: "Axes", metrics: Rows, evaluation: dict[str, Any], shared: b
     if not correct:
         pass  # of the axes' own kind, whatever its range
     elif shared:
-        low, high = axes.get_ylim()
+        low = min(low, min(values.values()) - 0.05)
         axes.set_ylim(max(low, -0.05), min(max(high, 1.15 * max(values.values())), 1.05))
     else:
         target = axes.twinx()

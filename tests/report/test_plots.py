@@ -7,6 +7,7 @@ import sys
 import pytest
 from PIL import Image
 
+from lowmem_rlhf.report import plots
 from lowmem_rlhf.report.plots import draw_run, plot_reward, smooth, to_png
 
 EVALUATION = {"before": {"accuracy": 0.1, "problems": 128}, "after": {"accuracy": 0.6, "problems": 128}}
@@ -73,3 +74,23 @@ def test_import_is_light():
     code += "print({'torch', 'matplotlib'} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "set()"
+
+
+def test_an_accuracy_far_from_the_reward_gives_way_to_the_held_out_reward():
+    figure = plots._figure(4, 3)
+    axes = figure.add_subplot()
+    metrics = [{"step": i, "reward/mean": 0.6 + 0.01 * i} for i in range(1, 9)]
+    evaluation = {
+        when: {"accuracy": 0.01, "reward/mean": 0.6 + more} for when, more in (("before", 0), ("after", 0.08))
+    }
+    plots._reward(axes, metrics, evaluation)
+    assert "held-out reward" in [text.get_text() for text in axes.get_legend().get_texts()]
+    marks = next(line for line in axes.lines if line.get_label() == "held-out reward")
+    assert list(marks.get_ydata()) == pytest.approx([0.6, 0.68])
+
+
+def test_marks_lie_inside_the_axes():
+    axes = plots._figure(4, 3).add_subplot()
+    plots._reward(axes, [{"step": i, "reward/mean": 0.7} for i in range(1, 9)], {"before": {"accuracy": 0.1}})
+    low, high = axes.get_ylim()
+    assert low < 0.1 < high
