@@ -192,6 +192,39 @@ def chat(
             show(talk.ask(prompt))
 
 
+@app.command(name="eval")
+def evaluate(
+    what: Annotated[str, typer.Argument(metavar="RUN|MODEL", help="A run directory, or a model as in a recipe.")],
+    overrides: Overrides = None,
+    recipe: Annotated[
+        str | None, typer.Option(help="For a MODEL: the recipe whose held-out data and rewards are used.")
+    ] = None,
+    against: Annotated[str | None, typer.Option(metavar="MODEL", help="Compare a MODEL with this one.")] = None,
+    samples: Annotated[int | None, typer.Option(min=1, help="Answers a problem, for pass@k.")] = None,
+    temperature: Annotated[float | None, typer.Option(min=0, help="0 takes the likeliest token.")] = None,
+    max_tokens: Annotated[int | None, typer.Option(min=1, help="Of an answer; default: as in training.")] = None,
+    step: Annotated[int | None, typer.Option(help="Take this checkpoint and not the finished adapter.")] = None,
+    device: Annotated[str | None, typer.Option(help="auto, cpu, cuda, ...; default: the recipe's.")] = None,
+    lm_eval: Annotated[
+        str | None,
+        typer.Option(metavar="TASKS", help="Tasks of lm-eval (A,B or YAML files) in place of held-out data."),
+    ] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Of an lm-eval task's problems, for a quick look.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Measure a run's policy beside its reference, or a model, on held-out data, with intervals."""
+    from lowmem_rlhf.evaluation.command import Request, run_evaluation
+
+    given = {
+        "evaluation.num_samples": samples,
+        "evaluation.temperature": temperature,
+        "generation.max_completion_length": max_tokens,
+    }
+    asked = [f"{key}={value}" for key, value in given.items() if value is not None]
+    tasks = [task for task in (lm_eval or "").split(",") if task]
+    run_evaluation(Request(what, overrides or [], asked, recipe, against, step, device, tasks, limit), as_json)
+
+
 @app.command()
 def report(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="A run directory.")],

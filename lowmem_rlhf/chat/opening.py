@@ -34,7 +34,7 @@ def conversation(run: RunDirectory, step: int | None, device: str | None, wish: 
     base, recipe = open_policy(run, step, device)
     if wish.compare:
         add_start(base, recipe)
-    with _memory_explained(recipe), base.decoding(_settings(run).get("rollout_weights") == "dequantized"):
+    with memory_explained(recipe), base.decoding(plan_settings(run).get("rollout_weights") == "dequantized"):
         yield Talk(base, recipe, wish)
 
 
@@ -49,23 +49,34 @@ def open_policy(run: RunDirectory, step: int | None = None, device: str | None =
         UserError: the run has no such adapter or no policy, or this machine cannot compute what the run did.
         RunError: the device's memory ran out.
     """
-    recipe = validate_recipe(run.recipe_values(), source=str(run.path / RECIPE))
-    if kind := JUDGES.get(recipe.algorithm):
+    kind = JUDGES.get(str(run.recipe_values().get("algorithm")))
+    if kind:
         raise UserError(f"the run in {run.path} trained {kind} and no answers; give the run of a policy")
-    folder, settings = policy_folder(run, step), _settings(run)
+    return open_trained(run, step, device)
+
+
+def open_trained(run: RunDirectory, step: int | None = None, device: str | None = None) -> tuple["SharedBase", Recipe]:
+    """Load the base of a run as `open_policy` does; a reward model's adapter and head take the policy's place.
+
+    Raises:
+        UserError, RunError: as `open_policy`.
+    """
+    recipe = validate_recipe(run.recipe_values(), source=str(run.path / RECIPE))
+    folder, settings = policy_folder(run, step), plan_settings(run)
     hush()
     found = detect(device or recipe.hardware.device)
-    _check_device(found, settings["compute_dtype"])
+    check_device(found, settings["compute_dtype"])
 
     import torch
     from safetensors import SafetensorError
 
     from lowmem_rlhf.model.adapters import saved_adapter
     from lowmem_rlhf.model.base import SharedBase
+    from lowmem_rlhf.model.roles import POLICY
 
     saved = saved_adapter(str(folder), recipe.model)
     print(f"loading {recipe.model} on {found.name}", file=sys.stderr, flush=True)
-    with _memory_explained(recipe):
+    with memory_explained(recipe):
         base = SharedBase.load(
             recipe.model,
             torch.device(found.torch_device),
@@ -79,7 +90,9 @@ def open_policy(run: RunDirectory, step: int | None = None, device: str | None =
             use_rslora=saved.use_rslora,
         )
     try:
-        base.load_adapter(folder)
+        if recipe.algorithm == "reward_model":
+            base.add_head(POLICY)
+        base.load_role(folder)
     except (OSError, SafetensorError) as error:
         raise UserError(f"adapter {folder} cannot be read ({error}); take another checkpoint with --step") from error
     return base, recipe
@@ -119,14 +132,19 @@ def policy_folder(run: RunDirectory, step: int | None) -> Path:
     )
 
 
-def _settings(run: RunDirectory) -> dict[str, Any]:
+def plan_settings(run: RunDirectory) -> dict[str, Any]:
+    """Return the settings of a run's plan.
+
+    Raises:
+        UserError: the run has none.
+    """
     settings = run.plan().get("settings")
     if not isinstance(settings, dict) or not {"quantization", "compute_dtype"} <= settings.keys():
         raise UserError(f"{run.path} holds no plan.json with the run's settings, so its precision is not known")
     return settings
 
 
-def _check_device(device: Device, dtype: str) -> None:
+def check_device(device: Device, dtype: str) -> None:
     """Check that torch reaches the device, and that the device computes in the run's dtype.
 
     Raises:
@@ -144,7 +162,7 @@ def _check_device(device: Device, dtype: str) -> None:
 
 
 @contextmanager
-def _memory_explained(recipe: Recipe) -> Iterator[None]:
+def memory_explained(recipe: Recipe) -> Iterator[None]:
     from lowmem_rlhf.memory import is_out_of_memory
 
     try:

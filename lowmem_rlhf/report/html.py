@@ -7,6 +7,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
+from lowmem_rlhf.evaluation.kept import about, kept, outcome_rows
 from lowmem_rlhf.files import atomic_write
 from lowmem_rlhf.report.format import (
     evaluation_rows,
@@ -21,6 +22,7 @@ from lowmem_rlhf.report.plots import draw_run, to_png
 from lowmem_rlhf.run import RECIPE, REPORT, RunDirectory
 
 _SAMPLES = 12  # the last ones shown
+_LATER = 3  # evaluations shown, the newest first
 _COLORS = ("#2f6fb0", "#d9822b", "#2c8a5b", "#b83a4b", "#7658a6", "#3b9aa8", "#8a6d3b", "#6b7785", "#c46fa0", "#94a835")
 
 _CSS = """
@@ -70,6 +72,7 @@ def write_report(run: RunDirectory) -> Path:
     image = base64.b64encode(to_png(draw_run(metrics, evaluation), dpi=130)).decode("ascii")
     sections = [
         _section("Held-out evaluation", _evaluation(evaluation)),
+        *(_section("Evaluated later", _later(one)) for one in kept(run.path)[: -_LATER - 1 : -1]),
         _section("Training", f'<img alt="Curves of the run" src="data:image/png;base64,{image}">'),
         _section("Plan", _plan(plan)),
         _section("Memory", _memory(plan.get("memory") or {})),
@@ -136,6 +139,12 @@ def _evaluation(evaluation: dict[str, Any]) -> str:
     problems = [(evaluation.get(when) or {}).get("problems") for when in ("before", "after")]
     count = next((f"{format_number(n)} held-out problems" for n in problems if number(n)), "")
     return _table(("", "before", "after", "ratio"), rows) + (_none(count) if count else "")
+
+
+def _later(outcome: dict[str, Any]) -> str:
+    """Return the table of one outcome of `eval`."""
+    head, rows = outcome_rows(outcome)
+    return _table(head, rows) + _none(about(outcome)) + _none(f"{outcome.get('made', '')}; {outcome.get('method', '')}")
 
 
 def _plan(plan: dict[str, Any]) -> str:

@@ -153,16 +153,18 @@ def print_plan(plan_dict: dict[str, Any], console: Console | None = None) -> Non
     reasons = plan_dict.get("reasons") or {}
     settings = (plan_dict.get("settings") or {}).items()
     console.print()
-    console.print(_table(("setting", "value", "why"), ((k, format_value(v), reasons.get(k, "")) for k, v in settings)))
+    console.print(
+        plain_table(("setting", "value", "why"), ((k, format_value(v), reasons.get(k, "")) for k, v in settings))
+    )
     if placements := plan_dict.get("rewards"):
         console.print()
         where = ((name, one.get("model"), one.get("device"), one.get("reason")) for name, one in placements.items())
-        console.print(_table(("learned reward", "model", "device", "why"), where))
+        console.print(plain_table(("learned reward", "model", "device", "why"), where))
     phases = memory.get("phases") or {}
     rows = ((name, format_bytes(sum(parts.values())), _biggest(parts)) for name, parts in phases.items())
     if phases:
         console.print()
-        console.print(_table(("memory", "bytes", "most of it"), rows))
+        console.print(plain_table(("memory", "bytes", "most of it"), rows))
     verdict, style = ("fits", "bold green") if plan_dict.get("fits") else ("does not fit", "bold red")
     peak, budget = format_bytes(memory.get("peak_bytes")), format_bytes(memory.get("budget_bytes"))
     console.print()
@@ -179,7 +181,7 @@ def print_evaluation(evaluation: dict[str, Any], console: Console | None = None)
     if not rows:
         console.print(Text("no held-out evaluation", style="dim"))
         return
-    console.print(_table(("held-out", "before", "after", "ratio"), rows))
+    console.print(plain_table(("held-out", "before", "after", "ratio"), rows))
     counts = [number((evaluation.get(when) or {}).get("problems")) for when in ("before", "after")]
     if any(counts):
         console.print(Text(f"{next(int(n) for n in counts if n)} held-out problems", style="dim"))
@@ -190,7 +192,7 @@ def _biggest(parts: dict[str, float]) -> str:
     return ", ".join(f"{name} {format_bytes(size)}" for name, size in largest if size)
 
 
-def _table(columns: Iterable[str], rows: Iterable[tuple[Any, ...]]) -> Table:
+def plain_table(columns: Iterable[str], rows: Iterable[tuple[Any, ...]]) -> Table:
     """Return a table of plain text: brackets in a value are no markup."""
     table = Table(box=None, header_style="bold", pad_edge=False, padding=(0, 3, 0, 0))
     for column in columns:

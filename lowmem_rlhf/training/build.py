@@ -35,13 +35,20 @@ def add_roles(base: SharedBase, recipe: Recipe, plan: Plan, rewards: Sequence[Re
             base.start_from(saved)
         else:
             base.load_adapter(saved.folder)
-    settings = plan.settings
-    passes = PassSettings(1.0, settings.micro_batch_tokens, settings.logits_tile_tokens)
+    bind_rewards(base, rewards, PassSettings(1.0, plan.settings.micro_batch_tokens, plan.settings.logits_tile_tokens))
+    if recipe.algorithm == "ppo":
+        _add_critic(base, recipe)
+
+
+def bind_rewards(base: SharedBase, rewards: Sequence[Reward], passes: PassSettings) -> None:
+    """Put the reward adapters on the base; their passes are cut as the settings say.
+
+    Raises:
+        UserError: an adapter does not fit the base.
+    """
     for number, one in enumerate(r.function for r in rewards if isinstance(r.function, AdapterReward)):
         one.bind(base, f"{REWARD}_{number}" if number else REWARD, passes)
         _check_layers(base, one)
-    if recipe.algorithm == "ppo":
-        _add_critic(base, recipe)
 
 
 def _check_layers(base: SharedBase, reward: AdapterReward) -> None:

@@ -60,7 +60,26 @@ def sampling_of(recipe: Recipe) -> Sampling:
     return Sampling(g.temperature, g.top_p, g.top_k, g.min_p)
 
 
-def evaluate(
+@dataclass(frozen=True)
+class Sampled:
+    """Held-out completions and what they scored; completion n answers problem n // samples.
+
+    Attributes:
+        samples: completions a problem.
+        temperature: at which they were drawn.
+    """
+
+    completions: Sequence[Completion]
+    scores: Scores
+    samples: int
+    temperature: float
+
+    def correct(self, accuracy: str) -> list[bool | None]:
+        """Return whether each completion is correct by the reward of this name; None: it does not apply."""
+        return [None if value is None else value >= CORRECT for value in self.scores.by_name[accuracy]]
+
+
+def sample(
     base: SharedBase,
     examples: Sequence[Example],
     recipe: Recipe,
@@ -68,10 +87,10 @@ def evaluate(
     limits: Limits,
     state: TrainerState,
     progress: Callable[[int, int], None] | None = None,
-) -> dict[str, Any]:
-    """Return accuracy and the mean of every reward on held-out examples, in the role that ``base`` is in.
+) -> Sampled:
+    """Answer held-out examples as `evaluation` says, in the role that ``base`` is in, and score the answers.
 
-    The same problems and random numbers every time, so that before and after differ by the policy alone.
+    The same problems and random numbers every time, so that two roles or moments differ by the policy alone.
     """
     settings = recipe.evaluation
     sampling = sampling_of(recipe)
@@ -94,17 +113,30 @@ def evaluate(
     completions = [completion for group in groups for completion in group]
     repeated = [example for example in examples for _ in range(settings.num_samples)]
     scores, _ = reward_completions(rewards, base, repeated, completions, state)
-    means = {f"reward/{name}": mean(values) for name, values in scores.by_name.items()}
-    judged = [value for value in scores.by_name[settings.accuracy] if value is not None]
+    return Sampled(completions, scores, settings.num_samples, sampling.temperature)
+
+
+def evaluate(
+    base: SharedBase,
+    examples: Sequence[Example],
+    recipe: Recipe,
+    rewards: Sequence[Reward],
+    limits: Limits,
+    state: TrainerState,
+    progress: Callable[[int, int], None] | None = None,
+) -> dict[str, Any]:
+    """Return accuracy and the mean of every reward on held-out examples (see `sample`)."""
+    done = sample(base, examples, recipe, rewards, limits, state, progress)
+    means = {f"reward/{name}": mean(values) for name, values in done.scores.by_name.items()}
     return {
-        "accuracy": mean([float(value >= CORRECT) for value in judged]),
-        "reward/mean": mean([t for t in scores.total if t == t]),
+        "accuracy": mean(done.correct(recipe.evaluation.accuracy)),
+        "reward/mean": mean([t for t in done.scores.total if t == t]),
         **means,
-        "completion/mean_length": mean([float(len(c.ids)) for c in completions]),
-        "completion/truncated": mean([float(c.truncated) for c in completions]),
+        "completion/mean_length": mean([float(len(c.ids)) for c in done.completions]),
+        "completion/truncated": mean([float(c.truncated) for c in done.completions]),
         "problems": len(examples),
-        "samples": settings.num_samples,
-        "temperature": sampling.temperature,
+        "samples": done.samples,
+        "temperature": done.temperature,
     }
 
 

@@ -152,7 +152,7 @@ class RewardModel(Loop):
     def one_step(self, view: LiveView) -> StepResult:
         """Learn from the next pairs."""
         pairs = self.stream.batch(self.step)
-        groups = _pair_groups(pairs)
+        groups = pair_groups(pairs)
 
         def work(passes: PassSettings) -> tuple[float, torch.Tensor, int]:
             self.stepper.zero_grad()
@@ -187,7 +187,7 @@ class RewardModel(Loop):
         return pair_loss(ends[::2], ends[1::2], margins, self.recipe.reward_model.center_rewards_coefficient).mean()
 
     def _measure(self, view: LiveView) -> dict[str, float]:
-        groups = _pair_groups(self.held_out)
+        groups = pair_groups(self.held_out)
 
         def shown(done: int, total: int) -> None:
             view.phase("evaluation", done, total)
@@ -201,7 +201,7 @@ class RewardModel(Loop):
         return {**self._measure(view), "problems": len(self.held_out)} if self.held_out else {}
 
 
-def _pair_groups(pairs: Sequence[Pair]) -> list[Group]:
+def pair_groups(pairs: Sequence[Pair]) -> list[Group]:
     """Return a group for each pair, read to the last tokens: row 2i is the better answer, 2i + 1 the worse."""
     return ahead([Group(p.prompt_ids, [p.chosen_ids, p.rejected_ids], [2 * i, 2 * i + 1]) for i, p in enumerate(pairs)])
 

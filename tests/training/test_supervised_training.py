@@ -240,7 +240,7 @@ def test_the_loss_of_pairs_is_trls(center, margins, make):
     base, _ = tiny_base("llama")
     batch = pairs(margins=margins)
     trainer = make(RewardModel, base, batch, reward_model={"center_rewards_coefficient": center})
-    groups = supervised._pair_groups(batch)
+    groups = supervised.pair_groups(batch)
     rows = supervised.head_outputs(base, POLICY, groups, PassSettings(1.0, 64, 64))
     ends = torch.stack([rows[row][-1] for row in (0, 2, 4, 6, 1, 3, 5, 7)])  # TRL's batch: all chosen, all rejected
 

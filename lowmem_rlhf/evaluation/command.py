@@ -1,0 +1,140 @@
+"""What `eval` was asked for, checked before anything is loaded; then measured, kept and shown."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lowmem_rlhf.errors import UserError
+from lowmem_rlhf.evaluation.kept import keep, print_outcome
+from lowmem_rlhf.files import dumps
+from lowmem_rlhf.recipe import Recipe, load_recipe, validate_recipe
+from lowmem_rlhf.run import RECIPE, RunDirectory
+
+
+@dataclass(frozen=True)
+class Request:
+    """The command line of `eval`.
+
+    Attributes:
+        what: a run's folder or a model.
+        overrides: changes of the recipe.
+        sampling: changes that its options stand for, all of how answers are sampled.
+        recipe, against: of a model.
+        step: of a run's checkpoint.
+        tasks, limit: of lm-eval.
+    """
+
+    what: str
+    overrides: list[str]
+    sampling: list[str]
+    recipe: str | None = None
+    against: str | None = None
+    step: int | None = None
+    device: str | None = None
+    tasks: tuple[str, ...] | list[str] = ()
+    limit: int | None = None
+
+
+def run_evaluation(request: Request, as_json: bool) -> None:
+    """Evaluate and print; what a run gave is kept in its folder, and its report.html shows it.
+
+    Raises:
+        UserError: the request is wrong; RunError: it failed.
+    """
+    _check(request)
+    if is_run(request.what):
+        run = RunDirectory(Path(request.what))
+        outcome = _of_run(run, request)
+        path = keep(run.path, outcome)
+        from lowmem_rlhf.report.html import write_report
+
+        write_report(run)
+    else:
+        outcome, path = _of_model(request), None
+    if as_json:
+        print(dumps(outcome, indent=2))
+        return
+    print_outcome(outcome)
+    if path:
+        print(f"kept in {path}")
+
+
+def is_run(what: str) -> bool:
+    """Whether a run is to be evaluated and not a model: an export has a recipe too, beside its weights."""
+    folder = Path(what)
+    return (folder / RECIPE).is_file() and not _holds_model(folder)
+
+
+def _holds_model(folder: Path) -> bool:
+    return (folder / "config.json").is_file() or any(folder.glob("*.gguf"))
+
+
+def _check(request: Request) -> None:
+    """Check that the options go together.
+
+    Raises:
+        UserError: they do not.
+    """
+    if is_run(request.what):
+        for option, value in (("--recipe", request.recipe), ("--against", request.against)):
+            if value:
+                raise UserError(f"{option}: is for a MODEL; {request.what} is a run, which has its own recipe and base")
+    elif request.step is not None:
+        raise UserError(f"--step: is for a RUN, and {request.what} holds no {RECIPE} of one; leave it out")
+    if request.tasks:
+        for name, given in (("--against", request.against), ("--recipe", request.recipe), *_named(request)):
+            if given:
+                raise UserError(f"--lm-eval: its tasks bring their own data and settings; leave {name} out")
+    elif request.limit is not None:
+        raise UserError("--limit: is for --lm-eval; set data.eval_size=N for held-out data")
+
+
+def _named(request: Request) -> list[tuple[str, bool]]:
+    options = {"evaluation.num_samples": "--samples", "evaluation.temperature": "--temperature"}
+    options["generation.max_completion_length"] = "--max-tokens"
+    return [(options[one.partition("=")[0]], True) for one in request.sampling]
+
+
+def _of_run(run: RunDirectory, request: Request) -> dict[str, Any]:
+    from lowmem_rlhf.evaluation.evaluate import evaluate_run
+
+    if request.sampling and not (run.recipe_values().get("rewards") or any("rewards" in o for o in request.overrides)):
+        name, _ = _named(request)[0]
+        raise UserError(f"{name}: the run in {run.path} has no rewards, so no answers are sampled; leave it out")
+    overrides = [*request.overrides, *request.sampling]
+    return evaluate_run(run, overrides, request.step, request.device, request.tasks, request.limit)
+
+
+def _of_model(request: Request) -> dict[str, Any]:
+    from lowmem_rlhf.evaluation.evaluate import evaluate_model_tasks, evaluate_models
+
+    overrides = [*request.overrides, *request.sampling]
+    if request.tasks:
+        recipe = load_recipe_of_tasks(request.what, overrides)
+        return evaluate_model_tasks(request.what, recipe, overrides, request.device, request.tasks, request.limit)
+    beside = Path(request.what) / RECIPE
+    source = request.recipe or (str(beside) if beside.is_file() else None)
+    if source is None:
+        raise UserError(
+            f"{request.what} is no run (it holds no {RECIPE}); for a model give --recipe with the recipe whose "
+            "held-out data and rewards are to be used, or --lm-eval with tasks"
+        )
+    recipe = load_recipe(source, overrides)
+    models = [request.against, request.what] if request.against else [request.what]
+    return evaluate_models(models, recipe, overrides, request.device)
+
+
+def load_recipe_of_tasks(model: str, overrides: list[str]) -> Recipe:
+    """Return a recipe that says how a model is held, where no recipe's data are needed.
+
+    Raises:
+        UserError: an override is of something else than ``hardware``.
+    """
+    values: dict[str, Any] = {"name": "lm-eval", "model": model, "algorithm": "sft", "data": {"train": "arithmetic"}}
+    for override in overrides:
+        key, _, value = override.partition("=")
+        section, _, name = key.strip().partition(".")
+        if section != "hardware":
+            raise UserError(f"override {override!r}: of a model on lm-eval's tasks only hardware.* can be set")
+        values.setdefault("hardware", {})[name] = value
+    return validate_recipe(values, source="--lm-eval")

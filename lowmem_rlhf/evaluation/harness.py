@@ -1,0 +1,249 @@
+"""Tasks of EleutherAI's lm-eval on the live shared base, in any of its roles: no second copy of a model is loaded.
+
+Answers to one context share its tokens in a packed row, so a task with several choices reads its question once. Left
+out: lm-eval's own batching and caching, chat templates and multi-turn prompts (prompts are plain, lm-eval's default),
+and stopping at a string while sampling (the text is cut at it afterwards, which gives the same).
+"""
+
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from lm_eval import simple_evaluate
+from lm_eval.api.model import TemplateLM
+from lm_eval.tasks import TaskManager
+from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
+
+from lowmem_rlhf.chat.opening import memory_explained
+from lowmem_rlhf.errors import UserError
+from lowmem_rlhf.evaluation.intervals import Column, Estimate, Z, differences, estimates
+from lowmem_rlhf.evaluation.kept import progress_bar
+from lowmem_rlhf.evaluation.subject import Subject
+from lowmem_rlhf.memory import with_less
+from lowmem_rlhf.model.logprobs import tiles
+from lowmem_rlhf.model.packing import Group
+from lowmem_rlhf.rollout.generate import generate
+from lowmem_rlhf.rollout.sampling import Sampling
+from lowmem_rlhf.suggest import did_you_mean
+from lowmem_rlhf.training.update import LEAST_TOKENS
+
+POSITIONS = 2048  # where a model does not say how many it has; lm-eval's own default
+MAX_GEN_TOKENS = 256  # likewise
+
+
+class SharedBaseLM(TemplateLM):  # type: ignore[misc]
+    """lm-eval's view of a subject in one role."""
+
+    def __init__(self, subject: Subject, role: str, name: str) -> None:
+        super().__init__()
+        self._subject, self._role, self._name = subject, role, name
+        self._base = subject.base
+        self.tokenizer = subject.base.tokenizer
+        positions = getattr(subject.base.model.config.get_text_config(), "max_position_embeddings", None)
+        self.max_length = positions if isinstance(positions, int) else POSITIONS
+
+    @property
+    def eot_token_id(self) -> int:
+        """The token that ends a text."""
+        return min(self._base.stop_ids) if self.tokenizer.eos_token_id is None else int(self.tokenizer.eos_token_id)
+
+    @property
+    def prefix_token_id(self) -> int:
+        """What a text without a context follows."""
+        bos = self.tokenizer.bos_token_id
+        return self.eot_token_id if bos is None else int(bos)
+
+    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
+        """Return token ids, with the tokenizer's own special tokens unless the text has them already."""
+        bos = self.tokenizer.bos_token
+        add = not (bos and string.startswith(bos)) if add_special_tokens is None else add_special_tokens
+        return list(self.tokenizer(string, add_special_tokens=add)["input_ids"])
+
+    def _loglikelihood_tokens(
+        self, requests: Sequence[tuple[Any, list[int], list[int]]], disable_tqdm: bool = False, **kwargs: Any
+    ) -> list[tuple[float, bool]]:
+        """Return for each continuation of a context its log-prob and whether greedy drawing would give it."""
+        groups = self._grouped([(context, continuation) for _, context, continuation in requests])
+        found: dict[int, tuple[float, bool]] = dict.fromkeys(range(len(requests)), (0.0, True))
+
+        def work(tokens: int) -> None:
+            parts = self._base.layout.cut(groups, tokens)
+            with progress_bar(f"{self._name}, log-probs") as shown:
+                for i, part in enumerate(parts):
+                    found.update(self._scored(part))
+                    shown(i + 1, len(parts))
+
+        key, tokens = "hardware.micro_batch_tokens", self._subject.passes.micro_batch_tokens
+        with self._base.role(self._role):
+            with_less(work, tokens, LEAST_TOKENS, key, self._base.device, _say)
+        return [found[row] for row in range(len(requests))]
+
+    def _grouped(self, pairs: Sequence[tuple[list[int], list[int]]]) -> list[Group]:
+        """Return the continuations grouped by their context, which is cut at its start where both are too long."""
+        members: dict[tuple[int, ...], list[int]] = {}
+        for row, (context, continuation) in enumerate(pairs):
+            room = max(1, self.max_length + 1 - len(continuation))  # the last token is never fed
+            if continuation:
+                members.setdefault(tuple(context[-room:]), []).append(row)
+        return [Group(list(context), [pairs[row][1] for row in rows], rows) for context, rows in members.items()]
+
+    @torch.no_grad()
+    def _scored(self, part: Sequence[Group]) -> dict[int, tuple[float, bool]]:
+        packed = self._base.layout.lay_out(part, self._base.device)
+        states = self._base.states(packed).index_select(0, packed.predict)  # (S, H)
+        logps, greedy = [], []
+        for tile in tiles(len(states), self._subject.passes.tile):
+            every = torch.log_softmax(self._base.head.logits(states[tile]), dim=-1, dtype=torch.float32)  # (tile, V)
+            targets = packed.targets[tile]
+            logps.append(every.gather(-1, targets[:, None])[:, 0])
+            greedy.append(every.argmax(dim=-1) == targets)
+        sums = [float(one.double().sum()) for one in torch.cat(logps).split(packed.lengths)]
+        likeliest = [bool(one.all()) for one in torch.cat(greedy).split(packed.lengths)]
+        return dict(zip(packed.rows, zip(sums, likeliest, strict=True), strict=True))
+
+    def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[float]:
+        """Return the log-prob of each whole text, in windows of the model's positions."""
+        windows: list[tuple[Any, list[int], list[int]]] = []
+        counts = []
+        for request in requests:
+            ids = self.tok_encode(request.args[0], add_special_tokens=False)
+            cut = get_rolling_token_windows(ids, self.prefix_token_id, self.max_length, 1)
+            own = [(None, *make_disjoint_window(window)) for window in cut]
+            windows += own
+            counts.append(len(own))
+        values = iter(self._loglikelihood_tokens(windows))
+        return [sum(next(values)[0] for _ in range(count)) for count in counts]
+
+    def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
+        """Return the text that follows each context, up to the first of its stop strings."""
+        same: dict[tuple[int, float], list[int]] = {}
+        for row, request in enumerate(requests):
+            given = request.args[1]
+            most = int(given.get("max_gen_toks") or given.get("max_new_tokens") or MAX_GEN_TOKENS)
+            temperature = float(given.get("temperature") or 0.0) if given.get("do_sample") else 0.0
+            same.setdefault((most, temperature), []).append(row)
+        texts = [""] * len(requests)
+        for (most, temperature), rows in same.items():
+            prompts = [self.tok_encode(requests[row].args[0])[-max(1, self.max_length - most) :] for row in rows]
+            for row, text in zip(rows, self._sampled(prompts, most, temperature), strict=True):
+                texts[row] = _cut(text, requests[row].args[1].get("until"))
+        return texts
+
+    def _sampled(self, prompts: Sequence[list[int]], most: int, temperature: float) -> list[str]:
+        base, seed = self._base, self._subject.recipe.training.seed
+
+        def work(rows: int) -> list[str]:
+            limits = replace(self._subject.limits, rows=rows)
+            with (
+                base.role(self._role),
+                base.decoding(self._subject.dequantize),
+                progress_bar(f"{self._name}, answers") as shown,
+            ):
+                groups = generate(base, prompts, 1, most, Sampling(temperature), limits, seed, shown)
+            return [base.tokenizer.decode(one.ids, skip_special_tokens=True) for [one] in groups]
+
+        return with_less(work, self._subject.limits.rows, 1, "hardware.rollout_batch_size", base.device, _say)[0]
+
+
+def run_tasks(subject: Subject, tasks: Sequence[str], limit: int | None = None) -> dict[str, Any]:
+    """Return ``results``, ``difference`` and ``counts`` (see `kept`) of lm-eval's tasks for every role of a subject.
+
+    A metric is named TASK/METRIC. Where it is a mean over the task's problems its interval is that of `intervals`, and
+    the difference is paired; otherwise the interval is from lm-eval's standard error.
+
+    Args:
+        tasks: names, or YAML files of tasks of one's own.
+        limit: take only so many problems of each task.
+
+    Raises:
+        UserError: there is no such task, or its data cannot be had.
+    """
+    files = [Path(task) for task in tasks if task.endswith((".yaml", ".yml"))]
+    manager = TaskManager(include_path=[str(file.parent) for file in files] or None)
+    names = [_task_name(Path(task)) if Path(task) in files else task for task in tasks]
+    for name in names:
+        if name not in manager.all_tasks:
+            raise UserError(f"--lm-eval {name}: lm-eval has no such task{did_you_mean(name, manager.all_tasks)}")
+    results: dict[str, Any] = {}
+    columns: list[dict[str, Column]] = []
+    counts: dict[str, int] = {}
+    for name, role in subject.roles.items():
+        try:
+            with memory_explained(subject.recipe):
+                got = simple_evaluate(
+                    SharedBaseLM(subject, role, name), tasks=list(names), task_manager=manager, limit=limit
+                )
+        except OSError as error:  # what is not on the disk or cannot be reached
+            reason = " ".join(str(error).split())[:300]
+            raise UserError(
+                f"--lm-eval {','.join(tasks)}: the data of a task cannot be had ({reason}); it comes from the Hub, go "
+                "online once or name a local file in a task's YAML"
+            ) from error
+        columns.append(_columns(got))
+        results[name] = {key: one.to_dict() for key, one in {**_told(got), **estimates(columns[-1])}.items()}
+        counts = {f"{task} problem": len(rows) for task, rows in got["samples"].items()}
+    difference = {key: one.to_dict() for key, one in differences(*columns).items()} if len(columns) == 2 else {}
+    return {"counts": counts, "results": results, **({"difference": difference} if difference else {})}
+
+
+def _task_name(file: Path) -> str:
+    try:
+        name = next(
+            line.partition(":")[2].strip().strip("\"'")  # lm-eval's own YAML has tags (!function) that stay unread here
+            for line in file.read_text(encoding="utf-8").splitlines()
+            if line.startswith("task:")
+        )
+    except (OSError, UnicodeDecodeError, StopIteration) as error:
+        raise UserError(
+            f"--lm-eval {file}: it is no readable task file of lm-eval (a YAML with `task: NAME`)"
+        ) from error
+    return name
+
+
+def _columns(got: dict[str, Any]) -> dict[str, Column]:
+    """Return the metrics that are means over problems."""
+    found = {}
+    for task, metrics in got["results"].items():
+        for key, value in metrics.items():
+            metric, _, chosen = key.partition(",")
+            rows = [row for row in got["samples"].get(task, []) if not chosen or row.get("filter") in (chosen, None)]
+            values = [row.get(metric) for row in rows]
+            if not values or not all(isinstance(one, (int, float)) for one in values):
+                continue
+            numbers = np.asarray(values, dtype=np.float64)
+            if isinstance(value, float) and abs(numbers.mean() - value) < 1e-6:
+                share = bool(np.isin(numbers, (0.0, 1.0)).all())
+                found[_key(task, metric, chosen)] = Column(numbers, np.ones_like(numbers), share)
+    return found
+
+
+def _told(got: dict[str, Any]) -> dict[str, Estimate]:
+    """Return every metric as lm-eval tells it, with the interval of its standard error."""
+    found = {}
+    for task, metrics in {**got["results"], **got.get("groups", {})}.items():
+        for key, value in metrics.items():
+            metric, _, chosen = key.partition(",")
+            if metric.endswith("_stderr") or not isinstance(value, (int, float)) or not chosen:
+                continue
+            error = metrics.get(f"{metric}_stderr,{chosen}")
+            half = Z * error if isinstance(error, (int, float)) else None
+            bounds = (None, None) if half is None else (value - half, value + half)
+            found[_key(task, metric, chosen)] = Estimate(float(value), *bounds)
+    return found
+
+
+def _key(task: str, metric: str, chosen: str) -> str:
+    return f"{task}/{metric}" if chosen in ("", "none") else f"{task}/{metric} ({chosen})"
+
+
+def _cut(text: str, until: Any) -> str:
+    stops = [until] if isinstance(until, str) else list(until or [])
+    return text[: min((at for stop in stops if stop and (at := text.find(stop)) >= 0), default=len(text))]
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)

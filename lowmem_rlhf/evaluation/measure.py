@@ -1,0 +1,134 @@
+"""What the roles of a subject do on its held-out problems, each role with the same prompts and random numbers."""
+
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import TypeVar
+
+import torch
+
+from lowmem_rlhf.chat.opening import memory_explained
+from lowmem_rlhf.data.prompts import build_examples
+from lowmem_rlhf.data.supervised import Pair, Supervised, build_pairs, build_supervised
+from lowmem_rlhf.errors import UserError
+from lowmem_rlhf.evaluation.intervals import Column
+from lowmem_rlhf.evaluation.kept import progress_bar
+from lowmem_rlhf.evaluation.quantities import of_completions, of_losses, of_pairs
+from lowmem_rlhf.evaluation.subject import Subject
+from lowmem_rlhf.memory import with_less
+from lowmem_rlhf.model.roles import POLICY
+from lowmem_rlhf.rollout.generate import Completion
+from lowmem_rlhf.training.evaluate import TrainerState, sample
+from lowmem_rlhf.training.heads import head_outputs
+from lowmem_rlhf.training.supervised import pair_groups
+from lowmem_rlhf.training.update import LEAST_TOKENS, Batch, PassSettings, score
+
+Columns = dict[str, Column]
+Shown = Callable[[int, int], None]
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Results of one kind, by the name of what they are of; all on the same problems.
+
+    Attributes:
+        noun: what a problem is: problem, example, pair.
+        problems: how many there are.
+        columns: quantities by subject.
+    """
+
+    noun: str
+    problems: int
+    columns: dict[str, Columns]
+
+
+def measure(subject: Subject) -> list[Measured]:
+    """Return what there is to say of a subject: held-out loss (sft), pairs in order, judged answers.
+
+    Raises:
+        UserError: the held-out rows do not suit.
+        RunError: a reward failed, or the device's memory ran out.
+    """
+    with memory_explained(subject.recipe):
+        if subject.recipe.algorithm == "reward_model":
+            return [_pairs(subject)]
+        found = [_losses(subject)] if subject.recipe.algorithm == "sft" else []
+        return found + ([_answers(subject)] if subject.rewards else [])
+
+
+def _answers(subject: Subject) -> Measured:
+    base, recipe = subject.base, subject.recipe
+    examples = build_examples(subject.rows, recipe.data, base.tokenizer)
+    _check_positions(subject, max(len(one.prompt_ids) for one in examples))
+    state = TrainerState(subject.steps or 0, recipe.training.max_steps)
+    columns: dict[str, Columns] = {}
+    rows = subject.limits.rows
+    for name, role in subject.roles.items():
+
+        def work(rows: int, name: str = name, role: str = role) -> Columns:
+            limits = replace(subject.limits, rows=rows)
+            with base.role(role), base.decoding(subject.dequantize), progress_bar(name) as shown:
+                done = sample(base, examples, recipe, subject.rewards, limits, state, shown)
+            return of_completions(done, recipe.evaluation.accuracy)
+
+        columns[name], rows = with_less(work, rows, 1, "hardware.rollout_batch_size", base.device, _say)
+    return Measured("problem", len(examples), columns)
+
+
+def _check_positions(subject: Subject, longest: int) -> None:
+    positions = getattr(subject.base.model.config.get_text_config(), "max_position_embeddings", None)
+    tokens = longest + subject.recipe.generation.max_completion_length
+    if isinstance(positions, int) and tokens > positions:
+        raise UserError(
+            f"the longest prompt ({longest} tokens) and an answer of up to {tokens - longest} make {tokens} tokens, but "
+            f"{subject.base.model_id!r} has only {positions} positions; lower --max-tokens"
+        )
+
+
+def _losses(subject: Subject) -> Measured:
+    base, recipe = subject.base, subject.recipe
+    examples = build_supervised(subject.rows, recipe.data, recipe.sft, base.tokenizer, base.stop_ids)
+    columns = {name: _loss(subject, role, examples, name) for name, role in subject.roles.items()}
+    return Measured("example", len(examples), columns)
+
+
+def _loss(subject: Subject, role: str, examples: list[Supervised], name: str) -> Columns:
+    completions = [Completion(one.completion_ids, [], False) for one in examples]
+    batch = Batch([one.prompt_ids for one in examples], completions, [0.0] * len(examples), 1)
+
+    def work(passes: PassSettings, shown: Shown) -> dict[int, torch.Tensor]:
+        with subject.base.role(role):
+            return score(subject.base, batch, range(len(examples)), passes, shown)
+
+    logps = _fitted(subject, work, f"{name}, loss")
+    losses = [-float(logps[row].double().sum()) for row in range(len(examples))]
+    return of_losses(losses, [len(one.completion_ids) for one in examples])
+
+
+def _pairs(subject: Subject) -> Measured:
+    base, recipe = subject.base, subject.recipe
+    length = recipe.reward_model.max_length
+    pairs: list[Pair] = build_pairs(subject.rows, recipe.data, length, base.tokenizer, base.stop_ids)
+
+    def work(passes: PassSettings, shown: Shown) -> dict[int, torch.Tensor]:
+        return head_outputs(base, POLICY, pair_groups(pairs), passes, shown)
+
+    found = _fitted(subject, work, POLICY)
+    ends = torch.stack([found[row][-1] for row in range(2 * len(pairs))])
+    return Measured("pair", len(pairs), {POLICY: of_pairs(ends[::2], ends[1::2])})
+
+
+def _fitted(subject: Subject, work: Callable[[PassSettings, Shown], T], name: str) -> T:
+    """Run passes over a batch, in smaller micro-batches where memory runs out."""
+
+    def sized(tokens: int) -> T:
+        with progress_bar(name) as shown:
+            return work(replace(subject.passes, micro_batch_tokens=tokens), shown)
+
+    key, tokens = "hardware.micro_batch_tokens", subject.passes.micro_batch_tokens
+    return with_less(sized, tokens, LEAST_TOKENS, key, subject.base.device, _say)[0]
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)

@@ -1,0 +1,73 @@
+"""The held-out problems of an evaluation: never one that the run has trained on. No torch here."""
+
+import random
+from typing import Any
+
+from lowmem_rlhf.data.readers import is_file
+from lowmem_rlhf.data.sources import load_rows
+from lowmem_rlhf.data.tasks import is_generated
+from lowmem_rlhf.errors import UserError
+from lowmem_rlhf.recipe import DataConfig, Recipe
+
+# What of a run's recipe an evaluation may change: how and on what it is measured, never what was learned.
+MAY_CHANGE = (
+    *("evaluation.", "generation.", "rewards", "data.eval", "data.eval_size"),
+    *("data.max_prompt_length", "data.long_prompts"),
+    *("hardware.rollout_batch_size", "hardware.micro_batch_tokens", "hardware.logits_tile_tokens"),
+)
+
+
+def check_overrides(overrides: list[str]) -> None:
+    """Check that overrides of a run's recipe leave alone what was learned.
+
+    Raises:
+        UserError: one does not.
+    """
+    for override in overrides:
+        key = override.partition("=")[0].strip()
+        section = key.partition("[")[0].partition(".")[0]
+        if key not in MAY_CHANGE and f"{section}." not in MAY_CHANGE and section != "rewards":
+            may = ", ".join(f"{one}*" if one.endswith(".") else one for one in MAY_CHANGE)
+            raise UserError(f"override {override!r}: an evaluation of a run may change {may}")
+
+
+def held_out_rows(trained: Recipe | None, wanted: Recipe) -> list[dict[str, Any]]:
+    """Return the rows to evaluate on.
+
+    Args:
+        trained: the recipe that the run was trained with; None: nothing was trained.
+        wanted: the same with the changes of this evaluation.
+
+    Raises:
+        UserError: there are none, or they would be rows that were trained on.
+    """
+    seed = wanted.training.seed
+    size = wanted.data.eval_size
+    if size == 0:
+        raise UserError(
+            "data.eval_size: the recipe holds nothing out (0); give held-out data with data.eval=FILE and "
+            "data.eval_size=N"
+        )
+    if trained is None or _apart(wanted.data):
+        return load_rows(wanted.data, "eval", seed)
+    if _apart(trained.data):
+        raise UserError(
+            f"data.eval: got {wanted.data.eval!r}, but the run trained on all of {trained.data.train}; leave "
+            f"data.eval out ({trained.data.eval}) or give other data"
+        )
+    rows = load_rows(trained.data, "eval", seed)
+    if size > len(rows):
+        raise UserError(
+            f"data.eval_size: got {size}, but the run held {len(rows)} problems out of {trained.data.train} and "
+            "trained on the others; take at most that many, or give other data with data.eval=FILE"
+        )
+    if size == len(rows):
+        return rows
+    return [rows[i] for i in sorted(random.Random(f"take/{seed}").sample(range(len(rows)), size))]
+
+
+def _apart(data: DataConfig) -> bool:
+    """Whether the held-out rows come from a source or split of their own, and not out of the training data."""
+    if data.eval not in (None, data.train):
+        return True
+    return not (is_generated(data.train) or is_file(data.train)) and data.eval_split != data.train_split

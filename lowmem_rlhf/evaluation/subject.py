@@ -1,0 +1,188 @@
+"""What is evaluated: the policy of a run with its reference on one base, or a model by itself; and on which problems.
+
+A model is held in the precision that its weights are stored in, whatever the recipe says: quantizing a merged model to
+4 bits, or rounding it to bfloat16, would lose the change that training made.
+"""
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from lowmem_rlhf.chat.opening import add_start, check_device, memory_explained, open_trained, plan_settings
+from lowmem_rlhf.errors import UserError
+from lowmem_rlhf.evaluation.problems import check_overrides, held_out_rows
+from lowmem_rlhf.hardware.detect import detect
+from lowmem_rlhf.hardware.device import Device
+from lowmem_rlhf.model.base import SharedBase
+from lowmem_rlhf.model.load import quiet
+from lowmem_rlhf.model.roles import POLICY, REFERENCE
+from lowmem_rlhf.model.source import resolve_model
+from lowmem_rlhf.recipe import Recipe, load_recipe
+from lowmem_rlhf.rewards.loading import Reward, check_reward_columns, load_rewards
+from lowmem_rlhf.rollout.generate import Limits
+from lowmem_rlhf.run import RECIPE, RunDirectory
+from lowmem_rlhf.session import hush, running_plan
+from lowmem_rlhf.training.build import bind_rewards
+from lowmem_rlhf.training.update import PassSettings
+
+Rows = Sequence[dict[str, Any]]
+CUTS = ("rollout_batch_size", "micro_batch_tokens", "logits_tile_tokens")  # settings that change no result
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A base with the roles to evaluate.
+
+    Attributes:
+        roles: role on the base by the name that results have.
+        rows: held-out rows of the data.
+        limits, passes, dequantize: how passes are cut, and whether NF4 weights are unpacked while sampling.
+        steps: that the policy was trained for; None: a model.
+    """
+
+    base: SharedBase
+    recipe: Recipe
+    rewards: Sequence[Reward]
+    rows: Rows
+    roles: dict[str, str]
+    limits: Limits
+    passes: PassSettings
+    dequantize: bool
+    steps: int | None = None
+
+
+def open_run_subject(
+    run: RunDirectory, overrides: list[str], step: int | None, device: str | None, judged: bool = True
+) -> Subject:
+    """Open a run: its base once, with the trained policy and the reference that it is compared with.
+
+    Args:
+        overrides: changes of the recipe, of what may change without touching what was learned.
+        step, device: as in `chat`.
+        judged: read the held-out rows and the rewards.
+
+    Raises:
+        UserError: as `open_policy`; an override that is not allowed, or no held-out rows.
+        RunError: the device's memory ran out.
+    """
+    check_overrides(overrides)
+    source = str(run.path / RECIPE)
+    trained, recipe = load_recipe(source), load_recipe(source, overrides)
+    if recipe.algorithm == "classifier":
+        raise UserError(
+            f"the run in {run.path} trained a classifier; its held-out results stand in evaluation.json, and it can be "
+            "used as a reward"
+        )
+    rows = held_out_rows(trained, recipe) if judged else []
+    plan, settings = run.plan(), plan_settings(run)
+    found = detect(device or recipe.hardware.device)
+    same = found.torch_device == (plan.get("device") or {}).get("torch_device")
+    memory = plan.get("memory") or {}
+    free = memory.get("budget_bytes", 0) - memory.get("peak_bytes", 0) if same else 0
+    rewards = _rewards(recipe, rows, found, free) if judged else []
+    base, _ = open_trained(run, step, device)
+    roles = {POLICY: POLICY}
+    if recipe.algorithm != "reward_model":  # a score head that has not learned says nothing
+        add_start(base, recipe)
+        roles = {REFERENCE: REFERENCE, POLICY: POLICY}
+    last = max((int(row["step"]) for row in run.metrics() if "step" in row), default=0)
+    return _subject(base, recipe, rewards, rows, roles, settings, last if step is None else step)
+
+
+def open_model_subject(
+    model: str, recipe: Recipe, given: list[str], device: str | None, judged: bool = True
+) -> Subject:
+    """Open a model by itself for the held-out data and the rewards of a recipe.
+
+    Args:
+        model: as in a recipe.
+        given: the overrides that were given, which may set the precision.
+        judged: read the held-out rows and the rewards.
+
+    Raises:
+        UserError: it cannot be loaded, the recipe judges no answers, or nothing is held out.
+        RunError: the device's memory ran out.
+    """
+    if recipe.algorithm in ("reward_model", "classifier"):
+        raise UserError(
+            f"--recipe {recipe.name}: {recipe.algorithm} judges texts and has nothing to evaluate of a model"
+        )
+    hush()
+    found = detect(device or recipe.hardware.device)
+    hardware: dict[str, Any] = {"device": device or recipe.hardware.device}
+    keys = {override.partition("=")[0].strip() for override in given}
+    if "hardware.quantization" not in keys:
+        hardware["quantization"] = "none"
+    if "hardware.compute_dtype" not in keys:
+        hardware["compute_dtype"] = _stored_dtype(model, recipe, found)
+    update = {"model": model, "adapter": None, "hardware": recipe.hardware.model_copy(update=hardware)}
+    recipe = recipe.model_copy(update=update)
+    plan = running_plan(recipe)
+    settings = plan.to_dict()["settings"]
+    check_device(found, settings["compute_dtype"])
+    rows = held_out_rows(None, recipe) if judged else []
+    free = plan.memory["budget_bytes"] - plan.memory["peak_bytes"]
+    rewards = _rewards(recipe, rows, found, free) if judged else []
+    what = f"{settings['quantization'].replace('none', 'unquantized')}, {settings['compute_dtype']}"
+    print(f"loading {model} on {found.name} ({what})", file=sys.stderr, flush=True)
+    with memory_explained(recipe):
+        base = SharedBase.load(
+            model,
+            torch.device(found.torch_device),
+            settings["quantization"],
+            settings["compute_dtype"],
+            recipe.revision,
+            recipe.trust_remote_code,
+            r=1,
+        )
+    return _subject(base, recipe, rewards, rows, {"model": REFERENCE}, settings, None)
+
+
+def _subject(
+    base: SharedBase,
+    recipe: Recipe,
+    rewards: Sequence[Reward],
+    rows: Rows,
+    roles: dict[str, str],
+    settings: dict[str, Any],
+    steps: int | None,
+) -> Subject:
+    pinned = {key: value for key in CUTS if (value := getattr(recipe.hardware, key)) != "auto"}
+    cut = {**{key: settings[key] for key in CUTS}, **pinned}
+    passes = PassSettings(1.0, cut["micro_batch_tokens"], cut["logits_tile_tokens"])
+    bind_rewards(base, rewards, passes)
+    limits = Limits(cut["rollout_batch_size"], passes.micro_batch_tokens, passes.tile)
+    dequantize = settings.get("rollout_weights") == "dequantized"
+    return Subject(base, recipe, rewards, rows, roles, limits, passes, dequantize, steps)
+
+
+def _rewards(recipe: Recipe, rows: Rows, device: Device, free_bytes: int) -> list[Reward]:
+    rewards = load_rewards(recipe.rewards, device.torch_device, max(0, free_bytes), recipe.model)
+    given = ["answer"] if recipe.data.answer is not None else []
+    check_reward_columns(rewards, {name for row in rows[:1] for name in [*row, *given]})
+    return rewards
+
+
+def _stored_dtype(model: str, recipe: Recipe, device: Device) -> str:
+    """Return the dtype to compute in: the one that holds the stored weights exactly, where the device has it."""
+    from transformers import AutoConfig
+
+    path = resolve_model(model)
+    stored = torch.float16  # what a GGUF becomes
+    if not path.endswith(".gguf"):
+        try:
+            with quiet():
+                config = AutoConfig.from_pretrained(
+                    path, revision=recipe.revision, trust_remote_code=recipe.trust_remote_code
+                )
+        except (OSError, ValueError) as error:
+            raise UserError(f"model {model!r} cannot be loaded: {' '.join(str(error).split())[:300]}") from error
+        stored = getattr(config.get_text_config(), "dtype", None) or torch.float32
+    if stored == torch.float16:  # a CPU takes ten times longer for it than for float32, which holds the same numbers
+        return "float32" if device.torch_device == "cpu" else "float16"
+    if stored == torch.bfloat16:
+        return "bfloat16" if device.bf16 else "float32"
+    return "float32"
