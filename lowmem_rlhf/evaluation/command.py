@@ -10,6 +10,8 @@ from lowmem_rlhf.files import dumps
 from lowmem_rlhf.recipe import Recipe, load_recipe, validate_recipe
 from lowmem_rlhf.run import RECIPE, RunDirectory
 
+TASK_TOKENS = 128  # that the plan of a model on lm-eval's tasks counts with a text; a longer one is a pass of its own
+
 
 @dataclass(frozen=True)
 class Request:
@@ -131,6 +133,7 @@ def load_recipe_of_tasks(model: str, overrides: list[str]) -> Recipe:
         UserError: an override is of something else than ``hardware``.
     """
     values: dict[str, Any] = {"name": "lm-eval", "model": model, "algorithm": "sft", "data": {"train": "arithmetic"}}
+    values["sft"] = {"max_length": TASK_TOKENS}
     for override in overrides:
         key, _, value = override.partition("=")
         section, _, name = key.strip().partition(".")

@@ -33,6 +33,7 @@ from lowmem_rlhf.training.update import LEAST_TOKENS
 
 POSITIONS = 2048  # where a model does not say how many it has; lm-eval's own default
 MAX_GEN_TOKENS = 256  # likewise
+BOOTSTRAPS = 1000  # for the standard errors of metrics that are no means; lm-eval's 100,000 take minutes
 
 
 class SharedBaseLM(TemplateLM):  # type: ignore[misc]
@@ -163,8 +164,8 @@ def run_tasks(subject: Subject, tasks: Sequence[str], limit: int | None = None) 
         UserError: there is no such task, or its data cannot be had.
     """
     files = [Path(task) for task in tasks if task.endswith((".yaml", ".yml"))]
-    manager = TaskManager(include_path=[str(file.parent) for file in files] or None)
     names = [_task_name(Path(task)) if Path(task) in files else task for task in tasks]
+    manager = TaskManager(include_path=[str(file.parent) for file in files] or None)
     for name in names:
         if name not in manager.all_tasks:
             raise UserError(f"--lm-eval {name}: lm-eval has no such task{did_you_mean(name, manager.all_tasks)}")
@@ -175,7 +176,11 @@ def run_tasks(subject: Subject, tasks: Sequence[str], limit: int | None = None) 
         try:
             with memory_explained(subject.recipe):
                 got = simple_evaluate(
-                    SharedBaseLM(subject, role, name), tasks=list(names), task_manager=manager, limit=limit
+                    SharedBaseLM(subject, role, name),
+                    tasks=list(names),
+                    task_manager=manager,
+                    limit=limit,
+                    bootstrap_iters=BOOTSTRAPS,
                 )
         except OSError as error:  # what is not on the disk or cannot be reached
             reason = " ".join(str(error).split())[:300]

@@ -81,7 +81,7 @@ def _check_positions(subject: Subject, longest: int) -> None:
     tokens = longest + subject.recipe.generation.max_completion_length
     if isinstance(positions, int) and tokens > positions:
         raise UserError(
-            f"the longest prompt ({longest} tokens) and an answer of up to {tokens - longest} make {tokens} tokens, but "
+            f"the longest prompt ({longest} tokens) and an answer of up to {tokens - longest} make {tokens}, but "
             f"{subject.base.model_id!r} has only {positions} positions; lower --max-tokens"
         )
 
