@@ -231,15 +231,19 @@ def _torch_memory(kind: str, module: Any, number: int) -> tuple[int, int]:
 def cpu_device(notes: tuple[str, ...] = ()) -> Device:
     """Return the CPU with its RAM as the memory."""
     total_bytes, free_bytes = ram()
-    return Device("cpu", _cpu_name(), total_bytes, free_bytes, None, bf16=True, source="cpu", notes=notes)
+    about = _cpu_info()
+    match = re.search(r"^model name\s*:\s*(.+)$", about, re.MULTILINE)
+    name = match[1].strip() if match else platform.processor() or platform.machine() or "CPU"
+    has = re.search(r"^flags\s*:.*\bavx512_bf16\b", about, re.MULTILINE) is not None
+    return Device("cpu", name, total_bytes, free_bytes, None, bf16=True, source="cpu", notes=notes, avx512_bf16=has)
 
 
-def _cpu_name() -> str:
+def _cpu_info() -> str:
+    """Return what Linux tells of the processor; empty elsewhere."""
     try:
-        match = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(errors="replace"), re.MULTILINE)
+        return Path("/proc/cpuinfo").read_text(errors="replace")
     except OSError:
-        match = None
-    return match[1].strip() if match else platform.processor() or platform.machine() or "CPU"
+        return ""
 
 
 def ram(cgroup: Path = Path("/sys/fs/cgroup")) -> tuple[int, int]:

@@ -21,6 +21,7 @@ class Device:
         processes: ``{"pid", "name", "kind" ("compute"|"graphics"), "bytes" (int or None)}`` each.
         source: ``nvml``, ``torch``, ``cpu`` or ``profile``.
         notes: sentences for the user, for example why this card of several was taken.
+        avx512_bf16: a CPU that has these instructions, which bitsandbytes' 4-bit product needs.
     """
 
     torch_device: str
@@ -35,6 +36,7 @@ class Device:
     processes: tuple[dict[str, Any], ...] = ()
     source: str = "cpu"
     notes: tuple[str, ...] = field(default=())
+    avx512_bf16: bool = False
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain values for ``--json``."""

@@ -141,7 +141,7 @@ class _Running:
         shape = (self.hidden.shape[0], chunk.stop - chunk.start)
         d, e, rounded = (room[: shape[0] * shape[1]].view(shape) for room in (*self._room, self._rounded))
         self.head.chunk_logits(self.hidden, chunk, d, rounded)
-        slope = 1 - (d / self.head.softcap).square_() if self.head.softcap and self.with_rows else None
+        slope = (d / self.head.softcap).square_().neg_().add_(1) if self.head.softcap and self.with_rows else None
         if self.temperature != 1.0:
             d.div_(self.temperature)
         here = (self.targets >= chunk.start) & (self.targets < chunk.stop)

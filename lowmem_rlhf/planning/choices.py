@@ -14,10 +14,12 @@ from lowmem_rlhf.planning.memory import (
     MIB,
     Components,
     Settings,
-    group_tokens,
-    length_keys,
     peak_phase,
     phases,
+)
+from lowmem_rlhf.planning.shapes import (
+    group_tokens,
+    length_keys,
     row_tokens,
     samples_completions,
     step_tokens,

@@ -27,9 +27,11 @@ from lowmem_rlhf.planning.dimensions import ModelDimensions, model_dimensions
 from lowmem_rlhf.planning.memory import (
     Components,
     Settings,
+    peak_phase,
+)
+from lowmem_rlhf.planning.shapes import (
     adapters_of,
     length_keys,
-    peak_phase,
     sampled_keys,
     samples_completions,
 )

@@ -1,0 +1,113 @@
+"""One step of a run's own trainer at the largest shapes that its plan allows for, its live bytes counted by phase.
+
+Prompts and completions are random tokens of exactly the recipe's maximal lengths; no token ends a completion.
+"""
+
+import random
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from io import StringIO
+from pathlib import Path
+from typing import Any
+
+import torch
+from live_bytes import LiveBytes
+from rich.console import Console
+
+from lowmem_rlhf.data.prompts import Example, PromptStream
+from lowmem_rlhf.data.supervised import Pair, Supervised
+from lowmem_rlhf.model.base import SharedBase
+from lowmem_rlhf.planning.plan import Plan
+from lowmem_rlhf.recipe import ONLINE, Recipe
+from lowmem_rlhf.report.live import LiveView
+from lowmem_rlhf.rewards.loading import Reward
+from lowmem_rlhf.run import RunDirectory
+from lowmem_rlhf.training.build import add_roles, make_trainer
+from lowmem_rlhf.training.loop import Loop
+
+
+class _Endless(SharedBase):
+    stop_ids = frozenset()  # type: ignore[assignment]
+
+
+def hash_reward(prompts: Any, completion_ids: list[list[int]], **_: Any) -> list[float]:
+    """Return numbers that depend on the tokens only."""
+    return [random.Random(str(ids)).random() for ids in completion_ids]
+
+
+def load(recipe: Recipe, plan: Plan) -> SharedBase:
+    """Load the base of a recipe in the precision of its plan."""
+    settings = plan.settings
+    return _Endless.load(
+        recipe.model,
+        torch.device(plan.device.torch_device),
+        settings.quantization,
+        settings.compute_dtype,
+        r=recipe.lora.r,
+        lora_alpha=recipe.lora.lora_alpha,
+        target_modules=recipe.lora.target_modules,
+    )
+
+
+def trainer_of(recipe: Recipe, plan: Plan, folder: Path) -> Loop:
+    """Return the trainer of a recipe with random data of the recipe's maximal lengths."""
+    base = load(recipe, plan)
+    rewards = [Reward("hash", hash_reward)] if recipe.algorithm in ONLINE else []
+    add_roles(base, recipe, plan, rewards)
+    row = {"prompt": "a", "question": "a", "completion": "a", "text": "aa", "chosen": "a", "rejected": "b"}
+    rows = [row] * max(recipe.training.prompts_per_step, 2)
+
+    def run_directory(resolved: Recipe) -> RunDirectory:
+        return RunDirectory.create(folder / "run", resolved, plan.to_dict(), resume=False)
+
+    trainer: Any = make_trainer(recipe, plan, base, rewards, rows, [], run_directory)
+    examples = list(_examples(recipe, base.head.vocabulary))
+    trainer.stream = PromptStream(examples, recipe.training.prompts_per_step, recipe.training.seed)
+    return trainer
+
+
+def _examples(recipe: Recipe, vocabulary: int) -> Iterator[Any]:
+    draw = random.Random(0)
+
+    def ids(count: int) -> list[int]:
+        return [draw.randrange(vocabulary) for _ in range(count)]
+
+    for _ in range(recipe.training.prompts_per_step):
+        if recipe.algorithm == "sft":
+            whole = ids(recipe.sft.max_length)
+            yield Supervised(whole[:1], whole[1:])
+        elif recipe.algorithm == "reward_model":
+            half = recipe.reward_model.max_length // 2
+            yield Pair(ids(half), ids(half), ids(half), 0.0)
+        else:
+            yield Example("", ids(recipe.data.max_prompt_length), {})
+
+
+class Measured:
+    """Peaks of live bytes by phase, over the steps that are taken."""
+
+    def __init__(self, recipe: Recipe, plan: Plan, counter: LiveBytes | None = None) -> None:
+        self.peaks: dict[str, int] = {}
+        self._open: list[str] = []
+        with tempfile.TemporaryDirectory() as folder, torch.random.fork_rng(devices=[]):
+            trainer: Any = trainer_of(recipe, plan, Path(folder))
+            trainer.timed = self._phase
+            view = LiveView(1, console=Console(file=StringIO()))
+            trainer.one_step(view)  # makes the optimizer's state
+            trainer.step += 1
+            self.peaks = {}
+            self.counter = counter or LiveBytes(scan=False)
+            self.counter.scan()
+            self.start = self.counter.current
+            with self.counter:
+                trainer.one_step(view)
+
+    @contextmanager
+    def _phase(self, name: str) -> Iterator[None]:
+        counter = getattr(self, "counter", None)
+        if counter:
+            counter.reset_peak()
+        yield
+        if counter:
+            self.peaks[name] = max(self.peaks.get(name, 0), counter.peak)

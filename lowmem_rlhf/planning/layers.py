@@ -1,0 +1,228 @@
+"""Bytes of activations: what a layer keeps for its backward pass, and what is there at once in either direction.
+
+Read from our own passes (`model.siblings`, `model.fused`, `model.attention`) and stock modules; `benchmarks/
+vram_measured.py` holds every term against the live tensors of a real step. Letters: T tokens, h hidden size, nh query
+heads, nkv key/value heads, d head size, f MLP size, b bytes of a compute-dtype number. Functions return bytes.
+"""
+
+from dataclasses import dataclass
+from functools import cached_property
+
+from lowmem_rlhf.planning.dimensions import ModelDimensions
+from lowmem_rlhf.planning.families import FAMILIES, Family
+from lowmem_rlhf.planning.shapes import PackedShape
+
+EXPLICIT_KEYS = 256  # of `model.attention`: up to so many keys a CPU computes scores itself
+CAPPED_SCORES = 1 << 22  # of `model.attention`: scores at once where they have a soft cap
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One decoder layer in a packed pass.
+
+    Attributes:
+        dims, shape: of the model and of the packed row.
+        width: b.
+        ranks: sum of the ranks of all adapters beside the layer's linear layers in the role that computes.
+        dense: bytes of the largest weight where it is quantized and made dense to be multiplied, else 0.
+        cpu: whether short attention is computed with explicit scores.
+    """
+
+    dims: ModelDimensions
+    shape: PackedShape
+    width: int
+    ranks: int
+    dense: int
+    cpu: bool
+
+    @cached_property
+    def family(self) -> Family:
+        """How the layer departs from Llama's."""
+        return FAMILIES.get(self.dims.model_type, Family(gated=self.dims.gated))
+
+    def of(self, numbers: float, tokens: int | None = None) -> int:
+        """Return the bytes of so many compute-dtype numbers for each token (of all tokens, or of so many)."""
+        return round(self.width * numbers * (self.shape.tokens if tokens is None else tokens))
+
+    @property
+    def queries(self) -> int:
+        """Numbers of one token's queries, ``nh d``."""
+        return self.dims.num_heads * self.dims.head_dim
+
+    @property
+    def keys(self) -> int:
+        """Numbers of one token's keys, ``nkv d``."""
+        return self.dims.num_kv_heads * self.dims.head_dim
+
+    @property
+    def grouped(self) -> bool:
+        """Whether there are fewer key heads than query heads."""
+        return self.dims.num_kv_heads < self.dims.num_heads
+
+    @property
+    def capped(self) -> bool:
+        """Whether attention scores have a soft cap (Gemma 2), for which no SDPA kernel exists."""
+        return self.dims.model_type == "gemma2"
+
+    def explicit(self, keys: int) -> bool:
+        """Whether scores over so many keys are computed outside SDPA."""
+        return self.cpu and not self.capped and keys <= EXPLICIT_KEYS
+
+    @property
+    def hidden(self) -> int:
+        """A hidden state, ``b T h``: also what a recomputed layer keeps."""
+        return self.of(self.dims.hidden_size)
+
+    # what the backward pass needs
+
+    def saved_attention(self) -> int:
+        """Everything from the layer's input to the attention's output, which the output product keeps.
+
+        The input and its norm (2h), ``x A^T`` of q, k and v, queries, keys and values as attention took them (see
+        `_saved_keys`), SDPA's result and its log-sum-exp, and the joined result; norms of heads keep q and k before
+        them.
+        """
+        kept = 2 * self.dims.hidden_size + self.ranks / 2 + self.queries
+        if self.family.qk_norm != "none":
+            kept += self.queries + self.keys
+        return self.of(kept) + self._saved_queries() + self._saved_keys() + self._saved_results()
+
+    def _saved_queries(self) -> int:
+        """Queries once; once more for the part whose scores are explicit, where they are scaled first."""
+        shape = self.shape
+        prompts, own = self.explicit(shape.prompt_keys), self.explicit(shape.own_keys)
+        stored = 0 if prompts and own else shape.tokens
+        return self.of(self.queries, stored + shape.prompt_tokens * prompts + shape.own_tokens * own)
+
+    def _saved_keys(self) -> int:
+        """Keys and values: the prompts' and, with the prompt before each, the completions'.
+
+        SDPA takes them with heads expanded to nh where there are fewer; a prompt's lie in the whole row's where they
+        need not be expanded.
+        """
+        shape = self.shape
+        expand_prompt = self.grouped and not self.capped and not self.explicit(shape.prompt_keys)
+        expand_own = self.grouped and not self.capped and not self.explicit(shape.own_keys)
+        prompts = self.of(2 * self.queries, shape.prompt_tokens) if expand_prompt else self.of(2 * self.keys)
+        return prompts + self.of(2 * (self.queries if expand_own else self.keys), shape.attended)
+
+    def _saved_results(self) -> int:
+        """SDPA's result and log-sum-exp (fp32 a head); explicit scores keep their softmax; a soft cap keeps nothing."""
+        if self.capped:
+            return 0
+        total = 0
+        for tokens, scores, keys in (
+            (self.shape.prompt_tokens, self.shape.prompt_scores, self.shape.prompt_keys),
+            (self.shape.own_tokens, self.shape.own_scores, self.shape.own_keys),
+        ):
+            if self.explicit(keys):
+                total += self.of(self.dims.num_heads, scores)
+            else:
+                total += self.of(self.queries, tokens) + 4 * self.dims.num_heads * tokens
+        return total
+
+    def saved_mlp(self) -> int:
+        """Everything from the attention's output product to the layer's output.
+
+        Its input and norm (2h; two more where the results of attention and MLP have norms, none where both run beside
+        each other), gate, up and their product (3f; one more where gate and up are one product, 2f without a gate).
+        """
+        h, f = self.dims.hidden_size, self.dims.intermediate_size
+        norms = {1: 0, 2: 2, 4: 4}.get(self.family.norms, 2)
+        return self.of(norms * h + self._mlp_numbers() * f + self.ranks / 2)
+
+    def _mlp_numbers(self) -> int:
+        if not self.family.gated:
+            return 2
+        return 4 if self.family.fused else 3
+
+    def saved(self) -> int:
+        """All that a layer keeps that is not recomputed; its input is counted with it."""
+        statistics = 8 * self.family.norms * self.shape.tokens if self.family.norm_bias else 0  # LayerNorm's, fp32
+        return self.saved_attention() + self.saved_mlp() + statistics
+
+    # what there is at once in the backward pass, of one layer
+
+    def backward_peak(self) -> int:
+        """The most that a layer and its gradients take: in its MLP, or in its attention."""
+        return max(self.saved() + self._mlp_gradients(), self._attention_gradients())
+
+    def _mlp_gradients(self) -> int:
+        """The gradients at the last product of the MLP, with all of the layer still there.
+
+        Of the layer's output (h, twice where a norm follows) and, twice, of the product's input (2f): by the weight and
+        by the adapter. Or once, with the weight made dense.
+        """
+        h, f = self.dims.hidden_size, self.dims.intermediate_size
+        return self.of(2 * h if self.family.norms == 4 else h) + max(self.of(2 * f), self.of(f) + self.dense)
+
+    def _attention_gradients(self) -> int:
+        """Attention's own backward pass: the MLP is gone; gradients of output, queries, expanded keys and values."""
+        shape = self.shape
+        joined = self.of(self.queries)  # attention's result: the product behind it is done with it
+        gradients = self.of(self.dims.hidden_size + self.queries) + self.of(self.queries, shape.own_tokens)
+        of_keys = self.queries if self.grouped and not self.capped and not self.explicit(shape.own_keys) else self.keys
+        gradients += self.of(2 * of_keys, shape.attended)
+        if self.explicit(shape.own_keys):
+            gradients += self.of(2 * self.dims.num_heads, shape.own_scores)
+        if self.capped:  # made again in parts: four times in fp32, and the gradients of the part before they are put away
+            part = self._scores_at_once() / max(1, self.dims.num_heads * shape.own_scores)
+            gradients += 16 * self._scores_at_once()
+            gradients += round(min(1, part) * (self.of(self.queries, shape.own_tokens) + self.of(2 * self.keys, shape.attended)))
+        return self.saved_attention() - joined + gradients
+
+    def _scores_at_once(self) -> int:
+        """Scores of capped attention at once: all, the bound, or those of one completion."""
+        heads, shape = self.dims.num_heads, self.shape
+        return heads * max(
+            min(max(shape.own_scores, shape.prompt_scores), CAPPED_SCORES // heads),
+            shape.row_scores,
+            min(shape.prompt_scores, shape.prompt_keys**2),
+        )
+
+    def norm_gradients(self) -> int:
+        """A norm's backward pass beside its input and its gradient: three fp32 numbers (RMS; LayerNorm's: one, b)."""
+        return (
+            self.of(self.dims.hidden_size) if self.family.norm_bias else 12 * self.dims.hidden_size * self.shape.tokens
+        )
+
+    # what there is at once in a pass without gradients
+
+    def forward_peak(self) -> int:
+        """The most that one layer of a pass without gradients takes, the embeddings included."""
+        embeddings = self.of(self.dims.hidden_size) * (2 if self.dims.model_type == "gpt2" else 1)  # of positions, too
+        return embeddings + max(self._mlp_forward(), self._attention_forward())
+
+    def _mlp_forward(self) -> int:
+        """Input, attention's sum, its norm, the MLP's parts (3f; 2f without a gate) and result, a dense weight."""
+        h, f = self.dims.hidden_size, self.dims.intermediate_size
+        return self.of(4 * h + self._mlp_numbers() * f) + self.dense
+
+    def _attention_forward(self) -> int:
+        """Input and norm, q, k and v, the completions' keys and values before and after their heads are expanded."""
+        shape = self.shape
+        total = self.of(2 * self.dims.hidden_size + self.queries + 2 * self.keys) + self.of(2 * self.keys, shape.attended)
+        keys, scores = shape.own_keys, shape.own_scores
+        if not shape.attended:
+            keys, scores = shape.prompt_keys, shape.prompt_scores
+        results = self.of(self.queries)  # of both parts; joined, they are there twice
+        if self.capped:
+            return total + max(2 * results, results + self._scores_at_once() * (8 + self.width))
+        if self.explicit(keys):
+            return total + max(2 * results, results + self.of(2 * self.dims.num_heads, scores))
+        expanded = self.of(2 * self.queries, shape.attended or shape.tokens) if self.grouped else 0
+        return total + results + max(expanded, results if shape.attended else 0)
+
+    def kept_keys(self) -> int:
+        """What a prefill pass keeps of a layer until the cache is made: the storages in which keys and values lie."""
+        joined = self.queries + 2 * self.keys if self.family.fused else self.keys
+        return self.of(joined if self.dims.model_type == "gpt2" else joined + self.keys)
+
+    def positions(self) -> int:
+        """What all layers share: cosines and sines of rotary positions, ids and positions (int64), masks."""
+        shape = self.shape
+        rotary = 0 if self.dims.model_type == "gpt2" else self.of(2 * self.dims.head_dim)
+        masks = shape.row_scores if shape.attended else 0
+        if self.capped or self.explicit(shape.prompt_keys):
+            masks += shape.prompt_keys**2
+        return rotary + 16 * shape.tokens + self.width * masks

@@ -1,0 +1,100 @@
+"""Bytes of a rollout: prefill of the prompts, their cache, and decoding. Letters as in `memory`; R rows at once."""
+
+import math
+
+from lowmem_rlhf.planning.dimensions import ModelDimensions
+from lowmem_rlhf.planning.memory import Components, Memory, total
+from lowmem_rlhf.planning.shapes import prompts_at_once, prompts_shape, rollout_rows
+
+
+def kv_bytes_per_token(dims: ModelDimensions, width: int) -> int:
+    """Bytes of the keys and values of one token in all layers: ``2 * layers * nkv * d * b``."""
+    return 2 * dims.num_layers * dims.num_kv_heads * dims.head_dim * width
+
+
+def sampling_logits_bytes(dims: ModelDimensions, rows: int, width: int, temperature: float = 1.0) -> int:
+    """Bytes of the last token's logits while sampling: the model's, log-probs and probabilities in fp32.
+
+    At a temperature other than 1 the logits over the temperature are there in fp32 as well.
+    """
+    return rows * dims.vocab_size * (width + 8 + (4 if temperature != 1.0 else 0))
+
+
+def decode_scores_bytes(dims: ModelDimensions, rows: int, keys: int, width: int) -> int:
+    """Bytes of one layer's attention scores while decoding: ``R * nh * keys``, four times in the compute dtype.
+
+    Of the prompt and of the completion, both side by side, their softmax, and its part for the prompt in one piece; in
+    fp32 where scores have a soft cap.
+    """
+    return 4 * rows * dims.num_heads * keys * (4 if dims.model_type == "gemma2" else width)
+
+
+def rollout_copy_bytes(memory: Memory) -> int:
+    """Bytes of what the blocks' NF4 weights are read from while decoding, if not from the weights themselves.
+
+    A copy in the compute dtype where the settings want one; on a CPU whose instructions suit, the codes and a 16-bit
+    scale for 64 weights in the order of bitsandbytes' kernel.
+    """
+    settings, dims = memory.settings, memory.dims
+    if settings.quantization != "nf4":
+        return 0
+    if settings.rollout_weights == "dequantized":
+        return memory.width * dims.linear_parameters
+    if not (memory.on_cpu and memory.four_bit_copy):
+        return 0
+    fits = sum(x.inputs * x.outputs for x in dims.linears if x.outputs % 32 == 0 and x.inputs % 64 == 0)
+    return round(dims.num_layers * fits * (0.5 + 2 / 64))
+
+
+def joined_adapter_bytes(memory: Memory) -> int:
+    """Bytes of each group of layers' B in one block matrix, ``(sum of ranks) * (sum of outputs)``.
+
+    Made where the weights of such layers are multiplied at once: q, k and v; gate and up.
+    """
+    if not rollout_copy_bytes(memory):
+        return 0
+    groups: dict[tuple[int, bool], list[int]] = {}
+    for linear in memory.dims.linears:
+        kind = linear.name.startswith(("q_", "k_", "v_")), linear.name.startswith(("gate_p", "up_p"))
+        place = {(True, False): -1, (False, True): -2}.get(kind, len(groups))
+        groups.setdefault((place, True), []).append(linear.outputs)
+    blocks = sum(memory.settings.lora["r"] * len(outs) * sum(outs) for outs in groups.values())
+    return memory.dims.num_layers * memory.width * blocks
+
+
+def rollout(memory: Memory) -> Components:
+    """Return the largest moment: the prefill of prompts, the making of their cache, or the last tokens of the wave."""
+    recipe, dims, width = memory.recipe, memory.dims, memory.width
+    length, prompt = recipe.generation.max_completion_length, recipe.data.max_prompt_length
+    rows = rollout_rows(recipe, memory.settings.rollout_batch_size)
+    prompts = prompts_at_once(recipe, rows)
+    at_once = min(prompts, max(1, memory.settings.micro_batch_tokens // prompt))
+    token = kv_bytes_per_token(dims, width)
+    layer = memory.layer(prompts_shape(prompt, at_once * prompt))
+    kept = dims.num_layers * layer.kept_keys()
+    earlier, cache = (prompts - at_once) * prompt * token, prompts * prompt * token
+    own = rows * (length - 1) * token  # the last token of each is not fed
+    moments: list[Components] = [
+        {"kv_cache": earlier + kept, "prefill_activations": layer.forward_peak() + layer.positions()},
+        {"kv_cache": kept + cache},
+        {"kv_cache": cache + round(1.5 * cache / dims.num_layers)},
+        {"kv_cache": cache + own + round(own / dims.num_layers)},  # a layer's room grows: old and new
+        {"kv_cache": cache + own} | _decoding(memory, rows, prompt + length),
+    ]
+    lent = {"rollout_copy": rollout_copy_bytes(memory) + joined_adapter_bytes(memory)}
+    return memory.adapter_copies() | lent | max(moments, key=total)
+
+
+def _decoding(memory: Memory, rows: int, keys: int) -> Components:
+    """Return one token's pass: the draw, or a layer's scores, or a quantized weight made dense."""
+    dims, width = memory.dims, memory.width
+    tile = memory.settings.logits_tile_tokens
+    drawn = math.ceil(rows / math.ceil(rows / tile))
+    temperature = memory.recipe.generation.temperature
+    moments = [
+        {"sampling_logits": sampling_logits_bytes(dims, drawn, width, temperature)},
+        {"attention_scores": decode_scores_bytes(dims, rows, keys, width)},
+    ]
+    if not rollout_copy_bytes(memory):
+        moments.append({"dequantized_weight": memory.dense})
+    return max(moments, key=total)
