@@ -1,0 +1,237 @@
+"""A training step of a stock transformers model with peft adapters, on tensors that are only sizes.
+
+The methods stand as the models' code stands in transformers 5 (``modeling_llama.py`` and its likes), so that they hold
+what that code holds: the layers of peft and bitsandbytes, the norms, attention in both forms, the loss.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+from lowmem_rlhf.errors import UserError
+from lowmem_rlhf.planning.allocator import CachingAllocator
+from lowmem_rlhf.planning.sized import Sized
+from lowmem_rlhf.planning.sized_ops import Ops
+from lowmem_rlhf.planning.stock_run import BLOCKS, StockRun
+
+EIGHT_BIT_FROM = 4096  # elements: bitsandbytes keeps the states of smaller parameters in float32
+EIGHT_BIT_BLOCK = 256
+
+
+class StockStep(Ops):
+    """The model and its optimizer; `forward`, `backward_from` and `optimizer_step` are one step."""
+
+    def __init__(self, run: StockRun, allocator: CachingAllocator) -> None:
+        """Make a model without weights: `stock.load` gives it some.
+
+        Raises:
+            UserError: the blocks of the model's family are not written down here.
+        """
+        super().__init__(allocator)
+        self.run, self.sizes = run, run.dimensions
+        if self.sizes.model_type not in BLOCKS:
+            raise UserError(
+                f"the stock memory model knows the blocks of {', '.join(BLOCKS)}; got {self.sizes.model_type!r}"
+            )
+        self.block = BLOCKS[self.sizes.model_type]
+        self.linears = {linear.name: linear for linear in self.sizes.linears}
+        self.states: list[Sized] = []
+        self.lasting: tuple[Sized, ...] = ()
+        self._layer = 0
+
+    # --- the whole model ---------------------------------------------------------------------------------------------
+
+    def forward(self) -> tuple[Sized, Sized]:
+        """Return logits and loss, as ``model(input_ids, attention_mask, labels)`` does."""
+        run, sizes = self.run, self.sizes
+        with self.counted_as("hidden states"):
+            x = self.empty(run.tokens * sizes.hidden_size, run.hidden_width)
+            if self.block.scaled_embedding:
+                x = self.scale(x)
+            x = self.leaf(x, "embedding")  # enable_input_require_grads
+        masks, positions = self._masks(), self._positions()
+        for layer in range(sizes.num_layers):
+            self._layer = layer
+            x = self.checkpoint(self._call(layer), x) if run.gradient_checkpointing else self._decoder_layer(x)
+        self.lasting = positions if not run.gradient_checkpointing else (*masks, *positions)  # arguments of the layers
+        del masks
+        with self.counted_as("logits"):
+            x = self.rms_norm(x, sizes.hidden_size, self.block.cast_last)
+            logits = self.linear(x, sizes.hidden_size, sizes.vocab_size)
+            if self.block.soft_cap:
+                logits = self.scale(self.tanh(self.scale(logits)))
+            loss = self.cross_entropy(logits)
+        return logits, loss
+
+    def backward_from(self, loss: Sized) -> None:
+        """Fill the gradients."""
+        assert loss.node is not None
+        self.backward(loss.node, self.empty(1, 4))
+        self.lasting = ()
+        self.gradients.pop("embedding", None)
+
+    def optimizer_step(self) -> None:
+        """Make the states at the first step, and let the gradients go (``zero_grad(set_to_none=True)``)."""
+        with self.counted_as("optimizer"):
+            if not self.states:
+                self.states = [state for master in self.masters.values() for state in self._states_of(master.count)]
+            if self.run.optimizer.startswith("adamw") and "8bit" not in self.run.optimizer:
+                roots = [self.like(x) for x in self.masters.values()]  # _foreach_sqrt of the second moments
+                del roots
+        self.gradients.clear()
+
+    def _states_of(self, count: int) -> Iterator[Sized]:
+        name = self.run.optimizer
+        if "paged" in name or name == "sgd":  # paged states are managed memory, outside the allocator
+            return
+        if "adamw" not in name:
+            raise UserError(f"optimizer: got {name!r}; adamw, adamw_8bit, paged_adamw_8bit and sgd are known")
+        for _ in range(2):
+            if "8bit" in name and count >= EIGHT_BIT_FROM:
+                yield self.empty(count, 1)
+                yield self.empty(-(-count // EIGHT_BIT_BLOCK), 4)
+            else:
+                yield self.empty(count, 4)
+
+    def _positions(self) -> tuple[Sized, Sized]:
+        """cos and sin: float32 first, then in the dtype between the layers."""
+        count, width = self.run.sequence_length * self.sizes.head_dim, self.run.hidden_width
+        frequencies = self.empty(count // 2, 4)
+        angles = self.empty(count, 4)
+        cos = self.scale(self.like(angles))
+        sin = self.scale(self.like(angles))
+        del frequencies, angles
+        return self.cast(cos, width), self.cast(sin, width)
+
+    def _masks(self) -> tuple[Sized, ...]:
+        """An additive mask with a row for each sequence, made from boolean ones; none for sdpa without padding."""
+        run, square = self.run, self.run.sequence_length**2
+        if run.attention == "sdpa" and not self.block.soft_cap:
+            return ()
+        masks = []
+        for _ in range(self.block.masks):
+            causal = self.empty(square, 1)
+            combined = self.empty(square, 1)
+            del causal
+            padded = self.empty(run.batch_size * square, 1)
+            del combined
+            masks.append(self.empty(run.batch_size * square, run.hidden_width))
+            del padded
+        return tuple(masks)
+
+    # --- one layer ---------------------------------------------------------------------------------------------------
+
+    def _call(self, layer: int) -> Any:
+        def call(x: Sized) -> Sized:
+            self._layer = layer
+            return self._decoder_layer(x)
+
+        return call
+
+    def _decoder_layer(self, x: Sized) -> Sized:
+        self.part = "layer"
+        block, residual = self.block, x
+        if block.pre_norms:
+            x = self._norm(x)
+        x, _ = self._attention(x)
+        if block.post_norms:
+            x = self._norm(x)
+        x = self.add(residual, x)
+        residual = x
+        if block.pre_norms:
+            x = self._norm(x)
+        x = self._mlp(x)
+        if block.post_norms:
+            x = self._norm(x)
+        with self.counted_as("hidden states"):
+            return self.add(residual, x)
+
+    def _norm(self, x: Sized) -> Sized:
+        return self.rms_norm(x, self.sizes.hidden_size, self.block.cast_last)
+
+    def _mlp(self, x: Sized) -> Sized:
+        if "gate_up_proj" in self.linears:
+            both = self._linear(x, "gate_up_proj")
+            gate, up = self.slice(both, both.count // 2), self.slice(both, both.count // 2)
+            up = self.mul(up, self.activate(gate))
+            return self._linear(up, "down_proj")
+        return self._linear(
+            self.mul(self.activate(self._linear(x, "gate_proj")), self._linear(x, "up_proj")), "down_proj"
+        )
+
+    def _attention(self, x: Sized) -> tuple[Sized, Sized | None]:
+        q, k, v = self._heads(x)
+        q, k = self.rotate(q), self.rotate(k)
+        if self.run.attention == "eager" or self.block.soft_cap:
+            out, scores = self._eager(q, k, v)
+        else:
+            out, scores = self._sdpa(q, k, v), None
+        return self._linear(out, "o_proj"), scores
+
+    def _heads(self, x: Sized) -> tuple[Sized, Sized, Sized]:
+        sizes = self.sizes
+        if "qkv_proj" in self.linears:
+            rows, dim = self.run.tokens, sizes.head_dim
+            qkv = self._linear(x, "qkv_proj")
+            q = self.slice(qkv, rows * sizes.num_heads * dim)
+            k, v = (self.slice(qkv, rows * sizes.num_kv_heads * dim) for _ in range(2))
+            return self.folded(q), self.folded(k), self.folded(v)
+        q, k, v = (self._linear(x, name) for name in ("q_proj", "k_proj", "v_proj"))
+        if self.block.qk_norm:
+            q = self.rms_norm(q, sizes.head_dim, self.block.cast_last)
+            k = self.rms_norm(k, sizes.head_dim, self.block.cast_last)
+        return self.folded(q), self.folded(k), self.folded(v)
+
+    def _sdpa(self, q: Sized, k: Sized, v: Sized) -> Sized:
+        run, groups = self.run, self.sizes.num_heads // self.sizes.num_kv_heads
+        k, v = self.repeat(k, groups), self.repeat(v, groups)
+        rows = run.batch_size * self.sizes.num_heads * (-(-run.sequence_length // 32) * 32)
+        return self.efficient_attention(q, k, v, rows)
+
+    def _eager(self, q: Sized, k: Sized, v: Sized) -> tuple[Sized, Sized]:
+        run, sizes = self.run, self.sizes
+        groups, several = sizes.num_heads // sizes.num_kv_heads, run.batch_size > 1
+        keys, values = self.repeat(k, groups), self.repeat(v, groups)
+        count = run.batch_size * sizes.num_heads * run.sequence_length**2
+
+        def one_batch(y: Sized, contiguous: bool) -> Sized:
+            """``(B, heads, T, dim)`` as ``(B * heads, T, dim)``: a copy unless it already lies so."""
+            return self.shift(y) if several and not contiguous else y
+
+        scores = self.scale(self.bmm(one_batch(q, False), one_batch(keys, groups > 1), count))
+        if self.block.soft_cap:
+            scores = self.scale(scores)
+            scores = self.tanh(scores)
+            scores = self.scale(scores)
+        scores = self.shift(scores)
+        scores = self.cast(self.softmax(scores, run.precision == "float16"), q.width)
+        out = self.bmm(scores, one_batch(values, groups > 1), q.count)
+        if several:
+            out = self.folded(out)
+        return self.shift(out), scores
+
+    def _linear(self, x: Sized, name: str) -> Sized:
+        """A layer and, where it has one, its adapter, as peft's ``Linear``, ``Linear4bit`` and ``Linear8bitLt`` do."""
+        kind, linear = self.run.quantization, self.linears[name]
+        if kind == "none":
+            result = self.linear(x, linear.inputs, linear.outputs)
+        elif kind == "nf4":
+            result = self.linear_4bit(x, linear.inputs, linear.outputs, self.run.double_quantization)
+        else:
+            result = self.linear_8bit(x, linear.inputs, linear.outputs)
+        if (self._layer, name, "A") not in self.masters:
+            return result
+        width = result.width
+        if kind == "nf4":
+            result = self.shift(result)  # "defensively clone"
+        x = self.cast(x, 4)
+        delta = self.scale(self._delta(x, name))
+        if kind != "none":
+            delta = self.cast(delta, width)
+        result = self.add(result, delta)
+        del delta
+        return self.cast(result, width)
+
+    def _delta(self, x: Sized, name: str) -> Sized:
+        linear, layer, r = self.linears[name], self._layer, self.run.r
+        low = self.trained(x, linear.inputs, r, (layer, name, "A"))
+        return self.trained(low, r, linear.outputs, (layer, name, "B"))
