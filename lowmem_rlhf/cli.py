@@ -114,19 +114,20 @@ def plan(
     as_json: Json = False,
 ) -> None:
     """Show the settings that a recipe would run with, why, and the memory it needs."""
-    from lowmem_rlhf.planning.plan import why_not
+    from lowmem_rlhf.planning.advice import why_not
     from lowmem_rlhf.recipe import load_recipe
     from lowmem_rlhf.report.live import print_plan
     from lowmem_rlhf.session import plan_recipe
 
     given = [f"hardware.{key}={value}" for key, value in (("profile", profile), ("vram", vram)) if value]
-    made = plan_recipe(load_recipe(recipe, [*(overrides or []), *given]))
+    resolved = load_recipe(recipe, [*(overrides or []), *given])
+    made = plan_recipe(resolved)
     if as_json:
         _print_json(made.to_dict())
         return
     print_plan(made.to_dict())
     if not made.fits:
-        print(why_not(made))
+        print(why_not(made, resolved))
 
 
 @app.command()
@@ -140,7 +141,7 @@ def train(
     ] = False,
 ) -> None:
     """Run a recipe."""
-    from lowmem_rlhf.planning.plan import why_not
+    from lowmem_rlhf.planning.advice import why_not
     from lowmem_rlhf.recipe import load_recipe
     from lowmem_rlhf.report.live import print_plan
     from lowmem_rlhf.session import running_plan
@@ -152,7 +153,7 @@ def train(
         print(resolved.to_yaml())
         print_plan(made.to_dict())
         if not made.fits:
-            print(why_not(made))
+            print(why_not(made, resolved))
         return
     try:
         run = run_recipe(resolved, output, resume)
@@ -210,6 +211,7 @@ def evaluate(
         typer.Option(metavar="TASKS", help="Tasks of lm-eval (A,B or YAML files) in place of held-out data."),
     ] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Of an lm-eval task's problems, for a quick look.")] = None,
+    chat: Annotated[bool, typer.Option("--chat", help="Of lm-eval's prompts: write them as chats.")] = False,
     as_json: Json = False,
 ) -> None:
     """Measure a run's policy beside its reference, or a model, on held-out data, with intervals."""
@@ -222,7 +224,7 @@ def evaluate(
     }
     asked = [f"{key}={value}" for key, value in given.items() if value is not None]
     tasks = [task for task in (lm_eval or "").split(",") if task]
-    run_evaluation(Request(what, overrides or [], asked, recipe, against, step, device, tasks, limit), as_json)
+    run_evaluation(Request(what, overrides or [], asked, recipe, against, step, device, tasks, limit, chat), as_json)
 
 
 @app.command()

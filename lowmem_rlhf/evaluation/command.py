@@ -9,6 +9,7 @@ from lowmem_rlhf.evaluation.kept import keep, print_outcome
 from lowmem_rlhf.files import dumps
 from lowmem_rlhf.recipe import Recipe, load_recipe, validate_recipe
 from lowmem_rlhf.run import RECIPE, RunDirectory
+from lowmem_rlhf.session import hush
 
 TASK_TOKENS = 128  # that the plan of a model on lm-eval's tasks counts with a text; a longer one is a pass of its own
 
@@ -23,7 +24,7 @@ class Request:
         sampling: changes that its options stand for, all of how answers are sampled.
         recipe, against: of a model.
         step: of a run's checkpoint.
-        tasks, limit: of lm-eval.
+        tasks, limit, chat: of lm-eval.
     """
 
     what: str
@@ -35,6 +36,7 @@ class Request:
     device: str | None = None
     tasks: tuple[str, ...] | list[str] = ()
     limit: int | None = None
+    chat: bool = False
 
 
 def run_evaluation(request: Request, as_json: bool) -> None:
@@ -44,6 +46,7 @@ def run_evaluation(request: Request, as_json: bool) -> None:
         UserError: the request is wrong; RunError: it failed.
     """
     _check(request)
+    hush()
     if is_run(request.what):
         run = RunDirectory(Path(request.what))
         outcome = _of_run(run, request)
@@ -89,6 +92,8 @@ def _check(request: Request) -> None:
                 raise UserError(f"--lm-eval: its tasks bring their own data and settings; leave {name} out")
     elif request.limit is not None:
         raise UserError("--limit: is for --lm-eval; set data.eval_size=N for held-out data")
+    elif request.chat:
+        raise UserError("--chat: is for --lm-eval; held-out prompts are written as in training")
 
 
 def _named(request: Request) -> list[tuple[str, bool]]:
@@ -104,7 +109,7 @@ def _of_run(run: RunDirectory, request: Request) -> dict[str, Any]:
         name, _ = _named(request)[0]
         raise UserError(f"{name}: the run in {run.path} has no rewards, so no answers are sampled; leave it out")
     overrides = [*request.overrides, *request.sampling]
-    return evaluate_run(run, overrides, request.step, request.device, request.tasks, request.limit)
+    return evaluate_run(run, overrides, request.step, request.device, request.tasks, request.limit, request.chat)
 
 
 def _of_model(request: Request) -> dict[str, Any]:
@@ -113,7 +118,9 @@ def _of_model(request: Request) -> dict[str, Any]:
     overrides = [*request.overrides, *request.sampling]
     if request.tasks:
         recipe = load_recipe_of_tasks(request.what, overrides)
-        return evaluate_model_tasks(request.what, recipe, overrides, request.device, request.tasks, request.limit)
+        return evaluate_model_tasks(
+            request.what, recipe, overrides, request.device, request.tasks, request.limit, request.chat
+        )
     beside = Path(request.what) / RECIPE
     source = request.recipe or (str(beside) if beside.is_file() else None)
     if source is None:

@@ -25,12 +25,13 @@ def evaluate_run(
     device: str | None = None,
     tasks: Sequence[str] = (),
     limit: int | None = None,
+    chat: bool = False,
 ) -> dict[str, Any]:
     """Return the outcome (see `kept`) of a run's policy beside its reference, from one base.
 
     Args:
         overrides, step, device: as `open_run_subject`'s.
-        tasks: of lm-eval, in place of the held-out data; ``limit`` problems of each at most.
+        tasks, limit, chat: of lm-eval, in place of the held-out data; see `run_tasks`.
 
     Raises:
         UserError, RunError: as `open_run_subject` and `measure`.
@@ -38,7 +39,9 @@ def evaluate_run(
     if tasks:
         check_harness()
     subject = open_run_subject(run, overrides, step, device, judged=not tasks)
-    return _task_outcome(subject, tasks, limit) if tasks else outcome(subject.recipe, measure(subject), subject.steps)
+    if tasks:
+        return _task_outcome(subject, tasks, limit, chat)
+    return outcome(subject.recipe, measure(subject), subject.steps)
 
 
 def evaluate_models(models: Sequence[str], recipe: Recipe, given: list[str], device: str | None) -> dict[str, Any]:
@@ -62,7 +65,13 @@ def evaluate_models(models: Sequence[str], recipe: Recipe, given: list[str], dev
 
 
 def evaluate_model_tasks(
-    model: str, recipe: Recipe, given: list[str], device: str | None, tasks: Sequence[str], limit: int | None
+    model: str,
+    recipe: Recipe,
+    given: list[str],
+    device: str | None,
+    tasks: Sequence[str],
+    limit: int | None = None,
+    chat: bool = False,
 ) -> dict[str, Any]:
     """Return the outcome of a model on lm-eval's tasks; of the recipe only ``hardware`` is read.
 
@@ -71,7 +80,7 @@ def evaluate_model_tasks(
     """
     check_harness()
     subject = open_model_subject(model, recipe, given, device, judged=False)
-    return _task_outcome(replace(subject, roles={_names([model])[0]: REFERENCE}), tasks, limit)
+    return _task_outcome(replace(subject, roles={_names([model])[0]: REFERENCE}), tasks, limit, chat)
 
 
 def check_harness() -> None:
@@ -84,11 +93,12 @@ def check_harness() -> None:
         raise UserError("--lm-eval: EleutherAI's lm-eval is not installed; `pip install lm-eval`, or leave it out")
 
 
-def _task_outcome(subject: Subject, tasks: Sequence[str], limit: int | None) -> dict[str, Any]:
+def _task_outcome(subject: Subject, tasks: Sequence[str], limit: int | None, chat: bool) -> dict[str, Any]:
     from lowmem_rlhf.evaluation.harness import run_tasks
 
-    found = run_tasks(subject, tasks, limit)
-    return {**_about(subject.recipe, subject.steps), "data": "lm-eval", "tasks": list(tasks), **found, "method": METHOD}
+    found = run_tasks(subject, tasks, limit, chat)
+    how = {"data": "lm-eval", "tasks": list(tasks), "chat": chat}
+    return {**_about(subject.recipe, subject.steps), **how, **found, "method": METHOD}
 
 
 def _measured(name: str, model: str, recipe: Recipe, given: list[str], device: str | None) -> list[Measured]:

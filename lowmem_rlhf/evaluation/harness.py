@@ -1,8 +1,8 @@
 """Tasks of EleutherAI's lm-eval on the live shared base, in any of its roles: no second copy of a model is loaded.
 
 Answers to one context share its tokens in a packed row, so a task with several choices reads its question once. Left
-out: lm-eval's own batching and caching, chat templates and multi-turn prompts (prompts are plain, lm-eval's default),
-and stopping at a string while sampling (the text is cut at it afterwards, which gives the same).
+out: lm-eval's own batching and caching, and stopping at a string while sampling (the text is cut at it afterwards,
+which gives the same).
 """
 
 import sys
@@ -63,6 +63,16 @@ class SharedBaseLM(TemplateLM):  # type: ignore[misc]
         bos = self.tokenizer.bos_token
         add = not (bos and string.startswith(bos)) if add_special_tokens is None else add_special_tokens
         return list(self.tokenizer(string, add_special_tokens=add)["input_ids"])
+
+    def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
+        """Return messages as the model's chat template writes them."""
+        text = self.tokenizer.apply_chat_template(
+            chat_history,
+            tokenize=False,
+            add_generation_prompt=add_generation_prompt,
+            continue_final_message=not add_generation_prompt,
+        )
+        return str(text)
 
     def _loglikelihood_tokens(
         self, requests: Sequence[tuple[Any, list[int], list[int]]], disable_tqdm: bool = False, **kwargs: Any
@@ -150,7 +160,7 @@ class SharedBaseLM(TemplateLM):  # type: ignore[misc]
         return with_less(work, self._subject.limits.rows, 1, "hardware.rollout_batch_size", base.device, _say)[0]
 
 
-def run_tasks(subject: Subject, tasks: Sequence[str], limit: int | None = None) -> dict[str, Any]:
+def run_tasks(subject: Subject, tasks: Sequence[str], limit: int | None = None, chat: bool = False) -> dict[str, Any]:
     """Return ``results``, ``difference`` and ``counts`` (see `kept`) of lm-eval's tasks for every role of a subject.
 
     A metric is named TASK/METRIC. Where it is a mean over the task's problems its interval is that of `intervals`, and
@@ -159,10 +169,13 @@ def run_tasks(subject: Subject, tasks: Sequence[str], limit: int | None = None) 
     Args:
         tasks: names, or YAML files of tasks of one's own.
         limit: take only so many problems of each task.
+        chat: write the prompts with the model's chat template.
 
     Raises:
-        UserError: there is no such task, or its data cannot be had.
+        UserError: there is no such task, its data cannot be had, or there is no chat template.
     """
+    if chat and not subject.base.tokenizer.chat_template:
+        raise UserError(f"--chat: the tokenizer of {subject.base.model_id!r} has no chat template; leave it out")
     files = [Path(task) for task in tasks if task.endswith((".yaml", ".yml"))]
     names = [_task_name(Path(task)) if Path(task) in files else task for task in tasks]
     manager = TaskManager(include_path=[str(file.parent) for file in files] or None)
@@ -181,6 +194,7 @@ def run_tasks(subject: Subject, tasks: Sequence[str], limit: int | None = None) 
                     task_manager=manager,
                     limit=limit,
                     bootstrap_iters=BOOTSTRAPS,
+                    apply_chat_template=chat,
                 )
         except OSError as error:  # what is not on the disk or cannot be reached
             reason = " ".join(str(error).split())[:300]

@@ -20,6 +20,7 @@ from lowmem_rlhf.report.format import format_number
 from lowmem_rlhf.report.live import plain_table
 
 EVALUATIONS = "evaluations.jsonl"
+WIDTH = 120  # columns of a table that goes to a file or another program
 
 
 def keep(folder: Path, outcome: dict[str, Any]) -> Path:
@@ -58,7 +59,8 @@ def about(outcome: dict[str, Any]) -> str:
     """Return on one line what an outcome was measured on and how."""
     parts = [f"{format_number(count)} held-out {noun}s" for noun, count in (outcome.get("counts") or {}).items()]
     if outcome.get("samples"):
-        parts.append(f"{outcome['samples']} answers each at temperature {format_number(outcome.get('temperature'))}")
+        answers = "1 answer" if outcome["samples"] == 1 else f"{outcome['samples']} answers"
+        parts.append(f"{answers} each at temperature {format_number(outcome.get('temperature'))}")
     if outcome.get("steps") is not None:
         parts.append(f"policy after {format_number(outcome['steps'])} steps")
     return ", ".join([*parts, f"data {outcome.get('data', '?')}"])
@@ -67,6 +69,8 @@ def about(outcome: dict[str, Any]) -> str:
 def print_outcome(outcome: dict[str, Any], console: Console | None = None) -> None:
     """Print an outcome as a table, and what it was measured on."""
     console = console or Console()
+    if not console.is_terminal:
+        console.width = max(console.width, WIDTH)
     head, rows = outcome_rows(outcome)
     console.print(plain_table(head, (tuple(row) for row in rows)))
     console.print(Text(about(outcome), style="dim"))

@@ -1,6 +1,7 @@
 """lm-eval's tasks on the live base, against its own wrapper of a stock model; skipped where it is not installed."""
 
 import json
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -155,6 +156,27 @@ def test_a_model_needs_no_recipe_for_tasks_and_a_limit_is_kept(lowmem_rlhf, eval
     assert done.code == 0, done.err
     got = json.loads(done.out[done.out.index("{\n") :])
     assert got["counts"] == {"tiny_sums problem": 4} and list(got["results"]) == [eval_model.name]
+
+
+def test_prompts_can_be_written_as_chats(lowmem_rlhf, run, eval_model, task, tmp_path, subject):
+    done = lowmem_rlhf("eval", run.path, "--lm-eval", task["choices"], "--chat")
+    assert done.code == 2 and "--chat" in done.err and "no chat template" in done.err
+    folder = Path(shutil.copytree(eval_model, tmp_path / "chat"))
+    template = "{% for m in messages %}a{{ m['content'] }}.{% endfor %}{% if add_generation_prompt %}b{% endif %}"
+    (folder / "chat_template.jinja").write_text(template)
+    plain, chat = (
+        json.loads(done.out[done.out.index("{\n") :])["results"]["chat"]
+        for done in (
+            lowmem_rlhf("eval", folder, "--lm-eval", task["choices"], *more, "--json") for more in ([], ["--chat"])
+        )
+    )
+    wanted = []
+    lm = SharedBaseLM(subject, "reference", "r")
+    for row in map(json.loads, (task["choices"].parent / "sums.jsonl").read_text().splitlines()):
+        pairs = [(f"a{row['question']}=.b", choice) for choice in row["choices"]]
+        wanted.append(max(range(3), key=[logp for logp, _ in lm.loglikelihood(requests(*pairs))].__getitem__) == 0)
+    assert chat["tiny_sums/acc"]["value"] == pytest.approx(sum(wanted) / len(wanted))
+    assert chat != plain
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,1 @@
+"""Taking a model away: adapters, merged folders, GGUF and Ollama, each proven, with its card."""
