@@ -53,6 +53,11 @@ class SharedBaseLM(TemplateLM):  # type: ignore[misc]
         return min(self._base.stop_ids) if self.tokenizer.eos_token_id is None else int(self.tokenizer.eos_token_id)
 
     @property
+    def tokenizer_name(self) -> str:
+        """The name under which lm-eval keeps chats that the tokenizer wrote."""
+        return self._base.model_id.replace("/", "__")
+
+    @property
     def prefix_token_id(self) -> int:
         """What a text without a context follows."""
         bos = self.tokenizer.bos_token_id
