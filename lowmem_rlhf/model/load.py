@@ -64,7 +64,7 @@ def load_base(
                 path,
                 config=config,
                 dtype=dtype,
-                quantization_config=_quantization(quantization, dtype),
+                quantization_config=quantization_settings(quantization, dtype),
                 device_map={"": str(device)},
                 use_safetensors=True,
                 **common,
@@ -80,7 +80,8 @@ def load_base(
     return loaded, tokenizer
 
 
-def _quantization(quantization: str, dtype: torch.dtype) -> BitsAndBytesConfig | None:
+def quantization_settings(quantization: str, dtype: torch.dtype) -> BitsAndBytesConfig | None:
+    """Return how the loader quantizes, which a merge onto the same numbers does again; None: not at all."""
     if quantization == "nf4":
         return BitsAndBytesConfig(
             load_in_4bit=True,

@@ -1,0 +1,90 @@
+"""Which stored tensor belongs to which parameter of the model, and which of them the loader quantizes.
+
+A checkpoint may name its tensors otherwise than the model does: GPT-2's files exist with and without ``transformer.``
+in front. The loader adds or removes such a prefix, and so does this module.
+"""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.pytorch_utils import Conv1D
+from transformers.quantizers import AutoHfQuantizer
+
+from lowmem_rlhf.errors import UserError
+from lowmem_rlhf.model.load import DTYPES, first_sentence, quantization_settings, quiet
+
+
+@dataclass(frozen=True)
+class Skeleton:
+    """A model without its weights.
+
+    Attributes:
+        shapes: of its parameters and buffers, by name.
+        transposed: weights that are stored (in, out): GPT-2's Conv1D.
+        quantized: for weights that the loader quantizes, bitsandbytes' parameter with its settings.
+    """
+
+    shapes: Mapping[str, tuple[int, ...]]
+    transposed: frozenset[str]
+    quantized: Mapping[str, Any]
+
+
+def skeleton(folder: Path, quantization: str, compute_dtype: str, trust_remote_code: bool = False) -> Skeleton:
+    """Build the model of a folder without weights, and let the loader's own code choose what is quantized.
+
+    Raises:
+        UserError: its config cannot be read.
+    """
+    try:
+        with quiet(), torch.device("meta"):
+            config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+            model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+            shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+            transposed = {f"{name}.weight" for name, module in model.named_modules() if isinstance(module, Conv1D)}
+            settings = quantization_settings(quantization, DTYPES[compute_dtype])
+            if settings is not None:
+                quantizer = AutoHfQuantizer.from_config(settings)
+                quantizer.preprocess_model(model=model, device_map={"": "cpu"})
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise UserError(f"the model in {folder} cannot be built: {first_sentence(error)}") from error
+    return Skeleton(shapes, frozenset(transposed), _quantized(model) if settings is not None else {})
+
+
+def _quantized(model: nn.Module) -> dict[str, Any]:
+    from bitsandbytes.nn import Linear4bit, Linear8bitLt
+
+    kinds = (Linear4bit, Linear8bitLt)
+    return {f"{name}.weight": m.weight for name, m in model.named_modules() if isinstance(m, kinds)}
+
+
+def stored_names(parameters: Iterable[str], stored: Iterable[str]) -> dict[str, str]:
+    """Return for stored tensors the model's name of them: the same, or one of both with something in front.
+
+    Tensors whose name fits no parameter, or more than one, are left out.
+    """
+    there = set(parameters)
+    endings: dict[str, list[str]] = {}
+    for name in there:
+        for ending in _endings(name):
+            endings.setdefault(ending, []).append(name)
+    found: dict[str, str] = {}
+    for tensor in stored:
+        if tensor in there:
+            found[tensor] = tensor
+            continue
+        fits = endings.get(tensor, []) or [ending for ending in _endings(tensor) if ending in there][:1]
+        if len(fits) == 1:
+            found[tensor] = fits[0]
+    taken = list(found.values())
+    return {tensor: name for tensor, name in found.items() if tensor == name or taken.count(name) == 1}
+
+
+def _endings(name: str) -> list[str]:
+    """Return what is left of a dotted name without its first part, its first two, ..."""
+    parts = name.split(".")
+    return [".".join(parts[i:]) for i in range(1, len(parts))]

@@ -1,0 +1,94 @@
+"""The base's files on disk: where they lie, and what of them goes along with merged weights."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+from lowmem_rlhf.errors import UserError
+from lowmem_rlhf.model.source import is_local, resolve_model
+
+# what a model folder has besides weights: configuration, tokenizer, chat template, code of the model's own
+SIDE_FILES = ("*.json", "*.txt", "*.model", "*.tiktoken", "*.jinja", "*.py", "LICENSE*", "NOTICE*")
+LEFT_OUT = ("config.json", "*.index.json", "training_args*", "adapter_config.json", "requirements*.txt")
+
+
+def base_folder(model: str, revision: str | None) -> Path:
+    """Return the folder with a model's safetensors weights, config and tokenizer.
+
+    Args:
+        model: as in a recipe. A GGUF file is converted once and kept; what a Hub model lacks in the cache is fetched.
+
+    Raises:
+        UserError: the base is gone, or cannot be fetched.
+    """
+    path = resolve_model(model)
+    if path.endswith(".gguf"):
+        from lowmem_rlhf.model.load import convert_gguf
+
+        return convert_gguf(Path(path))
+    return Path(path) if is_local(path) else _from_hub(path, revision)
+
+
+def _from_hub(model: str, revision: str | None) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    from lowmem_rlhf.export.shards import read_shards
+    from lowmem_rlhf.planning.hub import fetch_config
+
+    cached = fetch_config(model, revision).parent
+    try:
+        read_shards(cached)
+        return cached
+    except UserError as error:
+        missing = error
+    wanted = [*SIDE_FILES, "*.safetensors"]
+    try:
+        folder = Path(snapshot_download(model, revision=revision, allow_patterns=wanted))
+        read_shards(folder)
+    except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
+        raise UserError(f"model {model!r} is not whole in the cache and cannot be fetched: {missing}") from error
+    return folder
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """Return a model folder's config.json.
+
+    Raises:
+        UserError: it cannot be read.
+    """
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{folder / 'config.json'} cannot be read ({error}); fetch the model again") from error
+    if not isinstance(config, dict):
+        raise UserError(f"{folder / 'config.json'} is not a JSON object; fetch the model again")
+    return config
+
+
+def write_config(folder: Path, target: Path, dtype: str) -> None:
+    """Write a model's config.json for weights that are stored in ``dtype`` and not quantized."""
+    config = read_config(folder)
+    config.pop("quantization_config", None)
+    config["dtype"] = dtype
+    for part in (config, *(value for value in config.values() if isinstance(value, dict))):
+        for key in ("dtype", "torch_dtype"):
+            if key in part:
+                part[key] = dtype
+    (target / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+
+def side_files(folder: Path) -> list[Path]:
+    """Return the files beside the weights that belong to the model: tokenizer, chat template, generation config, ..."""
+    found = {path for pattern in SIDE_FILES for path in folder.glob(pattern) if path.is_file()}
+    found |= {path for path in folder.glob("additional_chat_templates/*") if path.is_file()}
+    return sorted(path for path in found if not any(path.match(pattern) for pattern in LEFT_OUT))
+
+
+def copy_side_files(folder: Path, target: Path) -> None:
+    """Copy `side_files` (following the Hub cache's links)."""
+    for path in side_files(folder):
+        place = target / path.relative_to(folder)
+        place.parent.mkdir(exist_ok=True)
+        shutil.copyfile(path, place)
