@@ -1,45 +1,22 @@
 """The sizes of a model, from its config.json or its GGUF header: no weights are read and no torch is imported."""
 
 import json
-import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
 from lowmem_rlhf.errors import UserError
 from lowmem_rlhf.model.source import is_local, resolve_model
-from lowmem_rlhf.planning.families import (
-    FAMILIES,
-    Linear,
-    block_linears,
-    check_causal,
-    common_fields,
-    family_of,
-    other_parameters,
-)
+from lowmem_rlhf.planning.config_fields import LIMITS, block_traits, common_fields, heads_of, positive
+from lowmem_rlhf.planning.families import FAMILIES, Linear, block_linears, family_of, other_parameters
+from lowmem_rlhf.planning.kinds import check_kind
 from lowmem_rlhf.suggest import did_you_mean
-
-_NEEDED = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "vocab_size")
-_GGUF_NAMES = {
-    "attn_q": "q_proj",
-    "attn_k": "k_proj",
-    "attn_v": "v_proj",
-    "attn_qkv": "qkv_proj",
-    "attn_output": "o_proj",
-    "ffn_gate": "gate_proj",
-    "ffn_up": "up_proj",
-    "ffn_down": "down_proj",
-}
-_GGUF_NAMES_OF = {
-    "gpt2": {"attn_qkv": "c_attn", "attn_output": "c_proj", "ffn_up": "c_fc", "ffn_down": "c_proj"},
-    "phi3": {"ffn_up": "gate_up_proj"},
-}
 
 
 @dataclass(frozen=True)
 class ModelDimensions:
-    """The sizes of a decoder-only language model.
+    """The sizes of a decoder-only language model, and what of its block decides memory.
 
     Attributes:
         head_dim: dimension of one attention head; ``num_heads * head_dim`` need not be ``hidden_size``.
@@ -50,6 +27,19 @@ class ModelDimensions:
         torch_dtype: of the stored weights, as config.json says; None when unknown (GGUF).
         linears: the linear layers of one block: these are quantized and take adapters.
         other_parameters: norms, biases and learned positions of the whole model.
+        norm: RMSNorm, or LayerNorm.
+        norms: norms of ``hidden_size`` in a block.
+        norm_place: whether attention and MLP are normed before, after, or on both sides.
+        qk_norm: norms of queries and keys: none, over each head's dimension, or over all heads.
+        parallel: attention and MLP work on the block's input side by side (Phi, GPT-NeoX, Cohere).
+        activation: of the MLP, as transformers names it.
+        rotary_dim: numbers of a head that rotary positions turn; 0 where positions are learned (GPT-2, OPT).
+        attention_softcap, logit_softcap: soft caps of attention scores and of logits (Gemma 2); None: none.
+        embedding_scale: the embedding is multiplied by a number, which makes a second copy of it (Gemma, Granite).
+        sliding_window: tokens that a layer with a window attends to; None where no layer has one.
+        sliding_layers: how many layers have it. A packed rollout only masks what lies outside (`rollout.decode`): its
+            key-value cache is as long for them as for the others.
+        note: what is not certain about these sizes, as a sentence; empty when nothing.
     """
 
     model_type: str
@@ -67,6 +57,19 @@ class ModelDimensions:
     torch_dtype: str | None
     linears: tuple[Linear, ...]
     other_parameters: int
+    norm: Literal["rms", "layer"]
+    norms: int
+    norm_place: Literal["before", "after", "both"]
+    qk_norm: Literal["none", "head", "all"]
+    parallel: bool
+    activation: str
+    rotary_dim: int
+    attention_softcap: float | None
+    logit_softcap: float | None
+    embedding_scale: bool
+    sliding_window: int | None
+    sliding_layers: int
+    note: str = field(default="", compare=False)
 
     @property
     def linear_parameters(self) -> int:
@@ -110,136 +113,120 @@ class ModelDimensions:
         return self.num_layers * sum(r * (x.inputs + x.outputs) for x in self.linears if x.name in targets)
 
 
-def model_dimensions(model: str, revision: str | None = None) -> ModelDimensions:
+def model_dimensions(model: str, revision: str | None = None, trust_remote_code: bool = True) -> ModelDimensions:
     """Return the sizes of a model.
+
+    A Hub id is looked up in the Hub's cache on this machine, then in the catalogue that ships with this package, then
+    on the Hub. A revision is asked for on the Hub before the catalogue answers for it, with a note.
 
     Args:
         model: as in a recipe: a Hub id, a local folder, a ``.gguf`` file or ``package:PACKAGE/FILE``.
         revision: branch, tag or commit of a Hub id.
+        trust_remote_code: whether a run may load the model's own code; nothing is run here.
 
     Raises:
         UserError: there is no such model, it cannot be reached, or it is no dense decoder-only language model.
     """
     resolved = resolve_model(model)
     if not is_local(resolved):
-        from lowmem_rlhf.planning.hub import fetch_config
-
-        return _from_config_file(fetch_config(resolved, revision), model)
+        return _of_hub_model(resolved, revision, trust_remote_code)
     path = Path(resolved)
-    return _from_config_file(path / "config.json", model) if path.is_dir() else _from_gguf(path, model)
+    if path.is_dir():
+        return from_config_file(path / "config.json", model, trust_remote_code)
+    from lowmem_rlhf.planning.gguf_dimensions import from_gguf
+
+    return from_gguf(path, model)
 
 
-def _from_config_file(path: Path, model: str) -> ModelDimensions:
+def _of_hub_model(model: str, revision: str | None, trust_remote_code: bool) -> ModelDimensions:
+    from lowmem_rlhf.planning import catalogue, hub
+
+    if cached := hub.cached_config(model, revision):
+        return from_config_file(cached, model, trust_remote_code)
+    known = catalogue.find(model)
+    if known and revision is None:
+        return known
+    try:
+        fetched = hub.fetch_config(model, revision)
+    except hub.HubUnreachable:
+        if known is None:
+            raise
+        note = f"the Hub cannot be reached: these are the sizes of {model} in the catalogue, not of revision {revision}"
+        return replace(known, note=note)
+    return from_config_file(fetched, model, trust_remote_code)
+
+
+def from_config_file(path: Path, model: str, trust_remote_code: bool = True) -> ModelDimensions:
+    """Return the sizes that a config.json tells, under any file name; ``model`` is only named in errors.
+
+    Raises:
+        UserError: the file is no JSON object, or as `dimensions_from_config`.
+    """
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"model {model!r}: its config.json cannot be read as JSON ({error})") from error
     if not isinstance(config, dict):
         raise UserError(f"model {model!r}: its config.json is not a JSON object")
-    return dimensions_from_config(config, model)
+    return dimensions_from_config(config, model, trust_remote_code)
 
 
-def dimensions_from_config(config: Mapping[str, Any], model: str) -> ModelDimensions:
-    """Return the sizes that a config.json tells; ``model`` is only named in errors.
+def dimensions_from_config(config: Mapping[str, Any], model: str, trust_remote_code: bool = True) -> ModelDimensions:
+    """Return the sizes that the fields of a config.json tell; ``model`` is only named in errors.
 
     Raises:
-        UserError: a field is missing, is not a positive whole number, or the model is of an unsupported kind.
+        UserError: a field is missing, is no plausible number, or the model is of an unsupported kind.
     """
-    model_type = check_causal(model, config)
+    model_type = check_kind(model, config, trust_remote_code)
     fields = common_fields(config)
     known = "" if model_type in FAMILIES else f" (model type {model_type!r} is not known, so all of them are needed)"
-    if missing := [key for key in _NEEDED if key not in fields]:
+    if missing := [key for key in LIMITS if key not in fields]:
         raise UserError(f"model {model!r}: its config.json lacks {', '.join(missing)}{known}")
     family = family_of(model_type, fields)
-    numbers = {key: _positive(fields[key], key, model) for key in _NEEDED}
-    hidden, heads = numbers["hidden_size"], numbers["num_attention_heads"]
-    kv_heads = _positive(fields.get("num_key_value_heads", heads), "num_key_value_heads", model)
-    dim = _positive(fields.get("head_dim", family.head_dim or hidden // heads), "head_dim", model)
-    if heads % kv_heads:
-        raise UserError(
-            f"model {model!r}: num_attention_heads {heads} is no multiple of num_key_value_heads {kv_heads}"
-        )
+    numbers = {key: positive(fields[key], key, model) for key in LIMITS}
+    heads, kv_heads, dim = heads_of(fields, family, numbers, model)
     positions = fields.get("max_position_embeddings")
-    if model_type == "gpt2" and positions is None:
-        raise UserError(f"model {model!r}: its config.json lacks n_positions")
+    if family.learned_positions and positions is None:
+        raise UserError(f"model {model!r}: its config.json lacks n_positions or max_position_embeddings")
+    if positions is not None:
+        positions = positive(positions, "max_position_embeddings", model)
+    tied = fields.get("tie_word_embeddings", family.tied)
+    if not isinstance(tied, bool):
+        raise UserError(f"model {model!r}: its config gives tie_word_embeddings = {tied!r}; true or false is expected")
+    try:
+        traits = block_traits(family, {**config, **fields}, dim)
+    except (TypeError, ValueError, OverflowError) as error:
+        raise UserError(
+            f"model {model!r}: its config.json has a sliding_window, layer_types, soft cap or partial_rotary_factor of "
+            f"the wrong kind ({error}); fetch it again"
+        ) from error
     linears = block_linears(family, fields, heads=heads, kv_heads=kv_heads, dim=dim)
     dtype = fields.get("dtype", fields.get("torch_dtype"))
     return ModelDimensions(
         model_type=model_type,
-        hidden_size=hidden,
+        hidden_size=numbers["hidden_size"],
         num_layers=numbers["num_hidden_layers"],
         num_heads=heads,
         num_kv_heads=kv_heads,
         head_dim=dim,
         intermediate_size=numbers["intermediate_size"],
         vocab_size=numbers["vocab_size"],
-        tied=bool(fields.get("tie_word_embeddings", family.tied)),
+        tied=tied,
         attention_bias=linears[0].bias,
         gated=family.gated,
-        max_positions=None if positions is None else _positive(positions, "max_position_embeddings", model),
+        max_positions=positions,
         torch_dtype=None if dtype is None else str(dtype).removeprefix("torch."),
         linears=tuple(linears),
         other_parameters=other_parameters(family, fields, linears, heads=heads, kv_heads=kv_heads, dim=dim),
+        **traits,
+        note=_doubts(model_type, fields),
     )
 
 
-def _positive(value: Any, key: str, model: str) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise UserError(
-            f"model {model!r}: its config gives {key} = {value!r}; a whole number of at least 1 is expected"
-        )
-    return value
-
-
-def _from_gguf(path: Path, model: str) -> ModelDimensions:
-    """Read the sizes from a GGUF header; parameters are counted from the tensors' shapes."""
-    from lowmem_rlhf.planning.gguf_header import read_gguf_header
-
-    header = read_gguf_header(path)
-    arch = str(header.fields.get("general.architecture", ""))
-    check_causal(model, {"model_type": arch, "num_experts": header.fields.get(f"{arch}.expert_count")})
-    embedding = header.shapes.get("token_embd.weight")
-    linears = _gguf_linears(arch, header.shapes)
-    if embedding is None or len(embedding) != 2 or not linears:
-        raise UserError(f"model {model!r} is a GGUF without token_embd.weight or blocks; is it only a part of a model?")
-
-    def number(key: str, default: int | None = None) -> int:
-        value = header.fields.get(f"{arch}.{key}", default)
-        value = value[0] if isinstance(value, list) and len(set(value)) == 1 else value
-        if value is None:
-            raise UserError(f"model {model!r}: its GGUF metadata lacks {arch}.{key}")
-        return _positive(value, f"{arch}.{key}", model)
-
-    layers, heads = number("block_count"), number("attention.head_count")
-    hidden, vocabulary = embedding
-    tied = "output.weight" not in header.shapes
-    counted = {name: shape for name, shape in header.shapes.items() if not name.startswith("rope_")}
-    in_linears = layers * sum(linear.inputs * linear.outputs for linear in linears)
-    in_embeddings = hidden * vocabulary * (1 if tied else 2)
-    return ModelDimensions(
-        model_type=arch,
-        hidden_size=hidden,
-        num_layers=layers,
-        num_heads=heads,
-        num_kv_heads=number("attention.head_count_kv", heads),
-        head_dim=number("attention.key_length", hidden // heads),
-        intermediate_size=number("feed_forward_length"),
-        vocab_size=vocabulary,
-        tied=tied,
-        attention_bias=linears[0].bias,
-        gated=any(name in ("gate_proj", "gate_up_proj") for name in (linear.name for linear in linears)),
-        max_positions=number("context_length") if f"{arch}.context_length" in header.fields else None,
-        torch_dtype=None,
-        linears=tuple(linears),
-        other_parameters=sum(map(math.prod, counted.values())) - in_linears - in_embeddings,
-    )
-
-
-def _gguf_linears(arch: str, shapes: Mapping[str, tuple[int, ...]]) -> list[Linear]:
-    names = {**_GGUF_NAMES, **_GGUF_NAMES_OF.get(arch, {})}
-    found = {}
-    for tensor, name in names.items():
-        shape = shapes.get(f"blk.0.{tensor}.weight")
-        if shape is not None and len(shape) == 2:
-            found[tensor] = Linear(name, shape[0], shape[1], f"blk.0.{tensor}.bias" in shapes)
-    return list(found.values())
+def _doubts(model_type: str, fields: Mapping[str, Any]) -> str:
+    """Return what is not certain about the sizes of a model; an empty string for a family that is known."""
+    if model_type in FAMILIES:
+        return ""
+    kinds = sorted(set(fields.get("layer_types") or ()) - {"full_attention", "sliding_attention"})
+    others = f"; its layers of the kind {' and '.join(map(str, kinds))} are counted as attention" if kinds else ""
+    return f"the model type {model_type!r} is not known here: its blocks are taken for Llama's{others}"

@@ -1,0 +1,83 @@
+"""What kinds of model a shared base can be, told from a ``config.json``: one sentence for each that it cannot.
+
+The last check, for code of the model's own, looks into transformers' folder and imports nothing.
+"""
+
+import importlib.util
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from lowmem_rlhf.errors import UserError
+from lowmem_rlhf.planning.families import FAMILIES
+
+ENCODERS = {"bert", "roberta", "distilbert", "electra", "albert", "deberta", "deberta-v2", "xlm-roberta", "mpnet"}
+ENCODER_DECODERS = {"t5", "umt5", "mt5", "bart", "mbart", "pegasus", "marian", "led", "whisper", "t5gemma", "longt5"}
+RECURRENT = {"mamba", "mamba2", "falcon_mamba", "xlstm"}  # no attention at all; and all of RWKV
+SENSES = {"vision_config": "images", "visual": "images", "vision_tower": "images", "audio_config": "sound"}
+EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
+_QUANTIZED_NAME = re.compile(r"(-unsloth)?-(bnb-4bit|bnb-8bit|awq|gptq|fp8|int4|int8|4bit|8bit|w4a16|w8a8)\b.*", re.I)
+_METHODS = {
+    "gptq": "GPTQ",
+    "awq": "AWQ",
+    "bitsandbytes": "bitsandbytes",
+    "fp8": "FP8",
+    "mxfp4": "MXFP4",
+    "compressed-tensors": "compressed-tensors",
+}
+
+
+def check_kind(model: str, config: Mapping[str, Any], trust_remote_code: bool = True) -> str:
+    """Return the model type of a config of a text-only, decoder-only, dense model with attention, in 16 or 32 bits.
+
+    Raises:
+        UserError: it is anything else, names no type, or needs code of its own that may not be run.
+    """
+    model_type = config.get("model_type")
+    if not model_type or not isinstance(model_type, str):
+        raise UserError(f"model {model!r}: its config.json has no model_type, so it is no transformers model")
+    if config.get("is_encoder_decoder") or model_type in ENCODER_DECODERS:
+        raise UserError(
+            f"model {model!r} is an encoder-decoder ({model_type}); a decoder-only language model is needed"
+        )
+    if model_type in ENCODERS:
+        raise UserError(f"model {model!r} is an encoder ({model_type}); a decoder-only language model is needed")
+    if sense := next((SENSES[key] for key in SENSES if config.get(key) is not None), None):
+        raise UserError(f"model {model!r} ({model_type}) takes {sense} as well; a text-only model is needed")
+    if experts := next((key for key in EXPERTS if config.get(key) not in (None, 0, 1)), None):
+        raise UserError(f"model {model!r} is a mixture of experts ({experts} {config[experts]}); a dense one is needed")
+    if model_type in RECURRENT or model_type.startswith("rwkv"):
+        raise UserError(
+            f"model {model!r} is recurrent ({model_type}) and has no attention, so its memory cannot be planned; take "
+            "a transformer"
+        )
+    if config.get("quantization_config"):
+        raise UserError(already_quantized(model, config["quantization_config"]))
+    if config.get("auto_map") and not trust_remote_code and not has_class(model_type):
+        raise UserError(
+            f"model {model!r} ({model_type}) runs code of its own (auto_map in its config.json), which transformers "
+            "does not have; set trust_remote_code=true if you have read and trust it, or take another model"
+        )
+    return model_type
+
+
+def already_quantized(model: str, settings: Any) -> str:
+    """Return the sentence for a checkpoint with a ``quantization_config``: how it was quantized, and what to take."""
+    method = str(settings.get("quant_method", "") if isinstance(settings, Mapping) else "").lower()
+    how = f" ({_METHODS.get(method, method)})" if method else ""
+    original = _QUANTIZED_NAME.sub("", model)
+    name = f", probably {original!r}" if original != model else ""
+    return (
+        f"model {model!r} is a checkpoint that is already quantized{how}; take the original 16-bit weights{name}: they "
+        "are quantized while loading"
+    )
+
+
+def has_class(model_type: str) -> bool:
+    """Say whether transformers has a class of its own for a model type."""
+    if model_type in FAMILIES:
+        return True
+    spec = importlib.util.find_spec("transformers")
+    folder = Path(spec.origin).parent / "models" if spec and spec.origin else Path()
+    return (folder / re.sub(r"\W", "_", model_type)).is_dir()
