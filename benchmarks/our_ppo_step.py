@@ -50,7 +50,7 @@ class _Loop:
     step: int
     timed: Callable[[str], AbstractContextManager[None]]
 
-    def with_fewer_tokens(self, work: Callable[[PassSettings], T], view: LiveView) -> T:
+    def scored(self, work: Callable[[PassSettings], T], view: LiveView) -> T:
         return work(self.passes)
 
 
@@ -68,7 +68,7 @@ class OurPPOStep(OurStep):
             recipe = _recipe(work, folder)
             self.reward: AdapterReward = load_adapter_reward("reward", folder, work.model)
             plan: Any = SimpleNamespace(
-                settings=SimpleNamespace(micro_batch_tokens=work.micro_batch_tokens, logits_tile_tokens=work.tile)
+                settings=SimpleNamespace(score_batch_tokens=work.micro_batch_tokens, logits_tile_tokens=work.tile)
             )
             add_roles(self.base, recipe, plan, [Reward("reward", self.reward)])
         self.ppo, self.view = PPO(recipe), LiveView(1, console=Console(file=StringIO()))

@@ -44,8 +44,8 @@ def load(recipe: Recipe, plan: Plan) -> SharedBase:
         torch.device(plan.device.torch_device),
         settings.quantization,
         settings.compute_dtype,
-        r=recipe.lora.r,
-        lora_alpha=recipe.lora.lora_alpha,
+        r=recipe.lora.rank,
+        lora_alpha=recipe.lora.alpha(recipe.lora.rank),
         target_modules=recipe.lora.target_modules,
     )
 

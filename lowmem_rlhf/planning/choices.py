@@ -1,6 +1,8 @@
-"""The choice of each setting: every function returns ``(value, reason)``. The rule as a whole stands in `plan`."""
+"""The choice of precision and of what saves memory: every function returns ``(value, reason)``.
 
-from collections.abc import Callable, Iterable
+How passes are cut stands in `cuts`, the rule as a whole in `plan`.
+"""
+
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -11,26 +13,19 @@ from lowmem_rlhf.planning.memory import (
     CPU_PROCESS_BYTES,
     CUDA_CONTEXT_BYTES,
     GIB,
-    MIB,
     Components,
     Settings,
     peak_phase,
     phases,
 )
-from lowmem_rlhf.planning.shapes import (
-    group_tokens,
-    length_keys,
-    row_tokens,
-    samples_completions,
-    step_tokens,
-)
-from lowmem_rlhf.recipe import ONLINE, Recipe
+from lowmem_rlhf.planning.shapes import row_tokens
+from lowmem_rlhf.recipe import Recipe
 
 PINNED = "set in the recipe"
 COMFORTABLE = 0.6  # share of the budget that the smallest working set may take at a higher precision
 MARGIN = 0.04  # share of free memory left alone
-TILE_BYTES = 128 * MIB
-MICRO_BATCH_CAP = {"cpu": 4096, "gpu": 16384}  # a CPU gains nothing from more: the activations fall out of its caches
+RANK = 16  # for RL a low rank is enough (LoRA Without Regret, Thinking Machines 2025)
+LOWER_RANKS = (8, 4)
 
 
 @dataclass(frozen=True)
@@ -115,19 +110,25 @@ def compute_dtype(case: Case, quantization: str) -> tuple[str, str]:
 
 def smallest(case: Case, quantization: str) -> Settings:
     """Return the settings of the smallest working set at a quantization, with pinned values kept."""
+    from lowmem_rlhf.planning.cuts import logits_tile_tokens
+
     lora = case.recipe.lora
+    rank = RANK if lora.r == "auto" else lora.r
     checkpointing = case.pinned("gradient_checkpointing")
+    tokens = case.pinned("micro_batch_tokens") or row_tokens(case.recipe)
     return Settings(
         quantization=quantization,
         compute_dtype=compute_dtype(case, quantization)[0],
         gradient_checkpointing=True if checkpointing is None else checkpointing,
         offload_checkpoints=bool(case.pinned("offload_checkpoints")) and not case.on_cpu,
-        micro_batch_tokens=case.pinned("micro_batch_tokens") or row_tokens(case.recipe),
+        micro_batch_tokens=tokens,
+        score_batch_tokens=case.pinned("score_batch_tokens") or tokens,
         rollout_batch_size=case.pinned("rollout_batch_size") or 1,
         rollout_weights=case.pinned("rollout_weights") or "quantized",
         logits_tile_tokens=logits_tile_tokens(case)[0],
         optim=case.pinned("optim") or "adamw",
-        lora={"r": lora.r, "lora_alpha": lora.lora_alpha, "target_modules": lora.target_modules},
+        lora={"r": rank, "lora_alpha": lora.alpha(rank), "target_modules": lora.target_modules},
+        offload_embeddings=bool(case.pinned("offload_embeddings")) and _embeddings_can_leave(case),
     )
 
 
@@ -155,16 +156,6 @@ def quantization(case: Case) -> tuple[str, str]:
         f"the smallest working set takes {gib(need)} against {' and '.join(passed)} weights, which is more than "
         f"{COMFORTABLE * 100:.0f} % of the {gib(case.budget)} budget"
     )
-
-
-def logits_tile_tokens(case: Case) -> tuple[int, str]:
-    """Choose the power of two whose tile comes closest below 128 MiB; on the CPU between 256 and 512 positions."""
-    if pinned := case.pinned("logits_tile_tokens"):
-        return pinned, PINNED
-    row = case.dims.vocab_size * 10
-    tokens = 1 << max(4, min(10, (TILE_BYTES // row).bit_length() - 1))
-    tokens = max(256, min(512, tokens)) if case.on_cpu else tokens
-    return tokens, f"a tile over {case.dims.vocab_size:,} tokens of vocabulary takes about {tokens * row / MIB:.0f} MiB"
 
 
 def optim(case: Case, settings: Settings) -> tuple[str, str]:
@@ -196,136 +187,49 @@ def offload_checkpoints(case: Case, settings: Settings) -> tuple[bool, str]:
     return True, f"memory is short: {gib(away)} without checkpoints on the device against {gib(need)} with them"
 
 
-def gradient_checkpointing(case: Case, settings: Settings) -> tuple[bool | int, str]:
-    """Choose the fewest recomputed layers for a whole group in a micro-batch, or as much of one as fits.
-
-    Returns:
-        False for no layer, True for all, else how many: the first ones.
+def offload_embeddings(case: Case, settings: Settings) -> tuple[bool, str]:
+    """Choose to keep the token embedding in host memory only when the smallest working set fits in no other way.
 
     Raises:
-        UserError: the model has fewer layers than the pinned number.
+        UserError: it is pinned, and the embedding is the output head as well.
     """
-    pinned, layers = case.pinned("gradient_checkpointing"), case.dims.num_layers
+    pinned = case.pinned("offload_embeddings")
+    if case.on_cpu:
+        return False, "a CPU's embeddings are in host memory anyway"
+    if not _embeddings_can_leave(case):
+        if pinned:
+            raise UserError(
+                f"hardware.offload_embeddings: the embedding of {case.recipe.model!r} is its output head as well, with "
+                "which the device multiplies; leave it out"
+            )
+        return False, "the embedding is the output head as well, which the device multiplies with"
     if pinned is not None:
-        if pinned > layers:
-            raise UserError(
-                f"hardware.gradient_checkpointing: got {pinned}, but {case.recipe.model!r} has {layers} layers; give "
-                f"at most {layers}, or true for all of them"
-            )
         return pinned, PINNED
-    tokens = case.pinned("micro_batch_tokens") or _group_tokens(case, settings)
-
-    def need(count: int) -> int:
-        return case.peak(replace(settings, gradient_checkpointing=count, micro_batch_tokens=tokens), "update")
-
-    count = _first(range(layers + 1), lambda count: need(count) <= case.budget)
-    share = f"of {gib(case.budget)}"
-    if count == 0:
-        return False, f"the update keeps all activations of {tokens} tokens: {gib(need(0))} {share}"
-    if count is None or count == layers:
-        return True, f"with one layer less the update of {tokens} tokens would take {gib(need(layers - 1))} {share}"
-    return count, f"the fewest of {layers} layers with which {tokens} tokens fit: {gib(need(count))} {share}"
+    need = case.peak(settings)
+    if need <= case.budget:
+        return False, f"they fit: the smallest working set takes {gib(need)} of {gib(case.budget)} with them"
+    away = case.peak(replace(settings, offload_embeddings=True))
+    return True, f"memory is short: {gib(away)} without the token embedding on the device against {gib(need)} with it"
 
 
-def _group_tokens(case: Case, settings: Settings) -> int:
-    """Return a group's tokens, at most the cap, or the most that fit with every layer recomputed.
-
-    More comes before fewer recomputed layers, as a group that is split repeats its prompt; beyond a whole group a
-    larger micro-batch computes nothing less.
-    """
-    least, top = _micro_batch_limits(case)
-    group = min(group_tokens(case.recipe), top)
-
-    def fits(tokens: int) -> bool:
-        return case.peak(replace(settings, micro_batch_tokens=tokens), "scoring", "update") <= case.budget
-
-    return _first(_token_steps(least, group), fits) or least
+def _embeddings_can_leave(case: Case) -> bool:
+    return not case.on_cpu and not case.dims.tied
 
 
-def micro_batch_tokens(case: Case, settings: Settings) -> tuple[int, str]:
-    """Choose the most packed tokens of one pass that fit, at least the longest prompt with its completion.
-
-    Raises:
-        UserError: the pinned number is less than that.
-    """
-    least, top = _micro_batch_limits(case)
-    if pinned := case.pinned("micro_batch_tokens"):
-        if pinned < least:
-            raise UserError(
-                f"hardware.micro_batch_tokens: got {pinned}, but a prompt and its completion may have {least} tokens; "
-                f"give at least {least}, or lower {' or '.join(length_keys(case.recipe))}"
-            )
-        return pinned, PINNED
-    steps = sorted({*_token_steps(least, top), min(group_tokens(case.recipe), top)}, reverse=True)
-
-    def need(tokens: int) -> int:
-        return case.peak(replace(settings, micro_batch_tokens=tokens), "scoring", "update")
-
-    tokens = _first(steps, lambda size: need(size) <= case.budget)
-    if tokens is None:
-        return least, f"the longest prompt and completion need {least} tokens: {gib(need(least))}"
-    share = f"the update takes {gib(need(tokens))} of {gib(case.budget)}"
-    if tokens < top:
-        return tokens, f"the most that fits: {share}"
-    what = "a whole step" if tokens == step_tokens(case.recipe) else "the cap for a CPU" if case.on_cpu else "the cap"
-    return tokens, f"{what}: {share}"
+def rank(case: Case, settings: Settings) -> tuple[int, str]:
+    """Choose the adapters' rank: 16, less only when the smallest working set does not fit otherwise."""
+    if case.recipe.lora.r != "auto":
+        return int(case.recipe.lora.r), PINNED
+    need = case.peak(settings)
+    if need <= case.budget:
+        return RANK, "enough for RL, where low ranks learn as well as high ones"
+    for lower in LOWER_RANKS:
+        less = case.peak(with_rank(case, settings, lower))
+        if less <= case.budget:
+            return lower, f"memory is short: {gib(less)} at this rank against {gib(need)} at {RANK}"
+    return LOWER_RANKS[-1], f"memory is short, and would be at any rank: {gib(less)} at this one"
 
 
-def rollout_batch_size(case: Case, settings: Settings) -> tuple[int, str]:
-    """Choose how many completions are written at once: a whole step, else whole groups, else fewer than a group.
-
-    Where only held-out completions are sampled (SFT with rewards), the whole is the evaluation.
-    """
-    if pinned := case.pinned("rollout_batch_size"):
-        return pinned, PINNED
-    if not samples_completions(case.recipe):
-        return 1, "nothing is sampled"
-    group, prompts, whole = case.recipe.generation.num_generations, case.recipe.training.prompts_per_step, "a step"
-    if case.recipe.algorithm not in ONLINE:
-        group, prompts, whole = case.recipe.evaluation.num_samples, case.recipe.data.eval_size, "the evaluation"
-    sizes = [group * count for count in range(prompts, 0, -1)] + list(range(group - 1, 0, -1))
-
-    def need(rows: int) -> int:
-        return case.peak(replace(settings, rollout_batch_size=rows), "rollout")
-
-    rows = _first(sizes, lambda size: need(size) <= case.budget)
-    if rows is None:
-        return 1, f"even one completion at a time takes {gib(need(1))}"
-    cache = case.phases(replace(settings, rollout_batch_size=rows))["rollout"]["kv_cache"]
-    share = f"its key-value cache takes {gib(cache)}, the rollout {gib(need(rows))} of {gib(case.budget)}"
-    return rows, f"{f'all of {whole}' if rows == sizes[0] else f'the most of {sizes[0]} that fits'}: {share}"
-
-
-def rollout_weights(case: Case, settings: Settings) -> tuple[str, str]:
-    """Choose whether sampling reads a 16-bit copy of NF4 weights, made anew for each rollout.
-
-    The copy is the very numbers that NF4 stands for, and the adapter stays beside it, so the sampling policy is the
-    trained one. On a CPU it saves dequantizing every weight for every token. On a GPU bitsandbytes multiplies 4-bit
-    weights directly and which is faster was not measured: there it is left to the recipe.
-    """
-    if pinned := case.pinned("rollout_weights"):
-        return pinned, PINNED
-    if settings.quantization != "nf4" or not samples_completions(case.recipe):
-        return "quantized", "the weights are not 4-bit" if settings.quantization != "nf4" else "nothing is sampled"
-    if not case.on_cpu:
-        return "quantized", "a GPU multiplies 4-bit weights directly"
-    wanted = replace(settings, rollout_weights="dequantized")
-    need = case.peak(wanted, "rollout")
-    if need > case.budget:
-        return "quantized", f"with a 16-bit copy the rollout would take {gib(need)} of {gib(case.budget)}"
-    return "dequantized", f"a 16-bit copy saves dequantizing for every token; the rollout takes {gib(need)} with it"
-
-
-def _micro_batch_limits(case: Case) -> tuple[int, int]:
-    least = row_tokens(case.recipe)
-    return least, max(least, min(step_tokens(case.recipe), MICRO_BATCH_CAP["cpu" if case.on_cpu else "gpu"]))
-
-
-def _token_steps(least: int, most: int) -> list[int]:
-    """Return numbers of tokens worth trying, from the most down: both ends, powers of two, and three times those."""
-    steps = {least, most} | {base << shift for base in (2, 3) for shift in range(20)}
-    return sorted((s for s in steps if least <= s <= most), reverse=True)
-
-
-def _first(sizes: Iterable[int], fits: Callable[[int], bool]) -> int | None:
-    return next((size for size in sizes if fits(size)), None)
+def with_rank(case: Case, settings: Settings, r: int) -> Settings:
+    """Return the settings with another rank, and the alpha that goes with it."""
+    return replace(settings, lora={**settings.lora, "r": r, "lora_alpha": case.recipe.lora.alpha(r)})

@@ -62,7 +62,7 @@ class Layer:
     @property
     def capped(self) -> bool:
         """Whether attention scores have a soft cap (Gemma 2), for which no SDPA kernel exists."""
-        return self.dims.model_type == "gemma2"
+        return bool(self.dims.attention_softcap)
 
     def explicit(self, keys: int) -> bool:
         """Whether scores over so many keys are computed outside SDPA."""
@@ -165,10 +165,10 @@ class Layer:
         gradients += self.of(2 * of_keys, shape.attended)
         if self.explicit(shape.own_keys):
             gradients += self.of(2 * self.dims.num_heads, shape.own_scores)
-        if self.capped:  # made again in parts: four times in fp32, and the gradients of the part before they are put away
-            part = self._scores_at_once() / max(1, self.dims.num_heads * shape.own_scores)
-            gradients += 16 * self._scores_at_once()
-            gradients += round(min(1, part) * (self.of(self.queries, shape.own_tokens) + self.of(2 * self.keys, shape.attended)))
+        if self.capped:  # made again in parts: scores four times in fp32, and a part's gradients
+            part = min(1, self._scores_at_once() / max(1, self.dims.num_heads * shape.own_scores))
+            of_part = self.of(self.queries, shape.own_tokens) + self.of(2 * self.keys, shape.attended)
+            gradients += 16 * self._scores_at_once() + round(part * of_part)
         return self.saved_attention() - joined + gradients
 
     def _scores_at_once(self) -> int:
@@ -181,16 +181,15 @@ class Layer:
         )
 
     def norm_gradients(self) -> int:
-        """A norm's backward pass beside its input and its gradient: three fp32 numbers (RMS; LayerNorm's: one, b)."""
-        return (
-            self.of(self.dims.hidden_size) if self.family.norm_bias else 12 * self.dims.hidden_size * self.shape.tokens
-        )
+        """A norm's backward pass beside its input and gradient: three fp32 numbers (LayerNorm: one more gradient)."""
+        h = self.dims.hidden_size
+        return self.of(h) if self.family.norm_bias else 12 * h * self.shape.tokens
 
     # what there is at once in a pass without gradients
 
     def forward_peak(self) -> int:
         """The most that one layer of a pass without gradients takes, the embeddings included."""
-        embeddings = self.of(self.dims.hidden_size) * (2 if self.dims.model_type == "gpt2" else 1)  # of positions, too
+        embeddings = self.of(self.dims.hidden_size) * (2 if not self.dims.rotary_dim else 1)  # of positions, too
         return embeddings + max(self._mlp_forward(), self._attention_forward())
 
     def _mlp_forward(self) -> int:
@@ -201,7 +200,8 @@ class Layer:
     def _attention_forward(self) -> int:
         """Input and norm, q, k and v, the completions' keys and values before and after their heads are expanded."""
         shape = self.shape
-        total = self.of(2 * self.dims.hidden_size + self.queries + 2 * self.keys) + self.of(2 * self.keys, shape.attended)
+        total = self.of(2 * self.dims.hidden_size + self.queries + 2 * self.keys)
+        total += self.of(2 * self.keys, shape.attended)
         keys, scores = shape.own_keys, shape.own_scores
         if not shape.attended:
             keys, scores = shape.prompt_keys, shape.prompt_scores
@@ -216,12 +216,12 @@ class Layer:
     def kept_keys(self) -> int:
         """What a prefill pass keeps of a layer until the cache is made: the storages in which keys and values lie."""
         joined = self.queries + 2 * self.keys if self.family.fused else self.keys
-        return self.of(joined if self.dims.model_type == "gpt2" else joined + self.keys)
+        return self.of(joined if not self.dims.rotary_dim else joined + self.keys)
 
     def positions(self) -> int:
         """What all layers share: cosines and sines of rotary positions, ids and positions (int64), masks."""
         shape = self.shape
-        rotary = 0 if self.dims.model_type == "gpt2" else self.of(2 * self.dims.head_dim)
+        rotary = 0 if not self.dims.rotary_dim else self.of(2 * self.dims.head_dim)
         masks = shape.row_scores if shape.attended else 0
         if self.capped or self.explicit(shape.prompt_keys):
             masks += shape.prompt_keys**2

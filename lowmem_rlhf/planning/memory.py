@@ -20,6 +20,7 @@ GIB = 1024**3
 CUDA_CONTEXT_BYTES = 141 * MIB  # measured on a T4; a process has it before its first tensor
 CPU_PROCESS_BYTES = 768 * MIB  # Python with torch, transformers and peft imported
 ALLOCATOR_FACTOR = 1.125  # reserved / allocated in CUDA's caching allocator, the median of public measurements
+ALLOCATOR_HIGH = 1.25  # the same, its 90th percentile with SDPA
 NF4_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)  # 4 bits, an 8-bit scale per 64 weights, a 4-byte one per 256 of those
 VOCABULARY_CHUNK, ENOUGH_POSITIONS = 4096, 512  # of `model.logprobs`: a tile's entries, and positions at most
 
@@ -35,6 +36,7 @@ class Settings:
             so many.
         offload_checkpoints: the inputs of recomputed layers wait in host memory.
         micro_batch_tokens: packed tokens of one forward and backward pass, and of one prefill pass.
+        score_batch_tokens: packed tokens of one pass without gradients.
         rollout_batch_size: completions generated at once.
         rollout_weights: ``dequantized``: a 16-bit copy of the NF4 weights exists while sampling; else ``quantized``.
         logits_tile_tokens: positions whose logits exist at once.
@@ -48,6 +50,7 @@ class Settings:
     gradient_checkpointing: bool | int
     offload_checkpoints: bool
     micro_batch_tokens: int
+    score_batch_tokens: int
     rollout_batch_size: int
     rollout_weights: str
     logits_tile_tokens: int
@@ -118,7 +121,7 @@ def logits_tile_bytes(dims: ModelDimensions, positions: int, tile: int, width: i
     chunk = min(dims.vocab_size, VOCABULARY_CHUNK)
     most = min(positions, max(1, min(ENOUGH_POSITIONS, tile * dims.vocab_size // chunk)))
     rows = math.ceil(positions / math.ceil(positions / most)) if positions else 0
-    slope = 4 if gradient and dims.model_type == "gemma2" else 0
+    slope = 4 if gradient and dims.logit_softcap else 0
     return rows * chunk * (width + 8 + slope) + (rows * dims.hidden_size * (width + 4) if gradient else 0)
 
 
@@ -159,15 +162,17 @@ class Memory:
         """Return a layer in a pass over a packed row, in a role with so many adapters."""
         names = [linear.name for linear in self.dims.linears]
         targets = self.settings.lora["target_modules"]
-        beside = (
-            names if targets == "all-linear" else [n for n in names if n in {t.rsplit(".", 1)[-1] for t in targets}]
-        )
+        if targets != "all-linear":
+            names = [name for name in names if name in {target.rsplit(".", 1)[-1] for target in targets}]
         ranks = self.settings.lora["r"] * len(names) * adapters
-        return Layer(self.dims, shape, self.width, ranks, self.dense, self.on_cpu)
+        dense = self.dense
+        if self.settings.quantization == "int8" and not self.on_cpu:  # int8 inputs, int32 results
+            dense = max(dense, *(shape.tokens * (x.inputs + 4 * x.outputs) for x in self.dims.linears))
+        return Layer(self.dims, shape, self.width, ranks, dense, self.on_cpu)
 
     def scoring(self) -> Components:
         """Return the largest moment of a pass without gradients: a layer, or the log-probs."""
-        shape = step_shape(self.recipe, self.settings.micro_batch_tokens)
+        shape = step_shape(self.recipe, self.settings.score_batch_tokens)
         online, starts = self.recipe.algorithm in ONLINE, starts_from_adapter(self.recipe)
         adapters = 0 if self.recipe.algorithm == "grpo" and not starts else 1
         if self.recipe.algorithm == "ppo" and self.recipe.ppo.critic == "adapter" and starts:

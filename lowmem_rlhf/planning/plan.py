@@ -6,12 +6,13 @@ The rule, in this order (a value that the recipe pins is kept, and the others ad
 2. Precision: 16-bit weights when the smallest working set (checkpointing, one row in a micro-batch, one completion at
    a time) takes at most 60 % of the budget; else int8 by the same test; else NF4. What is left buys larger batches.
 3. Compute dtype: bfloat16 where the device has it, else float16 with loss scaling; int8 on a GPU computes in float16.
-4. Optimizer: AdamW with fp32 moments; 8-bit ones only when the smallest working set does not fit otherwise.
-5. Checkpoints in host memory only when the smallest working set does not fit otherwise.
-6. Gradient checkpointing of the fewest layers with which the update of a whole group (at most the cap) fits; where it
+4. What saves memory at a price, each only when the smallest working set does not fit otherwise, in this order: 8-bit
+   optimizer moments, checkpoints in host memory, the token embedding in host memory, a lower rank than 16.
+5. Gradient checkpointing of the fewest layers with which the update of a whole group (at most the cap) fits; where it
    does not fit with all layers recomputed, of the fewest for the most tokens that do.
-7. Micro-batch: the most packed tokens that fit with that, up to a whole step or the cap (16384; CPU 4096).
-8. Rollout: all completions of a step at once if their key-value cache fits, else fewer whole groups, else fewer rows.
+6. Micro-batch: the most packed tokens that fit with that, up to a whole step or the cap (16384; CPU 4096); passes
+   without gradients take a whole group where that fits.
+7. Rollout: all completions of a step at once if their key-value cache fits, else fewer whole groups, else fewer rows.
 
 More memory never gives a lower precision. The memory model stands in `memory`; its figures are predictions.
 """
@@ -21,13 +22,15 @@ from typing import Any
 
 from lowmem_rlhf.errors import UserError
 from lowmem_rlhf.hardware.device import Device
-from lowmem_rlhf.planning import choices
-from lowmem_rlhf.planning.choices import PINNED, Case, gib
+from lowmem_rlhf.planning import choices, cuts
+from lowmem_rlhf.planning.choices import Case, gib
 from lowmem_rlhf.planning.dimensions import ModelDimensions, model_dimensions
 from lowmem_rlhf.planning.memory import (
+    ALLOCATOR_HIGH,
     Components,
     Settings,
     peak_phase,
+    total,
 )
 from lowmem_rlhf.planning.shapes import (
     adapters_of,
@@ -37,7 +40,7 @@ from lowmem_rlhf.planning.shapes import (
 )
 from lowmem_rlhf.recipe import Recipe
 
-__all__ = ["Plan", "Settings", "make_plan", "why_not"]
+__all__ = ["Plan", "Settings", "make_plan", "plan_for", "shortage"]
 
 _SETTING_OF_PHASE = {
     "rollout": "rollout_batch_size",
@@ -56,8 +59,8 @@ class Plan:
         fits: whether the predicted peak is within the budget.
         profile: the name of the profile that the device was matched with.
         reasons: one sentence for every setting, under the setting's name.
-        memory: ``budget_bytes``, ``peak_bytes`` (of the largest phase), ``phases`` (bytes by component).
-        lengths: the recipe's keys that bound a row's tokens.
+        memory: ``budget_bytes``, ``peak_bytes`` (of the largest phase, as expected), ``low_bytes`` (its live tensors
+            alone), ``high_bytes`` (with the allocator at the 90th percentile), ``phases`` (bytes by component).
     """
 
     fits: bool
@@ -66,7 +69,6 @@ class Plan:
     settings: Settings
     reasons: dict[str, str]
     memory: dict[str, Any]
-    lengths: tuple[str, ...]
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain values: what ``plan --json`` prints and ``plan.json`` holds."""
@@ -83,7 +85,7 @@ class Plan:
 def make_plan(recipe: Recipe, device: Device, profile: str) -> Plan:
     """Choose every memory setting of a run for a device.
 
-    A plan that does not fit is returned too, with ``fits`` False; `why_not` says what to change.
+    A plan that does not fit is returned too, with ``fits`` False; `advice.why_not` says what to change.
 
     Raises:
         UserError: the model cannot be read, or the recipe asks for what the model or the device cannot do; or it
@@ -95,83 +97,76 @@ def make_plan(recipe: Recipe, device: Device, profile: str) -> Plan:
             f"parameter), and a pass has at most classifier.batch_tokens ({recipe.classifier.batch_tokens}) tokens; "
             "start it with train"
         )
-    dims = model_dimensions(recipe.model, recipe.revision)
+    dims = model_dimensions(recipe.model, recipe.revision, recipe.trust_remote_code)
+    return plan_for(recipe, device, profile, dims)
+
+
+def plan_for(recipe: Recipe, device: Device, profile: str, dims: ModelDimensions) -> Plan:
+    """Return the plan of a recipe for a model of these sizes, which the recipe's own model need not have.
+
+    Raises:
+        UserError: as `make_plan`.
+    """
     _check_positions(recipe, dims)
     case = Case(recipe, device, dims, choices.budget_bytes(device))
-    reasons: dict[str, str] = {}
-    quantization, reasons["quantization"] = choices.quantization(case)
-    settings = choices.smallest(case, quantization)
-    reasons["compute_dtype"] = choices.compute_dtype(case, quantization)[1]
-    optim, optim_reason = choices.optim(case, settings)
-    settings = replace(settings, optim=optim)
-    offload, reasons["offload_checkpoints"] = choices.offload_checkpoints(case, settings)
-    settings = replace(settings, offload_checkpoints=offload)
-    checkpointing, reasons["gradient_checkpointing"] = choices.gradient_checkpointing(case, settings)
-    settings = replace(settings, gradient_checkpointing=checkpointing)
-    tokens, reasons["micro_batch_tokens"] = choices.micro_batch_tokens(case, settings)
-    settings = replace(settings, micro_batch_tokens=tokens)
-    rows, reasons["rollout_batch_size"] = choices.rollout_batch_size(case, settings)
-    settings = replace(settings, rollout_batch_size=rows)
-    weights, reasons["rollout_weights"] = choices.rollout_weights(case, settings)
-    settings = replace(settings, rollout_weights=weights)
-    reasons["logits_tile_tokens"] = choices.logits_tile_tokens(case)[1]
-    reasons["optim"] = optim_reason
-    reasons["lora"] = _lora_reason(case)
+    settings, reasons = _settings(case)
     by_phase = case.phases(settings)
     phase, peak = peak_phase(by_phase)
     if peak > case.budget:
         key = _SETTING_OF_PHASE[phase]
-        reasons[key] = f"{reasons[key]}; {_shortage(phase, by_phase[phase], case.budget)}"
-    memory = {"budget_bytes": case.budget, "peak_bytes": peak, "phases": by_phase}
-    return Plan(peak <= case.budget, device, profile, settings, reasons, memory, tuple(length_keys(recipe)))
+        reasons[key] = f"{reasons[key]}; {shortage(phase, by_phase[phase], case.budget)}"
+    live = max(total(components) - components["allocator"] for components in by_phase.values())
+    memory = {
+        "budget_bytes": case.budget,
+        "peak_bytes": peak,
+        "low_bytes": live,
+        "high_bytes": live if case.on_cpu else round(live * ALLOCATOR_HIGH),
+        "phases": by_phase,
+    }
+    return Plan(peak <= case.budget, device, profile, settings, reasons, memory)
 
 
-def why_not(plan: Plan) -> str:
-    """Return what stands in the way of a plan that does not fit and what to change; an empty string if it fits."""
-    if plan.fits:
-        return ""
-    phase, _ = peak_phase(plan.memory["phases"])
-    components = plan.memory["phases"][phase]
-    shortage = _shortage(phase, components, plan.memory["budget_bytes"])
-    return f"the plan does not fit on {plan.device.name}: {shortage}; try {', or '.join(_changes(plan, components))}"
+def _settings(case: Case) -> tuple[Settings, dict[str, str]]:
+    """Choose all settings, the first ones for the smallest working set, then how passes are cut."""
+    reasons: dict[str, str] = {}
+    quantization, reasons["quantization"] = choices.quantization(case)
+    settings = choices.smallest(case, quantization)
+    reasons["compute_dtype"] = choices.compute_dtype(case, quantization)[1]
+    for key in ("optim", "offload_checkpoints", "offload_embeddings"):
+        value, reasons[key] = getattr(choices, key)(case, settings)
+        settings = replace(settings, **{key: value})
+    rank, reason = choices.rank(case, settings)
+    settings = choices.with_rank(case, settings, rank)
+    reasons["lora"] = _lora_reason(case, rank, reason)
+    for key in (
+        "gradient_checkpointing",
+        "micro_batch_tokens",
+        "score_batch_tokens",
+        "rollout_batch_size",
+        "rollout_weights",
+    ):
+        value, reasons[key] = getattr(cuts, key)(case, settings)
+        settings = replace(settings, **{key: value})
+    reasons["logits_tile_tokens"] = cuts.logits_tile_tokens(case)[1]
+    return settings, reasons
 
 
-def _shortage(phase: str, components: Components, budget: int) -> str:
+def shortage(phase: str, components: Components, budget: int) -> str:
+    """Return what a phase lacks and what of it is largest, in a clause."""
     largest = max(components, key=lambda name: components[name])
-    total = sum(components.values())
+    need = total(components)
     return (
-        f"the {phase} phase needs {gib(total)} and the budget is {gib(budget)} ({gib(total - budget)} short), of which "
+        f"the {phase} phase needs {gib(need)} and the budget is {gib(budget)} ({gib(need - budget)} short), of which "
         f"{largest.replace('_', ' ')} take {gib(components[largest])}"
     )
 
 
-def _changes(plan: Plan, components: Components) -> list[str]:
-    """Return the changes that help, the least painful first; at most three."""
-    settings, pinned = plan.settings, {key for key, reason in plan.reasons.items() if reason.startswith(PINNED)}
-    activations = sum(size for name, size in components.items() if "activations" in name)
-    cache = components.get("kv_cache", 0) + components.get("attention_scores", 0)
-    weights = components["weights"] + components["embeddings"]
-    changes = [
-        (settings.quantization != "nf4", "hardware.quantization=nf4"),
-        (settings.gradient_checkpointing is not True and activations > 0, "hardware.gradient_checkpointing=true"),
-        ("offload_checkpoints" in pinned and not settings.offload_checkpoints, "hardware.offload_checkpoints=auto"),
-        ("micro_batch_tokens" in pinned and activations > 0, "hardware.micro_batch_tokens=auto"),
-        ("rollout_batch_size" in pinned and cache > 0, "hardware.rollout_batch_size=auto"),
-        (settings.compute_dtype == "float32", "hardware.compute_dtype=auto"),
-        (settings.optim == "adamw", "hardware.optim=adamw_8bit"),
-        (max(activations, cache) > weights / 4, f"a smaller {' or '.join(reversed(plan.lengths))}"),
-        (True, "a smaller model, or a card with more free memory"),
-    ]
-    return [text for helps, text in changes if helps][:3]
-
-
-def _lora_reason(case: Case) -> str:
-    lora = case.recipe.lora
+def _lora_reason(case: Case, rank: int, reason: str) -> str:
     trained, frozen = adapters_of(case.recipe)
-    millions = case.dims.lora_parameters(lora.r, lora.target_modules) / 1e6
+    millions = case.dims.lora_parameters(rank, case.recipe.lora.target_modules) / 1e6
     share = 100e6 * millions / case.dims.num_parameters
     more = f"; {trained} adapters train and {frozen} are frozen" if trained + frozen > 1 else ""
-    return f"{PINNED}: {millions:.2f} million adapter parameters, {share:.2g} % of the model's{more}"
+    return f"rank {rank}: {reason}; {millions:.2f} million adapter parameters, {share:.2g} % of the model's{more}"
 
 
 def _check_positions(recipe: Recipe, dims: ModelDimensions) -> None:

@@ -26,7 +26,7 @@ def decode_scores_bytes(dims: ModelDimensions, rows: int, keys: int, width: int)
     Of the prompt and of the completion, both side by side, their softmax, and its part for the prompt in one piece; in
     fp32 where scores have a soft cap.
     """
-    return 4 * rows * dims.num_heads * keys * (4 if dims.model_type == "gemma2" else width)
+    return 4 * rows * dims.num_heads * keys * (4 if dims.attention_softcap else width)
 
 
 def rollout_copy_bytes(memory: Memory) -> int:

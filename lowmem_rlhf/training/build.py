@@ -35,7 +35,7 @@ def add_roles(base: SharedBase, recipe: Recipe, plan: Plan, rewards: Sequence[Re
             base.start_from(saved)
         else:
             base.load_adapter(saved.folder)
-    bind_rewards(base, rewards, PassSettings(1.0, plan.settings.micro_batch_tokens, plan.settings.logits_tile_tokens))
+    bind_rewards(base, rewards, PassSettings(1.0, plan.settings.score_batch_tokens, plan.settings.logits_tile_tokens))
     if recipe.algorithm == "ppo":
         _add_critic(base, recipe)
 
@@ -80,7 +80,7 @@ def _add_critic(base: SharedBase, recipe: Recipe) -> None:
         return
     start = START if START in base.roles else ""
     targets = saved_adapter(recipe.adapter, recipe.model).target_modules if recipe.adapter else lora.target_modules
-    base.add_role(CRITIC, lora.r, lora.lora_alpha, targets, seed=recipe.training.seed + 1, below=start)
+    base.add_role(CRITIC, lora.rank, lora.alpha(lora.rank), targets, seed=recipe.training.seed + 1, below=start)
     base.add_head(CRITIC, bias=True)
 
 

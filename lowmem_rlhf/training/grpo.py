@@ -34,7 +34,7 @@ class GRPO:
             quiet = None
             if not rows:  # what the metrics tell of the policy in a step that trains nothing
                 with base.role(POLICY):
-                    quiet = measure(base, batch, trainer.passes, ref_logps)
+                    quiet = measure(base, batch, trainer.score_passes, ref_logps)
         with trainer.timed("update"):
             stats, tokens = update(
                 base,
@@ -77,4 +77,4 @@ class GRPO:
             with trainer.base.role(REFERENCE):
                 return score(trainer.base, batch, rows, passes, lambda done, total: view.phase("score", done, total))
 
-        return trainer.with_fewer_tokens(work, view)
+        return trainer.scored(work, view)

@@ -64,6 +64,7 @@ class Loop(ABC):
         self.passes = PassSettings(
             recipe.generation.temperature, settings.micro_batch_tokens, settings.logits_tile_tokens
         )
+        self.score_passes = replace(self.passes, micro_batch_tokens=settings.score_batch_tokens)
         self.accelerator = _accelerator(base.device, recipe, run)
         set_seed(recipe.training.seed)
         base.set_gradient_checkpointing(settings.gradient_checkpointing, settings.offload_checkpoints)
@@ -166,14 +167,23 @@ class Loop(ABC):
 
     def with_fewer_tokens(self, work: Callable[[PassSettings], T], view: LiveView) -> T:
         """Run passes over a batch; when memory runs out, cut them into smaller micro-batches from then on."""
-
-        def sized(tokens: int) -> T:
-            return work(replace(self.passes, micro_batch_tokens=tokens))
-
-        key, tokens = "hardware.micro_batch_tokens", self.passes.micro_batch_tokens
-        result, tokens = with_less(sized, tokens, LEAST_TOKENS, key, self.base.device, view.message)
-        self.passes = replace(self.passes, micro_batch_tokens=tokens)
+        result, self.passes = self._cut(work, self.passes, "hardware.micro_batch_tokens", view)
         return result
+
+    def scored(self, work: Callable[[PassSettings], T], view: LiveView) -> T:
+        """Run passes without gradients; as `with_fewer_tokens`, with the larger micro-batches that such passes take."""
+        result, self.score_passes = self._cut(work, self.score_passes, "hardware.score_batch_tokens", view)
+        return result
+
+    def _cut(
+        self, work: Callable[[PassSettings], T], passes: PassSettings, key: str, view: LiveView
+    ) -> tuple[T, PassSettings]:
+        def sized(tokens: int) -> T:
+            return work(replace(passes, micro_batch_tokens=tokens))
+
+        least, device = LEAST_TOKENS, self.base.device
+        result, tokens = with_less(sized, passes.micro_batch_tokens, least, key, device, view.message)
+        return result, replace(passes, micro_batch_tokens=tokens)
 
     def _train_step(self, view: LiveView) -> None:
         reset_peak(self.base.device)

@@ -110,14 +110,14 @@ class PPO:
                 with base.role(role):
                     return score(base, batch, rows, passes, shown)
 
-            return trainer.with_fewer_tokens(work, view)
+            return trainer.scored(work, view)
 
         policy, reference = logps(POLICY), logps(REFERENCE)
         if self.algorithm != "ppo":
             return policy, reference, {}, {}
         further = self.settings.bootstrap_truncated or self.settings.score_position == "after_last"
         groups = ahead(batch.groups(rows)) if further else batch.groups(rows)
-        values = trainer.with_fewer_tokens(lambda passes: head_outputs(base, CRITIC, groups, passes, shown), view)
+        values = trainer.scored(lambda passes: head_outputs(base, CRITIC, groups, passes, shown), view)
         if not further:
             return policy, reference, values, {}
         beyond = {row: value[-1] for row, value in values.items()}
