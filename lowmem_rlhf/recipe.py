@@ -29,11 +29,14 @@ from lowmem_rlhf.recipe_algorithms import (
     SFTSettings,
 )
 from lowmem_rlhf.recipe_errors import OptionErrors, explain
+from lowmem_rlhf.recipe_trl import TRL_TRAINERS, check_trl_section, fill_trl_data, known_algorithm
 from lowmem_rlhf.resources import shipped
 from lowmem_rlhf.suggest import did_you_mean
 
 Auto = Literal["auto"]
-Algorithm = Literal["grpo", "ppo", "rloo", "reinforce_plus_plus", "sft", "reward_model", "classifier"]
+Own = Literal["grpo", "ppo", "rloo", "reinforce_plus_plus", "sft", "reward_model", "classifier"]
+TRLs = Literal["trl/dpo", "trl/kto", "trl/orpo", "trl/cpo"]
+Algorithm = Annotated[Literal[Own, TRLs], BeforeValidator(known_algorithm)]
 ONLINE = ("grpo", "ppo", "rloo", "reinforce_plus_plus")  # algorithms that sample and score what they learn from
 
 
@@ -47,7 +50,9 @@ class HardwareConfig(Section):
     compute_dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
     gradient_checkpointing: bool | Annotated[int, Field(ge=0)] | Auto = "auto"  # a number: the first so many layers
     offload_checkpoints: bool | Auto = "auto"  # to host memory, between forward and backward pass
+    offload_embeddings: bool | Auto = "auto"  # the token embedding lies in host memory (where it is not the head too)
     micro_batch_tokens: Annotated[int, Field(ge=1)] | Auto = "auto"
+    score_batch_tokens: Annotated[int, Field(ge=1)] | Auto = "auto"  # of passes without gradients
     rollout_batch_size: Annotated[int, Field(ge=1)] | Auto = "auto"  # completions generated at once
     rollout_weights: Literal["auto", "quantized", "dequantized"] = "auto"  # of an NF4 base while it samples
     logits_tile_tokens: Annotated[int, Field(ge=1)] | Auto = "auto"
@@ -57,9 +62,24 @@ class HardwareConfig(Section):
 class LoraSettings(Section):
     """The adapters (peft's names). There is no dropout: the sampling policy must be the trained policy."""
 
-    r: int = Field(16, ge=1)
-    lora_alpha: float = Field(32, gt=0)
+    r: Annotated[int, Field(ge=1)] | Auto = "auto"
+    lora_alpha: Annotated[float, Field(gt=0)] | Auto = "auto"  # auto: twice the rank
     target_modules: Literal["all-linear"] | list[str] = "all-linear"
+
+    def alpha(self, r: int) -> float:
+        """Return lora_alpha at a rank."""
+        return 2.0 * r if self.lora_alpha == "auto" else self.lora_alpha
+
+    @property
+    def rank(self) -> int:
+        """The rank, once it is known (a run's recipe has it from the plan).
+
+        Raises:
+            ValueError: it is left to the plan.
+        """
+        if self.r == "auto":
+            raise ValueError("lora.r is auto; the plan of the run decides it")
+        return self.r
 
 
 class DataConfig(Section):
@@ -78,9 +98,9 @@ class DataConfig(Section):
     completion: str | None = None  # sft: the column that is learned; absent: `answer`
     messages: str | None = None  # sft: a column of whole conversations, in place of prompt and completion
     text: str | None = None  # sft, classifier: a column of plain text, in place of prompt and completion
-    label: str | None = None  # classifier: the column with the class
-    chosen: str | None = None  # reward_model: the column with the better answer (its default there: chosen)
-    rejected: str | None = None  # reward_model: the column with the worse answer (its default there: rejected)
+    label: str | None = None  # classifier: the column with the class; trl/kto: whether `completion` is a good answer
+    chosen: str | None = None  # reward_model, trl/...: the column with the better answer (its default there: chosen)
+    rejected: str | None = None  # reward_model, trl/...: the column with the worse answer (its default: rejected)
     margin: str | None = None  # reward_model: a column with how much better it is
     system: str | None = None  # system message of a chat prompt, or a text put before a plain one
     template: str | None = None  # the user's turn, with {column} place-holders
@@ -206,6 +226,7 @@ class Recipe(Section):
     sft: SFTSettings = Field(default_factory=SFTSettings)
     reward_model: RewardModelSettings = Field(default_factory=RewardModelSettings)
     classifier: ClassifierSettings = Field(default_factory=ClassifierSettings)
+    trl: Annotated[dict[str, Any], BeforeValidator(check_trl_section)] = Field(default_factory=dict)  # TRL's own keys
     training: TrainingConfig = Field(default_factory=TrainingConfig)
     evaluation: EvaluationConfig = Field(default_factory=EvaluationConfig)
 
@@ -241,6 +262,10 @@ class Recipe(Section):
         data = self.data
         if self.algorithm == "reward_model":
             data.chosen, data.rejected = data.chosen or "chosen", data.rejected or "rejected"
+        if trainer := TRL_TRAINERS.get(self.algorithm):
+            fill_trl_data(data, trainer, self.training.prompts_per_step)
+        elif self.trl:
+            raise ValueError(f"trl: is for the algorithms {', '.join(TRL_TRAINERS)}; leave it out")
         if self.algorithm == "classifier" and not (data.text and data.label):
             raise ValueError("data.text, data.label: a classifier needs both, the columns with its text and its class")
         if data.text and data.messages:
@@ -250,7 +275,7 @@ class Recipe(Section):
         if data.template is not None and (data.text or data.messages):
             raise ValueError("data.template: an example of data.text or data.messages is taken as it is; leave it out")
         self._check_ppo()
-        if self.algorithm in ("reward_model", "classifier") or data.text or data.messages:
+        if self.algorithm in ("reward_model", "classifier", *TRL_TRAINERS) or data.text or data.messages:
             data.answer = data.answer if "answer" in data.model_fields_set else None
         elif self.algorithm == "sft":
             if data.completion and "answer" not in data.model_fields_set:

@@ -5,7 +5,7 @@ import logging
 import os
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -14,12 +14,15 @@ from lowmem_rlhf.errors import RunError, UserError
 from lowmem_rlhf.hardware.detect import detect
 from lowmem_rlhf.hardware.device import Device
 from lowmem_rlhf.hardware.profiles import find_profile, match_profile, parse_bytes, profile_device
-from lowmem_rlhf.planning.plan import Plan, make_plan, why_not
+from lowmem_rlhf.planning.advice import why_not
+from lowmem_rlhf.planning.plan import Plan, make_plan
 from lowmem_rlhf.recipe import Recipe
+from lowmem_rlhf.recipe_trl import TRL_TRAINERS
 from lowmem_rlhf.run import RunDirectory, default_output
 
 if TYPE_CHECKING:
     from lowmem_rlhf.model.base import SharedBase
+    from lowmem_rlhf.training.loop import Loop
 
 
 def planned_device(recipe: Recipe) -> tuple[Device, str]:
@@ -50,7 +53,15 @@ def _limited(device: Device, vram: str | None) -> Device:
 def plan_recipe(recipe: Recipe) -> Plan:
     """Choose every setting of a recipe for its device (see `planned_device`)."""
     device, profile = planned_device(recipe)
-    return make_plan(recipe, device, profile)
+    return _planner(recipe)(recipe, device, profile)
+
+
+def _planner(recipe: Recipe) -> Callable[[Recipe, Device, str], Plan]:
+    if recipe.algorithm in TRL_TRAINERS:
+        from lowmem_rlhf.training.trl_plan import plan_trl
+
+        return plan_trl
+    return make_plan
 
 
 def running_plan(recipe: Recipe) -> Plan:
@@ -60,7 +71,7 @@ def running_plan(recipe: Recipe) -> Plan:
         here = detect(recipe.hardware.device)
         free = min(device.free_bytes, here.free_bytes)
         device = replace(here, total_bytes=device.total_bytes, free_bytes=free, bf16=device.bf16 and here.bf16)
-    return make_plan(recipe, device, profile)
+    return _planner(recipe)(recipe, device, profile)
 
 
 KEPT = ("quantization", "compute_dtype", "optim")  # a resumed run keeps them, whatever memory is free today
@@ -70,9 +81,16 @@ def _resumed_plan(recipe: Recipe, path: Path) -> Plan:
     """Plan as `running_plan`, with the settings of the run in ``path`` that would change what is computed."""
     began = RunDirectory(path).plan().get("settings", {})
     kept = {key: began[key] for key in KEPT if getattr(recipe.hardware, key) == "auto" and key in began}
-    hardware = recipe.hardware.model_copy(update=kept)
-    plan = running_plan(recipe.model_copy(update={"hardware": hardware}))
+    shape = {key: began["lora"][key] for key in ("r", "lora_alpha") if began and getattr(recipe.lora, key) == "auto"}
+    update = {"hardware": recipe.hardware.model_copy(update=kept), "lora": recipe.lora.model_copy(update=shape)}
+    plan = running_plan(recipe.model_copy(update=update))
     return replace(plan, reasons={**plan.reasons, **dict.fromkeys(kept, "as the run began")})
+
+
+def planned(recipe: Recipe, plan: Plan) -> Recipe:
+    """Return the recipe with the adapter's shape that the plan chose: a part of what is learned, so of the run."""
+    shape = {key: plan.settings.lora[key] for key in ("r", "lora_alpha")}
+    return recipe.model_copy(update={"lora": recipe.lora.model_copy(update=shape)})
 
 
 def train(recipe: Recipe, output: Path | None = None, resume: bool = False) -> RunDirectory:
@@ -92,10 +110,15 @@ def train(recipe: Recipe, output: Path | None = None, resume: bool = False) -> R
 
         _check_computes(detect(recipe.hardware.device))
         return train_classifier_run(recipe, path, resume)
+    if recipe.algorithm in TRL_TRAINERS:
+        from lowmem_rlhf.training.trl_trainers import checked_arguments
+
+        checked_arguments(recipe)
     recipe = _as_saved(recipe)
     plan = _resumed_plan(recipe, path) if resume else running_plan(recipe)
     if not plan.fits:
-        raise UserError(why_not(plan))
+        raise UserError(why_not(plan, recipe))
+    recipe = planned(recipe, plan)
     from lowmem_rlhf.rewards.loading import check_reward_columns, load_rewards, placements
 
     free_bytes = plan.memory["budget_bytes"] - plan.memory["peak_bytes"]
@@ -127,7 +150,10 @@ def train(recipe: Recipe, output: Path | None = None, resume: bool = False) -> R
     def run_directory(resolved: Recipe) -> RunDirectory:
         return RunDirectory.create(path, resolved, {**plan.to_dict(), **placed}, resume)
 
-    trainer = make_trainer(recipe, plan, base, rewards, rows, held_out_rows, run_directory)
+    make: Callable[..., Loop] = make_trainer
+    if recipe.algorithm in TRL_TRAINERS:
+        from lowmem_rlhf.training.trl_loop import make_trl_loop as make
+    trainer = make(recipe, plan, base, rewards, rows, held_out_rows, run_directory)
     if resume:
         trainer.resume()
     print(f"run directory: {trainer.run.path}", flush=True)
@@ -152,7 +178,7 @@ def _as_saved(recipe: Recipe) -> Recipe:
     saved = saved_adapter(recipe.adapter, recipe.model)
     for key in ("r", "lora_alpha"):
         value = getattr(recipe.lora, key)
-        if key in recipe.lora.model_fields_set and value != getattr(saved, key):
+        if key in recipe.lora.model_fields_set and value not in ("auto", getattr(saved, key)):
             raise UserError(
                 f"lora.{key}: got {value:g}, but the adapter that the recipe continues from ({recipe.adapter}) has "
                 f"{getattr(saved, key):g}; leave it out or set it to that"
@@ -187,8 +213,8 @@ def _shared_base(recipe: Recipe, plan: Plan) -> "SharedBase":
             plan.settings.compute_dtype,
             recipe.revision,
             recipe.trust_remote_code,
-            r=recipe.lora.r,
-            lora_alpha=recipe.lora.lora_alpha,
+            r=recipe.lora.rank,
+            lora_alpha=recipe.lora.alpha(recipe.lora.rank),
             target_modules=saved.target_modules if saved else recipe.lora.target_modules,
             use_rslora=saved.use_rslora if saved else False,
             seed=recipe.training.seed,

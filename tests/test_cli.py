@@ -176,7 +176,7 @@ def test_plan_for_a_card_keeps_the_contract(run, model, arguments, profile, gib)
         "lora",
     } <= set(plan["settings"])
     assert set(plan["reasons"]) == set(plan["settings"]) and all(plan["reasons"].values())
-    assert set(plan["memory"]) == {"budget_bytes", "peak_bytes", "phases"}
+    assert set(plan["memory"]) == {"budget_bytes", "peak_bytes", "low_bytes", "high_bytes", "phases"}
     assert set(plan["memory"]["phases"]) == {"rollout", "scoring", "update", "optimizer", "export"}
     assert plan["profile"] == profile
     assert plan["device"]["total_bytes"] == pytest.approx(gib * 2**30, rel=0.01)
@@ -192,7 +192,7 @@ def test_vram_limits_the_plan_for_this_machine(run, model):
 def test_a_plan_that_does_not_fit_is_printed_and_says_what_to_change(run, model):
     done = run("plan", "quickstart", model, "--profile", "rtx-2080-ti", "--vram", "100MB")
     assert done.code == 0
-    assert "does not fit" in done.out and "short" in done.out and "a smaller model" in done.out
+    assert "does not fit" in done.out and "short" in done.out and "a card with more free memory" in done.out
 
 
 def test_dry_run_prints_recipe_and_plan_and_writes_nothing(run, model, tmp_path):

@@ -11,7 +11,8 @@ from pydantic import BaseModel
 import lowmem_rlhf
 from lowmem_rlhf.errors import UserError
 from lowmem_rlhf.hardware.profiles import load_profiles, profile_device
-from lowmem_rlhf.planning.plan import make_plan, why_not
+from lowmem_rlhf.planning.advice import why_not
+from lowmem_rlhf.planning.plan import make_plan
 from lowmem_rlhf.recipe import ONLINE, Recipe, Section, load_recipe, shipped_recipes, validate_recipe
 
 QWEN_05B = {
@@ -58,7 +59,8 @@ def test_a_shipped_recipe_is_named_like_its_file_and_says_what_it_is(name):
 @pytest.mark.parametrize("profile", list(load_profiles()))
 @pytest.mark.parametrize("name", PLANNED)
 def test_a_shipped_recipe_has_a_plan_for_every_card_or_says_why_not(name, profile, model):
-    plan = make_plan(load_recipe(name, [f"model={model}"]), profile_device(load_profiles()[profile]), profile)
+    recipe = load_recipe(name, [f"model={model}"])
+    plan = make_plan(recipe, profile_device(load_profiles()[profile]), profile)
     needed, budget = plan.memory["peak_bytes"], plan.memory["budget_bytes"]
     assert plan.fits == (needed <= budget)
     if plan.fits:
@@ -66,7 +68,7 @@ def test_a_shipped_recipe_has_a_plan_for_every_card_or_says_why_not(name, profil
             plan.settings.quantization == "int8"
         )
     else:
-        assert "short" in why_not(plan) and "try " in why_not(plan)
+        assert "short" in why_not(plan, recipe) and "try " in why_not(plan, recipe)
 
 
 @pytest.mark.parametrize("name", PLANNED)
@@ -304,7 +306,8 @@ def test_the_columns_follow_from_the_algorithm():
         ),
         ({"algorithm": "sft", "sft": {"max_length": 1}}, "sft.max_length: got 1; it should be at least 2"),
         ({"algorithm": "sft", "sft": {"packing": True}}, "sft.packing: unknown key"),
-        ({"algorithm": "dpo"}, "algorithm: got 'dpo'; it should be 'grpo', 'ppo', "),
+        ({"algorithm": "dpo"}, "algorithm: got 'dpo'; it is TRL's, write trl/dpo"),
+        ({"algorithm": "gro"}, "algorithm: got 'gro'; it should be 'grpo', 'ppo', "),
         ({"rewards": [{"function": "reward_adapter"}]}, "rewards[0].options.adapter: missing"),
         (
             {"rewards": [{"function": "reward_adapter", "options": {"adapter": "a", "adaptr": "b"}}]},

@@ -170,7 +170,7 @@ def optim(case: Case, settings: Settings) -> tuple[str, str]:
 
 
 def offload_checkpoints(case: Case, settings: Settings) -> tuple[bool, str]:
-    """Choose to keep checkpoints in host memory only when the smallest working set fits in no other way."""
+    """Choose to keep checkpoints in host memory only when the smallest working set does not fit with 8-bit moments."""
     pinned = case.pinned("offload_checkpoints")
     if case.on_cpu:
         return False, "a CPU's checkpoints are in host memory anyway"
@@ -182,8 +182,8 @@ def offload_checkpoints(case: Case, settings: Settings) -> tuple[bool, str]:
     if need <= case.budget:
         return False, f"checkpoints fit: the smallest working set takes {gib(need)} of {gib(case.budget)} with them"
     away = case.peak(replace(settings, offload_checkpoints=True))
-    if away > case.budget:
-        return False, f"it would not help: {gib(away)} without checkpoints on the device, {gib(need)} with them"
+    if away == need:
+        return False, f"it would not help: another phase than the update needs {gib(need)}"
     return True, f"memory is short: {gib(away)} without checkpoints on the device against {gib(need)} with them"
 
 

@@ -109,7 +109,7 @@ class SFT(Loop):
                     view.phase("evaluation", i + 1, len(parts))
             return total
 
-        return self.with_fewer_tokens(work, view) / sum(len(one.completion_ids) for one in examples)
+        return self.scored(work, view) / sum(len(one.completion_ids) for one in examples)
 
     def evaluate(self, when: str, view: LiveView) -> dict[str, Any]:
         """Return the held-out loss, and what is said of sampled completions where the recipe has rewards."""
@@ -192,7 +192,7 @@ class RewardModel(Loop):
         def shown(done: int, total: int) -> None:
             view.phase("evaluation", done, total)
 
-        found = self.with_fewer_tokens(lambda passes: head_outputs(self.base, POLICY, groups, passes, shown), view)
+        found = self.scored(lambda passes: head_outputs(self.base, POLICY, groups, passes, shown), view)
         ends = torch.stack([found[row][-1] for row in range(2 * len(self.held_out))])
         return {"loss": float(self._loss(ends, self.held_out)), **_pair_metrics(ends, self.held_out)}
 

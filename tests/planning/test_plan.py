@@ -1,6 +1,7 @@
 """The plan: the contract, the rule, pins, and what it says when something does not fit."""
 
 import json
+import re
 import subprocess
 import sys
 from dataclasses import fields, replace
@@ -9,9 +10,11 @@ import pytest
 from planning_cases import CONFIGS, GIB, card, cpu
 
 from lowmem_rlhf.errors import UserError
+from lowmem_rlhf.planning.advice import why_not
 from lowmem_rlhf.planning.dimensions import model_dimensions
-from lowmem_rlhf.planning.memory import group_tokens, phases, row_tokens
-from lowmem_rlhf.planning.plan import Settings, make_plan, why_not
+from lowmem_rlhf.planning.memory import phases
+from lowmem_rlhf.planning.plan import Settings, make_plan
+from lowmem_rlhf.planning.shapes import group_tokens, row_tokens
 
 PRECISION = {"nf4": 0, "int8": 1, "none": 2}
 
@@ -19,7 +22,7 @@ PRECISION = {"nf4": 0, "int8": 1, "none": 2}
 def test_the_contract(recipe):
     plan = make_plan(recipe("Qwen2.5-0.5B"), card(10.75), "rtx-2080-ti-11gb").to_dict()
     assert set(plan) == {"fits", "device", "profile", "settings", "reasons", "memory"}
-    assert set(plan["memory"]) == {"budget_bytes", "peak_bytes", "phases"}
+    assert set(plan["memory"]) == {"budget_bytes", "peak_bytes", "low_bytes", "high_bytes", "phases"}
     assert set(plan["memory"]["phases"]) == {"rollout", "scoring", "update", "optimizer", "export"}
     assert list(plan["settings"]) == [field.name for field in fields(Settings)]
     assert set(plan["reasons"]) == set(plan["settings"])
@@ -32,7 +35,7 @@ def test_the_contract(recipe):
 def test_the_reference_card_takes_gsm8k_in_float16(recipe):
     loaded = recipe("Qwen2.5-0.5B")
     plan = make_plan(loaded, card(10.75), "rtx-2080-ti-11gb")
-    assert plan.fits and why_not(plan) == ""
+    assert plan.fits and why_not(plan, loaded) == ""
     assert plan.settings.compute_dtype == "float16"
     assert plan.settings.quantization == "none"
     assert plan.settings.rollout_batch_size == 64
@@ -46,12 +49,15 @@ def test_a_7b_fits_on_the_reference_card_in_nf4(recipe):
 
 
 def test_a_7b_does_not_fit_on_4_gb_and_says_why(recipe):
-    plan = make_plan(recipe("Qwen2.5-7B"), card(3.75, bf16=True), "x")
+    loaded = recipe("Qwen2.5-7B")
+    plan = make_plan(loaded, card(3.75, bf16=True), "x")
     assert not plan.fits
     assert plan.settings.quantization == "nf4" and plan.settings.optim == "adamw_8bit"
     assert set(plan.reasons) == {field.name for field in fields(Settings)}
     assert any("GiB short" in reason and "weights take" in reason for reason in plan.reasons.values())
-    assert "weights take" in why_not(plan) and "a smaller model" in why_not(plan)
+    said = why_not(plan, loaded)
+    assert "weights take" in said and "try model=Qwen/Qwen2.5-3B-Instruct (then " in said
+    assert plan.settings.offload_embeddings is True and plan.settings.lora["r"] == 4
 
 
 @pytest.mark.parametrize("model", ["Qwen2.5-0.5B", "Qwen2.5-1.5B", "Qwen2.5-7B"])
@@ -93,6 +99,7 @@ def test_a_tight_card_uses_less_at_once(recipe):
         ("rollout_batch_size", 5),
         ("logits_tile_tokens", 100),
         ("optim", "adamw_8bit"),
+        ("score_batch_tokens", 2000),
     ],
 )
 def test_a_pinned_setting_is_kept_and_the_others_adapt(recipe, key, value):
@@ -102,16 +109,96 @@ def test_a_pinned_setting_is_kept_and_the_others_adapt(recipe, key, value):
     assert plan.fits
 
 
-def test_a_pin_that_does_not_fit_is_kept_and_named(recipe):
-    plan = make_plan(recipe("Qwen2.5-7B", "hardware.quantization=none"), card(10.75), "x")
-    assert not plan.fits and plan.settings.quantization == "none"
-    assert "hardware.quantization=nf4" in why_not(plan)
-    plan = make_plan(
-        recipe("Qwen2.5-1.5B", "hardware.rollout_batch_size=64", "data.max_prompt_length=6000"), card(5), "x"
+@pytest.mark.parametrize(
+    ("model", "free", "pins", "said"),
+    [
+        ("Qwen2.5-7B", 10.75, ["hardware.quantization=none"], "hardware.quantization=auto (then "),
+        (
+            "Qwen2.5-1.5B",
+            4,
+            ["hardware.rollout_batch_size=64", "data.max_prompt_length=6000"],
+            "hardware.rollout_batch_size=auto (then ",
+        ),
+        ("Qwen2.5-1.5B", 3, ["hardware.gradient_checkpointing=false"], "hardware.gradient_checkpointing=auto (then "),
+        ("Qwen2.5-7B", 7.3, ["lora.r=256"], "lora.r=auto (then "),
+    ],
+)
+def test_a_pin_that_does_not_fit_is_kept_and_named(recipe, model, free, pins, said):
+    loaded = recipe(model, *pins)
+    plan = make_plan(loaded, card(free), "x")
+    assert not plan.fits and said in why_not(plan, loaded)
+
+
+def test_a_change_that_is_advised_makes_it_fit(recipe):
+    loaded = recipe("Qwen2.5-7B", "generation.max_completion_length=6000", "hardware.quantization=nf4")
+    device = card(6.4)
+    plan = make_plan(loaded, device, "x")
+    advice = re.findall(r"generation\.max_completion_length=(\d+) \(then ([\d.]+) GiB", why_not(plan, loaded))
+    assert not plan.fits and len(advice) == 1
+    length, peak = int(advice[0][0]), float(advice[0][1])
+    shorter = make_plan(
+        recipe("Qwen2.5-7B", f"generation.max_completion_length={length}", "hardware.quantization=nf4"), device, "x"
     )
-    assert not plan.fits and "hardware.rollout_batch_size=auto" in why_not(plan)
-    plan = make_plan(recipe("Qwen2.5-1.5B", "hardware.gradient_checkpointing=false"), card(4), "x")
-    assert not plan.fits and "hardware.gradient_checkpointing=true" in why_not(plan)
+    longer = make_plan(
+        recipe("Qwen2.5-7B", f"generation.max_completion_length={length + 32}", "hardware.quantization=nf4"),
+        device,
+        "x",
+    )
+    assert shorter.fits and not longer.fits
+    assert shorter.memory["peak_bytes"] / GIB == pytest.approx(peak, abs=0.006)
+
+
+def test_what_saves_memory_at_a_price_comes_in_order(recipe):
+    """8-bit moments, then checkpoints in host memory, then the embedding, then a lower rank; each only when needed."""
+    loaded = recipe("Qwen2.5-7B", "hardware.quantization=nf4")
+    seen = []
+    for free in (9, 8, 7.5, 7.2, 7.0, 6.6, 6.2, 6.0, 5.8, 5.7, 5.6):
+        plan = make_plan(loaded, card(free), "x")
+        chosen = plan.settings
+        seen.append(
+            (chosen.optim == "adamw_8bit", chosen.offload_checkpoints, chosen.offload_embeddings, -chosen.lora["r"])
+        )
+        if chosen.lora["r"] < 16:
+            assert chosen.optim == "adamw_8bit" and chosen.offload_embeddings
+    assert [step[0] for step in seen] == sorted(step[0] for step in seen)
+    assert [step[2] for step in seen] == sorted(step[2] for step in seen) and seen[-1][2]
+    assert [step[3] for step in seen] == sorted(step[3] for step in seen)
+    assert seen[0] == (False, False, False, -16)
+
+
+def test_a_tied_embedding_cannot_leave_the_device(recipe):
+    plan = make_plan(recipe("Qwen2.5-0.5B"), card(0.7), "x")
+    assert plan.settings.offload_embeddings is False and "output head" in plan.reasons["offload_embeddings"]
+    with pytest.raises(UserError, match=r"offload_embeddings: the embedding of .* is its output head"):
+        make_plan(recipe("Qwen2.5-0.5B", "hardware.offload_embeddings=true"), card(8), "x")
+
+
+def test_an_embedding_of_its_own_leaves_the_device_when_asked_to(recipe):
+    here, away = (
+        make_plan(recipe("Qwen2.5-7B", f"hardware.offload_embeddings={pin}"), card(16), "x")
+        for pin in ("false", "true")
+    )
+    assert away.reasons["offload_embeddings"] == here.reasons["offload_embeddings"] == "set in the recipe"
+    saved = [plan.memory["phases"]["export"]["embeddings"] for plan in (here, away)]
+    assert saved[0] - saved[1] == 152064 * 3584 * 2
+
+
+def test_passes_without_gradients_take_a_whole_group_where_the_update_cannot(recipe):
+    loaded = recipe("Qwen2.5-7B", "hardware.quantization=nf4")
+    plan = make_plan(loaded, card(8.5), "x")
+    assert plan.fits and plan.settings.micro_batch_tokens < plan.settings.score_batch_tokens <= group_tokens(loaded)
+    roomy = make_plan(loaded, card(24), "x")
+    assert roomy.settings.score_batch_tokens == roomy.settings.micro_batch_tokens >= group_tokens(loaded)
+
+
+def test_a_cpu_that_multiplies_four_bits_keeps_them_for_few_rows(recipe):
+    def weights(fast, *pins):
+        loaded = recipe("SmolLM2-135M", "hardware.quantization=nf4", *pins)
+        return make_plan(loaded, replace(cpu(16), avx512_bf16=fast), "cpu").settings.rollout_weights
+
+    few = ["hardware.rollout_batch_size=16"]
+    assert weights(True, *few) == "quantized"
+    assert weights(False, *few) == weights(True, "hardware.rollout_batch_size=64") == "dequantized"
 
 
 def recomputed(plan, layers):
@@ -154,15 +241,10 @@ def test_the_tokens_grow_beyond_a_group_only_when_nothing_is_recomputed(recipe):
 
 def test_checkpoints_go_to_host_memory_only_when_nothing_else_makes_it_fit(recipe):
     loaded = recipe("Qwen2.5-7B", "hardware.quantization=nf4")
-    hopeless, away, roomy = (make_plan(loaded, card(free), "x") for free in (7.0, 7.2, 7.6))
-    assert [plan.fits for plan in (hopeless, away, roomy)] == [False, True, True]
-    assert [plan.settings.offload_checkpoints for plan in (hopeless, away, roomy)] == [False, True, False]
-    assert "would not help" in hopeless.reasons["offload_checkpoints"]
+    away, roomy = (make_plan(loaded, card(free), "x") for free in (7.2, 7.6))
+    assert away.fits and roomy.fits
+    assert [plan.settings.offload_checkpoints for plan in (away, roomy)] == [True, False]
     assert "memory is short" in away.reasons["offload_checkpoints"] and away.settings.optim == "adamw_8bit"
-    kept = make_plan(
-        recipe("Qwen2.5-7B", "hardware.quantization=nf4", "hardware.offload_checkpoints=false"), card(7.2), "x"
-    )
-    assert not kept.fits and "hardware.offload_checkpoints=auto" in why_not(kept)
 
 
 def test_a_cpu_says_that_there_is_nothing_to_offload(recipe):
@@ -232,8 +314,10 @@ def test_gemma3_is_planned_in_bfloat16_or_float32(recipe):
 
 
 def test_an_empty_card_gets_a_plan_that_does_not_fit(recipe):
-    plan = make_plan(recipe("SmolLM2-135M"), replace(card(1), free_bytes=0), "x")
-    assert not plan.fits and plan.memory["budget_bytes"] == 0 and why_not(plan)
+    loaded = recipe("SmolLM2-135M")
+    plan = make_plan(loaded, replace(card(1), free_bytes=0), "x")
+    assert not plan.fits and plan.memory["budget_bytes"] == 0
+    assert why_not(plan, loaded).endswith("a card with more free memory is needed")
 
 
 def test_planning_imports_neither_torch_nor_transformers(tmp_path):
