@@ -168,7 +168,23 @@ def reward_model(folder: Path) -> list[str]:
     ]
 
 
+def dpo(folder: Path) -> list[str]:
+    """Return the overrides of this twin."""
+    return [
+        *_gpt(folder),
+        f"data.train={DATA / 'gsm8k' / 'preferences.jsonl'}",
+        "data.prompt=prompt",
+        "data.train_size=300",
+        "data.eval_size=128",
+        "trl.max_length=512",
+        "training.num_train_epochs=2",
+        "training.prompts_per_step=10",
+        "training.learning_rate=1.0e-4",
+        "training.warmup_steps=3",
+    ]
+
+
 TWINS: dict[str, Callable[[Path], list[str]]] = {
     twin.__name__: twin
-    for twin in (style_classifier, style_ppo, style_grpo, sft_gpt2_gsm8k, ppo_gpt2_gsm8k, reward_model)
+    for twin in (style_classifier, style_ppo, style_grpo, sft_gpt2_gsm8k, ppo_gpt2_gsm8k, reward_model, dpo)
 }

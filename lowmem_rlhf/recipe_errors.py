@@ -9,11 +9,16 @@ from lowmem_rlhf.suggest import did_you_mean
 
 
 class OptionErrors(ValueError):
-    """What is wrong with a learned reward's options, a line each."""
+    """What is wrong with the keys below a field, a line each.
 
-    def __init__(self, lines: list[str]) -> None:
+    Args:
+        lines: each begins with its key.
+        below: the part of the field that holds the keys; empty: the field itself.
+    """
+
+    def __init__(self, lines: list[str], below: str = "options") -> None:
         super().__init__("; ".join(lines))
-        self.lines = lines
+        self.lines, self.below = lines, below
 
 
 def explain(errors: Sequence[Any], section: type[BaseModel]) -> list[str]:
@@ -35,7 +40,8 @@ def explain(errors: Sequence[Any], section: type[BaseModel]) -> list[str]:
         elif item["type"] == "missing":
             lines.append(f"{key}: missing; it has to be given")
         elif item["type"] == "value_error" and isinstance(item["ctx"]["error"], OptionErrors):
-            lines += [f"{key}.options.{line}" for line in item["ctx"]["error"].lines]
+            place = f"{key}.{below}" if (below := item["ctx"]["error"].below) else key
+            lines += [f"{place}.{line}" for line in item["ctx"]["error"].lines]
         elif item["type"] == "value_error":
             text = str(item["ctx"]["error"])
             lines.append(f"{key}: {text}" if key else text)

@@ -78,13 +78,19 @@ def build_supervised(
 
 
 def build_pairs(
-    rows: Iterable[Row], data: DataConfig, max_length: int, tokenizer: Any, stop_ids: frozenset[int]
+    rows: Iterable[Row],
+    data: DataConfig,
+    max_length: int,
+    tokenizer: Any,
+    stop_ids: frozenset[int],
+    length_key: str = "reward_model.max_length",
 ) -> list[Pair]:
     """Turn rows into preference pairs; prompts and answers are made as in `build_supervised`.
 
     Args:
         max_length: the most tokens that a prompt with the longer of its answers may have.
         stop_ids: the tokens that end a completion when the model samples.
+        length_key: the recipe key of ``max_length``, for messages.
 
     Returns:
         One pair a row, less those that `data.long_prompts: drop` leaves out. The margin is 0 without `data.margin`.
@@ -107,7 +113,7 @@ def build_pairs(
                 "nothing; remove the row"
             )
     lengths = [len(one.prompt_ids) + max(len(one.chosen_ids), len(one.rejected_ids)) for one in pairs]
-    return [pairs[index] for index in fitting(lengths, data, max_length, "reward_model.max_length", "pair")]
+    return [pairs[index] for index in fitting(lengths, data, max_length, length_key, "pair")]
 
 
 def labelled_texts(rows: Iterable[Row], data: DataConfig) -> tuple[list[str], list[str]]:
