@@ -213,6 +213,7 @@ def _shared_base(recipe: Recipe, plan: Plan) -> "SharedBase":
             plan.settings.compute_dtype,
             recipe.revision,
             recipe.trust_remote_code,
+            plan.settings.offload_embeddings,
             r=recipe.lora.rank,
             lora_alpha=recipe.lora.alpha(recipe.lora.rank),
             target_modules=saved.target_modules if saved else recipe.lora.target_modules,

@@ -84,6 +84,7 @@ def open_trained(run: RunDirectory, step: int | None = None, device: str | None 
             settings["compute_dtype"],
             recipe.revision,
             recipe.trust_remote_code,
+            bool(settings.get("offload_embeddings")) and found.torch_device != "cpu",
             r=saved.r,
             lora_alpha=saved.lora_alpha,
             target_modules=saved.target_modules,

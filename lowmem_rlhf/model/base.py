@@ -19,6 +19,7 @@ from lowmem_rlhf.model.attention import NAME as ATTENTION
 from lowmem_rlhf.model.attention import AttentionContext, PackedContext
 from lowmem_rlhf.model.decoding import lend_for_decoding
 from lowmem_rlhf.model.fused import fuse
+from lowmem_rlhf.model.host_embedding import embeddings_to_host
 from lowmem_rlhf.model.lean import lean_decoder
 from lowmem_rlhf.model.load import load_base
 from lowmem_rlhf.model.logprobs import head_of
@@ -107,15 +108,22 @@ class SharedBase(Roles):
         compute_dtype: str = "bfloat16",
         revision: str | None = None,
         trust_remote_code: bool = False,
+        offload_embeddings: bool = False,
         **adapter: Any,
     ) -> "SharedBase":
         """Load the base once (see `load_base`) and add the policy adapter.
+
+        Args:
+            offload_embeddings: the token embedding lies in host memory (see `host_embedding`).
 
         Raises:
             UserError: the model cannot be loaded, or cannot serve as a shared base.
         """
         loaded, tokenizer = load_base(model, quantization, compute_dtype, device, revision, trust_remote_code)
-        return cls(loaded, tokenizer, model_id=model, **adapter)
+        base = cls(loaded, tokenizer, model_id=model, **adapter)
+        if offload_embeddings:
+            embeddings_to_host(base.model)
+        return base
 
     @torch.no_grad()
     def _find_siblings(self) -> list[Siblings]:

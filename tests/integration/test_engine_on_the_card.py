@@ -42,8 +42,10 @@ def distance(got: torch.Tensor, want: torch.Tensor) -> float:
 
 def test_every_number_of_the_card_is_the_cpus(numbers):
     cpu, card = numbers["cpu"], numbers["vcard"]
-    assert cpu.keys() == card.keys() and len(cpu) == 12 + 3 + 6 + 6
+    assert cpu.keys() == card.keys() and len(cpu) == 12 + 3 + 6 + 6 + 2 * ("offloaded" in cpu)
     for name, want in cpu.items():
+        if name == "offloaded/freed":
+            continue
         assert torch.isfinite(card[name].double()).all() and card[name].any(), name
         assert distance(card[name], want) < CLOSE, name
     for name in ("lengths", "tokens"):
@@ -81,6 +83,15 @@ def test_waves_on_the_card_write_the_completions_of_one_batch(numbers):
     assert distance(card["sampled/in waves"], card["sampled/at once"]) < CLOSE
     lengths = card["lengths/at once"]
     assert int(lengths.min()) < 8 < int(lengths.max()), "no row left the batch early"
+
+
+def test_an_embedding_in_host_memory_gives_the_same_numbers_and_frees_the_card(output):
+    found = [load_file(output / f"{family}-vcard.safetensors") for family in FAMILIES]
+    offloaded = [numbers for numbers in found if "offloaded" in numbers]
+    assert len(offloaded) >= 3
+    for numbers in offloaded:
+        assert torch.equal(numbers["offloaded"], numbers["score/policy/whole"])
+        assert int(numbers["offloaded/freed"]) >= 97 * 48 * 4  # the tiny models' table, fp32
 
 
 @pytest.mark.parametrize("phase", PHASES)

@@ -24,6 +24,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from lowmem_rlhf.algorithms.grpo import token_loss, token_weights
 from lowmem_rlhf.model import attention
 from lowmem_rlhf.model.base import SharedBase
+from lowmem_rlhf.model.host_embedding import embeddings_to_host
 from lowmem_rlhf.model.logprobs import tiled_logprobs
 from lowmem_rlhf.model.roles import POLICY
 from lowmem_rlhf.recipe import GRPOSettings
@@ -159,6 +160,18 @@ def sampled(base: SharedBase) -> Numbers:
     return numbers
 
 
+def without_embeddings(base: SharedBase, batch: Batch) -> Numbers:
+    """Return the policy's log-probs with the token embedding in host memory, and the bytes that the card has more."""
+    gc.collect()
+    before = vcard.live()
+    embeddings_to_host(base.model)
+    gc.collect()
+    freed = torch.tensor([before - vcard.live()])
+    with base.role(POLICY):
+        logps = score(base, batch, range(len(batch.completions)), PassSettings(TEMPERATURE, 1000, TILE))
+    return {"offloaded": joined(logps), "offloaded/freed": freed}
+
+
 class Peak:
     """The peak of a block over what was live before it: the card's own count, or the counter of live bytes."""
 
@@ -220,6 +233,8 @@ def main() -> None:
             with sdpa_kernel(SDPBackend.MATH):
                 numbers = {**engine(base, batch), **stock(base, batch, family, device)}
                 numbers |= {**logprobs(base), **sampled(base)}
+                if not base.model.config.tie_word_embeddings:
+                    numbers |= without_embeddings(base, batch)
             save_file(numbers, OUTPUT / f"{family}-{device}.safetensors")
     with sdpa_kernel(SDPBackend.MATH):
         found = {
