@@ -18,7 +18,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
 from lowmem_rlhf.planning.dimensions import ModelDimensions
-from lowmem_rlhf.planning.memory import block_weight_bytes, kv_bytes_per_token, recomputed_layers
+from lowmem_rlhf.planning.memory import block_weight_bytes, recomputed_layers
+from lowmem_rlhf.planning.rollouts import kv_bytes_per_token
 
 QKV = {"q_proj", "k_proj", "v_proj", "qkv_proj", "c_attn", "query_key_value"}
 MLP_INPUT = {"gate_proj", "up_proj", "gate_up_proj", "fc1", "dense_h_to_4h"}

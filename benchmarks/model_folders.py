@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 from pathlib import Path
+from typing import Any
 
 TINY = {"vocab_size": 512, "hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 4}
 LAYER_KEYS = ("num_hidden_layers", "n_layer", "n_layers")
@@ -47,20 +48,27 @@ def truncated(folder: Path, layers: int, target: Path) -> Path:
     return target
 
 
-def tiny_llama(folder: Path) -> Path:
-    """Write a random Llama of four layers with a tokenizer of bytes into ``folder``."""
-    import torch
+def byte_tokenizer() -> Any:
+    """Return a tokenizer of bytes, its ids below 260: padding, beginning and end come first."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+    from transformers import PreTrainedTokenizerFast
 
-    config = LlamaConfig(**TINY, num_attention_heads=4, num_key_value_heads=2, eos_token_id=2, tie_word_embeddings=True)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        LlamaForCausalLM(config).save_pretrained(folder)
     symbols = ["<pad>", "<s>", "</s>", *sorted(pre_tokenizers.ByteLevel.alphabet())]
     tokenizer = Tokenizer(models.BPE(vocab={symbol: i for i, symbol in enumerate(symbols)}, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     special = {"pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>"}
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special).save_pretrained(folder)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special)
+
+
+def tiny_llama(folder: Path) -> Path:
+    """Write a random Llama of four layers with a tokenizer of bytes into ``folder``."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(**TINY, num_attention_heads=4, num_key_value_heads=2, eos_token_id=2, tie_word_embeddings=True)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        LlamaForCausalLM(config).save_pretrained(folder)
+    byte_tokenizer().save_pretrained(folder)
     return folder

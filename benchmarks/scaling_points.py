@@ -117,16 +117,24 @@ class Bench:
 
         A row has as many tokens as the bound allows, or one prompt with one completion where that is more.
         """
-        from lowmem_rlhf.planning.memory import kv_bytes_per_token, layer_activation_bytes, stored_activation_bytes
+        from work import RANK
+
+        from lowmem_rlhf.planning.layers import Layer
+        from lowmem_rlhf.planning.memory import dense_bytes, recomputed_layers
+        from lowmem_rlhf.planning.rollouts import kv_bytes_per_token
+        from lowmem_rlhf.planning.shapes import packed_shape
 
         rows, tokens = bounds(self.work)
         dims, width = replace(self.dims, num_layers=point.layers), 4 if self.work.compute_dtype == "float32" else 2
         at_once = min(point.prompts, -(-rows // point.generations))
         cached = at_once * point.prompt_length + rows * point.completion_length
-        row = max(tokens, point.prompt_length + point.completion_length - 1)
-        stored = stored_activation_bytes(dims, row, width, self.work.checkpointing)
-        layer = layer_activation_bytes(dims, row, width) if self.work.checkpointing else 0
-        return {"kv_bytes": cached * kv_bytes_per_token(dims, width), "row_bytes": stored + layer}
+        length = point.completion_length
+        shape = packed_shape(point.prompt_length, length - 1, length, point.generations, point.prompts, tokens)
+        dense = dense_bytes(dims, self.work.quantization, width)
+        layer = Layer(dims, shape, width, RANK * len(dims.linears), dense, self.device.type == "cpu")
+        again = recomputed_layers(dims, self.work.checkpointing)
+        kept = again * layer.hidden + (point.layers - again) * layer.saved()
+        return {"kv_bytes": cached * kv_bytes_per_token(dims, width), "row_bytes": kept + layer.backward_peak()}
 
 
 def serve(work: argparse.Namespace) -> None:

@@ -12,17 +12,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from live_bytes import LiveBytes
 from rich.console import Console
 
 from lowmem_rlhf.data.prompts import Example, PromptStream
 from lowmem_rlhf.data.supervised import Pair, Supervised
+from lowmem_rlhf.live_bytes import LiveBytes
 from lowmem_rlhf.model.base import SharedBase
 from lowmem_rlhf.planning.plan import Plan
 from lowmem_rlhf.recipe import ONLINE, Recipe
 from lowmem_rlhf.report.live import LiveView
 from lowmem_rlhf.rewards.loading import Reward
 from lowmem_rlhf.run import RunDirectory
+from lowmem_rlhf.session import planned
 from lowmem_rlhf.training.build import add_roles, make_trainer
 from lowmem_rlhf.training.loop import Loop
 
@@ -39,23 +40,31 @@ def hash_reward(prompts: Any, completion_ids: list[list[int]], **_: Any) -> list
 def load(recipe: Recipe, plan: Plan) -> SharedBase:
     """Load the base of a recipe in the precision of its plan."""
     settings = plan.settings
+    lora = planned(recipe, plan).lora
     return _Endless.load(
         recipe.model,
         torch.device(plan.device.torch_device),
         settings.quantization,
         settings.compute_dtype,
-        r=recipe.lora.rank,
-        lora_alpha=recipe.lora.alpha(recipe.lora.rank),
-        target_modules=recipe.lora.target_modules,
+        r=lora.rank,
+        lora_alpha=lora.alpha(lora.rank),
+        target_modules=lora.target_modules,
     )
+
+
+def start_adapter(recipe: Recipe, plan: Plan, folder: Path) -> Path:
+    """Write an adapter that training may start from: the policy's of a recipe, as it is before the first step."""
+    load(recipe, plan).save_adapter(folder)
+    return folder
 
 
 def trainer_of(recipe: Recipe, plan: Plan, folder: Path) -> Loop:
     """Return the trainer of a recipe with random data of the recipe's maximal lengths."""
-    base = load(recipe, plan)
+    base, recipe = load(recipe, plan), planned(recipe, plan)
     rewards = [Reward("hash", hash_reward)] if recipe.algorithm in ONLINE else []
     add_roles(base, recipe, plan, rewards)
-    row = {"prompt": "a", "question": "a", "completion": "a", "text": "aa", "chosen": "a", "rejected": "b"}
+    columns = ("prompt", "question", "answer", "completion", "text", "chosen", "rejected")
+    row = dict.fromkeys(columns, "a") | {"rejected": "b"}
     rows = [row] * max(recipe.training.prompts_per_step, 2)
 
     def run_directory(resolved: Recipe) -> RunDirectory:

@@ -10,7 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import DynamicCache
 
 from lowmem_rlhf.planning.dimensions import dimensions_from_config
-from lowmem_rlhf.planning.memory import kv_bytes_per_token
+from lowmem_rlhf.planning.rollouts import kv_bytes_per_token
 from lowmem_rlhf.recipe import GRPOSettings
 from lowmem_rlhf.rollout.generate import Limits, generate
 from lowmem_rlhf.rollout.sampling import Sampling
