@@ -61,6 +61,8 @@ def overrides(name: str, place: Path) -> list[str]:
     ]
     if recipe.algorithm in ("sft", "reward_model", "classifier"):
         found += ["training.num_train_epochs=1", "data.train_size=8"]
+    if recipe.trl:
+        found.append("trl.max_length=48")
     if recipe.adapter:
         found.append(f"adapter={place / BEFORE[name]}")
     for number, reward in enumerate(recipe.rewards):
