@@ -177,9 +177,9 @@ def dpo(folder: Path) -> list[str]:
         "data.train_size=300",
         "data.eval_size=128",
         "trl.max_length=512",
-        "training.num_train_epochs=2",
+        "training.num_train_epochs=1",
         "training.prompts_per_step=10",
-        "training.learning_rate=1.0e-4",
+        "training.learning_rate=3.0e-4",
         "training.warmup_steps=3",
     ]
 

@@ -23,6 +23,7 @@ from lowmem_rlhf.recipe_trl import DECIDED, TRL_TRAINERS
 from lowmem_rlhf.run import RunDirectory
 from lowmem_rlhf.session import plan_recipe, train
 from lowmem_rlhf.training.trl_loop import TRLLoop
+from lowmem_rlhf.training.trl_plan import LOGITS_BYTES
 
 HELD_OUT = [{"prompt": "5+1= ", "chosen": "6", "rejected": "ef"}, {"prompt": "b a? ", "chosen": "b", "rejected": "44"}]
 KIND = {"trl/kto": {"chosen": None, "rejected": None, "label": "label"}}
@@ -170,7 +171,7 @@ def test_the_plan_counts_both_answers_and_full_logits(model, tmp_path):
     assert "full_logits" not in plans["trl/dpo"].memory["phases"]["update"]
     logits = plans["trl/orpo"].memory["phases"]["update"]["full_logits"]
     vocabulary = json.loads((model / "config.json").read_text())["vocab_size"]
-    assert logits == 16 * plans["trl/orpo"].settings.micro_batch_tokens * vocabulary
+    assert logits == LOGITS_BYTES * plans["trl/orpo"].settings.micro_batch_tokens * vocabulary
     assert plans["trl/orpo"].memory["budget_bytes"] == plans["trl/dpo"].memory["budget_bytes"]
     low = {"micro_batch_tokens": 150}
     with pytest.raises(UserError, match=r"got 150, but an example may have 200 tokens .* lower trl.max_length"):
