@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from lowmem_rlhf.errors import RunError, UserError
-from lowmem_rlhf.planning.dimensions import ModelDimensions, dimensions_from_config, model_dimensions
+from lowmem_rlhf.planning.dimensions import ModelDimensions, from_config_file, model_dimensions
 from lowmem_rlhf.planning.stock import StockMemory, StockRun, predict
 
 MIB = 2**20
@@ -81,12 +81,7 @@ def dimensions_of(model: str, configs: Path | None) -> ModelDimensions:
         UserError: there is no config, or it is unknown or wrong.
     """
     path = configs / f"{model.replace('/', '__')}.json" if configs else None
-    if path is None or not path.is_file():
-        return model_dimensions(model)
-    try:
-        return dimensions_from_config(json.loads(path.read_text(encoding="utf-8")), model)
-    except ValueError as error:
-        raise UserError(f"--configs: {path} is not JSON ({error})") from error
+    return from_config_file(path, model) if path and path.is_file() else model_dimensions(model)
 
 
 def run_of(row: dict[str, str], dimensions: ModelDimensions) -> StockRun:

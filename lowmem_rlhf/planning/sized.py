@@ -130,13 +130,14 @@ class Graph:
         return self.empty(tensor.count, tensor.width if width is None else width)
 
     def leaf(self, tensor: Sized, key: Any) -> Sized:
-        """Return the tensor as one whose gradient is stored in `gradients`."""
+        """Return the tensor as one whose gradient is stored in `gradients`; its node holds it (``AccumulateGrad``)."""
 
-        def store(grad: Sized) -> tuple[()]:
+        def store(grad: Sized, _: Sized) -> tuple[()]:
             self.gradients[key] = grad
             return ()
 
-        return Sized(tensor.storage, tensor.count, tensor.width, Node(LEAF, self.part, (), [], store))
+        held = Sized(tensor.storage, tensor.count, tensor.width)
+        return Sized(tensor.storage, tensor.count, tensor.width, Node(LEAF, self.part, (), [held], store))
 
     def op(
         self,

@@ -1,17 +1,13 @@
-"""The operations of stock transformers models, peft adapters and bitsandbytes layers, as sizes: what each takes.
+"""The operations of stock transformers models, as sizes: what each takes and keeps. Linear layers: sized_linears.py.
 
 Every method names where its count comes from. Gradients of frozen weights are never made. Where torch's generated code
 makes several gradients, it makes them in the alphabetical order of the arguments' names, and so does this.
 """
 
-from typing import Any
-
 from lowmem_rlhf.planning.allocator import CachingAllocator
-from lowmem_rlhf.planning.sized import WEIGHT, Graph, Sized
+from lowmem_rlhf.planning.sized import Graph, Sized
 
 CUBLAS_WORKSPACE = 2 * 4096 * 1024 + 8 * 16 * 1024  # ":4096:2:16:8", torch's default on cards before Hopper
-NF4_BLOCK = 64  # weights that share a scale
-DOUBLE_QUANT_BLOCK = 256  # scales that share a scale
 
 
 class Ops(Graph):
@@ -27,7 +23,6 @@ class Ops(Graph):
 
     def __init__(self, allocator: CachingAllocator) -> None:
         super().__init__(allocator)
-        self.masters: dict[Any, Sized] = {}  # the trained weights, float32, by key
         self._workspaces: dict[bool, Sized] = {}
 
     def workspace(self) -> None:
@@ -58,8 +53,28 @@ class Ops(Graph):
         return self.scale(x, (x,))
 
     def tanh(self, x: Sized) -> Sized:
-        """Keeps its result."""
+        """Keeps its result, as ReLU does."""
         return self.op((x,), x.count, x.width, lambda g, _: (self.like(g),), save_result=True)
+
+    def gelu_new(self, x: Sized) -> Sized:
+        """``0.5 * x * (1 + tanh(c * (x + d * x ** 3)))`` in Python (GPT-2, Phi): eight results, four kept."""
+
+        def cube_backward(_: Sized, kept: Sized) -> tuple[Sized]:  # gradient * (3 * kept ** 2)
+            power = self.like(kept)
+            tripled = self.like(kept)
+            del power
+            out = self.like(tripled)
+            return (out,)
+
+        half = self.scale(x)
+        cube = [self.op((x,), x.count, x.width, cube_backward, (x,))]
+        inner = [self.add(x, self.scale(cube.pop()))]
+        return self.mul(half, self.shift(self.tanh(self.scale(inner.pop()))))
+
+    def dropout(self, x: Sized) -> Sized:
+        """``native_dropout``: keeps a byte for each element."""
+        mask = self.empty(x.count, 1)
+        return self.op((x,), x.count, x.width, lambda g, _: (self.like(g),), (mask,))
 
     def add(self, x: Sized, y: Sized) -> Sized:
         """Keeps nothing; both inputs get the same gradient, cast where their dtypes differ."""
@@ -90,6 +105,20 @@ class Ops(Graph):
         """A part of ``x``, in its memory; ``slice_backward`` fills a whole tensor of zeros."""
         whole, width = x.count, x.width
         return self.op((x,), count, width, lambda g: (self.empty(whole, width),), view=True)
+
+    def split(self, x: Sized, counts: tuple[int, ...]) -> list[Sized]:
+        """Parts in the memory of ``x``; their gradients are put together in one new tensor."""
+        whole, width = x.count, x.width
+        parts = [self.op((x,), counts[0], width, lambda g: (self.empty(whole, width),), view=True)]
+        return parts + [self.op((x,), count, width, lambda g: (None,), view=True) for count in counts[1:]]
+
+    def join(self, x: Sized, y: Sized) -> Sized:
+        """A concatenation: the gradients are parts of its own."""
+
+        def backward(g: Sized, a: int = x.count, b: int = y.count) -> tuple[Sized, Sized]:
+            return Sized(g.storage, a, g.width), Sized(g.storage, b, g.width)
+
+        return self.op((x, y), x.count + y.count, x.width, backward)
 
     def rotate(self, x: Sized) -> Sized:
         """``x * cos + rotate_half(x) * sin``: negation, concatenation, two products, a sum; ``x`` is not kept."""
@@ -127,6 +156,15 @@ class Ops(Graph):
         h = self._normalize(h, inverse)
         return self.cast(self.scale(h), width) if cast_last else self.scale(self.cast(h, width))
 
+    def layer_norm(self, x: Sized, size: int, upcast: bool = False) -> Sized:
+        """One kernel: keeps ``x`` and two float32 numbers a row. OLMo's works on a float32 copy (``upcast``)."""
+        width = x.width
+        if upcast:
+            x = self.cast(x, 4)
+        numbers = self.empty(2 * (x.count // size), 4)
+        out = self.op((x,), x.count, x.width, lambda g, *_: (self.like(g),), (x, numbers))
+        return self.cast(out, width)
+
     def _mean_square(self, h: Sized, rows: int) -> Sized:
         def power_backward(_: Sized, kept: Sized) -> tuple[Sized]:  # gradient * (2 * kept ** 1)
             power = self.like(kept)
@@ -151,78 +189,6 @@ class Ops(Graph):
 
         return self.op((h, inverse), h.count, 4, backward, (h, inverse))
 
-    # --- linear layers -----------------------------------------------------------------------------------------------
-
-    def linear(self, x: Sized, inputs: int, outputs: int) -> Sized:
-        """A frozen 16- or 32-bit layer: keeps the weight, so ``x`` may go."""
-        rows, width = x.count // inputs, x.width
-        out = self.op((x,), rows * outputs, width, lambda g, _: (self.matmul(rows * inputs, width),), (WEIGHT,))
-        self.workspace()
-        return out
-
-    def trained(self, x: Sized, inputs: int, outputs: int, key: Any) -> Sized:
-        """A float32 layer of an adapter: keeps ``x``."""
-        rows = x.count // inputs
-
-        def backward(g: Sized, a: Sized, b: None) -> tuple[Sized, Sized]:
-            with self.counted_as("gradients"):
-                weight = self.matmul(inputs * outputs, 4)
-            return self.matmul(rows * inputs, 4), weight
-
-        out = self.op((x, self.leaf(self.masters[key], key)), rows * outputs, 4, backward, (x, WEIGHT))
-        self.workspace()
-        return out
-
-    def linear_4bit(self, x: Sized, inputs: int, outputs: int, double: bool) -> Sized:
-        """bitsandbytes' ``Linear4bit``: ``x`` in 16 bits, the whole weight in 16 bits beside the product, each way.
-
-        ``MatMul4Bit`` keeps neither. The result has the dtype of ``x`` again.
-        """
-        width, rows = x.width, x.count // inputs
-
-        def weight() -> Sized:
-            if double:
-                scales = self.empty(inputs * outputs // NF4_BLOCK, 4)
-            out = self.empty(inputs * outputs, 2)
-            if double:
-                del scales
-            return out
-
-        def backward(g: Sized) -> tuple[Sized]:
-            dequantized = weight()
-            out = self.matmul(rows * inputs, 2)
-            del dequantized
-            return (out,)
-
-        x = self.cast(x, 2)
-        dequantized = weight()
-        out = self.op((x,), rows * outputs, 2, backward)
-        self.workspace()
-        del dequantized
-        return self.cast(out, width)
-
-    def linear_8bit(self, x: Sized, inputs: int, outputs: int) -> Sized:
-        """bitsandbytes' ``Linear8bitLt``: 8-bit ``x``, a 32-bit integer product, then 16 bits.
-
-        ``MatMul8bitLt`` keeps ``x`` as an attribute, where no checkpoint can take it away, and makes the weight in the
-        dtype of ``x`` for the gradient.
-        """
-        width, rows = x.width, x.count // inputs
-
-        def backward(g: Sized, kept: Sized = Sized(x.storage, x.count, width)) -> tuple[Sized]:  # noqa: B008
-            weight = self.empty(inputs * outputs, kept.width)
-            out = self.matmul(rows * inputs, width)
-            del weight
-            return (out,)
-
-        half = self.cast(x, 2)
-        quantized = self.like(x, 1)
-        del half
-        product = self.empty(rows * outputs, 4)
-        out = self.op((x,), rows * outputs, width, backward)
-        del product, quantized
-        return out
-
     # --- attention ---------------------------------------------------------------------------------------------------
 
     def repeat(self, x: Sized, times: int) -> Sized:
@@ -243,9 +209,9 @@ class Ops(Graph):
         self.workspace()
         return out
 
-    def softmax(self, x: Sized, is_half: bool) -> Sized:
+    def softmax(self, x: Sized, is_half: bool, upcast: bool = True) -> Sized:
         """``softmax(x, dtype=float32)``: keeps its float32 result, and on the way back makes ``gradient * result``."""
-        if not (self.fused_softmax and is_half):
+        if upcast and not (self.fused_softmax and is_half):
             x = self.cast(x, 4)
         width = x.width
 
@@ -255,7 +221,7 @@ class Ops(Graph):
                 self.like(g)
             return (out,)
 
-        return self.op((x,), x.count, 4, backward, save_result=True)
+        return self.op((x,), x.count, 4 if upcast else width, backward, save_result=True)
 
     def efficient_attention(self, q: Sized, k: Sized, v: Sized, rows: int) -> Sized:
         """``_scaled_dot_product_efficient_attention``: keeps q, k, v, its result and a float32 number a row.

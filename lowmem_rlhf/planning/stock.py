@@ -11,9 +11,10 @@ from collections import deque
 from dataclasses import dataclass
 from random import Random
 
+from lowmem_rlhf.errors import UserError
 from lowmem_rlhf.planning.allocator import MIB, CachingAllocator
 from lowmem_rlhf.planning.sized import Sized
-from lowmem_rlhf.planning.sized_ops import DOUBLE_QUANT_BLOCK, NF4_BLOCK
+from lowmem_rlhf.planning.sized_linears import DOUBLE_QUANT_BLOCK, NF4_BLOCK
 from lowmem_rlhf.planning.stock_run import StockRun
 from lowmem_rlhf.planning.stock_step import StockStep
 
@@ -48,7 +49,7 @@ def predict(run: StockRun, capacity: int | None = None) -> StockMemory:
         capacity: bytes that the process can reserve; segments that are wholly free are given back before it is passed.
 
     Raises:
-        UserError: the model's family or the optimizer is not known here.
+        UserError: the optimizer is not known here, or no layer has an adapter.
         RunError: the run does not fit in ``capacity``.
     """
     allocator = CachingAllocator(capacity)
@@ -93,25 +94,27 @@ def load(step: StockStep) -> list[Sized]:
         weights.append(step.empty(1, 1))
     with step.counted_as("adapters"):
         step.masters = {key: step.empty(count, 4) for key, count in run.adapters()}
+    if not step.masters:
+        raise UserError(f"targets: got {', '.join(run.targets)}; the linear layers are {', '.join(step.linears)}")
     return weights
 
 
 def _quantized(step: StockStep, arriving: list[tuple[bool, int]]) -> list[Sized]:
-    draw, weights = Random(0), []
+    draw, width, weights = Random(0), step.run.compute_width, []
     plain: list[Sized] = []
     waiting: deque[tuple[bool, Sized]] = deque()
     ahead = 0
     for quantizable, count in arriving:
-        waiting.append((quantizable, step.empty(count, 2)))
-        ahead += 2 * count
+        waiting.append((quantizable, step.empty(count, width)))
+        ahead += width * count
         limit = draw.uniform(AHEAD / 2, AHEAD)
         while ahead > limit:
-            ahead -= 2 * waiting[0][1].count
+            ahead -= width * waiting[0][1].count
             weights += _placed(step, *waiting.popleft(), plain)
     while waiting:
         weights += _placed(step, *waiting.popleft(), plain)
     while plain:
-        weights.append(step.like(plain[0], 4))
+        weights.append(step.like(plain[0], 4) if width == 2 else plain[0])
         del plain[0]
     return weights
 

@@ -1,10 +1,11 @@
-"""What is run with stock transformers and peft, and how the blocks of the model families differ there."""
+"""What is run with stock transformers, peft and bitsandbytes."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 from lowmem_rlhf.planning.dimensions import ModelDimensions
+from lowmem_rlhf.planning.families import Linear
 
 
 @dataclass(frozen=True)
@@ -46,49 +47,18 @@ class StockRun:
         """Tokens of a batch."""
         return self.batch_size * self.sequence_length
 
+    def linears(self) -> dict[str, Linear]:
+        """The linear layers of a block by name; GPT-2 has two of one name."""
+        named: dict[str, Linear] = {}
+        for linear in self.dimensions.linears:
+            named[linear.name if linear.name not in named else f"mlp.{linear.name}"] = linear
+        return named
+
     def adapters(self) -> Iterator[tuple[tuple[int, str, str], int]]:
         """Yield each trained weight: its layer, its linear and A or B, and its elements."""
         wanted = {name.removesuffix("_proj") for name in self.targets}
         for layer in range(self.dimensions.num_layers):
-            for linear in self.dimensions.linears:
+            for key, linear in self.linears().items():
                 if "all-linear" in wanted or linear.name.removesuffix("_proj") in wanted:
-                    yield (layer, linear.name, "A"), linear.inputs * self.r
-                    yield (layer, linear.name, "B"), linear.outputs * self.r
-
-
-@dataclass(frozen=True)
-class Block:
-    """How a family's block departs from Llama's.
-
-    Attributes:
-        cast_last: its norms multiply by their weight in float32 (Gemma).
-        qk_norm: queries and keys are normed by head.
-        post_norms: attention and MLP are normed after, not only before (Gemma 2 and 3).
-        pre_norms: they are normed before.
-        soft_cap: scores and logits go through ``tanh`` (Gemma 2), which no fused attention does.
-        scaled_embedding: the embedding is multiplied by a number (Gemma).
-        masks: attention masks that are made for eager attention.
-    """
-
-    cast_last: bool = False
-    qk_norm: bool = False
-    post_norms: bool = False
-    pre_norms: bool = True
-    soft_cap: bool = False
-    scaled_embedding: bool = False
-    masks: int = 1
-
-
-_GEMMA: dict[str, Any] = {"cast_last": True, "scaled_embedding": True}
-BLOCKS = {
-    "llama": Block(),
-    "mistral": Block(),
-    "qwen2": Block(),
-    "smollm3": Block(),
-    "phi3": Block(),
-    "qwen3": Block(qk_norm=True),
-    "gemma": Block(**_GEMMA),
-    "gemma2": Block(**_GEMMA, post_norms=True, soft_cap=True, masks=2),
-    "gemma3_text": Block(**_GEMMA, post_norms=True, qk_norm=True, masks=2),
-    "olmo2": Block(cast_last=True, post_norms=True, pre_norms=False, qk_norm=True),
-}
+                    yield (layer, key, "A"), linear.inputs * self.r
+                    yield (layer, key, "B"), linear.outputs * self.r
