@@ -112,6 +112,7 @@ class CachingAllocator:
                 )
         self.reserved += length
         self.peak_reserved = max(self.peak_reserved, self.reserved)
+        # The driver hands out addresses downwards, and of equal free blocks the lowest is taken: the newest segment's.
         self._next_address -= length
         block = Block(self._next_address, length, small)
         return block
