@@ -15,25 +15,40 @@ T = TypeVar("T")
 
 def reset_peak(device: torch.device) -> None:
     """Start measuring a new peak (on a device that counts; the CPU does not)."""
-    if reset := _counter(device, "reset_peak_memory_stats"):
+    if reset := device_counter(device, "reset_peak_memory_stats"):
         reset(device)
 
 
 def peak_bytes(device: torch.device) -> int:
     """Return the device's peak of allocated bytes since `reset_peak`; where nobody counts, the process's bytes now."""
-    if count := _counter(device, "max_memory_allocated"):
+    if count := device_counter(device, "max_memory_allocated"):
         return int(count(device))
     return psutil.Process().memory_info().rss
 
 
+def release(device: torch.device) -> None:
+    """Give back what is no longer used, so that other programs and the next model find it."""
+    gc.collect()
+    if empty := device_counter(device, "empty_cache"):
+        empty()
+
+
+def free_bytes(device: torch.device) -> int:
+    """Return the bytes that are free now: of the device where it can be asked, otherwise of the machine."""
+    if ask := device_counter(device, "mem_get_info"):
+        return int(ask(device)[0])
+    return int(psutil.virtual_memory().available)
+
+
 def clock(device: torch.device) -> float:
     """Return seconds, once the device has done what it was given."""
-    if wait := _counter(device, "synchronize"):
+    if wait := device_counter(device, "synchronize"):
         wait(device) if device.index else wait()  # not every kind of device takes an argument
     return time.perf_counter()
 
 
-def _counter(device: torch.device, name: str) -> Callable[..., Any] | None:
+def device_counter(device: torch.device, name: str) -> Callable[..., Any] | None:
+    """Return a function of the device's module (``max_memory_allocated``, ...); None on a CPU and where it has none."""
     return None if device.type == "cpu" else getattr(torch.get_device_module(device), name, None)
 
 
@@ -77,9 +92,7 @@ def with_less(
                     f"the device's memory ran out even with {key}={size}; shorten generation.max_completion_length, "
                     "take a smaller model or hardware.quantization=nf4"
                 ) from error
-        gc.collect()
-        if empty := _counter(device, "empty_cache"):
-            empty()
+        release(device)
         smaller = max(least, size // 2)
         say(f"the device's memory ran out with {key}={size}; going on with {smaller}")
         size = smaller

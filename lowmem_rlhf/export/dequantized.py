@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-PIECE = 2**22  # elements that are quantized at once
+PIECE = 2**20  # elements that are quantized at once
 
 
 @torch.no_grad()
@@ -58,7 +58,7 @@ def _int8(weight: torch.Tensor, settings: Any, dtype: torch.dtype, device: torch
 
     result = torch.empty(weight.shape, dtype=torch.float32, device="cpu")
     for rows in _pieces(weight.shape[0], max(1, PIECE // weight.shape[1])):
-        made = Int8Params(weight[rows].to(dtype), requires_grad=False).to(device)
+        made = Int8Params(weight[rows].to(dtype), requires_grad=False).to(device)  # type: ignore[misc]
         assert made.CB is not None and made.SCB is not None
         result[rows] = (made.CB.float() * made.SCB.view(-1, 1).mul(1 / 127)).cpu()
     return result

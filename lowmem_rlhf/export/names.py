@@ -24,11 +24,13 @@ class Skeleton:
     """A model without its weights.
 
     Attributes:
+        model_type: as transformers names it.
         shapes: of its parameters and buffers, by name.
         transposed: weights that are stored (in, out): GPT-2's Conv1D.
         quantized: for weights that the loader quantizes, bitsandbytes' parameter with its settings.
     """
 
+    model_type: str
     shapes: Mapping[str, tuple[int, ...]]
     transposed: frozenset[str]
     quantized: Mapping[str, Any]
@@ -52,7 +54,8 @@ def skeleton(folder: Path, quantization: str, compute_dtype: str, trust_remote_c
                 quantizer.preprocess_model(model=model, device_map={"": "cpu"})
     except (OSError, ValueError, KeyError, ImportError) as error:
         raise UserError(f"the model in {folder} cannot be built: {first_sentence(error)}") from error
-    return Skeleton(shapes, frozenset(transposed), _quantized(model) if settings is not None else {})
+    quantized = {} if settings is None else _quantized(model)
+    return Skeleton(config.get_text_config().model_type, shapes, frozenset(transposed), quantized)
 
 
 def _quantized(model: nn.Module) -> dict[str, Any]:

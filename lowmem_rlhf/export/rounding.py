@@ -69,7 +69,7 @@ def rounded_sum(
     if change is None:
         result = exact.to(dtype)
     else:
-        e = exact.to(dtype).float().neg_()
+        e = -exact.to(dtype).float()
         result = (exact + change).to(dtype)
         kept.add(exact, change, e.add_(result))
     if not torch.isfinite(result.sum(dtype=torch.float32)):  # one number that is not spoils the sum

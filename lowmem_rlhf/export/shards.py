@@ -76,7 +76,7 @@ def read_bytes(path: Path, begin: int, end: int) -> torch.Tensor:
         UserError: the file ends before that.
     """
     piece = torch.empty(end - begin, dtype=torch.uint8, device="cpu")
-    room, done = memoryview(piece.numpy()), 0
+    room, done = piece.numpy().data, 0
     with path.open("rb", buffering=0) as file:
         file.seek(begin)
         while done < len(room):  # one call reads at most 2 GiB
@@ -176,7 +176,7 @@ def write_tensors(path: Path, layout: Layout, pieces: Iterable[torch.Tensor]) ->
         file.write(len(text).to_bytes(8, "little") + text)
         for piece in pieces:
             flat = piece.detach().cpu().contiguous().view(-1).view(torch.uint8)
-            total -= file.write(memoryview(flat.numpy()))
+            total -= file.write(flat.numpy().data)
     if total:
         raise ValueError(f"{path}: the pieces differ from the layout by {total} bytes")
 

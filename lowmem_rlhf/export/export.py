@@ -1,0 +1,219 @@
+"""`export`: from a run to a folder that others load. It appears whole, once it is proven, or not at all."""
+
+import errno
+import re
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lowmem_rlhf.chat.opening import check_device, plan_settings, policy_folder
+from lowmem_rlhf.errors import RunError, UserError
+from lowmem_rlhf.export.wish import (
+    ADAPTER,
+    EXPORT,
+    GGUF,
+    MERGED,
+    OLLAMA,
+    ORIGINAL,
+    QUANTIZED,
+    Wish,
+    check_disk,
+    check_target,
+    check_wish,
+    free_disk,
+)
+from lowmem_rlhf.files import begin_folder, delete, dumps, finish_folder
+from lowmem_rlhf.hardware.detect import detect
+from lowmem_rlhf.model.adapters import CONFIG, HEAD, WEIGHTS, adapter_folder, saved_adapter
+from lowmem_rlhf.planning.dimensions import model_dimensions
+from lowmem_rlhf.planning.export import export_disk_bytes, export_memory_bytes
+from lowmem_rlhf.recipe import validate_recipe
+from lowmem_rlhf.run import RECIPE, RunDirectory
+from lowmem_rlhf.session import hush
+
+if TYPE_CHECKING:
+    import torch
+
+    from lowmem_rlhf.export.merging import Merged
+
+CRITIC, START = "critic", "start"
+WORK = "merged.tmp"  # merged weights that a GGUF is made of
+
+
+class Export:
+    """One export of a run.
+
+    Raises:
+        UserError: what is asked for cannot be made of this run.
+    """
+
+    device: "torch.device"
+
+    def __init__(self, run: RunDirectory, wish: Wish) -> None:
+        self.run = run
+        self.recipe = validate_recipe(run.recipe_values(), source=str(run.path / RECIPE))
+        self.wish = check_wish(wish, self.recipe, run)
+        self.format = str(self.wish.format)
+        self.target = wish.output or run.path / "export" / self.format
+        self.adapter = policy_folder(run, wish.step)
+        self.settings = plan_settings(run)
+        check_target(self.target)
+
+    @property
+    def onto_quantized(self) -> bool:
+        """Whether the change is added to dequantized weights; where the base was not quantized both are the same."""
+        return self.wish.onto == QUANTIZED and self.settings["quantization"] != "none"
+
+    def plan(self) -> dict[str, Any]:
+        """Return what the export will take: bytes of memory by part, of disk, and of the disk that is free.
+
+        Raises:
+            UserError: the sizes of the base are not known.
+        """
+        wish, dims = self.wish, model_dimensions(self.recipe.model, self.recipe.revision)
+        dtype = wish.dtype or ("float32" if dims.overflows_float16 else "float16")
+        onto = QUANTIZED if self.onto_quantized else ORIGINAL
+        parts = export_memory_bytes(dims, self.settings["quantization"], self.settings["compute_dtype"], dtype, onto)
+        disk = export_disk_bytes(dims, dtype, wish.quantize)
+        if self.format == ADAPTER:
+            parts = {"live_policy": parts["live_policy"], "loaded_again": parts["live_policy"]}
+            disk = sum(path.stat().st_size for path in self.adapter.rglob("*.safetensors"))
+        return {
+            "format": self.format,
+            "dtype": None if self.format == ADAPTER else dtype,
+            "memory_bytes": parts,
+            "disk_bytes": disk,
+            "free_disk_bytes": free_disk(self.target),
+        }
+
+    def make(self) -> dict[str, Any]:
+        """Write the export and return what export.json holds; with ``--push`` it is uploaded.
+
+        Raises:
+            UserError: the base is gone or not the run's, or a dtype was asked for that loses the change.
+            RunError: the disk is too small or filled up, or the export is not what the live policy is.
+        """
+        hush()
+        found = detect(self.wish.device or self.recipe.hardware.device)
+        check_device(found, self.settings["compute_dtype"])
+        saved_adapter(str(self.adapter), self.recipe.model)
+        try:
+            needed = self.plan()["disk_bytes"]
+        except UserError:
+            needed = 0  # sizes that the planner does not know: the weights themselves tell, once they are here
+        check_disk(needed, self.target)
+
+        import torch
+
+        self.device = torch.device(found.torch_device)
+        makers = {ADAPTER: self._adapter, MERGED: self._merged, GGUF: self._gguf, OLLAMA: self._gguf}
+        with self._whole_or_not() as folder:
+            facts = {"format": self.format, "step": self.wish.step, **makers[self.format](folder)}
+            self._describe(folder, facts)
+        if self.wish.push:
+            from lowmem_rlhf.export.push import push
+
+            facts["pushed"] = push(self.target, self.wish.push)
+        return {"folder": str(self.target), **facts}
+
+    @contextmanager
+    def _whole_or_not(self) -> Iterator[Path]:
+        """Yield a temporary folder that becomes the export when the block ends without an error."""
+        folder = None
+        try:
+            folder = begin_folder(self.target)
+            yield folder
+            finish_folder(self.target)
+        except OSError as error:
+            full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+            what = "the disk is full" if full else str(error)
+            raise RunError(
+                f"the export to {self.target} cannot be written: {what}; nothing was kept, make room or choose another "
+                "folder with --output"
+            ) from error
+        finally:
+            if folder is not None:
+                delete(folder)
+
+    def _describe(self, folder: Path, facts: dict[str, Any]) -> None:
+        from lowmem_rlhf.export.card import write_card
+
+        (folder / EXPORT).write_text(dumps(facts, indent=2) + "\n", encoding="utf-8")
+        write_card(folder, self.run, facts)
+
+    def _adapter(self, folder: Path) -> dict[str, Any]:
+        """Copy the adapter, and load it with stock peft."""
+        from lowmem_rlhf.export import verify
+        from lowmem_rlhf.export.live import live_policy
+
+        for name in (WEIGHTS, CONFIG):
+            shutil.copyfile(self.adapter / name, folder / name)
+        heads = self._heads(folder)
+        live = live_policy(self.run, self.wish.step, self.wish.device)
+        if self.recipe.algorithm == "reward_model":
+            proof = verify.proof_of_scores(folder, live, self.device, self.settings)
+        else:
+            proof = verify.proof_of_adapter(folder, live, self.device, self.settings)
+        return {**heads, "proof": proof}
+
+    def _merged(self, folder: Path) -> dict[str, Any]:
+        merged = self._merge(folder, self.wish.dtype)
+        return {**merged.facts(), **self._heads(folder), "proof": merged.proof()}
+
+    def _gguf(self, folder: Path) -> dict[str, Any]:
+        """Merge, turn that into a GGUF, and compare both with the live policy."""
+        from lowmem_rlhf.export import verify
+        from lowmem_rlhf.export.bar import bar
+        from lowmem_rlhf.export.gguf import write_gguf
+
+        kind = self.wish.quantize or ""
+        work = folder / WORK
+        work.mkdir()
+        merged = self._merge(work, {"f16": "float16", "bf16": "bfloat16"}.get(kind))
+        proof = merged.proof()
+        name = re.sub(r"[^\w.-]+", "-", self.recipe.name).strip(".-") or "model"
+        file = folder / f"{name}-{kind.upper()}.gguf"
+        with bar(f"writing {file.name}") as moved:
+            write_gguf(work, file, kind, moved)
+        if self.format == OLLAMA:
+            from lowmem_rlhf.export.ollama import write_ollama
+
+            g = self.recipe.generation
+            asked = {"temperature": g.temperature, "top_p": g.top_p, "top_k": g.top_k, "min_p": g.min_p}
+            write_ollama(work, file, folder, asked | {"num_predict": g.max_completion_length})
+        delete(work)
+        proof |= verify.proof_of_gguf(file, merged.live)
+        return {**merged.facts(), "quantize": kind, "proof": proof}
+
+    def _merge(self, folder: Path, dtype: str | None) -> "Merged":
+        from lowmem_rlhf.export.merging import merge_run
+
+        return merge_run(self, folder, dtype)
+
+    def _heads(self, folder: Path) -> dict[str, Any]:
+        """Copy the heads that were asked for: a reward model's beside its adapter, a critic's into a folder of its own.
+
+        Raises:
+            UserError: the run has none.
+        """
+        if not self.wish.heads:
+            return {}
+        if (self.adapter / HEAD).is_file():
+            shutil.copyfile(self.adapter / HEAD, folder / HEAD)
+            return {"heads": [HEAD]}
+        critic = self.adapter / CRITIC
+        if not (critic / HEAD).is_file():
+            raise UserError(f"--heads: the run in {self.run.path} trained no value or score head; leave it out")
+        parts = {CRITIC: critic}
+        if self.recipe.adapter and self.recipe.ppo.critic == "adapter":  # it lies above the adapter of the start
+            parts[START] = adapter_folder(self.recipe.adapter)
+        copied = []
+        for part, source in parts.items():
+            (folder / part).mkdir()
+            for name in (WEIGHTS, CONFIG, HEAD):
+                if (source / name).is_file():
+                    shutil.copyfile(source / name, folder / part / name)
+                    copied.append(f"{part}/{name}")
+        return {"heads": copied}

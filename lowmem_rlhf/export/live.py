@@ -1,0 +1,179 @@
+"""What the live policy says on sample texts: what an export is held against.
+
+Shapes: L tokens of a sequence, V vocabulary.
+"""
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from lowmem_rlhf.chat.opening import open_trained, plan_settings
+from lowmem_rlhf.export.shards import read_shards
+from lowmem_rlhf.export.source import base_folder
+from lowmem_rlhf.export.texts import sequences
+from lowmem_rlhf.memory import free_bytes, release
+from lowmem_rlhf.model.adapters import saved_adapter
+from lowmem_rlhf.model.base import SharedBase
+from lowmem_rlhf.model.load import DTYPES
+from lowmem_rlhf.model.packing import Group
+from lowmem_rlhf.model.roles import POLICY, REFERENCE
+from lowmem_rlhf.model.siblings import dense_weight
+from lowmem_rlhf.recipe import Recipe
+from lowmem_rlhf.run import RunDirectory
+from lowmem_rlhf.training.heads import ahead, head_outputs
+from lowmem_rlhf.training.update import PassSettings
+
+LOGITS = 2**25  # numbers that are kept of one model at most: 128 MiB
+ROOM = 0.8  # of the free memory that a model may take
+
+Logits = list[torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Said:
+    """Logits (L - 1, V) of each sequence of L tokens: the policy's and its base's."""
+
+    policy: Logits
+    base: Logits
+
+
+@dataclass(frozen=True)
+class Live:
+    """What the live policy and its base said.
+
+    Attributes:
+        ids: token sequences.
+        source: where these are from.
+        said: as the run computes.
+        exact: the same weights with fp32 arithmetic, so that a comparison sees the export's rounding alone; None where
+            there was no room.
+        scores: a reward model's, of each sequence, in place of all that.
+    """
+
+    recipe: Recipe
+    ids: list[list[int]]
+    source: str
+    compute_dtype: str
+    said: Said
+    exact: Said | None = None
+    scores: torch.Tensor | None = None
+
+
+@torch.no_grad()
+def live_policy(run: RunDirectory, step: int | None, device: str | None) -> Live:
+    """Open the run's base with its policy, and keep what both say on sample texts.
+
+    Raises:
+        UserError, RunError: as `open_policy`.
+    """
+    base, recipe = open_trained(run, step, device)
+    ids, source = sequences(run, recipe, base.tokenizer, base.stop_ids)
+    dtype = plan_settings(run)["compute_dtype"]
+    if recipe.algorithm == "reward_model":
+        return Live(recipe, ids, source, dtype, Said([], []), scores=_scores(base, ids))
+    ids = _within(ids, base.head.vocabulary)
+    said = _said(base, ids)
+    exact = said if dtype == "float32" else _said(base, ids) if in_float32(base, DTYPES[dtype]) else None
+    held = base.device
+    del base
+    release(held)
+    return Live(recipe, ids, source, dtype, said, exact)
+
+
+def _said(base: SharedBase, ids: Sequence[Sequence[int]]) -> Said:
+    return Said(*(role_logits(base, role, ids) for role in (POLICY, REFERENCE)))
+
+
+def in_float32(base: SharedBase, dtype: torch.dtype) -> bool:
+    """Let a base compute in fp32 with the numbers that its weights stand for in ``dtype``, one dense layer at a time.
+
+    Returns:
+        False, and nothing is changed, where the device has no room for its other weights in fp32.
+    """
+    from bitsandbytes.nn import Linear4bit, Linear8bitLt
+
+    grows = sum(p.numel() * (4 - p.itemsize) for p in base.model.parameters() if p.is_floating_point())
+    if grows > ROOM * free_bytes(base.device):
+        return False
+
+    def forward(layer: Any, x: torch.Tensor) -> torch.Tensor:
+        exact = torch.float32 if isinstance(layer, Linear8bitLt) else dtype
+        bias = None if layer.bias is None else layer.bias.float()
+        return F.linear(x, dense_weight(layer, exact).float(), bias)
+
+    for module in base.model.modules():
+        if isinstance(module, (Linear4bit, Linear8bitLt)):
+            module.forward = partial(forward, module)  # type: ignore[method-assign]
+    torch.nn.Module.float(base.model)  # transformers' own refuses a quantized model, for fear of its codes
+    base.dtype = torch.float32
+    return True
+
+
+def _within(ids: list[list[int]], vocabulary: int) -> list[list[int]]:
+    kept: list[list[int]] = []
+    for one in ids:
+        if kept and (sum(map(len, kept)) + len(one)) * vocabulary > LOGITS:
+            break
+        kept.append(one)
+    return kept
+
+
+@torch.no_grad()
+def role_logits(base: SharedBase, role: str, ids: Sequence[Sequence[int]]) -> Logits:
+    """Return for each sequence the logits (L - 1, V) of its next tokens in a role, fp32 on the CPU.
+
+    All go through the base in one pass, since quantized weights are made dense for each.
+    """
+    groups = [Group(one[:1], [one[1:]], [row]) for row, one in enumerate(ids)]
+    batch = base.layout.lay_out(groups, base.device)
+    with base.role(role):
+        states = base.states(batch).index_select(0, batch.predict).split(batch.lengths)
+        found = {row: base.head.logits(part).float().cpu() for row, part in zip(batch.rows, states, strict=True)}
+    return [found[row] for row in range(len(ids))]
+
+
+@torch.no_grad()
+def _scores(base: SharedBase, ids: Sequence[Sequence[int]]) -> torch.Tensor:
+    """Return a reward model's score of each sequence, read at its last token, (N,) fp32 on the CPU."""
+    groups = ahead([Group(one[:1], [one[1:]], [row]) for row, one in enumerate(ids)])
+    found = head_outputs(base, POLICY, groups, PassSettings(1.0, sys.maxsize, 1))
+    return torch.stack([found[row][-1] for row in range(len(ids))]).cpu()
+
+
+def with_original(live: Live, folder: Path, device: torch.device) -> Said | None:
+    """Return what the policy's adapter says on the 16-bit weights, and what these say without it, in fp32.
+
+    Args:
+        folder: of the adapter.
+
+    Returns:
+        None where there is no room for the unquantized base.
+    """
+    recipe = live.recipe
+    shards = read_shards(base_folder(recipe.model, recipe.revision))
+    if 4 * sum(one.elements for file in shards.values() for one in file.values()) > ROOM * free_bytes(device):
+        return None
+    saved = saved_adapter(str(folder), recipe.model)
+    base = SharedBase.load(
+        recipe.model,
+        device,
+        "none",
+        "float32",
+        recipe.revision,
+        recipe.trust_remote_code,
+        r=saved.r,
+        lora_alpha=saved.lora_alpha,
+        target_modules=saved.target_modules,
+        use_rslora=saved.use_rslora,
+    )
+    base.load_role(folder)
+    said = _said(base, live.ids)
+    del base
+    release(device)
+    return said

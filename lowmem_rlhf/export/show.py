@@ -1,0 +1,36 @@
+"""What `export` says: what it will take, and what came out with its proof. No torch here."""
+
+from typing import Any
+
+from rich.console import Console
+
+from lowmem_rlhf.report.format import format_bytes, format_number, format_value, number
+from lowmem_rlhf.report.live import plain_table
+
+PARTS = {"merge": "merging (host memory)", "live_policy": "live policy", "loaded_again": "export, loaded again"}
+
+
+def show_plan(plan: dict[str, Any], console: Console | None = None) -> None:
+    """Print an export's memory and disk."""
+    console = console or Console()
+    rows = [(PARTS[part], format_bytes(size)) for part, size in plan["memory_bytes"].items()]
+    console.print(plain_table(("memory, one after another", "bytes"), rows))
+    needed, free = plan["disk_bytes"], plan["free_disk_bytes"]
+    verdict = "fits" if needed <= free else "does not fit"
+    what = " ".join(str(plan[key]) for key in ("format", "dtype") if plan[key])
+    print(f"disk for {what}: {format_bytes(needed)}, {format_bytes(free)} free: {verdict}")
+
+
+def show_result(facts: dict[str, Any], console: Console | None = None) -> None:
+    """Print an export's folder, its dtype with the reason, and its proof."""
+    console = console or Console()
+    if "dtype" in facts:
+        print(f"{facts['dtype']}: {facts['dtype_reason']}")
+    rows = [
+        (key.replace("_", " "), format_number(v) if number(v) is not None else format_value(v))
+        for key, v in facts["proof"].items()
+    ]
+    console.print(plain_table(("compared with the live policy", ""), rows))
+    print(f"export: {facts['folder']}")
+    if facts.get("pushed"):
+        print(f"pushed: {facts['pushed']}")

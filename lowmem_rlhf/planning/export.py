@@ -1,0 +1,61 @@
+"""What an export takes, in bytes of memory and of disk: pure arithmetic, without torch.
+
+An export merges tensor by tensor in host memory, and is then compared with the live policy: the run's base is loaded as
+in training, goes, and the export is loaded as it is stored. So its peak is the largest of the three, not their sum.
+"""
+
+from lowmem_rlhf.planning.dimensions import ModelDimensions
+
+MIB = 1024**2
+WIDTHS = {"float16": 2, "bfloat16": 2, "float32": 4}
+GGUF_BYTES = {"f16": 2.0, "bf16": 2.0, "q8_0": 34 / 32, "q4_k_m": 0.61}  # a weight; of q4_k_m about, with its q6_k part
+SIDE_FILE_BYTES = 32 * MIB  # tokenizer, chat template, card; Gemma's vocabulary is the largest
+PIECE_BYTES = 96 * MIB  # rows that are calculated with, and what an allocator keeps of them; measured
+QUANTIZING_BYTES = 24 * 2**20  # a piece of `export.dequantized` in bitsandbytes' hands: 24 bytes a weight
+LOGITS_BYTES = 4 * 2**25  # of one model on the sample texts, at most
+
+
+def export_disk_bytes(dims: ModelDimensions, dtype: str = "float16", kind: str | None = None) -> int:
+    """Return the bytes of disk that an export needs while it is made.
+
+    Args:
+        dtype: of merged weights.
+        kind: of a GGUF that is made of them (f16, bf16, q8_0, q4_k_m); both lie on the disk for a time.
+    """
+    merged = dims.num_parameters * WIDTHS[dtype] + SIDE_FILE_BYTES
+    return merged if kind is None else merged + round(dims.num_parameters * GGUF_BYTES[kind])
+
+
+def merge_memory_bytes(dims: ModelDimensions, quantization: str, compute_dtype: str) -> int:
+    """Return the bytes of host memory that merging takes beside the program itself.
+
+    Some rows, whatever the model's size. Onto quantized weights also one linear layer: as stored (2 bytes a weight),
+    its 4-bit codes (0.5), and the numbers they stand for (of int8 in fp32).
+    """
+    if quantization == "none":
+        return PIECE_BYTES
+    dense = 4 if quantization == "int8" else 0.5 + WIDTHS[compute_dtype]
+    return PIECE_BYTES + QUANTIZING_BYTES + round((2 + dense) * dims.largest_linear)
+
+
+def export_memory_bytes(
+    dims: ModelDimensions, quantization: str, compute_dtype: str, dtype: str = "float16", onto: str = "quantized"
+) -> dict[str, int]:
+    """Return the bytes of each part of an export: ``merge`` (host), ``live_policy`` and ``loaded_again`` (device).
+
+    ``loaded_again`` is what the export takes on a device with room for it; it is read partly from the disk where there
+    is none.
+
+    Args:
+        quantization, compute_dtype: of the run's base.
+        dtype, onto: of the export.
+    """
+    from lowmem_rlhf.planning.memory import block_weight_bytes, embedding_bytes
+
+    width = WIDTHS[compute_dtype]
+    base = block_weight_bytes(dims, quantization, width) + embedding_bytes(dims, width)
+    return {
+        "merge": merge_memory_bytes(dims, quantization if onto == "quantized" else "none", compute_dtype),
+        "live_policy": base + embedding_bytes(dims, 4 - width) + 4 * LOGITS_BYTES,
+        "loaded_again": dims.num_parameters * WIDTHS[dtype] + 5 * LOGITS_BYTES,
+    }
