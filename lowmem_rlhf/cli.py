@@ -228,6 +228,47 @@ def evaluate(
 
 
 @app.command()
+def export(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="A run directory.")],
+    format: Annotated[
+        str | None, typer.Option(help="merged (the default), adapter, gguf or ollama; of a reward model: adapter.")
+    ] = None,
+    onto: Annotated[
+        str | None, typer.Option(help="Add the change to the quantized weights of the run, or to the original ones.")
+    ] = None,
+    dtype: Annotated[
+        str | None, typer.Option(help="Of merged weights: float16, bfloat16 or float32; default: see docs/export.md.")
+    ] = None,
+    quantize: Annotated[str | None, typer.Option(help="Of a GGUF: f16, bf16, q8_0 (the default) or q4_k_m.")] = None,
+    output: Annotated[Path | None, typer.Option(help="The folder; default RUN/export/FORMAT.")] = None,
+    step: Annotated[int | None, typer.Option(help="Take this checkpoint and not the finished adapter.")] = None,
+    heads: Annotated[bool, typer.Option("--heads", help="Take a value or score head along.")] = False,
+    device: Annotated[str | None, typer.Option(help="auto, cpu, cuda, ...; default: the recipe's.")] = None,
+    push: Annotated[str | None, typer.Option(metavar="REPO", help="Upload it to this repository of the Hub.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the memory and disk it takes, and stop.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Take the trained model away, proven against the live policy."""
+    from lowmem_rlhf.export.export import Export
+    from lowmem_rlhf.export.show import show_plan, show_result
+    from lowmem_rlhf.export.wish import Wish
+    from lowmem_rlhf.run import open_run
+
+    job = Export(open_run(run), Wish(format, onto, dtype, quantize, output, step, heads, device, push))
+    try:
+        found = job.plan() if dry_run else job.make()
+    except KeyboardInterrupt:
+        print("interrupted; nothing was kept", file=sys.stderr)
+        raise typer.Exit(1) from None
+    if as_json:
+        _print_json(found)
+    elif dry_run:
+        show_plan(found)
+    else:
+        show_result(found)
+
+
+@app.command()
 def report(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="A run directory.")],
     plot: Annotated[Path | None, typer.Option(help="Also save the reward curve as this PNG.")] = None,
