@@ -2,10 +2,10 @@
 
 With ``W`` the base's weights, ``d`` their change and ``e = round(W + d) - round(W)``:
 
-    kept = <e, d> / max(<d, d>, <e, e>)
+    kept = <e, d> / (|d| max(|d|, |e|))
 
-It is 1 when all of the change is there, and 0 when it fell below the dtype's precision, or drowned in what rounding the
-base itself moves.
+It is the change's part that is there (the projection of e on d), or where rounding moves more than the change does, the
+cosine of both: 1 when all of it is there, 0 when it fell below the dtype's precision or drowned in the base's rounding.
 """
 
 from dataclasses import dataclass
@@ -14,7 +14,7 @@ import torch
 
 from lowmem_rlhf.errors import RunError
 
-ENOUGH = 0.9  # of the change: what a 16-bit dtype must keep to be chosen, and bfloat16 to be allowed
+ENOUGH = 0.8  # of the change: what a 16-bit dtype must keep to be chosen, and bfloat16 to be allowed
 LOST = 0.25  # of the change: an export that keeps less has lost the adapter
 
 
@@ -34,7 +34,7 @@ class Kept:
     @property
     def share(self) -> float:
         """The share of the change that is kept; 1 where nothing changed."""
-        return self.both / max(self.change, self.stored) if self.change else 1.0
+        return self.both / (self.change * max(self.change, self.stored)) ** 0.5 if self.change else 1.0
 
     @property
     def relative_change(self) -> float:
