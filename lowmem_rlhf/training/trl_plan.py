@@ -14,14 +14,17 @@ from typing import Any
 
 from lowmem_rlhf.errors import UserError
 from lowmem_rlhf.hardware.device import Device
-from lowmem_rlhf.planning.advice import why_not
 from lowmem_rlhf.planning.choices import MARGIN, RANK, budget_bytes, gib
 from lowmem_rlhf.planning.dimensions import model_dimensions
-from lowmem_rlhf.planning.plan import Plan, make_plan
+from lowmem_rlhf.planning.memory import peak_phase
+from lowmem_rlhf.planning.plan import Plan, make_plan, shortage
 from lowmem_rlhf.recipe import Recipe
 from lowmem_rlhf.recipe_trl import TRL_TRAINERS, max_length
 
 LOGITS_BYTES = 17  # of one logit: about four copies in fp32; live tensors of an ORPO step on SmolLM2-135M say 16.9
+
+SHORTEST = 32  # tokens: advice on a shorter example goes in such steps
+PINNABLE = ("quantization", "compute_dtype", "gradient_checkpointing", "micro_batch_tokens", "optim")
 
 
 def plan_trl(recipe: Recipe, device: Device, profile: str) -> Plan:
@@ -30,6 +33,37 @@ def plan_trl(recipe: Recipe, device: Device, profile: str) -> Plan:
     Raises:
         UserError: as `make_plan`; or the run does not fit.
     """
+    made = _chosen(recipe, device, profile)
+    if made.fits:
+        return made
+    phase, _ = peak_phase(made.memory["phases"])
+    lack = shortage(phase, made.memory["phases"][phase], made.memory["budget_bytes"])
+    raise UserError(f"the plan does not fit on {device.name}: {lack}; try {_change(recipe, device, profile)}")
+
+
+def _change(recipe: Recipe, device: Device, profile: str) -> str:
+    """Return what to change so that the run fits: leave to the plan what is pinned, or shorten examples too."""
+
+    def fits(changed: Recipe) -> bool:
+        try:
+            return _chosen(changed, device, profile).fits
+        except UserError:
+            return False
+
+    pinned = [key for key in PINNABLE if getattr(recipe.hardware, key) != "auto"]
+    said = " ".join(f"hardware.{key}=auto" for key in pinned)
+    free = recipe.model_copy(update={"hardware": recipe.hardware.model_copy(update=dict.fromkeys(pinned, "auto"))})
+    if pinned and fits(free):
+        return said
+    low, high = 0, max_length(recipe.trl) // SHORTEST
+    while low < high:
+        middle = (low + high + 1) // 2
+        shorter = free.model_copy(update={"trl": {**recipe.trl, "max_length": middle * SHORTEST}})
+        low, high = (middle, high) if fits(shorter) else (low, middle - 1)
+    return f"{said} trl.max_length={low * SHORTEST}".strip() if low else "a smaller model"
+
+
+def _chosen(recipe: Recipe, device: Device, profile: str) -> Plan:
     kind, steps = TRL_TRAINERS[recipe.algorithm], recipe.training.prompts_per_step
     rows = 1 if kind.labelled else 2
     least = rows * max_length(recipe.trl)
@@ -41,7 +75,7 @@ def plan_trl(recipe: Recipe, device: Device, profile: str) -> Plan:
         )
     made = _beside(alike, device, profile, _frozen_bytes(recipe))
     if not kind.full_logits and made.settings.micro_batch_tokens >= least:
-        return _fitting(made, alike)
+        return made
     vocabulary = model_dimensions(recipe.model, recipe.revision).vocab_size
     most = max(1, min(made.settings.micro_batch_tokens // least, steps))
     sizes = [pinned] if pinned != "auto" else [least * count for count in range(most, 0, -1)]
@@ -54,7 +88,7 @@ def plan_trl(recipe: Recipe, device: Device, profile: str) -> Plan:
         share = f"; {gib(logits)} of it are logits of all positions" if logits else ""
         reason = f"{tokens // least} of {steps} examples at once, of up to {least} tokens each{share}"
         made = replace(made, reasons={**made.reasons, "micro_batch_tokens": reason})
-    return _fitting(made, alike)
+    return made
 
 
 def _as_sft(recipe: Recipe, rows: int) -> Recipe:
@@ -97,12 +131,6 @@ def _beside(recipe: Recipe, device: Device, profile: str, frozen: int, logits: i
     grown: dict[str, Any] = {key: made.memory[key] + taken for key in ("low_bytes", "high_bytes") if key in made.memory}
     memory = {**made.memory, **grown, "budget_bytes": budget_bytes(device), "peak_bytes": peak, "phases": phases}
     return replace(made, device=device, memory=memory, fits=made.fits)
-
-
-def _fitting(plan: Plan, alike: Recipe) -> Plan:
-    if not plan.fits:
-        raise UserError(_own_words(why_not(plan, alike)))
-    return plan
 
 
 def _own_words(text: str) -> str:

@@ -23,7 +23,7 @@ from lowmem_rlhf.recipe_trl import DECIDED, TRL_TRAINERS
 from lowmem_rlhf.run import RunDirectory
 from lowmem_rlhf.session import plan_recipe, train
 from lowmem_rlhf.training.trl_loop import TRLLoop
-from lowmem_rlhf.training.trl_plan import LOGITS_BYTES
+from lowmem_rlhf.training.trl_plan import LOGITS_BYTES, PINNABLE, plan_trl
 
 HELD_OUT = [{"prompt": "5+1= ", "chosen": "6", "rejected": "ef"}, {"prompt": "b a? ", "chosen": "b", "rejected": "44"}]
 KIND = {"trl/kto": {"chosen": None, "rejected": None, "label": "label"}}
@@ -173,6 +173,22 @@ def test_the_plan_counts_both_answers_and_full_logits(model, tmp_path):
     vocabulary = json.loads((model / "config.json").read_text())["vocab_size"]
     assert logits == LOGITS_BYTES * plans["trl/orpo"].settings.micro_batch_tokens * vocabulary
     assert plans["trl/orpo"].memory["budget_bytes"] == plans["trl/dpo"].memory["budget_bytes"]
+    # what is said to help does, on a card that is just too small for one pair
+    left = {**sections, "hardware": {**hardware, **dict.fromkeys(PINNABLE, "auto")}}
+    recipe, budget = run_recipe(model, tmp_path, "trl/orpo", **left), plans["trl/orpo"].memory["peak_bytes"]
+    error = ""
+    while not error:
+        budget = round(0.97 * budget)
+        spare = plans["trl/orpo"].memory["budget_bytes"] - budget
+        device = plans["trl/orpo"].device
+        device = dataclasses.replace(device, free_bytes=device.free_bytes - round(spare / 0.96))
+        try:
+            plan_trl(recipe, device, "")
+        except UserError as refused:
+            error = str(refused)
+    advice = re.search(r"the update phase needs .* try trl\.max_length=(\d+)$", error)
+    assert advice and int(advice[1]) < 100, error
+    assert plan_trl(recipe.model_copy(update={"trl": {"max_length": int(advice[1])}}), device, "").fits
     low = {"micro_batch_tokens": 150}
     with pytest.raises(UserError, match=r"got 150, but an example may have 200 tokens .* lower trl.max_length"):
         plan_recipe(run_recipe(model, tmp_path, **{**sections, "hardware": hardware | low}))
