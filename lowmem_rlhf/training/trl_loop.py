@@ -105,11 +105,10 @@ class TRLLoop(Loop):
         return StepResult(metrics, sum(map(answer_tokens, examples)))
 
     def evaluate(self, when: str, view: LiveView) -> dict[str, Any]:
-        """Return TRL's metrics on the held-out examples, how often the better answer is the likelier one, and what is
-        said of sampled completions where the recipe has rewards.
+        """Return TRL's metrics on held-out examples, how often the better answer is the likelier one, and the judge's.
 
-        ``accuracy`` is the share of pairs whose better answer has the higher reward in the trainer's sense. With a
-        reference there is none before training: the policy is the reference, and every reward is 0.
+        ``accuracy`` is the judge's, or else the share of pairs whose better answer has the higher reward in the
+        trainer's sense. With a reference there is no such share before training: every reward is 0.
         """
         if not self.held_out:
             return {}
@@ -154,20 +153,21 @@ class TRLLoop(Loop):
     def _cut_rows(self, examples: Sequence[Example], tokens: int) -> list[list[int]]:
         """Cut a batch into micro-batches of at most so many fed tokens, the longest examples first; one always fits."""
         padded = self.kind.full_logits or not self.base.packable
-        order = sorted(range(len(examples)), key=lambda i: tokens_of(examples[i]), reverse=True)
+
+        def cost(i: int) -> int:
+            once, rows, longest = tokens_of(examples[i])
+            return rows * longest if padded else once
+
         parts: list[list[int]] = []
         room = 0
-        for i in order:
-            once, rows, longest = tokens_of(examples[i])
-            need = rows * longest if padded else once
-            if padded and parts:
-                need = max(need, rows * tokens_of(examples[parts[-1][0]])[2])
+        for i in sorted(range(len(examples)), key=cost, reverse=True):
+            need = cost(parts[-1][0]) if padded and parts else cost(i)  # padded to the longest, the first
             if parts and need <= room:
                 parts[-1].append(i)
                 room -= need
             else:
                 parts.append([i])
-                room = tokens - (rows * longest if padded else once)
+                room = tokens - cost(i)
         return parts
 
     def _collated(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
