@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
-from live_bytes import LiveBytes
+from lowmem_rlhf.live_bytes import LiveBytes
 
 from lowmem_rlhf.memory import clock
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from live_bytes import LiveBytes
+from lowmem_rlhf.live_bytes import LiveBytes
 from meter import Meter
 from work import ALPHA, BETA, LEARNING_RATE, RANK, hash_reward
 

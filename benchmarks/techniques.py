@@ -30,7 +30,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from live_bytes import LiveBytes
+from lowmem_rlhf.live_bytes import LiveBytes
 from work import ALPHA, MODEL, RANK, add_base_flags, torch_device
 
 from lowmem_rlhf.memory import clock

@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from lowmem_rlhf.errors import RunError, UserError
 from lowmem_rlhf.hardware.detect import detect
@@ -123,7 +123,7 @@ def train(recipe: Recipe, output: Path | None = None, resume: bool = False) -> R
 
     free_bytes = plan.memory["budget_bytes"] - plan.memory["peak_bytes"]
     rewards = load_rewards(recipe.rewards, plan.device.torch_device, free_bytes, recipe.model)
-    placed = {"rewards": placements(rewards)}
+    placed: dict[str, Any] = {"rewards": placements(rewards)}
     RunDirectory.check(path, recipe, resume)
 
     from lowmem_rlhf.data.sources import load_rows
@@ -146,6 +146,12 @@ def train(recipe: Recipe, output: Path | None = None, resume: bool = False) -> R
         key = "micro_batch_tokens"
         plan = replace(plan, reasons={**plan.reasons, key: f"{plan.reasons[key]}; {base.note}"})
     add_roles(base, recipe, plan, rewards)
+    if _probes(recipe, plan):
+        from lowmem_rlhf.training.probe import probe
+
+        plan, probed = probe(base, recipe, plan)
+        print(probed.said, flush=True)
+        placed["probe"] = probed.to_dict()
 
     def run_directory(resolved: Recipe) -> RunDirectory:
         return RunDirectory.create(path, resolved, {**plan.to_dict(), **placed}, resume)
@@ -163,6 +169,14 @@ def train(recipe: Recipe, output: Path | None = None, resume: bool = False) -> R
     if evaluation:
         print_evaluation(evaluation)
     return trainer.run
+
+
+def _probes(recipe: Recipe, plan: Plan) -> bool:
+    """Whether the plan is tried out: on a CPU, where memory is not so short, only if asked to."""
+    if recipe.algorithm in TRL_TRAINERS:
+        return False
+    wanted = recipe.hardware.probe
+    return not plan.device.torch_device.startswith("cpu") if wanted == "auto" else wanted
 
 
 def _as_saved(recipe: Recipe) -> Recipe:

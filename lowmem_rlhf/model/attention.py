@@ -175,7 +175,8 @@ class _Capped(torch.autograd.Function):
     def forward(ctx, q, k, v, scaling, mask, softcap):  # type: ignore[no-untyped-def]
         ctx.save_for_backward(q, k, v, mask)
         ctx.scaling, ctx.softcap = scaling, softcap
-        return torch.cat([_explicit(*part, scaling, mask, softcap) for part in _row_parts(q, k, v)])
+        parts = _row_parts(q, k, v)
+        return torch.cat([_explicit(qi, ki, vi, scaling, mask, softcap) for qi, ki, vi in parts])
 
     @staticmethod
     def backward(ctx, grad):  # type: ignore[no-untyped-def]
@@ -183,9 +184,9 @@ class _Capped(torch.autograd.Function):
         grads = [torch.empty_like(x, memory_format=torch.contiguous_format) for x in given]
         for *inputs, outer, a, b, c in _row_parts(*given, grad, *grads):
             with torch.enable_grad():
-                inputs = [x.detach().requires_grad_() for x in inputs]
-                out = _explicit(*inputs, ctx.scaling, mask, ctx.softcap)
-                found = torch.autograd.grad(out, inputs, outer)
+                qi, ki, vi = (x.detach().requires_grad_() for x in inputs)
+                out = _explicit(qi, ki, vi, ctx.scaling, mask, ctx.softcap)
+                found = torch.autograd.grad(out, (qi, ki, vi), outer)
             del out
             for place, one in zip((a, b, c), found, strict=True):
                 place.copy_(one)

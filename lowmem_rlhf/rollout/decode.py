@@ -67,6 +67,10 @@ class SharedPromptCache:
         self.length += 1
         self._masks.clear()
 
+    def skip_to(self, length: int) -> None:
+        """Be as after so many tokens of each completion, empty ones: to measure what the last one takes."""
+        self.length = max(0, length)
+
     def next_states(self, base: "SharedBase", tokens: torch.Tensor) -> torch.Tensor:
         """Run one more token (R,) of each row through the model; return the last hidden states (R, H)."""
         positions = self.row_lengths + self.length

@@ -15,7 +15,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
 import torch
 import vcard
-from live_bytes import LiveBytes
+from lowmem_rlhf.live_bytes import LiveBytes
 from peft import PeftModel
 from safetensors.torch import save_file
 from tiny_models import as_batch, fill_adapter, ragged_groups, tiny_model, tiny_tokenizer

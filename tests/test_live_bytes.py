@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from live_bytes import LiveBytes
+from lowmem_rlhf.live_bytes import LiveBytes
 
 KIB = 1024
 

@@ -10,6 +10,7 @@ allocator keeps in reserve, and tensors on the meta device. A storage counts fro
 
 import gc
 import weakref
+from functools import partial
 from typing import Any
 
 import torch
@@ -61,7 +62,7 @@ class LiveBytes(TorchDispatchMode):
         if known is not None and known[1] == size:
             return
         if known is None:
-            reference = weakref.ref(storage, lambda _, key=key: self._forget(key))
+            reference = weakref.ref(storage, partial(self._forget_storage, key))
         else:
             reference = known[0]
             self.current -= known[1]
@@ -69,7 +70,7 @@ class LiveBytes(TorchDispatchMode):
         self.current += size
         self.peak = max(self.peak, self.current)
 
-    def _forget(self, key: int) -> None:
+    def _forget_storage(self, key: int, _: Any) -> None:
         _, size = self._seen.pop(key)
         self.current -= size
 

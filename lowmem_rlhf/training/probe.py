@@ -1,0 +1,245 @@
+"""The probe: each phase once at the largest planned shape, before the first step; what it took against the plan.
+
+Nothing is learned and no optimizer step is taken. On a device that counts, the peak is the allocator's; elsewhere live
+tensors are counted. The optimizer's state is not there yet and is left out of both sides.
+"""
+
+import gc
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from lowmem_rlhf.live_bytes import LiveBytes
+from lowmem_rlhf.memory import device_counter, is_out_of_memory
+from lowmem_rlhf.model.base import SharedBase
+from lowmem_rlhf.model.packing import Group
+from lowmem_rlhf.model.roles import CRITIC, POLICY, REFERENCE
+from lowmem_rlhf.planning.choices import MARGIN
+from lowmem_rlhf.planning.dimensions import model_dimensions
+from lowmem_rlhf.planning.memory import Components, phases
+from lowmem_rlhf.planning.plan import Plan, make_plan
+from lowmem_rlhf.planning.shapes import prompts_at_once, rollout_rows, samples_completions
+from lowmem_rlhf.recipe import ONLINE, Recipe
+from lowmem_rlhf.rollout.decode import SharedPromptCache
+from lowmem_rlhf.rollout.generate import draw_tiled, start
+from lowmem_rlhf.rollout.sampling import Sampling
+from lowmem_rlhf.training.heads import ahead, packed_outputs
+from lowmem_rlhf.training.update import packed_logprobs
+
+TIGHTEN, RELAX = 1 + MARGIN, 0.90  # of what was planned: beyond these the plan is made once more
+FAILED = 1.25  # taken for the ratio where a phase ran out of memory
+PINNED_BY_NOW = ("quantization", "compute_dtype", "optim", "offload_embeddings")  # what is loaded stays as it is
+
+
+@dataclass(frozen=True)
+class Probed:
+    """What the probe found.
+
+    Attributes:
+        phases: for each phase ``predicted_bytes`` and ``measured_bytes`` (None: memory ran out).
+        ratio: the largest measured share of what was predicted.
+        said: one line for the user.
+    """
+
+    phases: dict[str, dict[str, int | None]]
+    ratio: float
+    said: str
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain values for plan.json."""
+        return {"phases": self.phases, "ratio": self.ratio, "said": self.said}
+
+
+def probe(base: SharedBase, recipe: Recipe, plan: Plan) -> tuple[Plan, Probed]:
+    """Measure every phase and return the plan, tightened or relaxed once where it was wrong, and what was found.
+
+    Args:
+        base: with all roles that the recipe needs.
+    """
+    settings = plan.settings
+    base.set_gradient_checkpointing(settings.gradient_checkpointing, settings.offload_checkpoints)
+    found: dict[str, dict[str, int | None]] = {}
+    planned = _planned_phases(base, recipe, plan)
+    for name, work in _phases(base, recipe, plan).items():
+        components = planned[name]
+        predicted = sum(components.values()) - components["optimizer_state"]
+        found[name] = {"predicted_bytes": predicted, "measured_bytes": _measured(base, work)}
+    ratio = max(_ratio(one) for one in found.values())
+    if RELAX <= ratio <= TIGHTEN:
+        return plan, Probed(found, ratio, f"probe: the largest phase took {ratio:.2f} of what was planned; it stays")
+    return _again(recipe, plan, found, ratio)
+
+
+def _planned_phases(base: SharedBase, recipe: Recipe, plan: Plan) -> dict[str, Components]:
+    """Return the predicted bytes of each phase for the very micro-batches that are probed.
+
+    Whole groups of full length may leave room in a micro-batch, which the plan takes to be filled.
+    """
+    settings = plan.settings
+    sizes = {
+        key: sum(group.tokens for group in _largest(base, recipe, getattr(settings, key)))
+        for key in ("micro_batch_tokens", "score_batch_tokens")
+    }
+    dims = model_dimensions(recipe.model, recipe.revision, recipe.trust_remote_code)
+    return phases(dims, recipe, replace(settings, **sizes), plan.device)
+
+
+def _ratio(one: dict[str, int | None]) -> float:
+    measured, predicted = one["measured_bytes"], one["predicted_bytes"]
+    return FAILED if measured is None or not predicted else measured / predicted
+
+
+def _again(recipe: Recipe, plan: Plan, found: dict[str, dict[str, int | None]], ratio: float) -> tuple[Plan, Probed]:
+    """Plan once more, as if the device had as much less memory as the phases took more."""
+    settings = plan.settings
+    kept = {key: getattr(settings, key) for key in PINNED_BY_NOW if key != "offload_embeddings"}
+    if settings.offload_embeddings:
+        kept["offload_embeddings"] = True
+    shape = {key: settings.lora[key] for key in ("r", "lora_alpha")}
+    pinned = recipe.model_copy(
+        update={
+            "hardware": recipe.hardware.model_copy(update=kept),
+            "lora": recipe.lora.model_copy(update=shape),
+        }
+    )
+    free = plan.device.free_bytes
+    made = make_plan(pinned, replace(plan.device, free_bytes=int(free / ratio)), plan.profile)
+    reasons = {**made.reasons, **{key: plan.reasons[key] for key in (*PINNED_BY_NOW, "lora")}}
+    changed = [
+        f"{key} {getattr(settings, key)} -> {getattr(made.settings, key)}"
+        for key in ("gradient_checkpointing", "micro_batch_tokens", "score_batch_tokens", "rollout_batch_size")
+        if getattr(settings, key) != getattr(made.settings, key)
+    ]
+    word = "tightened" if ratio > 1 else "relaxed"
+    what = ", ".join(changed) or "no setting changes"
+    said = f"probe: the largest phase took {ratio:.2f} of what was planned; the plan is {word} once: {what}"
+    memory = {**made.memory, "budget_bytes": plan.memory["budget_bytes"]}
+    return replace(made, device=plan.device, reasons=reasons, memory=memory), Probed(found, ratio, said)
+
+
+def _measured(base: SharedBase, work: Callable[[], None]) -> int | None:
+    """Return the peak bytes of a phase without what is there for others (learned rewards); None: memory ran out."""
+    gc.collect()
+    names = ("reset_peak_memory_stats", "max_memory_reserved", "memory_allocated")
+    reset, read, now = (device_counter(base.device, name) for name in names)
+    if empty := device_counter(base.device, "empty_cache"):
+        empty()
+    own = held_bytes(base)
+    try:
+        if reset and read and now:
+            others = max(0, int(now(base.device)) - own)
+            reset(base.device)
+            work()
+            return int(read(base.device)) - others
+        counter = LiveBytes()
+        others = max(0, counter.current - own)
+        with counter:
+            work()
+        return counter.peak - others
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        return None
+    finally:
+        for parameter in base.trainable().values():
+            parameter.grad = None
+
+
+def held_bytes(base: SharedBase) -> int:
+    """Return the bytes of the base's own tensors on its device: weights, what goes with quantized ones, adapters."""
+    storages: dict[int, int] = {}
+
+    def add(tensor: Any) -> None:
+        if isinstance(tensor, torch.Tensor) and tensor.device.type == base.device.type:
+            storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+
+    for tensor in [*base.parameters(), *base.buffers()]:
+        add(tensor.data)
+        state = getattr(tensor, "quant_state", None)
+        for one in (state, getattr(state, "state2", None)):
+            for value in vars(one).values() if one is not None else ():
+                add(value)
+        for name in ("CB", "SCB"):
+            add(getattr(tensor, name, None))
+    for module in base.modules():  # LLM.int8 moves its numbers here with the first call
+        for name in ("CB", "SCB"):
+            add(getattr(getattr(module, "state", None), name, None))
+    return sum(storages.values())
+
+
+def _phases(base: SharedBase, recipe: Recipe, plan: Plan) -> dict[str, Callable[[], None]]:
+    settings = plan.settings
+    found: dict[str, Callable[[], None]] = {}
+    if samples_completions(recipe):
+        found["rollout"] = lambda: _rollout(base, recipe, plan)
+    language = recipe.algorithm != "reward_model"
+    role = REFERENCE if recipe.algorithm in ONLINE else POLICY
+    found["scoring"] = lambda: _pass(base, _largest(base, recipe, settings.score_batch_tokens), role, plan, language)
+    found["update"] = lambda: _update(base, recipe, plan, language)
+    return found
+
+
+def _ids(base: SharedBase, count: int) -> list[int]:
+    return [token % base.head.vocabulary for token in range(count)]
+
+
+def _largest(base: SharedBase, recipe: Recipe, tokens: int) -> list[Group]:
+    """Return one micro-batch of at most so many tokens with prompts and completions of full length."""
+    lengths, groups = recipe.generation, recipe.training.prompts_per_step
+    if recipe.algorithm == "sft":
+        whole = [Group(_ids(base, 1), [_ids(base, recipe.sft.max_length - 1)], [row]) for row in range(groups)]
+    elif recipe.algorithm == "reward_model":
+        half = recipe.reward_model.max_length // 2
+        pair = [_ids(base, half), _ids(base, half)]
+        whole = ahead([Group(_ids(base, half), pair, [2 * row, 2 * row + 1]) for row in range(groups)])
+    else:
+        count = lengths.num_generations
+        answers = [_ids(base, lengths.max_completion_length)] * count
+        prompt = _ids(base, recipe.data.max_prompt_length)
+        whole = [Group(prompt, answers, list(range(row * count, (row + 1) * count))) for row in range(groups)]
+    return max(base.layout.cut(whole, tokens), key=lambda part: sum(group.tokens for group in part))
+
+
+def _pass(base: SharedBase, groups: Sequence[Group], role: str, plan: Plan, language: bool) -> None:
+    with torch.no_grad(), base.role(role):
+        packed = base.layout.lay_out(groups, base.device)
+        if language:
+            packed_logprobs(base, packed, 1.0, plan.settings.logits_tile_tokens, entropy="none")
+        else:
+            packed_outputs(base, POLICY, packed)
+
+
+def _update(base: SharedBase, recipe: Recipe, plan: Plan, language: bool) -> None:
+    for parameter in base.trainable().values():
+        parameter.grad = torch.zeros_like(parameter)
+    packed = base.layout.lay_out(_largest(base, recipe, plan.settings.micro_batch_tokens), base.device)
+    if language:
+        with base.role(POLICY):
+            logps, _ = packed_logprobs(base, packed, 1.0, plan.settings.logits_tile_tokens)
+            logps.mean().backward()
+            del logps
+    for role in [CRITIC] if CRITIC in base.heads else [] if language else [POLICY]:
+        with base.role(role):
+            packed_outputs(base, role, packed).mean().backward()
+
+
+@torch.no_grad()
+def _rollout(base: SharedBase, recipe: Recipe, plan: Plan) -> None:
+    """Prefill as many prompts as a wave has, and write the last token of its longest completions."""
+    settings, length = plan.settings, recipe.generation.max_completion_length
+    rows = rollout_rows(recipe, settings.rollout_batch_size)
+    prompts = prompts_at_once(recipe, rows)
+    each = max(1, rows // prompts)
+    prompt = _ids(base, recipe.data.max_prompt_length)
+    row_prompt = [b for b in range(prompts) for _ in range(each)]
+    sampling = Sampling(recipe.generation.temperature)
+    with base.role(POLICY), base.decoding(settings.rollout_weights == "dequantized"):
+        state, _ = start(base, [prompt] * prompts, row_prompt, length - 1, settings.micro_batch_tokens)
+        tokens = torch.zeros(len(row_prompt), dtype=torch.long, device=base.device)
+        if isinstance(state, SharedPromptCache):
+            state.skip_to(length - 2)
+        hidden = state.next_states(base, tokens)
+        uniforms = torch.full((len(row_prompt), 1), 0.5, dtype=torch.float32, device="cpu")
+        draw_tiled(base, hidden, uniforms, sampling, settings.logits_tile_tokens)

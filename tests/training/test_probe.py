@@ -1,0 +1,132 @@
+"""The probe: what each phase takes at the largest planned shape, and the plan made once more where it was wrong."""
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+from tiny_models import save_tiny
+
+from lowmem_rlhf.hardware.detect import cpu_device
+from lowmem_rlhf.model.base import SharedBase
+from lowmem_rlhf.planning.plan import make_plan
+from lowmem_rlhf.recipe import validate_recipe
+from lowmem_rlhf.session import planned, train
+from lowmem_rlhf.training import probe as probing
+from lowmem_rlhf.training.build import add_roles
+
+LARGER = {
+    "hidden_size": 128,
+    "intermediate_size": 384,
+    "vocab_size": 1024,
+    "num_hidden_layers": 4,
+    "max_position_embeddings": 1024,
+}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return save_tiny("llama", tmp_path_factory.mktemp("model") / "llama", **LARGER)
+
+
+def case(folder, algorithm="grpo", **hardware):
+    recipe = validate_recipe(
+        {
+            "name": "probed",
+            "model": str(folder),
+            "algorithm": algorithm,
+            "hardware": {"device": "cpu", "quantization": "nf4", **hardware},
+            "data": {"train": "arithmetic", "eval_size": 0, "max_prompt_length": 100},
+            "generation": {"num_generations": 4, "max_completion_length": 100},
+            "training": {"prompts_per_step": 2},
+            "sft": {"max_length": 200},
+            "reward_model": {"max_length": 200},
+            **(
+                {}
+                if algorithm in ("sft", "reward_model")
+                else {"rewards": [{"function": "length", "options": {"target": 5}}]}
+            ),
+        }
+    )
+    plan = make_plan(recipe, cpu_device(), "cpu")
+    recipe = planned(recipe, plan)
+    settings = plan.settings
+    base = SharedBase.load(str(folder), torch.device("cpu"), settings.quantization, settings.compute_dtype)
+    add_roles(base, recipe, plan, [])
+    if algorithm == "reward_model":
+        base.add_head("policy", std=0.1)
+    return base, recipe, plan
+
+
+@pytest.mark.parametrize("algorithm", ["grpo", "ppo", "rloo", "sft", "reward_model"])
+def test_every_phase_is_measured_and_close_to_the_plan(folder, algorithm):
+    base, recipe, plan = case(folder, algorithm)
+    weights = [p.detach().clone() for p in base.trainable().values()]
+    kept, found = probing.probe(base, recipe, plan)
+    assert (kept is plan) == ("it stays" in found.said)
+    assert set(found.phases) == {"scoring", "update"} | ({"rollout"} if recipe.rewards else set())
+    for one in found.phases.values():
+        assert one["measured_bytes"] == pytest.approx(one["predicted_bytes"], rel=0.08)
+    assert all(p.grad is None for p in base.trainable().values()), "gradients are given back"
+    assert all(torch.equal(p, w) for p, w in zip(base.trainable().values(), weights, strict=True)), "nothing is learned"
+
+
+@pytest.mark.parametrize(("wrong", "word"), [(0.5, "tightened"), (2.0, "relaxed")])
+def test_a_plan_that_was_wrong_is_made_once_more(folder, monkeypatch, wrong, word):
+    base, recipe, plan = case(folder)
+    true = probing.phases
+    predicted = {}
+
+    def wrongly(*given):
+        for name, components in true(*given).items():
+            predicted[name] = {key: round(size * wrong) for key, size in components.items()}
+        return predicted
+
+    monkeypatch.setattr(probing, "phases", wrongly)
+    short = replace(plan.device, free_bytes=plan.memory["peak_bytes"] + 800 * 1024**2)
+    plan = replace(plan, device=short)
+    made, found = probing.probe(base, recipe, plan)
+    assert word in found.said and found.ratio == pytest.approx(1 / wrong, rel=0.1)
+    before, after = plan.settings, made.settings
+    assert (after.quantization, after.compute_dtype, after.lora) == (
+        before.quantization,
+        before.compute_dtype,
+        before.lora,
+    )
+    assert made.device == plan.device and made.memory["budget_bytes"] == plan.memory["budget_bytes"]
+    if word == "tightened":
+        assert after.micro_batch_tokens < before.micro_batch_tokens or after.gradient_checkpointing
+        assert "->" in found.said
+
+
+def test_a_phase_that_runs_out_of_memory_tightens_the_plan(folder, monkeypatch):
+    base, recipe, plan = case(folder)
+
+    def full(*given, **more):
+        raise torch.OutOfMemoryError("out of memory")
+
+    monkeypatch.setattr(probing, "packed_logprobs", full)
+    _, found = probing.probe(base, recipe, plan)
+    assert found.phases["update"]["measured_bytes"] is None and found.phases["rollout"]["measured_bytes"]
+    assert found.ratio == probing.FAILED and "tightened" in found.said
+
+
+def test_other_tensors_in_memory_are_not_the_phases(folder):
+    base, recipe, plan = case(folder)
+    _, alone = probing.probe(base, recipe, plan)
+    reward = torch.zeros(50_000_000, dtype=torch.uint8)
+    _, beside = probing.probe(base, recipe, plan)
+    assert beside.phases["update"]["measured_bytes"] == pytest.approx(
+        alone.phases["update"]["measured_bytes"], rel=0.01
+    )
+    assert reward.numel()
+
+
+def test_a_run_that_asks_for_it_keeps_what_was_found(folder, tmp_path, capsys):
+    _, recipe, _ = case(folder, "sft", probe=True)
+    data = recipe.data.model_copy(update={"train_size": 8})
+    training = recipe.training.model_copy(update={"max_steps": 1})
+    run = train(recipe.model_copy(update={"data": data, "training": training}), tmp_path / "run")
+    kept = json.loads((run.path / "plan.json").read_text())["probe"]
+    assert kept["said"] in capsys.readouterr().out
+    assert set(kept["phases"]) == {"scoring", "update"} and kept["ratio"] > 0.5
