@@ -110,9 +110,10 @@ def trl_model(work: argparse.Namespace) -> tuple[Any, str]:
 
 def run_trl(work: argparse.Namespace, channel: Channel) -> None:
     """Serve the parent's commands from inside TRL's own training loop."""
-    from live_bytes import LiveBytes
     from meter import Meter
     from transformers import TrainerCallback
+
+    from lowmem_rlhf.live_bytes import LiveBytes
 
     class Serve(TrainerCallback):
         def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
