@@ -79,7 +79,10 @@ def live_policy(run: RunDirectory, step: int | None, device: str | None) -> Live
         return Live(recipe, ids, source, dtype, Said([], []), scores=_scores(base, ids))
     ids = _within(ids, base.head.vocabulary)
     said = _said(base, ids)
-    exact = said if dtype == "float32" else _said(base, ids) if in_float32(base, DTYPES[dtype]) else None
+    exact = said if dtype == "float32" else None
+    if exact is None and in_float32(base.model, DTYPES[dtype], base.device):
+        base.dtype = torch.float32
+        exact = _said(base, ids)
     held = base.device
     del base
     release(held)
@@ -90,16 +93,16 @@ def _said(base: SharedBase, ids: Sequence[Sequence[int]]) -> Said:
     return Said(*(role_logits(base, role, ids) for role in (POLICY, REFERENCE)))
 
 
-def in_float32(base: SharedBase, dtype: torch.dtype) -> bool:
-    """Let a base compute in fp32 with the numbers that its weights stand for in ``dtype``, one dense layer at a time.
+def in_float32(model: torch.nn.Module, dtype: torch.dtype, device: torch.device) -> bool:
+    """Let a model compute in fp32 with the numbers that its weights stand for in ``dtype``, one dense layer at a time.
 
     Returns:
         False, and nothing is changed, where the device has no room for its other weights in fp32.
     """
     from bitsandbytes.nn import Linear4bit, Linear8bitLt
 
-    grows = sum(p.numel() * (4 - p.itemsize) for p in base.model.parameters() if p.is_floating_point())
-    if grows > ROOM * free_bytes(base.device):
+    grows = sum(p.numel() * (4 - p.itemsize) for p in model.parameters() if p.is_floating_point())
+    if grows > ROOM * free_bytes(device):
         return False
 
     def forward(layer: Any, x: torch.Tensor) -> torch.Tensor:
@@ -107,11 +110,10 @@ def in_float32(base: SharedBase, dtype: torch.dtype) -> bool:
         bias = None if layer.bias is None else layer.bias.float()
         return F.linear(x, dense_weight(layer, exact).float(), bias)
 
-    for module in base.model.modules():
+    for module in model.modules():
         if isinstance(module, (Linear4bit, Linear8bitLt)):
             module.forward = partial(forward, module)  # type: ignore[method-assign]
-    torch.nn.Module.float(base.model)  # transformers' own refuses a quantized model, for fear of its codes
-    base.dtype = torch.float32
+    torch.nn.Module.float(model)  # transformers' own refuses a quantized model, for fear of its codes
     return True
 
 

@@ -49,7 +49,7 @@ class Merge:
         self.shards, self.model, self.adapter = shards, model, adapter
         self.compute_dtype, self.device = DTYPES[compute_dtype], device
         self.tensors = {name: stored for file in shards.values() for name, stored in file.items()}
-        self.parameters = stored_names(model.shapes, self.tensors)
+        self.parameters = stored_names(model.shapes, self.tensors, model.renamed)
         self._check_names()
         self._check_shapes()
 

@@ -1,10 +1,10 @@
 """Which stored tensor belongs to which parameter of the model, and which of them the loader quantizes.
 
-A checkpoint may name its tensors otherwise than the model does: GPT-2's files exist with and without ``transformer.``
-in front. The loader adds or removes such a prefix, and so does this module.
+A checkpoint may name its tensors otherwise than the model does: GPT-NeoX's head is ``embed_out``, GPT-2's files exist
+with and without ``transformer.`` in front. The loader renames, adds or removes such a prefix, and so does this module.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,12 +27,14 @@ class Skeleton:
         model_type: as transformers names it.
         shapes: of its parameters and buffers, by name.
         transposed: weights that are stored (in, out): GPT-2's Conv1D.
+        renamed: the loader's own name for a stored tensor.
         quantized: for weights that the loader quantizes, bitsandbytes' parameter with its settings.
     """
 
     model_type: str
     shapes: Mapping[str, tuple[int, ...]]
     transposed: frozenset[str]
+    renamed: Callable[[str], str]
     quantized: Mapping[str, Any]
 
 
@@ -48,6 +50,7 @@ def skeleton(folder: Path, quantization: str, compute_dtype: str, trust_remote_c
             model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
             shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
             transposed = {f"{name}.weight" for name, module in model.named_modules() if isinstance(module, Conv1D)}
+            renamed = _renamings(model)
             settings = quantization_settings(quantization, DTYPES[compute_dtype])
             if settings is not None:
                 quantizer = AutoHfQuantizer.from_config(settings)
@@ -55,7 +58,18 @@ def skeleton(folder: Path, quantization: str, compute_dtype: str, trust_remote_c
     except (OSError, ValueError, KeyError, ImportError) as error:
         raise UserError(f"the model in {folder} cannot be built: {first_sentence(error)}") from error
     quantized = {} if settings is None else _quantized(model)
-    return Skeleton(config.get_text_config().model_type, shapes, frozenset(transposed), quantized)
+    return Skeleton(config.get_text_config().model_type, shapes, frozenset(transposed), renamed, quantized)
+
+
+def _renamings(model: Any) -> Callable[[str], str]:
+    """Return the loader's renaming of stored tensors; it is no public part of transformers and may move."""
+    try:
+        from transformers.conversion_mapping import get_model_conversion_mapping
+        from transformers.core_model_loading import WeightRenaming, apply_renamings
+    except ImportError:
+        return str
+    renamings = [one for one in get_model_conversion_mapping(model) if isinstance(one, WeightRenaming)]
+    return lambda name: apply_renamings(name, renamings)
 
 
 def _quantized(model: nn.Module) -> dict[str, Any]:
@@ -65,8 +79,10 @@ def _quantized(model: nn.Module) -> dict[str, Any]:
     return {f"{name}.weight": m.weight for name, m in model.named_modules() if isinstance(m, kinds)}
 
 
-def stored_names(parameters: Iterable[str], stored: Iterable[str]) -> dict[str, str]:
-    """Return for stored tensors the model's name of them: the same, or one of both with something in front.
+def stored_names(
+    parameters: Iterable[str], stored: Iterable[str], renamed: Callable[[str], str] = str
+) -> dict[str, str]:
+    """Return for stored tensors the model's name of them: the same, renamed, or one of both with something in front.
 
     Tensors whose name fits no parameter, or more than one, are left out.
     """
@@ -79,6 +95,10 @@ def stored_names(parameters: Iterable[str], stored: Iterable[str]) -> dict[str, 
     for tensor in stored:
         if tensor in there:
             found[tensor] = tensor
+            continue
+        name = renamed(tensor)
+        if name in there:
+            found[tensor] = name
             continue
         fits = endings.get(tensor, []) or [ending for ending in _endings(tensor) if ending in there][:1]
         if len(fits) == 1:

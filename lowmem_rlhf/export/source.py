@@ -35,9 +35,9 @@ def _from_hub(model: str, revision: str | None) -> Path:
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
     from lowmem_rlhf.export.shards import read_shards
-    from lowmem_rlhf.planning.hub import fetch_config
+    from lowmem_rlhf.planning.hub import cached_config, fetch_config
 
-    cached = fetch_config(model, revision).parent
+    cached = (cached_config(model, revision) or fetch_config(model, revision)).parent
     try:
         read_shards(cached)
         return cached
@@ -47,7 +47,7 @@ def _from_hub(model: str, revision: str | None) -> Path:
     try:
         folder = Path(snapshot_download(model, revision=revision, allow_patterns=wanted))
         read_shards(folder)
-    except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
+    except (UserError, LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
         raise UserError(f"model {model!r} is not whole in the cache and cannot be fetched: {missing}") from error
     return folder
 

@@ -16,11 +16,11 @@ from transformers import AutoModelForCausalLM
 
 from lowmem_rlhf.errors import RunError
 from lowmem_rlhf.export.compare import compare
-from lowmem_rlhf.export.live import ROOM, Live, Logits, Said
+from lowmem_rlhf.export.live import ROOM, Live, Logits, Said, in_float32
 from lowmem_rlhf.export.shards import read_shards
 from lowmem_rlhf.memory import free_bytes, is_out_of_memory, release
 from lowmem_rlhf.model.adapters import HEAD
-from lowmem_rlhf.model.load import first_sentence, load_base, quiet
+from lowmem_rlhf.model.load import DTYPES, first_sentence, load_base, quiet
 from lowmem_rlhf.recipe import Recipe
 
 SCORES_OFF = 0.1  # of the scores' spread, or of 1: two precisions of one reward model differ by less
@@ -37,7 +37,7 @@ def proof_of_logits(live: Live, logits: Logits, same_base: Said | None, what: st
     Raises:
         RunError: it has lost the adapter, or is another model.
     """
-    said = live.exact or live.said
+    said = live.said if same_base is live.said else live.exact or live.said
     found: dict[str, Any] = {"compared_on": live.source, **compare(said.policy, said.base, logits).facts()}
     if said is not live.said:
         as_computed = compare(live.said.policy, live.said.base, logits)
@@ -58,8 +58,9 @@ def proof_of_adapter(folder: Path, live: Live, device: torch.device, settings: d
         RunError: it cannot be loaded, or is not the live policy.
     """
     with _stock_adapter(folder, live.recipe, device, settings) as model:
+        exact = live.exact is not None and in_float32(model, DTYPES[settings["compute_dtype"]], device)
         logits = stock_logits(model, live.ids)
-    return proof_of_logits(live, logits, live.said, "the adapter")
+    return proof_of_logits(live, logits, live.exact if exact else live.said, "the adapter")
 
 
 @torch.no_grad()

@@ -14,7 +14,14 @@ from lowmem_rlhf.model.siblings import dense_weight
 from lowmem_rlhf.run import RunDirectory
 
 CPU = torch.device("cpu")
-SAMPLES = ["3+4=", "12 + 30 = 42.", "a b c d e f", "What is 7 + 8? 15.", "9 - 2 = 7", "hello there, what a day"]
+SAMPLES = [
+    "3+4=7, 5+6=11",
+    "12 + 30 = 42, so it is.",
+    "a b c d e f g h i j k",
+    "What is 7 + 8? It is 15.",
+    "9 - 2 = 7 and 9 - 3 = 6",
+    "hello there, what a day",
+]
 
 
 def size_adapter(base: SharedBase, relative: float, seed: int = 0) -> None:

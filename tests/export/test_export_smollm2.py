@@ -1,0 +1,47 @@
+"""The export of a real model, SmolLM2-135M as NF4: merged equals live, for changes from RL's size to SFT's."""
+
+import pytest
+import torch
+from export_cases import CPU, make_run
+from peft import PeftModel
+
+from lowmem_rlhf.errors import RunError
+from lowmem_rlhf.export.compare import compare
+from lowmem_rlhf.export.export import Export
+from lowmem_rlhf.export.live import in_float32, live_policy
+from lowmem_rlhf.export.verify import stock_logits
+from lowmem_rlhf.export.wish import Wish
+from lowmem_rlhf.model.base import SharedBase
+from lowmem_rlhf.model.load import load_base
+
+TEXTS = [
+    "Question: What is 12 + 30? Answer: First add the tens, 10 and 30, which gives 40, then add 2: 42.",
+    "The robe takes 2 bolts of blue fiber and half that much white fiber, so it takes 3 bolts in total.",
+    "Once upon a time there was a little girl who lived with her grandmother at the edge of a large, dark forest.",
+]
+
+
+@pytest.fixture(scope="module")
+def base(smollm2):
+    return SharedBase.load(smollm2, CPU, "nf4", "bfloat16", r=4, lora_alpha=8)
+
+
+@pytest.mark.parametrize("relative", [1e-4, 1e-2])
+def test_float16_onto_quantized_is_the_live_policy(base, smollm2, tmp_path, relative):
+    run = make_run(tmp_path / "run", smollm2, relative, "nf4", "bfloat16", samples=TEXTS, base=base)
+    facts = Export(run, Wish(dtype="float16")).make()
+    proof = facts["proof"]
+    assert facts["relative_change"] == pytest.approx(relative, rel=0.05)
+    assert proof["mean_kl"] < 1e-3 and proof["top1_agreement"] > 0.98 and proof["tokens"] > 60
+    assert proof["kept_in_predictions"] > (0.95 if relative > 1e-3 else 0.3)
+
+
+def test_peft_s_merge_into_nf4_fails_the_check_that_ours_passes(base, smollm2, tmp_path):
+    run = make_run(tmp_path / "run", smollm2, 4e-3, "nf4", "bfloat16", samples=TEXTS, base=base)
+    live = live_policy(run, None, None)
+    stock, _ = load_base(smollm2, "nf4", "bfloat16", CPU)
+    merged = PeftModel.from_pretrained(stock, str(run.path / "adapter")).merge_and_unload().eval()
+    assert live.exact and in_float32(merged, torch.bfloat16, CPU)
+    found = compare(live.exact.policy, live.exact.base, stock_logits(merged, live.ids))
+    with pytest.raises(RunError, match="has lost what training changed"):
+        found.check("peft's merge")
