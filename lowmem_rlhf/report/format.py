@@ -62,7 +62,8 @@ def format_ratio(before: Any, after: Any) -> str:
 def evaluation_rows(evaluation: dict[str, Any]) -> list[tuple[str, Any, Any]]:
     """Return ``(name, before, after)`` of every numeric result but the count of problems; accuracy comes first."""
     before, after = evaluation.get("before") or {}, evaluation.get("after") or {}
-    names = [n for n in dict.fromkeys([*before, *after]) if number(before.get(n, after.get(n))) is not None]
+    numeric = {n for one in (before, after) for n in one if number(one[n]) is not None}
+    names = [n for n in dict.fromkeys([*before, *after]) if n in numeric]
     names = [n for n in names if n not in ("problems", "samples", "temperature")]
     names.sort(key=lambda name: 0 if name == "accuracy" else 1 if name.startswith("reward/") else 2)
     return [(name, before.get(name), after.get(name)) for name in names]

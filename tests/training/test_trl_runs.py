@@ -20,6 +20,7 @@ from lowmem_rlhf import cli
 from lowmem_rlhf.errors import UserError
 from lowmem_rlhf.recipe import validate_recipe
 from lowmem_rlhf.recipe_trl import DECIDED, TRL_TRAINERS
+from lowmem_rlhf.report.format import evaluation_rows
 from lowmem_rlhf.run import RunDirectory
 from lowmem_rlhf.session import plan_recipe, train
 from lowmem_rlhf.training.trl_loop import TRLLoop
@@ -87,6 +88,8 @@ def test_a_run_learns_and_leaves_what_every_run_leaves(algorithm, runs, model):
     if TRL_TRAINERS[algorithm].reference:  # the policy is its reference at first
         before = evaluation["before"]
         assert before["accuracy"] is None and before["rewards/chosen"] == before["rewards/rejected"] == 0
+    if algorithm != "trl/kto":  # shown also where there is none before
+        assert evaluation_rows(evaluation)[0][0] == "accuracy" and evaluation["after"]["accuracy"] >= 0.5
     names = {"recipe.yaml", "plan.json", "metrics.jsonl", "samples.jsonl", "evaluation.json", "report.html", "adapter"}
     assert {path.name for path in run.path.iterdir()} == names | {"checkpoints"}
     assert [step for step, _ in run.checkpoints()] == [3, 6]
