@@ -17,6 +17,7 @@ from lowmem_rlhf.evaluation.quantities import of_completions, of_losses, of_pair
 from lowmem_rlhf.evaluation.subject import Subject
 from lowmem_rlhf.memory import with_less
 from lowmem_rlhf.model.roles import POLICY
+from lowmem_rlhf.recipe_trl import TRL_TRAINERS
 from lowmem_rlhf.rollout.generate import Completion
 from lowmem_rlhf.training.evaluate import TrainerState, sample
 from lowmem_rlhf.training.heads import head_outputs
@@ -54,6 +55,8 @@ def measure(subject: Subject) -> list[Measured]:
         if subject.recipe.algorithm == "reward_model":
             return [_pairs(subject)]
         found = [_losses(subject)] if subject.recipe.algorithm == "sft" else []
+        if subject.recipe.algorithm in TRL_TRAINERS:
+            found = [_preferred(subject)]
         return found + ([_answers(subject)] if subject.rewards else [])
 
 
@@ -117,6 +120,29 @@ def _pairs(subject: Subject) -> Measured:
     found = _fitted(subject, work, POLICY)
     ends = torch.stack([found[row][-1] for row in range(2 * len(pairs))])
     return Measured("pair", len(pairs), {POLICY: of_pairs(ends[::2], ends[1::2])})
+
+
+def _preferred(subject: Subject) -> Measured:
+    """Which answer of each pair a role finds likelier: accuracy and margin of the mean log-probs of a token."""
+    from lowmem_rlhf.training.trl_data import pairs_among, read_examples
+
+    base, recipe = subject.base, subject.recipe
+    pairs = pairs_among(read_examples(subject.rows, recipe, base.tokenizer, base.stop_ids))
+    if not pairs:
+        raise UserError(f"the held-out data of {recipe.name!r} has no pair of a good and a bad answer to measure")
+    answers = [Completion(ids, [], False) for pair in pairs for ids in (pair.chosen_ids, pair.rejected_ids)]
+    batch = Batch([pair.prompt_ids for pair in pairs], answers, [0.0] * len(answers), 2)
+    columns: dict[str, Columns] = {}
+    for name, role in subject.roles.items():
+
+        def work(passes: PassSettings, shown: Shown, role: str = role) -> dict[int, torch.Tensor]:
+            with base.role(role):
+                return score(base, batch, range(len(answers)), passes, shown)
+
+        logps = _fitted(subject, work, f"{name}, pairs")
+        means = torch.stack([logps[row].mean() for row in range(len(answers))])
+        columns[name] = of_pairs(means[::2], means[1::2])
+    return Measured("pair", len(pairs), columns)
 
 
 def _fitted(subject: Subject, work: Callable[[PassSettings, Shown], T], name: str) -> T:

@@ -84,7 +84,7 @@ def _front_matter(original: dict[str, Any], recipe: dict[str, Any], export: dict
     if algorithm != "reward_model":
         found["pipeline_tag"] = "text-generation"
     found["tags"] = [
-        *("lowmem-rlhf", algorithm.replace("_", "-")),
+        *("lowmem-rlhf", algorithm.replace("_", "-").replace("/", "-")),
         *(["lora"] if kind == "adapter" else []),
         *(["gguf"] if kind in ("gguf", "ollama") else []),
     ]

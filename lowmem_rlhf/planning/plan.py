@@ -110,6 +110,8 @@ def plan_for(recipe: Recipe, device: Device, profile: str, dims: ModelDimensions
     _check_positions(recipe, dims)
     case = Case(recipe, device, dims, choices.budget_bytes(device))
     settings, reasons = _settings(case)
+    if dims.note:
+        reasons["quantization"] = f"{reasons['quantization']}; {dims.note}"
     by_phase = case.phases(settings)
     phase, peak = peak_phase(by_phase)
     if peak > case.budget:

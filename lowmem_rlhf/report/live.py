@@ -169,6 +169,10 @@ def print_plan(plan_dict: dict[str, Any], console: Console | None = None) -> Non
     peak, budget = format_bytes(memory.get("peak_bytes")), format_bytes(memory.get("budget_bytes"))
     console.print()
     console.print(Text(f"peak {peak} of {budget}: {verdict}", style=style))
+    low, high = memory.get("low_bytes"), memory.get("high_bytes")
+    if low != high:
+        between = f"between {format_bytes(low)} (live tensors) and {format_bytes(high)} (a wasteful allocator)"
+        console.print(Text(between, style="dim"))
 
 
 def print_evaluation(evaluation: dict[str, Any], console: Console | None = None) -> None:

@@ -78,7 +78,7 @@ def _planned_phases(base: SharedBase, recipe: Recipe, plan: Plan) -> dict[str, C
     Whole groups of full length may leave room in a micro-batch, which the plan takes to be filled.
     """
     settings = plan.settings
-    sizes = {
+    sizes: dict[str, Any] = {
         key: sum(group.tokens for group in _largest(base, recipe, getattr(settings, key)))
         for key in ("micro_batch_tokens", "score_batch_tokens")
     }
