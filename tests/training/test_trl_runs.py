@@ -297,3 +297,16 @@ def test_pairs_with_the_same_answer_are_refused(model, tmp_path):
     rows = [*PAIRS, {"prompt": "1", "chosen": "2", "rejected": "2"}]
     with pytest.raises(UserError, match="row 5: columns 'chosen' and 'rejected' hold the same answer"):
         train(trl_recipe(model, "trl/dpo", write_rows(tmp_path, rows)), tmp_path / "run")
+
+
+@pytest.mark.parametrize("algorithm", ["trl/dpo", "trl/kto"])
+def test_eval_says_which_answer_of_a_pair_each_role_finds_likelier(algorithm, runs, monkeypatch, capsys):
+    run = runs[algorithm]
+    code, out, _ = command(monkeypatch, capsys, "eval", run.path, "--json")
+    assert code == 0
+    found = json.loads((run.path / "evaluations.jsonl").read_text().splitlines()[-1])
+    assert "pair" in json.dumps(found) and "accuracy" in out
+    kept = run.evaluation()
+    assert json.dumps(kept["after"]["logps/accuracy"]) in json.dumps(found)
+    code, _, err = command(monkeypatch, capsys, "eval", run.path, "data.eval_size=1")
+    assert code == (0 if algorithm == "trl/dpo" else 2) and ("no pair" in err) == (algorithm == "trl/kto")
