@@ -4,12 +4,15 @@ import io
 import json
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from lowmem_rlhf import __version__
 from lowmem_rlhf.errors import LowmemError, UserError
+
+if TYPE_CHECKING:
+    from lowmem_rlhf.recipe import Recipe
 
 app = typer.Typer(
     help="RLHF on one consumer graphics card: name a recipe, the settings follow from the card.",
@@ -111,23 +114,65 @@ def plan(
     overrides: Overrides = None,
     profile: Annotated[str | None, typer.Option(help="Plan for this card (see `profiles`).")] = None,
     vram: Annotated[str | None, typer.Option(help="Plan for this much memory, e.g. 11GB.")] = None,
+    all_profiles: Annotated[
+        bool, typer.Option("--all-profiles", help="What fits: models against all known cards, or the one named.")
+    ] = False,
+    models: Annotated[
+        str | None, typer.Option(metavar="all|NAME,NAME", help="With --all-profiles: these models.")
+    ] = None,
+    plot: Annotated[
+        Path | None, typer.Option(help="Also draw it, as this .png, .svg or .pdf: the phases, or what fits.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Show the settings that a recipe would run with, why, and the memory it needs."""
     from lowmem_rlhf.planning.advice import why_not
     from lowmem_rlhf.recipe import load_recipe
     from lowmem_rlhf.report.live import print_plan
+    from lowmem_rlhf.report.plan_plots import check_picture, draw_phases, save_picture
     from lowmem_rlhf.session import plan_recipe
 
+    if plot:
+        check_picture(plot)
+    if models and not all_profiles:
+        raise UserError("--models: is for --all-profiles; a recipe's own model is changed with model=NAME")
     given = [f"hardware.{key}={value}" for key, value in (("profile", profile), ("vram", vram)) if value]
     resolved = load_recipe(recipe, [*(overrides or []), *given])
+    if all_profiles:
+        _what_fits(resolved, models, plot, as_json)
+        return
     made = plan_recipe(resolved)
     if as_json:
         _print_json(made.to_dict())
-        return
-    print_plan(made.to_dict())
-    if not made.fits:
-        print(why_not(made, resolved))
+    else:
+        print_plan(made.to_dict())
+        if not made.fits:
+            print(why_not(made, resolved))
+    if plot:
+        picture = save_picture(draw_phases(made.to_dict(), f"{resolved.name}, {resolved.model}"), plot)
+        _say(picture, as_json)
+
+
+def _what_fits(recipe: "Recipe", models: str | None, plot: Path | None, as_json: bool) -> None:
+    from lowmem_rlhf.planning.fits import chosen_models, one_card, shipped_cards, what_fits
+    from lowmem_rlhf.report.fits_view import print_fits
+    from lowmem_rlhf.report.plan_plots import draw_fits, save_picture
+    from lowmem_rlhf.session import planned_device
+
+    named = recipe.hardware.profile != "auto" or recipe.hardware.vram
+    cards = one_card(*planned_device(recipe)) if named else shipped_cards()
+    fits = what_fits(recipe, cards, chosen_models(recipe, models))
+    if as_json:
+        _print_json(fits.to_dict())
+    else:
+        print_fits(fits)
+    if plot:
+        _say(save_picture(draw_fits(fits), plot), as_json)
+
+
+def _say(path: Path, as_json: bool) -> None:
+    """Name a file that was written, where standard output is not one JSON object."""
+    print(path, file=sys.stderr if as_json else sys.stdout)
 
 
 @app.command()
