@@ -82,7 +82,7 @@ class WhatFits:
     Attributes:
         cells: for every algorithm and model a cell for each card, in their order.
         lengths: of every algorithm, the recipe's keys that bound a row, in tokens.
-        generations: completions of a prompt, for GRPO and PPO.
+        generations: of every algorithm, the completions of a prompt (SFT: 1).
     """
 
     recipe: str
@@ -90,7 +90,7 @@ class WhatFits:
     models: dict[str, ModelDimensions]
     cells: dict[str, dict[str, list[Fit]]]
     lengths: dict[str, dict[str, int]]
-    generations: int
+    generations: dict[str, int]
     prompts_per_step: int
 
     def to_dict(self) -> dict[str, Any]:
@@ -107,6 +107,7 @@ class WhatFits:
         tables = {
             algorithm: {
                 "lengths": self.lengths[algorithm],
+                "num_generations": self.generations[algorithm],
                 "cells": {
                     model: dict(zip(cards, map(asdict, cells), strict=True)) for model, cells in by_model.items()
                 },
@@ -115,7 +116,6 @@ class WhatFits:
         }
         return {
             "recipe": self.recipe,
-            "num_generations": self.generations,
             "prompts_per_step": self.prompts_per_step,
             "cards": cards,
             "models": {name: {"parameters": dims.num_parameters} for name, dims in self.models.items()},
@@ -175,10 +175,11 @@ def what_fits(recipe: Recipe, cards: tuple[Card, ...], models: dict[str, ModelDi
     is a cell that does not fit.
     """
     cells: dict[str, dict[str, list[Fit]]] = {}
+    runs = {algorithm: with_algorithm(recipe, algorithm) for algorithm in ALGORITHMS}
     for algorithm in ALGORITHMS:
         cells[algorithm] = {}
         for name, dims in models.items():
-            run = with_algorithm(recipe, algorithm).model_copy(update={"model": name})
+            run = runs[algorithm].model_copy(update={"model": name})
             row = [fit(run, card.device, dims) for card in cards]
             if len(cards) == 1:
                 row = [replace(row[0], longest=longest(run, cards[0].device, dims))]
@@ -188,8 +189,8 @@ def what_fits(recipe: Recipe, cards: tuple[Card, ...], models: dict[str, ModelDi
         cards=cards,
         models=models,
         cells=cells,
-        lengths={algorithm: length_keys(with_algorithm(recipe, algorithm)) for algorithm in ALGORITHMS},
-        generations=recipe.generation.num_generations,
+        lengths={algorithm: length_keys(run) for algorithm, run in runs.items()},
+        generations={key: 1 if key == "sft" else run.generation.num_generations for key, run in runs.items()},
         prompts_per_step=recipe.training.prompts_per_step,
     )
 
@@ -197,13 +198,18 @@ def what_fits(recipe: Recipe, cards: tuple[Card, ...], models: dict[str, ModelDi
 def with_algorithm(recipe: Recipe, algorithm: str) -> Recipe:
     """Return the recipe for another algorithm on the same prompts and completions.
 
-    For SFT an example is a prompt with one completion, and no rewards are asked: nothing is sampled.
+    For SFT an example is a prompt with one completion, and no rewards are asked: nothing is sampled. GRPO compares
+    completions, so it has two of a prompt where the recipe has one.
     """
     if algorithm == recipe.algorithm:
         return recipe
     changed = recipe.model_copy(update={"algorithm": algorithm})
     if algorithm != "sft":
-        return changed
+        least = 2 if algorithm == "grpo" else 1
+        count = max(least, recipe.generation.num_generations)
+        return changed.model_copy(
+            update={"generation": recipe.generation.model_copy(update={"num_generations": count})}
+        )
     return with_length(changed, sum(sampled_keys(recipe).values())).model_copy(update={"rewards": []})
 
 

@@ -55,10 +55,9 @@ def title(fits: WhatFits, algorithm: str) -> str:
     step = fits.prompts_per_step
     if algorithm == "sft":
         return f"SFT, examples of {length} tokens, {step} a step"
-    return (
-        f"{algorithm.upper()}, prompts of {prompt[0]} and {fits.generations} completions of {length} tokens, "
-        f"{step} prompts a step"
-    )
+    count = fits.generations[algorithm]
+    completions = f"{count} completions of {length} tokens" if count > 1 else f"a completion of {length} tokens"
+    return f"{algorithm.upper()}, prompts of {prompt[0]} and {completions}, {step} prompts a step"
 
 
 def short_name(model: str) -> str:

@@ -183,11 +183,19 @@ def draw_fits(fits: WhatFits) -> "Figure":
         figure = _figure(8.4, 0.95 + 0.26 * len(fits.models))
         axes = figure.add_subplot()
         rows = {model: [fits.cells[algorithm][model][0] for algorithm in fits.cells] for model in fits.models}
-        columns = [f"{a.upper()}, {' + '.join(map(str, keys.values()))} tokens" for a, keys in fits.lengths.items()]
-        axes.set_title(f"{fits.cards[0].device.name}, {fits.generations} completions of a prompt", **_TITLE, pad=5)
+        columns = [_column(fits, algorithm) for algorithm in fits.cells]
+        axes.set_title(fits.cards[0].device.name, **_TITLE, pad=5)
         _heat_map(axes, rows, columns, _large)
     _legend(figure, fits)
     return figure
+
+
+def _column(fits: WhatFits, algorithm: str) -> str:
+    """Return what a column is about: ``GRPO, 512 + 8 x 512 tokens``."""
+    *prompt, length = fits.lengths[algorithm].values()
+    count = fits.generations[algorithm]
+    parts = [*map(str, prompt), f"{count} x {length}" if count > 1 else str(length)]
+    return f"{algorithm.upper()}, {' + '.join(parts)} tokens"
 
 
 def _heat_map(axes: "Axes", rows: dict[str, list[Fit]], columns: list[str], text: Any) -> None:

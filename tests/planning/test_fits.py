@@ -85,7 +85,10 @@ def test_the_issue_s_models_fit_on_the_11_gb_card_with_8_completions_of_512_toke
     names += "Llama-3.2-3B-Instruct,Llama-3.1-8B-Instruct"
     device = profile_device(find_profile("rtx-2080-ti"))
     found = what_fits(recipe, one_card(device, "rtx-2080-ti"), chosen_models(recipe, names))
-    assert found.generations == 8 and found.lengths["grpo"]["generation.max_completion_length"] == 512
+    assert (
+        found.generations == {"sft": 1, "grpo": 8, "ppo": 8}
+        and found.lengths["grpo"]["generation.max_completion_length"] == 512
+    )
     rows = found.cells["grpo"]
     assert len(rows) == 6 and rows["meta-llama/Llama-3.1-8B-Instruct"][0].precision == "nf4"
     for (cell,) in rows.values():
@@ -155,6 +158,9 @@ def test_the_lengths_are_the_recipe_s_in_every_algorithm(recipe):
     own = load_recipe("sft_qwen_gsm8k")
     assert with_algorithm(own, "sft") is own
     assert with_algorithm(own, "grpo").data == own.data
+    alone = load_recipe("ppo_reward_adapter")
+    counts = [with_algorithm(alone, algorithm).generation.num_generations for algorithm in ("ppo", "grpo")]
+    assert counts == [1, 2]  # GRPO with one completion of a prompt is no run
     assert recipe.algorithm == "grpo" and recipe.rewards  # unchanged
 
 
@@ -198,9 +204,10 @@ def test_json_is_one_object_and_nothing_heavy_is_imported():
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
-    assert set(found) == {"recipe", "num_generations", "prompts_per_step", "cards", "models", "tables"}
+    assert set(found) == {"recipe", "prompts_per_step", "cards", "models", "tables"}
     assert set(found["tables"]) == set(ALGORITHMS)
     for table in found["tables"].values():
+        assert set(table) == {"lengths", "num_generations", "cells"}
         assert set(table["cells"]) == set(found["models"]) == {"Qwen/Qwen2.5-0.5B-Instruct", "microsoft/phi-4"}
         for cells in table["cells"].values():
             assert list(cells) == list(found["cards"])
