@@ -120,7 +120,7 @@ def backward(dims: ModelDimensions, rank: int, tokens: int, pairs: int, scored: 
     return Flops(
         linears=once.linears - 2 * tokens * sum(linear.inputs * linear.outputs for linear in first),
         adapters=2 * once.adapters - 2 * tokens * rank * sum(linear.inputs for linear in first),
-        attention=2 * once.attention,
+        attention=(3 if dims.attention_softcap else 2) * once.attention,  # capped scores are made again
         head=once.head,
     )
 

@@ -1,16 +1,18 @@
 """Peak memory and time of our merge against peft's merge_and_unload and save_pretrained: the same model and adapter.
 
-    python benchmarks/merge.py [--layers 22] [--hidden 2048] [--rank 16] [--repeats 3] [--json]
+    python benchmarks/merge.py [--layers 22] [--hidden 2048] [--rank 16] [--dtype float16] [--json]
 
 The model is a random Llama of TinyLlama's shape, in bfloat16, in shards of --shard-mb; the adapter is on all linear
-layers, its change 1 % of the weights. Both sides write the merged model as float16, in shards, and their tensors are
+layers, its change 1 % of the weights. Both sides write the merged model as --dtype, in shards, and their tensors are
 compared. Each merge has a fresh process, which has imported its libraries before the clock starts. The peak is that of
 the process's resident memory (VmHWM), libraries included; `memory beyond the libraries` is the peak less what was
 resident before the work. The sides take turns; times are medians.
 
 peft's side is what its documentation says: AutoModelForCausalLM.from_pretrained, PeftModel.from_pretrained,
-merge_and_unload, save_pretrained. The base is not quantized, since peft's merge into NF4 would lose the adapter (a test
-shows it). What is left out: the proof that `export` adds, tokenizer and other small files.
+merge_and_unload, save_pretrained, with the dtype of the result from the start. That reads bfloat16 shards as float16
+into memory of its own; with --dtype bfloat16 they stay mapped, and its peak is lower. The base is not quantized, since
+peft's merge into NF4 would lose the adapter (a test shows it). What is left out: the proof that `export` adds,
+tokenizer and other small files.
 """
 
 import argparse
@@ -38,6 +40,7 @@ def options() -> argparse.ArgumentParser:
     parser.add_argument("--vocabulary", type=int, default=32000)
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--shard-mb", type=int, default=500)
+    parser.add_argument("--dtype", choices=("float16", "bfloat16"), default="float16", help="of the merged weights")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--folder", type=Path, help="where model and results go for the time being")
     parser.add_argument("--json", action="store_true")
@@ -107,7 +110,7 @@ def make_adapter(folder: Path, linears: dict[str, tuple[int, ...]], rank: int, g
     config.save_pretrained(str(folder))
 
 
-def ours(folder: Path, target: Path) -> None:
+def ours(folder: Path, target: Path, dtype: str) -> None:
     """Merge as `export` does, without the proof."""
     import torch
 
@@ -121,18 +124,18 @@ def ours(folder: Path, target: Path) -> None:
     model = folder / "model"
     adapter = LoraFile(saved_adapter(str(folder / "adapter"), str(model)))
     merge = Merge(read_shards(model), skeleton(model, "none", "bfloat16"), adapter, "bfloat16", torch.device("cpu"))
-    merge.try_out("float16")
-    merge.write(target, "float16")
-    write_config(model, target, "float16")
+    merge.try_out(dtype)
+    merge.write(target, dtype)
+    write_config(model, target, dtype)
 
 
-def peft(folder: Path, target: Path, shard_mb: int) -> None:
+def peft(folder: Path, target: Path, dtype: str, shard_mb: int) -> None:
     """Merge as peft's documentation says."""
     import torch
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
-    base = AutoModelForCausalLM.from_pretrained(folder / "model", dtype=torch.float16, device_map={"": "cpu"})
+    base = AutoModelForCausalLM.from_pretrained(folder / "model", dtype=getattr(torch, dtype), device_map={"": "cpu"})
     merged = PeftModel.from_pretrained(base, str(folder / "adapter")).merge_and_unload()
     merged.save_pretrained(target, max_shard_size=f"{shard_mb}MB")
 
@@ -151,7 +154,10 @@ def run_side(work: argparse.Namespace) -> None:
     target = Path(channel.command())
     target.mkdir()
     before, start = resident("VmRSS"), time.perf_counter()
-    ours(work.folder, target) if work.side == "ours" else peft(work.folder, target, work.shard_mb)
+    if work.side == "ours":
+        ours(work.folder, target, work.dtype)
+    else:
+        peft(work.folder, target, work.dtype, work.shard_mb)
     seconds = time.perf_counter() - start
     channel.send(seconds=seconds, before=before, peak=resident("VmHWM"))
 

@@ -5,8 +5,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
-from lowmem_rlhf.live_bytes import LiveBytes
 
+from lowmem_rlhf.live_bytes import LiveBytes
 from lowmem_rlhf.memory import clock
 
 

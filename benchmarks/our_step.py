@@ -11,12 +11,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from lowmem_rlhf.live_bytes import LiveBytes
 from meter import Meter
 from work import ALPHA, BETA, LEARNING_RATE, RANK, hash_reward
 
 from lowmem_rlhf.algorithms.grpo import group_advantages
 from lowmem_rlhf.data.prompts import build_examples
+from lowmem_rlhf.live_bytes import LiveBytes
 from lowmem_rlhf.model.base import SharedBase
 from lowmem_rlhf.recipe import DataConfig, GRPOSettings, TrainingConfig
 from lowmem_rlhf.rollout.generate import Completion, Limits, generate

@@ -30,9 +30,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from lowmem_rlhf.live_bytes import LiveBytes
 from work import ALPHA, MODEL, RANK, add_base_flags, torch_device
 
+from lowmem_rlhf.live_bytes import LiveBytes
 from lowmem_rlhf.memory import clock
 
 

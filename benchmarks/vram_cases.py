@@ -121,13 +121,15 @@ SHAPES: tuple[dict[str, Any], ...] = (
     {"algorithm": "ppo", "quantization": "none", "checkpointing": False},
 )
 FEW = SHAPES[:4]  # for families beyond the ones that the project names
-# one setting each, on Llama; a micro-batch of 400 tokens holds two of the four long completions with their prompt
+# one setting each, on Llama. Micro-batches are as large as full completions fill them: the plan takes what is left
+# to be filled with shorter ones: 428 tokens are half of a long group, 516 three short groups, or one
+# prompt of 400 with the four completions of which the keys are as many as a micro-batch may attend to.
 SETTINGS: tuple[dict[str, Any], ...] = (
-    {"tokens": 430, **LONG},
-    {"tokens": 430, "checkpointing": False, **LONG},
-    {"prompts": 6, "tokens": 500},
-    {"prompts": 6, "tokens": 500, "checkpointing": False},
-    {"prompt": 400, "length": 17, "generations": 8, "tokens": 420},
+    {"tokens": 428, **LONG},
+    {"tokens": 428, "checkpointing": False, **LONG},
+    {"prompts": 6, "tokens": 516},
+    {"prompts": 6, "tokens": 516, "checkpointing": False},
+    {"prompt": 400, "length": 17, "generations": 8, "tokens": 516},
     {"more": ("hardware.optim=adamw_8bit",)},
     {"more": ("hardware.rollout_weights=dequantized",), **LONG},
     {"more": ("hardware.rollout_batch_size=2",), "prompt": 300, "length": 64},

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from lowmem_rlhf.live_bytes import LiveBytes
 
 KIB = 1024

@@ -213,9 +213,13 @@ class Layer:
         expanded = self.of(2 * self.queries, shape.attended or shape.tokens) if self.grouped else 0
         return total + results + max(expanded, results if shape.attended else 0)
 
-    def kept_keys(self) -> int:
-        """What a prefill pass keeps of a layer until the cache is made: the storages in which keys and values lie."""
-        joined = self.queries + 2 * self.keys if self.family.fused else self.keys
+    def kept_keys(self, together: bool = False) -> int:
+        """What a prefill pass keeps of a layer until the cache is made: the storages in which keys and values lie.
+
+        Values lie in their own product's result, or in that of queries, keys and values together; keys do as well where
+        no rotary positions turn them.
+        """
+        joined = self.queries + 2 * self.keys if self.family.fused or together else self.keys
         return self.of(joined if not self.dims.rotary_dim else joined + self.keys)
 
     def positions(self) -> int:

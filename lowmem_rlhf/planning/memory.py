@@ -11,9 +11,10 @@ from typing import Any
 
 from lowmem_rlhf.hardware.device import Device
 from lowmem_rlhf.planning.dimensions import ModelDimensions
+from lowmem_rlhf.planning.families import Linear
 from lowmem_rlhf.planning.layers import Layer
 from lowmem_rlhf.planning.shapes import PackedShape, adapters_of, samples_completions, starts_from_adapter, step_shape
-from lowmem_rlhf.recipe import ONLINE, Recipe
+from lowmem_rlhf.recipe import ONLINE, REWARD_ADAPTER, Recipe
 
 MIB = 1024**2
 GIB = 1024**3
@@ -141,6 +142,15 @@ class Memory:
         self.trained, self.frozen = adapters_of(recipe)
         self.dense = dense_bytes(dims, settings.quantization, self.width)
 
+    @property
+    def adapted(self) -> list[Linear]:
+        """The linear layers of a block that have adapters."""
+        targets = self.settings.lora["target_modules"]
+        if targets == "all-linear":
+            return list(self.dims.linears)
+        names = {targets} if isinstance(targets, str) else {target.rsplit(".", 1)[-1] for target in targets}
+        return [linear for linear in self.dims.linears if linear.name in names]
+
     def resident(self) -> Components:
         """Return what lies on the device in every phase.
 
@@ -160,32 +170,48 @@ class Memory:
 
     def layer(self, shape: PackedShape, adapters: int = 1) -> Layer:
         """Return a layer in a pass over a packed row, in a role with so many adapters."""
-        names = [linear.name for linear in self.dims.linears]
-        targets = self.settings.lora["target_modules"]
-        if targets != "all-linear":
-            names = [name for name in names if name in {target.rsplit(".", 1)[-1] for target in targets}]
-        ranks = self.settings.lora["r"] * len(names) * adapters
+        ranks = self.settings.lora["r"] * len(self.adapted) * adapters
         dense = self.dense
         if self.settings.quantization == "int8" and not self.on_cpu:  # int8 inputs, int32 results
             dense = max(dense, *(shape.tokens * (x.inputs + 4 * x.outputs) for x in self.dims.linears))
         return Layer(self.dims, shape, self.width, ranks, dense, self.on_cpu)
 
     def scoring(self) -> Components:
-        """Return the largest moment of a pass without gradients: a layer, or the log-probs."""
+        """Return the largest moment of all roles' passes without gradients: a layer, or what is read of the states."""
+        moments = []
+        for adapters, language in self._scoring_roles():
+            copies = self.adapter_copies(adapters)
+            moments += [copies | moment for moment in self._scoring_moments(adapters, language)]
+        return max(moments, key=total)
+
+    def _scoring_roles(self) -> set[tuple[int, bool]]:
+        """Return of each role that scores its adapters, and whether it gives log-probs (else a number a position)."""
+        recipe, start = self.recipe, starts_from_adapter(self.recipe)
+        roles = {(1, False)} if any(reward.function == REWARD_ADAPTER for reward in recipe.rewards) else set()
+        if recipe.algorithm in ONLINE:
+            roles.add((int(start), True))  # the reference
+        if recipe.algorithm not in ("grpo", "reward_model"):
+            roles.add((1, True))  # the policy
+        if recipe.algorithm == "reward_model":
+            roles.add((1, False))
+        if recipe.algorithm == "ppo":
+            roles.add((self._critic_adapters(), False))
+        return roles
+
+    def _critic_adapters(self) -> int:
+        """Return how many adapters the critic computes with: its own, and the start's below."""
+        return 1 + (self.recipe.ppo.critic == "adapter" and starts_from_adapter(self.recipe))
+
+    def _scoring_moments(self, adapters: int, language: bool) -> list[Components]:
         shape = step_shape(self.recipe, self.settings.score_batch_tokens)
-        online, starts = self.recipe.algorithm in ONLINE, starts_from_adapter(self.recipe)
-        adapters = 0 if self.recipe.algorithm == "grpo" and not starts else 1
-        if self.recipe.algorithm == "ppo" and self.recipe.ppo.critic == "adapter" and starts:
-            adapters = 2  # the critic's, above the start
         layer = self.layer(shape, adapters)
-        passed = {"layer_activations": layer.forward_peak() + layer.positions()}
         loss = {"scored_states": layer.of(self.dims.hidden_size, shape.scored)}
-        if online or self.recipe.algorithm == "sft":
+        if language:
             tile = self.settings.logits_tile_tokens
             loss["logits_tile"] = logits_tile_bytes(self.dims, shape.scored, tile, self.width, gradient=False)
         else:
-            loss["scored_states"] += 4 * self.dims.hidden_size * shape.scored  # in fp32 for the score head
-        return self.adapter_copies(adapters) | max(passed, loss, key=total)
+            loss["scored_states"] += 4 * self.dims.hidden_size * shape.scored  # in fp32 for the head
+        return [{"layer_activations": layer.forward_peak() + layer.positions()}, loss]
 
     def update(self) -> Components:
         """Return the largest moment of the policy's and the critic's passes with gradients."""
@@ -193,8 +219,7 @@ class Memory:
         if self.recipe.algorithm != "reward_model":
             moments += [self.adapter_copies() | moment for moment in self._pass_moments(self.layer_in_step(1), True)]
         if self.recipe.algorithm in ("ppo", "reward_model"):
-            critic = self.recipe.algorithm == "ppo" and self.recipe.ppo.critic == "adapter"
-            adapters = 1 + (critic and starts_from_adapter(self.recipe))
+            adapters = self._critic_adapters() if self.recipe.algorithm == "ppo" else 1
             head = self._pass_moments(self.layer_in_step(adapters), False)
             moments += [self.adapter_copies(adapters) | moment for moment in head]
         return {"gradients": 4 * self.one_adapter * self.trained} | max(moments, key=total)

@@ -6,6 +6,8 @@ from lowmem_rlhf.planning.dimensions import ModelDimensions
 from lowmem_rlhf.planning.memory import Components, Memory, total
 from lowmem_rlhf.planning.shapes import prompts_at_once, prompts_shape, rollout_rows
 
+FOUR_BIT_ROWS = 64  # of `model.decoding`: up to so many rows the 4-bit kernel of a CPU multiplies
+
 
 def kv_bytes_per_token(dims: ModelDimensions, width: int) -> int:
     """Bytes of the keys and values of one token in all layers: ``2 * layers * nkv * d * b``."""
@@ -30,20 +32,20 @@ def decode_scores_bytes(dims: ModelDimensions, rows: int, keys: int, width: int)
 
 
 def rollout_copy_bytes(memory: Memory) -> int:
-    """Bytes of what the blocks' NF4 weights are read from while decoding, if not from the weights themselves.
+    """Bytes of what NF4 weights beside adapters are read from while decoding, if not from the weights themselves.
 
     A copy in the compute dtype where the settings want one; on a CPU whose instructions suit, the codes and a 16-bit
     scale for 64 weights in the order of bitsandbytes' kernel.
     """
-    settings, dims = memory.settings, memory.dims
+    settings, layers = memory.settings, memory.dims.num_layers
     if settings.quantization != "nf4":
         return 0
     if settings.rollout_weights == "dequantized":
-        return memory.width * dims.linear_parameters
+        return layers * memory.width * sum(x.inputs * x.outputs for x in memory.adapted)
     if not (memory.on_cpu and memory.four_bit_copy):
         return 0
-    fits = sum(x.inputs * x.outputs for x in dims.linears if x.outputs % 32 == 0 and x.inputs % 64 == 0)
-    return round(dims.num_layers * fits * (0.5 + 2 / 64))
+    fits = sum(x.inputs * x.outputs for x in memory.adapted if x.outputs % 32 == 0 and x.inputs % 64 == 0)
+    return round(layers * fits * (0.5 + 2 / 64))
 
 
 def joined_adapter_bytes(memory: Memory) -> int:
@@ -54,7 +56,7 @@ def joined_adapter_bytes(memory: Memory) -> int:
     if not rollout_copy_bytes(memory):
         return 0
     groups: dict[tuple[int, bool], list[int]] = {}
-    for linear in memory.dims.linears:
+    for linear in memory.adapted:
         kind = linear.name.startswith(("q_", "k_", "v_")), linear.name.startswith(("gate_p", "up_p"))
         place = {(True, False): -1, (False, True): -2}.get(kind, len(groups))
         groups.setdefault((place, True), []).append(linear.outputs)
@@ -71,7 +73,7 @@ def rollout(memory: Memory) -> Components:
     at_once = min(prompts, max(1, memory.settings.micro_batch_tokens // prompt))
     token = kv_bytes_per_token(dims, width)
     layer = memory.layer(prompts_shape(prompt, at_once * prompt))
-    kept = dims.num_layers * layer.kept_keys()
+    kept = dims.num_layers * layer.kept_keys(_joined(memory, at_once * prompt))
     earlier, cache = (prompts - at_once) * prompt * token, prompts * prompt * token
     own = rows * (length - 1) * token  # the last token of each is not fed
     moments: list[Components] = [
@@ -85,6 +87,13 @@ def rollout(memory: Memory) -> Components:
     return memory.adapter_copies() | lent | max(moments, key=total)
 
 
+def _joined(memory: Memory, rows: int) -> bool:
+    """Whether queries, keys and values of a prefill pass with so many tokens come from one product."""
+    return bool(rollout_copy_bytes(memory)) and (
+        memory.settings.rollout_weights == "dequantized" or rows <= FOUR_BIT_ROWS
+    )
+
+
 def _decoding(memory: Memory, rows: int, keys: int) -> Components:
     """Return one token's pass: the draw, or a layer's scores, or a quantized weight made dense."""
     dims, width = memory.dims, memory.width
@@ -95,6 +104,6 @@ def _decoding(memory: Memory, rows: int, keys: int) -> Components:
         {"sampling_logits": sampling_logits_bytes(dims, drawn, width, temperature)},
         {"attention_scores": decode_scores_bytes(dims, rows, keys, width)},
     ]
-    if not rollout_copy_bytes(memory):
+    if not rollout_copy_bytes(memory) or len(memory.adapted) < len(dims.linears):
         moments.append({"dequantized_weight": memory.dense})
     return max(moments, key=total)

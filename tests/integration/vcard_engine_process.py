@@ -15,13 +15,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
 import torch
 import vcard
-from lowmem_rlhf.live_bytes import LiveBytes
 from peft import PeftModel
 from safetensors.torch import save_file
 from tiny_models import as_batch, fill_adapter, ragged_groups, tiny_model, tiny_tokenizer
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from lowmem_rlhf.algorithms.grpo import token_loss, token_weights
+from lowmem_rlhf.live_bytes import LiveBytes
 from lowmem_rlhf.model import attention
 from lowmem_rlhf.model.base import SharedBase
 from lowmem_rlhf.model.host_embedding import embeddings_to_host

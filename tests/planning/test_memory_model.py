@@ -1,21 +1,31 @@
-"""The memory model: its parts by hand, against public measurements, and against what autograd keeps."""
+"""The memory model by hand, its shapes against the packer, its layers against what autograd keeps.
+
+Whole phases are held against live tensors of real steps in tests/benchmarks/test_vram_measured.py.
+"""
 
 from dataclasses import replace
+from itertools import pairwise
 
 import pytest
 from planning_cases import CONFIGS, card, cpu
 
-from lowmem_rlhf.planning import memory
+from lowmem_rlhf.planning import memory, rollouts, shapes
 from lowmem_rlhf.planning.dimensions import ModelDimensions, dimensions_from_config
-from lowmem_rlhf.planning.memory import MIB, Settings
-from lowmem_rlhf.recipe import load_recipe
+from lowmem_rlhf.planning.layers import Layer
+from lowmem_rlhf.planning.memory import Memory, Settings
+from lowmem_rlhf.recipe import Recipe, load_recipe
 
 LORA = {"r": 16, "lora_alpha": 32.0, "target_modules": "all-linear"}
-SETTINGS = Settings("nf4", "float16", True, False, 4096, 64, "quantized", 64, "adamw", LORA)
+SETTINGS = Settings("nf4", "float16", True, False, 4096, 4096, 64, "quantized", 64, "adamw", LORA)
 
 
 def dims(name: str) -> ModelDimensions:
     return dimensions_from_config(CONFIGS[name], name)
+
+
+def memory_of(*overrides: str, model: str = "Qwen2.5-0.5B", device=None, **settings) -> Memory:
+    recipe = load_recipe("grpo_gsm8k", ["data.eval_size=0", *overrides])
+    return Memory(dims(model), recipe, replace(SETTINGS, **settings), device or cpu(16))
 
 
 def test_weights_by_hand():
@@ -27,84 +37,173 @@ def test_weights_by_hand():
     assert 1 < memory.block_weight_bytes(model, "int8", 2) / model.linear_parameters < 1.005
     assert memory.embedding_bytes(model, 2) == pytest.approx(151936 * 896 * 2, rel=0.002)  # tied: once
     assert memory.embedding_bytes(dims("Qwen2.5-7B"), 2) / 2**30 == pytest.approx(2.03, abs=0.01)
+    away = memory.embedding_bytes(dims("Qwen2.5-7B"), 2) - memory.embedding_bytes(dims("Qwen2.5-7B"), 2, offloaded=True)
+    assert away == 152064 * 3584 * 2
+    assert memory.embedding_bytes(model, 2, offloaded=True) == memory.embedding_bytes(model, 2)  # it is the head
 
 
 def test_an_adapter_parameter_takes_sixteen_bytes_with_adamw():
-    masters = memory.adapter_bytes(1000, 4)
-    assert masters + 4 * 1000 + memory.optimizer_state_bytes(1000, "adamw") == 16_000
-    assert masters + 4 * 1000 + memory.optimizer_state_bytes(1000, "adamw_8bit") == pytest.approx(10_000, rel=0.005)
+    for optim, bytes_each in (("adamw", 16), ("adamw_8bit", 10.03)):
+        one = memory_of(optim=optim)
+        resident, gradients = one.resident(), one.update()["gradients"]
+        parameters = one.one_adapter
+        held = resident["adapters"] + resident["optimizer_state"] + gradients
+        assert held == pytest.approx(bytes_each * parameters, rel=0.005)
 
 
 def test_the_cache_holds_prompts_once():
     model = dims("Qwen2.5-1.5B")
-    assert memory.kv_bytes_per_token(model, 2) == 2 * 28 * 2 * 128 * 2
-    assert memory.kv_cache_bytes(model, 8 * 512, 64 * 256, 2) == 2 * 28 * 2 * 128 * 2 * (8 * 512 + 64 * 256)
-    assert memory.kv_cache_bytes(model, 0, 64 * 768, 2) / 2**30 == pytest.approx(1.3, abs=0.05)  # published
+    token = 2 * 28 * 2 * 128 * 2  # keys and values, layers, key heads, head size, bytes
+    assert rollouts.kv_bytes_per_token(model, 2) == token
+    lengths = ["data.max_prompt_length=512", "generation.max_completion_length=257", "training.prompts_per_step=8"]
+    found = rollouts.rollout(memory_of(*lengths, model="Qwen2.5-1.5B"))
+    assert found["kv_cache"] in (
+        token * (8 * 512 + 64 * 256),
+        token * (8 * 512 + 64 * 256) + round(token * 64 * 256 / 28),  # one layer's room grows
+    )
 
 
-# bytes of the loaded model and of the peak as allocated (MiB), from public measurements on a Tesla T4: NF4, stock
-# transformers and peft with LoRA r on q, k, v, o, full logits, checkpoints and logits in fp32, SDPA
-T4 = [
-    ("Qwen2.5-1.5B", 32, 2048, 1641.99, 6827.67),
-    ("SmolLM2-135M", 32, 4096, 179.30, 3576.75),
-    ("TinyLlama-1.1B", 32, 2048, 1077.55, 2531.58),
-    ("TinyLlama-1.1B", 32, 4096, 1073.55, 3895.87),
+SHAPES = [
+    # prompt, fed, scored, generations, groups, tokens
+    (64, 63, 64, 4, 2, 316),  # a group fills the row
+    (64, 63, 64, 4, 2, 700),  # two groups, all there is
+    (64, 63, 64, 4, 6, 948),  # three of six
+    (64, 63, 64, 4, 2, 190),  # two of four completions, twice as many rows
+    (64, 63, 64, 4, 2, 100),  # not even one: it is taken alone
+    (400, 16, 17, 8, 2, 528),  # keys bound it: a prompt is read by each of its completions
+    (1, 510, 511, 1, 4, 1022),  # examples of supervised fine-tuning
 ]
 
 
-@pytest.mark.parametrize(("name", "r", "tokens", "loaded", "peak"), T4)
-def test_checkpointed_terms_against_public_measurements(name, r, tokens, loaded, peak):
-    model = dims(name)
-    adapters = 8 * model.lora_parameters(r, ["q_proj", "k_proj", "v_proj", "o_proj"])  # weights and gradients
-    stored = memory.stored_activation_bytes(model, tokens, 4, checkpointing=True)
-    logits = 4 * 4 * tokens * model.vocab_size  # four fp32 copies; more than a layer, so it is the hump
-    assert logits > memory.layer_activation_bytes(model, tokens, 2)
-    assert (loaded * MIB + adapters + stored + logits) / (peak * MIB) == pytest.approx(1, abs=0.02)
+@pytest.mark.parametrize(("prompt", "fed", "scored", "generations", "groups", "tokens"), SHAPES)
+def test_a_row_is_no_less_than_what_the_packer_makes(prompt, fed, scored, generations, groups, tokens):
+    packing = pytest.importorskip("lowmem_rlhf.model.packing")
+    assert packing.ATTENDED_PER_TOKEN == shapes.ATTENDED_PER_TOKEN
+    shape = shapes.packed_shape(prompt, fed, scored, generations, groups, tokens)
+    given = [
+        packing.Group([1] * prompt, [[2] * (fed + 1) for _ in range(generations)], list(range(generations)))
+        for _ in range(groups)
+    ]
+    batches = packing.micro_batches(given, tokens)
+    largest = max(sum(group.tokens for group in batch) for batch in batches)
+    attended = max(sum(group.attended - len(group.prompt) for group in batch) for batch in batches)
+    assert largest <= shape.tokens <= max(tokens, prompt + fed)
+    assert attended <= shape.attended
+    if len({len(batch) for batch in batches}) == 1 and largest in (tokens, groups * (prompt + generations * fed)):
+        assert (shape.tokens, shape.attended) == (largest, attended)
 
 
-def test_stored_activations_by_hand():
+def test_a_shape_by_hand():
+    shape = shapes.packed_shape(prompt=64, fed=63, scored=64, generations=4, groups=2, tokens=316)
+    assert shape == shapes.PackedShape(
+        tokens=64 + 4 * 63,
+        prompt_tokens=64,
+        attended=4 * 127,
+        scored=4 * 64,
+        prompt_scores=64 * 64,
+        own_scores=4 * 63 * 127,
+        prompt_keys=64,
+        own_keys=127,
+        row_scores=63 * 127,
+    )
+    twice = shapes.packed_shape(prompt=64, fed=63, scored=64, generations=4, groups=2, tokens=632)
+    assert (twice.tokens, twice.scored, twice.own_scores) == (632, 512, 2 * shape.own_scores)
+    assert (twice.own_keys, twice.row_scores) == (shape.own_keys, shape.row_scores)  # of one completion
+
+
+def test_a_layer_of_llama_by_hand():
+    """Per token: input and norm (2h), x A^T (R / 2), queries, SDPA's result and the joined one; and the MLP's part."""
+    h, f, q, kv, ranks, width = 576, 1536, 9 * 64, 3 * 64, 7 * 16, 2
+    shape = shapes.packed_shape(prompt=400, fed=300, scored=301, generations=2, groups=1, tokens=1000)
+    layer = Layer(dims("SmolLM2-135M"), shape, width, ranks, dense=0, cpu=False)
+    attention = 1000 * (2 * h + ranks / 2 + q + q + q)
+    attention += 2 * q * (400 + 2 * 700)  # keys and values, heads expanded: the prompt's, and each completion's
+    mlp = 1000 * (2 * h + 3 * f + ranks / 2)
+    assert layer.saved() == width * (attention + mlp) + 4 * 9 * 1000  # and the log-sum-exp
+    assert layer.hidden == width * 1000 * h
+    assert layer.backward_peak() > layer.saved() > layer.forward_peak() > layer.hidden
+    explicit = Layer(dims("SmolLM2-135M"), shapes.prompts_shape(200, 200), width, ranks, dense=0, cpu=True)
+    on_card = replace(explicit, cpu=False)
+    softmax = width * 9 * 200 * 200
+    results = width * 200 * q + 4 * 9 * 200  # which SDPA keeps instead, and expanded keys and values
+    assert explicit.saved() - on_card.saved() == softmax - results - width * 200 * 2 * (q - kv)
+
+
+def test_the_tile_has_the_heads_shape():
+    logprobs = pytest.importorskip("lowmem_rlhf.model.logprobs")
+    torch = pytest.importorskip("torch")
     model = dims("Qwen2.5-0.5B")
-    hidden, layer = 2 * 1000 * 896, memory.layer_activation_bytes(model, 1000, 2)
-
-    def stored(checkpointing: bool | int, offload: bool = False) -> int:
-        return memory.stored_activation_bytes(model, 1000, 2, checkpointing, offload)
-
-    assert stored(True) == stored(24) == 26 * hidden
-    assert stored(False) == stored(0) == 2 * hidden + 24 * layer
-    assert stored(1) == 3 * hidden + 23 * layer
-    assert stored(True, offload=True) == 2 * hidden
-    assert stored(20, offload=True) == 2 * hidden + 4 * layer
-
-
-def test_a_recomputed_layer_is_no_peak_of_its_own_while_another_keeps_its_activations():
-    model, recipe = dims("Qwen2.5-0.5B"), load_recipe("grpo_gsm8k")
-
-    def update(checkpointing: bool | int) -> memory.Components:
-        return memory.phases(model, recipe, replace(SETTINGS, gradient_checkpointing=checkpointing), cpu(11))["update"]
-
-    assert update(True) == update(24) and update(True)["layer_activations"] > 0
-    assert "layer_activations" not in update(23) and "logits_tile" in update(23)
-    sizes = [sum(update(count).values()) for count in range(25)]
-    assert sizes == sorted(sizes, reverse=True)
+    assert (memory.VOCABULARY_CHUNK, memory.ENOUGH_POSITIONS) == (logprobs.VOCABULARY_CHUNK, logprobs.ENOUGH_POSITIONS)
+    head = logprobs.Head(torch.nn.Linear(model.hidden_size, model.vocab_size, bias=False, device="meta"))
+    for positions, tile in ((2000, 64), (2000, 1), (30, 64), (513, 512)):
+        most, chunk = head.shape_of_tiles(positions, tile)
+        rows = max(part.stop - part.start for part in logprobs.tiles(positions, most))
+        assert memory.logits_tile_bytes(model, positions, tile, 2, gradient=False) == rows * chunk * (2 + 8)
+        rows_of_head = rows * model.hidden_size * (2 + 4)
+        with_gradient = memory.logits_tile_bytes(model, positions, tile, 2, gradient=True)
+        assert with_gradient == rows * chunk * (2 + 8) + rows_of_head
+    assert memory.logits_tile_bytes(model, 0, 64, 2, gradient=True) == 0
 
 
-def test_a_layer_keeps_no_more_than_predicted():
+@pytest.mark.parametrize("algorithm", ["grpo", "ppo", "sft"])
+def test_a_recomputed_layer_more_never_takes_more(algorithm):
+    def update(checkpointing: bool | int) -> int:
+        more = ["rewards=[]", "data.completion=answer", "data.answer=null"] if algorithm == "sft" else []
+        return memory.total(memory_of(f"algorithm={algorithm}", *more, gradient_checkpointing=checkpointing).update())
+
+    sizes = [update(count) for count in range(25)]
+    assert sizes == sorted(sizes, reverse=True) and sizes[0] > 3 * sizes[-1]
+    assert (update(False), update(True)) == (sizes[0], sizes[-1])
+
+
+@pytest.mark.parametrize("model", CONFIGS)
+@pytest.mark.parametrize("algorithm", ["grpo", "ppo", "sft", "reward_model"])
+@pytest.mark.parametrize("device", [cpu(16), card(10.75)], ids=["cpu", "card"])
+def test_more_tokens_rows_or_length_never_take_less(model, algorithm, device):
+    more = ["data.max_prompt_length=128", "generation.max_completion_length=100"]
+    if algorithm in ("sft", "reward_model"):
+        more += ["rewards=[]", "data.answer=null", *(["data.completion=x"] if algorithm == "sft" else [])]
+    recipe = load_recipe("grpo_gsm8k", [f"algorithm={algorithm}", *more])
+
+    def sizes(found: Recipe = recipe, **settings) -> dict[str, int]:
+        by_phase = memory.phases(dims(model), found, replace(SETTINGS, **settings), device)
+        return {name: memory.total(components) for name, components in by_phase.items()}
+
+    def grows(points: list[dict[str, int]]) -> None:
+        for less, more in pairwise(points):
+            assert all(
+                more[phase] >= 0.98 * less[phase] for phase in less
+            )  # tiles divide positions more or less evenly
+
+    grows([sizes(micro_batch_tokens=tokens, score_batch_tokens=tokens) for tokens in range(228, 6000, 333)])
+    grows([sizes(gradient_checkpointing=count) for count in range(dims(model).num_layers, -1, -1)])
+    grows([sizes(rollout_batch_size=rows) for rows in (1, 2, 4, 8, 16, 64)])
+    grows([sizes(logits_tile_tokens=tile) for tile in (1, 16, 64, 512)])
+    grows([sizes(lora={**LORA, "r": r}) for r in (4, 8, 16, 64)])
+    if algorithm in ("grpo", "ppo"):  # a packed row is as large whatever the lengths in it
+        lengths = [recipe.generation.model_copy(update={"max_completion_length": n}) for n in (20, 40, 80, 160, 300)]
+        found = [sizes(recipe.model_copy(update={"generation": length})) for length in lengths]
+        grows([{"rollout": one["rollout"]} for one in found])
+
+
+def test_a_layer_keeps_what_is_predicted():
     """Tensors that autograd keeps for one more layer of a packed pass, counted by storage."""
     torch = pytest.importorskip("torch")
-    base = pytest.importorskip("lowmem_rlhf.model.base")
-    packing = pytest.importorskip("lowmem_rlhf.model.packing")
-    attention = pytest.importorskip("lowmem_rlhf.model.attention")
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    assert packing.ATTENDED_PER_TOKEN == memory.ATTENDED_PER_TOKEN
-    fields = {key: value for key, value in CONFIGS["SmolLM2-135M"].items() if key != "model_type"} | {"vocab_size": 512}
-    groups = [packing.Group([1] * 64, [[2] * 33 for _ in range(4)], [0, 1, 2, 3])]
+    from lowmem_rlhf.model.attention import PackedContext
+    from lowmem_rlhf.model.base import SharedBase
+    from lowmem_rlhf.model.packing import Group, pack
 
-    def kept(layers: int) -> tuple[int, int]:
+    fields = {key: value for key, value in CONFIGS["SmolLM2-135M"].items() if key != "model_type"} | {"vocab_size": 512}
+    shape = shapes.packed_shape(prompt=64, fed=32, scored=33, generations=4, groups=1, tokens=192)
+
+    def kept(layers: int) -> int:
         config = AutoConfig.for_model("llama", **{**fields, "num_hidden_layers": layers})
         model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
-        shared = base.SharedBase(model.requires_grad_(False), None, "tiny")
-        batch = packing.pack(groups, torch.device("cpu"))
+        shared = SharedBase(model.requires_grad_(False), None, "tiny")
+        batch = pack([Group([1] * 64, [[2] * 33 for _ in range(4)], [0, 1, 2, 3])], torch.device("cpu"))
+        assert batch.input_ids.shape[1] == shape.tokens
         weights = {parameter.untyped_storage().data_ptr() for parameter in shared.parameters()}
         found = {}
 
@@ -114,31 +213,40 @@ def test_a_layer_keeps_no_more_than_predicted():
                 found[storage.data_ptr()] = storage
             return tensor
 
-        context = attention.PackedContext(batch.buckets, torch.device("cpu"))
+        context = PackedContext(batch.buckets, torch.device("cpu"))
         with shared.role("policy"), torch.autograd.graph.saved_tensors_hooks(remember, lambda tensor: tensor):
             hidden = shared.hidden_states(batch.input_ids, batch.position_ids, context)
         assert hidden.requires_grad
-        copies = sum(2 * parameter.numel() for parameter in shared.trainable().values())
-        return sum(storage.nbytes() for storage in found.values()) - copies, batch.input_ids.shape[1]
+        return sum(storage.nbytes() for storage in found.values())
 
-    (one, tokens), (two, _) = kept(1), kept(2)
-    predicted = memory.layer_activation_bytes(dims("SmolLM2-135M"), tokens, 2)
-    assert 0.45 * predicted < two - one <= predicted
+    layer = Layer(dims("SmolLM2-135M"), shape, 2, 7 * 16, dense=0, cpu=True)
+    assert kept(3) - kept(2) == pytest.approx(layer.saved(), rel=0.01)
 
 
-def test_phases_are_integers_and_sum_up():
-    model, recipe = dims("Qwen2.5-0.5B"), load_recipe("grpo_gsm8k")
+@pytest.mark.parametrize("algorithm", ["grpo", "ppo"])
+def test_phases_are_integers_and_sum_up(algorithm):
+    model, recipe = dims("Qwen2.5-0.5B"), load_recipe("grpo_gsm8k", [f"algorithm={algorithm}"])
     on_card = memory.phases(model, recipe, SETTINGS, card(11))
     assert list(on_card) == ["rollout", "scoring", "update", "optimizer", "export"]
-    assert all(type(size) is int and size >= 0 for phase in on_card.values() for size in phase.values())
+    for components in on_card.values():
+        assert all(isinstance(size, int) and size >= 0 for size in components.values())
+        live = memory.total(components) - components["allocator"]
+        assert components["allocator"] == round(live * (memory.ALLOCATOR_FACTOR - 1))
     name, peak = memory.peak_phase(on_card)
     assert peak == sum(on_card[name].values()) == max(sum(phase.values()) for phase in on_card.values())
     assert all(phase["allocator"] == 0 for phase in memory.phases(model, recipe, SETTINGS, cpu(11)).values())
 
 
+def test_a_card_needs_a_buffer_in_adamw_and_no_explicit_scores():
+    on_cpu, on_card = (memory_of(device=device) for device in (cpu(16), card(11)))
+    assert on_cpu.optimizer()["update_buffers"] == 0
+    assert on_card.optimizer()["update_buffers"] == 4 * on_card.one_adapter
+    assert memory_of(device=card(11), optim="adamw_8bit").optimizer()["update_buffers"] == 0
+
+
 def test_evaluation_rows_have_prompts_of_their_own():
     recipe = load_recipe("grpo_gsm8k", ["data.eval_size=0"])
-    assert memory.prompts_at_once(recipe, 64) == 8
-    assert memory.prompts_at_once(load_recipe("grpo_gsm8k"), 64) == 64
-    assert memory.prompts_at_once(recipe, 12) == 1  # waves are of whole groups
-    assert memory.prompts_at_once(recipe, 1) == 1
+    assert shapes.prompts_at_once(recipe, 64) == 8
+    assert shapes.prompts_at_once(load_recipe("grpo_gsm8k"), 64) == 64
+    assert shapes.prompts_at_once(recipe, 12) == 1  # waves are of whole groups
+    assert shapes.prompts_at_once(recipe, 1) == 1

@@ -1,19 +1,15 @@
 """What a step's peak of live bytes depends on: not on generations, and on completion length by cache and row only."""
 
 import pytest
-from live_bytes import LiveBytes
 from tiny_models import tiny_base
 from training_cases import settings_of, stepper_of
 
+from lowmem_rlhf.live_bytes import LiveBytes
 from lowmem_rlhf.model.base import SharedBase
 from lowmem_rlhf.planning.dimensions import dimensions_from_config
-from lowmem_rlhf.planning.memory import (
-    decode_scores_bytes,
-    forward_activation_bytes,
-    kv_bytes_per_token,
-    layer_activation_bytes,
-    stored_activation_bytes,
-)
+from lowmem_rlhf.planning.layers import Layer
+from lowmem_rlhf.planning.rollouts import decode_scores_bytes, kv_bytes_per_token
+from lowmem_rlhf.planning.shapes import packed_shape
 from lowmem_rlhf.rollout.generate import Limits, generate
 from lowmem_rlhf.rollout.sampling import Sampling
 from lowmem_rlhf.training.update import Batch, PassSettings, score, update
@@ -96,7 +92,7 @@ def test_peak_is_flat_in_the_number_of_generations(step):
 
 
 def test_peak_grows_with_completion_length_by_cache_and_one_packed_row_only(step, checkpointing):
-    """Every completion is a packed row of its own here. Attention's scores, which the CPU spells out, are let through.
+    """Every completion is a packed row of its own here. Attention's scores, which the CPU spells out, are counted.
 
     While the cache grows, one layer's old room is there beside the new one.
     """
@@ -105,14 +101,14 @@ def test_peak_grows_with_completion_length_by_cache_and_one_packed_row_only(step
     dims = step.dims
 
     def bound(length: int) -> dict[str, float]:
-        tokens, scores = PROMPT + length - 1, decode_scores_bytes(dims, length, PROMPT + length, WIDTH)
+        layer = Layer(dims, packed_shape(PROMPT, length - 1, length, 8, 1, PROMPT), WIDTH, ranks=0, dense=0, cpu=True)
         cache = ROWS * length * kv_bytes_per_token(dims, WIDTH)
-        stored = stored_activation_bytes(dims, tokens, WIDTH, checkpointing)
-        layer = layer_activation_bytes(dims, tokens, WIDTH) if checkpointing else 0
+        stored = dims.num_layers * (layer.hidden if checkpointing else layer.saved()) + 2 * layer.hidden
+        again = layer.backward_peak() - (layer.hidden if checkpointing else layer.saved())
         return {
             "rollout": cache * (1 + 1 / dims.num_layers) + decode_scores_bytes(dims, ROWS, PROMPT + length, WIDTH),
-            "score": forward_activation_bytes(dims, tokens, WIDTH) + scores,
-            "update": stored + layer + scores * (1 if checkpointing else dims.num_layers),
+            "score": layer.forward_peak() + layer.positions(),
+            "update": stored + again + layer.positions(),
         }
 
     low, high = bound(short), bound(long)
