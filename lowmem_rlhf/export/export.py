@@ -127,7 +127,7 @@ class Export:
             yield folder
             finish_folder(self.target)
         except OSError as error:
-            full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+            full = error.errno in (errno.ENOSPC, getattr(errno, "EDQUOT", None))
             what = "the disk is full" if full else str(error)
             raise RunError(
                 f"the export to {self.target} cannot be written: {what}; nothing was kept, make room or choose another "
@@ -176,7 +176,7 @@ class Export:
         name = re.sub(r"[^\w.-]+", "-", self.recipe.name).strip(".-") or "model"
         file = folder / f"{name}-{kind.upper()}.gguf"
         with bar(f"writing {file.name}") as moved:
-            write_gguf(work, file, kind, moved)
+            write_gguf(work, file, kind, moved, self.device)
         if self.format == OLLAMA:
             from lowmem_rlhf.export.ollama import write_ollama
 
@@ -185,7 +185,7 @@ class Export:
             write_ollama(work, file, folder, asked | {"num_predict": g.max_completion_length})
         delete(work)
         proof |= verify.proof_of_gguf(file, merged.live)
-        return {**merged.facts(), "quantize": kind, "proof": proof}
+        return {**merged.facts(), "quantize": kind, "file": file.name, "proof": proof}
 
     def _merge(self, folder: Path, dtype: str | None) -> "Merged":
         from lowmem_rlhf.export.merging import merge_run

@@ -45,3 +45,13 @@ def test_peft_s_merge_into_nf4_fails_the_check_that_ours_passes(base, smollm2, t
     found = compare(live.exact.policy, live.exact.base, stock_logits(merged, live.ids))
     with pytest.raises(RunError, match="has lost what training changed"):
         found.check("peft's merge")
+
+
+def test_a_gguf_is_compared_as_well(base, smollm2, tmp_path):
+    run = make_run(tmp_path / "run", smollm2, 1e-2, "nf4", "bfloat16", samples=TEXTS, base=base)
+    facts = Export(run, Wish(format="gguf", quantize="q8_0")).make()
+    proof, folder = facts["proof"], run.path / "export" / "gguf"
+    assert facts["onto"] == "original" and facts["file"] == "tiny-Q8_0.gguf"
+    assert [path.name for path in folder.glob("*.gguf")] == [facts["file"]] and not list(folder.glob("*.tmp"))
+    assert proof["mean_kl_to_adapter_on_original"] < 1e-3 < proof["mean_kl"]  # the base's quantization lies between
+    assert proof["gguf_mean_kl"] == pytest.approx(proof["mean_kl"], rel=0.2)

@@ -15,7 +15,7 @@ from lowmem_rlhf.export import merge as merge_module
 from lowmem_rlhf.export.lora_file import LoraFile
 from lowmem_rlhf.export.merge import Merge
 from lowmem_rlhf.export.names import skeleton
-from lowmem_rlhf.export.shards import INDEX, read_shards
+from lowmem_rlhf.export.shards import INDEX, Stored, read_shards
 from lowmem_rlhf.export.source import copy_side_files, write_config
 from lowmem_rlhf.model.adapters import saved_adapter
 from lowmem_rlhf.model.base import SharedBase
@@ -84,6 +84,23 @@ def test_what_the_adapter_leaves_alone_is_the_base_s(case, tmp_path):
     assert before.keys() == after.keys() and changed
     for name, tensor in before.items():
         assert torch.equal(after[name], tensor) != (name in changed)
+
+
+def test_no_more_than_some_rows_are_read_at_once(tmp_path, monkeypatch):
+    model = save_model("llama", tmp_path / "model")
+    adapter = save_adapter(model, tmp_path / "adapter")
+    monkeypatch.setattr(merge_module, "PIECE", 256)
+    sizes, read = [], Stored.read
+
+    def spy(stored, rows=None):
+        tensor = read(stored, rows)
+        if stored.file.parent == model:
+            sizes.append(tensor.numel())
+        return tensor
+
+    monkeypatch.setattr(Stored, "read", spy)
+    merged_folder(model, adapter, tmp_path / "merged", "float16")
+    assert max(sizes) == 256 and sum(sizes) == sum(t.numel() for t in load_file(model / "model.safetensors").values())
 
 
 def test_a_tied_head_stays_tied(tmp_path):
