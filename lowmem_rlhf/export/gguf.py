@@ -1,4 +1,4 @@
-"""Merged weights as one GGUF file for llama.cpp: through the user's own converter where there is one, otherwise here."""
+"""Merged weights as one GGUF file for llama.cpp: by the user's own converter where there is one, otherwise here."""
 
 import json
 import os
@@ -127,9 +127,15 @@ def _add_keys(
         "general.file_type": _FILE_TYPES[kind],
         "general.quantization_version": 2,
     }
-    add = {bool: writer.add_bool, int: writer.add_uint32, float: writer.add_float32, str: writer.add_string}
+    add: dict[type, Callable[[str, Any], None]] = {
+        bool: writer.add_bool,
+        int: writer.add_uint32,
+        float: writer.add_float32,
+        str: writer.add_string,
+        list: writer.add_array,
+    }
     for key, value in (general | {f"{arch}.{k}": v for k, v in architecture.keys.items()} | tokenizer).items():
-        add.get(type(value), writer.add_array)(key, value)
+        add[type(value)](key, value)
 
 
 def _add_info(writer: "GGUFWriter", tensor: "Tensor") -> None:

@@ -35,6 +35,7 @@ class Tensor:
     Attributes:
         shape: rows first, as in torch; without the rows that no token of the vocabulary has.
         source: where its numbers lie; None: they are ``factors``.
+        origin: transformers' name.
         heads: of a query or key weight whose rows are put in pairs; 0: their order stays.
         transposed: stored the other way round.
         shift: added to each number.
@@ -44,6 +45,7 @@ class Tensor:
     shape: tuple[int, ...]
     type: GGMLQuantizationType
     source: Stored | None
+    origin: str = ""
     heads: int = 0
     transposed: bool = False
     shift: float = 0.0
@@ -79,6 +81,15 @@ class Tensor:
             if len(part):
                 yield self._encode(part, device)
 
+    def restore(self, numbers: torch.Tensor) -> torch.Tensor:
+        """Return the numbers as transformers has them, from those of the file (fp32, of `shape`)."""
+        if self.shift:
+            numbers = numbers - self.shift
+        if self.heads:
+            pairs = numbers.view(self.heads, -1, 2, *self.shape[1:])
+            numbers = pairs.transpose(1, 2).reshape(self.shape)
+        return numbers.t() if self.transposed else numbers
+
     def _encode(self, part: torch.Tensor, device: torch.device) -> torch.Tensor:
         numbers = part.to(device)
         if self.shift:
@@ -95,7 +106,11 @@ class Tensor:
 
 
 def _paired(weights: torch.Tensor, heads: int) -> torch.Tensor:
-    """Put row i of a head's first half beside row i of its second: llama.cpp rotates neighbours, transformers halves."""
+    """Put row i of a head's first half beside row i of its second: llama.cpp rotates neighbours, transformers halves.
+
+    Args:
+        weights: (heads * D, ...), of D rows a head.
+    """
     return weights.view(heads, 2, -1, *weights.shape[1:]).transpose(1, 2).reshape(weights.shape)
 
 
@@ -112,7 +127,7 @@ def plan_tensors(
     Raises:
         UserError: a tensor has no place in llama.cpp's model.
     """
-    family, layers = architecture.family, int(architecture.keys["block_count"])
+    family, layers = architecture.family, int(config.num_hidden_layers)
     names = get_tensor_name_map(next(a for a, name in MODEL_ARCH_NAMES.items() if name == family.arch), layers)
     used = {name: one for name, one in stored.items() if not _left_out(name, one, config)}
     tied = not any(name == "lm_head.weight" for name in used)
@@ -131,6 +146,7 @@ def plan_tensors(
                 shape,
                 choose_type(gguf_name, shape, kind, layers, tied),
                 one,
+                origin=name,
                 heads=_rotated_heads(name, config) if family.pairs_rows else 0,
                 transposed=transposed,
                 shift=1.0 if family.shifts_norms and name.endswith("norm.weight") else 0.0,

@@ -16,6 +16,7 @@ from lowmem_rlhf.export.gguf_families import WAY_OUT
 
 Keys = dict[str, Any]
 _NEVER = -1e6  # the score of a token that no merge makes; ranks of merges lie above it
+_NO_MERGE = ("ÿ", "ÿ")  # of two bytes 255, which no text has: llama.cpp loads no tokenizer without a merge
 _SPACE = "▁"
 _CONTRACTIONS = "(?i:'s|'t|'re|'ve|'m|'ll|'d)"
 _WORDS = r"[^\r\n\p{L}\p{N}]?\p{L}+"
@@ -62,15 +63,15 @@ def describe_tokenizer(tokenizer: Any, rows: int, extra_stop: int | None = None)
     """
     content = json.loads(tokenizer.backend_tokenizer.to_str())
     model = content["model"]
-    if model["type"] != "BPE" or not model["merges"]:
-        raise _unknown(f"it is a {model['type']} tokenizer" if model["type"] != "BPE" else "it has no merges")
+    if model["type"] != "BPE":
+        raise _unknown(f"it is a {model['type']} tokenizer")
     splits, rewrites = _flat(content["pre_tokenizer"], "pretokenizers"), _flat(content["normalizer"], "normalizers")
     byte_level = any(part["type"] == "ByteLevel" for part in splits)
     keys = _byte_level(model, splits, rewrites) if byte_level else _sentencepiece(model, splits, rewrites)
     names, types = _tokens(content, rows, byte_level)
     merges = [merge.split(" ") if isinstance(merge, str) else merge for merge in model["merges"]]
     if byte_level:
-        keys["tokenizer.ggml.merges"] = [" ".join(pair) for pair in merges]
+        keys["tokenizer.ggml.merges"] = [" ".join(pair) for pair in merges or [_NO_MERGE]]
     else:
         keys["tokenizer.ggml.scores"] = _scores(model, merges, names)
     keys |= {"tokenizer.ggml.tokens": names, "tokenizer.ggml.token_type": types}
@@ -96,8 +97,8 @@ def _byte_level(model: dict[str, Any], splits: list[dict[str, Any]], rewrites: l
         raise _unknown("it puts a space before every text, or splits after the step to bytes")
     name = None
     if last["use_regex"]:
-        kinds = [(part["type"], part.get("individual_digits")) for part in before]
-        name = {(): "gpt-2", (("Digits", True),): "smollm"}.get(tuple(kinds))
+        digits = [part["type"] == "Digits" and part["individual_digits"] for part in before]
+        name = "gpt-2" if not digits else "smollm" if digits == [True] else None
     elif len(before) == 1 and before[0]["type"] == "Split" and before[0]["behavior"] in ("Isolated", "Removed"):
         pattern = before[0]["pattern"].get("Regex", "").replace("\r", r"\r").replace("\n", r"\n")
         if before[0]["behavior"] == "Isolated" or before[0]["invert"]:

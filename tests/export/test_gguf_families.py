@@ -1,0 +1,127 @@
+"""A GGUF of each family is the model: transformers reads it back, and llama.cpp computes the same."""
+
+import pytest
+import torch
+from gguf_cases import TEXTS, byte_level, llama_cpp, mean_kl, model_folder
+from tokenizers import pre_tokenizers
+from transformers import AutoModelForCausalLM
+
+from lowmem_rlhf.errors import UserError
+from lowmem_rlhf.export.gguf import write_gguf
+from lowmem_rlhf.export.gguf_read import read_model
+
+LLAMA3 = {"rope_type": "llama3", "rope_theta": 10000.0, "factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+GEMMA = {"query_pre_attn_scalar": 16, "tie_word_embeddings": True}
+CASES = {
+    "llama": ("llama", {}),
+    "llama-tied-biased": ("llama-tied-biased", {}),
+    "llama-3.1": ("llama", {"rope_parameters": {**LLAMA3, "original_max_position_embeddings": 16}}),
+    "llama-linear": ("llama", {"rope_parameters": {"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0}}),
+    "llama-head-dim": ("llama", {"head_dim": 24}),
+    "qwen2": ("qwen2", {}),
+    "qwen2-yarn": (
+        "qwen2",
+        {
+            "rope_parameters": {
+                "rope_type": "yarn",
+                "rope_theta": 10000.0,
+                "factor": 4.0,
+                "original_max_position_embeddings": 32,
+            }
+        },
+    ),
+    "qwen3": ("qwen3", {}),
+    "qwen3-head-dim": ("qwen3", {"head_dim": 128}),
+    "mistral": ("mistral", {"sliding_window": None}),
+    "gemma": ("gemma", {"tie_word_embeddings": True}),
+    "gemma2": ("gemma2", GEMMA),
+    "gemma3": ("gemma3", GEMMA),
+    "gemma3-one-kind": ("gemma3", {**GEMMA, "layer_types": ["sliding_attention", "sliding_attention"]}),
+    "phi3": ("phi3", {"sliding_window": None}),
+    "gpt2": (
+        "gpt2",
+        {"tie_word_embeddings": True, "scale_attn_by_inverse_layer_idx": False, "max_position_embeddings": 1024},
+    ),
+}
+# transformers reads of a GGUF neither Gemma 1's shifted norms, nor rotary scaling, biases, caps, widths of heads other
+# than the default, nor which layers have a window; llama.cpp reads all of them
+READ = ("llama", "llama-head-dim", "qwen2", "qwen3-head-dim", "mistral", "gpt2")
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return byte_level(pre_tokenizers.ByteLevel(add_prefix_space=False))
+
+
+def written(name, tmp_path, tokenizer, kind="f16", **changes):
+    family, own = CASES[name]
+    folder = model_folder(family, tmp_path / "model", tokenizer, **{**own, **changes})
+    write_gguf(folder, tmp_path / "model.gguf", kind)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
+    return model, tmp_path / "model.gguf"
+
+
+@torch.no_grad()
+def logits_of(model, ids):
+    return model(torch.tensor([ids]), use_cache=False).logits[0]
+
+
+@pytest.mark.parametrize("name", READ)
+def test_transformers_reads_back_the_same_model(name, tmp_path, tokenizer):
+    model, gguf = written(name, tmp_path, tokenizer)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file=gguf.name, dtype=torch.float32).eval()
+    ids = [token for text in TEXTS for token in tokenizer(text)["input_ids"]][:90]
+    torch.testing.assert_close(logits_of(again, ids), logits_of(model, ids), atol=2e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", sorted(CASES))
+def test_the_numbers_are_read_back(name, tmp_path, tokenizer):
+    model, gguf = written(name, tmp_path, tokenizer)
+    again = read_model(gguf, tmp_path / "model")
+    for key, weights in model.state_dict().items():
+        torch.testing.assert_close(again.state_dict()[key], weights, atol=2e-7, rtol=0, msg=key)
+
+
+@pytest.mark.parametrize("kind, least, most", [("bf16", 1e-4, 3e-3), ("q8_0", 1e-3, 1e-2), ("q4_k_m", 5e-3, 0.1)])
+def test_quantized_numbers_are_near(kind, least, most, tmp_path, tokenizer):
+    model, gguf = written("qwen2", tmp_path, tokenizer, kind, hidden_size=256, intermediate_size=512)
+    again = read_model(gguf, tmp_path / "model").state_dict()
+    for key, weights in model.state_dict().items():
+        error = float((again[key] - weights).norm() / weights.norm())
+        assert error == 0 if weights.ndim < 2 else least < error < most, key
+
+
+@pytest.mark.parametrize("name", sorted(CASES))
+def test_llama_cpp_computes_the_same(name, tmp_path, tokenizer):
+    model, gguf = written(name, tmp_path, tokenizer)
+    ids = [token for text in TEXTS for token in tokenizer(text)["input_ids"]][:90]
+    said = llama_cpp(gguf, probabilities=[ids])["probabilities"]
+    assert mean_kl(logits_of(model, ids), said) < 2e-4
+
+
+@pytest.mark.parametrize(
+    "family, changes, message",
+    [
+        ("gpt_neox", {}, "no GGUF is written here of a gpt_neox model, only of gemma"),
+        ("gemma2", {"query_pre_attn_scalar": 20}, "query_pre_attn_scalar=20, and llama.cpp takes 16"),
+        ("gpt2", {}, "attention scaled by layer"),
+        ("llama", {"hidden_act": "relu"}, "relu in its feed-forward layers"),
+        ("qwen3", {"attention_bias": True}, "biases in its attention's output"),
+        (
+            "qwen2",
+            {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}},
+            "rotary positions of the type dynamic",
+        ),
+    ],
+)
+def test_what_llama_cpp_would_compute_otherwise_is_refused(family, changes, message, tmp_path, tokenizer):
+    folder = model_folder(family, tmp_path / "model", tokenizer, **changes)
+    with pytest.raises(UserError, match=message):
+        write_gguf(folder, tmp_path / "model.gguf", "f16")
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def test_a_window_that_llama_cpp_has_not_is_said(tmp_path, tokenizer, capfd):
+    folder = model_folder("mistral", tmp_path / "model", tokenizer)  # 5 tokens
+    write_gguf(folder, tmp_path / "model.gguf", "f16")
+    assert "this model attends to the latest 5: on texts longer than that its answers differ" in capfd.readouterr().err
