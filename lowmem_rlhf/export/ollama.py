@@ -1,172 +1,142 @@
-"""An Ollama folder: a GGUF and the Modelfile that makes a model of it, ``ollama create NAME -f Modelfile``.
-
-Ollama writes prompts with Go templates. The known chat formats have one here; which of them a tokenizer's own (Jinja)
-template is, is found by rendering a conversation with both and comparing the texts, not by any name.
-"""
+"""An Ollama folder: a GGUF, and the Modelfile that makes a model of it by ``ollama create NAME -f Modelfile``."""
 
 import os
 import shutil
+import sys
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from jinja2 import TemplateError
+
+from lowmem_rlhf.export.gguf import second_stop
 from lowmem_rlhf.export.gguf_tokenizer import chat_template, load_tokenizer
+from lowmem_rlhf.export.ollama_formats import FORMATS, LLAMA31_DATE, Format, Message
 from lowmem_rlhf.files import atomic_write
 
-Message = dict[str, str]
+Parameters = Mapping[str, float | int | str | None]
+SYSTEM: Message = {"role": "system", "content": "S0"}
 PROBE: list[Message] = [
     {"role": "user", "content": "Q1"},
     {"role": "assistant", "content": "A1"},
     {"role": "user", "content": "Q2"},
 ]
-SYSTEM: Message = {"role": "system", "content": "S0"}
+_MARK = "\x00"
+_CONTEXT = 4096  # tokens, of which Ollama reserves memory; a user asks for more with num_ctx
 
 
 @dataclass(frozen=True)
-class Format:
-    """How a chat is written.
+class Found:
+    """What a tokenizer's chat template writes.
 
     Attributes:
-        name: what it is known as.
-        system, user, assistant: around a turn's content; no system where the format has none of its own.
-        answer: what an answer begins with.
-        stop: what ends it.
-        merged: the system's text stands before the first user's.
+        system: the text that it puts in where a conversation has none.
     """
 
-    name: str
-    user: tuple[str, str]
-    assistant: tuple[str, str]
-    answer: str
-    stop: tuple[str, ...]
-    system: tuple[str, str] | None = None
-    merged: str = "\n\n"
-
-    def render(self, messages: list[Message]) -> str:
-        """Return the text of a conversation and the beginning of the next answer, without a BOS."""
-        text, before = "", ""
-        for message in messages:
-            if message["role"] == "system" and self.system is None:
-                before = message["content"] + self.merged
-                continue
-            first, last = {"user": self.user, "assistant": self.assistant, "system": self.system}[message["role"]]  # type: ignore[misc]
-            text += first + before + message["content"] + last
-            before = ""
-        return text + self.answer
-
-    def template(self) -> str:
-        """Return the same as a Go template."""
-        (user, after_user), (assistant, after_assistant) = self.user, self.assistant
-        if self.system is not None:
-            first, last = self.system
-            head = f"{{{{- if .System }}}}{first}{{{{ .System }}}}{last}{{{{ end }}}}"
-            inner = "{{ .Content }}"
-        else:
-            head = ""
-            inner = f"{{{{ if and $.System (eq $i 0) }}}}{{{{ $.System }}}}{self.merged}{{{{ end }}}}{{{{ .Content }}}}"
-        return (
-            head + "{{- range $i, $_ := .Messages }}"
-            f'{{{{- if eq .Role "user" }}}}{user}{inner}{after_user}'
-            f'{{{{- else if eq .Role "assistant" }}}}{assistant}{{{{ .Content }}}}{after_assistant}'
-            "{{- end }}{{- end }}" + self.answer
-        )
+    format: Format
+    system: str = ""
 
 
-def _chatml(name: str, end: str = "<|im_end|>") -> Format:
-    def turn(role: str) -> tuple[str, str]:
-        return f"<|im_start|>{role}\n", f"{end}\n"
+def find_format(tokenizer: Any) -> Found | None:
+    """Return the known format that a chat template writes: both texts of a conversation are the same.
 
-    return Format(name, turn("user"), turn("assistant"), "<|im_start|>assistant\n", (end,), turn("system"))
-
-
-def _llama3(role: str) -> tuple[str, str]:
-    return f"<|start_header_id|>{role}<|end_header_id|>\n\n", "<|eot_id|>"
-
-
-def _lines(role: str, end: str) -> tuple[str, str]:
-    return f"<|{role}|>\n", f"{end}\n"
-
-
-FORMATS = (
-    _chatml("ChatML"),
-    Format(
-        "Llama 3", _llama3("user"), _llama3("assistant"), _llama3("assistant")[0], ("<|eot_id|>",), _llama3("system")
-    ),
-    Format("Mistral", ("[INST] ", " [/INST]"), (" ", "</s>"), "", ("</s>",)),
-    Format("Mistral v3", ("[INST] ", "[/INST]"), (" ", "</s>"), "", ("</s>",)),
-    Format("Mistral v7", ("[INST]", "[/INST]"), ("", "</s>"), "", ("</s>",), ("[SYSTEM_PROMPT]", "[/SYSTEM_PROMPT]")),
-    Format(
-        "Gemma",
-        ("<start_of_turn>user\n", "<end_of_turn>\n"),
-        ("<start_of_turn>model\n", "<end_of_turn>\n"),
-        "<start_of_turn>model\n",
-        ("<end_of_turn>",),
-    ),
-    *(
-        Format(name, _lines("user", end), _lines("assistant", end), "<|assistant|>\n", (end,), _lines("system", end))
-        for name, end in (("Zephyr", "</s>"), ("Phi 3", "<|end|>"))
-    ),
-)
-
-
-def find_format(tokenizer: Any) -> Format | None:
-    """Return the format that a tokenizer's chat template writes; None where it has none or one that is not known.
-
-    A default system text that a template puts in by itself is not a difference: conversations with a system text are
-    compared where the template takes one.
+    Compared are conversations without and with a system text. A template that refuses one, or places it where none of
+    the formats does, is taken with no place for it.
     """
-    if chat_template(tokenizer) is None:
+    plain, with_system = _text(tokenizer, PROBE), _text(tokenizer, [SYSTEM, *PROBE])
+    if plain is None:
         return None
-    texts = []
-    for messages in ([SYSTEM, *PROBE], PROBE):
-        try:
-            text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-        except Exception:  # a template may raise whatever it likes, for example on a system text
+    for one in FORMATS:
+        system = _default_system(one, plain)
+        if system is None:
             continue
-        texts.append((messages, text.removeprefix(tokenizer.bos_token or "")))
-    return next((one for one in FORMATS if texts and _same(one, *texts[0])), None)
+        if one.system is None and one.render([SYSTEM, *PROBE]) != with_system:
+            return Found(replace(one, merged=None))
+        if one.render([SYSTEM, *PROBE]) == with_system:
+            return Found(one, system)
+    return None
 
 
-def _same(one: Format, messages: list[Message], text: str) -> bool:
-    return one.render(messages).strip() == text.strip()
+def _text(tokenizer: Any, messages: list[Message]) -> str | None:
+    """Return what the template writes, without the BOS that Ollama puts before every text; None if it refuses."""
+    try:
+        text = tokenizer.apply_chat_template(
+            messages, tokenize=False, add_generation_prompt=True, date_string=LLAMA31_DATE
+        )
+    except (TemplateError, ValueError, TypeError, KeyError):
+        return None
+    return str(text).removeprefix(tokenizer.bos_token or "")
 
 
-def modelfile(gguf: str, tokenizer: Any, parameters: Mapping[str, float | int | str]) -> tuple[str, str]:
-    """Return a Modelfile, and one sentence on its template."""
-    found = find_format(tokenizer)
+def _default_system(one: Format, plain: str) -> str | None:
+    """Return the system text that stands in a conversation without one; None if it is not of the format."""
+    if one.render(PROBE) == plain:
+        return ""
+    if one.system is None:
+        return None
+    marked = [{"role": "system", "content": _MARK}, *PROBE]
+    before, after = one.render(marked).split(_MARK)
+    fits = plain.startswith(before) and plain.endswith(after) and len(plain) > len(before) + len(after)
+    return plain[len(before) : -len(after)] if fits else None
+
+
+def modelfile(gguf: str, tokenizer: Any, parameters: Parameters, stops: list[str]) -> tuple[str, str]:
+    """Return a Modelfile, and a sentence on its template.
+
+    Args:
+        gguf: the file's name.
+        parameters: Ollama's; those that are None are left out.
+        stops: texts of the tokens that end an answer.
+    """
     lines = [f"FROM ./{gguf}"]
-    if found is None:
+    found = find_format(tokenizer)
+    if chat_template(tokenizer) is None:
+        said = "the model has no chat template: Ollama gives it prompts as they are"
+        lines.append('TEMPLATE """{{ .Prompt }}"""')
+    elif found is None:
         said = (
-            "no known format writes this chat template: the Modelfile has no TEMPLATE, and Ollama reads the GGUF's own"
+            "the chat template is none that is known here, so the Modelfile has no TEMPLATE and Ollama reads the GGUF's"
         )
     else:
-        said = f"the chat template is {found.name}'s"
-        lines.append(f'TEMPLATE """{found.template()}"""')
-    stops = dict.fromkeys([*(found.stop if found else ()), *([tokenizer.eos_token] if tokenizer.eos_token else [])])
-    lines += [f"PARAMETER {key} {value}" for key, value in parameters.items()]
-    lines += [f'PARAMETER stop "{stop}"' for stop in stops]
+        placed = found.format.system or found.format.merged
+        said = f"the chat template is {found.format.name}'s" + ("" if placed else "; a system text has no place in it")
+        lines.append(f'TEMPLATE """{found.format.template()}"""')
+        if found.system:
+            lines.append(f'SYSTEM """{found.system}"""')
+        stops = [found.format.stop, *stops]
+    lines += [f"PARAMETER {name} {value}" for name, value in parameters.items() if value is not None]
+    lines += [f'PARAMETER stop "{stop}"' for stop in dict.fromkeys(stops) if stop.strip()]
     return "\n".join(lines) + "\n", said
 
 
-def write_ollama(folder: Path, gguf: Path, target: Path, parameters: Mapping[str, float | int | str]) -> None:
-    """Write the Modelfile beside the GGUF in ``target``, where the GGUF gets a hard link if it lies elsewhere.
+def write_ollama(folder: Path, gguf: Path, target: Path, parameters: Parameters) -> None:
+    """Write the Modelfile and place the GGUF beside it, as a hard link where the file system has them.
 
     Args:
-        folder: the merged model, for its tokenizer.
-        gguf: the weights.
-        target: an existing folder.
-        parameters: Ollama's, for example temperature.
+        folder: the merged model, for its tokenizer and configuration.
+        gguf: the weights; they may lie in ``target`` already.
+        target: the folder; made if it is not there.
+        parameters: Ollama's, for example temperature and num_ctx; None leaves one out. ``num_ctx`` is by default the
+            model's context, at most 4096 tokens.
 
     Raises:
         UserError: the tokenizer cannot be read.
     """
+    from transformers import AutoConfig
+
+    tokenizer, config = load_tokenizer(folder), AutoConfig.from_pretrained(folder)
+    ends = (tokenizer.eos_token_id, second_stop(folder, config, tokenizer.eos_token_id))
+    stops = [str(tokenizer.convert_ids_to_tokens(end)) for end in ends if end is not None]
+    context = min(_CONTEXT, getattr(config, "max_position_embeddings", None) or _CONTEXT)
+    text, said = modelfile(gguf.name, tokenizer, {"num_ctx": context, **parameters}, stops)
+    target.mkdir(parents=True, exist_ok=True)
     placed = target / gguf.name
     if placed.resolve() != gguf.resolve():
+        placed.unlink(missing_ok=True)
         try:
             os.link(gguf, placed)
         except OSError:  # another file system
             shutil.copyfile(gguf, placed)
-    text, said = modelfile(gguf.name, load_tokenizer(folder), parameters)
     atomic_write(target / "Modelfile", text)
-    print(said, flush=True)
+    print(said, file=sys.stderr, flush=True)
