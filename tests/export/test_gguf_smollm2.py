@@ -1,0 +1,65 @@
+"""The real SmolLM2-135M with a changed adapter merged in, in the real llama.cpp: the text that transformers writes."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from gguf_cases import llama_cpp
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from lowmem_rlhf.export.gguf import write_gguf
+from lowmem_rlhf.model.load import convert_gguf
+from lowmem_rlhf.model.source import resolve_model
+
+PROMPTS = [
+    "The capital of France is",
+    "The most important thing to know about plants is that",
+    "def add(a, b):\n",
+    "Once upon a time there was a small robot who",
+    "1, 2, 3, 4, 5,",
+]
+TOKENS = 24
+
+
+@pytest.fixture(scope="module")
+def merged(smollm2, tmp_path_factory) -> Path:
+    """Return a folder with the model and a change of the size that training makes, stored as float16."""
+    folder = tmp_path_factory.mktemp("merged")
+    source = convert_gguf(Path(resolve_model(smollm2)))
+    model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if name.endswith("proj.weight"):
+                change = torch.randn(weight.shape, generator=generator)
+                weight.add_(change * (5e-3 * weight.norm() / change.norm()))
+    model.to(torch.float16).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(source).save_pretrained(folder)
+    return folder
+
+
+def test_llama_cpp_writes_what_transformers_writes(merged, tmp_path):
+    write_gguf(merged, tmp_path / "m.gguf", "f16")
+    tokenizer = AutoTokenizer.from_pretrained(merged)
+    model = AutoModelForCausalLM.from_pretrained(merged, dtype=torch.float32)
+    ids = [tokenizer(prompt)["input_ids"] for prompt in PROMPTS]
+    answers = []
+    for one in ids:
+        given = torch.tensor([one])
+        made = model.generate(
+            given, attention_mask=torch.ones_like(given), max_new_tokens=TOKENS, do_sample=False, repetition_penalty=1.0
+        )
+        answers.append(made[0, len(one) :].tolist())
+    said = llama_cpp(tmp_path / "m.gguf", texts=PROMPTS, prompts=ids, tokens=TOKENS)
+    assert said["ids"] == ids
+    assert all(len(answer) >= 20 for answer in answers), "a prompt whose answer ends early shows little"
+    assert [answer[:20] for answer in said["answers"]] == [answer[:20] for answer in answers]
+
+
+@pytest.mark.parametrize("kind", ["q8_0", "q4_k_m"])
+def test_quantized_files_load_and_go_on_sensibly(merged, tmp_path, kind):
+    write_gguf(merged, tmp_path / "m.gguf", kind)
+    tokenizer = AutoTokenizer.from_pretrained(merged)
+    ids = [tokenizer(PROMPTS[0])["input_ids"]]
+    said = llama_cpp(tmp_path / "m.gguf", prompts=ids, tokens=8)
+    assert "Paris" in tokenizer.decode(said["answers"][0])
