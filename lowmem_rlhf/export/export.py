@@ -183,8 +183,8 @@ class Export:
             g = self.recipe.generation
             asked = {"temperature": g.temperature, "top_p": g.top_p, "top_k": g.top_k, "min_p": g.min_p}
             write_ollama(work, file, folder, asked | {"num_predict": g.max_completion_length})
+        proof |= verify.proof_of_gguf(file, work, merged.live)
         delete(work)
-        proof |= verify.proof_of_gguf(file, merged.live)
         return {**merged.facts(), "quantize": kind, "file": file.name, "proof": proof}
 
     def _merge(self, folder: Path, dtype: str | None) -> "Merged":

@@ -14,8 +14,9 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from lowmem_rlhf.errors import RunError
+from lowmem_rlhf.errors import RunError, UserError
 from lowmem_rlhf.export.compare import compare
+from lowmem_rlhf.export.gguf_read import read_model
 from lowmem_rlhf.export.live import ROOM, Live, Logits, Said, in_float32
 from lowmem_rlhf.export.shards import read_shards
 from lowmem_rlhf.memory import free_bytes, is_out_of_memory, release
@@ -87,17 +88,17 @@ def proof_of_scores(folder: Path, live: Live, device: torch.device, settings: di
     return {"compared_on": live.source, "texts": len(scores), "largest_score_difference": off, "score_std": spread}
 
 
-def proof_of_gguf(file: Path, live: Live) -> dict[str, Any]:
-    """Compare a GGUF's numbers, unpacked by transformers on the CPU, with the live policy.
+def proof_of_gguf(file: Path, folder: Path, live: Live) -> dict[str, Any]:
+    """Compare a GGUF's numbers, in the configuration of the merged model in ``folder``, with the live policy.
 
     Raises:
         RunError: they are not finite, or another model's.
     """
     try:
         with quiet(), torch.device("cpu"):
-            model = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32).eval()
-    except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
-        return {"gguf": f"not compared: transformers does not read it ({first_sentence(error)})"}
+            model = read_model(file, folder).eval()
+    except UserError as error:
+        return {"gguf": f"not compared: it is of a family that is not read back here ({first_sentence(error)})"}
     said = live.exact or live.said
     compared = compare(said.policy, said.base, stock_logits(model, live.ids))
     if not compared.mean_kl < OTHER_MODEL:
