@@ -63,9 +63,11 @@ class Case:
     @property
     def label(self) -> str:
         """What sets the case apart, for people."""
-        kept = {True: "recomputed", False: "kept"}.get(self.checkpointing, f"{self.checkpointing} recomputed")
+        count = "" if isinstance(self.checkpointing, bool) else f"{self.checkpointing} "
+        kept = f"{count}recomputed" if self.checkpointing else "kept"
         width = {"bfloat16": "16-bit", "float16": "float16", "float32": "32-bit"}[self.compute_dtype]
-        numbers = width if self.quantization == "none" else self.quantization
+        numbers = self.quantization if width == "16-bit" else f"{self.quantization} {width}"
+        numbers = width if self.quantization == "none" else numbers
         if self.algorithm in ("sft", "reward_model"):
             work = f"{self.prompts} x {self.prompt + self.length}"
         else:

@@ -97,14 +97,30 @@ class Layer:
     def _saved_keys(self) -> int:
         """Keys and values: the prompts' and, with the prompt before each, the completions'.
 
-        SDPA takes them with heads expanded to nh where there are fewer; a prompt's lie in the whole row's where they
-        need not be expanded.
+        SDPA takes them with heads expanded to nh where there are fewer.
         """
         shape = self.shape
-        expand_prompt = self.grouped and not self.capped and not self.explicit(shape.prompt_keys)
         expand_own = self.grouped and not self.capped and not self.explicit(shape.own_keys)
-        prompts = self.of(2 * self.queries, shape.prompt_tokens) if expand_prompt else self.of(2 * self.keys)
-        return prompts + self.of(2 * (self.queries if expand_own else self.keys), shape.attended)
+        return self._saved_prompt_keys() + self.of(2 * (self.queries if expand_own else self.keys), shape.attended)
+
+    def _saved_prompt_keys(self) -> int:
+        """The prompts' keys and values: expanded, or the whole row's where they lie in it, or a copy of them.
+
+        Explicit products copy the parts of several prompts; not of one, nor of one token each, whose heads lie side by
+        side in the row (partly rotated keys do not, nor values that one product gave with the queries). Where values
+        come from one product with the queries, they keep all of it; GPT-2's queries keep it themselves in SDPA.
+        """
+        shape, fused, rotated = self.shape, self.family.fused, self.dims.rotary_dim
+        explicit, one = self.explicit(shape.prompt_keys), shape.prompt_tokens <= shape.prompt_keys
+        if self.grouped and not self.capped and not explicit:
+            return self.of(2 * self.queries, shape.prompt_tokens)
+        if explicit and not one and (shape.prompt_keys > 1 or fused):
+            by_queries = fused and not rotated and not self.explicit(shape.own_keys)
+            return self.of(2 * self.keys, None if by_queries else shape.prompt_tokens)
+        if fused:
+            own_queries = rotated or self.explicit(shape.own_keys)
+            return self.of(2 * self.keys + (self.queries if own_queries else 0) + (self.keys if rotated else 0))
+        return self.of(self.keys if explicit and not one and rotated < self.dims.head_dim else 2 * self.keys)
 
     def _saved_results(self) -> int:
         """SDPA's result and log-sum-exp (fp32 a head); explicit scores keep their softmax; a soft cap keeps nothing."""
@@ -143,42 +159,58 @@ class Layer:
 
     # what there is at once in the backward pass, of one layer
 
-    def backward_peak(self) -> int:
+    def backward_peak(self, recomputed: bool = False) -> int:
         """The most that a layer and its gradients take: in its MLP, or in its attention."""
-        return max(self.saved() + self._mlp_gradients(), self._attention_gradients())
+        return max(self.saved() + self._mlp_gradients(recomputed), self._attention_gradients())
 
-    def _mlp_gradients(self) -> int:
+    def _mlp_gradients(self, recomputed: bool) -> int:
         """The gradients at the last product of the MLP, with all of the layer still there.
 
         Of the layer's output (h, twice where a norm follows) and, twice, of the product's input (2f): by the weight and
-        by the adapter. Or once, with the weight made dense.
+        by the adapter. Or once, with the weight made dense. A layer is recomputed only after the gradient by the
+        weight, unless a norm follows; then a weight is made dense beside it for gate and up, before what comes of them.
         """
         h, f = self.dims.hidden_size, self.dims.intermediate_size
-        return self.of(2 * h if self.family.norms == 4 else h) + max(self.of(2 * f), self.of(f) + self.dense)
+        dense = self.of(f) + self.dense
+        if recomputed and self.dims.norm_place == "before":
+            products = 2 if self.family.gated else 1
+            dense -= self.of((self._mlp_numbers() - products) * f)
+        return self.of(2 * h if self.family.norms == 4 else h) + max(self.of(2 * f), dense)
 
     def _attention_gradients(self) -> int:
         """Attention's own backward pass: the MLP is gone; gradients of output, queries, expanded keys and values."""
         shape = self.shape
-        joined = self.of(self.queries)  # attention's result: the product behind it is done with it
-        gradients = self.of(self.dims.hidden_size + self.queries) + self.of(self.queries, shape.own_tokens)
-        of_keys = self.queries if self.grouped and not self.capped and not self.explicit(shape.own_keys) else self.keys
-        gradients += self.of(2 * of_keys, shape.attended)
+        held = self.saved_attention() - self.of(self.queries)  # the product behind attention is done with its result
+        held += self.of(self.dims.hidden_size + self.queries)
+        if self.capped:
+            return held + max(self._capped_gradients(), self._capped_prompt_gradients())
+        of_keys = self.queries if self.grouped and not self.explicit(shape.own_keys) else self.keys
+        gradients = self.of(self.queries, shape.own_tokens) + self.of(2 * of_keys, shape.attended)
         if self.explicit(shape.own_keys):
             gradients += self.of(2 * self.dims.num_heads, shape.own_scores)
-        if self.capped:  # made again in parts: scores four times in fp32, and a part's gradients
-            part = min(1, self._scores_at_once() / max(1, self.dims.num_heads * shape.own_scores))
-            of_part = self.of(self.queries, shape.own_tokens) + self.of(2 * self.keys, shape.attended)
-            gradients += 16 * self._scores_at_once() + round(part * of_part)
-        return self.saved_attention() - joined + gradients
+        return held + gradients
 
-    def _scores_at_once(self) -> int:
-        """Scores of capped attention at once: all, the bound, or those of one completion."""
+    def _capped_gradients(self) -> int:
+        """Of the completions, made again in parts: scores four times in fp32, and a part's gradients."""
+        shape, scores = self.shape, self._scores_at_once()
+        part = min(1, scores / max(1, self.dims.num_heads * shape.own_scores))
+        gradients = self.of(self.queries, shape.own_tokens) + self.of(2 * self.keys, shape.attended)
+        return gradients + 16 * scores + round(part * gradients)
+
+    def _capped_prompt_gradients(self) -> int:
+        """Of the prompts, after the completions: these have freed their keys, and added to the prompts' gradients."""
+        shape, scores = self.shape, self._scores_at_once(prompts=True)
+        part = min(1, scores / max(1, self.dims.num_heads * shape.prompt_scores))
+        own = self.of(self.queries + 2 * self.keys, shape.own_tokens) + self.of(2 * self.keys, shape.prompt_tokens)
+        gradients = self.of(self.queries + 2 * self.keys, shape.prompt_tokens)
+        return own + gradients + 16 * scores + round(part * gradients) - self.of(2 * self.keys, shape.attended)
+
+    def _scores_at_once(self, prompts: bool = False) -> int:
+        """Scores of capped attention at once: of as many completions (or prompts) as the bound allows, or of one."""
         heads, shape = self.dims.num_heads, self.shape
-        return heads * max(
-            min(max(shape.own_scores, shape.prompt_scores), CAPPED_SCORES // heads),
-            shape.row_scores,
-            min(shape.prompt_scores, shape.prompt_keys**2),
-        )
+        each = shape.prompt_keys**2 if prompts else shape.row_scores
+        rows = max(1, CAPPED_SCORES // max(1, heads * each))
+        return heads * min(shape.prompt_scores if prompts else shape.own_scores, rows * each)
 
     def norm_gradients(self) -> int:
         """A norm's backward pass beside its input and gradient: three fp32 numbers (LayerNorm: one more gradient)."""
@@ -190,26 +222,44 @@ class Layer:
     def forward_peak(self) -> int:
         """The most that one layer of a pass without gradients takes, the embeddings included."""
         embeddings = self.of(self.dims.hidden_size) * (2 if not self.dims.rotary_dim else 1)  # of positions, too
-        return embeddings + max(self._mlp_forward(), self._attention_forward())
+        return embeddings + max(self._mlp_forward(), self._attention_forward(), self._head_norm_forward())
 
     def _mlp_forward(self) -> int:
-        """Input, attention's sum, its norm, the MLP's parts (3f; 2f without a gate) and result, a dense weight."""
-        h, f = self.dims.hidden_size, self.dims.intermediate_size
-        return self.of(4 * h + self._mlp_numbers() * f) + self.dense
+        """Input, attention's sum, its norm, the MLP's parts (3f; 2f without a gate) and result, a dense weight.
+
+        Or, where gate and up are one product, no result and weight yet, but the activated gate as well.
+        """
+        h, f, parts = self.dims.hidden_size, self.dims.intermediate_size, self._mlp_numbers()
+        return max(self.of(4 * h + min(parts, 3) * f) + self.dense, self.of(3 * h + parts * f))
+
+    def _head_norm_forward(self) -> int:
+        """The norm of queries: input and its norm, q, k and v, and two fp32 copies of the queries (Gemma: three)."""
+        if self.family.qk_norm == "none":
+            return 0
+        copies = 3 if self.family.embedding_scale else 2  # Gemma's weights, 1 + w, are fp32
+        fp32 = 4 * copies * self.queries * self.shape.tokens
+        return self.of(2 * self.dims.hidden_size + self.queries + 2 * self.keys) + fp32
 
     def _attention_forward(self) -> int:
-        """Input and norm, q, k and v, the completions' keys and values before and after their heads are expanded."""
-        shape = self.shape
+        """Input and norm, q, k and v, the completions' keys and values before and after their heads are expanded.
+
+        Queries and keys of which a part is turned are there before and after (Phi).
+        """
+        shape, heads = self.shape, self.dims.num_heads
         total = self.of(2 * self.dims.hidden_size + self.queries + 2 * self.keys)
-        total += self.of(2 * self.keys, shape.attended)
-        keys, scores = shape.own_keys, shape.own_scores
-        if not shape.attended:
-            keys, scores = shape.prompt_keys, shape.prompt_scores
+        if not self.family.fused and 0 < (turned := self.dims.rotary_dim) < self.dims.head_dim:
+            total += self.of((self.queries + self.keys) * (1 + turned / self.dims.head_dim))
         results = self.of(self.queries)  # of both parts; joined, they are there twice
         if self.capped:
-            return total + max(2 * results, results + self._scores_at_once() * (8 + self.width))
-        if self.explicit(keys):
-            return total + max(2 * results, results + self.of(2 * self.dims.num_heads, scores))
+            prompts = self._scores_at_once(prompts=True) * (8 + self.width)
+            own = self.of(2 * self.keys, shape.attended) + max(results, self._scores_at_once() * (8 + self.width))
+            return total + results + max(prompts, own)
+        total += self.of(2 * self.keys, shape.attended)
+        keys, scores, tokens = shape.own_keys, shape.own_scores, shape.own_tokens
+        if not shape.attended:
+            keys, scores, tokens = shape.prompt_keys, shape.prompt_scores, shape.tokens
+        if self.explicit(keys):  # queries are scaled first
+            return total + max(2 * results, results + self.of(2 * heads, scores) + self.of(self.queries, tokens))
         expanded = self.of(2 * self.queries, shape.attended or shape.tokens) if self.grouped else 0
         return total + results + max(expanded, results if shape.attended else 0)
 
@@ -223,9 +273,12 @@ class Layer:
         return self.of(joined if not self.dims.rotary_dim else joined + self.keys)
 
     def positions(self) -> int:
-        """What all layers share: cosines and sines of rotary positions, ids and positions (int64), masks."""
-        shape = self.shape
-        rotary = 0 if not self.dims.rotary_dim else self.of(2 * self.dims.head_dim)
+        """What all layers share: cosines and sines of rotary positions, ids and positions (int64), masks.
+
+        Gemma 3 has rotary positions of two kinds, for layers with a window and for those without.
+        """
+        shape, kinds = self.shape, 2 if self.dims.model_type.startswith("gemma3") else 1
+        rotary = self.of(2 * kinds * self.dims.rotary_dim)
         masks = shape.row_scores if shape.attended else 0
         if self.capped or self.explicit(shape.prompt_keys):
             masks += shape.prompt_keys**2

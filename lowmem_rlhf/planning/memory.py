@@ -257,7 +257,7 @@ class Memory:
             moments.append(both | {"layer_gradients": max(0, extra), "scored_states": held})
         if count:
             again = {"positions": layer.positions(), "stored_activations": inputs, "scored_states": held}
-            moments.append(again | {"layer_activations": layer.backward_peak() - hidden})
+            moments.append(again | {"layer_activations": layer.backward_peak(recomputed=True) - hidden})
         return moments
 
     def optimizer(self) -> Components:

@@ -1,12 +1,14 @@
 """Bytes of a rollout: prefill of the prompts, their cache, and decoding. Letters as in `memory`; R rows at once."""
 
 import math
+from dataclasses import replace
 
 from lowmem_rlhf.planning.dimensions import ModelDimensions
 from lowmem_rlhf.planning.memory import Components, Memory, total
 from lowmem_rlhf.planning.shapes import prompts_at_once, prompts_shape, rollout_rows
 
 FOUR_BIT_ROWS = 64  # of `model.decoding`: up to so many rows the 4-bit kernel of a CPU multiplies
+BLOCK = 32  # of `rollout.decode`: by which the room for completion tokens grows
 
 
 def kv_bytes_per_token(dims: ModelDimensions, width: int) -> int:
@@ -72,23 +74,31 @@ def rollout(memory: Memory) -> Components:
     prompts = prompts_at_once(recipe, rows)
     at_once = min(prompts, max(1, memory.settings.micro_batch_tokens // prompt))
     token = kv_bytes_per_token(dims, width)
-    layer = memory.layer(prompts_shape(prompt, at_once * prompt))
-    kept = dims.num_layers * layer.kept_keys(_joined(memory, at_once * prompt))
+    layer, lent = memory.layer(prompts_shape(prompt, at_once * prompt)), _lent(memory, at_once * prompt)
+    if lent and len(memory.adapted) == len(dims.linears):
+        layer = replace(layer, dense=0)
+    kept = dims.num_layers * layer.kept_keys(together=lent)
     earlier, cache = (prompts - at_once) * prompt * token, prompts * prompt * token
     own = rows * (length - 1) * token  # the last token of each is not fed
     moments: list[Components] = [
         {"kv_cache": earlier + kept, "prefill_activations": layer.forward_peak() + layer.positions()},
         {"kv_cache": kept + cache},
         {"kv_cache": cache + round(1.5 * cache / dims.num_layers)},
-        {"kv_cache": cache + own + round(own / dims.num_layers)},  # a layer's room grows: old and new
+        {"kv_cache": cache + own + round(rows * _room_before(length - 1) * token / dims.num_layers)},
         {"kv_cache": cache + own} | _decoding(memory, rows, prompt + length),
     ]
-    lent = {"rollout_copy": rollout_copy_bytes(memory) + joined_adapter_bytes(memory)}
-    return memory.adapter_copies() | lent | max(moments, key=total)
+    copies = {"rollout_copy": rollout_copy_bytes(memory) + joined_adapter_bytes(memory)}
+    return memory.adapter_copies() | copies | max(moments, key=total)
 
 
-def _joined(memory: Memory, rows: int) -> bool:
-    """Whether queries, keys and values of a prefill pass with so many tokens come from one product."""
+def _room_before(limit: int) -> int:
+    """Return the completion tokens for which a layer had room before the last growth; old and new are there at once."""
+    step = BLOCK * max(1, limit // (8 * BLOCK))
+    return max(0, limit - 1) // step * step
+
+
+def _lent(memory: Memory, rows: int) -> bool:
+    """Whether a prefill pass with so many tokens multiplies with the copy: then q, k and v come from one product."""
     return bool(rollout_copy_bytes(memory)) and (
         memory.settings.rollout_weights == "dequantized" or rows <= FOUR_BIT_ROWS
     )

@@ -4,7 +4,7 @@ Letters: P prompt tokens, L completion tokens, G completions a prompt, C = L - 1
 last one predicts nothing that is scored).
 """
 
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 
 from lowmem_rlhf.recipe import ONLINE, REWARD_ADAPTER, Recipe
 
@@ -55,24 +55,23 @@ def packed_shape(prompt: int, fed: int, scored: int, generations: int, groups: i
     per = min(generations, max(1, (tokens - prompt) // max(fed, 1)))
     while per > 1 and prompt + per * (prompt + fed) > ATTENDED_PER_TOKEN * tokens:
         per -= 1
-    size, attended = prompt + per * fed, prompt + per * (prompt + fed)
-    room = min(max(tokens, size), groups * (prompt + generations * fed))
-    pieces = max(1.0, min(room / size, ATTENDED_PER_TOKEN * room / attended))
+    room = min(max(tokens, prompt + fed), groups * (prompt + generations * fed))
 
-    def times(count: int) -> int:
-        return round(pieces * count)
+    def of_pieces(size: int) -> PackedShape:
+        """Return a row of pieces with so many completions each."""
+        fits = ATTENDED_PER_TOKEN * tokens / (prompt + size * (prompt + fed))
+        pieces = max(1.0, min(room / (prompt + size * fed), fits))
+        counts = (prompt + size * fed, prompt, size * (prompt + fed), size * scored, prompt * prompt)
+        packed = [round(pieces * count) for count in (*counts, size * fed * (prompt + fed))]
+        return PackedShape(*[*packed, prompt, prompt + fed, fed * (prompt + fed)])
 
-    return PackedShape(
-        tokens=times(size),
-        prompt_tokens=times(prompt),
-        attended=times(per * (prompt + fed)),
-        scored=times(per * scored),
-        prompt_scores=times(prompt * prompt),
-        own_scores=times(per * fed * (prompt + fed)),
-        prompt_keys=prompt,
-        own_keys=prompt + fed,
-        row_scores=fed * (prompt + fed),
-    )
+    whole, rest = of_pieces(per), generations % per
+    if not rest or whole.tokens >= room:
+        return whole
+    # keys bound a row of whole pieces; one of what is left of the groups may be longer
+    left = of_pieces(rest)
+    share = min(1.0, groups * (prompt + rest * fed) / left.tokens)
+    return PackedShape(*(max(a, round(share * b)) for a, b in zip(astuple(whole), astuple(left), strict=True)))
 
 
 def prompts_shape(prompt: int, tokens: int) -> PackedShape:

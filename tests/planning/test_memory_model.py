@@ -71,6 +71,8 @@ SHAPES = [
     (64, 63, 64, 4, 2, 190),  # two of four completions, twice as many rows
     (64, 63, 64, 4, 2, 100),  # not even one: it is taken alone
     (400, 16, 17, 8, 2, 528),  # keys bound it: a prompt is read by each of its completions
+    (500, 7, 8, 8, 2, 1128),  # what the keys' bound leaves of two groups makes the longer row
+    (500, 7, 8, 8, 2, 4096),  # a bound that is larger than all there is
     (1, 510, 511, 1, 4, 1022),  # examples of supervised fine-tuning
 ]
 
