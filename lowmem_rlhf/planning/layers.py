@@ -219,10 +219,15 @@ class Layer:
 
     # what there is at once in a pass without gradients
 
-    def forward_peak(self) -> int:
-        """The most that one layer of a pass without gradients takes, the embeddings included."""
+    def forward_peak(self, keeps_keys: bool = False) -> int:
+        """The most that one layer of a pass without gradients takes, the embeddings included.
+
+        Args:
+            keeps_keys: its keys and values are counted elsewhere, with those of the other layers.
+        """
         embeddings = self.of(self.dims.hidden_size) * (2 if not self.dims.rotary_dim else 1)  # of positions, too
-        return embeddings + max(self._mlp_forward(), self._attention_forward(), self._head_norm_forward())
+        attention = max(self._attention_forward(), self._head_norm_forward())
+        return embeddings + max(self._mlp_forward(), attention - self.of(2 * self.keys) * keeps_keys)
 
     def _mlp_forward(self) -> int:
         """Input, attention's sum, its norm, the MLP's parts (3f; 2f without a gate) and result, a dense weight.

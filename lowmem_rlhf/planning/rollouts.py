@@ -81,7 +81,7 @@ def rollout(memory: Memory) -> Components:
     earlier, cache = (prompts - at_once) * prompt * token, prompts * prompt * token
     own = rows * (length - 1) * token  # the last token of each is not fed
     moments: list[Components] = [
-        {"kv_cache": earlier + kept, "prefill_activations": layer.forward_peak() + layer.positions()},
+        {"kv_cache": earlier + kept, "prefill_activations": layer.forward_peak(keeps_keys=True) + layer.positions()},
         {"kv_cache": kept + cache},
         {"kv_cache": cache + round(1.5 * cache / dims.num_layers)},
         {"kv_cache": cache + own + round(rows * _room_before(length - 1) * token / dims.num_layers)},
