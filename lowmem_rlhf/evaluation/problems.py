@@ -13,7 +13,8 @@ from lowmem_rlhf.recipe import DataConfig, Recipe
 MAY_CHANGE = (
     *("evaluation.", "generation.", "rewards", "data.eval", "data.eval_size"),
     *("data.max_prompt_length", "data.long_prompts"),
-    *("hardware.rollout_batch_size", "hardware.micro_batch_tokens", "hardware.logits_tile_tokens"),
+    *("hardware.rollout_batch_size", "hardware.micro_batch_tokens"),
+    *("hardware.score_batch_tokens", "hardware.logits_tile_tokens"),
 )
 
 

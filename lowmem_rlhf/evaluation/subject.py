@@ -29,7 +29,8 @@ from lowmem_rlhf.training.build import bind_rewards
 from lowmem_rlhf.training.update import PassSettings
 
 Rows = Sequence[dict[str, Any]]
-CUTS = ("rollout_batch_size", "micro_batch_tokens", "logits_tile_tokens")  # settings that change no result
+# settings that change no result
+CUTS = ("rollout_batch_size", "micro_batch_tokens", "score_batch_tokens", "logits_tile_tokens")
 
 
 @dataclass(frozen=True)
@@ -151,10 +152,10 @@ def _subject(
     steps: int | None,
 ) -> Subject:
     pinned = {key: value for key in CUTS if (value := getattr(recipe.hardware, key)) != "auto"}
-    cut = {**{key: settings[key] for key in CUTS}, **pinned}
-    passes = PassSettings(1.0, cut["micro_batch_tokens"], cut["logits_tile_tokens"])
+    cut = {"score_batch_tokens": settings["micro_batch_tokens"], **settings, **pinned}  # older plans have the one only
+    passes = PassSettings(1.0, cut["score_batch_tokens"], cut["logits_tile_tokens"])
     bind_rewards(base, rewards, passes)
-    limits = Limits(cut["rollout_batch_size"], passes.micro_batch_tokens, passes.tile)
+    limits = Limits(cut["rollout_batch_size"], cut["micro_batch_tokens"], passes.tile)
     dequantize = settings.get("rollout_weights") == "dequantized"
     return Subject(base, recipe, rewards, rows, roles, limits, passes, dequantize, steps)
 

@@ -12,6 +12,7 @@ from lowmem_rlhf.errors import UserError
 from lowmem_rlhf.export.gguf_converter import convert, find_converter, find_quantizer, quantize
 from lowmem_rlhf.export.wish import check_disk
 from lowmem_rlhf.files import temp_path
+from lowmem_rlhf.planning.export import GGUF_BYTES
 
 if TYPE_CHECKING:
     import torch
@@ -21,7 +22,6 @@ if TYPE_CHECKING:
     from lowmem_rlhf.export.gguf_tensors import Tensor
 
 Progress = Callable[[int, int], None]
-KINDS = ("f16", "bf16", "q8_0", "q4_k_m")
 _FILE_TYPES = {"f32": 0, "f16": 1, "q8_0": 7, "q4_k_m": 15, "bf16": 32}  # gguf.LlamaFileType
 _HEADER_BYTES = 2**25  # vocabulary and merges, at most
 
@@ -46,8 +46,8 @@ def write_gguf(
         RunError: the disk is too small, or a number does not fit in float16.
         OSError: the file cannot be written.
     """
-    if kind not in KINDS:
-        raise UserError(f"GGUF kind {kind!r} is not known; give {', '.join(KINDS)}")
+    if kind not in GGUF_BYTES:
+        raise UserError(f"GGUF kind {kind!r} is not known; give {', '.join(GGUF_BYTES)}")
     temp, wide = temp_path(target), temp_path(target.with_suffix(".f16.gguf"))
     converter, quantizer = find_converter(), find_quantizer() if kind == "q4_k_m" else None
     try:
@@ -83,9 +83,9 @@ def _write(
     from lowmem_rlhf.export.gguf_families import describe
     from lowmem_rlhf.export.gguf_tensors import plan_tensors
     from lowmem_rlhf.export.gguf_tokenizer import describe_tokenizer, load_tokenizer
-    from lowmem_rlhf.export.shards import read_shards
+    from lowmem_rlhf.export.shards import read_tensors
 
-    stored = {name: one for shard in read_shards(folder).values() for name, one in shard.items()}
+    stored = read_tensors(folder)
     config = AutoConfig.from_pretrained(folder)
     architecture = describe(config)
     tokenizer = load_tokenizer(folder)

@@ -15,7 +15,7 @@ from gguf.quants import dequantize
 from lowmem_rlhf.errors import RunError
 from lowmem_rlhf.export.gguf_families import describe
 from lowmem_rlhf.export.gguf_tensors import plan_tensors
-from lowmem_rlhf.export.shards import read_shards
+from lowmem_rlhf.export.shards import read_tensors
 
 
 @torch.no_grad()
@@ -30,7 +30,7 @@ def read_model(file: Path, folder: Path) -> Any:
 
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, device_map={"": "cpu"})
     found = {tensor.name: tensor for tensor in GGUFReader(file).tensors}
-    stored = {name: one for shard in read_shards(folder).values() for name, one in shard.items()}
+    stored = read_tensors(folder)
     config, weights = model.config, model.state_dict()
     for plan in plan_tensors(stored, config, describe(config), "f32", config.vocab_size):
         if plan.source is None:

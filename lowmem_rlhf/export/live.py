@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 
 from lowmem_rlhf.chat.opening import open_trained, plan_settings
-from lowmem_rlhf.export.shards import read_shards
+from lowmem_rlhf.export.shards import read_tensors
 from lowmem_rlhf.export.source import base_folder
 from lowmem_rlhf.export.texts import sequences
 from lowmem_rlhf.memory import free_bytes, release
@@ -24,12 +24,12 @@ from lowmem_rlhf.model.load import DTYPES
 from lowmem_rlhf.model.packing import Group
 from lowmem_rlhf.model.roles import POLICY, REFERENCE
 from lowmem_rlhf.model.siblings import dense_weight
+from lowmem_rlhf.planning.memory import LOGITS_BYTES
 from lowmem_rlhf.recipe import Recipe
 from lowmem_rlhf.run import RunDirectory
 from lowmem_rlhf.training.heads import ahead, head_outputs
 from lowmem_rlhf.training.update import PassSettings
 
-LOGITS = 2**25  # numbers that are kept of one model at most: 128 MiB
 ROOM = 0.8  # of the free memory that a model may take
 
 Logits = list[torch.Tensor]
@@ -118,9 +118,10 @@ def in_float32(model: torch.nn.Module, dtype: torch.dtype, device: torch.device)
 
 
 def _within(ids: list[list[int]], vocabulary: int) -> list[list[int]]:
+    """Return as many sequences as there is room for logits of, which are kept of one model after another."""
     kept: list[list[int]] = []
     for one in ids:
-        if kept and (sum(map(len, kept)) + len(one)) * vocabulary > LOGITS:
+        if kept and 4 * (sum(map(len, kept)) + len(one)) * vocabulary > LOGITS_BYTES:
             break
         kept.append(one)
     return kept
@@ -158,8 +159,8 @@ def with_original(live: Live, folder: Path, device: torch.device) -> Said | None
         None where there is no room for the unquantized base.
     """
     recipe = live.recipe
-    shards = read_shards(base_folder(recipe.model, recipe.revision))
-    if 4 * sum(one.elements for file in shards.values() for one in file.values()) > ROOM * free_bytes(device):
+    stored = read_tensors(base_folder(recipe.model, recipe.revision))
+    if 4 * sum(one.elements for one in stored.values()) > ROOM * free_bytes(device):
         return None
     saved = saved_adapter(str(folder), recipe.model)
     base = SharedBase.load(

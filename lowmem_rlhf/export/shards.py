@@ -151,6 +151,15 @@ def read_shards(folder: Path) -> dict[str, dict[str, Stored]]:
     return shards
 
 
+def read_tensors(folder: Path) -> dict[str, Stored]:
+    """Return the tensors of a model folder by name, whatever file they lie in.
+
+    Raises:
+        UserError: as `read_shards`.
+    """
+    return {name: one for file in read_shards(folder).values() for name, one in file.items()}
+
+
 Layout = Sequence[tuple[str, str, tuple[int, ...], int]]  # name, dtype, shape, bytes
 
 

@@ -5,10 +5,11 @@ from typing import Any
 
 from lowmem_rlhf.data.prompts import build_examples
 from lowmem_rlhf.errors import UserError
+from lowmem_rlhf.planning.memory import COMPARED_LENGTH, COMPARED_TOKENS
 from lowmem_rlhf.recipe import Recipe
 from lowmem_rlhf.run import RunDirectory
 
-MOST_TOKENS, LONGEST, ROWS = 384, 96, 16  # of all sequences, of one; rows of data that are looked at
+ROWS = 16  # of data that are looked at
 SENTENCES = (
     "The capital of France is Paris, and the river that runs through it is the Seine.",
     "Water boils at 100 degrees Celsius at sea level; on a mountain it boils at a lower temperature.",
@@ -29,7 +30,7 @@ def sequences(
             kept = _cut(found(run, recipe, tokenizer, stop_ids))
         except (UserError, OSError):
             continue  # data that is gone is no reason to refuse an export
-        if sum(map(len, kept)) >= MOST_TOKENS // 4:
+        if sum(map(len, kept)) >= COMPARED_TOKENS // 4:
             return kept, source
     texts = (tokenizer(text)["input_ids"] for text in SENTENCES)
     return _cut(texts), "built-in sentences"
@@ -65,11 +66,11 @@ def _held_out(run: RunDirectory, recipe: Recipe, tokenizer: Any, stop_ids: froze
 
 
 def _cut(found: Any) -> list[list[int]]:
-    """Return sequences of 2 to `LONGEST` tokens, `MOST_TOKENS` in all; of a longer one its end."""
+    """Return sequences of 2 to `COMPARED_LENGTH` tokens, `COMPARED_TOKENS` in all; of a longer one its end."""
     kept: list[list[int]] = []
-    room = MOST_TOKENS
+    room = COMPARED_TOKENS
     for ids in found:
-        part = list(ids)[-min(LONGEST, room) :]
+        part = list(ids)[-min(COMPARED_LENGTH, room) :]
         if len(part) > 1 and part not in kept:
             kept.append(part)
             room -= len(part)

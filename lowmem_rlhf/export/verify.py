@@ -18,7 +18,7 @@ from lowmem_rlhf.errors import RunError, UserError
 from lowmem_rlhf.export.compare import compare
 from lowmem_rlhf.export.gguf_read import read_model
 from lowmem_rlhf.export.live import ROOM, Live, Logits, Said, in_float32
-from lowmem_rlhf.export.shards import read_shards
+from lowmem_rlhf.export.shards import read_tensors
 from lowmem_rlhf.memory import free_bytes, is_out_of_memory, release
 from lowmem_rlhf.model.adapters import HEAD
 from lowmem_rlhf.model.load import DTYPES, first_sentence, load_base, quiet
@@ -155,7 +155,7 @@ def placement(folder: Path, device: torch.device, offload: Path) -> dict[str, An
 
     A CPU computes in fp32 where there is room, since float16 takes it ten times as long; the numbers are the same.
     """
-    tensors = [one for file in read_shards(folder).values() for one in file.values()]
+    tensors = list(read_tensors(folder).values())
     stored = sum(one.end - one.begin for one in tensors)
     wide = 4 * sum(one.elements for one in tensors)
     if device.type != "cpu" and stored < ROOM * free_bytes(device):

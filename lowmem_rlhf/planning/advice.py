@@ -1,9 +1,12 @@
 """What to change when a plan does not fit: each change is planned for, and said only if the run then fits."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
+from itertools import islice
 from typing import Any
 
 from lowmem_rlhf.errors import UserError
+from lowmem_rlhf.planning.catalogue import smaller_than
 from lowmem_rlhf.planning.choices import PINNED, gib
 from lowmem_rlhf.planning.dimensions import ModelDimensions, model_dimensions
 from lowmem_rlhf.planning.memory import peak_phase
@@ -28,56 +31,43 @@ def why_not(plan: Plan, recipe: Recipe) -> str:
 
 def changes(plan: Plan, recipe: Recipe) -> list[str]:
     """Return the changes with which the run fits, the least painful first, with what it then takes; at most three."""
+    return [
+        f"{text} (then {gib(made.memory['peak_bytes'])} of {gib(made.memory['budget_bytes'])})"
+        for text, made in islice(_fitting(plan, recipe), SAID)
+    ]
+
+
+def _fitting(plan: Plan, recipe: Recipe) -> Iterator[tuple[str, Plan]]:
+    """Yield changes in words, with the plan of the run that then fits."""
     dims = model_dimensions(recipe.model, recipe.revision, recipe.trust_remote_code)
-    found: list[str] = []
-    for text, changed, sizes in _candidates(plan, recipe, dims):
-        if len(found) == SAID:
-            break
-        fitting = _planned(changed, plan, sizes)
-        if fitting is not None:
-            share = f"{gib(fitting.memory['peak_bytes'])} of {gib(fitting.memory['budget_bytes'])}"
-            found.append(f"{text} (then {share})")
-    return found
-
-
-def _candidates(plan: Plan, recipe: Recipe, dims: ModelDimensions) -> Iterator[tuple[str, Recipe, ModelDimensions]]:
-    """Yield changes in words, with the changed recipe and the sizes of its model."""
     pinned = [key for key, reason in plan.reasons.items() if reason.startswith(PINNED) and key != "lora"]
-    for key in pinned:
-        yield f"hardware.{key}=auto", _with(recipe, "hardware", **{key: "auto"}), dims
+    unpinned = [(f"hardware.{key}=auto", _with(recipe, "hardware", **{key: "auto"})) for key in pinned]
     if recipe.lora.r != "auto":
-        yield "lora.r=auto", _with(recipe, "lora", r="auto"), dims
+        unpinned.append(("lora.r=auto", _with(recipe, "lora", r="auto")))
     if len(pinned) > 1:
-        yield (
-            "leaving all of hardware.* to the plan",
-            _with(recipe, "hardware", **dict.fromkeys(pinned, "auto")),
-            dims,
-        )
+        free = _with(recipe, "hardware", **dict.fromkeys(pinned, "auto"))
+        unpinned.append(("leaving all of hardware.* to the plan", free))
+    for text, changed in unpinned:
+        if made := _planned(changed, plan, dims):
+            yield text, made
     for key in reversed(length_keys(recipe)):
-        if (length := _longest(key, plan, recipe, dims)) is not None:
-            yield f"{key}={length}", _with_length(recipe, key, length), dims
-    for name, smaller in _smaller_models(dims):
-        if _planned(recipe, plan, smaller) is not None:
-            yield f"model={name}", recipe, smaller
+        shorter = partial(_shorter, plan, recipe, dims, key)
+        length = longest_that_fits(length_keys(recipe)[key], shorter)
+        if length and (made := shorter(length)):
+            yield f"{key}={length}", made
+    for name, smaller in smaller_than(dims):
+        if made := _planned(recipe, plan, smaller):
+            yield f"model={name}", made
             break
 
 
-def _longest(key: str, plan: Plan, recipe: Recipe, dims: ModelDimensions) -> int | None:
-    """Return the largest multiple of 32 tokens for a key with which the run fits; None if there is none."""
-    low, high = 0, length_keys(recipe)[key] // SHORTEST
+def longest_that_fits(most: int, fits: Callable[[int], object]) -> int:
+    """Return the largest multiple of 32 tokens, at most ``most``, for which ``fits`` says something true; else 0."""
+    low, high = 0, most // SHORTEST
     while low < high:
         middle = (low + high + 1) // 2
-        if _planned(_with_length(recipe, key, middle * SHORTEST), plan, dims) is not None:
-            low = middle
-        else:
-            high = middle - 1
-    return low * SHORTEST or None
-
-
-def _smaller_models(dims: ModelDimensions) -> list[tuple[str, ModelDimensions]]:
-    from lowmem_rlhf.planning.catalogue import smaller_than
-
-    return smaller_than(dims)
+        low, high = (middle, high) if fits(middle * SHORTEST) else (low, middle - 1)
+    return low * SHORTEST
 
 
 def _planned(recipe: Recipe, plan: Plan, dims: ModelDimensions) -> Plan | None:
@@ -89,9 +79,9 @@ def _planned(recipe: Recipe, plan: Plan, dims: ModelDimensions) -> Plan | None:
     return made if made.fits else None
 
 
-def _with_length(recipe: Recipe, key: str, length: int) -> Recipe:
+def _shorter(plan: Plan, recipe: Recipe, dims: ModelDimensions, key: str, length: int) -> Plan | None:
     section, _, name = key.partition(".")
-    return _with(recipe, section, **{name: length})
+    return _planned(_with(recipe, section, **{name: length}), plan, dims)
 
 
 def _with(recipe: Recipe, section: str, **values: Any) -> Recipe:

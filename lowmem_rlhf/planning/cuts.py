@@ -11,7 +11,7 @@ from lowmem_rlhf.recipe import ONLINE
 
 MICRO_BATCH_CAP = {"cpu": 4096, "gpu": 16384}  # a CPU gains nothing from more: the activations fall out of its caches
 TILE_BYTES = 128 * MIB
-FOUR_BIT_ROWS = 32  # up to so many a CPU's 4-bit product is faster than the product with a 16-bit copy
+FASTER_ROWS = 32  # up to so many a CPU's 4-bit product is faster than the product with a 16-bit copy
 
 
 def logits_tile_tokens(case: Case) -> tuple[int, str]:
@@ -78,12 +78,7 @@ def micro_batch_tokens(case: Case, settings: Settings) -> tuple[int, str]:
         UserError: the pinned number is less than that.
     """
     least, top = _micro_batch_limits(case)
-    if pinned := case.pinned("micro_batch_tokens"):
-        if pinned < least:
-            raise UserError(
-                f"hardware.micro_batch_tokens: got {pinned}, but a prompt and its completion may have {least} tokens; "
-                f"give at least {least}, or lower {' or '.join(length_keys(case.recipe))}"
-            )
+    if pinned := _pinned_tokens(case, "micro_batch_tokens", least):
         return pinned, PINNED
     steps = sorted({*_token_steps(least, top), min(group_tokens(case.recipe), top)}, reverse=True)
 
@@ -105,14 +100,12 @@ def score_batch_tokens(case: Case, settings: Settings) -> tuple[int, str]:
 
     Such a pass keeps nothing for a backward one, so a whole group often fits where the update must split it, and its
     prompt then runs once.
+
+    Raises:
+        UserError: the pinned number is less than the longest prompt with its completion.
     """
     least, top = _micro_batch_limits(case)
-    if pinned := case.pinned("score_batch_tokens"):
-        if pinned < least:
-            raise UserError(
-                f"hardware.score_batch_tokens: got {pinned}, but a prompt and its completion may have {least} tokens; "
-                f"give at least {least}, or lower {' or '.join(length_keys(case.recipe))}"
-            )
+    if pinned := _pinned_tokens(case, "score_batch_tokens", least):
         return pinned, PINNED
     update, group = settings.micro_batch_tokens, min(group_tokens(case.recipe), top)
     if update >= group:
@@ -166,13 +159,23 @@ def rollout_weights(case: Case, settings: Settings) -> tuple[str, str]:
     if not case.on_cpu:
         return "quantized", "a GPU multiplies 4-bit weights directly"
     fast = case.device.avx512_bf16 and settings.compute_dtype == "bfloat16"
-    if fast and settings.rollout_batch_size <= FOUR_BIT_ROWS:
-        return "quantized", f"this CPU multiplies 4-bit weights directly, faster at up to {FOUR_BIT_ROWS} rows"
+    if fast and settings.rollout_batch_size <= FASTER_ROWS:
+        return "quantized", f"this CPU multiplies 4-bit weights directly, faster at up to {FASTER_ROWS} rows"
     wanted = replace(settings, rollout_weights="dequantized")
     need = case.peak(wanted, "rollout")
     if need > case.budget:
         return "quantized", f"with a 16-bit copy the rollout would take {gib(need)} of {gib(case.budget)}"
     return "dequantized", f"a 16-bit copy saves dequantizing for every token; the rollout takes {gib(need)} with it"
+
+
+def _pinned_tokens(case: Case, key: str, least: int) -> int | None:
+    pinned: int | None = case.pinned(key)
+    if pinned is not None and pinned < least:
+        raise UserError(
+            f"hardware.{key}: got {pinned}, but a prompt and its completion may have {least} tokens; give at least "
+            f"{least}, or lower {' or '.join(length_keys(case.recipe))}"
+        )
+    return pinned
 
 
 def _micro_batch_limits(case: Case) -> tuple[int, int]:

@@ -5,14 +5,13 @@ in training, goes, and the export is loaded as it is stored. So its peak is the 
 """
 
 from lowmem_rlhf.planning.dimensions import ModelDimensions
+from lowmem_rlhf.planning.memory import LOGITS_BYTES, MIB, block_weight_bytes, embedding_bytes
 
-MIB = 1024**2
 WIDTHS = {"float16": 2, "bfloat16": 2, "float32": 4}
 GGUF_BYTES = {"f16": 2.0, "bf16": 2.0, "q8_0": 34 / 32, "q4_k_m": 0.61}  # a weight; of q4_k_m about, with its q6_k part
 SIDE_FILE_BYTES = 32 * MIB  # tokenizer, chat template, card; Gemma's vocabulary is the largest
 PIECE_BYTES = 96 * MIB  # rows that are calculated with, and what an allocator keeps of them; measured
-QUANTIZING_BYTES = 24 * 2**20  # a piece of `export.dequantized` in bitsandbytes' hands: 24 bytes a weight
-LOGITS_BYTES = 4 * 2**25  # of one model on the sample texts, at most
+QUANTIZING_BYTES = 24 * MIB  # a piece of `export.dequantized` in bitsandbytes' hands: 24 bytes a weight
 
 
 def export_disk_bytes(dims: ModelDimensions, dtype: str = "float16", kind: str | None = None) -> int:
@@ -50,8 +49,6 @@ def export_memory_bytes(
         quantization, compute_dtype: of the run's base.
         dtype, onto: of the export.
     """
-    from lowmem_rlhf.planning.memory import block_weight_bytes, embedding_bytes
-
     width = WIDTHS[compute_dtype]
     base = block_weight_bytes(dims, quantization, width) + embedding_bytes(dims, width)
     return {

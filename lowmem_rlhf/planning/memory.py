@@ -23,6 +23,8 @@ CPU_PROCESS_BYTES = 768 * MIB  # Python with torch, transformers and peft import
 ALLOCATOR_FACTOR = 1.125  # reserved / allocated in CUDA's caching allocator, the median of public measurements
 ALLOCATOR_HIGH = 1.25  # the same, its 90th percentile with SDPA
 NF4_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)  # 4 bits, an 8-bit scale per 64 weights, a 4-byte one per 256 of those
+COMPARED_TOKENS, COMPARED_LENGTH = 384, 96  # tokens that an export is compared on, and of one text among them
+LOGITS_BYTES = 4 * 2**25  # of one model on these, at most
 VOCABULARY_CHUNK, ENOUGH_POSITIONS = 4096, 512  # of `model.logprobs`: a tile's entries, and positions at most
 
 
@@ -266,6 +268,18 @@ class Memory:
         inside = 4 * parameters if self.settings.optim == "adamw" and not self.on_cpu else 0
         return {"gradients": 4 * parameters, "update_buffers": inside} | self.adapter_copies()
 
+    def export(self) -> Components:
+        """Return what an export has on the device: the live policy that it is compared with, and a text's logits.
+
+        On a CPU the logits of all texts stay there, the policy's and its base's. The merge itself works in host memory,
+        before (see `planning.export`).
+        """
+        policy = {key: self.resident()[key] for key in ("weights", "embeddings")} | {"adapters": 4 * self.one_adapter}
+        logits = COMPARED_LENGTH * self.dims.vocab_size * (self.width + 4)
+        if self.on_cpu:
+            logits += 2 * min(LOGITS_BYTES, 4 * COMPARED_TOKENS * self.dims.vocab_size)
+        return policy | self.adapter_copies() | {"compared_logits": logits}
+
 
 def phases(dims: ModelDimensions, recipe: Recipe, settings: Settings, device: Device) -> dict[str, Components]:
     """Return bytes by component for rollout (where the run samples), scoring, update, optimizer and export.
@@ -282,8 +296,7 @@ def phases(dims: ModelDimensions, recipe: Recipe, settings: Settings, device: De
         "scoring": resident | memory.scoring(),
         "update": resident | memory.update(),
         "optimizer": resident | memory.optimizer(),
-        "export": {key: resident[key] for key in ("weights", "embeddings", "adapters")}
-        | {"merged_layer": 2 * 4 * dims.largest_linear},  # one layer at a time: its fp32 weight and its fp32 delta
+        "export": memory.export(),
     }
     factor = 1.0 if memory.on_cpu else ALLOCATOR_FACTOR
     for components in result.values():

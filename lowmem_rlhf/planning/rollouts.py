@@ -57,11 +57,10 @@ def joined_adapter_bytes(memory: Memory) -> int:
     """
     if not rollout_copy_bytes(memory):
         return 0
-    groups: dict[tuple[int, bool], list[int]] = {}
-    for linear in memory.adapted:
-        kind = linear.name.startswith(("q_", "k_", "v_")), linear.name.startswith(("gate_p", "up_p"))
-        place = {(True, False): -1, (False, True): -2}.get(kind, len(groups))
-        groups.setdefault((place, True), []).append(linear.outputs)
+    together = dict.fromkeys(("q_proj", "k_proj", "v_proj"), "qkv") | dict.fromkeys(("gate_proj", "up_proj"), "gate")
+    groups: dict[str, list[int]] = {}
+    for place, linear in enumerate(memory.adapted):
+        groups.setdefault(together.get(linear.name, str(place)), []).append(linear.outputs)
     blocks = sum(memory.settings.lora["r"] * len(outs) * sum(outs) for outs in groups.values())
     return memory.dims.num_layers * memory.width * blocks
 

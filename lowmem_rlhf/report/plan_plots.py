@@ -42,7 +42,7 @@ COLOURS = {
     "logits_tile": "#a63a50",
     "full_logits": "#8c2f42",
     "positions": "#d9a58f",
-    "merged_layer": "#6f8f3a",
+    "compared_logits": "#6f8f3a",
     "reference_adapter": "#54708c",
     "other": "#98a2ad",
     "allocator": "#cfd5db",

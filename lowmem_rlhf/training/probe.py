@@ -4,7 +4,6 @@ Nothing is learned and no optimizer step is taken. On a device that counts, the 
 tensors are counted. The optimizer's state is not there yet and is left out of both sides.
 """
 
-import gc
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -12,9 +11,9 @@ from typing import Any
 import torch
 
 from lowmem_rlhf.live_bytes import LiveBytes
-from lowmem_rlhf.memory import device_counter, is_out_of_memory
+from lowmem_rlhf.memory import device_counter, is_out_of_memory, release
 from lowmem_rlhf.model.base import SharedBase
-from lowmem_rlhf.model.packing import Group
+from lowmem_rlhf.model.packing import ATTENDED_PER_TOKEN, Group
 from lowmem_rlhf.model.roles import CRITIC, POLICY, REFERENCE
 from lowmem_rlhf.planning.choices import MARGIN
 from lowmem_rlhf.planning.dimensions import model_dimensions
@@ -78,10 +77,14 @@ def _planned_phases(base: SharedBase, recipe: Recipe, plan: Plan) -> dict[str, C
     Whole groups of full length may leave room in a micro-batch, which the plan takes to be filled.
     """
     settings = plan.settings
-    sizes: dict[str, Any] = {
-        key: sum(group.tokens for group in _largest(base, recipe, getattr(settings, key)))
-        for key in ("micro_batch_tokens", "score_batch_tokens")
-    }
+
+    def size(tokens: int) -> int:
+        """The micro-batch into which exactly these groups go, by their tokens and by the keys that they attend to."""
+        groups = _largest(base, recipe, tokens)
+        attended = sum(group.attended for group in groups)
+        return max(sum(group.tokens for group in groups), -(-attended // ATTENDED_PER_TOKEN))
+
+    sizes: dict[str, Any] = {key: size(getattr(settings, key)) for key in ("micro_batch_tokens", "score_batch_tokens")}
     dims = model_dimensions(recipe.model, recipe.revision, recipe.trust_remote_code)
     return phases(dims, recipe, replace(settings, **sizes), plan.device)
 
@@ -121,11 +124,9 @@ def _again(recipe: Recipe, plan: Plan, found: dict[str, dict[str, int | None]], 
 
 def _measured(base: SharedBase, work: Callable[[], None]) -> int | None:
     """Return the peak bytes of a phase without what is there for others (learned rewards); None: memory ran out."""
-    gc.collect()
+    release(base.device)
     names = ("reset_peak_memory_stats", "max_memory_reserved", "memory_allocated")
     reset, read, now = (device_counter(base.device, name) for name in names)
-    if empty := device_counter(base.device, "empty_cache"):
-        empty()
     own = held_bytes(base)
     try:
         if reset and read and now:

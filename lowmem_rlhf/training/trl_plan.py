@@ -14,6 +14,7 @@ from typing import Any
 
 from lowmem_rlhf.errors import UserError
 from lowmem_rlhf.hardware.device import Device
+from lowmem_rlhf.planning.advice import longest_that_fits
 from lowmem_rlhf.planning.choices import MARGIN, RANK, budget_bytes, gib
 from lowmem_rlhf.planning.dimensions import model_dimensions
 from lowmem_rlhf.planning.memory import peak_phase
@@ -23,7 +24,6 @@ from lowmem_rlhf.recipe_trl import TRL_TRAINERS, max_length
 
 LOGITS_BYTES = 17  # of one logit: about four copies in fp32; live tensors of an ORPO step on SmolLM2-135M say 16.9
 
-SHORTEST = 32  # tokens: advice on a shorter example goes in such steps
 PINNABLE = ("quantization", "compute_dtype", "gradient_checkpointing", "micro_batch_tokens", "optim")
 
 
@@ -55,12 +55,11 @@ def _change(recipe: Recipe, device: Device, profile: str) -> str:
     free = recipe.model_copy(update={"hardware": recipe.hardware.model_copy(update=dict.fromkeys(pinned, "auto"))})
     if pinned and fits(free):
         return said
-    low, high = 0, max_length(recipe.trl) // SHORTEST
-    while low < high:
-        middle = (low + high + 1) // 2
-        shorter = free.model_copy(update={"trl": {**recipe.trl, "max_length": middle * SHORTEST}})
-        low, high = (middle, high) if fits(shorter) else (low, middle - 1)
-    return f"{said} trl.max_length={low * SHORTEST}".strip() if low else "a smaller model"
+    length = longest_that_fits(
+        max_length(recipe.trl),
+        lambda tokens: fits(free.model_copy(update={"trl": {**recipe.trl, "max_length": tokens}})),
+    )
+    return f"{said} trl.max_length={length}".strip() if length else "a smaller model"
 
 
 def _chosen(recipe: Recipe, device: Device, profile: str) -> Plan:

@@ -13,7 +13,6 @@ from safetensors.torch import load_file, save_file
 from tokenizers import pre_tokenizers
 
 from lowmem_rlhf.errors import RunError, UserError
-from lowmem_rlhf.export import gguf as module
 from lowmem_rlhf.export import gguf_tensors
 from lowmem_rlhf.export.gguf import write_gguf
 
@@ -170,4 +169,3 @@ def test_the_token_embedding_is_cut_to_the_vocabulary(tmp_path):
     write_gguf(folder, tmp_path / "m.gguf", "f16")
     shapes = {tensor.name: tensor.shape.tolist() for tensor in GGUFReader(tmp_path / "m.gguf").tensors}
     assert shapes["token_embd.weight"] == shapes["output.weight"] == [48, len(tokenizer)]
-    assert module.KINDS == ("f16", "bf16", "q8_0", "q4_k_m")

@@ -5,8 +5,9 @@ import json
 import shutil
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,7 +16,6 @@ from safetensors.torch import load_file, save_file
 from tiny_models import byte_tokenizer
 from tiny_runs import SYMBOLS, tiny_recipe
 
-from lowmem_rlhf import cli
 from lowmem_rlhf.chat import opening
 from lowmem_rlhf.chat.show import interact, show
 from lowmem_rlhf.chat.talk import Prompts, Reply, Talk, TextStream, Wish
@@ -35,13 +35,6 @@ CHAT = (
 )
 
 
-@dataclass
-class Done:
-    code: int
-    out: str
-    err: str
-
-
 @pytest.fixture(scope="module")
 def trained(tiny_model: Path, tmp_path_factory) -> RunDirectory:
     """Return a run of three steps with checkpoints 2 and 3, whose finished adapter was then made large."""
@@ -54,21 +47,9 @@ def trained(tiny_model: Path, tmp_path_factory) -> RunDirectory:
 
 
 @pytest.fixture
-def chat(monkeypatch, capsys) -> Callable[..., Done]:
+def chat(lowmem_rlhf) -> Callable[..., Any]:
     """Return a function that runs `chat` in this process, with lines on its standard input."""
-
-    def command(*arguments: object, lines: str = "") -> Done:
-        monkeypatch.setattr(sys, "argv", ["lowmem-rlhf", "chat", *map(str, arguments)])
-        monkeypatch.setattr(sys, "stdin", io.StringIO(lines))
-        code = 0
-        try:
-            cli.main()
-        except SystemExit as exit:
-            code = exit.code if isinstance(exit.code, int) else int(bool(exit.code))
-        captured = capsys.readouterr()
-        return Done(code, captured.out, captured.err)
-
-    return command
+    return partial(lowmem_rlhf, "chat")
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,7 @@ from itertools import pairwise
 import pytest
 from planning_cases import CONFIGS, card, cpu
 
-from lowmem_rlhf.planning import memory, rollouts, shapes
+from lowmem_rlhf.planning import layers, memory, rollouts, shapes
 from lowmem_rlhf.planning.dimensions import ModelDimensions, dimensions_from_config
 from lowmem_rlhf.planning.layers import Layer
 from lowmem_rlhf.planning.memory import Memory, Settings
@@ -129,6 +129,26 @@ def test_a_layer_of_llama_by_hand():
     softmax = width * 9 * 200 * 200
     results = width * 200 * q + 4 * 9 * 200  # which SDPA keeps instead, and expanded keys and values
     assert explicit.saved() - on_card.saved() == softmax - results - width * 200 * 2 * (q - kv)
+
+
+def test_constants_of_the_engine_are_the_engines():
+    attention, decode, decoding = (
+        pytest.importorskip(f"lowmem_rlhf.{name}") for name in ("model.attention", "rollout.decode", "model.decoding")
+    )
+    assert (layers.EXPLICIT_KEYS, layers.CAPPED_SCORES) == (attention.EXPLICIT_KEYS, attention.CAPPED_SCORES)
+    assert (rollouts.BLOCK, rollouts.FOUR_BIT_ROWS) == (decode.BLOCK, decoding.FOUR_BIT_ROWS)
+
+
+def test_an_export_needs_no_optimizer_and_never_decides_whether_a_run_fits():
+    for model, algorithm in (("Qwen2.5-7B", "grpo"), ("SmolLM2-135M", "ppo")):
+        recipe = load_recipe("grpo_gsm8k", [f"algorithm={algorithm}"])
+        least = {"micro_batch_tokens": 832, "score_batch_tokens": 832, "rollout_batch_size": 1}
+        tight = replace(SETTINGS, optim="adamw_8bit", lora={**LORA, "r": 4}, **least)
+        found = memory.phases(dims(model), recipe, tight, card(10.75))
+        assert found["export"].keys() == {
+            "weights", "embeddings", "adapters", "adapter_copies", "compared_logits", "allocator",
+        }  # fmt: skip
+        assert memory.peak_phase(found)[0] != "export"
 
 
 def test_the_tile_has_the_heads_shape():
