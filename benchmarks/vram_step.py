@@ -94,11 +94,11 @@ def _examples(recipe: Recipe, vocabulary: int) -> Iterator[Any]:
 
 
 class Measured:
-    """Peaks of live bytes by phase, over the steps that are taken."""
+    """Peaks of live bytes by phase of one step, less what lived in the process before the run's base was loaded."""
 
     def __init__(self, recipe: Recipe, plan: Plan, counter: LiveBytes | None = None) -> None:
         self.peaks: dict[str, int] = {}
-        self._open: list[str] = []
+        others = LiveBytes().current
         with tempfile.TemporaryDirectory() as folder, torch.random.fork_rng(devices=[]):
             trainer: Any = trainer_of(recipe, plan, Path(folder))
             trainer.timed = self._phase
@@ -108,9 +108,10 @@ class Measured:
             self.peaks = {}
             self.counter = counter or LiveBytes(scan=False)
             self.counter.scan()
-            self.start = self.counter.current
+            self.start = self.counter.current - others
             with self.counter:
                 trainer.one_step(view)
+        self.peaks = {name: peak - others for name, peak in self.peaks.items()}
 
     @contextmanager
     def _phase(self, name: str) -> Iterator[None]:

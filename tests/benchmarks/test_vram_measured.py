@@ -4,6 +4,7 @@ import json
 from dataclasses import replace
 
 import pytest
+import torch
 import vram_measured
 from vram_cases import FAMILIES, MODELS, NAMED, SMOLLM, Case, cases, write_model
 
@@ -61,6 +62,15 @@ def test_every_phase_of_a_step_is_predicted(measured, case):
     assert list(found) == (["rollout", "score", "update", "step"] if online else ["update", "step"])
     assert max(abs(phase["error"]) for phase in found.values()) < 0.03
     assert found["step"]["measured"] == max(peaks.values())
+
+
+def test_tensors_of_others_in_the_process_are_not_counted(folders, measured):
+    from vram_step import Measured
+
+    recipe, plan, peaks = measured(TINY[2])
+    others = torch.zeros(50_000_000, dtype=torch.uint8)
+    assert Measured(recipe, plan).peaks["update"] == pytest.approx(peaks["update"], rel=0.01)
+    assert others.numel()
 
 
 @pytest.mark.parametrize("case", TINY, ids=NAMES)
