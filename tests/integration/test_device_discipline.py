@@ -168,6 +168,7 @@ def test_checkpoints_in_host_memory_leave_the_card_and_change_no_gradient(card, 
     assert "error" not in facts, facts
     assert all(facts["equal"]) and facts["norm"] > 0
     assert facts["failed"] == 5, "memory was to run out five times"
+    assert facts["left"] == 0, "what the failed passes held was to be given back"
     peaks, checkpoint = facts["peaks"], facts["checkpoint_bytes"]
     # six checkpoints are on the card when the last layer is recomputed; its own is there in both cases
     assert 4.5 * checkpoint <= peaks["here"] - peaks["there"] <= 6.5 * checkpoint, facts
