@@ -47,6 +47,7 @@ class LeanLayer:
     activation: Any
     down: Siblings
     head_size: int
+    kv_heads: int
     attention: tuple[float, int | None, float | None]
 
 
@@ -63,11 +64,12 @@ class LeanDecoder:
         """Return the last hidden states (T, H) for input_ids and position_ids (1, T), as SharedBase's."""
         x = self.decoder.embed_tokens(input_ids)
         cos, sin = (table[0][:, None] for table in self.decoder.rotary_emb(x, position_ids))  # (T, 1, d)
+        sin = torch.cat((-sin[..., : sin.shape[-1] // 2], sin[..., sin.shape[-1] // 2 :]), dim=-1)
         x = x[0]
         for number, layer in enumerate(self.layers):
             x = x + self._attention(number, layer, layer.attention_norm(x), cos, sin, context)
             gate, up = layer.gate_up.results(layer.mlp_norm(x))
-            x += layer.down.results(layer.activation(gate).mul_(up))[0]
+            x += layer.down.joined(layer.activation(gate).mul_(up))
         return self.decoder.norm(x)
 
     def _attention(
@@ -79,18 +81,23 @@ class LeanDecoder:
         sin: torch.Tensor,
         context: AttentionContext,
     ) -> torch.Tensor:
-        q, k, v = (part.unflatten(-1, (-1, layer.head_size)) for part in layer.qkv.results(x))  # (T, heads, d)
+        heads = layer.qkv.joined(x).unflatten(-1, (-1, layer.head_size))  # (T, nh + 2 nkv, d)
+        nkv = layer.kv_heads
+        turned, v = heads[:, :-nkv], heads[:, -nkv:]
         if layer.head_norms is not None:
-            q, k = layer.head_norms[0](q), layer.head_norms[1](k)
-        q, k = (_rotated(part, cos, sin).transpose(0, 1) for part in (q, k))
+            turned = torch.cat((layer.head_norms[0](turned[:, :-nkv]), layer.head_norms[1](turned[:, -nkv:])), dim=1)
+        turned = _rotated(turned, cos, sin).transpose(0, 1)
+        q, k = turned[:-nkv], turned[-nkv:]
         out = context.attend(number, q, k, v.transpose(0, 1), *layer.attention)
-        return layer.out.results(out.flatten(1))[0]
+        return layer.out.joined(out.flatten(1))
 
 
 def _rotated(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Turn heads (T, heads, d) by their positions (RoFormer, arXiv 2104.09864; halves, as transformers has it)."""
-    first, second = x.chunk(2, dim=-1)
-    return (x * cos).addcmul_(torch.cat((-second, first), dim=-1), sin)
+    """Turn heads (T, heads, d) by their positions (RoFormer, arXiv 2104.09864; halves, as transformers has it).
+
+    The first half of ``sin`` is negated: it belongs to what the second half of a head adds to the first.
+    """
+    return (x * cos).addcmul_(x.roll(x.shape[-1] // 2, dims=-1), sin)
 
 
 @torch.no_grad()
@@ -141,5 +148,6 @@ def _lean(block: Any, attention: tuple[float, int | None, float | None] | None) 
         activation=mlp.act_fn,
         down=joined[3],  # type: ignore[arg-type]
         head_size=heads.head_dim,
+        kv_heads=heads.k_proj.out_features // heads.head_dim,
         attention=attention,
     )

@@ -79,12 +79,25 @@ class Siblings:
         if torch.is_grad_enabled():
             return self._with_gradient(x, adapters, self._masters.get(active.names, []))
         if self.together is not None and x.shape[0] <= self.most_rows:
-            y = self.together(x)
-            if adapters is not None:
-                assert adapters.block is not None
-                y.addmm_(x @ adapters.a.t(), adapters.block)
-            return y.split(self.outs, dim=-1)
+            return self._together(self.together, x, adapters).split(self.outs, dim=-1)
         return _forward(x, self.layers, adapters, None if adapters is None else x @ adapters.a.t())
+
+    def joined(self, x: torch.Tensor) -> torch.Tensor:
+        """Return `results` without gradients side by side, (T, sum of out)."""
+        if self.together is not None and x.shape[0] <= self.most_rows:
+            active = self.layers[0].active
+            adapters = self._adapters(active.names, active.version, x.dtype) if active.names else None
+            return self._together(self.together, x, adapters)
+        results = self.results(x)
+        return results[0] if len(results) == 1 else torch.cat(list(results), dim=-1)
+
+    @staticmethod
+    def _together(product: Product, x: torch.Tensor, adapters: Adapters | None) -> torch.Tensor:
+        y = product(x)
+        if adapters is not None:
+            assert adapters.block is not None
+            y.addmm_(x @ adapters.a.t(), adapters.block)
+        return y
 
     def _with_gradient(
         self, x: torch.Tensor, adapters: Adapters | None, masters: list[torch.Tensor]

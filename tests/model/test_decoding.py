@@ -1,12 +1,14 @@
 """Weights in the form that decodes fastest: the same numbers, lent for a rollout and given back."""
 
 import gc
+from contextlib import nullcontext
 
 import pytest
 import torch
 from bitsandbytes import functional
 from tiny_models import CPU, fill_adapter, save_tiny
 
+from lowmem_rlhf.model import decoding
 from lowmem_rlhf.model.base import SharedBase
 from lowmem_rlhf.model.decoding import FOUR_BIT_ROWS, four_bit_layout
 from lowmem_rlhf.model.packing import Group, pack
@@ -124,6 +126,22 @@ def test_where_nothing_is_gained_nothing_is_lent(tiny_folder, quantization, dtyp
     base = load(tiny_folder, quantization, dtype)
     with base.decoding(False):
         assert all(siblings.together is None for siblings in base.siblings)
+
+
+def test_where_bitsandbytes_has_no_such_kernel_its_layers_stay(base, monkeypatch):
+    monkeypatch.setattr(decoding, "KERNEL", "a_function_of_another_release")
+    with base.decoding(False):
+        assert all(siblings.together is None for siblings in base.siblings)
+
+
+@pytest.mark.parametrize("dequantize", [*FORMS, None])
+def test_joined_results_are_the_results_side_by_side(base, dequantize):
+    x = torch.randn(5, base.siblings[0].layers[0].in_features).bfloat16()
+    siblings = base.siblings[0]
+    for role in (POLICY, "reference"):
+        with torch.no_grad(), base.role(role), nullcontext() if dequantize is None else base.decoding(dequantize):
+            assert (siblings.together is None) == (dequantize is None)
+            assert torch.equal(siblings.joined(x), torch.cat(list(siblings.results(x)), dim=-1))
 
 
 @pytest.mark.parametrize("dequantize", FORMS)
