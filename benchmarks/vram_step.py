@@ -96,7 +96,7 @@ def _examples(recipe: Recipe, vocabulary: int) -> Iterator[Any]:
 class Measured:
     """Peaks of live bytes by phase of one step, less what lived in the process before the run's base was loaded."""
 
-    def __init__(self, recipe: Recipe, plan: Plan, counter: LiveBytes | None = None) -> None:
+    def __init__(self, recipe: Recipe, plan: Plan) -> None:
         self.peaks: dict[str, int] = {}
         others = LiveBytes().current
         with tempfile.TemporaryDirectory() as folder, torch.random.fork_rng(devices=[]):
@@ -105,10 +105,7 @@ class Measured:
             view = LiveView(1, console=Console(file=StringIO()))
             trainer.one_step(view)  # makes the optimizer's state
             trainer.step += 1
-            self.peaks = {}
-            self.counter = counter or LiveBytes(scan=False)
-            self.counter.scan()
-            self.start = self.counter.current - others
+            self.counter = LiveBytes()
             with self.counter:
                 trainer.one_step(view)
         self.peaks = {name: peak - others for name, peak in self.peaks.items()}

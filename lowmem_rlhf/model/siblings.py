@@ -74,30 +74,32 @@ class Siblings:
 
     def results(self, x: torch.Tensor) -> Sequence[torch.Tensor]:
         """Return the output (T, out) of every layer for x (T, in)."""
-        active = self.layers[0].active
-        adapters = self._adapters(active.names, active.version, x.dtype) if active.names else None
+        if self._lent_for(x):
+            return self.joined(x).split(self.outs, dim=-1)
+        active, adapters = self.layers[0].active, self._active_adapters(x.dtype)
         if torch.is_grad_enabled():
             return self._with_gradient(x, adapters, self._masters.get(active.names, []))
-        if self.together is not None and x.shape[0] <= self.most_rows:
-            return self._together(self.together, x, adapters).split(self.outs, dim=-1)
         return _forward(x, self.layers, adapters, None if adapters is None else x @ adapters.a.t())
 
     def joined(self, x: torch.Tensor) -> torch.Tensor:
-        """Return `results` without gradients side by side, (T, sum of out)."""
-        if self.together is not None and x.shape[0] <= self.most_rows:
-            active = self.layers[0].active
-            adapters = self._adapters(active.names, active.version, x.dtype) if active.names else None
-            return self._together(self.together, x, adapters)
-        results = self.results(x)
-        return results[0] if len(results) == 1 else torch.cat(list(results), dim=-1)
-
-    @staticmethod
-    def _together(product: Product, x: torch.Tensor, adapters: Adapters | None) -> torch.Tensor:
-        y = product(x)
+        """Return `results` side by side, (T, sum of out)."""
+        if not self._lent_for(x):
+            results = self.results(x)
+            return results[0] if len(results) == 1 else torch.cat(list(results), dim=-1)
+        assert self.together is not None
+        y, adapters = self.together(x), self._active_adapters(x.dtype)
         if adapters is not None:
             assert adapters.block is not None
             y.addmm_(x @ adapters.a.t(), adapters.block)
         return y
+
+    def _lent_for(self, x: torch.Tensor) -> bool:
+        """Whether the product of all weights at once is there and takes this x."""
+        return self.together is not None and x.shape[0] <= self.most_rows and not torch.is_grad_enabled()
+
+    def _active_adapters(self, dtype: torch.dtype) -> Adapters | None:
+        active = self.layers[0].active
+        return self._adapters(active.names, active.version, dtype) if active.names else None
 
     def _with_gradient(
         self, x: torch.Tensor, adapters: Adapters | None, masters: list[torch.Tensor]

@@ -2,9 +2,7 @@
 
 import json
 import shutil
-import sys
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +15,6 @@ from tiny_classifiers import save_classifier
 from tiny_runs import save_tiny_model, tiny_recipe, tiny_values, write_jsonl
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
-from lowmem_rlhf import cli
 from lowmem_rlhf.recipe import Recipe, load_recipe, validate_recipe
 from lowmem_rlhf.report import html
 from lowmem_rlhf.rewards.adapter import AdapterReward
@@ -256,34 +253,19 @@ def test_grpo_is_rewarded_by_a_trained_classifier(classifier, tiny_model, tmp_pa
 # The command line
 
 
-@dataclass
-class Done:
-    code: int
-    out: str
-    err: str
-
-
 @pytest.fixture
-def command(tiny_model: Path, runs: Path, tmp_path: Path, monkeypatch, capsys) -> Callable[..., Done]:
+def command(tiny_model: Path, runs: Path, tmp_path: Path, monkeypatch, lowmem_rlhf) -> Callable[..., Any]:
     """Return a function that runs a command on a recipe, made of the tiny one, in the folder of all runs."""
     monkeypatch.chdir(runs)
 
-    def run(*arguments: str, **changes: Any) -> Done:
+    def run(first: str, *more: str, **changes: Any) -> Any:
         (tmp_path / "stage.yaml").write_text(yaml.safe_dump(changed(tiny_values(tiny_model), changes)))
-        first, *more = arguments
-        monkeypatch.setattr(sys, "argv", ["lowmem-rlhf", first, str(tmp_path / "stage.yaml"), *more])
-        try:
-            cli.main()
-            code = 0
-        except SystemExit as exit:
-            code = exit.code
-        captured = capsys.readouterr()
-        return Done(code, captured.out, captured.err)
+        return lowmem_rlhf(first, tmp_path / "stage.yaml", *more)
 
     return run
 
 
-def one_message(done: Done) -> str:
+def one_message(done: Any) -> str:
     """Return the message of a refused command: one sentence, for a recipe's schema below a line that names it."""
     assert done.code == 2 and done.err.startswith("error: "), done
     assert "Traceback" not in done.err + done.out
