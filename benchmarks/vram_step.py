@@ -5,11 +5,11 @@ Prompts and completions are random tokens of exactly the recipe's maximal length
 
 import random
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from io import StringIO
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from rich.console import Console
@@ -93,22 +93,47 @@ def _examples(recipe: Recipe, vocabulary: int) -> Iterator[Any]:
             yield Example("", ids(recipe.data.max_prompt_length), {})
 
 
-class Measured:
-    """Peaks of live bytes by phase of one step, less what lived in the process before the run's base was loaded."""
+class Counter(Protocol):
+    """What measures bytes while it is entered: `LiveBytes`, or a card's own counts."""
 
-    def __init__(self, recipe: Recipe, plan: Plan) -> None:
+    peak: int
+
+    def __enter__(self) -> Any: ...
+    def __exit__(self, *error: Any) -> Any: ...
+    def reset_peak(self) -> None: ...
+
+
+class Measured:
+    """Peaks by phase of one step, less what lived in the process before the run's base was loaded.
+
+    Args:
+        recipe, plan: of the run.
+        counter: makes what counts during the step; live tensors by default.
+        others: bytes that are not the run's; counted by default.
+
+    Attributes:
+        peaks: bytes by the trainer's phases.
+        counter: what counted them.
+        said: what the trainer told the user.
+    """
+
+    def __init__(
+        self, recipe: Recipe, plan: Plan, counter: Callable[[], Counter] = LiveBytes, others: int | None = None
+    ) -> None:
         self.peaks: dict[str, int] = {}
-        others = LiveBytes().current
+        others = LiveBytes().current if others is None else others
+        said = StringIO()
         with tempfile.TemporaryDirectory() as folder, torch.random.fork_rng(devices=[]):
             trainer: Any = trainer_of(recipe, plan, Path(folder))
             trainer.timed = self._phase
-            view = LiveView(1, console=Console(file=StringIO()))
+            view = LiveView(1, console=Console(file=said))
             trainer.one_step(view)  # makes the optimizer's state
             trainer.step += 1
-            self.counter = LiveBytes()
+            self.counter = counter()
             with self.counter:
                 trainer.one_step(view)
         self.peaks = {name: peak - others for name, peak in self.peaks.items()}
+        self.said = said.getvalue()
 
     @contextmanager
     def _phase(self, name: str) -> Iterator[None]:

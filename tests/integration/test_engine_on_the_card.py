@@ -1,6 +1,6 @@
-"""The engine's equalities on the virtual card: its passes are the CPU's, and its peak is what the live bytes say.
+"""The engine's equalities on a card: its passes are the CPU's, and its peak is what the live bytes say.
 
-Attention takes SDPA's math path on both devices, the only one that the virtual card has.
+On the virtual card attention takes SDPA's math path, the only one that it has, and on the CPU beside it too.
 """
 
 import json
@@ -26,14 +26,14 @@ GATE = 252 * 160
 @pytest.fixture(scope="module")
 def output(on_the_card, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("engine")
-    on_the_card("vcard_engine_process.py", str(folder), made=folder / "peaks.json")
+    on_the_card("card_engine_process.py", str(folder), made=folder / "peaks.json")
     return folder
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
 def numbers(request, output) -> dict[str, dict[str, torch.Tensor]]:
     """Return what the CPU and the card computed for a family."""
-    return {device: load_file(output / f"{request.param}-{device}.safetensors") for device in ("cpu", "vcard")}
+    return {device: load_file(output / f"{request.param}-{device}.safetensors") for device in ("cpu", "card")}
 
 
 def distance(got: torch.Tensor, want: torch.Tensor) -> float:
@@ -41,7 +41,7 @@ def distance(got: torch.Tensor, want: torch.Tensor) -> float:
 
 
 def test_every_number_of_the_card_is_the_cpus(numbers):
-    cpu, card = numbers["cpu"], numbers["vcard"]
+    cpu, card = numbers["cpu"], numbers["card"]
     assert cpu.keys() == card.keys() and len(cpu) == 12 + 3 + 6 + 6 + 2 * ("offloaded" in cpu)
     for name, want in cpu.items():
         if name == "offloaded/freed":
@@ -53,7 +53,7 @@ def test_every_number_of_the_card_is_the_cpus(numbers):
 
 
 def test_packed_passes_on_the_card_are_the_stock_models_on_single_sequences(numbers):
-    card = numbers["vcard"]
+    card = numbers["card"]
     for role in ("policy", "reference"):
         assert distance(card[f"score/{role}/whole"], card[f"stock/{role}"]) < CLOSE
     assert distance(card["update/kept/whole"], card["stock/gradient"]) < CLOSE
@@ -61,7 +61,7 @@ def test_packed_passes_on_the_card_are_the_stock_models_on_single_sequences(numb
 
 
 def test_split_is_whole_and_recomputed_is_kept_on_the_card(numbers):
-    card = numbers["vcard"]
+    card = numbers["card"]
     for cut in ("split", "alone"):
         for role in ("policy", "reference"):
             assert distance(card[f"score/{role}/{cut}"], card[f"score/{role}/whole"]) < CLOSE
@@ -71,13 +71,13 @@ def test_split_is_whole_and_recomputed_is_kept_on_the_card(numbers):
 
 
 def test_tiled_logprobs_on_the_card_are_the_full_ones(numbers):
-    card = numbers["vcard"]
+    card = numbers["card"]
     for name in ("logps", "entropies", "gradient"):
         assert distance(card[f"tiled/{name}"], card[f"full/{name}"]) < CLOSE
 
 
 def test_waves_on_the_card_write_the_completions_of_one_batch(numbers):
-    card = numbers["vcard"]
+    card = numbers["card"]
     for name in ("lengths", "tokens"):
         assert torch.equal(card[f"{name}/at once"], card[f"{name}/in waves"])
     assert distance(card["sampled/in waves"], card["sampled/at once"]) < CLOSE
@@ -86,7 +86,7 @@ def test_waves_on_the_card_write_the_completions_of_one_batch(numbers):
 
 
 def test_an_embedding_in_host_memory_gives_the_same_numbers_and_frees_the_card(output):
-    found = [load_file(output / f"{family}-vcard.safetensors") for family in FAMILIES]
+    found = [load_file(output / f"{family}-card.safetensors") for family in FAMILIES]
     offloaded = [numbers for numbers in found if "offloaded" in numbers]
     assert len(offloaded) >= 3
     for numbers in offloaded:

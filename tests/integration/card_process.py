@@ -1,4 +1,4 @@
-"""Runs on the virtual card, in a process of their own: `python vcard_process.py VCARD_FOLDER MODEL OUTPUT`.
+"""Runs on a card, in a process of their own: `python card_process.py cuda|VCARD_FOLDER MODEL OUTPUT`.
 
 Writes one run directory a case into OUTPUT, and OUTPUT/facts.json with what only this process could see.
 """
@@ -15,13 +15,11 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-sys.path.insert(0, sys.argv[1])
 sys.path.insert(1, str(Path(__file__).resolve().parents[1]))
 import torch
-import vcard
+from cards import card_of, its_attention
 from tiny_classifiers import save_classifier
 from tiny_runs import tiny_recipe, write_jsonl
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from lowmem_rlhf import cli
@@ -34,13 +32,17 @@ from lowmem_rlhf.training import grpo, online
 from lowmem_rlhf.training.optimizer import Stepper
 from lowmem_rlhf.training.update import packed_logprobs
 
+CARD, DEVICE = card_of(sys.argv[1])
 MODEL, OUTPUT = Path(sys.argv[2]), Path(sys.argv[3])
+SIDES = {"cpu": "cpu", "card": DEVICE}
 PRECISIONS = {
     "float32": {"quantization": "none", "compute_dtype": "float32"},
     "bfloat16": {"quantization": "none", "compute_dtype": "bfloat16"},
     "float16": {"quantization": "none", "compute_dtype": "float16"},
     "nf4": {"quantization": "nf4", "compute_dtype": "bfloat16"},
 }
+if DEVICE.startswith("cuda"):  # the virtual card has none of its kernels
+    PRECISIONS["int8"] = {"quantization": "int8", "compute_dtype": "float16"}
 attention.EXPLICIT_ON.clear()  # the CPU's runs take SDPA, as a card does
 facts: dict[str, Any] = {}
 
@@ -50,19 +52,19 @@ def recipe(device: str, precision: str = "float32", steps: int = 2, **hardware: 
     return tiny_recipe(MODEL, hardware=settings, training={"max_steps": steps})
 
 
-def run_and_resume(device: str, precision: str) -> None:
-    """Two steps, a checkpoint, and a third step by a resumed run; the card's SDPA only has the math kernel."""
-    folder = OUTPUT / f"{precision}-{device}"
-    with sdpa_kernel(SDPBackend.MATH):
-        train(recipe(device, precision), folder)
-        train(recipe(device, precision, steps=3), folder, resume=True)
+def run_and_resume(side: str, precision: str) -> None:
+    """Two steps, a checkpoint, and a third step by a resumed run."""
+    folder = OUTPUT / f"{precision}-{side}"
+    with its_attention(DEVICE):
+        train(recipe(SIDES[side], precision), folder)
+        train(recipe(SIDES[side], precision, steps=3), folder, resume=True)
 
 
 def placement() -> dict[str, Any]:
-    base = SharedBase.load(str(MODEL), torch.device("vcard:0"), "nf4", "bfloat16")
+    base = SharedBase.load(str(MODEL), torch.device(DEVICE), "nf4", "bfloat16")
     tensors = [*base.parameters(), *base.buffers()]
     try:
-        torch.ones(2, device="vcard") + torch.ones(2, device="cpu")
+        torch.ones(2, device=DEVICE) + torch.ones(2, device="cpu")
         mixing = "no error"
     except RuntimeError as error:
         mixing = str(error)
@@ -76,7 +78,7 @@ def learned_reward(policy: str, device: str, name: str) -> None:
     options = {"model": str(folder), "label": 1, "batch_tokens": 64, "device": device}
     values = {**recipe(policy).model_dump(), "evaluation": {}}
     values["rewards"] = [{"function": "classifier", "options": options}]
-    with sdpa_kernel(SDPBackend.MATH):
+    with its_attention(DEVICE):
         train(validate_recipe(values), OUTPUT / name)
 
 
@@ -93,22 +95,22 @@ def stages() -> tuple[Path, Path]:
     return sft, judge
 
 
-def all_roles(device: str, precision: str) -> None:
+def all_roles(side: str, precision: str) -> None:
     """Two steps of PPO with start, policy, critic and reward on one base."""
     sft, judge = stages()
-    with sdpa_kernel(SDPBackend.MATH):
+    with its_attention(DEVICE):
         train(
             tiny_recipe(
                 MODEL,
                 algorithm="ppo",
                 adapter=str(sft),
-                hardware={"device": device, **PRECISIONS[precision]},
+                hardware={"device": SIDES[side], **PRECISIONS[precision]},
                 data={"eval_size": 0},
                 training={"max_steps": 2},
                 rewards=[{"function": "reward_adapter", "options": {"adapter": str(judge)}}],
                 ppo={"num_ppo_epochs": 2, "num_mini_batches": 2, "bootstrap_truncated": True, "entropy_coef": 0.01},
             ),
-            OUTPUT / f"ppo-{precision}-{device}",
+            OUTPUT / f"ppo-{precision}-{side}",
         )
 
 
@@ -127,14 +129,14 @@ def before(owner: Any, name: str, act: Callable[[int], None]) -> Any:
         yield
     finally:
         setattr(owner, name, original)
-        vcard.fail_at(-1)
-        vcard.set_capacity(2**40)
+        CARD.fail_at(-1)
+        CARD.set_capacity(2**40)
 
 
 def out_of_memory(name: str, owner: Any, function: str, act: Callable[[int], None], **hardware: Any) -> dict[str, Any]:
     """Run the recipe from the command line while memory runs out; return exit code and output."""
     file = OUTPUT / f"{name}.yaml"
-    file.write_text(recipe("vcard", **hardware).to_yaml())
+    file.write_text(recipe(DEVICE, **hardware).to_yaml())
     out, err = io.StringIO(), io.StringIO()
     sys.argv = ["lowmem-rlhf", "train", str(file), "--output", str(OUTPUT / name)]
     with before(owner, function, act), contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
@@ -151,7 +153,7 @@ def offloaded(dtype: torch.dtype) -> dict[str, Any]:
     sizes = {"vocab_size": 256, "hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4}
     config = LlamaConfig(num_hidden_layers=6, num_key_value_heads=2, **sizes)
     torch.manual_seed(0)
-    model = LlamaForCausalLM(config).requires_grad_(False).to("vcard:0", dtype)
+    model = LlamaForCausalLM(config).requires_grad_(False).to(DEVICE, dtype)
     base = SharedBase(model, SimpleNamespace(eos_token_id=1), "deeper", r=4)
     with torch.no_grad():
         for p in base.trainable().values():
@@ -164,27 +166,27 @@ def offloaded(dtype: torch.dtype) -> dict[str, Any]:
         for p in base.trainable().values():  # there from the start, as in training
             p.grad = torch.zeros_like(p)
         gc.collect()
-        start, calls = vcard.live(), vcard.allocs()
-        vcard.reset_peak()
+        start, calls = CARD.live(), CARD.allocs()
+        CARD.reset_peak()
         with base.role("policy"):
             packed_logprobs(base, row, 1.0, 16)[0].sum().backward()
         gradients = torch.cat([p.grad.flatten().cpu() for p in base.trainable().values()])  # type: ignore[union-attr]
-        return {"gradients": gradients, "peak": vcard.peak() - start, "allocs": vcard.allocs() - calls}
+        return {"gradients": gradients, "peak": CARD.peak() - start, "allocs": CARD.allocs() - calls}
 
     one_pass(0, False)  # makes the adapters' copies
     kept, here, there, half = (one_pass(*how) for how in ((0, False), (6, False), (6, True), (3, True)))
-    failed, before = 0, vcard.live()
+    failed, before = 0, CARD.live()
     for part in (1, 3, 5, 6, 7):
-        vcard.fail_at(vcard.allocs() + there["allocs"] * part // 8)
+        CARD.fail_at(CARD.allocs() + there["allocs"] * part // 8)
         try:
             one_pass(6, True)
         except torch.OutOfMemoryError:
             failed += 1
     until = time.monotonic() + 20
-    while vcard.live() > before and time.monotonic() < until:  # the backward pass's own thread lets go a moment later
+    while CARD.live() > before and time.monotonic() < until:  # the backward pass's own thread lets go a moment later
         gc.collect()
         time.sleep(0.01)
-    left, again = vcard.live() - before, one_pass(6, True)
+    left, again = CARD.live() - before, one_pass(6, True)
     return {
         "checkpoint_bytes": row.input_ids.numel() * config.hidden_size * dtype.itemsize,
         "peaks": {"kept": kept["peak"], "here": here["peak"], "there": there["peak"], "again": again["peak"]},
@@ -196,27 +198,27 @@ def offloaded(dtype: torch.dtype) -> dict[str, Any]:
 
 
 def fail_once(after: int) -> Callable[[int], None]:
-    return lambda call: vcard.fail_at(vcard.allocs() + after) if call == 1 else None
+    return lambda call: CARD.fail_at(CARD.allocs() + after) if call == 1 else None
 
 
 def no_room_in_step_2(call: int) -> None:
     if call == 2:
-        vcard.set_capacity(1)  # whatever the step itself gives back is not enough
+        CARD.set_capacity(1)  # whatever the step itself gives back is not enough
 
 
 CASES: dict[str, Callable[[], Any]] = {
     "placement": placement,
     **{
-        f"{precision}-{device}": (lambda d=device, p=precision: run_and_resume(d, p))
+        f"{precision}-{side}": (lambda s=side, p=precision: run_and_resume(s, p))
         for precision in PRECISIONS
-        for device in ("cpu", "vcard")
+        for side in SIDES
     },
     "learned-cpu": lambda: learned_reward("cpu", "auto", "learned-cpu"),
-    "learned-vcard": lambda: learned_reward("vcard", "auto", "learned-vcard"),
-    "learned-aside": lambda: learned_reward("vcard", "cpu", "learned-aside"),
+    "learned-card": lambda: learned_reward(DEVICE, "auto", "learned-card"),
+    "learned-aside": lambda: learned_reward(DEVICE, "cpu", "learned-aside"),
     "ppo-float32-cpu": lambda: all_roles("cpu", "float32"),
-    "ppo-float32-vcard": lambda: all_roles("vcard", "float32"),
-    "ppo-float16-vcard": lambda: all_roles("vcard", "float16"),
+    "ppo-float32-card": lambda: all_roles("card", "float32"),
+    "ppo-float16-card": lambda: all_roles("card", "float16"),
     "oom-nowhere": lambda: out_of_memory("oom-nowhere", online, "generate", lambda call: None),
     "oom-in-rollout": lambda: out_of_memory("oom-in-rollout", online, "generate", fail_once(300)),
     "oom-in-update": lambda: out_of_memory("oom-in-update", grpo, "update", fail_once(600)),

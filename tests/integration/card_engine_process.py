@@ -1,7 +1,7 @@
-"""The engine's passes on the CPU and on the virtual card: `python vcard_engine_process.py VCARD_FOLDER OUTPUT`.
+"""The engine's passes on the CPU and on a card: `python card_engine_process.py cuda|VCARD_FOLDER OUTPUT`.
 
 Writes the numbers of every family and device into OUTPUT/FAMILY-DEVICE.safetensors, and OUTPUT/peaks.json. Run it in a
-process of its own: the card is registered for the whole process.
+process of its own: the virtual card is registered for the whole process.
 """
 
 import gc
@@ -10,15 +10,13 @@ import sys
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, sys.argv[1])
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
 import torch
-import vcard
+from cards import card_of, its_attention
 from peft import PeftModel
 from safetensors.torch import save_file
 from tiny_models import as_batch, fill_adapter, ragged_groups, tiny_model, tiny_tokenizer
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from lowmem_rlhf.algorithms.grpo import token_loss, token_weights
 from lowmem_rlhf.live_bytes import LiveBytes
@@ -33,6 +31,7 @@ from lowmem_rlhf.rollout.sampling import Sampling
 from lowmem_rlhf.training.update import Batch, PassSettings, backward, score
 
 OUTPUT = Path(sys.argv[2])
+CARD, DEVICE = card_of(sys.argv[1])
 FAMILIES = ("llama", "qwen2", "mistral", "gemma2", "gemma3", "gpt2")
 TEMPERATURE, TILE, LIMIT = 0.7, 5, 12
 BUDGETS = {"whole": 1000, "split": 30, "alone": 1}
@@ -163,10 +162,10 @@ def sampled(base: SharedBase) -> Numbers:
 def without_embeddings(base: SharedBase, batch: Batch) -> Numbers:
     """Return the policy's log-probs with the token embedding in host memory, and the bytes that the card has more."""
     gc.collect()
-    before = vcard.live()
+    before = CARD.live()
     embeddings_to_host(base.model)
     gc.collect()
-    freed = torch.tensor([before - vcard.live()])
+    freed = torch.tensor([before - CARD.live()])
     with base.role(POLICY):
         logps = score(base, batch, range(len(batch.completions)), PassSettings(TEMPERATURE, 1000, TILE))
     return {"offloaded": joined(logps), "offloaded/freed": freed}
@@ -184,14 +183,14 @@ class Peak:
             self.before = self.counter.current
             self.counter.__enter__()
         else:
-            vcard.reset_peak()
-            self.before = vcard.live()
+            CARD.reset_peak()
+            self.before = CARD.live()
         return self
 
     def __exit__(self, *error: Any) -> None:
         if self.counter:
             self.counter.__exit__(*error)
-        self.bytes = (self.counter.peak if self.counter else vcard.peak()) - self.before
+        self.bytes = (self.counter.peak if self.counter else CARD.peak()) - self.before
 
 
 def peaks(device: str, dtype: torch.dtype, counted: bool) -> dict[str, int]:
@@ -228,19 +227,19 @@ def peaks(device: str, dtype: torch.dtype, counted: bool) -> dict[str, int]:
 
 def main() -> None:
     for family in FAMILIES:
-        for device in ("cpu", "vcard"):
+        for name, device in {"cpu": "cpu", "card": DEVICE}.items():
             base, batch = base_on(device, family), the_batch()
-            with sdpa_kernel(SDPBackend.MATH):
+            with its_attention(DEVICE):
                 numbers = {**engine(base, batch), **stock(base, batch, family, device)}
                 numbers |= {**logprobs(base), **sampled(base)}
                 if not base.model.config.tie_word_embeddings:
                     numbers |= without_embeddings(base, batch)
-            save_file(numbers, OUTPUT / f"{family}-{device}.safetensors")
-    with sdpa_kernel(SDPBackend.MATH):
+            save_file(numbers, OUTPUT / f"{family}-{name}.safetensors")
+    with its_attention(DEVICE):
         found = {
             str(dtype).removeprefix("torch."): {
-                "card": peaks("vcard", dtype, counted=False),
-                "counted on the card": peaks("vcard", dtype, counted=True),
+                "card": peaks(DEVICE, dtype, counted=False),
+                "counted on the card": peaks(DEVICE, dtype, counted=True),
                 "counted on the CPU": peaks("cpu", dtype, counted=True),
             }
             for dtype in (torch.float32, torch.bfloat16)

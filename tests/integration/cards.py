@@ -1,0 +1,76 @@
+"""The card that a test's process runs on: the virtual one, or the machine's own. Both answer to the same names."""
+
+import importlib
+import sys
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+
+class CudaCard:
+    """The first CUDA card, with the functions of the module ``vcard`` (shared/vcard)."""
+
+    def __init__(self) -> None:
+        self._filling: list[torch.Tensor] = []
+        self._once = False
+        torch._C._cuda_attach_out_of_memory_observer(self._ran_out)
+
+    def live(self) -> int:
+        """Return the bytes of live tensors, each rounded up to 512."""
+        return torch.cuda.memory_allocated()
+
+    def peak(self) -> int:
+        """Return the highest of these since `reset_peak`."""
+        return torch.cuda.max_memory_allocated()
+
+    def reset_peak(self) -> None:
+        """Begin a new peak."""
+        torch.cuda.reset_peak_memory_stats()
+
+    def allocs(self) -> int:
+        """Return how often memory was asked for so far."""
+        return int(torch.cuda.memory_stats()["allocation.all.allocated"])
+
+    def set_capacity(self, count: int) -> None:
+        """Let the process reserve so many bytes; where that is less than it has, nothing at all is left to take."""
+        self._filling.clear()
+        torch.cuda.empty_cache()
+        torch.cuda.set_per_process_memory_fraction(min(1.0, count / torch.cuda.mem_get_info()[1]))
+        if count < torch.cuda.memory_reserved():
+            self._fill()
+
+    def fail_at(self, number: int) -> None:
+        """Let the very next allocation fail, whatever its number is; a negative one: none."""
+        self.set_capacity(2**60 if number < 0 else 0)
+        self._once = number >= 0
+
+    def _fill(self) -> None:
+        once, self._once = self._once, False
+        for size in (2**20, 2**16, 2**12, 512):
+            try:
+                while True:
+                    self._filling.append(torch.empty(size, dtype=torch.uint8, device="cuda"))
+            except torch.OutOfMemoryError:
+                continue
+        self._once = once
+
+    def _ran_out(self, *_: Any) -> None:
+        if self._once:
+            self._once = False
+            self._filling.clear()
+            torch.cuda.set_per_process_memory_fraction(1.0)
+
+
+def card_of(argument: str) -> tuple[Any, str]:
+    """Return the card that a script was told of and its device: ``cuda``, or the folder of the virtual card."""
+    if argument == "cuda":
+        return CudaCard(), "cuda:0"
+    sys.path.insert(0, argument)
+    return importlib.import_module("vcard"), "vcard:0"
+
+
+def its_attention(device: str) -> AbstractContextManager[None]:
+    """Return what both sides of a comparison with this card run SDPA under: the virtual card has the math path only."""
+    return nullcontext() if device.startswith("cuda") else sdpa_kernel(SDPBackend.MATH)
