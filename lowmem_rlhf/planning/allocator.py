@@ -18,6 +18,15 @@ LARGE_ALONE = 10 * MIB  # kMinLargeAlloc: from here on a request gets a segment 
 ROUND_ALONE = 2 * MIB  # kRoundLarge: ... rounded up to a multiple
 
 
+def cublas_workspace(compute_capability: tuple[int, int] | None) -> int:
+    """Return the bytes that torch takes from the allocator, and keeps, for each thread that multiplies with cuBLAS.
+
+    ``parseChosenWorkspaceSize`` of ``aten/src/ATen/cuda/CublasHandlePool.cpp``: ":4096:2:16:8", and 32 MiB on Hopper
+    and on data-centre Blackwell. The backward pass multiplies in a thread of its own.
+    """
+    return 32 * MIB if compute_capability and compute_capability[0] in (9, 10) else 2 * 4096 * KIB + 8 * 16 * KIB
+
+
 class Block:
     """A part of a segment; ``before`` and ``after`` are its neighbours in the same segment."""
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from lowmem_rlhf.hardware.device import Device
+from lowmem_rlhf.planning.allocator import cublas_workspace
 from lowmem_rlhf.planning.dimensions import ModelDimensions
 from lowmem_rlhf.planning.families import Linear
 from lowmem_rlhf.planning.layers import Layer
@@ -139,6 +140,8 @@ class Memory:
         self.dims, self.recipe, self.settings = dims, recipe, settings
         self.width = settings.width
         self.on_cpu = device.torch_device.startswith("cpu")
+        on_cuda = device.torch_device.startswith("cuda")
+        self.workspace = cublas_workspace(device.compute_capability) if on_cuda else 0
         self.four_bit_copy = device.avx512_bf16 and settings.compute_dtype == "bfloat16"
         self.one_adapter = dims.lora_parameters(settings.lora["r"], settings.lora["target_modules"])
         self.trained, self.frozen = adapters_of(recipe)
@@ -156,7 +159,8 @@ class Memory:
     def resident(self) -> Components:
         """Return what lies on the device in every phase.
 
-        Trained adapters are fp32 masters, frozen ones the numbers they multiply with.
+        Trained adapters are fp32 masters, frozen ones the numbers they multiply with. On CUDA cuBLAS keeps a workspace
+        for each of two threads, autograd's being the second.
         """
         settings, trained = self.settings, self.one_adapter * self.trained
         return {
@@ -164,6 +168,7 @@ class Memory:
             "embeddings": embedding_bytes(self.dims, self.width, settings.offload_embeddings),
             "adapters": 4 * trained + self.width * self.one_adapter * self.frozen,
             "optimizer_state": optimizer_state_bytes(trained, settings.optim),
+            "workspaces": 2 * self.workspace,
         }
 
     def adapter_copies(self, adapters: int = 1) -> Components:
@@ -274,7 +279,8 @@ class Memory:
         On a CPU the logits of all texts stay there, the policy's and its base's. The merge itself works in host memory,
         before (see `planning.export`).
         """
-        policy = {key: self.resident()[key] for key in ("weights", "embeddings")} | {"adapters": 4 * self.one_adapter}
+        policy = {key: self.resident()[key] for key in ("weights", "embeddings")}
+        policy |= {"adapters": 4 * self.one_adapter, "workspaces": self.workspace}
         logits = COMPARED_LENGTH * self.dims.vocab_size * (self.width + 4)
         if self.on_cpu:
             logits += 2 * min(LOGITS_BYTES, 4 * COMPARED_TOKENS * self.dims.vocab_size)

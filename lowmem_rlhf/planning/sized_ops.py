@@ -4,10 +4,10 @@ Every method names where its count comes from. Gradients of frozen weights are n
 makes several gradients, it makes them in the alphabetical order of the arguments' names, and so does this.
 """
 
-from lowmem_rlhf.planning.allocator import CachingAllocator
+from lowmem_rlhf.planning.allocator import CachingAllocator, cublas_workspace
 from lowmem_rlhf.planning.sized import Graph, Sized
 
-CUBLAS_WORKSPACE = 2 * 4096 * 1024 + 8 * 16 * 1024  # ":4096:2:16:8", torch's default on cards before Hopper
+WORKSPACE = cublas_workspace((7, 5))  # the measurements of stock steps are a T4's
 
 
 class Ops(Graph):
@@ -29,7 +29,7 @@ class Ops(Graph):
         """Keep cuBLAS's workspace: one for each thread that multiplies, and autograd's is a thread of its own."""
         if self.in_backward not in self._workspaces:
             with self.counted_as("workspaces"):
-                self._workspaces[self.in_backward] = self.empty(CUBLAS_WORKSPACE, 1)
+                self._workspaces[self.in_backward] = self.empty(WORKSPACE, 1)
 
     def matmul(self, count: int, width: int) -> Sized:
         """Take the result of a product."""

@@ -25,6 +25,7 @@ COLOURS = {
     "embeddings": "#3f7cb5",
     "adapters": "#7fb0d8",
     "optimizer_state": "#b5d1ea",
+    "workspaces": "#d8e3ee",
     "adapter_copies": "#8f7cc0",
     "gradients": "#5d4a96",
     "update_buffers": "#bcaedd",

@@ -38,7 +38,7 @@ class Probed:
 
     Attributes:
         phases: for each phase ``predicted_bytes`` and ``measured_bytes`` (None: memory ran out).
-        ratio: the largest measured share of what was predicted.
+        ratio: what was measured over what was predicted (`ratio_of`).
         said: one line for the user.
     """
 
@@ -60,15 +60,28 @@ def probe(base: SharedBase, recipe: Recipe, plan: Plan) -> tuple[Plan, Probed]:
     settings = plan.settings
     base.set_gradient_checkpointing(settings.gradient_checkpointing, settings.offload_checkpoints)
     found: dict[str, dict[str, int | None]] = {}
-    planned = _planned_phases(base, recipe, plan)
+    planned, others = _planned_phases(base, recipe, plan), _others(base)
     for name, work in _phases(base, recipe, plan).items():
         components = planned[name]
         predicted = sum(components.values()) - components["optimizer_state"]
-        found[name] = {"predicted_bytes": predicted, "measured_bytes": _measured(base, work)}
-    ratio = max(_ratio(one) for one in found.values())
+        found[name] = {"predicted_bytes": predicted, "measured_bytes": _measured(base, work, others)}
+    ratio = ratio_of(found)
     if RELAX <= ratio <= TIGHTEN:
         return plan, Probed(found, ratio, f"probe: the largest phase took {ratio:.2f} of what was planned; it stays")
     return _again(recipe, plan, found, ratio)
+
+
+def ratio_of(found: dict[str, dict[str, int | None]]) -> float:
+    """Return the largest measured phase over the largest planned one; where that is low, the worst phase's own ratio.
+
+    What a phase takes beyond its plan does no harm while another one needs more. But a plan grows in all its phases.
+    """
+    pairs = [(one["measured_bytes"], one["predicted_bytes"]) for one in found.values()]
+    own = [FAILED if measured is None or not planned else measured / planned for measured, planned in pairs]
+    if any(measured is None for measured, _ in pairs):
+        return max(own)
+    whole = max(measured or 0 for measured, _ in pairs) / max(planned or 0 for _, planned in pairs)
+    return whole if whole >= RELAX else min(1.0, max(own))
 
 
 def _planned_phases(base: SharedBase, recipe: Recipe, plan: Plan) -> dict[str, Components]:
@@ -87,11 +100,6 @@ def _planned_phases(base: SharedBase, recipe: Recipe, plan: Plan) -> dict[str, C
     sizes: dict[str, Any] = {key: size(getattr(settings, key)) for key in ("micro_batch_tokens", "score_batch_tokens")}
     dims = model_dimensions(recipe.model, recipe.revision, recipe.trust_remote_code)
     return phases(dims, recipe, replace(settings, **sizes), plan.device)
-
-
-def _ratio(one: dict[str, int | None]) -> float:
-    measured, predicted = one["measured_bytes"], one["predicted_bytes"]
-    return FAILED if measured is None or not predicted else measured / predicted
 
 
 def _again(recipe: Recipe, plan: Plan, found: dict[str, dict[str, int | None]], ratio: float) -> tuple[Plan, Probed]:
@@ -122,20 +130,23 @@ def _again(recipe: Recipe, plan: Plan, found: dict[str, dict[str, int | None]], 
     return replace(made, device=plan.device, reasons=reasons, memory=memory), Probed(found, ratio, said)
 
 
-def _measured(base: SharedBase, work: Callable[[], None]) -> int | None:
-    """Return the peak bytes of a phase without what is there for others (learned rewards); None: memory ran out."""
+def _others(base: SharedBase) -> int:
+    """Return the bytes on the device that are there for others (learned rewards) before the first phase."""
     release(base.device)
-    names = ("reset_peak_memory_stats", "max_memory_reserved", "memory_allocated")
-    reset, read, now = (device_counter(base.device, name) for name in names)
-    own = held_bytes(base)
+    now = device_counter(base.device, "memory_allocated")
+    return max(0, (int(now(base.device)) if now else LiveBytes().current) - held_bytes(base))
+
+
+def _measured(base: SharedBase, work: Callable[[], None], others: int) -> int | None:
+    """Return the peak bytes of a phase without those of others; None: memory ran out."""
+    release(base.device)
+    reset, read = (device_counter(base.device, name) for name in ("reset_peak_memory_stats", "max_memory_reserved"))
     try:
-        if reset and read and now:
-            others = max(0, int(now(base.device)) - own)
+        if reset and read:
             reset(base.device)
             work()
             return int(read(base.device)) - others
         counter = LiveBytes()
-        others = max(0, counter.current - own)
         with counter:
             work()
         return counter.peak - others

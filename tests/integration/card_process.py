@@ -191,7 +191,7 @@ def offloaded(dtype: torch.dtype) -> dict[str, Any]:
         "checkpoint_bytes": row.input_ids.numel() * config.hidden_size * dtype.itemsize,
         "peaks": {"kept": kept["peak"], "here": here["peak"], "there": there["peak"], "again": again["peak"]},
         "norm": float(kept["gradients"].norm()),
-        "equal": [torch.equal(kept["gradients"], other["gradients"]) for other in (here, there, half, again)],
+        "apart": [float((kept["gradients"] - one["gradients"]).norm()) for one in (here, there, half, again)],
         "failed": failed,
         "left": left,
     }

@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file
 from tiny_runs import learned, tiny_recipe
 
+from lowmem_rlhf.planning.allocator import cublas_workspace
 from lowmem_rlhf.run import RunDirectory
 from lowmem_rlhf.session import train
 
@@ -75,8 +76,10 @@ def test_the_plan_and_the_peak_are_the_cards(card, card_device, precision):
     run = run_of(card, f"{precision}-card")
     assert run.plan()["device"]["torch_device"] == card_device
     peaks = [row["memory/peak_bytes"] for row in run.metrics()]
-    # the process itself holds hundreds of megabytes; the tiny model with its batch takes about one
-    assert all(100_000 < peak < 16 * 2**20 for peak in peaks), peaks
+    # the process itself holds hundreds of megabytes; the tiny model with its batch takes about one, and cuBLAS
+    # has a workspace for each of two threads
+    kept = 2 * cublas_workspace(torch.cuda.get_device_capability()) if card_device == "cuda:0" else 0
+    assert all(100_000 < peak - kept < 16 * 2**20 for peak in peaks), peaks
 
 
 def test_a_learned_reward_lies_beside_the_policy_or_on_the_cpu(card, card_device):
@@ -165,10 +168,12 @@ def test_hopeless_memory_ends_the_run_with_one_sentence(card, case, sentence, ke
 
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
-def test_checkpoints_in_host_memory_leave_the_card_and_change_no_gradient(card, precision):
+def test_checkpoints_in_host_memory_leave_the_card_and_change_no_gradient(card, card_device, precision):
     facts = card[1][f"offloaded-{precision}"]
     assert "error" not in facts, facts
-    assert all(facts["equal"]) and facts["norm"] > 0
+    # on CUDA sums are taken in an order that changes from pass to pass, checkpoints or not
+    rounding = {"vcard:0": 0.0, "cuda:0": {"float32": 1e-6, "bfloat16": 1e-2}[precision]}[card_device]
+    assert facts["norm"] > 0 and max(facts["apart"]) <= rounding * facts["norm"], facts
     assert facts["failed"] == 5, "memory was to run out five times"
     assert facts["left"] == 0, "what the failed passes held was to be given back"
     peaks, checkpoint = facts["peaks"], facts["checkpoint_bytes"]

@@ -99,6 +99,23 @@ def test_a_plan_that_was_wrong_is_made_once_more(folder, monkeypatch, wrong, wor
         assert "->" in found.said
 
 
+@pytest.mark.parametrize(
+    ("measured", "ratio"),
+    [
+        ((670, 1595), 1595 / 1683),  # a small phase took half as much again: the large one still has room
+        ((1700, 1500), 1700 / 1683),  # ... until it is the largest itself
+        ((380, 1400), 380 / 436),  # all took less: the worst of them says by how much
+        ((670, 1400), 1.0),  # one took more, and a larger plan would let it grow
+    ],
+)
+def test_a_small_phase_that_takes_more_does_not_shrink_the_large_ones(measured, ratio):
+    """The first line is what an H100 took for the quickstart, in MB."""
+    planned = dict(zip(("rollout", "update"), (436, 1683), strict=True))
+    taken = dict(zip(planned, measured, strict=True))
+    found = {name: {"predicted_bytes": planned[name], "measured_bytes": taken[name]} for name in planned}
+    assert probing.ratio_of(found) == pytest.approx(ratio)
+
+
 def test_a_phase_that_runs_out_of_memory_tightens_the_plan(folder, monkeypatch):
     base, recipe, plan = case(folder)
 
