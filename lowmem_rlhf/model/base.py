@@ -172,6 +172,8 @@ class SharedBase(Roles):
         finally:
             for siblings in self.siblings:
                 siblings.lend(None)
+            if self.lean is not None:
+                self.lean.forget()
 
     def states(self, batch: PackedBatch) -> torch.Tensor:
         """Return the last hidden states (T, H) of a batch of this base's layout, in this role."""

@@ -7,9 +7,11 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from lowmem_rlhf.model.native import PARTS, NativeProduct, block_scales, library
 from lowmem_rlhf.model.siblings import Product, Siblings, dense_weight
 
 KERNEL = "gemv_4bit_inference_cpu_nf4_bf16"  # in bitsandbytes' library
+BLOCK = 64  # weights that share a scale
 ANY_ROWS = 1 << 62
 FOUR_BIT_ROWS = 64  # with more rows, dequantizing once and a plain product are faster than the 4-bit kernel
 
@@ -45,22 +47,28 @@ def _bias(bases: Sequence[Any], dtype: torch.dtype, device: torch.device) -> tor
 
 
 def _four_bit_product(bases: Sequence[Any], dtype: torch.dtype) -> Product | None:
-    """Return bitsandbytes' AVX-512 product with NF4 weights; None where it does not run or the shapes do not fit."""
-    from bitsandbytes.cextension import lib
+    """Return a product that reads NF4 weights: ours where there is a compiler, else bitsandbytes'; None: neither."""
     from bitsandbytes.functional import has_avx512bf16
 
-    weights = [base.weight for base in bases]
-    states = [weight.quant_state for weight in weights]
-    fits = all(
-        (s.quant_type, s.blocksize) == ("nf4", 64) and s.shape[0] % 32 == 0 and s.shape[1] % 64 == 0 for s in states
-    )
+    weights, states = [base.weight for base in bases], [base.weight.quant_state for base in bases]
+    fits = all((s.quant_type, s.blocksize) == ("nf4", BLOCK) and s.shape[1] % BLOCK == 0 for s in states)
+    if not fits or weights[0].device.type != "cpu" or dtype != torch.bfloat16 or not has_avx512bf16():
+        return None
+    bias = _bias(bases, dtype, weights[0].device)
+    if len(bases) <= PARTS and library() is not None:
+        return NativeProduct(bases, bias)
+    return _kernel_product(weights, states, bias) if all(s.shape[0] % 32 == 0 for s in states) else None
+
+
+def _kernel_product(weights: Sequence[Any], states: Sequence[Any], bias: torch.Tensor | None) -> Product | None:
+    """Return bitsandbytes' AVX-512 product; it needs the codes in an order of its own."""
+    from bitsandbytes.cextension import lib
+
     kernel: Callable[..., None] | None = getattr(getattr(lib, "_lib", None), KERNEL, None)
-    runs = kernel is not None and has_avx512bf16() and weights[0].device.type == "cpu" and dtype == torch.bfloat16
-    if not runs or not fits:
+    if kernel is None:
         return None
     packed = torch.cat([four_bit_layout(w.data, s.shape) for w, s in zip(weights, states, strict=True)])
     absmax = torch.cat([_block_scales(state) for state in states], dim=1)  # (in / 64, sum of out)
-    bias = _bias(bases, dtype, packed.device)
     out, width = packed.shape[0], 2 * packed.shape[1]
 
     def product(x: torch.Tensor) -> torch.Tensor:
@@ -70,7 +78,7 @@ def _four_bit_product(bases: Sequence[Any], dtype: torch.dtype) -> Product | Non
         y = torch.empty((x.shape[0], out), dtype=x.dtype, device=x.device)
         sizes, strides = [c_int64(n) for n in (x.shape[0], out, width)], (c_int64(width), c_int64(out))
         pointers = [c_void_p(tensor.data_ptr()) for tensor in (x, packed, absmax, y)]
-        kernel(*sizes, *pointers, c_int64(64), *strides)
+        kernel(*sizes, *pointers, c_int64(BLOCK), *strides)
         return y if bias is None else y.add_(bias)
 
     return product
@@ -93,9 +101,4 @@ def four_bit_layout(codes: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:
 
 def _block_scales(state: Any) -> torch.Tensor:
     """Return the largest magnitude of each block of 64, (in / 64, out) bfloat16."""
-    from bitsandbytes.functional import dequantize_blockwise
-
-    scales = state.absmax
-    if state.nested:
-        scales = dequantize_blockwise(state.absmax, state.state2) + state.offset
-    return scales.reshape(state.shape[0], -1).t().to(torch.bfloat16).contiguous()
+    return block_scales(state).reshape(state.shape[0], -1).t().to(torch.bfloat16).contiguous()

@@ -14,6 +14,7 @@ import torch
 
 from lowmem_rlhf.model.attention import AttentionContext, PackedContext
 from lowmem_rlhf.model.fused import GATED_MLP
+from lowmem_rlhf.model.native import NativeDecoder, native_decoder
 from lowmem_rlhf.model.packing import Bucket
 from lowmem_rlhf.model.siblings import Siblings
 
@@ -36,7 +37,7 @@ class _Observed(PackedContext):
 
 @dataclass(frozen=True)
 class LeanLayer:
-    """One layer: its norms, its products and how it attends."""
+    """One layer: its norms (as functions, and the modules), its products and how it attends."""
 
     attention_norm: Any
     mlp_norm: Any
@@ -46,6 +47,7 @@ class LeanLayer:
     gate_up: Siblings
     activation: Any
     down: Siblings
+    norms: tuple[Any, Any]
     head_size: int
     kv_heads: int
     attention: tuple[float, int | None, float | None]
@@ -56,6 +58,12 @@ class LeanDecoder:
 
     def __init__(self, decoder: Any, layers: list[LeanLayer]) -> None:
         self.decoder, self.layers = decoder, layers
+        self._native: tuple[Any, NativeDecoder | None] = (None, None)  # with what it was made of
+        self._natively: bool | None = None  # whether C computes the same; None: not tried yet
+
+    def forget(self) -> None:
+        """Let go of what was lent for decoding."""
+        self._native = (None, None)
 
     @torch.no_grad()
     def hidden_states(
@@ -65,12 +73,42 @@ class LeanDecoder:
         x = self.decoder.embed_tokens(input_ids)
         cos, sin = (table[0][:, None] for table in self.decoder.rotary_emb(x, position_ids))  # (T, 1, d)
         sin = torch.cat((-sin[..., : sin.shape[-1] // 2], sin[..., sin.shape[-1] // 2 :]), dim=-1)
-        x = x[0]
+        return self.decoder.norm(self._through_layers(x[0], cos, sin, context))
+
+    def _through_layers(
+        self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, context: AttentionContext
+    ) -> torch.Tensor:
+        """Return the last layer's result for embeddings x (T, H): by C where it computes the same, which is tried."""
+        native = self._native_decoder(x, context)
+        if native is None:
+            return self._by_torch(x, cos, sin, context)
+        got = x.clone()
+        native.run(got, cos[:, 0].contiguous(), sin[:, 0].contiguous(), context.kept())  # type: ignore[attr-defined]
+        if self._natively is None:
+            want = self._by_torch(x, cos, sin, context)
+            self._natively = _close(got, want, len(self.layers))
+            return want
+        return got
+
+    def _native_decoder(self, x: torch.Tensor, context: AttentionContext) -> NativeDecoder | None:
+        """Return the C decoder for so few rows of a rollout; None where there is none."""
+        first = self.layers[0].qkv
+        if self._natively is False or x.shape[0] > first.most_rows or not hasattr(context, "kept"):
+            return None
+        active = first.layers[0].active
+        made_of = (first.together, active.names, active.version)
+        if self._native[0] != made_of:
+            self._native = (made_of, native_decoder(self.layers, x.dtype))
+        return self._native[1]
+
+    def _by_torch(
+        self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, context: AttentionContext
+    ) -> torch.Tensor:
         for number, layer in enumerate(self.layers):
             x = x + self._attention(number, layer, layer.attention_norm(x), cos, sin, context)
             gate, up = layer.gate_up.results(layer.mlp_norm(x))
             x += layer.down.joined(layer.activation(gate).mul_(up))
-        return self.decoder.norm(x)
+        return x
 
     def _attention(
         self,
@@ -115,8 +153,13 @@ def lean_decoder(base: Any) -> LeanDecoder | None:
         return None
     lean = LeanDecoder(decoder, layers)  # type: ignore[arg-type]
     got = lean.hidden_states(ids, ids, PackedContext([Bucket(0, 1, TRIAL_TOKENS, ())], base.device))
-    rounding = torch.finfo(want.dtype).eps * len(layers) ** 0.5
-    return lean if (got - want).float().norm() <= 4 * rounding * want.float().norm() else None
+    return lean if _close(got, want, len(layers)) else None
+
+
+def _close(got: torch.Tensor, want: torch.Tensor, layers: int) -> bool:
+    """Say whether two results of so many layers differ by rounding only."""
+    rounding = torch.finfo(want.dtype).eps * layers**0.5
+    return bool((got - want).float().norm() <= 4 * rounding * want.float().norm())
 
 
 def _lean(block: Any, attention: tuple[float, int | None, float | None] | None) -> LeanLayer | None:
@@ -147,6 +190,7 @@ def _lean(block: Any, attention: tuple[float, int | None, float | None] | None) 
         gate_up=joined[2],  # type: ignore[arg-type]
         activation=mlp.act_fn,
         down=joined[3],  # type: ignore[arg-type]
+        norms=(block.input_layernorm, block.post_attention_layernorm),
         head_size=heads.head_dim,
         kv_heads=heads.k_proj.out_features // heads.head_dim,
         attention=attention,

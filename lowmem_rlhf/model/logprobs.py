@@ -16,6 +16,8 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
+from lowmem_rlhf.model.native import few_rows
+
 VOCABULARY_CHUNK = 4096  # entries in a tile: a head's rows that stay in a processor's cache
 ENOUGH_POSITIONS = 512  # more of them in a tile are not faster
 
@@ -38,7 +40,8 @@ class Head:
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """Return logits (K, V) of hidden (K, H): in the compute dtype, or fp32 where they are scaled or capped."""
-        logits = self.module(hidden)
+        logits = few_rows(hidden, self.module)
+        logits = self.module(hidden) if logits is None else logits
         return logits if self.scale == 1.0 and not self.softcap else self._finished(logits.float())
 
     @property

@@ -76,7 +76,7 @@ class Siblings:
         """Return the output (T, out) of every layer for x (T, in)."""
         if self._lent_for(x):
             return self.joined(x).split(self.outs, dim=-1)
-        active, adapters = self.layers[0].active, self._active_adapters(x.dtype)
+        active, adapters = self.layers[0].active, self.adapters_now(x.dtype)
         if torch.is_grad_enabled():
             return self._with_gradient(x, adapters, self._masters.get(active.names, []))
         return _forward(x, self.layers, adapters, None if adapters is None else x @ adapters.a.t())
@@ -87,7 +87,7 @@ class Siblings:
             results = self.results(x)
             return results[0] if len(results) == 1 else torch.cat(list(results), dim=-1)
         assert self.together is not None
-        y, adapters = self.together(x), self._active_adapters(x.dtype)
+        y, adapters = self.together(x), self.adapters_now(x.dtype)
         if adapters is not None:
             assert adapters.block is not None
             y.addmm_(x @ adapters.a.t(), adapters.block)
@@ -97,7 +97,8 @@ class Siblings:
         """Whether the product of all weights at once is there and takes this x."""
         return self.together is not None and x.shape[0] <= self.most_rows and not torch.is_grad_enabled()
 
-    def _active_adapters(self, dtype: torch.dtype) -> Adapters | None:
+    def adapters_now(self, dtype: torch.dtype) -> Adapters | None:
+        """Return the adapters of the current role; None where it has none."""
         active = self.layers[0].active
         return self._adapters(active.names, active.version, dtype) if active.names else None
 

@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from lowmem_rlhf.model.native import Kept
+
 if TYPE_CHECKING:
     from lowmem_rlhf.model.base import SharedBase
 
@@ -116,27 +118,38 @@ class SharedPromptCache:
 
     def _store(self, layer: int, k: torch.Tensor, v: torch.Tensor) -> Pair:
         """Append one token's keys and values (nkv, B * G', d); return the whole room."""
-        held = self._own.get(layer)
-        if held is None or held[1].shape[1] < self.length:
-            held = self._own[layer] = self._grown(held, k, v)
-        keys, values = held
+        keys, values = held = self._room(layer)
         kv_heads, prompts = k.shape[0], len(self.lengths)
         slots = (prompts, kv_heads, self.per_prompt, -1)
         for place, new in ((keys[:, :, self.length - 1], k), (values[:, self.length - 1], v)):
             place.view(slots).copy_(new.view(kv_heads, prompts, self.per_prompt, -1).transpose(0, 1))
         return held
 
-    def _grown(self, held: Pair | None, k: torch.Tensor, v: torch.Tensor) -> Pair:
-        """Return larger room with what is held copied into it: by a block, or an eighth of what there is."""
+    def _room(self, layer: int) -> Pair:
+        """Return a layer's own keys and values, with room for this token.
+
+        Where there is none, room grows by a block, or an eighth of what there is, and what is held is copied.
+        """
+        held = self._own.get(layer)
+        if held is not None and held[1].shape[1] >= self.length:
+            return held
         step = BLOCK * max(1, self.length // (8 * BLOCK))
         room = min(self.limit, -(-self.length // step) * step)
-        rows = k.shape[0] * k.shape[1]
-        keys = torch.zeros((rows, k.shape[2], room), dtype=k.dtype, device=k.device)
+        k, v = self._prompt[layer]
+        rows = k.shape[0] * self.per_prompt
+        keys = torch.zeros((rows, k.shape[1], room), dtype=k.dtype, device=k.device)
         values = torch.zeros((rows, room, v.shape[2]), dtype=v.dtype, device=v.device)
         if held is not None:
             keys[:, :, : held[0].shape[2]] = held[0]
             values[:, : held[1].shape[1]] = held[1]
+        self._own[layer] = keys, values
         return keys, values
+
+    def kept(self) -> Kept:
+        """Return all that is kept, with room for this token, for code that attends by itself."""
+        layers = [(*pair, *self._room(layer)) for layer, pair in sorted(self._prompt.items())]
+        rows = [(b, g, self.lengths[b]) for b, g in self.slots]
+        return Kept(layers, rows, self.per_prompt, self.length)
 
     def _mask(self, window: int | None, room: int, dtype: torch.dtype) -> torch.Tensor:
         """Return a summand (B, 1, P + room) that hides what is padding or outside the window; all layers share it."""
