@@ -8,6 +8,7 @@ import importlib.metadata
 import os
 import platform
 import re
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -235,7 +236,26 @@ def cpu_device(notes: tuple[str, ...] = ()) -> Device:
     match = re.search(r"^model name\s*:\s*(.+)$", about, re.MULTILINE)
     name = match[1].strip() if match else platform.processor() or platform.machine() or "CPU"
     has = re.search(r"^flags\s*:.*\bavx512_bf16\b", about, re.MULTILINE) is not None
-    return Device("cpu", name, total_bytes, free_bytes, None, bf16=True, source="cpu", notes=notes, avx512_bf16=has)
+    compiler = _compiler() if has else None
+    return Device(
+        torch_device="cpu",
+        name=name,
+        total_bytes=total_bytes,
+        free_bytes=free_bytes,
+        compute_capability=None,
+        bf16=True,
+        source="cpu",
+        notes=notes,
+        avx512_bf16=has,
+        compiler=compiler,
+    )
+
+
+def _compiler() -> str | None:
+    """Return the C compiler's path; None on a system that `model.native` is not for, or where it is switched off."""
+    if platform.system() != "Linux" or os.environ.get("LOWMEM_RLHF_NATIVE") == "0":
+        return None
+    return next(filter(None, map(shutil.which, ("cc", "gcc", "clang"))), None)
 
 
 def _cpu_info() -> str:

@@ -21,7 +21,8 @@ class Device:
         processes: ``{"pid", "name", "kind" ("compute"|"graphics"), "bytes" (int or None)}`` each.
         source: ``nvml``, ``torch``, ``cpu`` or ``profile``.
         notes: sentences for the user, for example why this card of several was taken.
-        avx512_bf16: a CPU that has these instructions, which bitsandbytes' 4-bit product needs.
+        avx512_bf16: a CPU that has these instructions, which products with 4-bit weights need.
+        compiler: path of a C compiler for `model.native`, where a CPU has use for one.
     """
 
     torch_device: str
@@ -37,6 +38,7 @@ class Device:
     source: str = "cpu"
     notes: tuple[str, ...] = field(default=())
     avx512_bf16: bool = False
+    compiler: str | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain values for ``--json``."""

@@ -7,13 +7,13 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from lowmem_rlhf.model.native import PARTS, NativeProduct, block_scales, library
+from lowmem_rlhf.model.native import FOUR_BIT_ROWS, PARTS, NativeProduct, block_scales, library
 from lowmem_rlhf.model.siblings import Product, Siblings, dense_weight
 
 KERNEL = "gemv_4bit_inference_cpu_nf4_bf16"  # in bitsandbytes' library
 BLOCK = 64  # weights that share a scale
 ANY_ROWS = 1 << 62
-FOUR_BIT_ROWS = 64  # with more rows, dequantizing once and a plain product are faster than the 4-bit kernel
+KERNEL_ROWS = 64  # with more rows, dequantizing once and a plain product are faster than that kernel
 
 
 def lend_for_decoding(siblings: Siblings, dtype: torch.dtype, dequantize: bool) -> None:
@@ -21,7 +21,7 @@ def lend_for_decoding(siblings: Siblings, dtype: torch.dtype, dequantize: bool) 
 
     Args:
         dequantize: keep a 16-bit copy of the weights, the same numbers. Otherwise the 4-bit weights are multiplied
-            directly; on a CPU that needs a copy of them in the order of bitsandbytes' kernel.
+            directly; bitsandbytes' kernel for CPUs needs a copy of them in an order of its own.
     """
     bases = [layer.base_layer for layer in siblings.layers]
     if not all(getattr(getattr(base, "weight", None), "quant_state", None) is not None for base in bases):
@@ -29,7 +29,7 @@ def lend_for_decoding(siblings: Siblings, dtype: torch.dtype, dequantize: bool) 
     if dequantize:
         siblings.lend(_dense_product(bases, dtype), ANY_ROWS)
     elif (product := _four_bit_product(bases, dtype)) is not None:
-        siblings.lend(product, FOUR_BIT_ROWS)
+        siblings.lend(product, FOUR_BIT_ROWS if isinstance(product, NativeProduct) else KERNEL_ROWS)
 
 
 def _dense_product(bases: Sequence[Any], dtype: torch.dtype) -> Product:

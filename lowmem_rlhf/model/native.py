@@ -7,9 +7,6 @@ of another kind, `lean` goes on as it is. ``LOWMEM_RLHF_NATIVE=0`` switches it o
 
 import ctypes
 import hashlib
-import os
-import platform
-import shutil
 import subprocess
 import tempfile
 from collections.abc import Sequence
@@ -30,7 +27,8 @@ FLAGS = (
     *("-fno-math-errno", "-fno-trapping-math"),
 )
 PARTS = 3  # of a Linear
-FEW_ROWS = 32  # with more rows torch is as fast
+FEW_ROWS = 32  # of a 16-bit product; with more torch is as fast
+FOUR_BIT_ROWS = 128  # of a 4-bit one; with more, torch on the weights made dense is
 
 
 class Linear(Structure):
@@ -90,10 +88,8 @@ class Kept:
 @cache
 def library() -> Any:
     """Return the compiled library; None where it is switched off, cannot be compiled or this CPU is not for it."""
-    if not cpu_device().avx512_bf16:
-        return None
-    compiler = shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
-    if os.environ.get("LOWMEM_RLHF_NATIVE") == "0" or compiler is None or platform.system() != "Linux":
+    compiler = cpu_device().compiler
+    if compiler is None:
         return None
     try:
         found = ctypes.CDLL(str(_compiled(compiler)))

@@ -142,7 +142,8 @@ class Memory:
         self.on_cpu = device.torch_device.startswith("cpu")
         on_cuda = device.torch_device.startswith("cuda")
         self.workspace = cublas_workspace(device.compute_capability) if on_cuda else 0
-        self.four_bit_copy = device.avx512_bf16 and settings.compute_dtype == "bfloat16"
+        self.four_bit_product = device.avx512_bf16 and settings.compute_dtype == "bfloat16"
+        self.four_bit_in_place = self.four_bit_product and device.compiler is not None  # `model.native`
         self.one_adapter = dims.lora_parameters(settings.lora["r"], settings.lora["target_modules"])
         self.trained, self.frozen = adapters_of(recipe)
         self.dense = dense_bytes(dims, settings.quantization, self.width)

@@ -7,7 +7,7 @@ from lowmem_rlhf.planning.dimensions import ModelDimensions
 from lowmem_rlhf.planning.memory import Components, Memory, total
 from lowmem_rlhf.planning.shapes import prompts_at_once, prompts_shape, rollout_rows
 
-FOUR_BIT_ROWS = 64  # of `model.decoding`: up to so many rows the 4-bit kernel of a CPU multiplies
+KERNEL_ROWS, FOUR_BIT_ROWS = 64, 128  # that bitsandbytes' kernel for CPUs, and our own, multiply 4-bit weights with
 BLOCK = 32  # of `rollout.decode`: by which the room for completion tokens grows
 
 
@@ -36,18 +36,20 @@ def decode_scores_bytes(dims: ModelDimensions, rows: int, keys: int, width: int)
 def rollout_copy_bytes(memory: Memory) -> int:
     """Bytes of what NF4 weights beside adapters are read from while decoding, if not from the weights themselves.
 
-    A copy in the compute dtype where the settings want one; on a CPU whose instructions suit, the codes and a 16-bit
-    scale for 64 weights in the order of bitsandbytes' kernel.
+    A copy in the compute dtype where the settings want one. On a CPU whose instructions suit, 4-bit weights are
+    multiplied: our own product reads them as they lie and needs the scales, one for 64 weights, in fp32; bitsandbytes'
+    kernel the codes in its order and 16-bit scales.
     """
     settings, layers = memory.settings, memory.dims.num_layers
     if settings.quantization != "nf4":
         return 0
     if settings.rollout_weights == "dequantized":
         return layers * memory.width * sum(x.inputs * x.outputs for x in memory.adapted)
-    if not (memory.on_cpu and memory.four_bit_copy):
+    if not (memory.on_cpu and memory.four_bit_product):
         return 0
-    fits = sum(x.inputs * x.outputs for x in memory.adapted if x.outputs % 32 == 0 and x.inputs % 64 == 0)
-    return round(layers * fits * (0.5 + 2 / 64))
+    rows, each = (1, 4 / 64) if memory.four_bit_in_place else (32, 0.5 + 2 / 64)
+    fits = sum(x.inputs * x.outputs for x in memory.adapted if x.outputs % rows == 0 and x.inputs % 64 == 0)
+    return round(layers * fits * each)
 
 
 def joined_adapter_bytes(memory: Memory) -> int:
@@ -98,9 +100,8 @@ def _room_before(limit: int) -> int:
 
 def _lent(memory: Memory, rows: int) -> bool:
     """Whether a prefill pass with so many tokens multiplies with the copy: then q, k and v come from one product."""
-    return bool(rollout_copy_bytes(memory)) and (
-        memory.settings.rollout_weights == "dequantized" or rows <= FOUR_BIT_ROWS
-    )
+    most = FOUR_BIT_ROWS if memory.four_bit_in_place else KERNEL_ROWS
+    return bool(rollout_copy_bytes(memory)) and (memory.settings.rollout_weights == "dequantized" or rows <= most)
 
 
 def _decoding(memory: Memory, rows: int, keys: int) -> Components:

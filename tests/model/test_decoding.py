@@ -1,7 +1,7 @@
 """Weights in the form that decodes fastest: the same numbers, lent for a rollout and given back."""
 
 import gc
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 
 import pytest
 import torch
@@ -10,7 +10,8 @@ from tiny_models import CPU, fill_adapter, save_tiny
 
 from lowmem_rlhf.model import decoding
 from lowmem_rlhf.model.base import SharedBase
-from lowmem_rlhf.model.decoding import FOUR_BIT_ROWS, four_bit_layout
+from lowmem_rlhf.model.decoding import KERNEL_ROWS, four_bit_layout
+from lowmem_rlhf.model.native import FOUR_BIT_ROWS, NativeProduct, library
 from lowmem_rlhf.model.packing import Group, pack
 from lowmem_rlhf.model.roles import POLICY
 from lowmem_rlhf.model.siblings import dense_weight
@@ -19,11 +20,14 @@ from lowmem_rlhf.rollout.sampling import Sampling
 from lowmem_rlhf.training.update import packed_logprobs
 
 FORMS = [
-    pytest.param(True, id="16-bit copy"),
+    "16-bit copy",
     pytest.param(
-        False,
-        id="4-bit kernel",
+        "bitsandbytes' kernel",
         marks=pytest.mark.skipif(not functional.has_avx512bf16(), reason="this CPU has no AVX512-bf16"),
+    ),
+    pytest.param(
+        "our product",
+        marks=pytest.mark.skipif(library() is None, reason="no AVX512-bf16 here, or no C compiler"),
     ),
 ]
 HALF = torch.finfo(torch.bfloat16).eps / 2  # the largest relative error of one rounding
@@ -38,6 +42,18 @@ def load(folder, quantization="nf4", dtype="bfloat16"):
 @pytest.fixture(scope="module", params=["llama", "llama-tied-biased"])
 def base(request, tmp_path_factory):
     return load(save_tiny(request.param, tmp_path_factory.mktemp("model") / request.param))
+
+
+@contextmanager
+def lent(base, form):
+    """Be decoding with weights of this form."""
+    with pytest.MonkeyPatch.context() as patch:
+        if form == "bitsandbytes' kernel":
+            patch.setattr(decoding, "library", lambda: None)
+        with base.decoding(form == "16-bit copy"):
+            found = {isinstance(siblings.together, NativeProduct) for siblings in base.siblings}
+            assert found == {form == "our product"}
+            yield
 
 
 def held_bytes():
@@ -66,10 +82,10 @@ def test_layout_is_the_one_of_bitsandbytes(shape, nested):
     assert torch.equal(got, want)
 
 
-@pytest.mark.parametrize("rows", [1, 5, FOUR_BIT_ROWS])
+@pytest.mark.parametrize("rows", [1, 5, KERNEL_ROWS])
 @pytest.mark.parametrize("role", [POLICY, "reference"])
-@pytest.mark.parametrize("dequantize", FORMS)
-def test_a_lent_product_is_that_of_the_dequantized_weights_to_rounding(base, dequantize, role, rows):
+@pytest.mark.parametrize("form", FORMS)
+def test_a_lent_product_is_that_of_the_dequantized_weights_to_rounding(base, form, role, rows):
     generator = torch.Generator().manual_seed(rows)
     for siblings in base.siblings:
         first = siblings.layers[0]
@@ -84,7 +100,7 @@ def test_a_lent_product_is_that_of_the_dequantized_weights_to_rounding(base, deq
                 a, b = layer.masters(POLICY)
                 y += layer.scaling[POLICY] * (x.double() @ a.double().t() @ b.double().t())
             exact.append(y)
-        with base.role(role), base.decoding(dequantize):
+        with base.role(role), lent(base, form):
             assert siblings.together is not None
             got = outputs(siblings, x)
         assert got.dtype == torch.bfloat16
@@ -92,25 +108,26 @@ def test_a_lent_product_is_that_of_the_dequantized_weights_to_rounding(base, deq
         assert distance(got, torch.cat(exact, dim=-1)) < 3 * HALF
 
 
-def test_more_rows_than_the_four_bit_kernel_likes_take_the_plain_layers(base):
+@pytest.mark.parametrize("form", FORMS[1:])
+def test_more_rows_than_a_four_bit_product_likes_take_the_plain_layers(base, form):
     siblings = base.siblings[0]
     x = torch.randn(FOUR_BIT_ROWS + 1, siblings.layers[0].in_features).bfloat16()
     with base.role(POLICY):
         want = outputs(siblings, x)
-        with base.decoding(False):
+        with lent(base, form):
             assert torch.equal(outputs(siblings, x), want)
 
 
-@pytest.mark.parametrize("dequantize", FORMS)
-def test_what_is_lent_is_given_back(base, dequantize):
+@pytest.mark.parametrize("form", FORMS)
+def test_what_is_lent_is_given_back(base, form):
     x = torch.randn(3, base.siblings[0].layers[0].in_features).bfloat16()
     with base.role(POLICY):
         want = outputs(base.siblings[0], x)  # makes the adapters' copies
     before = held_bytes()
     numbers = sum(layer.out_features * layer.in_features for layer in base.adapter_layers())
-    with base.role(POLICY), base.decoding(dequantize):
+    with base.role(POLICY), lent(base, form):
         assert all(siblings.together is not None for siblings in base.siblings)
-    with pytest.raises(ZeroDivisionError), base.role(POLICY), base.decoding(dequantize):
+    with pytest.raises(ZeroDivisionError), base.role(POLICY), lent(base, form):
         outputs(base.siblings[0], x)
         raise ZeroDivisionError
     assert all(siblings.together is None for siblings in base.siblings)
@@ -130,25 +147,26 @@ def test_where_nothing_is_gained_nothing_is_lent(tiny_folder, quantization, dtyp
 
 def test_where_bitsandbytes_has_no_such_kernel_its_layers_stay(base, monkeypatch):
     monkeypatch.setattr(decoding, "KERNEL", "a_function_of_another_release")
+    monkeypatch.setattr(decoding, "library", lambda: None)
     with base.decoding(False):
         assert all(siblings.together is None for siblings in base.siblings)
 
 
-@pytest.mark.parametrize("dequantize", [*FORMS, None])
-def test_joined_results_are_the_results_side_by_side(base, dequantize):
+@pytest.mark.parametrize("form", [*FORMS, None])
+def test_joined_results_are_the_results_side_by_side(base, form):
     x = torch.randn(5, base.siblings[0].layers[0].in_features).bfloat16()
     siblings = base.siblings[0]
     for role in (POLICY, "reference"):
-        with torch.no_grad(), base.role(role), nullcontext() if dequantize is None else base.decoding(dequantize):
-            assert (siblings.together is None) == (dequantize is None)
+        with torch.no_grad(), base.role(role), nullcontext() if form is None else lent(base, form):
+            assert (siblings.together is None) == (form is None)
             assert torch.equal(siblings.joined(x), torch.cat(list(siblings.results(x)), dim=-1))
 
 
-@pytest.mark.parametrize("dequantize", FORMS)
-def test_sampling_logps_are_those_of_the_training_pass(base, dequantize):
+@pytest.mark.parametrize("form", FORMS)
+def test_sampling_logps_are_those_of_the_training_pass(base, form):
     prompts = [[5, 6, 7, 8, 9, 10], [20, 21, 22]]
     with base.role(POLICY):
-        with base.decoding(dequantize):
+        with lent(base, form):
             rollout = generate(base, prompts, 8, 24, Sampling(), Limits(16, 64, 16), seed=2)
         groups, row = [], 0
         for prompt, completions in zip(prompts, rollout, strict=True):

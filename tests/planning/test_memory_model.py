@@ -132,11 +132,11 @@ def test_a_layer_of_llama_by_hand():
 
 
 def test_constants_of_the_engine_are_the_engines():
-    attention, decode, decoding = (
-        pytest.importorskip(f"lowmem_rlhf.{name}") for name in ("model.attention", "rollout.decode", "model.decoding")
-    )
+    names = ("model.attention", "rollout.decode", "model.decoding", "model.native")
+    attention, decode, decoding, native = (pytest.importorskip(f"lowmem_rlhf.{name}") for name in names)
     assert (layers.EXPLICIT_KEYS, layers.CAPPED_SCORES) == (attention.EXPLICIT_KEYS, attention.CAPPED_SCORES)
-    assert (rollouts.BLOCK, rollouts.FOUR_BIT_ROWS) == (decode.BLOCK, decoding.FOUR_BIT_ROWS)
+    assert (rollouts.BLOCK, rollouts.KERNEL_ROWS) == (decode.BLOCK, decoding.KERNEL_ROWS)
+    assert rollouts.FOUR_BIT_ROWS == native.FOUR_BIT_ROWS
 
 
 def test_an_export_needs_no_optimizer_and_never_decides_whether_a_run_fits():

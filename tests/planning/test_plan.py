@@ -192,13 +192,15 @@ def test_passes_without_gradients_take_a_whole_group_where_the_update_cannot(rec
 
 
 def test_a_cpu_that_multiplies_four_bits_keeps_them_for_few_rows(recipe):
-    def weights(fast, *pins):
+    def weights(fast, *pins, compiler=None):
         loaded = recipe("SmolLM2-135M", "hardware.quantization=nf4", *pins)
-        return make_plan(loaded, replace(cpu(16), avx512_bf16=fast), "cpu").settings.rollout_weights
+        device = replace(cpu(16), avx512_bf16=fast, compiler=compiler)
+        return make_plan(loaded, device, "cpu").settings.rollout_weights
 
     few = ["hardware.rollout_batch_size=16"]
     assert weights(True, *few) == "quantized"
     assert weights(False, *few) == weights(True, "hardware.rollout_batch_size=64") == "dequantized"
+    assert weights(True, "hardware.rollout_batch_size=64", compiler="/usr/bin/cc") == "quantized"
 
 
 def recomputed(plan, layers):
