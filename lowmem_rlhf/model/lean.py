@@ -82,13 +82,14 @@ class LeanDecoder:
         native = self._native_decoder(x, context)
         if native is None:
             return self._by_torch(x, cos, sin, context)
+        want = self._by_torch(x, cos, sin, context) if self._natively is None else None
         got = x.clone()
         native.run(got, cos[:, 0].contiguous(), sin[:, 0].contiguous(), context.kept())  # type: ignore[attr-defined]
-        if self._natively is None:
-            want = self._by_torch(x, cos, sin, context)
-            self._natively = _close(got, want, len(self.layers))
-            return want
-        return got
+        if want is None:
+            return got
+        self._natively = _close(got, want, len(self.layers))
+        # what is kept of this token is C's: were it the trial's, a resumed run would not be the uninterrupted one
+        return got if self._natively else self._by_torch(x, cos, sin, context)
 
     def _native_decoder(self, x: torch.Tensor, context: AttentionContext) -> NativeDecoder | None:
         """Return the C decoder for so few rows of a rollout; None where there is none."""

@@ -104,6 +104,14 @@ def test_both_roles_differ(base):
     assert all(torch.equal(a, b) for a, b in zip(states[0], states[2], strict=True))
 
 
+def test_the_first_rollout_of_a_process_is_that_of_any_other(tmp_path):
+    """The first token tries out whether C computes the same; a resumed run must not notice."""
+    base = load("llama", tmp_path)
+    with base.role(POLICY), base.decoding(False):
+        first, second = walk(base), walk(base)
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
 def test_changed_adapters_are_taken(base):
     with base.role(POLICY), base.decoding(False):
         before = walk(base)
