@@ -5,7 +5,7 @@ A technique is switched by a public setting, or by a module's constant that is r
 
 import random
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -17,11 +17,12 @@ from work import ALPHA, BETA, RANK
 
 import lowmem_rlhf.rollout.generate as rollout
 import lowmem_rlhf.training.update as training
-from lowmem_rlhf.model import attention, fused
+from lowmem_rlhf.model import attention, decoding, fused, lean, logprobs
 from lowmem_rlhf.model.attention import PackedContext
 from lowmem_rlhf.model.base import SharedBase
 from lowmem_rlhf.model.load import load_base
 from lowmem_rlhf.model.logprobs import Head, tiled_logprobs
+from lowmem_rlhf.model.native import library
 from lowmem_rlhf.model.packing import pack
 from lowmem_rlhf.model.roles import POLICY
 from lowmem_rlhf.recipe import GRPOSettings
@@ -139,15 +140,29 @@ class Work:
             )
         base.zero_grad(set_to_none=True)
 
-    def decode(self, shared: bool = True, weights: str = "copy", stop_every: int = 0) -> None:
-        """Sample completions; with ``stop_every`` one token in so many ends a completion, otherwise none does."""
+    def decode(self, shared: bool = True, weights: str = "product", natively: bool = True, stop_every: int = 0) -> None:
+        """Sample completions.
+
+        Args:
+            weights: ``product`` (4-bit, ours where it can be compiled), ``kernel`` (bitsandbytes'), a 16-bit ``copy``,
+                or the plain ``layers``.
+            natively: tokens go through the layers in C where that is there.
+            stop_every: one token in so many ends a completion; 0: none does.
+        """
         base, sizes = self.base, self.sizes
         limits = Limits(len(self.lone.prompts), sizes.micro_batch_tokens, sizes.tile)
         prompts, each = (self.batch.prompts, sizes.generations) if shared else (self.lone.prompts, 1)
         stops = frozenset(range(0, base.head.vocabulary, stop_every)) if stop_every else frozenset()
         sampling = Sampling(temperature=NEARLY_UNIFORM if stop_every else 1.0)
-        held = nullcontext() if weights == "layers" else base.decoding(dequantize=weights == "copy")
-        with replaced(type(base), "stop_ids", stops), base.role(POLICY), held:
+        with ExitStack() as stack:
+            if weights == "kernel":
+                stack.enter_context(replaced(decoding, "library", lambda: None))
+            if not natively:
+                stack.enter_context(replaced(lean, "native_decoder", lambda *given: None))
+            stack.enter_context(replaced(type(base), "stop_ids", stops))
+            stack.enter_context(base.role(POLICY))
+            if weights != "layers":
+                stack.enter_context(base.decoding(dequantize=weights == "copy"))
             rollout.generate(base, prompts, each, sizes.decoded, sampling, limits, seed=0)
 
 
@@ -296,14 +311,37 @@ def _checkpointing(work: Work) -> Iterator[Contest]:
 
 
 def _decoding_weights(work: Work) -> Iterator[Contest]:
-    sides = {
-        name: partial(work.decode, weights=weights)
-        for name, weights in (("16-bit copy", "copy"), ("4-bit kernel", "kernel"), ("plain layers", "layers"))
-    }
+    kinds = {"16-bit copy": "copy", "bitsandbytes' kernel": "kernel", "plain layers": "layers"}
+    pairs = [("16-bit copy", "plain layers"), ("bitsandbytes' kernel", "plain layers")]
+    if library() is not None:
+        kinds["our product"] = "product"
+        pairs += [("our product", other) for other in ("plain layers", "bitsandbytes' kernel", "16-bit copy")]
+    sides = {name: partial(work.decode, weights=weights, natively=False) for name, weights in kinds.items()}
+    yield Contest(f"rollout of {len(work.lone.prompts)} x {work.sizes.decoded} tokens", sides, pairs)
+
+
+def _decoding_in_c(work: Work) -> Iterator[Contest]:
+    if library() is None:
+        return
     yield Contest(
         f"rollout of {len(work.lone.prompts)} x {work.sizes.decoded} tokens",
-        sides,
-        [("16-bit copy", "plain layers"), ("4-bit kernel", "plain layers"), ("4-bit kernel", "16-bit copy")],
+        {"in C": work.decode, "by torch's operations": partial(work.decode, natively=False)},
+        [("in C", "by torch's operations")],
+    )
+
+
+def _head_of_few_rows(work: Work) -> Iterator[Contest]:
+    if library() is None:
+        return
+
+    def by_torch() -> None:
+        with replaced(logprobs, "few_rows", lambda *given: None):
+            work.decode()
+
+    yield Contest(
+        f"rollout of {len(work.lone.prompts)} x {work.sizes.decoded} tokens",
+        {"ours": work.decode, "torch's": by_torch},
+        [("ours", "torch's")],
     )
 
 
@@ -355,6 +393,8 @@ TECHNIQUES: dict[str, Callable[[Work], Iterator[Contest]]] = {
     "fused norms and gated layers": _fused_layers,
     "gradient checkpointing": _checkpointing,
     "weights while decoding": _decoding_weights,
+    "decoding in C (CPU)": _decoding_in_c,
+    "output head of few rows (CPU)": _head_of_few_rows,
     "shared prompts while decoding": _decoding_prompts,
     "compaction": _compaction,
     "skipping zero advantages": _zero_advantages,
