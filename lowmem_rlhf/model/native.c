@@ -1,7 +1,8 @@
 /* Decoding on a CPU with AVX-512 bf16: products of few rows, and one token of each row through the layers of a
    Llama-shaped decoder, which is what lean.py computes without a dispatch for each of its operations. Tensors are
    bfloat16 and rounded where lean.py's operations round theirs, but for attention, which is fp32 from the scores to
-   its result, and for a product with its bias and adapters, which is rounded once. Between the products each row is one thread's. native.py holds the same structures. */
+   its result, and a product with its bias and adapters, which is rounded once. Between the products each row is one
+   thread's. native.py holds the same structures. */
 #include <immintrin.h>
 #include <math.h>
 #include <omp.h>
@@ -36,8 +37,9 @@ typedef struct {
     float scaling, eps;
     const int64_t *prompt, *slot, *prompt_length; /* of each row */
     const bf16 *cos, *sin;                        /* (rows, d); the first half of sin is negated */
-    bf16 *x, *normed, *wide, *narrow, *sorted, *xa; /* x (rows, hidden) comes in and goes out */
-    float *scratch;                               /* (threads, scratch_size) */
+    bf16 *x, *normed, *wide, *narrow; /* x (rows, hidden) comes in and goes out; room for the widest */
+    bf16 *sorted, *xa;                /* room for `lowmem_multiply` */
+    float *scratch;                   /* (threads, scratch_size) */
 } Pass;
 
 static inline float up(bf16 v) {
@@ -70,10 +72,9 @@ static inline float exponential(float x) { /* Cephes' expf, to 2 units in the la
 /* Return the sums of 16 vectors' elements, in the order of the vectors. */
 static inline __m512 sums_of(const __m512 *v) {
     __m512 of_four[4];
-    for (int64_t i = 0; i < 4; i++) {
-        __m512 a = _mm512_add_ps(_mm512_unpacklo_ps(v[4 * i], v[4 * i + 1]), _mm512_unpackhi_ps(v[4 * i], v[4 * i + 1]));
-        __m512 b = _mm512_add_ps(_mm512_unpacklo_ps(v[4 * i + 2], v[4 * i + 3]),
-                                 _mm512_unpackhi_ps(v[4 * i + 2], v[4 * i + 3]));
+    for (int64_t i = 0; i < 4; i++, v += 4) {
+        __m512 a = _mm512_add_ps(_mm512_unpacklo_ps(v[0], v[1]), _mm512_unpackhi_ps(v[0], v[1]));
+        __m512 b = _mm512_add_ps(_mm512_unpacklo_ps(v[2], v[3]), _mm512_unpackhi_ps(v[2], v[3]));
         __m512d low = _mm512_unpacklo_pd((__m512d)a, (__m512d)b), high = _mm512_unpackhi_pd((__m512d)a, (__m512d)b);
         of_four[i] = _mm512_add_ps((__m512)low, (__m512)high);
     }
@@ -88,7 +89,7 @@ static inline __m512bh load(const bf16 *from, __mmask32 which) {
     return (__m512bh)(which == ALL ? _mm512_loadu_si512(from) : _mm512_maskz_loadu_epi16(which, from));
 }
 
-/* A part of a sum that a tile's products are: ROWS rows x by OUTPUTS rows w, 32 numbers of each or `which`. */
+/* Add the products of ROWS rows x and OUTPUTS rows w: 32 numbers of each from k on, or `which` of these. */
 static inline void add_products(__m512 sums[ROWS][OUTPUTS], const bf16 *const *x, const bf16 *const *w, int64_t k,
                                 __mmask32 which) {
     __m512bh of_w[OUTPUTS];
@@ -124,8 +125,10 @@ static void product(int64_t rows, int64_t in, const bf16 *x, const bf16 *const *
         }
         if (beside && beside->b) {
             const bf16 *as[ROWS], *bs[OUTPUTS];
-            for (int64_t i = 0; i < ROWS; i++) as[i] = beside->xa + (r + i < rows ? r + i : rows - 1) * beside->xa_stride;
-            for (int64_t j = 0; j < OUTPUTS; j++) bs[j] = beside->b + (j < outputs ? j : outputs - 1) * beside->ranks;
+            for (int64_t i = 0; i < ROWS; i++)
+                as[i] = beside->xa + (r + i < rows ? r + i : rows - 1) * beside->xa_stride;
+            for (int64_t j = 0; j < OUTPUTS; j++)
+                bs[j] = beside->b + (j < outputs ? j : outputs - 1) * beside->ranks;
             for (int64_t k = 0; k < beside->ranks; k += 32) {
                 int64_t left = beside->ranks - k;
                 add_products(sums, as, bs, k, left < 32 ? ((__mmask32)1 << left) - 1 : ALL);
@@ -156,6 +159,7 @@ static void dequantize(const uint8_t *codes, const float *scales, bf16 *w, int64
     }
 }
 
+/* Write x in the order of dequantized weights. */
 static void sort(const bf16 *x, bf16 *sorted, int64_t n) {
     bf16 order[BLOCK];
     for (int64_t i = 0; i < BLOCK / 2; i++) order[i] = (bf16)(2 * i), order[i + BLOCK / 2] = (bf16)(2 * i + 1);
@@ -232,6 +236,7 @@ static void turn(const bf16 *x, const bf16 *cos, const bf16 *sin, float *y, int6
     }
 }
 
+/* Write q's products with keys k (d, stride). */
 static void scores_of(const float *q, const bf16 *k, int64_t d, int64_t stride, int64_t keys, float *scores) {
     for (int64_t n = 0; n < keys; n++) scores[n] = 0.0f;
     for (int64_t i = 0; i < d; i++) {
@@ -242,6 +247,7 @@ static void scores_of(const float *q, const bf16 *k, int64_t d, int64_t stride, 
     }
 }
 
+/* Add weighted values v (keys, d). */
 static void add_values(const float *weights, const bf16 *v, int64_t d, int64_t keys, float *out) {
     for (int64_t n = 0; n < keys; n++) {
         float w = weights[n];
@@ -284,6 +290,7 @@ static void attend(const Pass *p, const Layer *l, int64_t row, const bf16 *qkv, 
     }
 }
 
+/* Add a product in `wide` to the row, and make it the next one's input. */
 static void add_and_normalise(const Pass *p, int64_t row, const bf16 *weight) {
     bf16 *x = p->x + row * p->hidden, *y = p->wide + row * p->hidden;
 #pragma omp simd
