@@ -1,7 +1,7 @@
-/* Decoding on a CPU with AVX-512 bf16: products of few rows, and one token of each row through the layers of a
-   Llama-shaped decoder, which is what lean.py computes without a dispatch for each of its operations. Tensors are
-   bfloat16 and rounded where lean.py's operations round theirs, but for attention, which is fp32 from the scores to
-   its result, and a product with its bias and adapters, which is rounded once. Between the products each row is one
+/* For a CPU with AVX-512 bf16: products of few rows; one token of each row through the layers of a Llama-shaped
+   decoder, which is what lean.py computes without a dispatch for each of its operations; norms and gates. Tensors are
+   bfloat16 and rounded where torch's operations round theirs, but for attention, which is fp32 from the scores to its
+   result, and a product with its bias and adapters, which is rounded once. Between the products each row is one
    thread's. native.py holds the same structures. */
 #include <immintrin.h>
 #include <math.h>
@@ -13,7 +13,9 @@ typedef uint16_t bf16;
 enum { BLOCK = 64, PARTS = 3 };
 /* Sums of ROWS rows by OUTPUTS outputs stay in registers; at an edge the last one is computed again. */
 enum { ROWS = 4, OUTPUTS = 4, AHEAD = 32 };
+enum { TOGETHER = 4 }; /* query heads that meet a key head's keys at once */
 static const __mmask32 ALL = 0xFFFFFFFF;
+#define ALWAYS_INLINE inline __attribute__((always_inline))
 
 typedef struct { /* layers with one input, and their adapters */
     const uint8_t *codes[PARTS]; /* of each layer (out, in / 2), NF4 as bitsandbytes has it: the even column is high */
@@ -226,6 +228,15 @@ static void normalise(const bf16 *x, const bf16 *weight, bf16 *y, int64_t n, flo
     for (int64_t i = 0; i < n; i++) y[i] = down(rounded(up(x[i]) * scale) * up(weight[i]));
 }
 
+/* y = silu(gate) * upper. */
+static void activate(int64_t n, const bf16 *gate, const bf16 *upper, bf16 *y) {
+#pragma omp simd
+    for (int64_t i = 0; i < n; i++) {
+        float g = up(gate[i]);
+        y[i] = down(rounded(g / (1.0f + exponential(-g))) * up(upper[i]));
+    }
+}
+
 /* Turn a head by its position (RoFormer, arXiv 2104.09864, in halves) into floats. */
 static void turn(const bf16 *x, const bf16 *cos, const bf16 *sin, float *y, int64_t d) {
     int64_t half = d / 2;
@@ -236,56 +247,100 @@ static void turn(const bf16 *x, const bf16 *cos, const bf16 *sin, float *y, int6
     }
 }
 
-/* Write q's products with keys k (d, stride). */
-static void scores_of(const float *q, const bf16 *k, int64_t d, int64_t stride, int64_t keys, float *scores) {
-    for (int64_t n = 0; n < keys; n++) scores[n] = 0.0f;
-    for (int64_t i = 0; i < d; i++) {
-        float qi = q[i];
-        const bf16 *ki = k + i * stride;
-#pragma omp simd
-        for (int64_t n = 0; n < keys; n++) scores[n] += qi * up(ki[n]);
+static inline __mmask16 up_to(int64_t left) { return left < 16 ? (__mmask16)((1u << left) - 1) : 0xFFFF; }
+
+static inline __m512 floats(const bf16 *from, __mmask16 which) {
+    return (__m512)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(which, from)), 16);
+}
+
+/* Write the products of `count` queries q (count, d) with keys k (d, stride) into scores (count, room). */
+static ALWAYS_INLINE void scores_of(int count, const float *q, const bf16 *k, int64_t d, int64_t stride, int64_t keys,
+                                    float *scores, int64_t room) {
+    for (int64_t n = 0; n < keys; n += 16) {
+        __mmask16 which = up_to(keys - n);
+        __m512 sums[TOGETHER];
+        for (int j = 0; j < count; j++) sums[j] = _mm512_setzero_ps();
+        for (int64_t i = 0; i < d; i++) {
+            __m512 ki = floats(k + i * stride + n, which);
+            for (int j = 0; j < count; j++) sums[j] = _mm512_fmadd_ps(_mm512_set1_ps(q[j * d + i]), ki, sums[j]);
+        }
+        for (int j = 0; j < count; j++) _mm512_mask_storeu_ps(scores + j * room + n, which, sums[j]);
     }
 }
 
-/* Add weighted values v (keys, d). */
-static void add_values(const float *weights, const bf16 *v, int64_t d, int64_t keys, float *out) {
-    for (int64_t n = 0; n < keys; n++) {
-        float w = weights[n];
-#pragma omp simd
-        for (int64_t i = 0; i < d; i++) out[i] += w * up(v[n * d + i]);
+/* Add values v (keys, d), weighted by each of `count` queries' scores (count, room), to out (count, d). */
+static ALWAYS_INLINE void add_values(int count, const float *scores, int64_t room, const bf16 *v, int64_t d,
+                                     int64_t keys, float *out) {
+    for (int64_t i = 0; i < d; i += 16) {
+        __mmask16 which = up_to(d - i);
+        __m512 sums[TOGETHER];
+        for (int j = 0; j < count; j++) sums[j] = _mm512_maskz_loadu_ps(which, out + j * d + i);
+        for (int64_t n = 0; n < keys; n++) {
+            __m512 vn = floats(v + n * d + i, which);
+            for (int j = 0; j < count; j++)
+                sums[j] = _mm512_fmadd_ps(_mm512_set1_ps(scores[j * room + n]), vn, sums[j]);
+        }
+        for (int j = 0; j < count; j++) _mm512_mask_storeu_ps(out + j * d + i, which, sums[j]);
     }
+}
+
+/* Put weights that sum up to one in place of scores. */
+static void softmax(float *scores, int64_t keys) {
+    float most = scores[0], sum = 0.0f;
+#pragma omp simd reduction(max : most)
+    for (int64_t n = 0; n < keys; n++) most = scores[n] > most ? scores[n] : most;
+#pragma omp simd reduction(+ : sum)
+    for (int64_t n = 0; n < keys; n++) {
+        scores[n] = exponential(scores[n] - most);
+        sum += scores[n];
+    }
+#pragma omp simd
+    for (int64_t n = 0; n < keys; n++) scores[n] /= sum;
+}
+
+/* The keys and values of one row and key head. */
+typedef struct {
+    const bf16 *prompt_k, *prompt_v, *own_k, *own_v;
+    int64_t prompt;
+} Keys;
+
+/* `count` query heads of one row, which share a key head, into out (count, d). */
+static ALWAYS_INLINE void attend_heads(int count, const Pass *p, const Keys *keys, const bf16 *q, const bf16 *cos,
+                                       const bf16 *sin, bf16 *out, float *scratch) {
+    int64_t d = p->head_size, all = keys->prompt + p->length;
+    float *turned = scratch, *result = scratch + TOGETHER * d, *scores = result + TOGETHER * d;
+    for (int j = 0; j < count; j++) turn(q + j * d, cos, sin, turned + j * d, d);
+    for (int64_t i = 0; i < count * d; i++) turned[i] *= p->scaling, result[i] = 0.0f;
+    scores_of(count, turned, keys->prompt_k, d, p->longest, keys->prompt, scores, all);
+    scores_of(count, turned, keys->own_k, d, p->room, p->length, scores + keys->prompt, all);
+    for (int j = 0; j < count; j++) softmax(scores + j * all, all);
+    add_values(count, scores, all, keys->prompt_v, d, keys->prompt, result);
+    add_values(count, scores + keys->prompt, all, keys->own_v, d, p->length, result);
+    for (int64_t i = 0; i < count * d; i++) out[i] = down(result[i]);
 }
 
 /* One row: turn q and k, store k and v, attend to the prompt and to what the completion has so far. */
 static void attend(const Pass *p, const Layer *l, int64_t row, const bf16 *qkv, bf16 *out, float *scratch) {
-    int64_t d = p->head_size, share = p->heads / p->kv_heads, prompt_keys = p->prompt_length[row];
-    float *turned = scratch, *result = scratch + d, *scores = scratch + 2 * d;
+    int64_t d = p->head_size, share = p->heads / p->kv_heads;
     const bf16 *cos = p->cos + row * d, *sin = p->sin + row * d;
     for (int64_t h = 0; h < p->kv_heads; h++) {
         int64_t of_prompt = p->prompt[row] * p->kv_heads + h, own = of_prompt * p->slots + p->slot[row];
-        const bf16 *pk = l->prompt_k + of_prompt * d * p->longest, *pv = l->prompt_v + of_prompt * d * p->longest;
-        bf16 *ok = l->own_k + own * d * p->room, *ov = l->own_v + own * d * p->room;
-        turn(qkv + (p->heads + h) * d, cos, sin, turned, d);
-        for (int64_t i = 0; i < d; i++) ok[i * p->room + p->length - 1] = down(turned[i]);
+        bf16 *own_k = l->own_k + own * d * p->room, *own_v = l->own_v + own * d * p->room;
+        turn(qkv + (p->heads + h) * d, cos, sin, scratch, d);
+        for (int64_t i = 0; i < d; i++) own_k[i * p->room + p->length - 1] = down(scratch[i]);
         const bf16 *value = qkv + (p->heads + p->kv_heads + h) * d;
-        for (int64_t i = 0; i < d; i++) ov[(p->length - 1) * d + i] = value[i];
-        for (int64_t head = h * share; head < (h + 1) * share; head++) {
-            turn(qkv + head * d, cos, sin, turned, d);
-            for (int64_t i = 0; i < d; i++) turned[i] *= p->scaling, result[i] = 0.0f;
-            int64_t keys = prompt_keys + p->length;
-            scores_of(turned, pk, d, p->longest, prompt_keys, scores);
-            scores_of(turned, ok, d, p->room, p->length, scores + prompt_keys);
-            float most = scores[0], sum = 0.0f;
-#pragma omp simd reduction(max : most)
-            for (int64_t n = 0; n < keys; n++) most = scores[n] > most ? scores[n] : most;
-#pragma omp simd reduction(+ : sum)
-            for (int64_t n = 0; n < keys; n++) {
-                scores[n] = exponential(scores[n] - most);
-                sum += scores[n];
+        for (int64_t i = 0; i < d; i++) own_v[(p->length - 1) * d + i] = value[i];
+        Keys keys = {l->prompt_k + of_prompt * d * p->longest, l->prompt_v + of_prompt * d * p->longest, own_k, own_v,
+                     p->prompt_length[row]};
+        for (int64_t head = h * share, end = head + share; head < end; head += TOGETHER) {
+            const bf16 *q = qkv + head * d;
+            bf16 *y = out + head * d;
+            switch (end - head) {
+            case 1: attend_heads(1, p, &keys, q, cos, sin, y, scratch); break;
+            case 2: attend_heads(2, p, &keys, q, cos, sin, y, scratch); break;
+            case 3: attend_heads(3, p, &keys, q, cos, sin, y, scratch); break;
+            default: attend_heads(TOGETHER, p, &keys, q, cos, sin, y, scratch);
             }
-            add_values(scores, pv, d, prompt_keys, result);
-            add_values(scores + prompt_keys, ov, d, p->length, result);
-            for (int64_t i = 0; i < d; i++) out[head * d + i] = down(result[i] / sum);
         }
     }
 }
@@ -315,14 +370,53 @@ void lowmem_decode(const Pass *p, const Layer *layers) {
         lowmem_multiply(&l->gate_up, p->rows, p->normed, p->wide, p->sorted, p->xa, p->threads);
         EACH_ROW {
             bf16 *gate = p->wide + row * 2 * p->inner, *upper = gate + p->inner, *y = p->narrow + row * p->inner;
-#pragma omp simd
-            for (int64_t i = 0; i < p->inner; i++) {
-                float g = up(gate[i]);
-                y[i] = down(rounded(g / (1.0f + exponential(-g))) * up(upper[i]));
-            }
+            activate(p->inner, gate, upper, y);
         }
         lowmem_multiply(&l->down, p->rows, p->narrow, p->wide, p->sorted, p->xa, p->threads);
         EACH_ROW add_and_normalise(p, row, n + 1 < p->layers ? l[1].attention_norm : 0);
     }
 }
 
+
+/* What a pass over many rows does beside its products, each of them in one sweep; `rows` of `n` numbers. */
+#define EACH _Pragma("omp parallel for num_threads(threads) schedule(static)") for (int64_t row = 0; row < rows; row++)
+
+void lowmem_norm(int64_t rows, int64_t n, const bf16 *x, const bf16 *weight, bf16 *y, float eps, int64_t threads) {
+    EACH normalise(x + row * n, weight, y + row * n, n, eps);
+}
+
+/* The gradient of a norm with a frozen weight: (outer - normed * mean(outer * normed)) * scale, outer grad * weight. */
+void lowmem_norm_back(int64_t rows, int64_t n, const bf16 *x, const bf16 *weight, const bf16 *grad, bf16 *y, float eps,
+                      int64_t threads) {
+    EACH {
+        const bf16 *xs = x + row * n, *gs = grad + row * n;
+        float squares = 0.0f, inner = 0.0f;
+#pragma omp simd reduction(+ : squares, inner)
+        for (int64_t i = 0; i < n; i++) {
+            squares += up(xs[i]) * up(xs[i]);
+            inner += rounded(up(gs[i]) * up(weight[i])) * up(xs[i]);
+        }
+        float scale = 1.0f / sqrtf(squares / (float)n + eps);
+        inner *= scale / (float)n;
+#pragma omp simd
+        for (int64_t i = 0; i < n; i++)
+            y[row * n + i] = down((rounded(up(gs[i]) * up(weight[i])) - up(xs[i]) * scale * inner) * scale);
+    }
+}
+
+void lowmem_gate(int64_t rows, int64_t n, const bf16 *gate, const bf16 *upper, bf16 *y, int64_t threads) {
+    EACH activate(n, gate + row * n, upper + row * n, y + row * n);
+}
+
+/* The gradients of silu(gate) * upper. */
+void lowmem_gate_back(int64_t rows, int64_t n, const bf16 *gate, const bf16 *upper, const bf16 *grad, bf16 *of_gate,
+                      bf16 *of_upper, int64_t threads) {
+    EACH {
+#pragma omp simd
+        for (int64_t i = row * n; i < (row + 1) * n; i++) {
+            float g = up(gate[i]), given = up(grad[i]), sigmoid = 1.0f / (1.0f + exponential(-g));
+            of_gate[i] = down(rounded(given * up(upper[i])) * sigmoid * (1.0f + g * (1.0f - sigmoid)));
+            of_upper[i] = down(rounded(g * sigmoid) * given);
+        }
+    }
+}
