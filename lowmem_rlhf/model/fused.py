@@ -15,16 +15,12 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from lowmem_rlhf.model import native
-
 GATED_MLP = {"gate_proj", "up_proj", "down_proj", "act_fn"}  # the parts of one
 
 
 def _normed(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     """Norm, rounded where the stock module rounds: before a weight of x's dtype, after an fp32 one (Gemma's 1 + w)."""
     if weight.dtype == x.dtype:
-        if native.suits(x, weight):
-            return native.norm(x, weight, eps)
         return F.rms_norm(x, x.shape[-1:], None, eps).mul_(weight)
     return F.rms_norm(x.float(), x.shape[-1:], weight, eps).to(x.dtype)
 
@@ -41,8 +37,6 @@ class _RMSNorm(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):  # type: ignore[no-untyped-def]
         x, weight = ctx.saved_tensors
-        if weight.dtype == x.dtype and native.suits(x, weight, grad):
-            return native.norm_gradient(x, weight, grad, ctx.eps), None, None
         normed = x.float()
         scale = (normed.square().mean(-1, keepdim=True) + ctx.eps).rsqrt_()
         normed = normed * scale
@@ -58,20 +52,12 @@ class _GatedActivation(torch.autograd.Function):
     def forward(ctx, gate, up, activation, slope):  # type: ignore[no-untyped-def]
         ctx.save_for_backward(gate, up)
         ctx.activation, ctx.slope = activation, slope
-        return _gate(gate, up, activation)
+        return activation(gate).mul_(up)
 
     @staticmethod
     def backward(ctx, grad):  # type: ignore[no-untyped-def]
         gate, up = ctx.saved_tensors
-        if ctx.activation is F.silu and native.suits(gate, up, grad):
-            return *native.gated_gradients(gate, up, grad), None, None
         return ctx.slope(grad * up, gate), ctx.activation(gate).mul_(grad), None, None
-
-
-def _gate(gate: torch.Tensor, up: torch.Tensor, activation: Callable[..., Any]) -> torch.Tensor:
-    if activation is F.silu and native.suits(gate, up):
-        return native.gated(gate, up)
-    return activation(gate).mul_(up)
 
 
 # an activation and, from a gradient and its input, the gradient of that
@@ -90,7 +76,7 @@ def _gated_mlp(module: Any, activation: tuple[Callable[..., Any], Callable[..., 
     gate, up = module.gate_proj(x), module.up_proj(x)
     if torch.is_grad_enabled():
         return module.down_proj(_GatedActivation.apply(gate, up, *activation))
-    return module.down_proj(_gate(gate, up, activation[0]))
+    return module.down_proj(activation[0](gate).mul_(up))
 
 
 @torch.no_grad()

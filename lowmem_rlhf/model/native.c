@@ -1,8 +1,8 @@
-/* For a CPU with AVX-512 bf16: products of few rows; one token of each row through the layers of a Llama-shaped
-   decoder, which is what lean.py computes without a dispatch for each of its operations; norms and gates. Tensors are
-   bfloat16 and rounded where torch's operations round theirs, but for attention, which is fp32 from the scores to its
-   result, and a product with its bias and adapters, which is rounded once. Between the products each row is one
-   thread's. native.py holds the same structures. */
+/* For a CPU with AVX-512 bf16: products of few rows, and one token of each row through the layers of a Llama-shaped
+   decoder, which is what lean.py computes without a dispatch for each of its operations. Tensors are bfloat16 and
+   rounded where torch's operations round theirs, but for attention, which is fp32 from the scores to its result, and
+   a product with its bias and adapters, which is rounded once. Between the products each row is one thread's.
+   native.py holds the same structures. */
 #include <immintrin.h>
 #include <math.h>
 #include <omp.h>
@@ -377,46 +377,3 @@ void lowmem_decode(const Pass *p, const Layer *layers) {
     }
 }
 
-
-/* What a pass over many rows does beside its products, each of them in one sweep; `rows` of `n` numbers. */
-#define EACH _Pragma("omp parallel for num_threads(threads) schedule(static)") for (int64_t row = 0; row < rows; row++)
-
-void lowmem_norm(int64_t rows, int64_t n, const bf16 *x, const bf16 *weight, bf16 *y, float eps, int64_t threads) {
-    EACH normalise(x + row * n, weight, y + row * n, n, eps);
-}
-
-/* The gradient of a norm with a frozen weight: (outer - normed * mean(outer * normed)) * scale, outer grad * weight. */
-void lowmem_norm_back(int64_t rows, int64_t n, const bf16 *x, const bf16 *weight, const bf16 *grad, bf16 *y, float eps,
-                      int64_t threads) {
-    EACH {
-        const bf16 *xs = x + row * n, *gs = grad + row * n;
-        float squares = 0.0f, inner = 0.0f;
-#pragma omp simd reduction(+ : squares, inner)
-        for (int64_t i = 0; i < n; i++) {
-            squares += up(xs[i]) * up(xs[i]);
-            inner += rounded(up(gs[i]) * up(weight[i])) * up(xs[i]);
-        }
-        float scale = 1.0f / sqrtf(squares / (float)n + eps);
-        inner *= scale / (float)n;
-#pragma omp simd
-        for (int64_t i = 0; i < n; i++)
-            y[row * n + i] = down((rounded(up(gs[i]) * up(weight[i])) - up(xs[i]) * scale * inner) * scale);
-    }
-}
-
-void lowmem_gate(int64_t rows, int64_t n, const bf16 *gate, const bf16 *upper, bf16 *y, int64_t threads) {
-    EACH activate(n, gate + row * n, upper + row * n, y + row * n);
-}
-
-/* The gradients of silu(gate) * upper. */
-void lowmem_gate_back(int64_t rows, int64_t n, const bf16 *gate, const bf16 *upper, const bf16 *grad, bf16 *of_gate,
-                      bf16 *of_upper, int64_t threads) {
-    EACH {
-#pragma omp simd
-        for (int64_t i = row * n; i < (row + 1) * n; i++) {
-            float g = up(gate[i]), given = up(grad[i]), sigmoid = 1.0f / (1.0f + exponential(-g));
-            of_gate[i] = down(rounded(given * up(upper[i])) * sigmoid * (1.0f + g * (1.0f - sigmoid)));
-            of_upper[i] = down(rounded(g * sigmoid) * given);
-        }
-    }
-}

@@ -1,4 +1,4 @@
-"""C for a CPU with AVX-512 bf16: products of few rows, `lean` in one call a token, norms and gates in one sweep.
+"""C for a CPU with AVX-512 bf16: products of few rows, and `lean` in one call a token.
 
 Decoding a few rows is hundreds of small operations a token, and dispatching them costs more than computing them. The C
 source (native.c) is compiled once and kept in the cache; where there is no compiler, or the machine or the model are
@@ -7,7 +7,6 @@ of another kind, torch's operations stay. ``LOWMEM_RLHF_NATIVE=0`` switches it o
 
 import ctypes
 import hashlib
-import math
 import subprocess
 import tempfile
 from collections.abc import Sequence
@@ -97,54 +96,11 @@ def library() -> Any:
         found = ctypes.CDLL(str(_compiled(compiler)))
     except (OSError, subprocess.CalledProcessError):
         return None
-    two, three = [c_int64] * 2, [c_void_p] * 3
-    for name, arguments in {
-        "decode": (POINTER(Pass), POINTER(Layer)),
-        "multiply": (POINTER(Linear), c_int64, *three, c_void_p, c_int64),
-        "product": (*two, c_int64, *three, c_int64),
-        "norm": (*two, *three, c_float, c_int64),
-        "norm_back": (*two, *three, c_void_p, c_float, c_int64),
-        "gate": (*two, *three, c_int64),
-        "gate_back": (*two, *three, c_void_p, c_void_p, c_int64),
-    }.items():
-        function = getattr(found, f"lowmem_{name}")
-        function.restype, function.argtypes = None, arguments
+    found.lowmem_decode.argtypes = (POINTER(Pass), POINTER(Layer))
+    found.lowmem_multiply.argtypes = (POINTER(Linear), c_int64, *[c_void_p] * 4, c_int64)
+    found.lowmem_product.argtypes = (c_int64, c_int64, c_int64, c_void_p, c_void_p, c_void_p, c_int64)
+    found.lowmem_decode.restype = found.lowmem_multiply.restype = found.lowmem_product.restype = None
     return found
-
-
-def suits(*tensors: torch.Tensor) -> bool:
-    """Whether the library is there and takes these: contiguous, bfloat16, on a CPU."""
-    mine = all(x.device.type == "cpu" and x.dtype == torch.bfloat16 and x.is_contiguous() for x in tensors)
-    return mine and library() is not None
-
-
-def _sweep(name: str, shape: Sequence[int], results: int, given: Sequence[torch.Tensor], *more: float) -> Any:
-    """Call a function for all rows of such a shape; return its results, of the same shape."""
-    made = [torch.empty(shape, dtype=given[0].dtype, device=given[0].device) for _ in range(results)]
-    rows, pointers = math.prod(shape[:-1]), [x.data_ptr() for x in (*given, *made)]
-    getattr(library(), f"lowmem_{name}")(rows, shape[-1], *pointers, *more, torch.get_num_threads())
-    return made
-
-
-def norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-    """Return RMSNorm of x (.., H); for tensors that `suits` takes."""
-    return _sweep("norm", x.shape, 1, (x, weight), eps)[0]
-
-
-def norm_gradient(x: torch.Tensor, weight: torch.Tensor, grad: torch.Tensor, eps: float) -> torch.Tensor:
-    """Return the gradient of `norm` with respect to x."""
-    return _sweep("norm_back", x.shape, 1, (x, weight, grad), eps)[0]
-
-
-def gated(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
-    """Return ``silu(gate) * up``; for tensors that `suits` takes."""
-    return _sweep("gate", gate.shape, 1, (gate, up))[0]
-
-
-def gated_gradients(gate: torch.Tensor, up: torch.Tensor, grad: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the gradients of `gated` with respect to gate and up."""
-    of_gate, of_up = _sweep("gate_back", gate.shape, 2, (gate, up, grad))
-    return of_gate, of_up
 
 
 def few_rows(x: torch.Tensor, layer: Any) -> torch.Tensor | None:
@@ -152,7 +108,7 @@ def few_rows(x: torch.Tensor, layer: Any) -> torch.Tensor | None:
 
     It reads the weights as they lie, once, as fast as memory gives them; torch sorts them anew for each product.
     """
-    wanted = (
+    suits = (
         x.device.type == "cpu"
         and x.dtype == torch.bfloat16
         and x.dim() == 2
@@ -164,7 +120,7 @@ def few_rows(x: torch.Tensor, layer: Any) -> torch.Tensor | None:
         and layer.weight.is_contiguous()
         and not torch.is_grad_enabled()
     )
-    if not wanted or (found := library()) is None:
+    if not suits or (found := library()) is None:
         return None
     x, weight = x.contiguous(), layer.weight
     y = torch.empty((x.shape[0], weight.shape[0]), dtype=x.dtype, device=x.device)

@@ -13,7 +13,6 @@ from torch.utils._pytree import tree_leaves
 from lowmem_rlhf.errors import UserError
 from lowmem_rlhf.model.attention import PackedContext
 from lowmem_rlhf.model.base import SharedBase
-from lowmem_rlhf.model.fused import fuse
 from lowmem_rlhf.model.load import load_base
 from lowmem_rlhf.model.packing import pack
 from lowmem_rlhf.model.roles import POLICY
@@ -135,8 +134,6 @@ def test_the_reference_is_the_untouched_base_exactly(tiny_folder, load_tiny, qua
     untouched, _ = load_base(str(tiny_folder), quantization, dtype, CPU)
     untouched.set_attn_implementation("lowmem")
     untouched.train()  # in eval mode bitsandbytes repacks 4-bit weights for another, rounder, kernel of the CPU
-    if dtype == "bfloat16":
-        fuse(untouched, torch.bfloat16)  # equal to the stock modules to rounding, see test_fused and test_native
 
     def run(decoder):
         context = PackedContext(packed.buckets, CPU)
