@@ -84,7 +84,7 @@ class LeanDecoder:
             return self._by_torch(x, cos, sin, context)
         want = self._by_torch(x, cos, sin, context) if self._natively is None else None
         got = x.clone()
-        native.run(got, cos[:, 0].contiguous(), sin[:, 0].contiguous(), context.kept())  # type: ignore[attr-defined]
+        native.run(got, cos[:, 0].contiguous(), sin[:, 0].contiguous(), context.all_kept())  # type: ignore[attr-defined]
         if want is None:
             return got
         self._natively = _close(got, want, len(self.layers))
@@ -94,7 +94,7 @@ class LeanDecoder:
     def _native_decoder(self, x: torch.Tensor, context: AttentionContext) -> NativeDecoder | None:
         """Return the C decoder for so few rows of a rollout; None where there is none."""
         first = self.layers[0].qkv
-        if self._natively is False or x.shape[0] > first.most_rows or not hasattr(context, "kept"):
+        if self._natively is False or x.shape[0] > first.most_rows or not hasattr(context, "all_kept"):
             return None
         active = first.layers[0].active
         made_of = (first.together, active.names, active.version)

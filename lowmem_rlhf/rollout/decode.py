@@ -145,7 +145,7 @@ class SharedPromptCache:
         self._own[layer] = keys, values
         return keys, values
 
-    def kept(self) -> Kept:
+    def all_kept(self) -> Kept:
         """Return all that is kept, with room for this token, for code that attends by itself."""
         layers = [(*pair, *self._room(layer)) for layer, pair in sorted(self._prompt.items())]
         rows = [(b, g, self.lengths[b]) for b, g in self.slots]
