@@ -12,7 +12,6 @@ less one. Cases run in processes of their own, ``--processes`` at once; nothing 
 
 import argparse
 import json
-import sys
 import tempfile
 import traceback
 from collections.abc import Sequence
@@ -21,9 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from vram_measured import compare, machine
-from work import ROOT
 
-sys.path.insert(0, str(ROOT))
 MODELS = ("Qwen/Qwen2.5-0.5B-Instruct", "Qwen/Qwen2.5-1.5B-Instruct", "Qwen/Qwen2.5-3B-Instruct")
 MB = 10**6
 

@@ -206,9 +206,8 @@ class NativeDecoder:
         d, nkv = first.head_size, first.kv_heads
         self._layers = (Layer * len(layers))()
         for target, layer in zip(self._layers, layers, strict=True):
-            for name, siblings in (("qkv", layer.qkv), ("o", layer.out), ("gate_up", layer.gate_up)):
-                setattr(target, name, self._linear(siblings))
-            target.down = self._linear(layer.down)
+            target.qkv, target.o = self._linear(layer.qkv), self._linear(layer.out)
+            target.gate_up, target.down = self._linear(layer.gate_up), self._linear(layer.down)
             target.attention_norm, target.mlp_norm = (norm.weight.data_ptr() for norm in layer.norms)
         self._pass = Pass(
             layers=len(layers),

@@ -149,9 +149,9 @@ def rollout_weights(case: Case, settings: Settings) -> tuple[str, str]:
 
     The copy is the very numbers that NF4 stands for, and the adapter stays beside it, so the sampling policy is the
     trained one. On a CPU it saves dequantizing every weight for every token, unless 4-bit weights are multiplied there
-    (AVX-512 bf16): by our own product, faster than a copy at all rows (0.57 of its time at 16, 0.75 at 64), or by
-    bitsandbytes', at few. On a GPU bitsandbytes multiplies 4-bit weights directly; too few steps were measured there
-    to say which is faster, so it is left to the recipe.
+    (AVX-512 bf16): by our own product (a rollout of 16 rows took 0.83 of its time with a copy,
+    `benchmarks/techniques.py`), or by bitsandbytes', at few rows. On a GPU bitsandbytes multiplies 4-bit weights
+    directly; too few steps were measured there to say which is faster, so it is left to the recipe.
     """
     if pinned := case.pinned("rollout_weights"):
         return pinned, PINNED
