@@ -20,7 +20,7 @@ from lowmem_rlhf.model.attention import AttentionContext, PackedContext
 from lowmem_rlhf.model.decoding import lend_for_decoding
 from lowmem_rlhf.model.fused import fuse
 from lowmem_rlhf.model.host_embedding import embeddings_to_host
-from lowmem_rlhf.model.lean import lean_decoder
+from lowmem_rlhf.model.lean_trial import lean_decoder
 from lowmem_rlhf.model.load import load_base
 from lowmem_rlhf.model.logprobs import head_of
 from lowmem_rlhf.model.lora import ActiveAdapters, SharedLoraLinear, lora_config

@@ -2,7 +2,7 @@
 
 Llama, Mistral, Qwen 2 and 3, SmolLM and their kin share one layer: norm, attention with rotary positions, norm, gated
 MLP. While decoding a few rows, calling stock modules costs a good part of the pass. A model takes this path only if a
-trial shows that it computes what its own modules compute; every other one keeps them.
+trial shows that it computes what its own modules compute (`lean_trial`); every other one keeps them.
 
 Shapes: T rows, H hidden size, nh and nkv heads of size d.
 """
@@ -12,27 +12,14 @@ from typing import Any
 
 import torch
 
-from lowmem_rlhf.model.attention import AttentionContext, PackedContext
-from lowmem_rlhf.model.fused import GATED_MLP
+from lowmem_rlhf.model.attention import AttentionContext
+from lowmem_rlhf.model.fused import GATED_MLP, gated_activation
 from lowmem_rlhf.model.native import NativeDecoder, native_decoder
-from lowmem_rlhf.model.packing import Bucket
 from lowmem_rlhf.model.siblings import Siblings
+from lowmem_rlhf.model.trial import nudged, rows_within_noise
 
 PARTS = {"input_layernorm", "self_attn", "post_attention_layernorm", "mlp"}
 ATTENTION = {"q_proj", "k_proj", "v_proj", "o_proj"}
-TRIAL_TOKENS = 6
-
-
-class _Observed(PackedContext):
-    """A context that notes with which scaling, window and soft cap each layer calls it."""
-
-    def __init__(self, tokens: int, device: torch.device) -> None:
-        super().__init__([Bucket(0, 1, tokens, ())], device)
-        self.seen: dict[int, tuple[float, int | None, float | None]] = {}
-
-    def attend(self, layer: int, *args: Any) -> torch.Tensor:
-        self.seen[layer] = args[3:]  # type: ignore[assignment]
-        return super().attend(layer, *args)
 
 
 @dataclass(frozen=True)
@@ -48,9 +35,32 @@ class LeanLayer:
     activation: Any
     down: Siblings
     norms: tuple[Any, Any]
+    mlp: Any
     head_size: int
     kv_heads: int
     attention: tuple[float, int | None, float | None]
+
+    def run(
+        self, number: int, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, context: AttentionContext
+    ) -> torch.Tensor:
+        """Return the layer's result (T, H) for its input x (T, H); ``number`` is its place among the layers."""
+        x = x + self._attention(number, self.attention_norm(x), cos, sin, context)
+        gate, up = self.gate_up.results(self.mlp_norm(x))
+        x += self.down.joined(self.activation(gate).mul_(up))
+        return x
+
+    def _attention(
+        self, number: int, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, context: AttentionContext
+    ) -> torch.Tensor:
+        heads = self.qkv.joined(x).unflatten(-1, (-1, self.head_size))  # (T, nh + 2 nkv, d)
+        nkv = self.kv_heads
+        turned, v = heads[:, :-nkv], heads[:, -nkv:]
+        if self.head_norms is not None:
+            turned = torch.cat((self.head_norms[0](turned[:, :-nkv]), self.head_norms[1](turned[:, -nkv:])), dim=1)
+        turned = _rotated(turned, cos, sin).transpose(0, 1)
+        q, k = turned[:-nkv], turned[-nkv:]
+        out = context.attend(number, q, k, v.transpose(0, 1), *self.attention)
+        return self.out.joined(out.flatten(1))
 
 
 class LeanDecoder:
@@ -71,8 +81,7 @@ class LeanDecoder:
     ) -> torch.Tensor:
         """Return the last hidden states (T, H) for input_ids and position_ids (1, T), as SharedBase's."""
         x = self.decoder.embed_tokens(input_ids)
-        cos, sin = (table[0][:, None] for table in self.decoder.rotary_emb(x, position_ids))  # (T, 1, d)
-        sin = torch.cat((-sin[..., : sin.shape[-1] // 2], sin[..., sin.shape[-1] // 2 :]), dim=-1)
+        cos, sin = rotary_tables(self.decoder, x, position_ids)
         return self.decoder.norm(self._through_layers(x[0], cos, sin, context))
 
     def _through_layers(
@@ -80,16 +89,16 @@ class LeanDecoder:
     ) -> torch.Tensor:
         """Return the last layer's result for embeddings x (T, H): by C where it computes the same, which is tried."""
         native = self._native_decoder(x, context)
-        if native is None:
-            return self._by_torch(x, cos, sin, context)
-        want = self._by_torch(x, cos, sin, context) if self._natively is None else None
-        got = x.clone()
-        native.run(got, cos[:, 0].contiguous(), sin[:, 0].contiguous(), context.all_kept())  # type: ignore[attr-defined]
-        if want is None:
+        if native is not None and self._natively is None:
+            self._natively = self._computes_the_same(native, x, cos, sin, context)
+        if native is not None and self._natively:
+            # after a trial too, which kept torch's keys: a resumed run would not be the uninterrupted one otherwise
+            got, kept = x.clone(), context.all_kept()  # type: ignore[attr-defined]
+            native.run(got, cos[:, 0].contiguous(), sin[:, 0].contiguous(), kept)
             return got
-        self._natively = _close(got, want, len(self.layers))
-        # what is kept of this token is C's: were it the trial's, a resumed run would not be the uninterrupted one
-        return got if self._natively else self._by_torch(x, cos, sin, context)
+        for number, layer in enumerate(self.layers):
+            x = layer.run(number, x, cos, sin, context)
+        return x
 
     def _native_decoder(self, x: torch.Tensor, context: AttentionContext) -> NativeDecoder | None:
         """Return the C decoder for so few rows of a rollout; None where there is none."""
@@ -102,33 +111,40 @@ class LeanDecoder:
             self._native = (made_of, native_decoder(self.layers, x.dtype))
         return self._native[1]
 
-    def _by_torch(
-        self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, context: AttentionContext
-    ) -> torch.Tensor:
-        for number, layer in enumerate(self.layers):
-            x = x + self._attention(number, layer, layer.attention_norm(x), cos, sin, context)
-            gate, up = layer.gate_up.results(layer.mlp_norm(x))
-            x += layer.down.joined(layer.activation(gate).mul_(up))
-        return x
+    def _computes_the_same(
+        self, native: NativeDecoder, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, context: Any
+    ) -> bool:
+        """Hold every layer in C against torch's operations: its result, and the keys and values that it stores.
 
-    def _attention(
-        self,
-        number: int,
-        layer: LeanLayer,
-        x: torch.Tensor,
-        cos: torch.Tensor,
-        sin: torch.Tensor,
-        context: AttentionContext,
-    ) -> torch.Tensor:
-        heads = layer.qkv.joined(x).unflatten(-1, (-1, layer.head_size))  # (T, nh + 2 nkv, d)
-        nkv = layer.kv_heads
-        turned, v = heads[:, :-nkv], heads[:, -nkv:]
-        if layer.head_norms is not None:
-            turned = torch.cat((layer.head_norms[0](turned[:, :-nkv]), layer.head_norms[1](turned[:, -nkv:])), dim=1)
-        turned = _rotated(turned, cos, sin).transpose(0, 1)
-        q, k = turned[:-nkv], turned[-nkv:]
-        out = context.attend(number, q, k, v.transpose(0, 1), *layer.attention)
-        return layer.out.joined(out.flatten(1))
+        Both get the same input, so that no difference hides behind those of other layers. The bound is how far torch's
+        own result moves when its input does by one rounding.
+        """
+        tables = cos[:, 0].contiguous(), sin[:, 0].contiguous()
+        for number, layer in enumerate(self.layers):
+            found = []
+            for given in (x, nudged(x)):
+                result = layer.run(number, given, cos, sin, context)
+                found.append((result, *(one.clone() for one in context.stored(number))))
+            got = x.clone()
+            native.run(got, *tables, context.all_kept(), only=number)
+            results = zip((got, *context.stored(number)), *found, strict=True)
+            if not all(
+                rows_within_noise(by_c, want, moved, x if want.shape == x.shape else want)
+                for by_c, want, moved in results
+            ):
+                return False
+            x = found[0][0]
+        return True
+
+
+def rotary_tables(decoder: Any, x: torch.Tensor, position_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return a decoder's cosines and sines (T, 1, d) for positions (1, T) in x's dtype, as `LeanLayer.run` takes them.
+
+    The first half of the sines is negated (`_rotated`).
+    """
+    cos, sin = (table[0][:, None] for table in decoder.rotary_emb(x, position_ids))
+    half = sin.shape[-1] // 2
+    return cos, torch.cat((-sin[..., :half], sin[..., half:]), dim=-1)
 
 
 def _rotated(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
@@ -139,39 +155,20 @@ def _rotated(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Ten
     return (x * cos).addcmul_(x.roll(x.shape[-1] // 2, dims=-1), sin)
 
 
-@torch.no_grad()
-def lean_decoder(base: Any) -> LeanDecoder | None:
-    """Return the lean decoder of a SharedBase; None where its layers are of another shape or compute anything else."""
-    decoder = base.decoder
-    blocks = getattr(decoder, "layers", ())
-    if not blocks or not {"embed_tokens", "norm", "rotary_emb"} <= {name for name, _ in decoder.named_children()}:
-        return None
-    ids = torch.arange(TRIAL_TOKENS, dtype=torch.long, device=base.device)[None]
-    observed = _Observed(TRIAL_TOKENS, base.device)
-    want = base.hidden_states(ids, ids, observed)
-    layers = [_lean(block, observed.seen.get(i)) for i, block in enumerate(blocks)]
-    if not all(layers):
-        return None
-    lean = LeanDecoder(decoder, layers)  # type: ignore[arg-type]
-    got = lean.hidden_states(ids, ids, PackedContext([Bucket(0, 1, TRIAL_TOKENS, ())], base.device))
-    return lean if _close(got, want, len(layers)) else None
+def lean_layer(block: Any, attention: tuple[float, int | None, float | None] | None) -> LeanLayer | None:
+    """Return a stock layer's parts if it has the parts of Llama's and its products are joined as expected.
 
-
-def _close(got: torch.Tensor, want: torch.Tensor, layers: int) -> bool:
-    """Say whether two results of so many layers differ by rounding only."""
-    rounding = torch.finfo(want.dtype).eps * layers**0.5
-    return bool((got - want).float().norm() <= 4 * rounding * want.float().norm())
-
-
-def _lean(block: Any, attention: tuple[float, int | None, float | None] | None) -> LeanLayer | None:
-    """Return a stock layer's parts if it has Llama's shape and its products are joined as expected."""
+    Args:
+        attention: the scaling, window and soft cap with which it attends; None: it was not seen to.
+    """
     if attention is None or {name for name, _ in block.named_children()} != PARTS:
         return None
     heads, mlp = block.self_attn, block.mlp
     norms = {name for name, _ in heads.named_children()} - ATTENTION
     if not all(hasattr(heads, name) for name in ATTENTION) or norms not in (set(), {"q_norm", "k_norm"}):
         return None
-    if {name for name, _ in mlp.named_children()} != GATED_MLP:
+    activation = gated_activation(mlp)  # the form of the MLP is known where it took the fused forward
+    if activation is None or {name for name, _ in mlp.named_children()} != GATED_MLP:
         return None
     groups = [
         [heads.q_proj, heads.k_proj, heads.v_proj],
@@ -189,9 +186,10 @@ def _lean(block: Any, attention: tuple[float, int | None, float | None] | None) 
         head_norms=(heads.q_norm.forward, heads.k_norm.forward) if norms else None,
         out=joined[1],  # type: ignore[arg-type]
         gate_up=joined[2],  # type: ignore[arg-type]
-        activation=mlp.act_fn,
+        activation=activation[0],
         down=joined[3],  # type: ignore[arg-type]
         norms=(block.input_layernorm, block.post_attention_layernorm),
+        mlp=mlp,
         head_size=heads.head_dim,
         kv_heads=heads.k_proj.out_features // heads.head_dim,
         attention=attention,

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 
 from lowmem_rlhf.hardware.detect import cpu_device
+from lowmem_rlhf.model.fused import SILU, gated_activation, norm_scale
 from lowmem_rlhf.model.load import cache_folder
 
 SOURCE = Path(__file__).with_suffix(".c")
@@ -210,7 +211,6 @@ class NativeDecoder:
             target.gate_up, target.down = self._linear(layer.gate_up), self._linear(layer.down)
             target.attention_norm, target.mlp_norm = (norm.weight.data_ptr() for norm in layer.norms)
         self._pass = Pass(
-            layers=len(layers),
             hidden=first.qkv.layers[0].in_features,
             heads=sum(first.qkv.outs) // d - 2 * nkv,
             kv_heads=nkv,
@@ -234,11 +234,12 @@ class NativeDecoder:
         self._kept_alive += [product, adapters]
         return found
 
-    def run(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, kept: Kept) -> None:
+    def run(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, kept: Kept, only: int | None = None) -> None:
         """Turn embeddings x (R, H) into the last layer's result, in place, and store the token's keys and values.
 
         Args:
             cos, sin: (R, d), contiguous; the first half of sin is negated.
+            only: the one layer that is run, on its own input x.
         """
         rows, call = x.shape[0], self._pass
         for target, tensors in zip(self._layers, kept.layers, strict=True):
@@ -255,7 +256,8 @@ class NativeDecoder:
         room = [torch.empty((rows, n), dtype=x.dtype, device=x.device) for n in widths]
         call.cos, call.sin, call.x, call.scratch = (t.data_ptr() for t in (cos, sin, x, scratch))
         call.normed, call.wide, call.narrow, call.sorted, call.xa = (t.data_ptr() for t in room)
-        self._function(ctypes.byref(call), self._layers)
+        first, call.layers = (0, len(self._layers)) if only is None else (only, 1)
+        self._function(ctypes.byref(call), self._layers[first])
 
 
 def native_decoder(layers: Sequence[Any], dtype: torch.dtype) -> NativeDecoder | None:
@@ -264,6 +266,7 @@ def native_decoder(layers: Sequence[Any], dtype: torch.dtype) -> NativeDecoder |
     _, window, softcap = first.attention
     same = all(
         layer.head_norms is None
+        and gated_activation(layer.mlp) is SILU
         and layer.attention == first.attention
         and all(isinstance(s.together, NativeProduct) for s in (layer.qkv, layer.out, layer.gate_up, layer.down))
         and all(_plain(norm, first.norms[0], dtype) for norm in layer.norms)
@@ -275,6 +278,8 @@ def native_decoder(layers: Sequence[Any], dtype: torch.dtype) -> NativeDecoder |
 
 
 def _plain(norm: Any, first: Any, dtype: torch.dtype) -> bool:
-    """Whether a norm is an RMSNorm that multiplies with its weight, and has the same epsilon as the first one."""
-    weight, eps = getattr(norm, "weight", None), getattr(norm, "variance_epsilon", None)
-    return isinstance(weight, torch.Tensor) and weight.dtype == dtype and eps == getattr(first, "variance_epsilon", 0)
+    """Whether a norm multiplies with its weight, rounds before it does, and has the same epsilon as the first one."""
+    scale, eps = norm_scale(norm), getattr(norm, "variance_epsilon", None)
+    if scale is None or scale is not norm.weight:
+        return False
+    return scale.dtype == dtype and eps == first.variance_epsilon

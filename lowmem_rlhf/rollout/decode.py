@@ -151,6 +151,13 @@ class SharedPromptCache:
         rows = [(b, g, self.lengths[b]) for b, g in self.slots]
         return Kept(layers, rows, self.per_prompt, self.length)
 
+    def stored(self, layer: int) -> Pair:
+        """Return a layer's keys and values of this token, (R * nkv, d) each, as they were stored."""
+        keys, values = self._room(layer)
+        heads = keys.shape[0] // (len(self.lengths) * self.per_prompt)
+        index = self._index([(b * heads + h) * self.per_prompt + g for b, g in self.slots for h in range(heads)])
+        return keys[:, :, self.length - 1].index_select(0, index), values[:, self.length - 1].index_select(0, index)
+
     def _mask(self, window: int | None, room: int, dtype: torch.dtype) -> torch.Tensor:
         """Return a summand (B, 1, P + room) that hides what is padding or outside the window; all layers share it."""
         key = (window, dtype)

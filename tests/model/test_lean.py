@@ -5,7 +5,7 @@ import torch
 from tiny_models import CPU, ragged_groups, tiny_base
 
 from lowmem_rlhf.model.attention import PackedContext
-from lowmem_rlhf.model.lean import lean_decoder
+from lowmem_rlhf.model.lean_trial import lean_decoder
 from lowmem_rlhf.model.packing import pack
 from lowmem_rlhf.model.roles import POLICY
 

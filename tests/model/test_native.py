@@ -186,13 +186,26 @@ def test_what_is_not_finite_stays_so(base):
             weight.copy_(kept)
 
 
-def test_a_decoder_that_computes_something_else_is_not_taken(tmp_path, monkeypatch):
+def all_a_little(x, kept):
+    x.mul_(1.05)
+
+
+def one_element(x, kept):
+    x[-1, 7] += 0.5 * x[-1].abs().max()  # the last row: a trial that looks at one number for all rows sees the first
+
+
+def one_stored_key(x, kept):
+    kept.layers[1][2][1, 3, kept.length - 1] += 1.0
+
+
+@pytest.mark.parametrize("fault", [all_a_little, one_element, one_stored_key])
+def test_a_decoder_that_computes_something_else_is_not_taken(fault, tmp_path, monkeypatch):
     base = load("llama", tmp_path)
     original = NativeDecoder.run
 
-    def wrong(self, x, *given):
-        original(self, x, *given)
-        x.mul_(1.05)
+    def wrong(self, x, cos, sin, kept, only=None):
+        original(self, x, cos, sin, kept, only)
+        fault(x, kept)
 
     monkeypatch.setattr(NativeDecoder, "run", wrong)
     with base.role(POLICY), base.decoding(False):
