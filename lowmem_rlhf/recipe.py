@@ -57,6 +57,7 @@ class HardwareConfig(Section):
     rollout_weights: Literal["auto", "quantized", "dequantized"] = "auto"  # of an NF4 base while it samples
     logits_tile_tokens: Annotated[int, Field(ge=1)] | Auto = "auto"
     optim: Literal["auto", "adamw", "adamw_8bit"] = "auto"
+    check: Literal["auto", "always"] = "auto"  # hold the model against stock transformers; auto: not tested types
     probe: bool | Auto = "auto"  # try the largest planned shapes before step 1; auto: not on a CPU
 
 

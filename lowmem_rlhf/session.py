@@ -141,6 +141,7 @@ def train(recipe: Recipe, output: Path | None = None, resume: bool = False) -> R
 
     print_plan({**plan.to_dict(), **placed})
     base = _shared_base(recipe, plan)
+    placed["check"] = _checked(base, recipe, plan)
     if base.note:
         print(base.note, flush=True)
         key = "micro_batch_tokens"
@@ -241,6 +242,32 @@ def _shared_base(recipe: Recipe, plan: Plan) -> "SharedBase":
             f"the device's memory ran out while loading {recipe.model}; close other programs that use it, or set "
             "hardware.quantization=nf4"
         ) from error
+
+
+def _checked(base: "SharedBase", recipe: Recipe, plan: Plan) -> dict[str, Any]:
+    """Hold a base against stock transformers, unless its type is one that the tests hold; return what plan.json says.
+
+    Raises:
+        UserError: it computes something else.
+        RunError: the device's memory ran out.
+    """
+    from lowmem_rlhf.memory import is_out_of_memory
+    from lowmem_rlhf.rollout.stock_check import TESTED_WITH, checked, is_tested
+
+    model_type = base.model.config.model_type
+    if recipe.hardware.check == "auto" and is_tested(model_type):
+        return {"said": f"{model_type} is held against transformers {TESTED_WITH} by this package's tests"}
+    try:
+        found = checked(base, plan.settings.rollout_weights == "dequantized")
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        raise RunError(
+            f"the device's memory ran out while {recipe.model} was held against stock transformers; close other "
+            "programs that use it, or set hardware.quantization=nf4"
+        ) from error
+    print(found.said, flush=True)
+    return found.to_dict()
 
 
 def _check_computes(device: Device) -> None:

@@ -5,7 +5,8 @@ mask; what each token may see follows from the context object that comes along a
 forward. Everything is plain SDPA or matmul, so nothing here needs more than a Turing card. Key and value heads are
 expanded by hand: ``enable_gqa`` silently takes the math kernel there.
 
-Shapes: q (1, nh, T, d); k, v (1, nkv, T, d); result (1, T, nh, d).
+Shapes: q (1, nh, T, d); k (1, nkv, T, d); v (1, nkv, T, dv); result (1, T, nh, dv). Mostly dv is d; where keys and
+values come from one compressed state (DeepSeek's latent attention) it is another width.
 """
 
 from collections.abc import Iterator, Sequence
@@ -24,6 +25,14 @@ EXPLICIT_ON = {"cpu"}
 CAPPED_SCORES = 1 << 22  # at once where scores have a soft cap: about 80 MB with their gradients
 
 
+# what stock models hand to an attention function beside what it computes with, and what it need not read
+READ_ELSEWHERE = {"position_ids", "cache_position", "position_embeddings"}
+
+
+class NotPackable(RuntimeError):
+    """A model's attention is of a kind that cannot be packed; the message says of which, as the end of a sentence."""
+
+
 class AttentionContext(Protocol):
     """What decides which keys a query sees."""
 
@@ -37,7 +46,7 @@ class AttentionContext(Protocol):
         window: int | None,
         softcap: float | None,
     ) -> torch.Tensor:
-        """Return (T, nh, d) for q (nh, T, d) and k, v (nkv, T, d) of one layer."""
+        """Return (T, nh, dv) for q (nh, T, d), k (nkv, T, d) and v (nkv, T, dv) of one layer."""
         ...
 
 
@@ -55,11 +64,17 @@ def _attention(
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
     if lowmem_context is None:
-        raise RuntimeError("the 'lowmem' attention was called without its context; go through SharedBase.hidden_states")
+        raise NotPackable("its layers do not hand on what its attention is called with")
+    if attention_mask is not None:
+        raise NotPackable("its attention makes a mask of its own")
+    if not getattr(module, "is_causal", True) or kwargs.get("is_causal") is False:
+        raise NotPackable("its attention is not causal")
+    if other := sorted(k for k, v in kwargs.items() if torch.is_tensor(v) and k not in READ_ELSEWHERE):
+        raise NotPackable(f"its attention takes {' and '.join(other)} as well")
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     layer: int = module.layer_idx  # type: ignore[assignment]
     out = lowmem_context.attend(layer, query[0], key[0], value[0], scaling, sliding_window, softcap)
-    return out[None], None
+    return out[None].contiguous(), None
 
 
 AttentionInterface.register(NAME, _attention)
@@ -80,6 +95,9 @@ class PackedContext:
     """Prompts attend causally to themselves; a completion attends to its prompt and, causally, to itself.
 
     With ``keep`` the keys and values of every layer are kept for decoding, as (nkv, T, d) in ``kept[layer]``.
+
+    Raises:
+        NotPackable: with ``keep``, a layer attends twice in one pass, and would need two caches.
     """
 
     def __init__(self, buckets: Sequence[Bucket], device: torch.device, keep: bool = False) -> None:
@@ -101,6 +119,8 @@ class PackedContext:
     ) -> torch.Tensor:
         """See `AttentionContext.attend`."""
         if self.kept is not None:
+            if layer in self.kept:
+                raise NotPackable("a layer of it attends more than once for a token")
             self.kept[layer] = (k.detach(), v.detach())
         pieces: list[torch.Tensor] = []
         # one split, whose backward is one concatenation; slices would each fill a whole row with zeros
@@ -155,14 +175,14 @@ def _explicit(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scaling: float, mask: torch.Tensor, softcap: float | None
 ) -> torch.Tensor:
     """Attention with its score matrix, exponentials and sums in fp32; as `PackedContext._sdpa`."""
-    batch, heads, queries, d = q.shape
+    batch, heads, queries, _ = q.shape
     kv_heads, keys = k.shape[1], k.shape[2]
-    grouped = (q * scaling).reshape(batch, kv_heads, -1, d)  # the query heads of a key head side by side
+    grouped = (q * scaling).reshape(batch, kv_heads, -1, q.shape[-1])  # the query heads of a key head side by side
     scores = (grouped @ k.transpose(-1, -2)).view(batch, kv_heads, -1, queries, keys)
     if softcap:
         scores = torch.tanh(scores.float() / softcap) * softcap
     weights = scores.add_(mask).softmax(-1).to(v.dtype)  # a 16-bit softmax computes in fp32 and rounds its result
-    return (weights.view(batch, kv_heads, -1, keys) @ v).view(batch, heads, queries, d)
+    return (weights.view(batch, kv_heads, -1, keys) @ v).view(batch, heads, queries, -1)
 
 
 class _Capped(torch.autograd.Function):

@@ -3,29 +3,39 @@
 The adapters and heads of the roles, and how a role is entered, stand in `roles`; here a base is prepared and run.
 """
 
+import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
-from peft import get_peft_model
-from peft.tuners.lora.layer import LoraLayer
+from peft import get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from peft.tuners.lora.layer import LoraLayer, ParamWrapper
 from torch import nn
 from transformers import Cache, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from lowmem_rlhf.errors import UserError
 from lowmem_rlhf.model.attention import NAME as ATTENTION
-from lowmem_rlhf.model.attention import AttentionContext, PackedContext
+from lowmem_rlhf.model.attention import AttentionContext, NotPackable, PackedContext
 from lowmem_rlhf.model.decoding import lend_for_decoding
 from lowmem_rlhf.model.fused import fuse
+from lowmem_rlhf.model.head_trial import tried_head
 from lowmem_rlhf.model.host_embedding import embeddings_to_host
 from lowmem_rlhf.model.lean_trial import lean_decoder
 from lowmem_rlhf.model.load import load_base
-from lowmem_rlhf.model.logprobs import head_of
 from lowmem_rlhf.model.lora import ActiveAdapters, SharedLoraLinear, lora_config
-from lowmem_rlhf.model.packing import Group, PackedBatch
-from lowmem_rlhf.model.padded import PACKED, PADDED, cache_follows_rows, forward_names, padded_modes, why_not_packed
+from lowmem_rlhf.model.packing import Group, PackedBatch, pack
+from lowmem_rlhf.model.padded import (
+    PACKED,
+    PADDED,
+    Layout,
+    cache_follows_rows,
+    forward_names,
+    reads_ahead,
+    training_modes,
+    why_not_packed,
+)
 from lowmem_rlhf.model.recompute import recompute_layers
 from lowmem_rlhf.model.roles import POLICY, REFERENCE, Roles
 from lowmem_rlhf.model.siblings import Siblings
@@ -55,8 +65,7 @@ class SharedBase(Roles):
     ) -> None:
         super().__init__()
         self.why_padded = why_not_packed(model)
-        self.packable = not self.why_padded
-        self.layout = PACKED if self.packable else PADDED
+        self.stock_attention = model.config._attn_implementation
         self.device: torch.device = model.device
         self.dtype: torch.dtype = model.get_input_embeddings().weight.dtype  # type: ignore[assignment]
         self.tokenizer = tokenizer
@@ -67,7 +76,7 @@ class SharedBase(Roles):
         if self.packable:
             model.set_attn_implementation(ATTENTION)
         model.name_or_path = model_id  # peft puts it into the adapter's file
-        config = lora_config(r, lora_alpha, target_modules, model_id, model.config.model_type, use_rslora)
+        config = lora_config(r, lora_alpha, target_modules, model_id, model, use_rslora)
         with torch.device("cpu"), torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             try:
@@ -76,28 +85,88 @@ class SharedBase(Roles):
                 raise UserError(f"lora.target_modules={target_modules!r} does not fit {model_id!r}: {error}") from error
         for layer in self.adapter_layers():
             layer.active = self.active
-        if any(not isinstance(m, SharedLoraLinear) for m in self.peft.modules() if isinstance(m, LoraLayer)) or (
-            isinstance(model.get_output_embeddings(), SharedLoraLinear)
-        ):
-            raise UserError(
-                f"lora.target_modules={target_modules!r} names an embedding or the output head of {model_id!r}; only "
-                "linear layers inside the model take adapters: give their names, or all-linear"
-            )
+        self._check_adapted(model, target_modules)
         self.model: PreTrainedModel = self.peft.get_base_model()  # type: ignore[assignment]
         _switch_dropout_off(self.model)
-        self.model.train()  # checkpointing only works in this mode, and in the other bitsandbytes repacks its weights
+        training_modes(self.model)
         fuse(self.model, self.dtype)
-        self.decoder = self.model.get_decoder() if hasattr(self.model, "get_decoder") else self.model.base_model
-        self.head = head_of(self.model)
+        self.decoder = _decoder_of(self.model)
+        self.head = tried_head(self.model, self.decoder, model_id)
         self._takes_positions, self._cache_name = forward_names(self.decoder)
         self._recomputable = [m for m in self.model.modules() if isinstance(m, GradientCheckpointingLayer)]
         self.keeps_cache = False  # one that `stock_states` can continue
+        if self.packable:
+            self.why_padded = self._why_not_packed_when_tried()
         if not self.packable:
-            padded_modes(self.model)
-            self._check_head(model_id)
-            self.keeps_cache = bool(self._cache_name) and cache_follows_rows(self)
+            self._be_padded()
         self.siblings = self._find_siblings()
         self.lean = lean_decoder(self) if self.packable else None
+
+    @property
+    def packable(self) -> bool:
+        """Whether tokens are packed; otherwise rows are padded."""
+        return not self.why_padded
+
+    @property
+    def layout(self) -> Layout:
+        """How groups become batches."""
+        return PACKED if self.packable else PADDED
+
+    def pad(self, why: str) -> None:
+        """Take the padded path from now on, for the reason that ends the sentence "it cannot be packed"."""
+        self.why_padded, self.lean = why, None
+        self._be_padded()
+
+    def _be_padded(self) -> None:
+        if self.model.config._attn_implementation == ATTENTION:
+            self.model.set_attn_implementation(self.stock_attention)
+        if reads_ahead(self):
+            raise UserError(
+                f"model {self.model_id!r} ({type(self.model).__name__}) reads the text behind the token that it "
+                "predicts, so nothing can be sampled from it; take a causal language model"
+            )
+        self.keeps_cache = bool(self._cache_name) and cache_follows_rows(self)
+
+    @torch.no_grad()
+    def _why_not_packed_when_tried(self) -> str:
+        """Run a small packed row; return why that is not possible, as `why_not_packed` does."""
+        batch = pack([Group([1, 2, 3], [[1, 2, 3], [2, 1]], [0, 1])], self.device)
+        context = PackedContext(batch.buckets, self.device, keep=True)
+        try:
+            self.hidden_states(batch.input_ids, batch.position_ids, context)
+        except NotPackable as error:
+            return str(error)
+        except TypeError:  # its forward takes no further keywords
+            return "its layers do not hand on what its attention is called with"
+        return "" if context.kept else "its attention cannot be replaced"
+
+    def _check_adapted(self, model: PreTrainedModel, target_modules: str | list[str]) -> None:
+        """Check that every adapter lies beside a linear layer inside the model, and that peft loads what it saves."""
+        name = f"lora.target_modules={target_modules!r}"
+        if isinstance(model.get_output_embeddings(), SharedLoraLinear):
+            raise UserError(
+                f"{name} names the output head of {self.model_id!r}; only linear layers inside the model take "
+                "adapters: give their names, or all-linear"
+            )
+        others = [(n, m) for n, m in self.peft.named_modules() if isinstance(m, LoraLayer) and not _is_ours(m)]
+        linear = ", ".join(sorted({n.rsplit(".", 1)[-1] for n, m in self.peft.named_modules() if _is_ours(m)}))
+        if not others:
+            if lost := self._not_loaded_again():
+                raise UserError(
+                    f"{name}: peft does not load what it saves of {type(model).__name__}'s adapters beside "
+                    f"{', '.join(lost)}; name other layers in lora.target_modules ({linear})"
+                )
+            return
+        names = ", ".join(sorted({n.removesuffix(".base_layer").rsplit(".", 1)[-1] for n, _ in others}))
+        if any(isinstance(m, ParamWrapper) for _, m in others):
+            raise UserError(
+                f"{name}: {type(model).__name__} keeps the weights of its {names} as parameters without a linear "
+                f"layer, where adapters have no effect here; name linear layers in lora.target_modules ({linear})"
+            )
+        raise UserError(
+            f"{name} names {names} of {self.model_id!r}, which is no linear layer; only linear layers inside the model "
+            "take adapters: give their names, or all-linear"
+        )
 
     @classmethod
     def load(
@@ -152,14 +221,23 @@ class SharedBase(Roles):
                 layer.siblings = siblings
         return found
 
+    def _not_loaded_again(self) -> list[str]:
+        """Return the layers whose adapters peft saves under names that it does not take when it loads them."""
+        state = get_peft_model_state_dict(self.peft, adapter_name=POLICY, save_embedding_layers=False)
+        result: Any = set_peft_model_state_dict(self.peft, state, adapter_name=POLICY)
+        missing = {name for name in result.missing_keys if ".lora_" in name and f".{POLICY}." in name}
+        return sorted({name.rsplit(".lora_", 1)[0].rsplit("layers.", 1)[-1] for name in missing})
+
     def _check_called(self, called: set[SharedLoraLinear]) -> None:
-        """An adapter that the model's forward passes by would learn nothing. Of experts, one token meets but a few."""
+        """An adapter that the model's forward passes by would learn nothing. A token is routed to few experts only."""
         layers = {name: m for name, m in self.model.named_modules() if isinstance(m, SharedLoraLinear)}
         idle = sorted({n.rsplit(".", 1)[-1] for n, m in layers.items() if m not in called and "expert" not in n})
         if idle:
+            used = sorted({n.rsplit(".", 1)[-1] for n, m in layers.items() if m in called})
             raise UserError(
-                f"{type(self.model).__name__} multiplies with the weights of {', '.join(idle)} directly, so adapters "
-                "there have no effect; name the other layers in lora.target_modules"
+                f"{type(self.model).__name__} does not call its layers {', '.join(idle)} when it reads a text (they "
+                "belong to another part of it, or it multiplies with their weights directly), so adapters there have "
+                f"no effect; name others in lora.target_modules{' (' + ', '.join(used) + ')' if used else ''}"
             )
 
     @contextmanager
@@ -198,19 +276,6 @@ class SharedBase(Roles):
             for layer in recomputing:
                 layer.gradient_checkpointing = True
         return out.last_hidden_state.to(self.dtype)  # Mamba's is in fp32
-
-    @torch.no_grad()
-    def _check_head(self, model_id: str) -> None:
-        """Try out that an architecture we know nothing of does no more for its logits than our `Head` does."""
-        token = torch.zeros((1, 1), dtype=torch.long, device=self.device)
-        ours = self.head.logits(self.stock_states(token, token)[0]).float()
-        stock = self.model(input_ids=token, use_cache=False).logits[0].float()
-        close = max(1e-4, 4 * torch.finfo(self.dtype).eps) * float(stock.abs().max())
-        if not torch.allclose(ours, stock, rtol=0, atol=close):
-            raise UserError(
-                f"model {model_id!r} ({type(self.model).__name__}) computes more on the way to its logits than its "
-                "output head and cannot be trained; take another model"
-            )
 
     @property
     def note(self) -> str:
@@ -256,11 +321,26 @@ class SharedBase(Roles):
         ids: set[int] = set()
         for value in (
             getattr(self.model.generation_config, "eos_token_id", None),
-            self.model.config.get_text_config().eos_token_id,
+            getattr(self.model.config.get_text_config(), "eos_token_id", None),
             self.tokenizer.eos_token_id,
         ):
             ids.update(value if isinstance(value, list) else [value] if value is not None else [])
         return frozenset(ids)
+
+
+def _decoder_of(model: PreTrainedModel) -> nn.Module:
+    """Return what makes a model's last hidden states of token ids; some call their output head the decoder."""
+    found = (
+        model.get_decoder() if hasattr(model, "get_decoder") else None,
+        model.base_model,
+        getattr(model, "model", 0),
+    )
+    others = (m for m in found if isinstance(m, nn.Module) and m is not model)
+    return next((m for m in others if "input_ids" in inspect.signature(m.forward).parameters), model.base_model)
+
+
+def _is_ours(module: Any) -> bool:
+    return isinstance(module, SharedLoraLinear)
 
 
 def _switch_dropout_off(model: nn.Module) -> None:

@@ -91,15 +91,20 @@ class Head:
         return logits
 
 
-def head_of(model: Any) -> Head:
-    """Return the head of a transformers model, with what its config says about logits."""
+def possible_heads(model: Any) -> list[Head]:
+    """Return the heads that a transformers model may have by what its config says about logits.
+
+    A field does not say which way it scales: ``logits_scaling`` divides in Granite and multiplies in HyperCLOVA X.
+    """
     text = model.config.get_text_config()
 
     def field(*names: str) -> float:
         return next((value for name in names if (value := getattr(text, name, None))), 0.0)
 
-    scale = field("logit_scale", "lm_head_multiplier") or 1 / (field("logits_scaling") or 1.0)
-    return Head(model.get_output_embeddings(), scale, field("final_logit_softcapping", "logits_soft_cap"))
+    factor, divisor = field("logit_scale", "lm_head_multiplier"), field("logits_scaling")
+    scales = [factor, 1 / factor] if factor else [1 / divisor, divisor] if divisor else [1.0]
+    cap = field("final_logit_softcapping", "logits_soft_cap")
+    return [Head(model.get_output_embeddings(), scale, cap) for scale in scales]
 
 
 def tiles(length: int, tile: int) -> Iterator[slice]:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from peft.tuners.lora import LoraConfig
 from peft.tuners.lora.layer import LoraLayer
 from torch import nn
@@ -16,6 +17,7 @@ from transformers.pytorch_utils import Conv1D
 
 from lowmem_rlhf.model.siblings import Siblings
 
+LINEAR = 0.02  # of the largest result: rounding moves a product by less
 # Mamba multiplies with some weights directly, so that an adapter beside them would be without effect: not in all-linear
 BYPASSED = dict.fromkeys(("falcon_h1", "falcon_mamba", "mamba", "mamba2", "nemotron_h"), ("out_proj", "dt_proj"))
 
@@ -56,17 +58,41 @@ class SharedLoraLinear(nn.Module, LoraLayer):
         return self.lora_A[name].weight, self.lora_B[name].weight  # type: ignore[return-value]
 
 
+@torch.no_grad()
+def only_looks_linear(module: nn.Module) -> bool:
+    """Say whether a module is derived from a linear layer and its forward, which is one of its own, is no product."""
+    from bitsandbytes.nn import Linear4bit, Linear8bitLt
+
+    plain = {kind.forward for kind in (nn.Linear, Linear4bit, Linear8bitLt)}
+    if not isinstance(module, nn.Linear) or type(module).forward in plain:
+        return False
+    weight = module.weight
+    x = torch.linspace(-1, 1, 2 * module.in_features, dtype=weight.dtype, device=weight.device).view(2, -1)
+    try:
+        got = module(x)
+    except (RuntimeError, ValueError, TypeError, IndexError):  # it takes other inputs
+        return True
+    want = F.linear(x, weight, module.bias)
+    return not torch.is_tensor(got) or not torch.allclose(got, want, rtol=0, atol=LINEAR * float(want.abs().max()))
+
+
 def lora_config(
     r: int,
     lora_alpha: float,
     target_modules: str | list[str],
     model_id: str,
-    model_type: str,
+    model: nn.Module,
     use_rslora: bool = False,
 ) -> LoraConfig:
-    """Return peft's configuration of a role's adapter: starts at zero, no dropout, our layer for every linear one."""
-    bypassed = list(BYPASSED.get(model_type, ())) if target_modules == "all-linear" else []
-    config = LoraConfig(
+    """Return peft's configuration of a role's adapter: starts at zero, no dropout, our layer for every linear one.
+
+    Modules that are linear layers by their class and compute something else (Llama 4's router) are left out.
+    """
+    bypassed = [name for name, module in model.named_modules() if only_looks_linear(module)]
+    if target_modules == "all-linear":
+        config: Any = model.config
+        bypassed += BYPASSED.get(config.model_type, ())
+    lora = LoraConfig(
         r=r,
         lora_alpha=lora_alpha,  # type: ignore[arg-type]
         use_rslora=use_rslora,
@@ -77,5 +103,5 @@ def lora_config(
         task_type="CAUSAL_LM",
         base_model_name_or_path=model_id,
     )
-    config._register_custom_module({nn.Linear: SharedLoraLinear, Conv1D: SharedLoraLinear})
-    return config
+    lora._register_custom_module({nn.Linear: SharedLoraLinear, Conv1D: SharedLoraLinear})
+    return lora

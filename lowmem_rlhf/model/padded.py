@@ -16,13 +16,18 @@ from torch import nn
 from transformers import DynamicCache, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from lowmem_rlhf.memory import is_out_of_memory
 from lowmem_rlhf.model.packing import Group, PackedBatch, micro_batches, pack
+from lowmem_rlhf.model.trial import nudged_layers
 
 if TYPE_CHECKING:
     from lowmem_rlhf.model.base import SharedBase
 
 CACHE_NAMES = ("past_key_values", "cache_params")  # how a model's forward calls its cache
-CLOSE = 0.1  # a wrong state is further away than this, 16-bit rounding is not
+READ = 5  # tokens of the trial's prompts
+NOISES = 8.0  # a recurrence sums in another order than a whole pass does, and each of its steps rounds
+COMMON = 3  # tokens that both texts of the trial of causality begin with
+CLOSE = 1e-4  # of a state's size, for the same reason where nothing is rounded to 16 bits
 
 
 def why_not_packed(model: PreTrainedModel) -> str:
@@ -110,28 +115,54 @@ def forward_names(decoder: nn.Module) -> tuple[bool, str]:
     return "position_ids" in names, next((name for name in CACHE_NAMES if name in names), "")
 
 
-def padded_modes(model: nn.Module) -> None:
-    """Let only leaves and whole layers be in training mode, where quantized weights and checkpointing need it.
+def training_modes(model: nn.Module) -> None:
+    """Let nothing but whole layers, adapters and quantized weights be in training mode; a frozen model is not trained.
 
-    A mixer in training mode may take a fused kernel that multiplies with weights directly, past their adapters.
+    Checkpointing works in this mode only, and in the other one bitsandbytes repacks 4-bit weights. All else must not
+    be in it: a router that samples its experts while training, or a mixer that takes a fused kernel then, which
+    multiplies with weights directly, past their adapters.
     """
+    from bitsandbytes.nn import Linear4bit, Linear8bitLt
+
     for module in model.modules():
-        if next(module.children(), None) is not None and not isinstance(module, GradientCheckpointingLayer | LoraLayer):
-            module.training = False
+        module.training = isinstance(module, GradientCheckpointingLayer | LoraLayer | Linear4bit | Linear8bitLt)
+
+
+@torch.no_grad()
+def reads_ahead(base: "SharedBase") -> bool:
+    """Try out whether the states of a text depend on how it goes on: then the model is not causal."""
+    ids = torch.tensor([[1, 2, 3, 4, 1, 2], [1, 2, 3, 2, 4, 3]], dtype=torch.long, device=base.device)
+    positions = torch.arange(ids.shape[1], dtype=torch.long, device=base.device).expand(2, -1)
+    states = base.stock_states(ids, positions)[:, :COMMON].float()
+    with nudged_layers(base.model, base.dtype):
+        moved = base.stock_states(ids, positions)[:, :COMMON].float()
+    noise, off, size = (x.square().mean(-1).sqrt() for x in ((moved - states)[0], states[0] - states[1], states[0]))
+    return bool((off > NOISES * noise + CLOSE * size).any())
 
 
 @torch.no_grad()
 def cache_follows_rows(base: "SharedBase") -> bool:
     """Try out whether decoding with a cache whose rows were reordered and repeated gives what whole rows give.
 
-    It does not where a model keeps its state in its modules (RecurrentGemma).
+    It does not where a model keeps its state in its modules (RecurrentGemma), or where its cache is one of its own.
     """
     order = torch.tensor([1, 0, 1], dtype=torch.long, device=base.device)
-    ids = torch.tensor([[1, 2, 3], [3, 1, 2]], dtype=torch.long, device=base.device)
-    positions = torch.arange(3, dtype=torch.long, device=base.device).expand(3, -1)
-    want = base.stock_states(ids, positions[:2])[order, -1].float()
-    cache = DynamicCache(config=base.model.config)
-    base.stock_states(ids[:, :2], positions[:2, :2], cache)
-    cache.reorder_cache(order)  # type: ignore[arg-type]
-    got = base.stock_states(ids[order, 2:], positions[:, 2:], cache)[:, -1].float()
-    return bool((got - want).norm() < CLOSE * want.norm())
+    ids = torch.tensor([[1, 2, 3, 4, 1, 2, 4, 3], [3, 1, 2, 2, 4, 1, 3, 1]], dtype=torch.long, device=base.device)
+    positions = torch.arange(ids.shape[1], dtype=torch.long, device=base.device).expand(3, -1)
+    want = base.stock_states(ids, positions[:2])[order, READ:]
+    with nudged_layers(base.model, base.dtype):
+        moved = base.stock_states(ids, positions[:2])[order, READ:]
+    try:
+        cache = DynamicCache(config=base.model.config)
+        base.stock_states(ids[:, :READ], positions[:2, :READ], cache)
+        cache.reorder_cache(order)  # type: ignore[arg-type]
+        decoded = [
+            base.stock_states(ids[order, t : t + 1], positions[:, t : t + 1], cache) for t in range(READ, ids.shape[1])
+        ]
+    except Exception as error:  # whatever a model of its own kind raises: its cache is not to be had
+        if isinstance(error, RuntimeError) and is_out_of_memory(error):
+            raise
+        return False
+    got = torch.cat(decoded, dim=1)
+    noise, off, size = (x.float().square().mean(-1).sqrt() for x in (moved - want, got - want, want))
+    return bool((off <= NOISES * noise + CLOSE * size).all())

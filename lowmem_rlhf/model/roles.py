@@ -75,8 +75,7 @@ class Roles(nn.Module):
             r, lora_alpha, target_modules, seed, use_rslora: as for the policy's adapter.
             below: a frozen adapter that is active with it.
         """
-        model = self.model
-        config = lora_config(r, lora_alpha, target_modules, self.model_id, model.config.model_type, use_rslora)
+        config = lora_config(r, lora_alpha, target_modules, self.model_id, self.model, use_rslora)
         trains = {name: p.requires_grad for name, p in self.peft.named_parameters()}
         with torch.device("cpu"), torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)

@@ -111,9 +111,9 @@ class SharedPromptCache:
         scores.view(prompts, -1, scores.shape[-1]).add_(self._mask(window, own_v.shape[1], scores.dtype))
         weights = scores.softmax(-1).to(v.dtype)  # a 16-bit softmax computes in fp32 and rounds its result
         of_prompt = weights[..., :longest].reshape(prompts * kv_heads, -1, longest)
-        out = torch.bmm(of_prompt, prompt_v).view(-1, repeats, d)
+        out = torch.bmm(of_prompt, prompt_v).view(-1, repeats, v.shape[-1])
         out = torch.baddbmm(out, weights[..., longest:], own_v)
-        out = out.view(prompts, kv_heads, self.per_prompt, repeats, d).transpose(1, 2).reshape(-1, heads, d)
+        out = out.view(prompts, kv_heads, self.per_prompt, repeats, -1).transpose(1, 2).reshape(-1, heads, v.shape[-1])
         return out if self._from_slots is None else out.index_select(0, self._from_slots)
 
     def _store(self, layer: int, k: torch.Tensor, v: torch.Tensor) -> Pair:

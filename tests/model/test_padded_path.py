@@ -182,7 +182,7 @@ def test_no_mixer_takes_the_kernels_of_training_that_pass_adapters_by(family):
 
 
 def test_adapters_beside_weights_that_are_used_directly_are_refused():
-    with pytest.raises(UserError, match="dt_proj directly"):
+    with pytest.raises(UserError, match="does not call its layers dt_proj"):
         SharedBase(tiny_model("mamba"), tiny_tokenizer(), "tiny", target_modules=["in_proj", "dt_proj"])
 
 

@@ -127,7 +127,7 @@ def test_an_equal_input_that_is_another_tensor_is_computed_anew():
 @pytest.mark.parametrize("frozen", [(), (POLICY,), (SECOND,)], ids=str)
 def test_two_adapters_at_once(frozen):
     base, _ = tiny_base("llama-tied-biased")
-    base.peft.add_adapter(SECOND, lora_config(3, 12, "all-linear", "tiny", "llama"))
+    base.peft.add_adapter(SECOND, lora_config(3, 12, "all-linear", "tiny", base.model))
     for layer in base.adapter_layers():
         for name in (POLICY, SECOND):
             for master in layer.masters(name):
