@@ -6,13 +6,16 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from lowmem_rlhf.model.base import SharedBase
 from lowmem_rlhf.model.packing import Group
-from lowmem_rlhf.rollout.generate import Completion
-from lowmem_rlhf.training.update import Batch
+from lowmem_rlhf.model.roles import POLICY
+from lowmem_rlhf.rollout.generate import Completion, Limits, generate
+from lowmem_rlhf.rollout.sampling import Sampling
+from lowmem_rlhf.training.update import Batch, PassSettings, score
 
 VOCAB = 97
 EOS = 3
@@ -142,7 +145,7 @@ def tiny_model(family: str, seed: int = 0, attn: str = "eager", **changes: Any) 
     return model.eval()
 
 
-def tiny_tokenizer(eos: int | None = EOS) -> Any:
+def tiny_tokenizer(eos: int | list[int] | None = EOS) -> Any:
     """Return all that a SharedBase reads of a tokenizer."""
     return SimpleNamespace(eos_token_id=eos)
 
@@ -183,6 +186,21 @@ def as_batch(groups: Sequence[Group]) -> Batch:
     """Return the whole batch of groups that all have the same number of completions."""
     completions = [Completion(list(c), [0.0] * len(c), False) for g in groups for c in g.completions]
     return Batch([list(g.prompt) for g in groups], completions, [1.0] * len(completions), len(groups[0].completions))
+
+
+def sampled_difference(base: SharedBase) -> float:
+    """Return the mean absolute difference of the policy's log-probs between sampling and the training pass.
+
+    A tenth of the tokens ends a completion, so that rows leave.
+    """
+    groups = ragged_groups(shapes=[(5, [1, 1, 1]), (9, [1, 1, 1])])
+    prompts = [group.prompt for group in groups]
+    with pytest.MonkeyPatch.context() as patch, base.role(POLICY), base.decoding(False):
+        patch.setattr(base, "tokenizer", tiny_tokenizer(list(range(EOS, VOCAB, 10))))
+        drawn = [c for own in generate(base, prompts, 3, 30, Sampling(), Limits(6, 64, 16), seed=0) for c in own]
+    with base.role(POLICY):
+        trained = score(base, Batch(prompts, drawn, [1.0] * 6, 3), range(6), PassSettings(1.0, 512, 64))
+    return float(torch.cat([(trained[row] - torch.tensor(drawn[row].logps)).abs() for row in trained]).mean())
 
 
 def byte_tokenizer() -> Any:

@@ -9,11 +9,17 @@ import torch.nn.functional as F
 
 from lowmem_rlhf.model.native import FOUR_BIT_ROWS, PARTS, NativeProduct, block_scales, library
 from lowmem_rlhf.model.siblings import Product, Siblings, dense_weight
+from lowmem_rlhf.model.trial import within_rounding
 
 KERNEL = "gemv_4bit_inference_cpu_nf4_bf16"  # in bitsandbytes' library
 BLOCK = 64  # weights that share a scale
+SUM_ERROR = 16 * torch.finfo(torch.float32).eps
+SCALE_ROUNDINGS = 3.0  # at most, of the root of the summed squares of what is added up
 ANY_ROWS = 1 << 62
 KERNEL_ROWS = 64  # with more rows, dequantizing once and a plain product are faster than that kernel
+
+
+_RIGHT: dict[Any, bool] = {}  # by kind of product and shapes: whether it multiplies right
 
 
 def lend_for_decoding(siblings: Siblings, dtype: torch.dtype, dequantize: bool) -> None:
@@ -28,7 +34,7 @@ def lend_for_decoding(siblings: Siblings, dtype: torch.dtype, dequantize: bool) 
         return
     if dequantize:
         siblings.lend(_dense_product(bases, dtype), ANY_ROWS)
-    elif (product := _four_bit_product(bases, dtype)) is not None:
+    elif (product := _four_bit_product(bases, dtype)) is not None and _is_right(product, bases, dtype):
         siblings.lend(product, FOUR_BIT_ROWS if isinstance(product, NativeProduct) else KERNEL_ROWS)
 
 
@@ -58,6 +64,28 @@ def _four_bit_product(bases: Sequence[Any], dtype: torch.dtype) -> Product | Non
     if len(bases) <= PARTS and library() is not None:
         return NativeProduct(bases, bias)
     return _kernel_product(weights, states, bias) if all(s.shape[0] % 32 == 0 for s in states) else None
+
+
+def _is_right(product: Product, bases: Sequence[Any], dtype: torch.dtype) -> bool:
+    """Hold a product against the dense weights' in fp32, element by element, once for all layers of one shape."""
+    key = (
+        product.__class__,
+        getattr(product, "__qualname__", ""),
+        tuple(tuple(b.weight.quant_state.shape) for b in bases),
+    )
+    if key not in _RIGHT:
+        generator = torch.Generator(device="cpu").manual_seed(0)
+        width = bases[0].weight.quant_state.shape[1]
+        x = torch.randn((3, width), generator=generator, dtype=torch.float32, device="cpu").to(dtype)
+        weight = torch.cat([dense_weight(base, dtype) for base in bases]).float()
+        bias = _bias(bases, dtype, weight.device)
+        exact = F.linear(x.float(), weight, None if bias is None else bias.float())
+        inner_error = SUM_ERROR * (x.float().abs() @ weight.abs().t())  # of sums in fp32, in any order
+        if not isinstance(product, NativeProduct):  # bitsandbytes rounds the scales of blocks as well
+            spread = (x.float().square() @ weight.square().t()).sqrt()
+            inner_error += SCALE_ROUNDINGS * torch.finfo(dtype).eps * spread
+        _RIGHT[key] = within_rounding(product(x), exact, dtype, inner_error)
+    return _RIGHT[key]
 
 
 def _kernel_product(weights: Sequence[Any], states: Sequence[Any], bias: torch.Tensor | None) -> Product | None:

@@ -34,6 +34,7 @@ TESTED = frozenset(
     )
 )
 MEAN_NOISE, MOST_NOISE = 4.0, 8.0  # times stock's distance from itself, of the mean (or median) and of one token
+INT8_FACTOR = 3.0  # LLM.int8 rounds by the largest number of a row, and picks outliers from the whole batch
 FLOOR = 1e-3  # nats: nothing that differs by less is of another form
 LOGIT_ROUNDINGS = 0.25  # of the largest logit: on average; logits are rounded to the compute dtype
 DELTA = 0.1  # of a layer's input that the adapter of the check adds to its output
@@ -75,6 +76,7 @@ class StockCheck:
         trained, decoded: the distance to stock of the training pass and of decoding.
         noise: stock's distance from itself.
         slack: nats that the rounding of logits explains.
+        factor: of the bounds; larger where activations are rounded to 8 bits, which a rounding before may tip.
         experts: tokens are routed: one that meets another expert may differ by much, so that the median counts.
         said: one line for the user.
     """
@@ -85,15 +87,17 @@ class StockCheck:
     decoded: Distance
     noise: Distance
     slack: float
+    factor: float
     experts: bool
 
     def allows(self, distance: Distance) -> bool:
         """Say whether rounding explains a distance."""
-        if not distance.median <= MEAN_NOISE * self.noise.median + self.slack:
+        noise, most = self.factor * MEAN_NOISE, self.factor * MOST_NOISE
+        if not distance.median <= noise * self.noise.median + self.slack:
             return False
         if self.experts:
             return True
-        mean, largest = MEAN_NOISE * self.noise.mean + self.slack, MOST_NOISE * self.noise.largest + 8 * self.slack
+        mean, largest = noise * self.noise.mean + self.slack, most * self.noise.largest + 8 * self.slack
         return distance.mean <= mean and distance.largest <= largest
 
     @property
@@ -147,8 +151,8 @@ def checked(base: SharedBase, dequantize: bool = False) -> StockCheck:
             (found.decoded, "as sampled") if found.allows(found.trained) else (found.trained, "as trained on")
         )
         raise UserError(
-            f"model {base.model_id!r} ({type(base.model).__name__}) is refused: its log-probs here, {what}, differ from "
-            f"stock transformers' by {distance.mean:.2g} nats a token (at most {distance.largest:.2g}), and "
+            f"model {base.model_id!r} ({type(base.model).__name__}) is refused: here its log-probs, {what}, differ "
+            f"from stock transformers' by {distance.mean:.2g} nats a token (at most {distance.largest:.2g}), and "
             f"rounding in {str(base.dtype).removeprefix('torch.')} explains {found.noise.mean:.2g}; take another model"
         )
     return found
@@ -171,6 +175,7 @@ def check(base: SharedBase, dequantize: bool = False) -> StockCheck:
         decoded=Distance.between(decoded, alone),
         noise=noise,
         slack=max(FLOOR, LOGIT_ROUNDINGS * eps * logits),
+        factor=INT8_FACTOR if getattr(base.model, "is_loaded_in_8bit", False) else 1.0,
         experts=any("expert" in name for name, _ in base.model.named_parameters()),
     )
 

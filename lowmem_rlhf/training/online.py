@@ -21,6 +21,7 @@ from lowmem_rlhf.run import RunDirectory
 from lowmem_rlhf.training.evaluate import TrainerState, evaluate, reward_completions, sampling_of
 from lowmem_rlhf.training.loop import Loop, StepResult
 from lowmem_rlhf.training.metrics import Rollout, rollout_metrics, samples
+from lowmem_rlhf.training.sampling_check import SamplingCheck
 from lowmem_rlhf.training.update import Batch
 
 T = TypeVar("T")
@@ -142,6 +143,8 @@ class Trainer(Loop):
         self.rewards, self.judge = rewards, Judge(recipe, plan, base, rewards, held_out)
         self.stream = PromptStream(train, recipe.training.prompts_per_step, recipe.training.seed)
         self.algorithm = algorithm_of(recipe)
+        settings, temperature = plan.settings, recipe.generation.temperature
+        self.sampling = SamplingCheck(settings.quantization, settings.compute_dtype, temperature)
 
     def state(self) -> dict[str, Any]:
         """See `Loop.state`."""
@@ -165,6 +168,7 @@ class Trainer(Loop):
         with self.timed("rollout"):
             rollout = self._rollout(view)
         learned = self.algorithm.learn(rollout, self, view)
+        self.sampling.look(learned.metrics.get("sampling/logp_difference"), self.step + 1, view.message)
         return StepResult(
             {**rollout_metrics(rollout, learned.batch), **learned.metrics},
             sum(len(rollout.completions[row].ids) for row in learned.signal),

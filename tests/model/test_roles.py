@@ -193,7 +193,7 @@ def test_what_is_saved_loads_in_stock_peft(family, use_rslora, tmp_path):
     plain = stock_logits(stock)
     loaded = PeftModel.from_pretrained(stock, tmp_path / "adapter")
     with torch.no_grad():
-        torch.testing.assert_close(logits(base, POLICY), stock_logits(loaded), rtol=0, atol=1e-5)
+        torch.testing.assert_close(logits(base, POLICY), stock_logits(loaded), rtol=0, atol=2e-5)
     assert (stock_logits(loaded) - plain).abs().max() > 0.05
     assert loaded.peft_config["default"].base_model_name_or_path == f"tiny/{family}"
 

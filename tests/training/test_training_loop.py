@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 from training_cases import SYMBOLS, digits, recipe_of, train, trainer_of
 
 from lowmem_rlhf.errors import RunError
+from lowmem_rlhf.model import lean
 from lowmem_rlhf.training import grpo, online
 from lowmem_rlhf.training import update as update_module
 from lowmem_rlhf.training.optimizer import Stepper
@@ -351,3 +352,11 @@ def test_a_step_interrupted_after_an_optimizer_step_is_not_kept(model_folder, tm
     assert resumed.step == 2
     train(resumed)
     assert same(adapter(resumed.run), adapter(uninterrupted.run))
+
+
+def test_a_run_whose_sampling_is_wrong_stops(tmp_path, monkeypatch, model_folder):
+    right = lean._rotated
+    trainer = trainer_of(recipe_of(model_folder), tmp_path / "run")
+    monkeypatch.setattr(lean, "_rotated", lambda x, cos, sin: right(x, cos, -sin))
+    with pytest.raises(RunError, match="step 1: log-probs of sampled tokens differ"):
+        train(trainer)

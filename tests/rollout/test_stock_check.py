@@ -1,0 +1,110 @@
+"""The check at load: exact models pass in every precision, wrong ones do not, and the base is as it was."""
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from tiny_models import CPU, FAMILIES, UNPACKABLE, fill_adapter, ragged_groups, sampled_difference, save_tiny, tiny_base
+
+from lowmem_rlhf.errors import UserError
+from lowmem_rlhf.model.base import SharedBase
+from lowmem_rlhf.model.roles import POLICY
+from lowmem_rlhf.model.stock import stock_forwards
+from lowmem_rlhf.rollout import stock_check
+from lowmem_rlhf.rollout.stock_check import TESTED, TESTED_WITH, Distance, check, checked, is_tested
+from lowmem_rlhf.training.sampling_check import STOP, expected_difference
+
+PRECISIONS = [("none", "float32"), ("none", "bfloat16"), ("none", "float16"), ("nf4", "bfloat16"), ("int8", "float16")]
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("family", [*FAMILIES, *UNPACKABLE])
+def test_exact_families_pass(family, dtype):
+    base, _ = tiny_base(family, dtype=dtype, adapter=0)
+    found = check(base)
+    assert found.exact
+    assert found.way == ("packed" if family in FAMILIES else "padded")
+    if dtype == torch.float32:
+        assert max(found.trained.largest, found.decoded.largest) < 5e-5
+
+
+@pytest.mark.parametrize(("quantization", "dtype"), PRECISIONS)
+@pytest.mark.parametrize("family", [family for family in FAMILIES if FAMILIES[family][0] in TESTED])
+def test_no_exact_family_is_refused_or_stopped_in_any_precision(family, quantization, dtype, tmp_path):
+    base = SharedBase.load(str(save_tiny(family, tmp_path / "model")), CPU, quantization, dtype, r=4, lora_alpha=8)
+    assert checked(base).exact and base.packable
+    fill_adapter(base, size=0.05)
+    assert sampled_difference(base) < STOP / 2 * expected_difference(quantization, dtype, 1.0)
+
+
+def test_the_adapter_is_what_it_was():
+    base, _ = tiny_base("llama", adapter=0)
+    before = {name: p.clone() for name, p in base.trainable().items()}
+    check(base)
+    assert all(torch.equal(p, before[name]) for name, p in base.trainable().items())
+    fill_adapter(base)
+    filled = {name: p.clone() for name, p in base.trainable().items()}
+    assert check(base).exact
+    assert all(torch.equal(p, filled[name]) for name, p in base.trainable().items())
+
+
+def test_the_base_runs_as_before_after_the_stock_forwards():
+    base, _ = tiny_base("gemma3", dtype=torch.bfloat16)
+    batch = base.layout.lay_out(ragged_groups(), CPU)
+    with torch.no_grad(), base.role(POLICY):
+        before = base.states(batch)
+        with stock_forwards(base):
+            pass
+        assert torch.equal(base.states(batch), before)
+
+
+def test_it_takes_texts_where_there_is_a_tokenizer(tmp_path):
+    base = SharedBase.load(str(save_tiny("llama", tmp_path / "m")), CPU, "none", "float32", r=4, lora_alpha=8)
+    groups = stock_check._groups(base)
+    text = base.tokenizer.decode(groups[0].prompt)
+    assert stock_check.PROMPTS[0].startswith(text) and len({len(c) for g in groups for c in g.completions}) > 1
+    assert checked(base).exact
+
+
+def test_what_is_packed_and_wrong_is_padded_and_right(monkeypatch):
+    base, _ = tiny_base("llama", adapter=0)
+    packed = base.hidden_states
+    monkeypatch.setattr(base, "hidden_states", lambda *given: packed(*given) * 1.01)
+    found = checked(base)
+    assert found.exact and found.way == "padded" and not base.packable and base.lean is None
+    assert "cannot be packed" in base.note
+
+
+def test_a_wrong_model_is_refused_by_a_sentence_with_the_difference(monkeypatch):
+    base, _ = tiny_base("bloom", adapter=0)
+    right = base.stock_states
+    monkeypatch.setattr(base, "stock_states", lambda *given: right(*given).roll(1, -1))
+    with pytest.raises(
+        UserError, match=r"is refused: here its log-probs, as trained on, differ .* nats a token"
+    ) as told:
+        checked(base)
+    assert float(re.search(r"by ([\d.e+-]+) nats", str(told.value))[1]) > 0.1
+
+
+def test_what_is_not_finite_is_not_exact(monkeypatch):
+    base, _ = tiny_base("bloom", adapter=0)
+    right = base.stock_states
+    monkeypatch.setattr(base, "stock_states", lambda *given: right(*given) * float("nan"))
+    assert not check(base).exact
+
+
+def test_the_list_of_tested_types_is_that_of_the_tests_and_holds_for_the_pinned_release(monkeypatch):
+    assert {model_type for model_type, _ in FAMILIES.values()} == TESTED
+    pinned = re.search(r"^transformers==(.*)$", (ROOT / "constraints.txt").read_text(), re.MULTILINE)[1]
+    assert pinned == TESTED_WITH
+    assert is_tested("llama") == (transformers.__version__ == TESTED_WITH) and not is_tested("olmo3")
+    monkeypatch.setattr(stock_check, "TESTED_WITH", "5.0.0")  # as with another release than the pinned one
+    assert not is_tested("llama")
+
+
+def test_distances():
+    off = Distance.between(torch.tensor([-1.0, -2.0, -4.0]), torch.tensor([-1.0, -2.5, -2.0]))
+    assert off == Distance(mean=pytest.approx(2.5 / 3), median=0.5, largest=2.0)
