@@ -81,6 +81,7 @@ def load_base(
                 "local folder in the transformers format with safetensors weights, or a .gguf file"
             ) from error
     loaded.requires_grad_(False)
+    _keep_order(loaded)
     return loaded, tokenizer
 
 
@@ -94,6 +95,17 @@ def quantization_settings(quantization: str, dtype: torch.dtype) -> BitsAndBytes
             bnb_4bit_compute_dtype=dtype,
         )
     return BitsAndBytesConfig(load_in_8bit=True) if quantization == "int8" else None
+
+
+def _keep_order(model: PreTrainedModel) -> None:
+    """Let bitsandbytes leave its 4-bit codes as they lie, whatever mode a layer is in.
+
+    On CPUs with AVX-512 bf16 it (0.50.2) reorders them in place at a layer's first call in evaluation mode. The forward
+    pass knows that order; the backward pass and whatever else reads the codes do not, and are wrong from then on.
+    """
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
 
 
 def _switch_dropout_off(config: Any) -> None:
