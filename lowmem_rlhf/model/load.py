@@ -17,8 +17,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAn
 
 from lowmem_rlhf.errors import UserError
 from lowmem_rlhf.memory import is_out_of_memory
+from lowmem_rlhf.model.gguf_source import check_gguf, complete_config
 from lowmem_rlhf.model.source import resolve_model
-from lowmem_rlhf.model.whole import check_gguf, load_whole
+from lowmem_rlhf.model.whole import load_whole
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 _CONVERSION = 2  # of GGUF files; 1 had not been checked for tensors that were left out
@@ -125,11 +126,17 @@ def convert_gguf(path: Path) -> Path:
     with quiet(), torch.device("cpu"):
         try:
             tokenizer = AutoTokenizer.from_pretrained(str(path.parent), gguf_file=path.name)
+            config = complete_config(AutoConfig.from_pretrained(str(path.parent), gguf_file=path.name), path)
             model = load_whole(
-                AutoModelForCausalLM, str(path.parent), str(path), gguf_file=path.name, dtype=torch.float16
+                AutoModelForCausalLM,
+                str(path.parent),
+                str(path),
+                gguf_file=path.name,
+                config=config,
+                dtype=torch.float16,
             )
             check_gguf(path, model)
-        except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
+        except (OSError, ValueError, KeyError, ImportError, RuntimeError, AssertionError) as error:
             raise UserError(
                 f"GGUF file {path} cannot be read: {first_sentence(error)}; take another GGUF of the model, or its "
                 "safetensors folder"

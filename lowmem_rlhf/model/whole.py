@@ -1,23 +1,19 @@
 """Whether a model has got all of its weights from its files, and the files hold no others: otherwise it is refused.
 
 transformers fills a tensor that is missing or of another shape with random numbers and says so in a log that nobody
-reads; of quantized layers it does not look at the shape at all, and what a GGUF holds beyond the architecture it drops.
+reads; of quantized layers it does not look at the shape at all.
 """
 
 import logging
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
-from math import prod
-from pathlib import Path
 from typing import Any
 
-import gguf
 import torch
 from torch import nn
 
 from lowmem_rlhf.errors import UserError
-from lowmem_rlhf.planning.gguf_header import read_gguf_header
 
 Exempt = Callable[[str, Any], bool]  # a tensor's name and the model -> whether it does not matter
 Shape = tuple[int, ...]
@@ -66,7 +62,7 @@ def load_whole(
             )
         except RuntimeError as error:
             if unconverted:
-                what = f"model {name!r}: of its files {_few(unconverted)} cannot be made"
+                what = f"model {name!r}: of its files {few(unconverted)} cannot be made"
                 raise UserError(
                     f"{what}, a tensor that belongs to it is missing or has another shape; {_REMEDY}"
                 ) from error
@@ -85,8 +81,8 @@ def difference(absent: set[str], beyond: set[str], other: Mapping[str, tuple[Sha
     """Return in words which tensors are missing, too many or of another shape (is, should be); empty: none."""
     shapes = [f"{key}: {is_there} in place of {wanted}" for key, (is_there, wanted) in other.items()]
     parts = [
-        f"lack {_few(absent)}" if absent else "",
-        f"hold {_few(beyond)}, which it has no place for" if beyond else "",
+        f"lack {few(absent)}" if absent else "",
+        f"hold {few(beyond)}, which it has no place for" if beyond else "",
         f"hold {len(other)} of another shape ({'; '.join(sorted(shapes)[:SHOWN])})" if other else "",
     ]
     return " and ".join(part for part in parts if part)
@@ -107,56 +103,6 @@ def in_body(key: str, model: Any) -> bool:
     return key.removeprefix(f"{prefix}.").split(".")[0] in dict(body.named_children())
 
 
-def check_gguf(file: Path, model: Any) -> None:
-    """Check that a model has all numbers of the GGUF that transformers read it from.
-
-    Raises:
-        UserError: tensors, or a scaling of the positions, were left out.
-    """
-    header = read_gguf_header(file)
-    arch = str(header.fields.get("general.architecture"))
-    remedy = "the model would compute something else; take its safetensors folder"
-    scaling = header.fields.get(f"{arch}.rope.scaling.type", "none")
-    if scaling != "none" and not _scales_positions(model.config):
-        raise UserError(f"GGUF file {file}: transformers leaves its {scaling} scaling of positions out; {remedy}")
-    shapes = {name: shape for name, shape in header.shapes.items() if not _further(name, header.fields, arch, model)}
-    loaded = {p.data_ptr(): p.numel() for p in model.state_dict().values()}
-    stored, made = sum(prod(shape) for shape in shapes.values()), sum(loaded.values())
-    if stored != made:
-        known = _gguf_names(arch, model)
-        dropped = {name for name in shapes if known and name not in known and "_exps" not in name}
-        what = f" ({_few(dropped)})" if dropped else ""
-        raise UserError(
-            f"GGUF file {file}: of its {stored:,} numbers transformers makes a model of {made:,}{what}; {remedy}"
-        )
-
-
-def _further(name: str, fields: Mapping[str, Any], arch: str, model: Any) -> bool:
-    """Say whether a GGUF's tensor is rightly not read: a tied head's copy, or a layer that predicts further tokens."""
-    if name == "output.weight" and model.config.tie_word_embeddings:
-        return True
-    block = re.match(r"blk\.(\d+)\.", name)
-    further = f"{arch}.nextn_predict_layers" in fields
-    return bool(further and block and int(block[1]) >= model.config.num_hidden_layers)
-
-
-def _gguf_names(arch: str, model: Any) -> set[str]:
-    """Return what a GGUF of this architecture calls the model's tensors."""
-    kind = next((key for key, value in gguf.MODEL_ARCH_NAMES.items() if value == arch), None)
-    if kind is None:
-        return set()
-    names = gguf.get_tensor_name_map(kind, model.config.num_hidden_layers)
-    parts = [key.split(".") for key in model.state_dict()]
-    found = (names.get_name(".".join(part[cut:]), (".weight", ".bias")) for part in parts for cut in range(3))
-    return {name for name in found if name}
-
-
-def _scales_positions(config: Any) -> bool:
-    rope = getattr(config, "rope_parameters", None) or {}
-    kinds = [rope, *(value for value in rope.values() if isinstance(value, dict))]
-    return any(kind.get("rope_type", "default") != "default" for kind in kinds)
-
-
 def _other_shapes(model: nn.Module) -> dict[str, tuple[Shape, Shape]]:
     """Return linear layers, quantized ones too, whose weight has not the layer's shape."""
     found: dict[str, tuple[Shape, Shape]] = {}
@@ -170,7 +116,7 @@ def _other_shapes(model: nn.Module) -> dict[str, tuple[Shape, Shape]]:
     return found
 
 
-def _few(names: set[str] | list[str]) -> str:
+def few(names: Collection[str]) -> str:
     """Return how many tensors there are, and the first of them by name."""
     shown = ", ".join(sorted(names)[:SHOWN]) + (", ..." if len(names) > SHOWN else "")
     return f"{len(names)} tensor{'s' if len(names) > 1 else ''} ({shown})"
