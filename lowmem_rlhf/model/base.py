@@ -85,7 +85,7 @@ class SharedBase(Roles):
             )
         self.model: PreTrainedModel = self.peft.get_base_model()  # type: ignore[assignment]
         _switch_dropout_off(self.model)
-        self.model.train()  # checkpointing only works in this mode
+        self.model.train()  # checkpointing only works in this mode, and in the other bitsandbytes repacks its weights
         fuse(self.model, self.dtype)
         self.decoder = self.model.get_decoder() if hasattr(self.model, "get_decoder") else self.model.base_model
         self.head = head_of(self.model)
