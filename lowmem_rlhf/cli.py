@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from lowmem_rlhf import __version__
-from lowmem_rlhf.errors import LowmemError, UserError
+from lowmem_rlhf.errors import LowmemError, UserError, with_notes
 
 if TYPE_CHECKING:
     from lowmem_rlhf.recipe import Recipe
@@ -39,7 +39,7 @@ def main() -> None:
     try:
         app(standalone_mode=True)
     except LowmemError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {with_notes(str(error), error)}", file=sys.stderr)
         sys.exit(error.exit_code)
 
 
@@ -202,8 +202,8 @@ def train(
         return
     try:
         run = run_recipe(resolved, output, resume)
-    except KeyboardInterrupt:
-        print("interrupted; the finished steps are kept, --resume goes on from them", file=sys.stderr)
+    except KeyboardInterrupt as stop:
+        print(with_notes("interrupted", stop), file=sys.stderr)
         raise typer.Exit(1) from None
     result = "model" if resolved.algorithm == "classifier" else "adapter"
     print(f"{result + ':':8} {run.path / result}\nreport:  {run.path / 'report.html'}")
@@ -302,8 +302,8 @@ def export(
     job = Export(open_run(run), Wish(format, onto, dtype, quantize, output, step, heads, device, push))
     try:
         found = job.plan() if dry_run else job.make()
-    except KeyboardInterrupt:
-        print("interrupted; nothing was kept", file=sys.stderr)
+    except KeyboardInterrupt as stop:
+        print(with_notes("interrupted", stop), file=sys.stderr)
         raise typer.Exit(1) from None
     if as_json:
         _print_json(found)

@@ -14,6 +14,11 @@ class UserError(LowmemError):
 
 
 class RunError(LowmemError):
-    """A run that had begun failed. Its last checkpoint is kept. Exit code 1."""
+    """A run that had begun failed; a note says what is kept of it. Exit code 1."""
 
     exit_code = 1
+
+
+def with_notes(text: str, error: BaseException) -> str:
+    """Return a text with an error's notes, which say what is kept."""
+    return "; ".join([text, *getattr(error, "__notes__", ())])

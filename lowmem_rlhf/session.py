@@ -98,7 +98,7 @@ def train(recipe: Recipe, output: Path | None = None, resume: bool = False) -> R
 
     Raises:
         UserError: the input is wrong; nothing was trained.
-        RunError: the run had begun and failed; its last finished step is kept.
+        RunError: the run had begun and failed; a note says which step is kept.
     """
     hush()
     path = output or default_output(recipe.name, resume)

@@ -115,7 +115,11 @@ class Export:
         if self.wish.push:
             from lowmem_rlhf.export.push import push
 
-            facts["pushed"] = push(self.target, self.wish.push)
+            try:
+                facts["pushed"] = push(self.target, self.wish.push)
+            except KeyboardInterrupt as stop:
+                stop.add_note(f"the export in {self.target} is whole, what arrived of it is not sent again")
+                raise
         return {"folder": str(self.target), **facts}
 
     @contextmanager
@@ -133,6 +137,9 @@ class Export:
                 f"the export to {self.target} cannot be written: {what}; nothing was kept, make room or choose another "
                 "folder with --output"
             ) from error
+        except KeyboardInterrupt as stop:
+            stop.add_note("nothing was kept")
+            raise
         finally:
             if folder is not None:
                 delete(folder)

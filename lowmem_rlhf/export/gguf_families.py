@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from lowmem_rlhf.errors import UserError
+from lowmem_rlhf.model.gguf_source import BIG_GEMMA_LAYERS
 
 Value = bool | int | float | str | list[bool]
 _SILU, _GELU = ("silu", "swish"), ("gelu_pytorch_tanh", "gelu_new")
@@ -48,7 +49,6 @@ FAMILIES = {
     "phi3": Family("phi3"),
     "gpt2": Family("gpt2", ("gelu_new",), transposed=True),
 }
-_BIG_GEMMA_LAYERS = {"gemma2": 46, "gemma3": 62}  # 27B, whose attention scale llama.cpp takes from hidden_size / heads
 
 
 @dataclass
@@ -135,7 +135,7 @@ def _decoder(config: Any, result: Architecture) -> None:
     if getattr(config, "attention_bias", False) and arch != "llama":
         raise _otherwise("biases in its attention's output")
     if (scalar := getattr(config, "query_pre_attn_scalar", None)) is not None:
-        big = config.num_hidden_layers == _BIG_GEMMA_LAYERS.get(arch)
+        big = config.num_hidden_layers == BIG_GEMMA_LAYERS.get(arch)
         computed = config.hidden_size // config.num_attention_heads if big else dim
         if scalar != computed:
             raise _otherwise(f"query_pre_attn_scalar={scalar}, and llama.cpp takes {computed}")

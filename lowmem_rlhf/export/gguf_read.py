@@ -16,6 +16,7 @@ from lowmem_rlhf.errors import RunError
 from lowmem_rlhf.export.gguf_families import describe
 from lowmem_rlhf.export.gguf_tensors import plan_tensors
 from lowmem_rlhf.export.shards import read_tensors
+from lowmem_rlhf.model.whole import load_whole
 
 
 @torch.no_grad()
@@ -28,7 +29,7 @@ def read_model(file: Path, folder: Path) -> Any:
     """
     from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, device_map={"": "cpu"})
+    model = load_whole(AutoModelForCausalLM, folder, str(folder), dtype=torch.float32, device_map={"": "cpu"})
     found = {tensor.name: tensor for tensor in GGUFReader(file).tensors}
     stored = read_tensors(folder)
     config, weights = model.config, model.state_dict()

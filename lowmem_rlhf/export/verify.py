@@ -20,8 +20,9 @@ from lowmem_rlhf.export.gguf_read import read_model
 from lowmem_rlhf.export.live import ROOM, Live, Logits, Said, in_float32
 from lowmem_rlhf.export.shards import read_tensors
 from lowmem_rlhf.memory import free_bytes, is_out_of_memory, release
-from lowmem_rlhf.model.adapters import HEAD
+from lowmem_rlhf.model.adapters import HEAD, WEIGHTS
 from lowmem_rlhf.model.load import DTYPES, first_sentence, load_base, quiet
+from lowmem_rlhf.model.whole import differing_tensors, load_whole
 from lowmem_rlhf.recipe import Recipe
 
 SCORES_OFF = 0.1  # of the scores' spread, or of 1: two precisions of one reward model differ by less
@@ -109,7 +110,7 @@ def proof_of_gguf(file: Path, folder: Path, live: Live) -> dict[str, Any]:
 @contextmanager
 def _stock_adapter(folder: Path, recipe: Recipe, device: torch.device, settings: dict[str, Any]) -> Iterator[Any]:
     """Load a stock base in the run's precision, and an adapter onto it by peft."""
-    from peft import PeftModel
+    from peft import PeftModel, get_peft_model_state_dict
 
     precision = (settings["quantization"], settings["compute_dtype"])
     base, _ = load_base(recipe.model, *precision, device, recipe.revision, recipe.trust_remote_code)
@@ -117,6 +118,9 @@ def _stock_adapter(folder: Path, recipe: Recipe, device: torch.device, settings:
         model = PeftModel.from_pretrained(base, str(folder)).eval()
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         raise RunError(f"the adapter cannot be loaded by peft: {first_sentence(error)}; nothing was kept") from error
+    stored = load_file(folder / WEIGHTS, device="cpu")
+    if said := differing_tensors(stored, get_peft_model_state_dict(model, save_embedding_layers=False)):
+        raise RunError(f"the adapter does not fit what peft makes of it: its files {said}; nothing was kept")
     yield model
     del base, model
     release(device)
@@ -135,13 +139,15 @@ def stock_model(folder: Path, device: torch.device, trust_remote_code: bool) -> 
     with tempfile.TemporaryDirectory() as offloaded:
         try:
             with quiet():
-                model = AutoModelForCausalLM.from_pretrained(
+                model = load_whole(
+                    AutoModelForCausalLM,
                     folder,
+                    str(folder),
                     use_safetensors=True,
                     trust_remote_code=trust_remote_code,
                     **placement(folder, device, Path(offloaded)),
                 )
-        except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
+        except (OSError, ValueError, KeyError, ImportError, RuntimeError, UserError) as error:
             if is_out_of_memory(error):
                 raise RunError("memory ran out while the export was loaded again; take --device cpu") from error
             raise RunError(f"the export cannot be loaded again: {first_sentence(error)}; nothing was kept") from error

@@ -17,9 +17,12 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAn
 
 from lowmem_rlhf.errors import UserError
 from lowmem_rlhf.memory import is_out_of_memory
+from lowmem_rlhf.model.gguf_source import check_gguf, complete_config
 from lowmem_rlhf.model.source import resolve_model
+from lowmem_rlhf.model.whole import load_whole
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+_CONVERSION = 2  # of GGUF files; 1 had not been checked for tensors that were left out
 
 
 def cache_folder() -> Path:
@@ -43,13 +46,13 @@ def load_base(
         compute_dtype: ``bfloat16``, ``float16`` or ``float32``; weights that are not quantized are kept in it.
 
     Raises:
-        UserError: the model cannot be found or read.
+        UserError: the model cannot be found or read, or its files lack a tensor or hold another one.
     """
     path = resolve_model(model)
     if path.endswith(".gguf"):
         path = str(convert_gguf(Path(path)))
     dtype = DTYPES[compute_dtype]
-    common = {"revision": revision, "trust_remote_code": trust_remote_code}
+    common: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
     with quiet(), torch.device("cpu"):  # what the loader makes for itself
         try:
             config = AutoConfig.from_pretrained(path, **common)
@@ -60,8 +63,10 @@ def load_base(
                 )
             _switch_dropout_off(config)
             tokenizer = AutoTokenizer.from_pretrained(path, **common)
-            loaded = AutoModelForCausalLM.from_pretrained(
+            loaded = load_whole(
+                AutoModelForCausalLM,
                 path,
+                model,
                 config=config,
                 dtype=dtype,
                 quantization_config=quantization_settings(quantization, dtype),
@@ -77,6 +82,7 @@ def load_base(
                 "local folder in the transformers format with safetensors weights, or a .gguf file"
             ) from error
     loaded.requires_grad_(False)
+    _keep_order(loaded)
     return loaded, tokenizer
 
 
@@ -92,6 +98,17 @@ def quantization_settings(quantization: str, dtype: torch.dtype) -> BitsAndBytes
     return BitsAndBytesConfig(load_in_8bit=True) if quantization == "int8" else None
 
 
+def _keep_order(model: PreTrainedModel) -> None:
+    """Let bitsandbytes leave its 4-bit codes as they lie, whatever mode a layer is in.
+
+    On CPUs with AVX-512 bf16 it (0.50.2) reorders them in place at a layer's first call in evaluation mode. The forward
+    pass knows that order; the backward pass and whatever else reads the codes do not, and are wrong from then on.
+    """
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
+
+
 def _switch_dropout_off(config: Any) -> None:
     """The sampling policy must be the trained policy, so no dropout of the base is ever active."""
     for key, value in vars(config).items():
@@ -102,16 +119,24 @@ def _switch_dropout_off(config: Any) -> None:
 def convert_gguf(path: Path) -> Path:
     """Return a folder with the GGUF's model as 16-bit safetensors, made once and kept in the cache."""
     stat = path.stat()
-    key = hashlib.sha256(f"{path.resolve()}|{stat.st_size}|{stat.st_mtime_ns}".encode()).hexdigest()[:12]
+    key = hashlib.sha256(f"{_CONVERSION}|{path.resolve()}|{stat.st_size}|{stat.st_mtime_ns}".encode()).hexdigest()[:12]
     target = cache_folder() / "gguf" / f"{path.stem}-{key}"
     if target.is_dir():
         return target
-    source = {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
     with quiet(), torch.device("cpu"):
         try:
-            tokenizer = AutoTokenizer.from_pretrained(**source)
-            model = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float16)
-        except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
+            tokenizer = AutoTokenizer.from_pretrained(str(path.parent), gguf_file=path.name)
+            config = complete_config(AutoConfig.from_pretrained(str(path.parent), gguf_file=path.name), path)
+            model = load_whole(
+                AutoModelForCausalLM,
+                str(path.parent),
+                str(path),
+                gguf_file=path.name,
+                config=config,
+                dtype=torch.float16,
+            )
+            check_gguf(path, model)
+        except (OSError, ValueError, KeyError, ImportError, RuntimeError, AssertionError) as error:
             raise UserError(
                 f"GGUF file {path} cannot be read: {first_sentence(error)}; take another GGUF of the model, or its "
                 "safetensors folder"

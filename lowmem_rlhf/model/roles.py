@@ -19,6 +19,7 @@ from lowmem_rlhf.errors import UserError
 from lowmem_rlhf.model.adapters import HEAD, WEIGHTS, SavedAdapter
 from lowmem_rlhf.model.logprobs import Head
 from lowmem_rlhf.model.lora import ActiveAdapters, SharedLoraLinear, lora_config
+from lowmem_rlhf.model.whole import differing_tensors
 
 POLICY, REFERENCE, START, CRITIC, REWARD = "policy", "reference", "start", "critic", "reward"
 
@@ -201,8 +202,8 @@ class Roles(nn.Module):
         """
         state = load_file(folder / WEIGHTS, device="cpu")
         have = self.adapter_state(role)
-        if {n: t.shape for n, t in state.items()} != {n: t.shape for n, t in have.items()}:
-            raise UserError(f"the adapter in {folder} does not fit this base: its tensors have other names or shapes")
+        if said := differing_tensors(state, have):
+            raise UserError(f"the adapter in {folder} does not fit this base: its files {said}")
         with torch.no_grad():
             set_peft_model_state_dict(self.peft, state, adapter_name=role)
         self.adapters_changed()
@@ -229,8 +230,8 @@ class Roles(nn.Module):
                 f"{folder} holds an adapter without a head ({HEAD}): it gives no score; take a reward model's"
             )
         state, have = load_file(folder / HEAD, device="cpu"), dict(self.heads[role].named_parameters())
-        if {n: t.shape for n, t in state.items()} != {n: p.shape for n, p in have.items()}:
-            raise UserError(f"the head in {folder} does not fit this base: its tensors have other names or shapes")
+        if said := differing_tensors(state, have):
+            raise UserError(f"the head in {folder} does not fit this base: its files {said}")
         with torch.no_grad():
             for name, p in have.items():
                 p.copy_(state[name])

@@ -15,6 +15,7 @@ from lowmem_rlhf.errors import RunError, UserError
 from lowmem_rlhf.memory import is_out_of_memory, with_less
 from lowmem_rlhf.model.load import DTYPES, first_sentence, quiet
 from lowmem_rlhf.model.source import is_local, resolve_model
+from lowmem_rlhf.model.whole import Exempt, in_body, load_whole
 from lowmem_rlhf.planning.placement import encoder_pass_bytes
 from lowmem_rlhf.recipe import LearnedReward
 
@@ -156,7 +157,8 @@ def load_encoder(
     options: LearnedReward,
     keep: str,
     kind: str,
-    may_lack: Callable[[str, Any], bool] = lambda key, model: False,
+    may_lack: Exempt = lambda key, model: False,
+    may_hold: Exempt = lambda key, model: not in_body(key, model) and key.split(".")[0] not in _parts(model),
     **settings: Any,
 ) -> Encoder:
     """Load a model and its tokenizer on the CPU, from safetensors, never with code of its own.
@@ -167,32 +169,33 @@ def load_encoder(
         keep: which end of a text that is too long is read, ``start`` or ``end``.
         kind: what the model is to be, for messages.
         may_lack: whether a weight (its name, the model) may be missing: nothing reads it, or it is to be trained.
+        may_hold: whether there may be a weight that the model has no place for: another kind's head.
         settings: more for transformers' ``from_pretrained``.
 
     Raises:
-        UserError: no such model, no safetensors weights, weights that are missing, no tokenizer, or a ``max_length``
-            that the model cannot read.
+        UserError: no such model, no safetensors weights, weights that are missing, too many or of another shape, no
+            tokenizer, or a ``max_length`` that the model cannot read.
     """
     name, path = options.model, resolve_model(options.model)
     _check_files(name, path, kind)
     with quiet(), torch.device("cpu"):
         try:
             tokenizer = AutoTokenizer.from_pretrained(path, revision=options.revision, trust_remote_code=False)
-            model, loading = auto.from_pretrained(
+            model = load_whole(
+                auto,
                 path,
+                name,
+                kind,
+                may_lack,
+                may_hold,
                 revision=options.revision,
                 trust_remote_code=False,
                 dtype=DTYPES[options.dtype],
                 use_safetensors=True,
-                output_loading_info=True,
                 **settings,
             )
         except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
             raise UserError(_why(name, kind, error)) from error
-    absent = {*loading["missing_keys"], *(key for key, *_ in loading["mismatched_keys"])}
-    missing = sorted(key for key in absent if not may_lack(key, model))
-    if missing:
-        raise UserError(f"model {name!r} is no {kind}: its weights lack {missing[0]}")
     if len(tokenizer) <= len(set(tokenizer.all_special_tokens)):  # what transformers makes when there are no files
         raise UserError(f"model {name!r} comes without its tokenizer; put its tokenizer files beside the weights")
     if len(tokenizer) > model.get_input_embeddings().num_embeddings:
@@ -207,6 +210,10 @@ def load_encoder(
     model.requires_grad_(False).eval()
     length = _length(name, model, tokenizer, options.max_length)
     return Encoder(model, tokenizer, length, keep, options.batch_tokens)
+
+
+def _parts(model: nn.Module) -> set[str]:
+    return {name for name, _ in model.named_children()}
 
 
 def _length(name: str, model: Any, tokenizer: Any, wanted: int | None) -> int | None:

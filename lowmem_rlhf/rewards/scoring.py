@@ -1,6 +1,7 @@
 """Scoring completions: every reward function once for the whole batch, then the weighted sum."""
 
 import asyncio
+import copy
 import inspect
 import math
 from collections.abc import Sequence
@@ -31,7 +32,7 @@ def score(
     trainer_state: Any = None,
     prompt_ids: Sequence[Sequence[int]] = (),
 ) -> Scores:
-    """Score N completions with every reward function.
+    """Score N completions with every reward function, each of which is given copies.
 
     A function that gives None for a completion is left out of its sum. Where every function gives None the total is
     NaN, as in TRL 1.16: such a completion is left out of its group's baseline and its advantage is 0.
@@ -50,11 +51,13 @@ def score(
     """
     metrics: dict[str, list[float]] = {}
     extra: dict[str, list[Any]] = {}
-    given = {
+    lent = {
         "prompts": list(prompts),
         "completions": list(completions),
         "prompt_ids": list(prompt_ids),
         "completion_ids": list(completion_ids),
+    }
+    shared = {
         "trainer_state": trainer_state,
         "log_extra": lambda column, values: extra.setdefault(column, []).extend(values),
         "log_metric": lambda name, value: metrics.setdefault(name, []).append(float(value)),
@@ -62,16 +65,18 @@ def score(
     own = {name: values for name, values in columns.items() if name not in GIVEN}
     by_name = {}
     for reward in rewards:
-        result = _call(reward, {**own, **reward.options, **given})
-        by_name[reward.name] = _values(reward.name, result, len(given["completions"]))
+        result = _call(reward, {**own, **reward.options, **lent}, shared)
+        by_name[reward.name] = _values(reward.name, result, len(completions))
     weights = [reward.weight for reward in rewards]
     total = [_weighted(weights, row) for row in zip(*by_name.values(), strict=True)]
     return Scores(by_name, total, {name: sum(values) / len(values) for name, values in metrics.items()}, extra)
 
 
-def _call(reward: Reward, arguments: dict[str, Any]) -> Any:
+def _call(reward: Reward, lent: dict[str, Any], shared: dict[str, Any]) -> Any:
+    """Call a function with copies: what it edits is neither trained on nor seen by the next function or step."""
     try:
-        result = reward.function(**accepted(reward.function, arguments))
+        copies = {name: _copied(value) for name, value in accepted(reward.function, lent).items()}
+        result = reward.function(**copies, **accepted(reward.function, shared))
         return asyncio.run(_awaited(result)) if inspect.isawaitable(result) else result
     except RunError as error:
         raise RunError(f"reward {reward.name}: {error}") from error
@@ -80,6 +85,13 @@ def _call(reward: Reward, arguments: dict[str, Any]) -> Any:
     except Exception as error:
         reason = " ".join(str(error).split()) or "no message"
         raise RunError(f"reward function {reward.name} failed: {type(error).__name__}: {reason}") from error
+
+
+def _copied(value: Any) -> Any:
+    """Return what shares nothing with a value that one can edit; a list of token ids is copied in one piece."""
+    if type(value) is not list:
+        return value if isinstance(value, str | int | float | None) else copy.deepcopy(value)
+    return value[:] if all(type(one) is int for one in value) else [_copied(one) for one in value]
 
 
 async def _awaited(result: Any) -> Any:

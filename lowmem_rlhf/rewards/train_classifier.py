@@ -18,6 +18,7 @@ from lowmem_rlhf.errors import UserError
 from lowmem_rlhf.files import begin_folder, finish_folder
 from lowmem_rlhf.hardware.detect import detect
 from lowmem_rlhf.memory import with_less
+from lowmem_rlhf.model.whole import in_body
 from lowmem_rlhf.recipe import LearnedReward, TrainingConfig
 from lowmem_rlhf.rewards.encoder import Encoder, batches_by_tokens, load_encoder
 from lowmem_rlhf.training.optimizer import Stepper
@@ -110,11 +111,11 @@ def _load(start: LearnedReward, labels: list[str]) -> Encoder:
         "start",
         "encoder that a classifier can be made of",
         may_lack=lambda key, model: not key.startswith(f"{model.base_model_prefix}.") or ".pooler." in key,
+        may_hold=lambda key, model: not in_body(key, model),
         num_labels=len(labels),
         id2label=dict(enumerate(labels)),
         label2id={label: index for index, label in enumerate(labels)},
         problem_type="single_label_classification",
-        ignore_mismatched_sizes=True,
     )
     encoder.model.requires_grad_(True).train()
     return encoder

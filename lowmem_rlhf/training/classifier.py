@@ -63,7 +63,8 @@ def train_classifier_run(recipe: Recipe, path: Path, resume: bool) -> RunDirecto
         try:
             report = train_classifier(data, path / MODEL, start, recipe.training, epochs, held_out, progress)
         except KeyboardInterrupt:
-            raise RunError("interrupted; a classifier's run cannot be continued: start it anew") from None
+            other = f" with another --output than {path}" if run else ""
+            raise RunError(f"interrupted; a classifier's run cannot be continued: start it anew{other}") from None
     assert run is not None
     if report.held_out:
         run.write_evaluation({"after": {**report.held_out, "problems": len(held_out[0])}})

@@ -111,9 +111,17 @@ class Loop(ABC):
         """Run all steps and both evaluations; return evaluation.json's content.
 
         Raises:
-            RunError: a reward function failed, memory ran out for good, or nothing was learned. The last finished
-                step is kept as a checkpoint.
+            RunError: a reward function failed, memory ran out for good, or nothing was learned.
+            KeyboardInterrupt: the user stopped it. A note on this error and on any other says which step is kept:
+                the last finished one, unless the next had begun to change the weights.
         """
+        try:
+            return self._train(view)
+        except BaseException as error:
+            error.add_note(self._keep())
+            raise
+
+    def _train(self, view: LiveView) -> dict[str, Any]:
         evaluation = self.run.evaluation()
         if "before" not in evaluation:
             self._evaluate("before", evaluation, view)
@@ -123,8 +131,6 @@ class Loop(ABC):
                 if self.step % self.recipe.training.save_steps == 0:
                     self._save()
         except BaseException as error:
-            if self.step and self.stepper.taken == self._taken:
-                self._save()  # nothing of the finished steps is lost
             if is_out_of_memory(error):
                 raise RunError(
                     f"the device's memory ran out in step {self.step + 1}; close other programs that use it, or set "
@@ -152,6 +158,20 @@ class Loop(ABC):
         if latest is None or latest[0] < self.step:
             counters = {"learned_tokens": self.learned_tokens, **self.state()}
             save_checkpoint(self.run, self.step, self.base, self.stepper, counters, self._others())
+
+    def _keep(self) -> str:
+        """Save the finished steps as long as the weights are theirs; return which are on the disk, and why no more."""
+        lost_as = "the next one had begun to change the weights"
+        if self.step and self.stepper.taken == self._taken:
+            try:
+                self._save()
+            except BaseException as error:  # what ended the run is told, and not this
+                lost_as = f"they could not be saved ({' '.join(str(error).split()) or type(error).__name__})"
+        latest = self.run.latest_checkpoint()
+        kept = latest[0] if latest else 0
+        said = f"step {kept} is kept, --resume goes on from it" if latest else "no step is kept, --resume starts over"
+        lost = f"step {self.step} is" if self.step == kept + 1 else f"steps {kept + 1} to {self.step} are"
+        return f"{said}; {lost} lost, as {lost_as}" if kept < self.step else said
 
     def _evaluate(self, when: str, evaluation: dict[str, Any], view: LiveView) -> None:
         if found := self.evaluate(when, view):

@@ -146,6 +146,8 @@ class Stepper:
             if name not in index:
                 raise UserError(f"the optimizer state in {folder} has {name!r}, which this run does not train")
             state.setdefault(index[name], {})[key] = value
+        if lacking := [name for name, i in index.items() if state and i not in state]:  # before the first step: all
+            raise UserError(f"the optimizer state in {folder} lacks {lacking[0]}, which this run trains")
         whole = self.optimizer.state_dict()
         with torch.device("cpu"):
             self.optimizer.load_state_dict({**whole, "state": state})

@@ -14,8 +14,8 @@ import pytest
 from export_cases import change_tensors, make_run, save_model, shard
 from transformers import LlamaConfig
 
-from lowmem_rlhf.errors import RunError, UserError
-from lowmem_rlhf.export import merge, wish
+from lowmem_rlhf.errors import RunError, UserError, with_notes
+from lowmem_rlhf.export import merge, push, wish
 from lowmem_rlhf.export.export import Export
 from lowmem_rlhf.export.source import base_folder
 from lowmem_rlhf.export.wish import Wish
@@ -92,9 +92,20 @@ def test_a_full_disk_says_so_and_leaves_the_older_export(run, monkeypatch):
 
 def test_an_interrupted_export_leaves_nothing(run, monkeypatch):
     stop_after(monkeypatch, fail_with(KeyboardInterrupt()))
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(KeyboardInterrupt) as caught:
         export(run)
+    assert with_notes("interrupted", caught.value) == "interrupted; nothing was kept"
     assert exports(run) == []
+
+
+def test_an_interrupted_upload_leaves_the_export(run, monkeypatch):
+    monkeypatch.setattr(push, "check_push", lambda repo: None)
+    monkeypatch.setattr(push, "push", lambda *_: fail_with(KeyboardInterrupt())())
+    with pytest.raises(KeyboardInterrupt) as caught:
+        export(run, push="me/model")
+    assert "the export in" in with_notes("interrupted", caught.value)
+    assert "nothing was kept" not in with_notes("interrupted", caught.value)
+    assert exports(run) == ["merged"]
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="processes are not forked on Windows")

@@ -1,5 +1,7 @@
 """A GGUF of each family is the model: transformers reads it back, and llama.cpp computes the same."""
 
+import re
+
 import pytest
 import torch
 from gguf_cases import TEXTS, byte_level, llama_cpp, mean_kl, model_folder
@@ -9,6 +11,7 @@ from transformers import AutoModelForCausalLM
 from lowmem_rlhf.errors import UserError
 from lowmem_rlhf.export.gguf import write_gguf
 from lowmem_rlhf.export.gguf_read import read_model
+from lowmem_rlhf.model.load import load_base
 
 LLAMA3 = {"rope_type": "llama3", "rope_theta": 10000.0, "factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 GEMMA = {"query_pre_attn_scalar": 16, "tie_word_embeddings": True}
@@ -72,6 +75,30 @@ def test_transformers_reads_back_the_same_model(name, tmp_path, tokenizer):
     again = AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file=gguf.name, dtype=torch.float32).eval()
     ids = [token for text in TEXTS for token in tokenizer(text)["input_ids"]][:90]
     torch.testing.assert_close(logits_of(again, ids), logits_of(model, ids), atol=2e-5, rtol=1e-4)
+
+
+LEFT_OUT = {  # what transformers leaves out, or takes from its defaults
+    "llama-tied-biased": "(14 tensors (blk.0.attn_k.bias, ",
+    "llama-3.1": "(1 tensor (rope_freqs.weight))",
+    "llama-linear": "leaves its linear scaling of positions out",
+    "qwen2-yarn": "leaves its yarn scaling of positions out",
+    "qwen3": "of another shape (model.layers.0.self_attn.k_norm.weight: (16,) in place of (128,)",
+    "gemma": "architecture gemma is not supported",
+    "phi3": "cannot be read: Padding_idx must be within num_embeddings",  # of a vocabulary as small as this
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_gguf_as_a_recipes_model_is_that_model_or_refused(name, tmp_path, tokenizer, monkeypatch):
+    monkeypatch.setenv("LOWMEM_RLHF_CACHE", str(tmp_path / "cache"))
+    model, gguf = written(name, tmp_path, tokenizer)
+    if name in LEFT_OUT:
+        with pytest.raises(UserError, match=re.escape(LEFT_OUT[name])):
+            load_base(str(gguf), "none", "float32", torch.device("cpu"))
+        return
+    again, _ = load_base(str(gguf), "none", "float32", torch.device("cpu"))
+    ids = [token for text in TEXTS for token in tokenizer(text)["input_ids"]][:90]
+    torch.testing.assert_close(logits_of(again, ids), logits_of(model, ids), atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("name", sorted(CASES))

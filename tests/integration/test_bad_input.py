@@ -11,6 +11,7 @@ import yaml
 from tiny_runs import tiny_values, write_jsonl
 
 from lowmem_rlhf import cli
+from lowmem_rlhf.errors import RunError
 from lowmem_rlhf.run import RunDirectory
 
 ROWS = [{"question": f"{n}+{n}=", "answer": str(2 * n)} for n in range(1, 13)]
@@ -236,8 +237,43 @@ def test_ctrl_c_says_how_to_go_on(train, monkeypatch):
 
     monkeypatch.setattr(Trainer, "_train_step", interrupted)
     done = train("training.max_steps=4")
-    assert done.code == 1 and "--resume" in done.err and "Traceback" not in done.err
+    assert done.code == 1 and done.err.endswith("interrupted; step 2 is kept, --resume goes on from it\n")
     assert done.run.latest_checkpoint()[0] == 2
+
+
+def test_ctrl_c_within_an_optimizer_step_says_what_is_lost(train, monkeypatch):
+    from lowmem_rlhf.training.optimizer import Stepper
+
+    real = Stepper.step
+
+    def interrupted(self):
+        norm = real(self)
+        if self.taken == 2:
+            raise KeyboardInterrupt
+        return norm
+
+    monkeypatch.setattr(Stepper, "step", interrupted)
+    done = train("training.max_steps=4")
+    assert done.code == 1
+    assert "interrupted; no step is kept, --resume starts over; step 1 is lost, as the next one had begun" in done.err
+    assert done.run.latest_checkpoint() is None
+
+
+def test_a_failing_run_says_what_is_kept_in_the_same_sentence(train, monkeypatch):
+    from lowmem_rlhf.training.online import Trainer
+
+    real = Trainer._rollout
+
+    def failing(self, view):
+        if self.step == 1:
+            raise RunError("reward function f failed: ValueError: no")
+        return real(self, view)
+
+    monkeypatch.setattr(Trainer, "_rollout", failing)
+    done = train("training.max_steps=4")
+    assert done.code == 1
+    assert one_message(done).endswith("failed: ValueError: no; step 1 is kept, --resume goes on from it")
+    assert done.run.latest_checkpoint()[0] == 1
 
 
 def test_a_resumed_run_keeps_its_precision_and_optimizer(train):

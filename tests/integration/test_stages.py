@@ -358,7 +358,11 @@ STYLED = [{"function": "classifier", "options": {"model": "classifier/model", "l
             [],
             ["adapter 'foreign' belongs to 'org/other'", "give model=org/other"],
         ),
-        ({"adapter": "wide", "lora": LORA}, [], ["does not fit this base: its tensors have other names or shapes"]),
+        (
+            {"adapter": "wide", "lora": LORA},
+            [],
+            ["does not fit this base: its files hold", "of another shape (base_model"],
+        ),
         ({}, ["training.num_train_epochs=2"], ["training.num_train_epochs: is for sft, reward_model and classifier"]),
         ({"algorithm": "ppo"}, ["ppo.critic=reward"], ["ppo.critic: got reward, but no reward of this recipe is a"]),
         ({"rewards": ["gsm8k_answer"]}, ["data.answer=null", "data.train=plain.jsonl"], ["needs a column 'answer'"]),

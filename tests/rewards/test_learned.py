@@ -207,7 +207,11 @@ def test_an_empty_completion(folders, family):
 
 def test_what_is_no_classifier_is_refused(folders, tmp_path):
     encoder = save_sentence_encoder(tmp_path / "encoder")
-    refused("is no sequence classifier: its weights lack classifier.bias", model=encoder, label=0)
+    refused(
+        r"is no sequence classifier: its files lack 2 tensors \(classifier.bias, classifier.weight\)",
+        model=encoder,
+        label=0,
+    )
     refused("model 'no/where/there' does not exist", model="no/where/there", label=0)
     refused("cannot be loaded: .*connect.*; give a Hub id that can be reached", model="nobody/nothing", label=0)
     refused("the Python package not_here is not installed", model="package:not_here/model", label=0)

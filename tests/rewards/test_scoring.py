@@ -1,3 +1,4 @@
+import copy
 import math
 
 import pytest
@@ -127,3 +128,40 @@ def test_a_function_that_fails(function, message):
     with pytest.raises(RunError, match=message) as caught:
         scored(function)
     assert caught.value.exit_code == 1 and "\n" not in str(caught.value)
+
+
+def test_what_a_function_edits_is_seen_by_nobody_else():
+    """Neither by the next function nor by who asked: ids are trained on, rows come again in later steps."""
+    prompts = [[{"role": "user", "content": [{"type": "text", "text": "p"}]}] for _ in range(2)]
+    given = {
+        "prompts": prompts,
+        "completions": chats("a", "b"),
+        "prompt_ids": [[4, 5], [6]],
+        "completion_ids": [[1, 2, 3], [1, 2]],
+    }
+    columns = {"answer": ["1", "2"], "entry": [{"numbers": [1, 2], "more": {"x": (1, [2])}}, {}], "tags": [["t"], []]}
+    options = {"words": ["w"], "table": {"k": [1]}}
+    asked, before = {**given, "columns": columns}, copy.deepcopy((given, columns, options))
+    seen = []
+
+    def vandal(prompts, completions, prompt_ids, completion_ids, answer, entry, tags, words, table, **_):
+        seen.append(
+            copy.deepcopy((prompts, completions, prompt_ids, completion_ids, answer, entry, tags, words, table))
+        )
+        prompts[0][0]["content"][0]["text"] = "other"
+        completions[0][0]["content"] = "other"
+        completions.pop()
+        prompt_ids[0].clear()
+        completion_ids[0].append(9)
+        completion_ids[1][0] = 7
+        answer[0] = entry[0]["more"]["x"][1][0] = "other"
+        entry[0]["numbers"].append(3)
+        tags.clear()
+        words.append("other")
+        table["k"].append(2)
+        return [0.0, 1.0]
+
+    scores = score([Reward("one", vandal, options=options), Reward("two", vandal, options=options)], **asked)
+    assert scores.total == [0.0, 2.0]
+    assert seen[0] == seen[1]
+    assert (given, columns, options) == before

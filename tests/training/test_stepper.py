@@ -104,6 +104,9 @@ def test_a_state_of_other_parameters_is_refused(tmp_path):
     plain = stepper.save(tmp_path)
     with pytest.raises(UserError, match=r"has 'p1', which this run does not train"):
         stepper_of({"p0": stepper.parameters["p0"]}).load(tmp_path, plain)
+    more = {**parameters(), "p9": torch.nn.Parameter(torch.zeros(3))}
+    with pytest.raises(UserError, match=r"lacks p9, which this run trains"):
+        stepper_of(more).load(tmp_path, plain)
 
 
 SCHEDULES = {

@@ -127,6 +127,21 @@ def test_evaluation_is_of_the_same_problems_before_and_after(model_folder, tmp_p
     assert not trained & {example.columns["question"] for example in asked[0]}
 
 
+def test_a_reward_that_edits_what_it_is_given_changes_nothing(model_folder, tmp_path, whole):
+    def vandal(prompts, completions, prompt_ids, completion_ids, **columns):
+        values = digits(completions)
+        for given in (*prompt_ids, *completion_ids):
+            given[:] = [5, 6, 7]
+        for given in (prompts, completions, prompt_ids, completion_ids, *columns.values()):
+            if isinstance(given, list):
+                given.clear()
+        return values
+
+    trainer = trainer_of(recipe_of(model_folder), tmp_path / "run", vandal)
+    assert train(trainer)[0] == whole[1]
+    assert learned(trainer.run) == learned(whole[0]) and same(adapter(trainer.run), adapter(whole[0]))
+
+
 def test_samples_are_written_with_their_numbers(whole):
     samples = whole[0].samples()
     assert [s["step"] for s in samples] == [step for step in (1, 2, 3, 4) for _ in range(4)]

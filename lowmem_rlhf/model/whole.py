@@ -1,0 +1,144 @@
+"""Whether a model has got all of its weights from its files, and the files hold no others: otherwise it is refused.
+
+transformers fills a tensor that is missing or of another shape with random numbers and says so in a log that nobody
+reads; of quantized layers it does not look at the shape at all.
+"""
+
+import logging
+import re
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from lowmem_rlhf.errors import UserError
+
+Exempt = Callable[[str, Any], bool]  # a tensor's name and the model -> whether it does not matter
+Shape = tuple[int, ...]
+
+SHOWN = 3  # tensors that a message names of each kind
+# what older versions of transformers stored beside the weights: made anew from the configuration, never read
+_OLD_BUFFER = re.compile(r"(^|\.)(inv_freq|position_ids|masked_bias|causal_mask|attn\.bias|attn\.attention\.bias)$")
+_REMEDY = (
+    "every tensor that its configuration asks for must be there and no other, tied ones aside: fetch the model again, "
+    "or take the configuration that belongs to these weights"
+)
+
+
+def _never(key: str, model: Any) -> bool:
+    return False
+
+
+def load_whole(
+    auto: Any,
+    path: Any,
+    name: str,
+    kind: str = "",
+    may_lack: Exempt = _never,
+    may_hold: Exempt = _never,
+    **settings: Any,
+) -> Any:
+    """Return what ``auto.from_pretrained`` loads, every tensor of which came from the files.
+
+    Args:
+        auto: one of transformers' auto classes.
+        path: a folder or a Hub id.
+        name: the model's, for messages.
+        kind: what the model is to be, for the message about a tensor that it lacks.
+        may_lack: which tensors may be missing or of another shape, and begin at random.
+        may_hold: which tensors the files may hold beyond the model's.
+        settings: more for ``from_pretrained``.
+
+    Raises:
+        UserError: a tensor is missing, is one too many or has another shape.
+        OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError: as ``from_pretrained``.
+    """
+    with _unconverted() as unconverted:
+        try:
+            model, found = auto.from_pretrained(
+                path, output_loading_info=True, ignore_mismatched_sizes=True, **settings
+            )
+        except RuntimeError as error:
+            if unconverted:
+                what = f"model {name!r}: of its files {few(unconverted)} cannot be made"
+                raise UserError(
+                    f"{what}, a tensor that belongs to it is missing or has another shape; {_REMEDY}"
+                ) from error
+            raise
+    other = {key: (tuple(is_there), tuple(wanted)) for key, is_there, wanted in found["mismatched_keys"]}
+    other |= _other_shapes(model)
+    absent = {key for key in {*found["missing_keys"]} if not may_lack(key, model)}
+    beyond = {key for key in found["unexpected_keys"] if not _OLD_BUFFER.search(key) and not may_hold(key, model)}
+    if said := difference(absent, beyond, {key: shapes for key, shapes in other.items() if not may_lack(key, model)}):
+        whose = f"model {name!r} is no {kind}" if kind and absent else f"model {name!r} does not fit its configuration"
+        raise UserError(f"{whose}: its files {said}; {_REMEDY}")
+    return model
+
+
+def difference(absent: set[str], beyond: set[str], other: Mapping[str, tuple[Shape, Shape]]) -> str:
+    """Return in words which tensors are missing, too many or of another shape (is, should be); empty: none."""
+    shapes = [f"{key}: {is_there} in place of {wanted}" for key, (is_there, wanted) in other.items()]
+    parts = [
+        f"lack {few(absent)}" if absent else "",
+        f"hold {few(beyond)}, which it has no place for" if beyond else "",
+        f"hold {len(other)} of another shape ({'; '.join(sorted(shapes)[:SHOWN])})" if other else "",
+    ]
+    return " and ".join(part for part in parts if part)
+
+
+def differing_tensors(have: Mapping[str, torch.Tensor], wanted: Mapping[str, torch.Tensor]) -> str:
+    """Return the `difference` between the tensors of a file and those that are wanted; empty: none."""
+    common = have.keys() & wanted.keys()
+    shapes = {key: (tuple(have[key].shape), tuple(wanted[key].shape)) for key in common}
+    other = {key: (is_there, should_be) for key, (is_there, should_be) in shapes.items() if is_there != should_be}
+    return difference({*wanted} - {*have}, {*have} - {*wanted}, other)
+
+
+def in_body(key: str, model: Any) -> bool:
+    """Say whether a tensor that has no place in a model lies in its body, beside those that have, not in a head."""
+    prefix = model.base_model_prefix
+    body = getattr(model, prefix, model)
+    return key.removeprefix(f"{prefix}.").split(".")[0] in dict(body.named_children())
+
+
+def _other_shapes(model: nn.Module) -> dict[str, tuple[Shape, Shape]]:
+    """Return linear layers, quantized ones too, whose weight has not the layer's shape."""
+    found: dict[str, tuple[Shape, Shape]] = {}
+    for name, module in model.named_modules():
+        weight = getattr(module, "weight", None)
+        if isinstance(module, nn.Linear) and torch.is_tensor(weight):
+            is_there = tuple((getattr(weight, "quant_state", None) or weight).shape)
+            wanted = (module.out_features, module.in_features)
+            if is_there != wanted:
+                found[f"{name}.weight"] = (is_there, wanted)
+    return found
+
+
+def few(names: Collection[str]) -> str:
+    """Return how many tensors there are, and the first of them by name."""
+    shown = ", ".join(sorted(names)[:SHOWN]) + (", ..." if len(names) > SHOWN else "")
+    return f"{len(names)} tensor{'s' if len(names) > 1 else ''} ({shown})"
+
+
+@contextmanager
+def _unconverted() -> Iterator[list[str]]:
+    """Collect the tensors that transformers could not make of several of a file (experts): it only logs their names."""
+    names: list[str] = []
+
+    class Reader(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            names.extend(re.findall(r"(?m)^(\S.*?) *\| .*CONVERSION", record.getMessage()))
+
+    logger, reader = logging.getLogger("transformers.modeling_utils"), Reader()
+    level, propagate = logger.level, logger.propagate
+    logger.addHandler(reader)
+    logger.setLevel(logging.WARNING)
+    logger.propagate = False
+    try:
+        yield names
+    finally:
+        logger.removeHandler(reader)
+        logger.setLevel(level)
+        logger.propagate = propagate
