@@ -5,6 +5,8 @@ import torch
 from safetensors.torch import load_file
 from tiny_runs import save_tiny_model, tiny_recipe
 
+from lowmem_rlhf.errors import UserError
+from lowmem_rlhf.model.base import SharedBase
 from lowmem_rlhf.session import train
 
 UNPACKABLE = {
@@ -21,9 +23,30 @@ def test_a_model_that_cannot_be_packed_trains_and_the_run_says_how(model_type, t
     assert "cannot be packed" in printed
     assert "rows are padded" in printed
     assert "cannot be packed" in run.plan()["reasons"]["micro_batch_tokens"]
+    found = run.plan()["check"]
+    assert found["exact"] and found["way"] == "padded" and found["said"] in printed
+    assert found["decoded"]["largest"] < 1e-3
     metrics = run.metrics()
     assert len(metrics) == 3
     assert max(row["sampling/logp_difference"] for row in metrics) < 1e-4
     assert all(row["tokens/trained"] > 0 for row in metrics)
     weights = load_file(run.path / "adapter" / "adapter_model.safetensors")
     assert any(torch.any(w) for name, w in weights.items() if "lora_B" in name)
+
+
+def test_a_tested_type_is_checked_on_request_only(tmp_path, capsys):
+    model = save_tiny_model(tmp_path / "model")
+    run = train(tiny_recipe(model), tmp_path / "run")
+    assert "by this package's tests" in run.plan()["check"]["said"]
+    asked = tiny_recipe(model, hardware={"device": "cpu", "compute_dtype": "float32", "check": "always"})
+    run = train(asked, tmp_path / "asked")
+    assert run.plan()["check"]["exact"] and run.plan()["check"]["said"] in capsys.readouterr().out
+
+
+def test_a_model_that_computes_something_else_is_refused_before_anything_is_written(tmp_path, monkeypatch):
+    model = save_tiny_model(tmp_path / "model", 0, "bloom", **UNPACKABLE["bloom"])
+    right = SharedBase.stock_states
+    monkeypatch.setattr(SharedBase, "stock_states", lambda self, *given: right(self, *given).roll(1, -1))
+    with pytest.raises(UserError, match="differ from stock transformers'"):
+        train(tiny_recipe(model), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
