@@ -17,7 +17,7 @@ PARTS = {
 }
 JUDGED = {
     "mean_kl": "mean KL",
-    "top1_agreement": "same likeliest token",
+    "top1_agreement": "same token",
     "largest_score_difference": "largest difference of a score",
 }
 
@@ -26,12 +26,13 @@ def judged_rows(proof: dict[str, Any]) -> list[tuple[str, str, str]]:
     """Return what was compared with what, how far apart they are, and the bound, as cells of a table."""
     rows = []
     for one in proof.get("judged") or ():
-        names = f"{one.get('what')} and {one.get('against')}"
+        measured, allowed = [], []
         for key, text in JUDGED.items():
             for end, word in (("_at_most", "at most"), ("_at_least", "at least")):
                 if key + end in one:
-                    told = f"{text} {format_number(one.get(key))}"
-                    rows.append((names, told, f"{word} {format_number(one[key + end])}"))
+                    measured.append(f"{text} {format_number(one.get(key))}")
+                    allowed.append(f"{word} {format_number(one[key + end])}")
+        rows.append((f"{one.get('what')} and {one.get('against')}", ", ".join(measured), ", ".join(allowed)))
     return rows
 
 

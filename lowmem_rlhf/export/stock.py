@@ -13,7 +13,17 @@ from typing import Any
 import torch
 
 from lowmem_rlhf.errors import RunError
-from lowmem_rlhf.export.compare import EXACT, ROUNDED, STORED_TIMES, UNMEASURED, Bound, Comparison, bound, compare
+from lowmem_rlhf.export.compare import (
+    EXACT,
+    ROUNDED,
+    STORED_TIMES,
+    TIMES,
+    UNMEASURED,
+    Bound,
+    Comparison,
+    bound,
+    compare,
+)
 from lowmem_rlhf.export.live import ROOM, Live, Logits, Said, in_float32, is_exact
 from lowmem_rlhf.export.shards import NAMES, read_tensors
 from lowmem_rlhf.export.source import base_folder
@@ -49,7 +59,7 @@ class Reference:
             return bound(tokens, least=least)
         if kind not in self.explained:
             return bound(tokens, least=max(least, UNMEASURED[kind]))
-        return bound(tokens, [self.explained[kind]], least, STORED_TIMES)
+        return bound(tokens, [self.explained[kind]], least, STORED_TIMES if kind in DTYPES else TIMES)
 
 
 @dataclass(frozen=True)
