@@ -20,6 +20,7 @@ from lowmem_rlhf.export.card_facts import (
     versions,
     without_folders,
 )
+from lowmem_rlhf.export.show import judged_rows
 from lowmem_rlhf.files import atomic_write
 from lowmem_rlhf.report.format import evaluation_rows, format_bytes, format_number, format_value, number
 from lowmem_rlhf.report.plots import plot_reward
@@ -166,10 +167,15 @@ def _training(metrics: list[dict[str, Any]]) -> str:
 
 def _proof(export: dict[str, Any]) -> str:
     proof = export.get("proof") or {}
-    rows = [(PROOF.get(key, key.replace("_", " ")), format_value(_short(value))) for key, value in proof.items()]
+    told = {key: value for key, value in proof.items() if key != "judged"}
+    rows = [(PROOF.get(key, key.replace("_", " ")), format_value(_short(value))) for key, value in told.items()]
     if not rows:
         return ""
-    return "The export was loaded again and compared with the live policy:\n\n" + _table(("measure", "value"), rows)
+    text = "The export was loaded again and compared with the live policy:\n\n" + _table(("measure", "value"), rows)
+    if judged := judged_rows(proof):
+        text += "\n\nHeld against each other, with a bound that rounding explains:\n\n"
+        text += _table(("models", "measured", "allowed"), judged)
+    return text
 
 
 def _short(value: Any) -> Any:

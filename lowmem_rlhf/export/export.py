@@ -40,6 +40,7 @@ if TYPE_CHECKING:
 
 CRITIC, START = "critic", "start"
 WORK = "merged.tmp"  # merged weights that a GGUF is made of
+DTYPE_OF_GGUF = {"f16": "float16", "bf16": "bfloat16"}
 
 
 class Export:
@@ -75,10 +76,11 @@ class Export:
         wish, dims = self.wish, model_dimensions(self.recipe.model, self.recipe.revision)
         dtype = wish.dtype or ("float32" if dims.overflows_float16 else "float16")
         onto = QUANTIZED if self.onto_quantized else ORIGINAL
-        parts = export_memory_bytes(dims, self.settings["quantization"], self.settings["compute_dtype"], dtype, onto)
+        precision = (self.settings["quantization"], self.settings["compute_dtype"])
+        parts = export_memory_bytes(dims, *precision, dtype, onto, wish.quantize)
         disk = export_disk_bytes(dims, dtype, wish.quantize)
         if self.format == ADAPTER:
-            parts = {"live_policy": parts["live_policy"], "loaded_again": parts["live_policy"]}
+            parts = {"live_policy": parts["live_policy"], "loaded_again": parts["stock_policy"]}
             disk = sum(path.stat().st_size for path in self.adapter.rglob("*.safetensors"))
         return {
             "format": self.format,
@@ -152,17 +154,18 @@ class Export:
 
     def _adapter(self, folder: Path) -> dict[str, Any]:
         """Copy the adapter, and load it with stock peft."""
-        from lowmem_rlhf.export import verify
         from lowmem_rlhf.export.live import live_policy
+        from lowmem_rlhf.export.scores import proof_of_scores
+        from lowmem_rlhf.export.verify import proof_of_adapter
 
         for name in (WEIGHTS, CONFIG):
             shutil.copyfile(self.adapter / name, folder / name)
         heads = self._heads(folder)
         live = live_policy(self.run, self.wish.step, self.wish.device)
         if self.recipe.algorithm == "reward_model":
-            proof = verify.proof_of_scores(folder, live, self.device, self.settings)
+            proof = proof_of_scores(folder, live, self.device, self.settings)
         else:
-            proof = verify.proof_of_adapter(folder, live, self.device, self.settings)
+            proof = proof_of_adapter(folder, live, self.device, self.settings)
         return {**heads, "proof": proof}
 
     def _merged(self, folder: Path) -> dict[str, Any]:
@@ -178,7 +181,7 @@ class Export:
         kind = self.wish.quantize or ""
         work = folder / WORK
         work.mkdir()
-        merged = self._merge(work, {"f16": "float16", "bf16": "bfloat16"}.get(kind))
+        merged = self._merge(work, DTYPE_OF_GGUF.get(kind))
         proof = merged.proof()
         name = re.sub(r"[^\w.-]+", "-", self.recipe.name).strip(".-") or "model"
         file = folder / f"{name}-{kind.upper()}.gguf"
@@ -190,7 +193,8 @@ class Export:
             g = self.recipe.generation
             asked = {"temperature": g.temperature, "top_p": g.top_p, "top_k": g.top_k, "min_p": g.min_p}
             write_ollama(work, file, folder, asked | {"num_predict": g.max_completion_length})
-        proof |= verify.proof_of_gguf(file, work, merged.live)
+        of_gguf = verify.proof_of_gguf(file, work, merged.live, merged.reference, DTYPE_OF_GGUF.get(kind, kind))
+        proof |= of_gguf | {"judged": proof["judged"] + of_gguf["judged"]}
         delete(work)
         return {**merged.facts(), "quantize": kind, "file": file.name, "proof": proof}
 

@@ -67,6 +67,12 @@ class Tensor:
         if self.source is None:
             yield torch.tensor(self.factors, dtype=torch.float32, device="cpu").view(torch.uint8)
             return
+        for part in self.rows():
+            yield self._encode(part, device)
+
+    def rows(self) -> Iterator[torch.Tensor]:
+        """Yield the numbers of its source as they stand in the file (but for `shift`), some rows at a time."""
+        assert self.source is not None
         if self.transposed or self.heads:  # one linear layer is small beside the embeddings
             whole = self.source.read()
             numbers = whole.t() if self.transposed else _paired(whole, self.heads)
@@ -79,7 +85,7 @@ class Tensor:
             part = part[:left]
             left -= len(part)
             if len(part):
-                yield self._encode(part, device)
+                yield part
 
     def restore(self, numbers: torch.Tensor) -> torch.Tensor:
         """Return the numbers as transformers has them, from those of the file (fp32, of `shape`)."""

@@ -4,21 +4,17 @@ Shapes: L tokens of a sequence, V vocabulary.
 """
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 
 from lowmem_rlhf.chat.opening import open_trained, plan_settings
-from lowmem_rlhf.export.shards import read_tensors
-from lowmem_rlhf.export.source import base_folder
 from lowmem_rlhf.export.texts import sequences
 from lowmem_rlhf.memory import free_bytes, release
-from lowmem_rlhf.model.adapters import saved_adapter
 from lowmem_rlhf.model.base import SharedBase
 from lowmem_rlhf.model.load import DTYPES
 from lowmem_rlhf.model.packing import Group
@@ -53,7 +49,7 @@ class Live:
         said: as the run computes.
         exact: the same weights with fp32 arithmetic, so that a comparison sees the export's rounding alone; None where
             there was no room.
-        scores: a reward model's, of each sequence, in place of all that.
+        scores, exact_scores: a reward model's, of each sequence, in place of all that.
     """
 
     recipe: Recipe
@@ -63,6 +59,7 @@ class Live:
     said: Said
     exact: Said | None = None
     scores: torch.Tensor | None = None
+    exact_scores: torch.Tensor | None = None
 
 
 @torch.no_grad()
@@ -74,19 +71,27 @@ def live_policy(run: RunDirectory, step: int | None, device: str | None) -> Live
     """
     base, recipe = open_trained(run, step, device)
     ids, source = sequences(run, recipe, base.tokenizer, base.stop_ids)
-    dtype = plan_settings(run)["compute_dtype"]
-    if recipe.algorithm == "reward_model":
-        return Live(recipe, ids, source, dtype, Said([], []), scores=_scores(base, ids))
-    ids = _within(ids, base.head.vocabulary)
-    said = _said(base, ids)
-    exact = said if dtype == "float32" else None
+    settings = plan_settings(run)
+    dtype, judges = settings["compute_dtype"], recipe.algorithm == "reward_model"
+    if not judges:
+        ids = _within(ids, base.head.vocabulary)
+    say: Callable[[SharedBase, Sequence[Sequence[int]]], Any] = _scores if judges else _said
+    said = say(base, ids)
+    exact = said if is_exact(settings) else None
     if exact is None and in_float32(base.model, DTYPES[dtype], base.device):
         base.dtype = torch.float32
-        exact = _said(base, ids)
+        exact = say(base, ids)
     held = base.device
     del base
     release(held)
+    if judges:
+        return Live(recipe, ids, source, dtype, Said([], []), scores=said, exact_scores=exact)
     return Live(recipe, ids, source, dtype, said, exact)
+
+
+def is_exact(settings: dict[str, Any]) -> bool:
+    """Whether a base of these settings computes in fp32 as it is; int8's products round to 8 bits in every dtype."""
+    return bool(settings["compute_dtype"] == "float32" and settings["quantization"] != "int8")
 
 
 def _said(base: SharedBase, ids: Sequence[Sequence[int]]) -> Said:
@@ -106,15 +111,21 @@ def in_float32(model: torch.nn.Module, dtype: torch.dtype, device: torch.device)
         return False
 
     def forward(layer: Any, x: torch.Tensor) -> torch.Tensor:
-        exact = torch.float32 if isinstance(layer, Linear8bitLt) else dtype
         bias = None if layer.bias is None else layer.bias.float()
-        return F.linear(x, dense_weight(layer, exact).float(), bias)
+        return F.linear(x, exact_weight(layer, dtype), bias)
 
     for module in model.modules():
         if isinstance(module, (Linear4bit, Linear8bitLt)):
             module.forward = partial(forward, module)  # type: ignore[method-assign]
     torch.nn.Module.float(model)  # transformers' own refuses a quantized model, for fear of its codes
     return True
+
+
+def exact_weight(layer: Any, dtype: torch.dtype) -> torch.Tensor:
+    """Return the numbers (out, in) of a bitsandbytes layer in fp32: those that it multiplies with in ``dtype``."""
+    from bitsandbytes.nn import Linear8bitLt
+
+    return dense_weight(layer, torch.float32 if isinstance(layer, Linear8bitLt) else dtype).float()
 
 
 def _within(ids: list[list[int]], vocabulary: int) -> list[list[int]]:
@@ -147,36 +158,3 @@ def _scores(base: SharedBase, ids: Sequence[Sequence[int]]) -> torch.Tensor:
     groups = ahead([Group(one[:1], [one[1:]], [row]) for row, one in enumerate(ids)])
     found = head_outputs(base, POLICY, groups, PassSettings(1.0, sys.maxsize, 1))
     return torch.stack([found[row][-1] for row in range(len(ids))]).cpu()
-
-
-def with_original(live: Live, folder: Path, device: torch.device) -> Said | None:
-    """Return what the policy's adapter says on the 16-bit weights, and what these say without it, in fp32.
-
-    Args:
-        folder: of the adapter.
-
-    Returns:
-        None where there is no room for the unquantized base.
-    """
-    recipe = live.recipe
-    stored = read_tensors(base_folder(recipe.model, recipe.revision))
-    if 4 * sum(one.elements for one in stored.values()) > ROOM * free_bytes(device):
-        return None
-    saved = saved_adapter(str(folder), recipe.model)
-    base = SharedBase.load(
-        recipe.model,
-        device,
-        "none",
-        "float32",
-        recipe.revision,
-        recipe.trust_remote_code,
-        r=saved.r,
-        lora_alpha=saved.lora_alpha,
-        target_modules=saved.target_modules,
-        use_rslora=saved.use_rslora,
-    )
-    base.load_role(folder)
-    said = _said(base, live.ids)
-    del base
-    release(device)
-    return said

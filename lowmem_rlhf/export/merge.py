@@ -152,9 +152,16 @@ class Merge:
         if layer in self.adapter.layers:
             left, right = self.adapter.factors(layer, parameter in self.model.transposed)
         for rows in stored.rows(PIECE):
-            base = stored.read(rows) if whole is None else whole[rows]
+            base = self._as_computed(stored.read(rows), parameter) if whole is None else whole[rows]
             change = None if left is None or right is None else left[rows] @ right
             yield rounded_sum(base, change, dtype, kept, name)
+
+    def _as_computed(self, weight: torch.Tensor, parameter: str) -> torch.Tensor:
+        """Return what a quantized base computes with where it has no codes: embeddings and norms, in its own dtype."""
+        if not self.model.quantized or parameter in self.model.wide:
+            return weight
+        rounded = weight.to(self.compute_dtype)
+        return rounded if torch.isfinite(rounded).all() else weight
 
     def _dequantized(self, name: str) -> torch.Tensor | None:
         """Return the numbers that a quantized tensor stands for; None for one that is not quantized."""

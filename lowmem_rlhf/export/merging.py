@@ -9,19 +9,22 @@ from lowmem_rlhf.errors import RunError
 from lowmem_rlhf.export import verify
 from lowmem_rlhf.export.bar import bar
 from lowmem_rlhf.export.dtypes import check_kept, choose_dtype, does_not_fit
-from lowmem_rlhf.export.live import Live, Said, live_policy, with_original
+from lowmem_rlhf.export.live import Live, live_policy
 from lowmem_rlhf.export.lora_file import LoraFile
 from lowmem_rlhf.export.merge import Merge
 from lowmem_rlhf.export.names import skeleton
 from lowmem_rlhf.export.rounding import LOST, DoesNotFit, Kept
 from lowmem_rlhf.export.shards import read_shards
 from lowmem_rlhf.export.source import base_folder, copy_side_files, write_config
+from lowmem_rlhf.export.stock import Reference, as_live, hold, is_stored_as_computed, on_original
 from lowmem_rlhf.export.wish import ORIGINAL, QUANTIZED, check_disk
 from lowmem_rlhf.model.adapters import saved_adapter
 from lowmem_rlhf.planning.families import FAMILIES
 
 if TYPE_CHECKING:
     from lowmem_rlhf.export.export import Export
+
+HALVES = ("float16", "bfloat16")
 
 
 @dataclass(frozen=True)
@@ -32,6 +35,8 @@ class Merged:
         dtype, reason: how they are stored, and why.
         kept: of the change.
         live: what the live policy said, for the proof.
+        judged: that held against stock.
+        reference: what the export is held against; None where there is no room for it.
     """
 
     export: "Export"
@@ -40,6 +45,8 @@ class Merged:
     reason: str
     kept: Kept
     live: Live
+    judged: list[dict[str, Any]]
+    reference: Reference | None
 
     def facts(self) -> dict[str, Any]:
         """Return what export.json says of the merge."""
@@ -52,21 +59,15 @@ class Merged:
         }
 
     def proof(self) -> dict[str, Any]:
-        """Load the folder again and compare it with the live policy.
-
-        On the original weights the predictions also differ by the base's quantization, so the change is looked for
-        against the adapter on these weights.
+        """Load the folder again and compare it with what it reproduces.
 
         Raises:
             RunError: it has lost the adapter, or is another model.
         """
-        live, export = self.live, self.export
-        with verify.stock_model(self.folder, export.device, live.recipe.trust_remote_code) as model:
-            logits = verify.stock_logits(model, live.ids)
-        same_base: Said | None = live.exact or live.said
-        if not export.onto_quantized and export.settings["quantization"] != "none":
-            same_base = with_original(live, export.adapter, export.device)
-        return verify.proof_of_logits(live, logits, same_base, "the merged model") | {"kept_share": self.kept.share}
+        proof = verify.proof_of_merged(
+            self.folder, self.live, self.judged, self.reference, self.dtype, self.export.device
+        )
+        return proof | {"kept_share": self.kept.share}
 
 
 def merge_run(export: "Export", folder: Path, wanted: str | None) -> Merged:
@@ -87,6 +88,7 @@ def merge_run(export: "Export", folder: Path, wanted: str | None) -> Merged:
     family = FAMILIES.get(model.model_type)
     dtype, reason = choose_dtype(merge, wanted, family is not None and family.overflows_float16)
     live = live_policy(export.run, export.wish.step, export.wish.device)
+    judged, reference = _references(live, export, dtype)
     try:
         kept = _write(merge, folder, dtype, export)
     except DoesNotFit as error:
@@ -103,7 +105,24 @@ def merge_run(export: "Export", folder: Path, wanted: str | None) -> Merged:
         )
     write_config(source, folder, dtype)
     copy_side_files(source, folder)
-    return Merged(export, folder, dtype, reason, kept, live)
+    return Merged(export, folder, dtype, reason, kept, live, judged, reference)
+
+
+def _references(live: Live, export: "Export", dtype: str) -> tuple[list[dict[str, Any]], Reference | None]:
+    """Hold the live policy against stock, and return what the export is to be held against.
+
+    On other numbers than the run computed with, predictions differ by the base's quantization, so the export is held
+    against the adapter on these.
+
+    Raises:
+        RunError: the live policy is not stock's.
+    """
+    kinds = [kind for kind in (dtype, export.wish.quantize) if kind in (*HALVES, "q8_0", "q4_k_m")]
+    if export.onto_quantized or is_stored_as_computed(export.recipe, export.settings):
+        held = hold(live, export.adapter, export.device, export.settings, kinds)
+        return held.judged, as_live(live, held)
+    judged = hold(live, export.adapter, export.device, export.settings).judged
+    return judged, on_original(live, export.adapter, export.device, kinds)
 
 
 def _write(merge: Merge, folder: Path, dtype: str, export: "Export") -> Kept:

@@ -4,6 +4,7 @@ A checkpoint may name its tensors otherwise than the model does: GPT-NeoX's head
 with and without ``transformer.`` in front. The loader renames, adds or removes such a prefix, and so does this module.
 """
 
+import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +30,7 @@ class Skeleton:
         transposed: weights that are stored (in, out): GPT-2's Conv1D.
         renamed: the loader's own name for a stored tensor.
         quantized: for weights that the loader quantizes, bitsandbytes' parameter with its settings.
+        wide: what the loader keeps in fp32 whatever the dtype.
     """
 
     model_type: str
@@ -36,6 +38,7 @@ class Skeleton:
     transposed: frozenset[str]
     renamed: Callable[[str], str]
     quantized: Mapping[str, Any]
+    wide: frozenset[str] = frozenset()
 
 
 def skeleton(folder: Path, quantization: str, compute_dtype: str, trust_remote_code: bool = False) -> Skeleton:
@@ -50,7 +53,7 @@ def skeleton(folder: Path, quantization: str, compute_dtype: str, trust_remote_c
             model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
             shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
             transposed = {f"{name}.weight" for name, module in model.named_modules() if isinstance(module, Conv1D)}
-            renamed = _renamings(model)
+            renamed, wide = _renamings(model), _kept_wide(model, DTYPES[compute_dtype])
             settings = quantization_settings(quantization, DTYPES[compute_dtype])
             if settings is not None:
                 quantizer = AutoHfQuantizer.from_config(settings)
@@ -58,7 +61,17 @@ def skeleton(folder: Path, quantization: str, compute_dtype: str, trust_remote_c
     except (OSError, ValueError, KeyError, ImportError) as error:
         raise UserError(f"the model in {folder} cannot be built: {first_sentence(error)}") from error
     quantized = {} if settings is None else _quantized(model)
-    return Skeleton(config.get_text_config().model_type, shapes, frozenset(transposed), renamed, quantized)
+    return Skeleton(config.get_text_config().model_type, shapes, frozenset(transposed), renamed, quantized, wide)
+
+
+def _kept_wide(model: Any, dtype: torch.dtype) -> frozenset[str]:
+    """Return the names of parameters that a model class wants in fp32: some in float16 only, some in bfloat16 too."""
+    wanted = list(getattr(model, "_keep_in_fp32_modules_strict", None) or [])
+    if dtype == torch.float16:
+        wanted += list(getattr(model, "_keep_in_fp32_modules", None) or [])
+    return frozenset(
+        name for name in model.state_dict() if any(re.search(rf"(^|\.){one}(\.|$)", name) for one in wanted)
+    )
 
 
 def _renamings(model: Any) -> Callable[[str], str]:

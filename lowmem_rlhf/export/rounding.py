@@ -43,7 +43,7 @@ class Kept:
 
     def add(self, weights: torch.Tensor, change: torch.Tensor, e: torch.Tensor) -> None:
         """Take in fp32 pieces of equal shape."""
-        w, d, e = weights.reshape(-1), change.view(-1), e.view(-1)
+        w, d, e = weights.reshape(-1), change.reshape(-1), e.reshape(-1)  # GPT-2's lie the other way round
         self.both += float(torch.dot(e, d))
         self.change += float(torch.dot(d, d))
         self.stored += float(torch.dot(e, e))

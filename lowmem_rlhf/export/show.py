@@ -7,7 +7,33 @@ from rich.console import Console
 from lowmem_rlhf.report.format import format_bytes, format_number, format_value, number
 from lowmem_rlhf.report.live import plain_table
 
-PARTS = {"merge": "merging (host memory)", "live_policy": "live policy", "loaded_again": "export, loaded again"}
+PARTS = {
+    "merge": "merging (host memory)",
+    "live_policy": "live policy",
+    "stock_policy": "the same in stock transformers and peft",
+    "original_policy": "the adapter on the unquantized base (if there is room)",
+    "loaded_again": "export, loaded again",
+    "gguf_loaded_again": "GGUF, loaded again (host memory, if there is room)",
+}
+JUDGED = {
+    "mean_kl": "mean KL",
+    "top1_agreement": "same token",
+    "largest_score_difference": "largest difference of a score",
+}
+
+
+def judged_rows(proof: dict[str, Any]) -> list[tuple[str, str, str]]:
+    """Return what was compared with what, how far apart they are, and the bound, as cells of a table."""
+    rows = []
+    for one in proof.get("judged") or ():
+        measured, allowed = [], []
+        for key, text in JUDGED.items():
+            for end, word in (("_at_most", "at most"), ("_at_least", "at least")):
+                if key + end in one:
+                    measured.append(f"{text} {format_number(one.get(key))}")
+                    allowed.append(f"{word} {format_number(one[key + end])}")
+        rows.append((f"{one.get('what')} and {one.get('against')}", ", ".join(measured), ", ".join(allowed)))
+    return rows
 
 
 def show_plan(plan: dict[str, Any], console: Console | None = None) -> None:
@@ -29,8 +55,11 @@ def show_result(facts: dict[str, Any], console: Console | None = None) -> None:
     rows = [
         (key.replace("_", " "), format_number(v) if number(v) is not None else format_value(v))
         for key, v in facts["proof"].items()
+        if key != "judged"
     ]
     console.print(plain_table(("compared with the live policy", ""), rows))
+    if judged := judged_rows(facts["proof"]):
+        console.print(plain_table(("held against each other", "", "allowed"), judged))
     print(f"export: {facts['folder']}")
     if facts.get("pushed"):
         print(f"pushed: {facts['pushed']}")

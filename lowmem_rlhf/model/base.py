@@ -4,7 +4,7 @@ The adapters and heads of the roles, and how a role is entered, stand in `roles`
 """
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -231,14 +231,19 @@ class SharedBase(Roles):
     def _check_called(self, called: set[SharedLoraLinear]) -> None:
         """An adapter that the model's forward passes by would learn nothing. A token is routed to few experts only."""
         layers = {name: m for name, m in self.model.named_modules() if isinstance(m, SharedLoraLinear)}
-        idle = sorted({n.rsplit(".", 1)[-1] for n, m in layers.items() if m not in called and "expert" not in n})
-        if idle:
-            used = sorted({n.rsplit(".", 1)[-1] for n, m in layers.items() if m in called})
-            raise UserError(
-                f"{type(self.model).__name__} does not call its layers {', '.join(idle)} when it reads a text (they "
-                "belong to another part of it, or it multiplies with their weights directly), so adapters there have "
-                f"no effect; name others in lora.target_modules{' (' + ', '.join(used) + ')' if used else ''}"
-            )
+        idle = {name for name, m in layers.items() if m not in called and "expert" not in name}
+        if not idle:
+            return
+        both = {n.rsplit(".", 1)[-1] for n in idle} & {n.rsplit(".", 1)[-1] for n in layers if n not in idle}
+
+        def names(found: Collection[str]) -> str:  # with what they are in, where their own does not tell them apart
+            return ", ".join(sorted({".".join(n.split(".")[-1 - bool(both) :]) for n in found}))
+
+        raise UserError(
+            f"{type(self.model).__name__} does not call its layers {names(idle)} when it reads a text (they belong to "
+            "another part of it, or it multiplies with their weights directly), so adapters there have no effect; name "
+            f"others in lora.target_modules ({names(layers.keys() - idle)})"
+        )
 
     @contextmanager
     def decoding(self, dequantize: bool) -> Iterator["SharedBase"]:

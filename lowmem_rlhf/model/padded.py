@@ -118,9 +118,9 @@ def forward_names(decoder: nn.Module) -> tuple[bool, str]:
 def training_modes(model: nn.Module) -> None:
     """Let nothing but whole layers, adapters and quantized weights be in training mode; a frozen model is not trained.
 
-    Checkpointing works in this mode only, and in the other one bitsandbytes repacks 4-bit weights. All else must not
-    be in it: a router that samples its experts while training, or a mixer that takes a fused kernel then, which
-    multiplies with weights directly, past their adapters.
+    Checkpointing works in this mode only, and quantized layers stay as they are loaded. All else must not be in it: a
+    router that samples its experts while training, or a mixer that takes a fused kernel then, which multiplies
+    with weights directly, past their adapters.
     """
     from bitsandbytes.nn import Linear4bit, Linear8bitLt
 

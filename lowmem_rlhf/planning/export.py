@@ -1,7 +1,8 @@
 """What an export takes, in bytes of memory and of disk: pure arithmetic, without torch.
 
-An export merges tensor by tensor in host memory, and is then compared with the live policy: the run's base is loaded as
-in training, goes, and the export is loaded as it is stored. So its peak is the largest of the three, not their sum.
+An export merges tensor by tensor in host memory, and models are compared, one after another: the run's base is loaded
+as in training, then by stock transformers and peft, then perhaps without quantization, and at last the export as it is
+stored. So its peak is the largest of these parts, not their sum.
 """
 
 from lowmem_rlhf.planning.dimensions import ModelDimensions
@@ -38,21 +39,39 @@ def merge_memory_bytes(dims: ModelDimensions, quantization: str, compute_dtype: 
 
 
 def export_memory_bytes(
-    dims: ModelDimensions, quantization: str, compute_dtype: str, dtype: str = "float16", onto: str = "quantized"
+    dims: ModelDimensions,
+    quantization: str,
+    compute_dtype: str,
+    dtype: str = "float16",
+    onto: str = "quantized",
+    kind: str | None = None,
 ) -> dict[str, int]:
-    """Return the bytes of each part of an export: ``merge`` (host), ``live_policy`` and ``loaded_again`` (device).
+    """Return the bytes of each part of an export, logits that are kept of the models before it included.
 
-    ``loaded_again`` is what the export takes on a device with room for it; it is read partly from the disk where there
-    is none.
+    On the device: ``live_policy``; ``stock_policy``, the same base in stock transformers with the adapter in stock
+    peft; ``original_policy``, that on the unquantized base in fp32, which is left out where there is no room for it;
+    and ``loaded_again``, the export on a device with room for it (it is read partly from the disk where there is none).
+    On the host: ``merge``, and ``gguf_loaded_again``, a GGUF's numbers in fp32, left out where there is no room.
 
     Args:
         quantization, compute_dtype: of the run's base.
         dtype, onto: of the export.
+        kind: of a GGUF that is made of it.
     """
     width = WIDTHS[compute_dtype]
     base = block_weight_bytes(dims, quantization, width) + embedding_bytes(dims, width)
-    return {
+    wide = base + embedding_bytes(dims, 4 - width)
+    kept = (5 if onto == "quantized" else 7) * LOGITS_BYTES  # two models' with either arithmetic, a third's, its own
+    parts = {
         "merge": merge_memory_bytes(dims, quantization if onto == "quantized" else "none", compute_dtype),
-        "live_policy": base + embedding_bytes(dims, 4 - width) + 4 * LOGITS_BYTES,
-        "loaded_again": dims.num_parameters * WIDTHS[dtype] + 5 * LOGITS_BYTES,
+        "live_policy": wide + 4 * LOGITS_BYTES,
+        "stock_policy": wide + 6 * LOGITS_BYTES,
+        "original_policy": dims.num_parameters * 4 + kept,
+        "loaded_again": dims.num_parameters * WIDTHS[dtype] + kept,
+        "gguf_loaded_again": dims.num_parameters * 4 + kept,
     }
+    if onto == "quantized":
+        del parts["original_policy"]
+    if kind is None:
+        del parts["gguf_loaded_again"]
+    return parts

@@ -2,11 +2,14 @@
 
 import pytest
 import torch
-from export_cases import CPU, save_model
+from export_cases import CPU, make_run, save_model
+from transformers import AutoModelForCausalLM
 
 from lowmem_rlhf.export import dequantized
-from lowmem_rlhf.export.names import skeleton, stored_names
+from lowmem_rlhf.export.export import Export
+from lowmem_rlhf.export.names import _kept_wide, skeleton, stored_names
 from lowmem_rlhf.export.shards import SINGLE, read_shards
+from lowmem_rlhf.export.wish import Wish
 from lowmem_rlhf.model.load import DTYPES, load_base
 from lowmem_rlhf.model.siblings import dense_weight
 
@@ -35,3 +38,28 @@ def test_what_the_loader_leaves_alone_is_left_alone(tmp_path):
     bones = skeleton(save_model("llama", tmp_path / "model"), "nf4", "bfloat16")
     assert not {"lm_head.weight", "model.embed_tokens.weight"} & bones.quantized.keys()
     assert skeleton(tmp_path / "model", "none", "bfloat16").quantized == {}
+
+
+@pytest.mark.parametrize(("family", "dtype"), [("llama", "bfloat16"), ("gpt_oss", "bfloat16"), ("gpt2", "float16")])
+def test_a_merge_has_every_number_that_the_quantized_base_computes_with(family, dtype, tmp_path):
+    own = {"head_dim": 16} if family == "gpt_oss" else {}
+    folder = save_model(family, tmp_path / "model", **own)
+    run = make_run(tmp_path / "run", folder, 0.0, "nf4", dtype)
+    loaded, _ = load_base(str(folder), "nf4", dtype, CPU)
+    target = Export(run, Wish(dtype="float32")).make()["folder"]
+    merged = AutoModelForCausalLM.from_pretrained(target, dtype=torch.float32)
+    plain = {name: p for name, p in loaded.named_parameters() if p.is_floating_point()}
+    assert len(plain) > 5 and all(torch.equal(p.float(), merged.get_parameter(name)) for name, p in plain.items())
+
+
+def test_what_a_class_keeps_in_fp32_is_known(tmp_path):
+    class Model(torch.nn.Module):
+        _keep_in_fp32_modules_strict = ("gate.weight",)
+        _keep_in_fp32_modules = ("norm",)
+
+        def __init__(self):
+            super().__init__()
+            self.gate, self.delegate, self.norm = (torch.nn.Linear(2, 2, bias=False) for _ in range(3))
+
+    assert _kept_wide(Model(), torch.bfloat16) == {"gate.weight"}
+    assert _kept_wide(Model(), torch.float16) == {"gate.weight", "norm.weight"}

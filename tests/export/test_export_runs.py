@@ -14,11 +14,12 @@ from typer.testing import CliRunner
 
 from lowmem_rlhf import cli
 from lowmem_rlhf.errors import RunError, UserError
-from lowmem_rlhf.export.compare import compare
+from lowmem_rlhf.export.compare import Bound, compare
 from lowmem_rlhf.export.export import Export
 from lowmem_rlhf.export.live import in_float32, live_policy
 from lowmem_rlhf.export.lora_file import LoraFile
-from lowmem_rlhf.export.verify import placement, stock_logits, stock_model
+from lowmem_rlhf.export.stock import stock_logits
+from lowmem_rlhf.export.verify import placement, stock_model
 from lowmem_rlhf.export.wish import Wish
 from lowmem_rlhf.model.base import SharedBase
 from lowmem_rlhf.model.load import load_base
@@ -99,7 +100,7 @@ def test_peft_s_merge_into_nf4_does_not_pass_the_same_check(quantized, model):
     assert live.exact and in_float32(merged, torch.bfloat16, CPU)
     found = compare(live.exact.policy, live.exact.base, stock_logits(merged.eval(), live.ids))
     with pytest.raises(RunError, match="has lost what training changed"):
-        found.check("peft's merge")
+        found.check("peft's merge", "the live policy", Bound(10.0, 0.0))
 
 
 def test_the_adapter_loads_in_stock_peft(plain, tmp_path):

@@ -6,10 +6,10 @@ from export_cases import CPU, make_run
 from peft import PeftModel
 
 from lowmem_rlhf.errors import RunError
-from lowmem_rlhf.export.compare import compare
+from lowmem_rlhf.export.compare import Bound, compare
 from lowmem_rlhf.export.export import Export
 from lowmem_rlhf.export.live import in_float32, live_policy
-from lowmem_rlhf.export.verify import stock_logits
+from lowmem_rlhf.export.stock import stock_logits
 from lowmem_rlhf.export.wish import Wish
 from lowmem_rlhf.model.base import SharedBase
 from lowmem_rlhf.model.load import load_base
@@ -44,7 +44,7 @@ def test_peft_s_merge_into_nf4_fails_the_check_that_ours_passes(base, smollm2, t
     assert live.exact and in_float32(merged, torch.bfloat16, CPU)
     found = compare(live.exact.policy, live.exact.base, stock_logits(merged, live.ids))
     with pytest.raises(RunError, match="has lost what training changed"):
-        found.check("peft's merge")
+        found.check("peft's merge", "the live policy", Bound(10.0, 0.0))
 
 
 def test_a_gguf_is_compared_as_well(base, smollm2, tmp_path):

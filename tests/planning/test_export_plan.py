@@ -40,4 +40,8 @@ def test_a_merge_takes_the_largest_tensor_and_a_few_hundred_mb_at_most(dims, qua
 def test_the_parts_follow_from_the_precisions(dims):
     parts = export_memory_bytes(dims, "nf4", "float16")
     assert parts["live_policy"] < 10e9 < 16e9 < parts["loaded_again"] < 17e9
-    assert parts["merge"] > export_memory_bytes(dims, "nf4", "float16", onto="original")["merge"]
+    assert parts["live_policy"] < parts["stock_policy"] < parts["live_policy"] + 300e6  # some more logits
+    original = export_memory_bytes(dims, "nf4", "float16", onto="original", kind="q8_0")
+    assert parts["merge"] > original["merge"]
+    assert "original_policy" not in parts and "gguf_loaded_again" not in parts
+    assert original["original_policy"] == original["gguf_loaded_again"] > 2 * 16e9
