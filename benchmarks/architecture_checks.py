@@ -113,9 +113,10 @@ def largest(a: Logps, b: Logps) -> float:
     return max(float((a[row] - b[row]).detach().abs().nan_to_num(1e9).max()) for row in b if len(b[row]))
 
 
-def mean(a: Logps, b: Logps) -> float:
-    """Return the mean difference of two sets of log-probs."""
-    return float(torch.cat([(a[row] - b[row]).detach().abs().nan_to_num(1e9) for row in b]).mean())
+def sizes(a: Logps, *others: Logps) -> list[float]:
+    """Return mean and median difference of log-probs from others, the largest of each."""
+    found = [torch.cat([(a[row] - b[row]).detach().abs().nan_to_num(1e9) for row in b]) for b in others]
+    return [max(float(one.mean()) for one in found), max(float(one.median()) for one in found)]
 
 
 def gradients(module: Any) -> dict[str, torch.Tensor]:
@@ -238,7 +239,7 @@ def sampled(base: SharedBase, groups: Sequence[Group], dequantize: bool = False)
 
 
 def exactness(folder: Path, scratch: Path, row: dict[str, Any]) -> None:
-    """Fill a row with what fp32 shows: packed or padded, log-probs, gradients, sampled log-probs, and stock's own noise.
+    """Fill a row with what fp32 shows: the layout, log-probs, gradients, sampled log-probs, stock's own noise.
 
     Raises:
         Refused, StockFails: see there.
@@ -296,6 +297,70 @@ def exactness(folder: Path, scratch: Path, row: dict[str, Any]) -> None:
     row["stage"] = ""
     del base, stock
     gc.collect()
+
+
+def rounded(folder: Path, scratch: Path, row: dict[str, Any], name: str, quantization: str, dtype: str) -> None:
+    """Fill a row's column ``name`` with what a 16-bit dtype or a quantization shows, against the same weights in fp32.
+
+    ``noise`` is how far stock in that dtype is from stock in fp32 with the same (quantized) weights, or alone from
+    batched; ``logps`` and ``sampled`` is how far ours is from that fp32. Each is a mean and a median over tokens: where
+    a router turns to another expert, a few tokens differ by much, in stock as here.
+
+    Raises:
+        Refused, StockFails: see there.
+    """
+    groups = ragged()
+    try:
+        truth = with_adapter(load_stock(folder, quantization, "float32"), scratch)
+        stock = with_adapter(load_stock(folder, quantization, dtype), scratch)
+        weights, want = weights_like(groups), stock_alone(truth, groups)
+        torch.cat([want[r] * weights[r] for r in want]).sum().backward()
+        want_gradients = gradients(truth)
+        with torch.no_grad():
+            alone = stock_alone(stock, groups)
+        noise = sizes(alone, want, stock_batched(stock, groups))
+    except Exception as error:
+        raise StockFails(f"{name}: {told(error)}") from error
+    row["stage"] = f"{name}: load"
+    base = load_ours(folder, quantization, dtype, row.get("targets", "all-linear"))
+    base.load_adapter(scratch)
+    row["stage"] = f"{name}: log-probs"
+    base.set_gradient_checkpointing(True)
+    with base.role(POLICY):
+        got = ours_at_once(base, groups, weights)
+    found = {"noise": noise, "logps": sizes(got, want), "way": "packed" if base.packable else "padded"}
+    found["cosine"] = cosine(gradients(base.peft), want_gradients)
+    row["stage"] = f"{name}: sampled"
+    for way, dequantize in (("sampled", False), ("sampled_dequantized", True))[: 1 + (quantization == "nf4")]:
+        drawn, logps = sampled(base, groups, dequantize)
+        with torch.no_grad():
+            exact = stock_alone(truth, drawn)
+            again = sizes(stock_alone(stock, drawn), exact)
+        found[f"{way}_noise"] = [max(pair) for pair in zip(noise, again, strict=True)]
+        found[way] = sizes(logps, exact)
+    row["stage"], row[name] = "", found
+
+
+def with_adapter(model: Any, folder: Path) -> Any:
+    """Put an adapter on a stock model with stock peft; its quantized layers are told that they train.
+
+    In evaluation bitsandbytes may repack 4-bit weights in place for a CPU, and the gradient is wrong from then on.
+    """
+    from peft import PeftModel
+
+    adapted = PeftModel.from_pretrained(model, str(folder), is_trainable=True)
+    for module in adapted.modules():
+        if type(module).__name__ == "Linear4bit" or "Linear4bit" in str(type(module).__mro__):
+            module.training = True
+    return adapted
+
+
+def cosine(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> float:
+    """Return the cosine of two gradients; a tensor that one has not is zero there."""
+    pairs = [(a.get(n), b.get(n)) for n in a.keys() | b.keys()]
+    dot = sum(float((x.double() * y.double()).sum()) for x, y in pairs if x is not None and y is not None)
+    norms = [sum(float(t.double().square().sum()) for t in one.values()) ** 0.5 for one in (a, b)]
+    return dot / (norms[0] * norms[1]) if all(norms) else 0.0
 
 
 def guarded(row: dict[str, Any], run: Callable[[], None]) -> None:

@@ -20,6 +20,13 @@ from tiny_fields import FACTORS, FORMS, LATENT, NUMBERS, OPTIONAL, OWN, SWITCHES
 PAD, UNKNOWN, BOS, EOS = range(4)
 TOKENS = 260  # ids below are drawn
 MOST_LAYERS = 6
+NORMS = (
+    (1.0, 0.3, 8.0),
+    (8.0, 4.0, 30.0),
+    (29.0, 15.0, 94.0),
+    (0.0, 0.6, 5.0),
+)  # mean, deviation and outlier of weights
+NORMS_OF_HEADS = ((1.0, 0.3, 3.0), (1.5, 0.5, 3.0), (0.0, 0.6, 2.0))
 
 
 def model_types() -> list[str]:
@@ -157,20 +164,21 @@ def draw_weights(model: Any, generator: Any) -> None:
 
 
 def norm_weights(size: int, small: bool, generator: Any) -> Any:
-    """Return a norm's weights (size,): near one, large or around zero as drawn, with outliers, zeros and negatives.
+    """Return a norm's weights (size,): near one, large (Gemma's), or around zero, with outliers, zeros and negatives.
 
     Args:
         small: those of queries and keys, which would saturate the softmax if they were as large as others.
     """
     import torch
 
-    values = torch.empty(size, dtype=torch.float32, device="cpu").normal_(generator=generator)
-    kind = int(torch.randint(3, (1,), generator=generator))
-    values = (1 + 0.3 * values, (1.5 if small else 8) + (0.5 if small else 4) * values, 0.6 * values)[kind]
-    places = torch.randperm(size, generator=generator)
-    values[places[0]] = 3 if small else 30
-    values[places[1]] = -0.6
-    values[places[2]] = 0
+    kinds = NORMS_OF_HEADS if small else NORMS
+    mean, std, most = kinds[int(torch.randint(len(kinds), (1,), generator=generator))]
+    values = mean + std * torch.empty(size, dtype=torch.float32, device="cpu").normal_(generator=generator)
+    places = torch.randperm(size, generator=generator)[: max(3, size // 8)]
+    values[places] = torch.empty(len(places), dtype=torch.float32, device="cpu").uniform_(
+        -0.6, 0.6, generator=generator
+    )
+    values[places[:2]] = torch.tensor([most, 0.0], dtype=torch.float32, device="cpu")
     return values
 
 
