@@ -3,14 +3,14 @@
 import multiprocessing
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).resolve().parent
-LIBRARIES = ["torch", "transformers", "peft", "bitsandbytes", "architecture_rows"]  # imported once, then forked
+LIBRARIES = ("torch", "transformers", "peft", "bitsandbytes", "architecture_rows")  # imported once, then forked
 
 Row = dict[str, Any]
 
@@ -42,25 +42,33 @@ def make_row(name: str, pipe: Connection) -> None:
     pipe.send(row_of(name, quick=False, tell=pipe.send))
 
 
-def rows_by_process(names: list[str], workers: int, seconds: float) -> Iterator[Row]:
+def rows_by_process(
+    names: list[str],
+    workers: int,
+    seconds: float,
+    make: Callable[[str, Connection], None] = make_row,
+    libraries: Sequence[str] = LIBRARIES,
+) -> Iterator[Row]:
     """Yield a row for each type as it is finished.
 
     Args:
         workers: processes at once.
         seconds: after which one is ended.
+        make: what a process does.
+        libraries: what is imported once and for all, where processes are forked.
     """
     ways = multiprocessing.get_all_start_methods()
     context = multiprocessing.get_context("forkserver" if "forkserver" in ways else "spawn")
     paths = [str(HERE), str(HERE.parent), *filter(None, [os.environ.get("PYTHONPATH")])]
     os.environ["PYTHONPATH"] = os.pathsep.join(paths)  # of the server, which has no script's folder on its path
     if hasattr(context, "set_forkserver_preload"):
-        context.set_forkserver_preload(LIBRARIES)
+        context.set_forkserver_preload(list(libraries))
     waiting, running = list(names), {}  # type: list[str], dict[Connection, Worker]
     while waiting or running:
         while waiting and len(running) < workers:
             name = waiting.pop(0)
             pipe, end = context.Pipe(duplex=False)
-            process = context.Process(target=make_row, args=(name, end), daemon=True)
+            process = context.Process(target=make, args=(name, end), daemon=True)
             process.start()
             end.close()
             running[pipe] = Worker(name, process, pipe)
@@ -89,7 +97,7 @@ def heard(worker: Worker) -> Row | None:
 
 
 def lost(worker: Worker, why: str) -> Row:
-    """Return the row of a worker that gave none: stock's own fault where it never came beyond making the model."""
+    """Return the row of a worker that gave none: not ours where it never came beyond making the model."""
     verdict = "not_built" if worker.part in ("start", "build") else "traceback"
     return {"type": worker.name, "verdict": verdict, "why": why}
 

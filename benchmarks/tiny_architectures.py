@@ -20,6 +20,7 @@ from tiny_fields import FACTORS, FORMS, LATENT, NUMBERS, OPTIONAL, OWN, SWITCHES
 PAD, UNKNOWN, BOS, EOS = range(4)
 TOKENS = 260  # ids below are drawn
 MOST_LAYERS = 6
+PRETRAINED = 32  # positions, where rotary tables are scaled for longer texts
 NORMS = (
     (1.0, 0.3, 8.0),
     (8.0, 4.0, 30.0),
@@ -63,7 +64,13 @@ def shrunk(config_class: Any, own: dict[str, Any]) -> Any:
     if "kv_lora_rank" in fields:
         values |= {name: number for name, number in LATENT.items() if name in fields}
     values |= token_ids(fields)
-    values |= layer_kinds(config_class, fields)
+    try:
+        default = {name: value for name, value in vars(config_class()).items() if name in fields}
+    except Exception:  # one that does not stand its own defaults
+        default = {}
+    values |= layer_kinds(default)
+    if rotary := shortened(default.get("rope_parameters")):
+        values["rope_parameters"] = rotary
     values |= sub_configs(config_class, own)
     return config_class(**{**values, **own})
 
@@ -83,24 +90,27 @@ def token_ids(fields: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def layer_kinds(config_class: Any, fields: dict[str, Any]) -> dict[str, Any]:
+def layer_kinds(default: dict[str, Any]) -> dict[str, Any]:
     """Return lists with one entry a layer, and their length: the first layer of every kind that the default has."""
-    count = next((n for n in ("num_hidden_layers", "n_layer", "num_layers") if n in fields), "")
-    try:
-        default = config_class()
-    except Exception:  # a class that needs arguments has no default
-        return {}
-    layers = getattr(default, count, None) if count else None
-    if not isinstance(layers, int):
-        return {}
-    held = {name: default.__dict__.get(name) for name in fields}
-    lists = {name: v for name, v in held.items() if isinstance(v, list) and len(v) == layers > 4}
+    count = next((n for n in ("num_hidden_layers", "n_layer", "num_layers") if isinstance(default.get(n), int)), "")
+    layers = default.get(count, 0)
+    lists = {name: v for name, v in default.items() if isinstance(v, list) and len(v) == layers > 4}
     if not lists:
         return {}
     kinds = list(zip(*(map(str, values) for values in lists.values()), strict=True))
     first = [i for i, kind in enumerate(kinds) if kind not in kinds[:i]]
     first = [*range(2)] if len(first) < 2 else first[:MOST_LAYERS]
     return {count: len(first), **{name: [values[i] for i in first] for name, values in lists.items()}}
+
+
+def shortened(rotary: Any) -> dict[str, Any]:
+    """Return rotary parameters whose length in pretraining is less than that of the tiny model's texts."""
+    if not isinstance(rotary, dict):
+        return {}
+    if any(isinstance(value, dict) for value in rotary.values()):  # one set a kind of layer
+        return {kind: shortened(one) if isinstance(one, dict) else one for kind, one in rotary.items()}
+    known = "original_max_position_embeddings"
+    return {**rotary, known: PRETRAINED} if known in rotary else dict(rotary)
 
 
 def sub_configs(config_class: Any, own: dict[str, Any]) -> dict[str, Any]:

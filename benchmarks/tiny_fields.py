@@ -139,7 +139,7 @@ NUMBERS: dict[str, int] = {
     "relative_max_distance": 32,
     "num_buckets": 8,
     "moe_layer_interval": 1,
-    "query_pre_attn_scalar": 20,
+    "query_pre_attn_scalar": HEAD_DIM,
     "index_block_size": 4,
     "index_topk_blocks": 2,
     "vision_output_dim": 64,
@@ -283,6 +283,7 @@ FORMS: dict[str, tuple[str, dict[str, Any]]] = {
     "cohere+qk_norm": ("cohere", {"use_qk_norm": True}),
     "falcon+new": ("falcon", {"new_decoder_architecture": True, "num_kv_heads": 2}),
     "falcon+alibi": ("falcon", {"alibi": True}),
+    "gemma2+scaled": ("gemma2", {"query_pre_attn_scalar": 20}),
     "gemma4_text+shared": ("gemma4_text", {"num_kv_shared_layers": 2}),
     "gemma4_text+experts": (
         "gemma4_text",
