@@ -25,6 +25,7 @@ from architecture_measures import (
     stock_alone,
     stock_batched,
     weights_like,
+    with_gradients,
 )
 
 from lowmem_rlhf.errors import LowmemError
@@ -82,7 +83,7 @@ def exactness(folder: Path, scratch: Path, found: Found) -> None:
         stock = load_stock(folder, "none", "float32")
         with torch.no_grad():
             untouched = stock_alone(stock, groups)
-        found["stock_self"] = largest(stock_batched(stock, groups), untouched)
+            found["stock_self"] = largest(stock_batched(stock, groups), untouched)
     except Exception as error:
         raise StockFails(told(error)) from error
     if found["stock_self"] > EXACT:
@@ -94,9 +95,10 @@ def exactness(folder: Path, scratch: Path, found: Found) -> None:
     weights = weights_like(groups)
     try:
         stock = with_adapter(stock, scratch)
-        want = stock_alone(stock, groups)
-        torch.cat([want[r] * weights[r] for r in want]).sum().backward()
-        want_gradients = gradients(stock)
+        want, want_gradients = with_gradients(stock, stock_alone, groups, weights)
+        found["stock_gradients"] = gradient_difference(
+            with_gradients(stock, stock_batched, groups, weights)[1], want_gradients
+        )
     except Exception as error:
         raise StockFails(f"the adapter in stock peft: {told(error)}") from error
     found["adapter_effect"] = largest(want, untouched)
@@ -148,12 +150,11 @@ def rounded(folder: Path, scratch: Path, found: Found, quantization: str, dtype:
     try:
         truth = with_adapter(load_stock(folder, quantization, "float32"), scratch)
         stock = with_adapter(load_stock(folder, quantization, dtype), scratch)
-        weights, want = weights_like(groups), stock_alone(truth, groups)
-        torch.cat([want[r] * weights[r] for r in want]).sum().backward()
-        want_gradients = gradients(truth)
+        weights = weights_like(groups)
+        want, want_gradients = with_gradients(truth, stock_alone, groups, weights)
         with torch.no_grad():
             alone = stock_alone(stock, groups)
-        noise = sizes(alone, want, stock_batched(stock, groups))
+            noise = sizes(alone, want, stock_batched(stock, groups))
     except Exception as error:
         raise StockFails(told(error)) from error
     found["experts"] = any("expert" in name for name, _ in stock.named_parameters())
@@ -210,7 +211,8 @@ def off(found: Found) -> list[str]:
     the mean of few tokens by more than rounding does.
     """
     if "noise" not in found:
-        return [key for key in ("logps", "gradients", "sampled") if not found.get(key, 0) <= EXACT]
+        bounds = {"logps": EXACT, "gradients": max(EXACT, 10 * found.get("stock_gradients", 0)), "sampled": EXACT}
+        return [key for key, bound in bounds.items() if not found.get(key, 0) <= bound]
     counted = slice(1, 2) if found["experts"] else slice(2)
     ways = [("logps", "noise"), *((way, f"{way}_noise") for way in ("sampled", "sampled_dequantized"))]
     return [w for w, noise in ways if w in found and any(map(_beyond, found[w][counted], found[noise][counted]))]

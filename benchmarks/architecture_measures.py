@@ -1,6 +1,6 @@
 """Log-probs and gradients of a tiny model, by stock transformers and by this package's training pass and rollout."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +56,6 @@ def stock_alone(model: Any, groups: Sequence[Group]) -> Logps:
     return found
 
 
-@torch.no_grad()
 def stock_batched(model: Any, groups: Sequence[Group]) -> Logps:
     """Return log-probs by row, all sequences in one batch, padded on the right under a mask."""
     rows = rows_of(groups)
@@ -82,6 +81,16 @@ def ours_at_once(base: SharedBase, groups: Sequence[Group], weights: Logps | Non
             (values * torch.cat([weights[row] for row in batch.rows])).sum().backward()
         found.update(zip(batch.rows, values.detach().split(batch.lengths), strict=True))
     return found
+
+
+def with_gradients(
+    model: Any, run: Callable[[Any, Sequence[Group]], Logps], groups: Sequence[Group], weights: Logps
+) -> tuple[Logps, dict[str, torch.Tensor]]:
+    """Return log-probs by row of a stock pass, and the adapter's gradients of their weighted sum."""
+    model.zero_grad()
+    logps = run(model, groups)
+    torch.cat([logps[row] * weights[row] for row in logps]).sum().backward()
+    return {row: values.detach() for row, values in logps.items()}, gradients(model)
 
 
 def largest(a: Logps, b: Logps) -> float:

@@ -164,7 +164,8 @@ def draw_weights(model: Any, generator: Any) -> None:
             elif "norm" in type(module).__name__.lower() and name == "weight" and p.ndim == 1:
                 p.data = norm_weights(p.shape[0], any(k in module_name for k in ("q_norm", "k_norm")), generator)
             elif name.endswith("bias"):
-                p.data = p + 0.5 * normal(p)
+                spread = torch.where(normal(p) > 1.2, 4.0, 0.5)  # one in nine lies far out
+                p.data = p + spread * normal(p)
             elif p.ndim < 2:
                 p.data = p + 0.2 * normal(p)
             elif isinstance(module, nn.Linear | nn.Conv1d) or p.ndim == 2:
