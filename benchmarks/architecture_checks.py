@@ -5,13 +5,14 @@ at once. How much stock differs from itself, alone against padded on the right, 
 """
 
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from architecture_measures import (
     CPU,
+    Logps,
     cosine,
     fill_adapter,
     gradient_difference,
@@ -30,6 +31,7 @@ from architecture_measures import (
 
 from lowmem_rlhf.errors import LowmemError
 from lowmem_rlhf.model.base import SharedBase
+from lowmem_rlhf.model.packing import Group
 from lowmem_rlhf.model.roles import POLICY, REFERENCE
 
 LORA = {"r": 4, "lora_alpha": 8}
@@ -75,19 +77,14 @@ def load_ours(folder: Path, quantization: str, dtype: str, targets: str | list[s
 def exactness(folder: Path, scratch: Path, found: Found) -> None:
     """Find what fp32 shows: the layout, log-probs, gradients, sampled log-probs, and stock's own noise.
 
+    Args:
+        scratch: a folder for the adapter, which is made here.
+
     Raises:
         StockFails: see there.
     """
     groups = ragged()
-    try:
-        stock = load_stock(folder, "none", "float32")
-        with torch.no_grad():
-            untouched = stock_alone(stock, groups)
-            found["stock_self"] = largest(stock_batched(stock, groups), untouched)
-    except Exception as error:
-        raise StockFails(told(error)) from error
-    if found["stock_self"] > EXACT:
-        raise StockFails(f"alone and in a padded batch its log-probs differ by {found['stock_self']:.2g}")
+    stock, untouched = _stock_without_adapter(folder, groups, found)
     base = _load_with_targets(folder, stock, found)
     found["stage"] = "adapter"
     fill_adapter(base)
@@ -96,11 +93,10 @@ def exactness(folder: Path, scratch: Path, found: Found) -> None:
     try:
         stock = with_adapter(stock, scratch)
         want, want_gradients = with_gradients(stock, stock_alone, groups, weights)
-        found["stock_gradients"] = gradient_difference(
-            with_gradients(stock, stock_batched, groups, weights)[1], want_gradients
-        )
+        _, again = with_gradients(stock, stock_batched, groups, weights)
     except Exception as error:
         raise StockFails(f"the adapter in stock peft: {told(error)}") from error
+    found["stock_gradients"] = gradient_difference(again, want_gradients)
     found["adapter_effect"] = largest(want, untouched)
     found["stage"] = "log-probs"
     with torch.no_grad(), base.role(REFERENCE):
@@ -108,8 +104,7 @@ def exactness(folder: Path, scratch: Path, found: Found) -> None:
     found["gradients"] = 0.0
     for checkpointing, tokens in ((False, 1000), (True, 40)):
         base.set_gradient_checkpointing(checkpointing)
-        for p in base.trainable().values():
-            p.grad = None
+        base.peft.zero_grad()
         with base.role(POLICY):
             got = ours_at_once(base, groups, weights, tokens)
         found["logps"] = max(found["logps"], largest(got, want))
@@ -118,6 +113,20 @@ def exactness(folder: Path, scratch: Path, found: Found) -> None:
     drawn, logps = sampled(base, groups)
     with torch.no_grad():
         found["sampled"] = largest(logps, stock_alone(stock, drawn))
+
+
+def _stock_without_adapter(folder: Path, groups: Sequence[Group], found: Found) -> tuple[Any, Logps]:
+    """Return the stock model in fp32 and its log-probs; find how far they are from those of a padded batch."""
+    try:
+        stock = load_stock(folder, "none", "float32")
+        with torch.no_grad():
+            alone = stock_alone(stock, groups)
+            found["stock_self"] = largest(stock_batched(stock, groups), alone)
+    except Exception as error:
+        raise StockFails(told(error)) from error
+    if not found["stock_self"] <= EXACT:
+        raise StockFails(f"alone and in a padded batch its log-probs differ by {found['stock_self']:.2g}")
+    return stock, alone
 
 
 def _load_with_targets(folder: Path, stock: Any, found: Found) -> SharedBase:
@@ -185,7 +194,7 @@ def with_adapter(model: Any, folder: Path) -> Any:
 
     adapted = PeftModel.from_pretrained(model, str(folder), is_trainable=True)
     for module in adapted.modules():
-        if type(module).__name__ == "Linear4bit" or "Linear4bit" in str(type(module).__mro__):
+        if type(module).__name__ == "Linear4bit":
             module.training = True
     return adapted
 

@@ -58,7 +58,7 @@ def whole_runs(row: Row, folder: Path, scratch: Path, tell: Tell) -> None:
     targets, refused = row["fp32"].get("targets"), "verdict" in row["fp32"]
     recipes = {name: write_recipe(scratch / f"{name}.yaml", name, folder, targets) for name in ("grpo", "sft")}
     runs = {name: scratch / name for name in recipes}
-    parts: dict[str, Callable[[Row], None]] = {"plan": partial(plan, recipes["grpo"])}
+    parts: dict[str, Callable[[Row], None]] = {"plan": partial(plan, recipes["grpo"], folder)}
     for name, recipe in recipes.items():
         parts[name] = partial(train, recipe, runs[name])
     parts |= {"merge": partial(merge, runs["sft"], folder), "gguf": partial(gguf, runs["sft"])}

@@ -6,6 +6,7 @@ Each command runs in this process. It ends with what it did, or with its own sen
 import contextlib
 import io
 import json
+import math
 import sys
 from pathlib import Path
 from typing import Any
@@ -79,15 +80,23 @@ def write_recipe(path: Path, name: str, model: Path, targets: list[str] | None) 
     return path
 
 
-def plan(recipe: Path, found: dict[str, Any]) -> None:
-    """Find whether the planner takes a recipe, and what it says.
+def plan(recipe: Path, folder: Path, found: dict[str, Any]) -> None:
+    """Find whether the planner takes a recipe, what it says, and its count of parameters as a multiple of the model's.
 
     Raises:
         RunError: it does not; the message is its sentence.
     """
+    from safetensors import safe_open
+
+    from lowmem_rlhf.planning.dimensions import model_dimensions
+
     planned = json.loads(_done("plan", recipe, "--json"))
-    found |= {"fits": planned["fits"], "peak_bytes": planned["memory"]["peak_bytes"]}
-    found |= {key: planned[key] for key in ("verdict_of_plan", "peak_bytes_range") if key in planned}
+    found |= {"says": planned.get("verdict", "yes" if planned["fits"] else "no")}
+    stored = 0
+    for path in folder.glob("*.safetensors"):
+        with safe_open(path, framework="pt") as file:
+            stored += sum(math.prod(file.get_slice(name).get_shape()) for name in file.keys())  # noqa: SIM118 (no dict)
+    found["parameters"] = model_dimensions(str(folder)).num_parameters / stored
 
 
 def train(recipe: Path, run: Path, found: dict[str, Any]) -> None:

@@ -37,11 +37,14 @@ what its configuration switches on.
 
 - **fp32**: largest difference of a log-prob (training pass; sampled tokens, as they were decoded) and largest relative
   difference of a tensor's adapter gradient. The bound of each is {exact:g}.
-- **bf16**, **NF4**: mean distance of log-probs from fp32 with the same (quantized) weights as a multiple of stock's own
-  distance. The bound is {noise:g} times and {slack:g}.
-- **plan**, **GRPO** (NF4, two steps), **SFT** (bfloat16, two steps), **merge** (largest difference of a log-prob of the
-  merged model from the adapter in stock peft), **GGUF** (f16, as the export reads it again): `-` where the command ends
-  with a sentence. The sentences stand below the table.
+- **bf16**, **NF4**: distance of log-probs from fp32 with the same (quantized) weights, the mean over tokens, in units
+  of stock's own. Median and mean may be {noise:g} times stock's and {slack:g}; of models with experts only the median
+  counts, since another expert for one token moves a mean over few tokens more than rounding does.
+- **plan**: whether it fits; planned parameters over the model's.
+- **GRPO**, **SFT**: two steps by the command line, on NF4 and in bfloat16.
+- **merge**: largest difference of a log-prob of the merged model from the adapter in stock peft, both in fp32.
+- **GGUF**: in 16 bits, read again by the export.
+- `-`: the command ends with a sentence, which stands below the table.
 - \\*: adapters on all linear layers are refused; those of the attention were named in `lora.target_modules`.
 """
 
@@ -97,7 +100,7 @@ def outcome(found: Row | None, column: str) -> str:
     if found is None or "verdict" in found:
         return "-"
     if column == "plan":
-        return "fits" if found["fits"] else "does not fit"
+        return f"{found['says']}, {found['parameters']:.2f}"
     if column == "merge":
         return f"{found['logps']:.0e}"
     return "yes"
