@@ -9,7 +9,10 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
+import lowmem_rlhf
+
 HERE = Path(__file__).resolve().parent
+PACKAGE = Path(lowmem_rlhf.__file__).resolve().parent
 LIBRARIES = ("torch", "transformers", "peft", "bitsandbytes", "architecture_rows")  # imported once, then forked
 
 Row = dict[str, Any]
@@ -59,7 +62,7 @@ def rows_by_process(
     """
     ways = multiprocessing.get_all_start_methods()
     context = multiprocessing.get_context("forkserver" if "forkserver" in ways else "spawn")
-    paths = [str(HERE), str(HERE.parent), *filter(None, [os.environ.get("PYTHONPATH")])]
+    paths = [str(HERE), str(PACKAGE.parent), *filter(None, [os.environ.get("PYTHONPATH")])]
     os.environ["PYTHONPATH"] = os.pathsep.join(paths)  # of the server, which has no script's folder on its path
     if hasattr(context, "set_forkserver_preload"):
         context.set_forkserver_preload(list(libraries))

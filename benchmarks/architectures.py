@@ -31,7 +31,6 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-HERE = Path(__file__).resolve().parent
 SECONDS = 600  # a type may take, on a busy machine
 
 Row = dict[str, Any]
@@ -69,9 +68,11 @@ def chosen(given: argparse.Namespace) -> list[str]:
 
 def code() -> str:
     """Return a digest of what rows depend on: the package, this benchmark, and the versions of the libraries."""
+    from architecture_workers import HERE, PACKAGE
+
     digest = hashlib.sha256()
-    files = [*sorted((HERE.parent / "lowmem_rlhf").rglob("*.py")), *sorted(HERE.glob("*architecture*.py"))]
-    for path in [*files, HERE / "tiny_fields.py"]:
+    own = [path for path in HERE.glob("*.py") if "architecture" in path.name or path.name == "tiny_fields.py"]
+    for path in [*sorted(PACKAGE.rglob("*.py")), *sorted(own)]:
         digest.update(path.read_bytes())
     for library in ("torch", "transformers", "peft", "bitsandbytes"):
         digest.update(version(library).encode())

@@ -250,6 +250,9 @@ def save_tiny(name: str, folder: Path, seed: int = 0, **changes: Any) -> Path:
     """Write a type's tiny model with its tokenizer as a local model folder, its weights in bfloat16."""
     import torch
 
-    tiny(name, seed, **changes).to(torch.bfloat16).save_pretrained(folder)
+    model = tiny(name, seed, **changes).to(torch.bfloat16)
+    model.save_pretrained(folder)
+    if model.config.model_type not in model_types():  # the text part of a type, which is loaded by the whole's name
+        tiny_config(name, **changes).save_pretrained(folder)
     tokenizer().save_pretrained(folder)
     return folder
