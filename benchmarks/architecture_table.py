@@ -6,7 +6,9 @@ from typing import Any
 
 Row = dict[str, Any]
 
-COLUMNS = ("fp32", "bf16", "nf4", "plan", "grpo", "sft", "merge", "gguf")
+ENGINE = ("fp32", "bf16", "nf4")  # what is held against stock number by number
+COMMANDS = ("plan", "grpo", "sft", "merge", "gguf")
+COLUMNS = (*ENGINE, *COMMANDS)
 BAD = ("wrong", "traceback")
 TITLES = {
     "packed": "Packed",
@@ -17,10 +19,12 @@ TITLES = {
     "stock_fails": "Stock transformers fails",
     "not_built": "Not built",
 }
+ENGINES = {"packed": "exact", "padded": "exact", "wrong": "not exact", "traceback": "fails"}
 SAYS = {
     "packed": "Rows are packed without padding, a prompt runs once for all of its completions.",
     "padded": "Rows are padded, and a prompt runs once for each of its completions: slower, and as exact.",
-    "refused": "The package ends with this sentence before anything is computed.",
+    "refused": "The package ends with this sentence before anything is computed. `engine` says whether what the "
+    "planner refuses would be exact; `-` where the model is refused as it is loaded.",
     "wrong": "A number is beyond its bound; no type should stand here.",
     "traceback": "Something else than a sentence came out; no type should stand here.",
     "stock_fails": "There is nothing to hold a number against.",
@@ -69,8 +73,9 @@ def page(rows: list[Row]) -> str:
 
 
 def sentences_table(rows: list[Row]) -> str:
-    """Return a table of types and the sentence that each ended with."""
-    lines = ["| type | |", "|---|---|", *(f"| {row['type']} | {cell(row['why'])} |" for row in rows)]
+    """Return a table of types and the sentence that each ended with, and whether the engine alone is exact."""
+    lines = ["| type | engine | |", "|---|---|---|"]
+    lines += [f"| {row['type']} | {ENGINES.get(row.get('engine', ''), '-')} | {cell(row['why'])} |" for row in rows]
     return "\n".join(lines) + "\n"
 
 
@@ -83,7 +88,7 @@ def numbers_table(rows: list[Row]) -> str:
         cells = [row["type"] + ("\\*" if "targets" in first else "")]
         cells += [f"{first[key]:.0e}" if key in first else "-" for key in ("logps", "sampled", "gradients")]
         cells += [multiple(row.get(column, {})) for column in ("bf16", "nf4")]
-        cells += [outcome(row.get(column), column) for column in ("plan", "grpo", "sft", "merge", "gguf")]
+        cells += [outcome(row.get(column), column) for column in COMMANDS]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n" + sentences(rows)
 

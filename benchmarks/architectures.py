@@ -8,8 +8,8 @@ against stock transformers with stock peft; then the command line plans it, trai
 (bfloat16), merges and writes a GGUF. Rows are kept in a file: a second call goes on where the first one ended, as long
 as neither the package nor transformers has changed.
 
---quick leaves NF4 and the command line out, keeps nothing and runs in this process; without TYPE it takes the families
-of the catalogue. The verdict of a type:
+--quick leaves out NF4 and the runs, keeps nothing and works in this process; without TYPE it takes the families of the
+catalogue. The verdict of a type:
     packed, padded   every number is within its bound; how its rows are laid out
     refused          the package says no, in the sentence beside it
     wrong            a number is beyond its bound

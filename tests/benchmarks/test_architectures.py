@@ -87,6 +87,7 @@ def test_another_expert_for_a_token_is_no_error_and_a_shift_of_all_tokens_is():
         ({"fp32": {"way": "packed", "note": ""}, "merge": {"logps": 0.1}}, "wrong"),
         ({"fp32": {"way": "packed", "note": ""}, "gguf": {"verdict": "refused", "why": "no"}}, "packed"),
         ({"fp32": {"way": "packed", "note": ""}, "sft": {"verdict": "traceback", "why": "x"}}, "traceback"),
+        ({"fp32": {"way": "packed", "note": "", "logps": 1.0}, "plan": {"verdict": "refused", "why": "no"}}, "refused"),
         ({"fp32": {"verdict": "refused", "why": "no"}, "plan": {"verdict": "traceback", "why": "x"}}, "traceback"),
         ({"fp32": {"verdict": "refused", "why": "no"}}, "refused"),
         ({"fp32": {"verdict": "stock_fails", "why": "x"}}, "stock_fails"),
