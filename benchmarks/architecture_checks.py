@@ -33,6 +33,7 @@ from lowmem_rlhf.errors import LowmemError
 from lowmem_rlhf.model.base import SharedBase
 from lowmem_rlhf.model.packing import Group
 from lowmem_rlhf.model.roles import POLICY, REFERENCE
+from lowmem_rlhf.rollout.stock_check import checked, is_tested
 
 LORA = {"r": 4, "lora_alpha": 8}
 EXACT = 1e-3  # bound of differences in fp32: of log-probs, and of a tensor's gradient relative to its norm
@@ -70,8 +71,11 @@ def attention_layers(stock: Any) -> list[str]:
 
 
 def load_ours(folder: Path, quantization: str, dtype: str, targets: str | list[str] = "all-linear") -> SharedBase:
-    """Load a folder as a run does."""
-    return SharedBase.load(str(folder), CPU, quantization, dtype, **LORA, target_modules=targets)
+    """Load a folder as a run does, the check at load included."""
+    base = SharedBase.load(str(folder), CPU, quantization, dtype, **LORA, target_modules=targets)
+    if not is_tested(base.model.config.model_type):
+        checked(base)
+    return base
 
 
 def exactness(folder: Path, scratch: Path, found: Found) -> None:
@@ -188,7 +192,7 @@ def rounded(folder: Path, scratch: Path, found: Found, quantization: str, dtype:
 def with_adapter(model: Any, folder: Path) -> Any:
     """Put an adapter on a stock model with stock peft; its quantized layers are told that they train.
 
-    In evaluation bitsandbytes may repack 4-bit weights in place for a CPU, and the gradient is wrong from then on.
+    In evaluation bitsandbytes may reorder 4-bit weights in place for a CPU, and the gradient is wrong from then on.
     """
     from peft import PeftModel
 

@@ -146,7 +146,7 @@ def fill_adapter(base: SharedBase, seed: int = 1) -> None:
 
 
 def load_stock(folder: Path, quantization: str, dtype: str) -> Any:
-    """Load a folder as a user of transformers would, with eager attention."""
+    """Load a folder as a user of transformers does."""
     from transformers import AutoModelForCausalLM
 
     from lowmem_rlhf.model.load import DTYPES, quantization_settings, quiet
@@ -156,7 +156,6 @@ def load_stock(folder: Path, quantization: str, dtype: str) -> Any:
             folder,
             dtype=DTYPES[dtype],
             quantization_config=quantization_settings(quantization, DTYPES[dtype]),
-            attn_implementation="eager",
         )
     return model.requires_grad_(False).eval()
 

@@ -33,9 +33,9 @@ def lend_for_decoding(siblings: Siblings, dtype: torch.dtype, dequantize: bool) 
     if not all(getattr(getattr(base, "weight", None), "quant_state", None) is not None for base in bases):
         return
     if dequantize:
-        siblings.lend(_dense_product(bases, dtype), ANY_ROWS)
+        siblings.lend(_dense_product(bases, dtype), ANY_ROWS, dtype)
     elif (product := _four_bit_product(bases, dtype)) is not None and _is_right(product, bases, dtype):
-        siblings.lend(product, FOUR_BIT_ROWS if isinstance(product, NativeProduct) else KERNEL_ROWS)
+        siblings.lend(product, FOUR_BIT_ROWS if isinstance(product, NativeProduct) else KERNEL_ROWS, dtype)
 
 
 def _dense_product(bases: Sequence[Any], dtype: torch.dtype) -> Product:

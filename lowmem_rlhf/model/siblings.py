@@ -54,6 +54,7 @@ class Siblings:
         self.outs = [layer.out_features for layer in layers]
         self.together: Product | None = None  # while decoding: the product of all weights at once
         self.most_rows = 0  # of x for it
+        self.lent_dtype: torch.dtype | None = None  # of x for it
         self._input: torch.Tensor | None = None
         self._asked: tuple[Any, ...] = ()  # role, version of its weights and gradient mode of what waits
         self._waiting: dict[Any, torch.Tensor] = {}
@@ -95,7 +96,8 @@ class Siblings:
 
     def _lent_for(self, x: torch.Tensor) -> bool:
         """Whether the product of all weights at once is there and takes this x."""
-        return self.together is not None and x.shape[0] <= self.most_rows and not torch.is_grad_enabled()
+        fits = x.shape[0] <= self.most_rows and x.dtype == self.lent_dtype
+        return self.together is not None and fits and not torch.is_grad_enabled()
 
     def adapters_now(self, dtype: torch.dtype) -> Adapters | None:
         """Return the adapters of the current role; None where it has none."""
@@ -139,9 +141,12 @@ class Siblings:
         block = torch.block_diag(*(one.t() for one in b)) if self.together is not None else None
         return Adapters(torch.cat(a), [one.shape[0] for one in a], b, columns, scaled, block)
 
-    def lend(self, together: Product | None, most_rows: int = 0) -> None:
-        """Use this product of all the layers' weights for up to so many rows without gradients; None: no more."""
-        self.together, self.most_rows = together, most_rows
+    def lend(self, together: Product | None, most_rows: int = 0, dtype: torch.dtype | None = None) -> None:
+        """Use this product of all the layers' weights for up to so many rows of a dtype without gradients; None: no more.
+
+        A product in C reads what it is given as that dtype, so rows of another one never reach it.
+        """
+        self.together, self.most_rows, self.lent_dtype = together, most_rows, dtype
         self._cached = (None, None)
 
 
