@@ -142,7 +142,7 @@ class Siblings:
         return Adapters(torch.cat(a), [one.shape[0] for one in a], b, columns, scaled, block)
 
     def lend(self, together: Product | None, most_rows: int = 0, dtype: torch.dtype | None = None) -> None:
-        """Use this product of all the layers' weights for up to so many rows of a dtype without gradients; None: no more.
+        """Use this product of the layers' weights for up to so many rows of a dtype without gradients; None: no more.
 
         A product in C reads what it is given as that dtype, so rows of another one never reach it.
         """
