@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from lowmem_rlhf.hardware.detect import cpu_device
-from lowmem_rlhf.model.load import cache_folder
+from lowmem_rlhf.model.source import cache_folder
 
 SOURCE = Path(__file__).with_suffix(".c")
 FLAGS = (
