@@ -197,7 +197,7 @@ def _ranges(plan_dict: dict[str, Any], unknown: bool) -> Iterator[str]:
     memory = plan_dict.get("memory") or {}
     low, high = plan_dict.get("peak_bytes_range") or (None, None)
     if unknown:
-        rest = "twice the estimate of the rest, and a wasteful allocator"
+        rest = "four times the estimate of the rest"
         yield f"between {format_bytes(low)} (what is counted) and {format_bytes(high)} ({rest})"
     elif (low := memory.get("low_bytes")) != (high := memory.get("high_bytes")):
         yield f"between {format_bytes(low)} (live tensors) and {format_bytes(high)} (a wasteful allocator)"

@@ -17,7 +17,6 @@ from accelerate import Accelerator
 from accelerate.utils import set_seed
 
 from lowmem_rlhf.errors import RunError
-from lowmem_rlhf.hardware.cpu_process import Heap
 from lowmem_rlhf.memory import clock, is_out_of_memory, peak_bytes, reset_peak, with_less
 from lowmem_rlhf.model.base import SharedBase
 from lowmem_rlhf.model.roles import CRITIC, POLICY
@@ -81,7 +80,6 @@ class Loop(ABC):
         self.learned_tokens = 0  # tokens that taught something, over all steps
         self._taken = 0  # optimizer steps of this process at the last finished step
         self._times: dict[str, float] = {}
-        self._heap = Heap()
 
     @abstractmethod
     def one_step(self, view: LiveView) -> StepResult:
@@ -213,8 +211,6 @@ class Loop(ABC):
         self.run.log_samples(self.step, done.samples)
         self.accelerator.log({k: v for k, v in metrics.items() if v is not None}, step=self.step)
         view.step(metrics)
-        if self.base.device.type == "cpu":
-            self._heap.keep_small()
 
     def _adapter_sum(self) -> float:
         """A number that any change of the policy's adapter (or its head) changes; a critic's does not count."""
