@@ -9,26 +9,35 @@ import psutil
 import torch
 
 from lowmem_rlhf.errors import RunError
+from lowmem_rlhf.hardware import cpu_process
 
 T = TypeVar("T")
 
 
 def reset_peak(device: torch.device) -> None:
-    """Start measuring a new peak (on a device that counts; the CPU does not)."""
-    if reset := device_counter(device, "reset_peak_memory_stats"):
+    """Start measuring a new peak: on a device that counts, of what is allocated; on the CPU, of the process."""
+    if device.type == "cpu":
+        cpu_process.reset_peak()
+    elif reset := device_counter(device, "reset_peak_memory_stats"):
         reset(device)
 
 
 def peak_bytes(device: torch.device) -> int:
-    """Return the device's peak of allocated bytes since `reset_peak`; where nobody counts, the process's bytes now."""
+    """Return the peak since `reset_peak`: of allocated bytes where the device counts, else of what the process shows.
+
+    Where the system cannot tell a process's peak, it is what the process shows now.
+    """
     if count := device_counter(device, "max_memory_allocated"):
         return int(count(device))
-    return psutil.Process().memory_info().rss
+    peak = cpu_process.peak_bytes() if device.type == "cpu" else None
+    return peak or int(psutil.Process().memory_info().rss)
 
 
 def release(device: torch.device) -> None:
     """Give back what is no longer used, so that other programs and the next model find it."""
     gc.collect()
+    if device.type == "cpu":
+        cpu_process.trim_heap()
     if empty := device_counter(device, "empty_cache"):
         empty()
 

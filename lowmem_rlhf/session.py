@@ -11,10 +11,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lowmem_rlhf.errors import RunError, UserError
+from lowmem_rlhf.hardware.cpu_process import bound_kernel_caches
 from lowmem_rlhf.hardware.detect import detect
 from lowmem_rlhf.hardware.device import Device
 from lowmem_rlhf.hardware.profiles import find_profile, match_profile, parse_bytes, profile_device
-from lowmem_rlhf.planning.advice import why_not
+from lowmem_rlhf.planning.advice import warning, why_not
 from lowmem_rlhf.planning.plan import Plan, make_plan
 from lowmem_rlhf.recipe import Recipe
 from lowmem_rlhf.recipe_trl import TRL_TRAINERS
@@ -101,6 +102,7 @@ def train(recipe: Recipe, output: Path | None = None, resume: bool = False) -> R
         RunError: the run had begun and failed; a note says which step is kept.
     """
     hush()
+    bound_kernel_caches()
     path = output or default_output(recipe.name, resume)
     _check_trackers(recipe)
     if recipe.rewards and recipe.algorithm in ("reward_model", "classifier"):
@@ -116,7 +118,8 @@ def train(recipe: Recipe, output: Path | None = None, resume: bool = False) -> R
         checked_arguments(recipe)
     recipe = _as_saved(recipe)
     plan = _resumed_plan(recipe, path) if resume else running_plan(recipe)
-    if not plan.fits:
+    probes = _probes(recipe, plan)
+    if not plan.fits and not (plan.verdict == "unknown" and probes):
         raise UserError(why_not(plan, recipe))
     recipe = planned(recipe, plan)
     from lowmem_rlhf.rewards.loading import check_reward_columns, load_rewards, placements
@@ -147,12 +150,14 @@ def train(recipe: Recipe, output: Path | None = None, resume: bool = False) -> R
         key = "micro_batch_tokens"
         plan = replace(plan, reasons={**plan.reasons, key: f"{plan.reasons[key]}; {base.note}"})
     add_roles(base, recipe, plan, rewards)
-    if _probes(recipe, plan):
+    if probes:
         from lowmem_rlhf.training.probe import probe
 
         plan, probed = probe(base, recipe, plan)
         print(probed.said, flush=True)
         placed["probe"] = probed.to_dict()
+    elif said := warning(plan):
+        print(said, flush=True)
 
     def run_directory(resolved: Recipe) -> RunDirectory:
         return RunDirectory.create(path, resolved, {**plan.to_dict(), **placed}, resume)

@@ -2,7 +2,6 @@
 
 import contextlib
 import hashlib
-import os
 import shutil
 import sys
 import tempfile
@@ -18,16 +17,11 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAn
 from lowmem_rlhf.errors import UserError
 from lowmem_rlhf.memory import is_out_of_memory
 from lowmem_rlhf.model.gguf_source import check_gguf, complete_config
-from lowmem_rlhf.model.source import resolve_model
+from lowmem_rlhf.model.source import cache_folder, resolve_model
 from lowmem_rlhf.model.whole import load_whole
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 _CONVERSION = 2  # of GGUF files; 1 had not been checked for tensors that were left out
-
-
-def cache_folder() -> Path:
-    """Return the folder of converted models: $LOWMEM_RLHF_CACHE, or .cache/lowmem_rlhf in the home folder."""
-    return Path(os.environ.get("LOWMEM_RLHF_CACHE") or Path.home() / ".cache" / "lowmem_rlhf")
 
 
 def load_base(

@@ -20,7 +20,7 @@ import torch
 
 from lowmem_rlhf.hardware.detect import cpu_device
 from lowmem_rlhf.model.fused import SILU, gated_activation, norm_scale
-from lowmem_rlhf.model.load import cache_folder
+from lowmem_rlhf.model.source import cache_folder
 
 SOURCE = Path(__file__).with_suffix(".c")
 FLAGS = (

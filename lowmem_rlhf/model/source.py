@@ -35,6 +35,11 @@ def resolve_model(model: str) -> str:
     return model
 
 
+def cache_folder() -> Path:
+    """Return the folder of what is made once: $LOWMEM_RLHF_CACHE, or .cache/lowmem_rlhf in the home folder."""
+    return Path(os.environ.get("LOWMEM_RLHF_CACHE") or Path.home() / ".cache" / "lowmem_rlhf")
+
+
 def is_local(resolved: str) -> bool:
     """Say whether a result of :func:`resolve_model` is a local path (otherwise it is a Hub id)."""
     return Path(resolved).exists()

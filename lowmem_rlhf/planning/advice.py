@@ -26,7 +26,19 @@ def why_not(plan: Plan, recipe: Recipe) -> str:
     lack = shortage(phase, plan.memory["phases"][phase], plan.memory["budget_bytes"])
     found = changes(plan, recipe)
     helps = f"try {', or '.join(found)}" if found else "a card with more free memory is needed"
-    return f"the plan does not fit on {plan.device.name}: {lack}; {helps}"
+    by = "by its estimate " if plan.verdict == "unknown" else ""
+    return f"{by}the plan does not fit on {plan.device.name}: {lack}; {helps}"
+
+
+def warning(plan: Plan) -> str:
+    """Return what to say before a run that nobody knows to fit; an empty string where it is known."""
+    if plan.verdict != "unknown":
+        return ""
+    low, high = map(gib, plan.peak_bytes_range)
+    return (
+        f"warning: whether this run fits is not known: its memory is only estimated, at {low} to {high} where "
+        f"{gib(plan.device.free_bytes)} are free; hardware.probe=true measures it before the first step"
+    )
 
 
 def changes(plan: Plan, recipe: Recipe) -> list[str]:

@@ -17,6 +17,7 @@ from lowmem_rlhf.planning.dimensions import ModelDimensions, model_dimensions
 from lowmem_rlhf.planning.memory import peak_phase
 from lowmem_rlhf.planning.plan import Plan, plan_for, shortage
 from lowmem_rlhf.planning.shapes import length_keys, sampled_keys, samples_completions
+from lowmem_rlhf.planning.verdicts import Verdict
 from lowmem_rlhf.recipe import Recipe
 
 ALGORITHMS = ("sft", "grpo", "ppo")
@@ -62,6 +63,7 @@ class Fit:
         lacks: why the run does not fit, as a clause; empty where it fits.
         longest: tokens of the longest completion that fits (SFT: of the longest example), 0 if not even the shortest
             does; None where it was not asked for.
+        verdict: ``yes``, ``no``, or ``unknown`` where ``fits`` is only an estimate (see `Plan`).
     """
 
     fits: bool
@@ -73,6 +75,7 @@ class Fit:
     savings: tuple[str, ...]
     lacks: str
     longest: int | None = None
+    verdict: Verdict = "no"
 
 
 @dataclass(frozen=True)
@@ -238,6 +241,7 @@ def fit(recipe: Recipe, device: Device, dims: ModelDimensions) -> Fit:
         room_bytes=memory["budget_bytes"] - peak,
         savings=_savings(plan),
         lacks="" if plan.fits else shortage(phase, memory["phases"][phase], memory["budget_bytes"]),
+        verdict=plan.verdict,
     )
 
 

@@ -10,7 +10,7 @@ from lowmem_rlhf.planning.config_fields import block_traits, positive
 from lowmem_rlhf.planning.dimensions import ModelDimensions
 from lowmem_rlhf.planning.families import FAMILIES, Linear, family_of
 from lowmem_rlhf.planning.gguf_header import read_gguf_header
-from lowmem_rlhf.planning.kinds import check_kind
+from lowmem_rlhf.planning.kinds import check_dense, check_kind
 
 _MODEL_TYPES = {"phi2": "phi", "gptneox": "gpt_neox", "command-r": "cohere"}  # where GGUF has another name
 _NAMES = {
@@ -39,7 +39,8 @@ def from_gguf(path: Path, model: str) -> ModelDimensions:
     header = read_gguf_header(path)
     arch = str(header.fields.get("general.architecture", ""))
     model_type = _MODEL_TYPES.get(arch, arch)
-    check_kind(model, {"model_type": model_type, "num_experts": header.fields.get(f"{arch}.expert_count")})
+    check_kind(model, {"model_type": model_type})
+    check_dense(model, {"num_experts": header.fields.get(f"{arch}.expert_count")})
     embedding = header.shapes.get("token_embd.weight")
     linears = _linears(model_type, header.shapes)
     if embedding is None or len(embedding) != 2 or not linears:

@@ -84,7 +84,7 @@ def block_weight_bytes(dims: ModelDimensions, quantization: str, width: int) -> 
     if quantization == "nf4":
         return math.ceil(dims.linear_parameters * NF4_BYTES)
     if quantization == "int8":
-        return dims.linear_parameters + 4 * dims.num_layers * sum(linear.outputs for linear in dims.linears)
+        return dims.linear_parameters + 4 * sum(linear.outputs * many for linear, many in dims.quantizable)
     return dims.linear_parameters * width
 
 
@@ -94,7 +94,7 @@ def embedding_bytes(dims: ModelDimensions, width: int, offloaded: bool = False) 
     Args:
         offloaded: the embedding lies in host memory (an untied one: a tied one is the head).
     """
-    away = dims.vocab_size * dims.hidden_size if offloaded and not dims.tied else 0
+    away = dims.token_embedding if offloaded and not dims.tied else 0
     return (dims.embedding_parameters - away + dims.other_parameters) * width
 
 
@@ -148,14 +148,18 @@ class Memory:
         self.trained, self.frozen = adapters_of(recipe)
         self.dense = dense_bytes(dims, settings.quantization, self.width)
 
+    def has_adapter(self, linear: Linear) -> bool:
+        """Say whether a linear layer that can take an adapter has one."""
+        targets = self.settings.lora["target_modules"]
+        if targets == "all-linear":
+            return True
+        names = {targets} if isinstance(targets, str) else {target.rsplit(".", 1)[-1] for target in targets}
+        return linear.name in names
+
     @property
     def adapted(self) -> list[Linear]:
         """The linear layers of a block that have adapters."""
-        targets = self.settings.lora["target_modules"]
-        if targets == "all-linear":
-            return list(self.dims.linears)
-        names = {targets} if isinstance(targets, str) else {target.rsplit(".", 1)[-1] for target in targets}
-        return [linear for linear in self.dims.linears if linear.name in names]
+        return [linear for linear in self.dims.linears if self.has_adapter(linear)]
 
     def resident(self) -> Components:
         """Return what lies on the device in every phase.
@@ -181,7 +185,7 @@ class Memory:
         ranks = self.settings.lora["r"] * len(self.adapted) * adapters
         dense = self.dense
         if self.settings.quantization == "int8" and not self.on_cpu:  # int8 inputs, int32 results
-            dense = max(dense, *(shape.tokens * (x.inputs + 4 * x.outputs) for x in self.dims.linears))
+            dense = max(dense, *(shape.tokens * (x.inputs + 4 * x.outputs) for x, _ in self.dims.quantizable))
         return Layer(self.dims, shape, self.width, ranks, dense, self.on_cpu)
 
     def scoring(self) -> Components:

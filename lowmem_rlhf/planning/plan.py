@@ -21,6 +21,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from lowmem_rlhf.errors import UserError
+from lowmem_rlhf.hardware.cpu_process import process_bytes
 from lowmem_rlhf.hardware.device import Device
 from lowmem_rlhf.planning import choices, cuts
 from lowmem_rlhf.planning.choices import Case, gib
@@ -38,6 +39,7 @@ from lowmem_rlhf.planning.shapes import (
     sampled_keys,
     samples_completions,
 )
+from lowmem_rlhf.planning.verdicts import Verdict, verdict_of
 from lowmem_rlhf.recipe import Recipe
 
 __all__ = ["Plan", "Settings", "make_plan", "plan_for", "shortage"]
@@ -57,13 +59,19 @@ class Plan:
 
     Attributes:
         fits: whether the predicted peak is within the budget.
+        verdict: ``yes`` or ``no``, as ``fits``; ``unknown`` where the peak is only an estimate, as the model's type has
+            no terms here, and the weights alone do not decide it.
+        peak_bytes_range: between which numbers of bytes the largest phase will show (see `verdicts`).
         profile: the name of the profile that the device was matched with.
         reasons: one sentence for every setting, under the setting's name.
         memory: ``budget_bytes``, ``peak_bytes`` (of the largest phase, as expected), ``low_bytes`` (its live tensors
-            alone), ``high_bytes`` (with the allocator at the 90th percentile), ``phases`` (bytes by component).
+            alone), ``high_bytes`` (with the allocator at the 90th percentile), ``phases`` (bytes by component); on a
+            CPU ``process`` (bytes by component of what the process will show).
     """
 
     fits: bool
+    verdict: Verdict
+    peak_bytes_range: tuple[int, int]
     device: Device
     profile: str
     settings: Settings
@@ -74,6 +82,8 @@ class Plan:
         """Return plain values: what ``plan --json`` prints and ``plan.json`` holds."""
         return {
             "fits": self.fits,
+            "verdict": self.verdict,
+            "peak_bytes_range": list(self.peak_bytes_range),
             "device": self.device.to_dict(),
             "profile": self.profile,
             "settings": asdict(self.settings),
@@ -125,7 +135,10 @@ def plan_for(recipe: Recipe, device: Device, profile: str, dims: ModelDimensions
         "high_bytes": live if case.on_cpu else round(live * ALLOCATOR_HIGH),
         "phases": by_phase,
     }
-    return Plan(peak <= case.budget, device, profile, settings, reasons, memory)
+    if case.on_cpu:
+        memory["process"] = process_bytes(live)
+    verdict, between = verdict_of(dims, memory, case.on_cpu)
+    return Plan(peak <= case.budget, verdict, between, device, profile, settings, reasons, memory)
 
 
 def _settings(case: Case) -> tuple[Settings, dict[str, str]]:

@@ -40,16 +40,17 @@ def rollout_copy_bytes(memory: Memory) -> int:
     multiplied: our own product reads them as they lie and needs the scales, one for 64 weights, in fp32; bitsandbytes'
     kernel the codes in its order and 16-bit scales.
     """
-    settings, layers = memory.settings, memory.dims.num_layers
+    settings = memory.settings
     if settings.quantization != "nf4":
         return 0
+    adapted = [(linear, many) for linear, many in memory.dims.adaptable if memory.has_adapter(linear)]
     if settings.rollout_weights == "dequantized":
-        return layers * memory.width * sum(x.inputs * x.outputs for x in memory.adapted)
+        return memory.width * sum(x.inputs * x.outputs * many for x, many in adapted)
     if not (memory.on_cpu and memory.four_bit_product):
         return 0
     rows, each = (1, 4 / 64) if memory.four_bit_in_place else (32, 0.5 + 2 / 64)
-    fits = sum(x.inputs * x.outputs for x in memory.adapted if x.outputs % rows == 0 and x.inputs % 64 == 0)
-    return round(layers * fits * each)
+    fits = sum(x.inputs * x.outputs * n for x, n in adapted if x.outputs % rows == 0 and x.inputs % 64 == 0)
+    return round(fits * each)
 
 
 def joined_adapter_bytes(memory: Memory) -> int:

@@ -13,7 +13,7 @@ from lowmem_rlhf.report.format import format_bytes, format_number
 from lowmem_rlhf.report.live import plain_table
 
 GIB = 1024**3
-_CELL, _GAP = 18, 2  # characters of the widest cell, such as "nf4* 16384 10.4G", and between columns
+_CELL, _GAP = 18, 2  # characters of the widest cell, such as "? nf4* 16384 10.4G", and between columns
 _WIDE = 500  # columns where nothing is folded, outside a terminal
 
 
@@ -42,7 +42,9 @@ def print_fits(fits: WhatFits, console: Console | None = None) -> None:
         if single
         else "a cell: weights, tokens of a micro-batch, GiB left of the budget; -: does not fit"
     )
-    console.print(Text(f"{legend}; *: {PRICE}", style="dim"))
+    cells = [cell for by_model in fits.cells.values() for row in by_model.values() for cell in row]
+    unknown = "; ?, unknown: only estimated" if any(cell.verdict == "unknown" for cell in cells) else ""
+    console.print(Text(f"{legend}; *: {PRICE}{unknown}", style="dim"))
     console.print(Text("predicted by the plan, not measured on these cards", style="dim"))
 
 
@@ -66,12 +68,13 @@ def short_name(model: str) -> str:
 
 
 def cell_text(cell: Fit) -> str:
-    """Return a cell in few words: ``nf4 4608 1.2G``, or ``- 1.9G short``."""
+    """Return a cell in few words: ``nf4 4608 1.2G``, or ``- 1.9G short``; after a question mark where it is unknown."""
     if cell.room_bytes is None:
         return "- refused"
+    mark = "? " if cell.verdict == "unknown" else ""
     if not cell.fits:
-        return f"- {gigabytes(cell.room_bytes)} short"
-    return f"{precision_text(cell)} {cell.micro_batch_tokens} {gigabytes(cell.room_bytes)}"
+        return f"{mark or '- '}{gigabytes(cell.room_bytes)} short"
+    return f"{mark}{precision_text(cell)} {cell.micro_batch_tokens} {gigabytes(cell.room_bytes)}"
 
 
 def precision_text(cell: Fit) -> str:
@@ -103,7 +106,7 @@ def _print_card(fits: WhatFits, algorithm: str, console: Console) -> None:
     rows = [
         (
             short_name(model),
-            "yes" if cell.fits else "no",
+            cell.verdict,
             precision_text(cell),
             format_number(cell.micro_batch_tokens),
             *((format_number(cell.rollout_rows),) if sampled else ()),

@@ -2,7 +2,7 @@
 
 import time
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from rich.console import Console, Group
@@ -166,13 +166,14 @@ def print_plan(plan_dict: dict[str, Any], console: Console | None = None) -> Non
         console.print()
         console.print(plain_table(("memory", "bytes", "most of it"), rows))
     verdict, style = ("fits", "bold green") if plan_dict.get("fits") else ("does not fit", "bold red")
+    unknown = plan_dict.get("verdict") == "unknown"
+    if unknown:
+        verdict, style = f"unknown; by the estimate it {verdict}", "bold yellow"
     peak, budget = format_bytes(memory.get("peak_bytes")), format_bytes(memory.get("budget_bytes"))
     console.print()
     console.print(Text(f"peak {peak} of {budget}: {verdict}", style=style))
-    low, high = memory.get("low_bytes"), memory.get("high_bytes")
-    if low != high:
-        between = f"between {format_bytes(low)} (live tensors) and {format_bytes(high)} (a wasteful allocator)"
-        console.print(Text(between, style="dim"))
+    for line in _ranges(plan_dict, unknown):
+        console.print(Text(line, style="dim"))
 
 
 def print_evaluation(evaluation: dict[str, Any], console: Console | None = None) -> None:
@@ -189,6 +190,20 @@ def print_evaluation(evaluation: dict[str, Any], console: Console | None = None)
     counts = [number((evaluation.get(when) or {}).get("problems")) for when in ("before", "after")]
     if any(counts):
         console.print(Text(f"{next(int(n) for n in counts if n)} held-out problems", style="dim"))
+
+
+def _ranges(plan_dict: dict[str, Any], unknown: bool) -> Iterator[str]:
+    """Yield between which numbers the peak lies, and on a CPU what the process will show."""
+    memory = plan_dict.get("memory") or {}
+    low, high = plan_dict.get("peak_bytes_range") or (None, None)
+    if unknown:
+        rest = "four times the estimate of the rest"
+        yield f"between {format_bytes(low)} (what is counted) and {format_bytes(high)} ({rest})"
+    elif (low := memory.get("low_bytes")) != (high := memory.get("high_bytes")):
+        yield f"between {format_bytes(low)} (live tensors) and {format_bytes(high)} (a wasteful allocator)"
+    if process := memory.get("process"):
+        parts = ", ".join(f"{name.replace('_', ' ')} {format_bytes(size)}" for name, size in process.items())
+        yield f"the process will show up to {format_bytes(sum(process.values()))}: {parts}"
 
 
 def _biggest(parts: dict[str, float]) -> str:

@@ -67,8 +67,20 @@ def probe(base: SharedBase, recipe: Recipe, plan: Plan) -> tuple[Plan, Probed]:
         found[name] = {"predicted_bytes": predicted, "measured_bytes": _measured(base, work, others)}
     ratio = ratio_of(found)
     if RELAX <= ratio <= TIGHTEN:
-        return plan, Probed(found, ratio, f"probe: the largest phase took {ratio:.2f} of what was planned; it stays")
-    return _again(recipe, plan, found, ratio)
+        said = f"probe: the largest phase took {ratio:.2f} of what was planned; it stays"
+        return _measured_verdict(plan, plan, found), Probed(found, ratio, said)
+    made, probed = _again(recipe, plan, found, ratio)
+    return _measured_verdict(made, plan, found), probed
+
+
+def _measured_verdict(made: Plan, plan: Plan, found: dict[str, dict[str, int | None]]) -> Plan:
+    """Return the plan that goes on, which fits where all phases of an unknown one did, with the optimizer's state."""
+    if plan.verdict != "unknown":
+        return made
+    measured = [one["measured_bytes"] for one in found.values()]
+    state = max(parts["optimizer_state"] for parts in plan.memory["phases"].values() if "optimizer_state" in parts)
+    known = all(size is not None and size + state <= plan.memory["budget_bytes"] for size in measured)
+    return replace(made, verdict="yes" if known else "unknown")
 
 
 def ratio_of(found: dict[str, dict[str, int | None]]) -> float:

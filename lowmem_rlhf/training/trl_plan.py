@@ -13,6 +13,7 @@ from dataclasses import replace
 from typing import Any
 
 from lowmem_rlhf.errors import UserError
+from lowmem_rlhf.hardware.cpu_process import process_bytes
 from lowmem_rlhf.hardware.device import Device
 from lowmem_rlhf.planning.advice import longest_that_fits
 from lowmem_rlhf.planning.choices import MARGIN, RANK, budget_bytes, gib
@@ -129,7 +130,10 @@ def _beside(recipe: Recipe, device: Device, profile: str, frozen: int, logits: i
     peak = max(sum(components.values()) for components in phases.values())
     grown: dict[str, Any] = {key: made.memory[key] + taken for key in ("low_bytes", "high_bytes") if key in made.memory}
     memory = {**made.memory, **grown, "budget_bytes": budget_bytes(device), "peak_bytes": peak, "phases": phases}
-    return replace(made, device=device, memory=memory, fits=made.fits)
+    if "process" in memory:
+        memory["process"] = process_bytes(memory["low_bytes"])
+    low, high = made.peak_bytes_range
+    return replace(made, device=device, memory=memory, peak_bytes_range=(low + taken, high + taken))
 
 
 def _own_words(text: str) -> str:

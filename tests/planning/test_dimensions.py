@@ -151,7 +151,7 @@ def test_an_unknown_type_with_all_common_fields_is_counted_as_llama():
     assert unknown.num_parameters == known.num_parameters
     assert "'brandnew' is not known here: its blocks are taken for Llama's" in unknown.note
     hybrid = {**TINY, "model_type": "brandnew", "layer_types": ["conv", "full_attention", "conv"]}
-    assert "layers of the kind conv are counted as attention" in dimensions_from_config(hybrid, "x").note
+    assert "layers of the kind conv are taken for attention" in dimensions_from_config(hybrid, "x").note
     plain = dimensions_from_config({**TINY, "model_type": "brandnew", "activation_function": "gelu_new"}, "x")
     assert (plain.gated, plain.activation) == (False, "gelu_new")
 

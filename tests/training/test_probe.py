@@ -7,8 +7,12 @@ import pytest
 import torch
 from tiny_models import save_tiny
 
+from lowmem_rlhf import session
+from lowmem_rlhf.errors import UserError
 from lowmem_rlhf.hardware.detect import cpu_device
 from lowmem_rlhf.model.base import SharedBase
+from lowmem_rlhf.planning.choices import MARGIN
+from lowmem_rlhf.planning.memory import CPU_PROCESS_BYTES
 from lowmem_rlhf.planning.plan import make_plan
 from lowmem_rlhf.recipe import validate_recipe
 from lowmem_rlhf.session import planned, train
@@ -29,8 +33,8 @@ def folder(tmp_path_factory):
     return save_tiny("llama", tmp_path_factory.mktemp("model") / "llama", **LARGER)
 
 
-def case(folder, algorithm="grpo", **hardware):
-    recipe = validate_recipe(
+def recipe_of(folder, algorithm="grpo", **hardware):
+    return validate_recipe(
         {
             "name": "probed",
             "model": str(folder),
@@ -48,6 +52,10 @@ def case(folder, algorithm="grpo", **hardware):
             ),
         }
     )
+
+
+def case(folder, algorithm="grpo", **hardware):
+    recipe = recipe_of(folder, algorithm, **hardware)
     plan = make_plan(recipe, cpu_device(), "cpu")
     recipe = planned(recipe, plan)
     settings = plan.settings
@@ -147,3 +155,48 @@ def test_a_run_that_asks_for_it_keeps_what_was_found(folder, tmp_path, capsys):
     kept = json.loads((run.path / "plan.json").read_text())["probe"]
     assert kept["said"] in capsys.readouterr().out
     assert set(kept["phases"]) == {"scoring", "update"} and kept["ratio"] > 0.5
+
+
+@pytest.fixture(scope="module")
+def unknown(tmp_path_factory):
+    """A model of a type that has no terms in the planner: its parameters are counted, its activations estimated."""
+    cache = tmp_path_factory.mktemp("cache")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("LOWMEM_RLHF_CACHE", str(cache))
+        changes = {**LARGER, "layer_types": ["conv", "full_attention"] * 2}
+        yield save_tiny("lfm2", tmp_path_factory.mktemp("model") / "lfm2", **changes)
+
+
+def one_step(recipe):
+    data = recipe.data.model_copy(update={"train_size": 8})
+    return recipe.model_copy(
+        update={"data": data, "training": recipe.training.model_copy(update={"max_steps": 1, "learning_rate": 1e-3})}
+    )
+
+
+def test_a_run_that_nobody_knows_to_fit_warns_on_a_cpu(unknown, tmp_path, capsys):
+    recipe = one_step(recipe_of(unknown, "sft"))
+    plan = json.loads((train(recipe, tmp_path / "run").path / "plan.json").read_text())
+    assert "warning: whether this run fits is not known" in capsys.readouterr().out
+    assert plan["verdict"] == "unknown" and "probe" not in plan
+
+
+def test_the_probe_knows_whether_an_unknown_model_fits(unknown, tmp_path, capsys):
+    recipe = one_step(recipe_of(unknown, "sft", probe=True))
+    plan = json.loads((train(recipe, tmp_path / "run").path / "plan.json").read_text())
+    assert plan["verdict"] == "yes" and set(plan["probe"]["phases"]) == {"scoring", "update"}
+    assert "warning" not in capsys.readouterr().out
+
+
+def test_an_estimate_that_does_not_fit_ends_only_a_run_without_a_probe(unknown, tmp_path):
+    """Room for the weights, not for what Llama's layers would take beside them."""
+    pins = {"gradient_checkpointing": False, "micro_batch_tokens": 400, "score_batch_tokens": 400}
+    need = session.running_plan(recipe_of(unknown, "sft", **pins)).memory["peak_bytes"]
+    room = (0.5 * need + CPU_PROCESS_BYTES) / (1 - MARGIN)
+    recipe = one_step(recipe_of(unknown, "sft", vram=f"{room / 2**20:.2f}MiB", **pins))
+    plan = session.running_plan(recipe)
+    assert not plan.fits and plan.verdict == "unknown"
+    with pytest.raises(UserError, match="by its estimate the plan does not fit"):
+        train(recipe, tmp_path / "first")
+    wanted = recipe.model_copy(update={"hardware": recipe.hardware.model_copy(update={"probe": True})})
+    assert train(wanted, tmp_path / "second").metrics()
