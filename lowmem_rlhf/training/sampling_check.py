@@ -10,17 +10,10 @@ from collections.abc import Callable
 
 from lowmem_rlhf.errors import RunError
 
-# mean absolute difference in nats a token, at temperature 1
-EXPECTED = {
-    "float32": 2e-5,
-    "float16": 6e-3,
-    "bfloat16": 5e-2,
-}
-EXPECTED_INT8 = {
-    "float32": 2e-2,
-    "float16": 2e-2,
-    "bfloat16": 5e-2,
-}  # activations are rounded to 8 bits whatever the dtype
+# Mean absolute difference in nats a token, at temperature 1. In float32 it mostly is 1e-5; where a model picks keys or
+# experts by a threshold, a rounding may tip one, and it was up to 2e-3.
+EXPECTED = {"float32": 2e-4, "float16": 6e-3, "bfloat16": 5e-2}
+EXPECTED_INT8 = {"float32": 2e-2, "float16": 2e-2, "bfloat16": 5e-2}  # activations are rounded to 8 bits in any dtype
 WARN, STOP = 3.0, 30.0  # times what is expected
 
 

@@ -9,11 +9,14 @@ import transformers
 from tiny_models import CPU, FAMILIES, UNPACKABLE, fill_adapter, ragged_groups, sampled_difference, save_tiny, tiny_base
 
 from lowmem_rlhf.errors import UserError
+from lowmem_rlhf.live_bytes import LiveBytes
 from lowmem_rlhf.model.base import SharedBase
 from lowmem_rlhf.model.roles import POLICY
 from lowmem_rlhf.model.stock import stock_forwards
+from lowmem_rlhf.recipe import load_recipe
 from lowmem_rlhf.rollout import stock_check
 from lowmem_rlhf.rollout.stock_check import TESTED, TESTED_WITH, Distance, check, checked, is_tested
+from lowmem_rlhf.session import plan_recipe
 from lowmem_rlhf.training.sampling_check import STOP, expected_difference
 
 PRECISIONS = [("none", "float32"), ("none", "bfloat16"), ("none", "float16"), ("nf4", "bfloat16"), ("int8", "float16")]
@@ -108,3 +111,16 @@ def test_the_list_of_tested_types_is_that_of_the_tests_and_holds_for_the_pinned_
 def test_distances():
     off = Distance.between(torch.tensor([-1.0, -2.0, -4.0]), torch.tensor([-1.0, -2.5, -2.0]))
     assert off == Distance(mean=pytest.approx(2.5 / 3), median=0.5, largest=2.0)
+
+
+def test_its_peak_memory_is_within_the_plan_of_the_smallest_run(smollm2):
+    small = {"hardware.device": "cpu", "generation.num_generations": 2, "training.prompts_per_step": 1}
+    recipe = load_recipe("quickstart", [f"{key}={value}" for key, value in small.items()])
+    plan = plan_recipe(recipe)
+    settings = plan.settings
+    base = SharedBase.load(
+        smollm2, CPU, settings.quantization, settings.compute_dtype, r=settings.lora["r"], lora_alpha=32
+    )
+    with LiveBytes() as live:
+        assert check(base).exact
+    assert live.peak < plan.memory["low_bytes"]
