@@ -73,7 +73,7 @@ def attention_layers(stock: Any) -> list[str]:
 def load_ours(folder: Path, quantization: str, dtype: str, targets: str | list[str] = "all-linear") -> SharedBase:
     """Load a folder as a run does, the check at load included."""
     base = SharedBase.load(str(folder), CPU, quantization, dtype, **LORA, target_modules=targets)
-    if not is_tested(base.model.config.model_type):
+    if not is_tested(base.model):
         checked(base)
     return base
 

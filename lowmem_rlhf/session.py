@@ -16,7 +16,7 @@ from lowmem_rlhf.hardware.detect import detect
 from lowmem_rlhf.hardware.device import Device
 from lowmem_rlhf.hardware.profiles import find_profile, match_profile, parse_bytes, profile_device
 from lowmem_rlhf.planning.advice import warning, why_not
-from lowmem_rlhf.planning.plan import Plan, make_plan
+from lowmem_rlhf.planning.plan import Plan, check_positions, make_plan
 from lowmem_rlhf.recipe import Recipe
 from lowmem_rlhf.recipe_trl import TRL_TRAINERS
 from lowmem_rlhf.run import RunDirectory, default_output
@@ -144,7 +144,11 @@ def train(recipe: Recipe, output: Path | None = None, resume: bool = False) -> R
 
     print_plan({**plan.to_dict(), **placed})
     base = _shared_base(recipe, plan)
-    placed["check"] = _checked(base, recipe, plan)
+    limit = base.rotary_limit
+    check_positions(
+        recipe, limit, f"takes other rotary factors for all texts of a pass once one has over {limit} tokens"
+    )
+    placed["check"] = held_against_stock(base, recipe, plan.settings.rollout_weights == "dequantized")
     if base.note:
         print(base.note, flush=True)
         key = "micro_batch_tokens"
@@ -249,8 +253,11 @@ def _shared_base(recipe: Recipe, plan: Plan) -> "SharedBase":
         ) from error
 
 
-def _checked(base: "SharedBase", recipe: Recipe, plan: Plan) -> dict[str, Any]:
+def held_against_stock(base: "SharedBase", recipe: Recipe, dequantize: bool) -> dict[str, Any]:
     """Hold a base against stock transformers, unless its type is one that the tests hold; return what plan.json says.
+
+    Args:
+        dequantize: how NF4 weights are held while sampling.
 
     Raises:
         UserError: it computes something else.
@@ -259,11 +266,12 @@ def _checked(base: "SharedBase", recipe: Recipe, plan: Plan) -> dict[str, Any]:
     from lowmem_rlhf.memory import is_out_of_memory
     from lowmem_rlhf.rollout.stock_check import TESTED_WITH, checked, is_tested
 
-    model_type = base.model.config.model_type
-    if recipe.hardware.check == "auto" and is_tested(model_type):
-        return {"said": f"{model_type} is held against transformers {TESTED_WITH} by this package's tests"}
+    if recipe.hardware.check == "auto" and is_tested(base.model):
+        return {
+            "said": f"{base.model.config.model_type} is held against transformers {TESTED_WITH} by this package's tests"
+        }
     try:
-        found = checked(base, plan.settings.rollout_weights == "dequantized")
+        found = checked(base, dequantize)
     except RuntimeError as error:
         if not is_out_of_memory(error):
             raise
@@ -271,7 +279,7 @@ def _checked(base: "SharedBase", recipe: Recipe, plan: Plan) -> dict[str, Any]:
             f"the device's memory ran out while {recipe.model} was held against stock transformers; close other "
             "programs that use it, or set hardware.quantization=nf4"
         ) from error
-    print(found.said, flush=True)
+    print(found.said, file=sys.stderr, flush=True)
     return found.to_dict()
 
 

@@ -21,7 +21,7 @@ VOCAB = 97
 EOS = 3
 CPU = torch.device("cpu")
 
-_COMMON: dict[str, Any] = {
+COMMON: dict[str, Any] = {
     "vocab_size": VOCAB,
     "hidden_size": 48,
     "intermediate_size": 64,
@@ -124,7 +124,7 @@ _GPT2_NAMES = {"hidden_size", "intermediate_size", "num_hidden_layers", "num_att
 def tiny_config(family: str, **changes: Any) -> Any:
     """Return the configuration of a family's tiny model."""
     model_type, own = {**FAMILIES, **UNPACKABLE}[family]
-    common = {k: v for k, v in _COMMON.items() if model_type not in ("gpt2", "gptj") or k not in _GPT2_NAMES}
+    common = {k: v for k, v in COMMON.items() if model_type not in ("gpt2", "gptj") or k not in _GPT2_NAMES}
     return AutoConfig.for_model(model_type, **{**common, **own, **changes})
 
 

@@ -24,7 +24,7 @@ from lowmem_rlhf.recipe import Recipe, load_recipe
 from lowmem_rlhf.rewards.loading import Reward, check_reward_columns, load_rewards
 from lowmem_rlhf.rollout.generate import Limits
 from lowmem_rlhf.run import RECIPE, RunDirectory
-from lowmem_rlhf.session import hush, running_plan
+from lowmem_rlhf.session import held_against_stock, hush, running_plan
 from lowmem_rlhf.training.build import bind_rewards
 from lowmem_rlhf.training.update import PassSettings
 
@@ -139,6 +139,7 @@ def open_model_subject(
             recipe.trust_remote_code,
             r=1,
         )
+    held_against_stock(base, recipe, settings.get("rollout_weights") == "dequantized")
     return _subject(base, recipe, rewards, rows, {"model": REFERENCE}, settings, None)
 
 

@@ -76,7 +76,7 @@ def describe(config: Any) -> Architecture:
     family = FAMILIES.get(config.model_type)
     if family is None:
         known = ", ".join(sorted(FAMILIES))
-        raise UserError(f"no GGUF is written here of a {config.model_type} model, only of {known}; {WAY_OUT}")
+        raise UserError(f"no GGUF is written here of the model type {config.model_type}, only of {known}; {WAY_OUT}")
     result = Architecture(family)
     activation = getattr(config, "hidden_activation", None) or getattr(config, "hidden_act", None)
     if (activation or config.activation_function) not in family.activations:

@@ -103,6 +103,7 @@ class PackedContext:
     def __init__(self, buckets: Sequence[Bucket], device: torch.device, keep: bool = False) -> None:
         self.buckets = buckets
         self.kept: dict[int, tuple[torch.Tensor, torch.Tensor]] | None = {} if keep else None
+        self.windows: dict[int, int | None] = {}  # of the layers that are kept
         self._index = [_pad_index(bucket.completions, device) for bucket in buckets]
         self._sizes = [size for b in buckets for size in (b.count * b.prompt, sum(b.completions))]
         self._masks: dict[tuple[int, int, int | None], torch.Tensor] = {}
@@ -121,6 +122,7 @@ class PackedContext:
         if self.kept is not None:
             if layer in self.kept:
                 raise NotPackable("a layer of it attends more than once for a token")
+            self.windows[layer] = window
             self.kept[layer] = (k.detach(), v.detach())
         pieces: list[torch.Tensor] = []
         # one split, whose backward is one concatenation; slices would each fill a whole row with zeros

@@ -138,7 +138,13 @@ class SharedBase(Roles):
             return str(error)
         except TypeError:  # its forward takes no further keywords
             return "its layers do not hand on what its attention is called with"
-        return "" if context.kept else "its attention cannot be replaced"
+        if not context.kept:
+            return "its attention cannot be replaced"
+        config = self.model.config.get_text_config()
+        kinds = getattr(config, "layer_types", None) or ["sliding_attention"] * len(context.windows)
+        sliding = getattr(config, "sliding_window", None) is not None and "sliding_attention" in kinds
+        handed_on = any(window is not None for window in context.windows.values())
+        return "the window of its attention is in its mask alone" if sliding and not handed_on else ""
 
     def _check_adapted(self, model: PreTrainedModel, target_modules: str | list[str]) -> None:
         """Check that every adapter lies beside a linear layer inside the model, and that peft loads what it saves."""
@@ -321,6 +327,20 @@ class SharedBase(Roles):
         recompute_layers(self.model, layers, offload)
 
     @property
+    def rotary_limit(self) -> int | None:
+        """Tokens beyond which a text changes the rotary factors of all texts of its pass; None: it never does.
+
+        So it is with transformers' ``dynamic`` and ``longrope`` kinds of them, which are made for one text at a time.
+        """
+        config = self.model.config.get_text_config()
+        given = getattr(config, "rope_parameters", None) or {}
+        for one in (given, *(value for value in given.values() if isinstance(value, dict))):
+            if one.get("rope_type") in ("dynamic", "longrope"):
+                original = one.get("original_max_position_embeddings")
+                return int(original or getattr(config, "original_max_position_embeddings", 0) or _positions(config))
+        return None
+
+    @property
     def stop_ids(self) -> frozenset[int]:
         """Every token id at which the model ends a text (generation config, config and tokenizer)."""
         ids: set[int] = set()
@@ -342,6 +362,10 @@ def _decoder_of(model: PreTrainedModel) -> nn.Module:
     )
     others = (m for m in found if isinstance(m, nn.Module) and m is not model)
     return next((m for m in others if "input_ids" in inspect.signature(m.forward).parameters), model.base_model)
+
+
+def _positions(config: Any) -> int:
+    return int(config.max_position_embeddings)
 
 
 def _is_ours(module: Any) -> bool:

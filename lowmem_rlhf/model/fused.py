@@ -220,7 +220,7 @@ def _fused_gelu(module: nn.Module) -> Any:
 def _activation_of(module: Callable[..., Any], device: torch.device) -> Activation | None:
     """Return the one activation that a function is in fp32, element by element; None where none or several fit."""
     x = torch.linspace(-14, 14, 4001, dtype=torch.float32, device="cpu")
-    x = torch.cat((x, x / 1000))
+    x = torch.cat((x, x / 1000, 100 * x))
     got = module(x.to(device))
     if not torch.is_tensor(got):
         return None
@@ -253,7 +253,8 @@ def _fused_mlp(module: Any, dtype: torch.dtype) -> Any:
     parts = {"gate_proj": _Affine(1.25, 0.5), "up_proj": _Affine(-0.75, 2.0), "down_proj": _Affine(1.5, -1.0)}
     twin._modules = {**module._modules, **parts}
     gate, up, down = parts.values()
-    x = torch.linspace(-8, 8, 1024, dtype=torch.float32, device="cpu").view(1, 2, -1)
+    x = torch.linspace(-8, 8, 1024, dtype=torch.float32, device="cpu")
+    x = torch.cat((x, 25 * x)).view(1, 2, -1)  # a clamp shows on large ones
     exact = down(kind[0](gate(x.double())) * up(x.double()))
     try:
         got = twin(x.to(device))

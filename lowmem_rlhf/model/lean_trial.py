@@ -56,15 +56,18 @@ def lean_decoder(base: Any) -> LeanDecoder | None:
     if not blocks or not {"embed_tokens", "norm", "rotary_emb"} <= {name for name, _ in decoder.named_children()}:
         return None
     ids = torch.arange(TRIAL_TOKENS, dtype=torch.long, device=base.device)[None]
+    # the last positions that the model was made for: what depends on them (Ministral's scale of queries) shows there
+    last = getattr(base.model.config.get_text_config(), "max_position_embeddings", None) or TRIAL_TOKENS
+    positions = ids + max(0, last - TRIAL_TOKENS)
     observed = _Observed(TRIAL_TOKENS, base.device)
     with _watched(blocks) as calls:
-        states = base.hidden_states(ids, ids, observed)
+        states = base.hidden_states(ids, positions, observed)
     found = [lean_layer(block, observed.seen.get(i)) for i, block in enumerate(blocks)]
     layers = [layer for layer in found if layer is not None]
-    if not len(layers) == len(calls) == len(blocks) or not _same_around(decoder, calls, ids, states):
+    if not len(layers) == len(calls) == len(blocks) or not _same_around(decoder, calls, ids, positions, states):
         return None
     for number, one in enumerate(zip(blocks, layers, calls, strict=True)):
-        if not _same_form(decoder, *one, number, ids) or not _same_numbers(decoder, *one, number, ids):
+        if not _same_form(decoder, *one, number, positions) or not _same_numbers(decoder, *one, number, positions):
             return None
     return LeanDecoder(decoder, layers)
 
@@ -91,10 +94,12 @@ def _watched(blocks: Sequence[nn.Module]) -> Iterator[list[_Call]]:
             handle.remove()
 
 
-def _same_around(decoder: Any, calls: Sequence[_Call], ids: torch.Tensor, states: torch.Tensor) -> bool:
+def _same_around(
+    decoder: Any, calls: Sequence[_Call], ids: torch.Tensor, positions: torch.Tensor, states: torch.Tensor
+) -> bool:
     """Say whether nothing happens before, between and behind the layers that the lean decoder does not do."""
     x = decoder.embed_tokens(ids)
-    tables = decoder.rotary_emb(x, ids)
+    tables = decoder.rotary_emb(x, positions)
     if any(table.dtype != x.dtype for table in tables):  # heads are turned in fp32 (OLMo)
         return False
     for call in calls:
@@ -155,7 +160,7 @@ def _norm_twin(norm: Any, number: int) -> nn.Module:
     return twin
 
 
-def _same_form(decoder: Any, block: Any, layer: LeanLayer, call: _Call, number: int, ids: torch.Tensor) -> bool:
+def _same_form(decoder: Any, block: Any, layer: LeanLayer, call: _Call, number: int, positions: torch.Tensor) -> bool:
     """Say whether stock and lean layer compute the same in fp32, their products replaced by small stand-ins."""
     groups = (layer.qkv, layer.out, layer.gate_up, layer.down)
     linears = [one for group in groups for one in group.layers]
@@ -190,21 +195,23 @@ def _same_form(decoder: Any, block: Any, layer: LeanLayer, call: _Call, number: 
     )
     generator = torch.Generator(device="cpu").manual_seed(number)
     x = torch.randn(call.x.shape, generator=generator, dtype=torch.float32, device="cpu").to(call.x.device)
-    tables = tuple(table.float() for table in decoder.rotary_emb(x, ids))
+    tables = tuple(table.float() for table in decoder.rotary_emb(x, positions))
     try:
         want = twin(x, **{**call.others, "position_embeddings": tables, CONTEXT: _context(x)})
-        got = lean.run(number, x[0], *rotary_tables(decoder, x, ids), _context(x))
+        got = lean.run(number, x[0], *rotary_tables(decoder, x, positions), _context(x))
     except (RuntimeError, TypeError, AttributeError, ValueError, KeyError):  # it uses its parts in another way
         return False
     change, wanted = got - x[0], (want[0] if isinstance(want, tuple) else want)[0] - x[0]
     return bool(((change - wanted).abs() <= CLOSE * wanted.abs().amax(-1, keepdim=True)).all())
 
 
-def _same_numbers(decoder: Any, block: Any, layer: LeanLayer, call: _Call, number: int, ids: torch.Tensor) -> bool:
+def _same_numbers(
+    decoder: Any, block: Any, layer: LeanLayer, call: _Call, number: int, positions: torch.Tensor
+) -> bool:
     """Say whether the lean layer, with the real products in the compute dtype, differs by rounding only."""
     others = {**call.others, CONTEXT: _context(call.x)}
     moved = block(nudged(call.x), **others)
-    got = layer.run(number, call.x[0], *rotary_tables(decoder, call.x, ids), _context(call.x))
+    got = layer.run(number, call.x[0], *rotary_tables(decoder, call.x, positions), _context(call.x))
     return rows_within_noise(got, call.result[0], (moved[0] if isinstance(moved, tuple) else moved)[0], call.x[0])
 
 

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from peft.tuners.lora.layer import LoraLayer
 from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
@@ -68,9 +69,9 @@ def within_rounding(
     return bool(((off <= allowed) | overflown).all())
 
 
-def nudged(x: torch.Tensor, share: float = 1.0, dtype: torch.dtype | None = None) -> torch.Tensor:
+def nudged(x: torch.Tensor, share: float = 1.0, dtype: torch.dtype | None = None, seed: int = 0) -> torch.Tensor:
     """Return a tensor with this share of its elements moved to a next number of a dtype (its own), up or down."""
-    generator = torch.Generator(device="cpu").manual_seed(x.numel())
+    generator = torch.Generator(device="cpu").manual_seed(x.numel() + seed)
     drawn = torch.rand(x.shape, generator=generator, dtype=torch.float32, device="cpu")
     signs = (drawn < share / 2).to(torch.int8) - (drawn > 1 - share / 2).to(torch.int8)
     step = torch.finfo(dtype or x.dtype).eps * signs.to(device=x.device, dtype=torch.float32)
@@ -78,18 +79,19 @@ def nudged(x: torch.Tensor, share: float = 1.0, dtype: torch.dtype | None = None
 
 
 @contextmanager
-def nudged_layers(model: nn.Module, dtype: torch.dtype) -> Iterator[None]:
-    """Move what every layer of a model gives by about one rounding: how far its results move is what that explains.
+def nudged_layers(model: nn.Module, dtype: torch.dtype, seed: int = 0) -> Iterator[None]:
+    """Move what layers and products give by about one rounding: how far a model's results move is what that explains.
 
     Args:
         dtype: that it computes in; some add its layers up in fp32 (Mamba).
+        seed: of the draw.
     """
 
     def nudge(module: nn.Module, args: Any, result: Any) -> Any:
-        first = nudged(result[0] if isinstance(result, tuple) else result, ROUNDING_SHARE, dtype)
+        first = nudged(result[0] if isinstance(result, tuple) else result, ROUNDING_SHARE, dtype, seed)
         return (first, *result[1:]) if isinstance(result, tuple) else first
 
-    layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+    layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer | LoraLayer)]
     handles = [layer.register_forward_hook(nudge) for layer in layers]
     try:
         yield

@@ -37,7 +37,8 @@ def warning(plan: Plan) -> str:
     low, high = map(gib, plan.peak_bytes_range)
     return (
         f"warning: whether this run fits is not known: its memory is only estimated, at {low} to {high} where "
-        f"{gib(plan.device.free_bytes)} are free; hardware.probe=true measures it before the first step"
+        f"{gib(plan.device.free_bytes)} are free on {plan.device.name}; hardware.probe=true measures it before the "
+        "first step"
     )
 
 

@@ -42,7 +42,7 @@ from lowmem_rlhf.planning.shapes import (
 from lowmem_rlhf.planning.verdicts import Verdict, verdict_of
 from lowmem_rlhf.recipe import Recipe
 
-__all__ = ["Plan", "Settings", "make_plan", "plan_for", "shortage"]
+__all__ = ["Plan", "Settings", "check_positions", "make_plan", "plan_for", "shortage"]
 
 _SETTING_OF_PHASE = {
     "rollout": "rollout_batch_size",
@@ -117,7 +117,7 @@ def plan_for(recipe: Recipe, device: Device, profile: str, dims: ModelDimensions
     Raises:
         UserError: as `make_plan`.
     """
-    _check_positions(recipe, dims)
+    check_positions(recipe, dims.max_positions, f"has only {dims.max_positions} positions")
     case = Case(recipe, device, dims, choices.budget_bytes(device))
     settings, reasons = _settings(case)
     if dims.note:
@@ -184,13 +184,22 @@ def _lora_reason(case: Case, rank: int, reason: str) -> str:
     return f"rank {rank}: {reason}; {millions:.2f} million adapter parameters, {share:.2g} % of the model's{more}"
 
 
-def _check_positions(recipe: Recipe, dims: ModelDimensions) -> None:
+def check_positions(recipe: Recipe, limit: int | None, why: str) -> None:
+    """Check that no text of a run is longer than a model takes.
+
+    Args:
+        limit: in tokens; None: any length.
+        why: what there is of them only, as the end of a sentence about the model.
+
+    Raises:
+        UserError: one is longer.
+    """
     rows = [length_keys(recipe), *([sampled_keys(recipe)] if samples_completions(recipe) else [])]
     for keys in rows:
         tokens = sum(keys.values())
-        if dims.max_positions is not None and tokens > dims.max_positions:
+        if limit is not None and tokens > limit:
             verb, which = ("makes", "it") if len(keys) == 1 else ("make", "one of them")
             raise UserError(
                 f"{' and '.join(f'{key} {value}' for key, value in keys.items())} {verb} {tokens} tokens, but "
-                f"{recipe.model!r} has only {dims.max_positions} positions; lower {which}"
+                f"{recipe.model!r} {why}; lower {which}"
             )

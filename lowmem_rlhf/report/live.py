@@ -198,7 +198,8 @@ def _ranges(plan_dict: dict[str, Any], unknown: bool) -> Iterator[str]:
     low, high = plan_dict.get("peak_bytes_range") or (None, None)
     if unknown:
         rest = "four times the estimate of the rest"
-        yield f"between {format_bytes(low)} (what is counted) and {format_bytes(high)} ({rest})"
+        whose = "the process: " if "process" in memory else ""
+        yield f"{whose}between {format_bytes(low)} (what is counted) and {format_bytes(high)} ({rest})"
     elif (low := memory.get("low_bytes")) != (high := memory.get("high_bytes")):
         yield f"between {format_bytes(low)} (live tensors) and {format_bytes(high)} (a wasteful allocator)"
     if process := memory.get("process"):

@@ -144,7 +144,8 @@ class Trainer(Loop):
         self.stream = PromptStream(train, recipe.training.prompts_per_step, recipe.training.seed)
         self.algorithm = algorithm_of(recipe)
         settings, temperature = plan.settings, recipe.generation.temperature
-        self.sampling = SamplingCheck(settings.quantization, settings.compute_dtype, temperature)
+        checked = recipe.hardware.check == "always"
+        self.sampling = SamplingCheck(settings.quantization, settings.compute_dtype, temperature, checked)
 
     def state(self) -> dict[str, Any]:
         """See `Loop.state`."""

@@ -32,11 +32,18 @@ class SamplingCheck:
     Args:
         quantization, compute_dtype: as in a plan's settings.
         temperature: that completions are sampled at.
+        checked: the model was held against stock transformers when it was loaded.
     """
 
-    def __init__(self, quantization: str, compute_dtype: str, temperature: float) -> None:
+    def __init__(self, quantization: str, compute_dtype: str, temperature: float, checked: bool = False) -> None:
         self.expected = expected_difference(quantization, compute_dtype, temperature)
         self.precision = compute_dtype if quantization == "none" else f"{quantization} with {compute_dtype}"
+        ways = [
+            *([] if checked else ["hardware.check=always, which holds the model against stock transformers"]),
+            *([] if compute_dtype == "float32" else ["hardware.compute_dtype=float32"]),
+            "shorter texts",
+        ]
+        self._advice = f"try {', or '.join(ways)}"
         self._warned = False
 
     def look(self, difference: float | None, step: int, say: Callable[[str], None]) -> None:
@@ -55,11 +62,7 @@ class SamplingCheck:
             f"token (sampling/logp_difference), where rounding in {self.precision} explains {self.expected:.2g}"
         )
         if not difference <= STOP * self.expected:
-            raise RunError(
-                f"{found}: the policy that samples is not the one that trains. Run again with hardware.check=always, "
-                "which tells whether this model's numbers are stock transformers', or with "
-                "hardware.compute_dtype=float32"
-            )
+            raise RunError(f"{found}: the policy that samples is not the one that trains; {self._advice}")
         if not self._warned:
-            say(f"{found}; hardware.check=always holds the model against stock transformers")
+            say(f"{found}; {self._advice}")
             self._warned = True

@@ -19,12 +19,12 @@ UNPACKABLE = {
 def test_a_model_that_cannot_be_packed_trains_and_the_run_says_how(model_type, tmp_path, capsys):
     model = save_tiny_model(tmp_path / "model", 0, model_type, **UNPACKABLE[model_type])
     run = train(tiny_recipe(model), tmp_path / "run")
-    printed = capsys.readouterr().out
+    printed, said = capsys.readouterr()
     assert "cannot be packed" in printed
     assert "rows are padded" in printed
     assert "cannot be packed" in run.plan()["reasons"]["micro_batch_tokens"]
     found = run.plan()["check"]
-    assert found["exact"] and found["way"] == "padded" and found["said"] in printed
+    assert found["exact"] and found["way"] == "padded" and found["said"] in said
     assert found["decoded"]["largest"] < 1e-3
     metrics = run.metrics()
     assert len(metrics) == 3
@@ -40,7 +40,7 @@ def test_a_tested_type_is_checked_on_request_only(tmp_path, capsys):
     assert "by this package's tests" in run.plan()["check"]["said"]
     asked = tiny_recipe(model, hardware={"device": "cpu", "compute_dtype": "float32", "check": "always"})
     run = train(asked, tmp_path / "asked")
-    assert run.plan()["check"]["exact"] and run.plan()["check"]["said"] in capsys.readouterr().out
+    assert run.plan()["check"]["exact"] and run.plan()["check"]["said"] in capsys.readouterr().err
 
 
 def test_a_model_that_computes_something_else_is_refused_before_anything_is_written(tmp_path, monkeypatch):

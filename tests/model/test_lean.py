@@ -2,9 +2,11 @@
 
 import pytest
 import torch
-from tiny_models import CPU, ragged_groups, tiny_base
+from tiny_models import COMMON, CPU, ragged_groups, tiny_base, tiny_tokenizer
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from lowmem_rlhf.model.attention import PackedContext
+from lowmem_rlhf.model.base import SharedBase
 from lowmem_rlhf.model.lean_trial import lean_decoder
 from lowmem_rlhf.model.packing import pack
 from lowmem_rlhf.model.roles import POLICY
@@ -46,3 +48,13 @@ def test_the_trial_sees_a_difference():
     layer = base.decoder.layers[1]
     layer.register_forward_pre_hook(lambda module, args: (args[0] * 1.001, *args[1:]))
     assert lean_decoder(base) is None
+
+
+def test_a_scale_of_queries_beyond_some_position_keeps_the_modules():
+    """Ministral 3 scales queries beyond its original positions; the trial's texts are short."""
+    rope = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 24}
+    config = AutoConfig.for_model(
+        "ministral3", **COMMON, head_dim=16, rope_parameters={**rope, "llama_4_scaling_beta": 0.3}
+    )
+    stock = AutoModelForCausalLM.from_config(config, dtype=torch.float32).requires_grad_(False)
+    assert SharedBase(stock, tiny_tokenizer(), "tiny", r=4, lora_alpha=8).lean is None

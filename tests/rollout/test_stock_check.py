@@ -6,7 +6,19 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from tiny_models import CPU, FAMILIES, UNPACKABLE, fill_adapter, ragged_groups, sampled_difference, save_tiny, tiny_base
+from tiny_models import (
+    CPU,
+    FAMILIES,
+    UNPACKABLE,
+    fill_adapter,
+    ragged_groups,
+    sampled_difference,
+    save_tiny,
+    tiny_base,
+    tiny_model,
+    tiny_tokenizer,
+)
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from lowmem_rlhf.errors import UserError
 from lowmem_rlhf.live_bytes import LiveBytes
@@ -15,10 +27,12 @@ from lowmem_rlhf.model.roles import POLICY
 from lowmem_rlhf.model.stock import stock_forwards
 from lowmem_rlhf.recipe import load_recipe
 from lowmem_rlhf.rollout import stock_check
-from lowmem_rlhf.rollout.stock_check import TESTED, TESTED_WITH, Distance, check, checked, is_tested
+from lowmem_rlhf.rollout.stock_check import TESTED, TESTED_WITH, Distance, StockCheck, check, checked, is_tested
 from lowmem_rlhf.session import plan_recipe
 from lowmem_rlhf.training.sampling_check import STOP, expected_difference
 
+LONG = {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0] * 6, "long_factor": [4.0] * 6}
+SMALL = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": 64}
 PRECISIONS = [("none", "float32"), ("none", "bfloat16"), ("none", "float16"), ("nf4", "bfloat16"), ("int8", "float16")]
 ROOT = Path(__file__).parents[2]
 
@@ -103,14 +117,41 @@ def test_the_list_of_tested_types_is_that_of_the_tests_and_holds_for_the_pinned_
     assert {model_type for model_type, _ in FAMILIES.values()} == TESTED
     pinned = re.search(r"^transformers==(.*)$", (ROOT / "constraints.txt").read_text(), re.MULTILINE)[1]
     assert pinned == TESTED_WITH
-    assert is_tested("llama") == (transformers.__version__ == TESTED_WITH) and not is_tested("olmo3")
+    llama, olmo3 = tiny_model("llama"), AutoModelForCausalLM.from_config(AutoConfig.for_model("olmo3", **SMALL))
+    assert is_tested(llama) == (transformers.__version__ == TESTED_WITH) and not is_tested(olmo3)
+    of_its_own = type("LlamaForCausalLM", (type(llama),), {"__module__": "transformers_modules.somebodys"})
+    assert not is_tested(of_its_own(llama.config))
     monkeypatch.setattr(stock_check, "TESTED_WITH", "5.0.0")  # as with another release than the pinned one
-    assert not is_tested("llama")
+    assert not is_tested(llama)
 
 
 def test_distances():
     off = Distance.between(torch.tensor([-1.0, -2.0, -4.0]), torch.tensor([-1.0, -2.5, -2.0]))
-    assert off == Distance(mean=pytest.approx(2.5 / 3), median=0.5, largest=2.0)
+    assert off == Distance(mean=pytest.approx(2.5 / 3), median=0.5, upper=0.5, largest=2.0)
+
+
+@pytest.mark.parametrize("experts", [True, False])
+def test_of_a_mixture_in_16_bits_a_few_tokens_may_differ_and_no_third_of_them(experts):
+    noise, right = Distance(0.01, 0.01, 0.02, 0.05), torch.zeros(20)
+    found = {"way": "packed", "tokens": 20, "noise": noise, "slack": 1e-3, "factor": 1.0, "experts": experts}
+    for tokens, allowed in ((2, experts), (7, False)):
+        wrong = right.clone()
+        wrong[:tokens] = 3.0
+        distance = Distance.between(wrong, right)
+        assert StockCheck(trained=distance, decoded=distance, **found).exact == allowed
+
+
+@pytest.mark.parametrize(
+    ("family", "changes"),
+    [
+        ("phi3", {"rope_parameters": LONG, "original_max_position_embeddings": 24}),
+        ("llama", {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 4.0}}),
+    ],
+)
+def test_the_length_at_which_rotary_factors_change_is_known(family, changes):
+    base = SharedBase(tiny_model(family, **changes), tiny_tokenizer(), "x", r=4, lora_alpha=8)
+    assert base.rotary_limit == (24 if family == "phi3" else 128)
+    assert tiny_base("llama")[0].rotary_limit is None
 
 
 def test_its_peak_memory_is_within_the_plan_of_the_smallest_run(smollm2):
