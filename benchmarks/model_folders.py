@@ -2,9 +2,13 @@
 
 import json
 import os
+import re
 import shutil
 from pathlib import Path
 from typing import Any
+
+from safetensors import safe_open
+from safetensors.torch import save_file
 
 TINY = {"vocab_size": 512, "hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 4}
 LAYER_KEYS = ("num_hidden_layers", "n_layer", "n_layers")
@@ -24,7 +28,7 @@ def model_folder(model: str) -> Path:
 
 
 def truncated(folder: Path, layers: int, target: Path) -> Path:
-    """Make ``target`` the same model with its first ``layers`` layers only; the weights are linked, not copied.
+    """Make ``target`` the same model with its first ``layers`` layers only; other files are linked.
 
     Raises:
         ValueError: the model has fewer layers.
@@ -37,8 +41,14 @@ def truncated(folder: Path, layers: int, target: Path) -> Path:
     if isinstance(config.get("layer_types"), list):
         config["layer_types"] = config["layer_types"][:layers]
     target.mkdir(parents=True)
+    kept: dict[str, Any] = {}
+    for file in folder.glob("*.safetensors"):
+        with safe_open(file, framework="pt") as tensors:
+            names = [name for name in tensors.keys() if _layer_of(name) < layers]  # noqa: SIM118 (not a dict)
+            kept |= {name: tensors.get_tensor(name) for name in names}
+    save_file(kept, target / "model.safetensors", metadata={"format": "pt"})
     for file in folder.iterdir():
-        if file.name == "config.json" or file.is_dir():
+        if file.name == "config.json" or file.is_dir() or "safetensors" in file.name:
             continue
         try:
             os.symlink(file.resolve(), target / file.name)
@@ -46,6 +56,12 @@ def truncated(folder: Path, layers: int, target: Path) -> Path:
             shutil.copyfile(file, target / file.name)
     (target / "config.json").write_text(json.dumps(config), encoding="utf-8")
     return target
+
+
+def _layer_of(name: str) -> int:
+    """Return the number of the layer that a tensor belongs to; -1 for one outside the layers."""
+    number = re.search(r"\.(\d+)\.", name)
+    return int(number[1]) if number else -1
 
 
 def byte_tokenizer() -> Any:

@@ -64,7 +64,7 @@ def only_looks_linear(module: nn.Module) -> bool:
     from bitsandbytes.nn import Linear4bit, Linear8bitLt
 
     plain = {kind.forward for kind in (nn.Linear, Linear4bit, Linear8bitLt)}
-    if not isinstance(module, nn.Linear) or type(module).forward in plain:
+    if not isinstance(module, nn.Linear) or type(module).forward in plain or module.weight.is_meta:
         return False
     weight = module.weight
     x = torch.linspace(-1, 1, 2 * module.in_features, dtype=weight.dtype, device=weight.device).view(2, -1)

@@ -131,7 +131,7 @@ def test_the_count_is_that_of_the_real_model(model_type, in_process):
             modules_to_not_convert=get_keys_to_not_convert(other),
             quantization_config=quantization_settings("nf4", torch.bfloat16),
         )
-        adapted = get_peft_model(stock, lora_config(4, 8, "all-linear", "x", model_type))
+        adapted = get_peft_model(stock, lora_config(4, 8, "all-linear", "x", stock))
     total = sum(p.numel() for p in stock.parameters() if not p.requires_grad)
     four_bit = [m for m in quantized.modules() if type(m).__name__ == "Linear4bit"]
     assert dims.counted is not None and dims.num_parameters == dims.counted.total == total
