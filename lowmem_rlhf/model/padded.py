@@ -8,7 +8,7 @@ is the same code as on the packed path.
 import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from peft.tuners.lora.layer import LoraLayer
@@ -24,10 +24,11 @@ if TYPE_CHECKING:
     from lowmem_rlhf.model.base import SharedBase
 
 CACHE_NAMES = ("past_key_values", "cache_params")  # how a model's forward calls its cache
-READ = 5  # tokens of the trial's prompts
+READ, DECODED = 20, 8  # tokens of the trial's prompts, and of what follows: what clamps few of them shows on some
+COMMON_TOKENS = 250  # of the vocabulary, the first ones
 NOISES = 8.0  # a recurrence sums in another order than a whole pass does, and each of its steps rounds
 COMMON = 3  # tokens that both texts of the trial of causality begin with
-CLOSE = 1e-4  # of a state's size, for the same reason where nothing is rounded to 16 bits
+CLOSE = 5e-5  # of a state's size, for the same reason where nothing is rounded to 16 bits
 
 
 def why_not_packed(model: PreTrainedModel) -> str:
@@ -147,7 +148,11 @@ def cache_follows_rows(base: "SharedBase") -> bool:
     It does not where a model keeps its state in its modules (RecurrentGemma), or where its cache is one of its own.
     """
     order = torch.tensor([1, 0, 1], dtype=torch.long, device=base.device)
-    ids = torch.tensor([[1, 2, 3, 4, 1, 2, 4, 3], [3, 1, 2, 2, 4, 1, 3, 1]], dtype=torch.long, device=base.device)
+    embedding: Any = base.model.get_input_embeddings()
+    vocabulary = min(COMMON_TOKENS, embedding.weight.shape[0])
+    generator = torch.Generator(device="cpu").manual_seed(0)
+    drawn = torch.randint(1, vocabulary, (2, READ + DECODED), generator=generator, dtype=torch.long, device="cpu")
+    ids = drawn.to(base.device)
     positions = torch.arange(ids.shape[1], dtype=torch.long, device=base.device).expand(3, -1)
     want = base.stock_states(ids, positions[:2])[order, READ:]
     with nudged_layers(base.model, base.dtype):
