@@ -129,7 +129,7 @@ def test_llama_cpp_computes_the_same(name, tmp_path, tokenizer):
 @pytest.mark.parametrize(
     "family, changes, message",
     [
-        ("gpt_neox", {}, "no GGUF is written here of a gpt_neox model, only of gemma"),
+        ("gpt_neox", {}, "no GGUF is written here of the model type gpt_neox, only of gemma"),
         ("gemma2", {"query_pre_attn_scalar": 20}, "query_pre_attn_scalar=20, and llama.cpp takes 16"),
         ("gpt2", {}, "attention scaled by layer"),
         ("llama", {"hidden_act": "relu"}, "relu in its feed-forward layers"),
