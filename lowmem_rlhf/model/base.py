@@ -332,12 +332,13 @@ class SharedBase(Roles):
 
         So it is with transformers' ``dynamic`` and ``longrope`` kinds of them, which are made for one text at a time.
         """
-        config = self.model.config.get_text_config()
+        config: Any = self.model.config.get_text_config()
         given = getattr(config, "rope_parameters", None) or {}
         for one in (given, *(value for value in given.values() if isinstance(value, dict))):
             if one.get("rope_type") in ("dynamic", "longrope"):
                 original = one.get("original_max_position_embeddings")
-                return int(original or getattr(config, "original_max_position_embeddings", 0) or _positions(config))
+                original = original or getattr(config, "original_max_position_embeddings", None)
+                return int(original or config.max_position_embeddings)
         return None
 
     @property
@@ -362,10 +363,6 @@ def _decoder_of(model: PreTrainedModel) -> nn.Module:
     )
     others = (m for m in found if isinstance(m, nn.Module) and m is not model)
     return next((m for m in others if "input_ids" in inspect.signature(m.forward).parameters), model.base_model)
-
-
-def _positions(config: Any) -> int:
-    return int(config.max_position_embeddings)
 
 
 def _is_ours(module: Any) -> bool:

@@ -71,7 +71,8 @@ def _is_right(product: Product, bases: Sequence[Any], dtype: torch.dtype) -> boo
     key = (
         product.__class__,
         getattr(product, "__qualname__", ""),
-        tuple(tuple(b.weight.quant_state.shape) for b in bases),
+        tuple((*b.weight.quant_state.shape, b.bias is not None) for b in bases),
+        dtype,
     )
     if key not in _RIGHT:
         generator = torch.Generator(device="cpu").manual_seed(0)

@@ -8,7 +8,6 @@ against the formula in fp32. A module that fits no formula, or more than one, ke
 Shapes: (.., H) for norms, (T, F) for the gate and up projections of an MLP.
 """
 
-import copy
 import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -20,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from lowmem_rlhf.model.trial import norm_weights, simple_attributes, trial_rows, within_rounding
+from lowmem_rlhf.model.trial import norm_weights, simple_attributes, trial_rows, twin, within_rounding
 
 GATED_MLP = {"gate_proj", "up_proj", "down_proj", "act_fn"}  # the parts of one
 FP32 = 4 * torch.finfo(torch.float32).eps  # of the size of inner results: their rounding
@@ -184,17 +183,9 @@ def _norm_form(module: nn.Module, weight: torch.Tensor, eps: float, dtype: torch
     return best if all(_is_norm(module, one, eps, best, dtype) for one in trials) else None
 
 
-def _with_weight(module: nn.Module, weight: torch.Tensor) -> nn.Module:
-    """Return a norm of the same class and settings, with its own forward and another weight."""
-    twin = copy.copy(module)
-    twin.__dict__.pop("forward", None)
-    twin._parameters = {"weight": nn.Parameter(weight, requires_grad=False)}
-    return twin
-
-
 def _is_norm(module: nn.Module, weight: torch.Tensor, eps: float, form: _NormForm, dtype: torch.dtype) -> bool:
     """Say whether module and kernel, each in ``dtype`` and with this weight, give the formula's every element."""
-    stock, scale = _with_weight(module, weight), form.scale(weight)
+    stock, scale = twin(module, weight=weight), form.scale(weight)
     exact_scale = weight.to("cpu").double() + form.offset
     for rows in trial_rows(weight.numel(), dtype):
         x, wide = rows.to(weight.device), rows.double()
@@ -205,7 +196,7 @@ def _is_norm(module: nn.Module, weight: torch.Tensor, eps: float, form: _NormFor
 
 
 def _equal_elements(module: nn.Module, weight: torch.Tensor, eps: float, form: _NormForm, dtype: torch.dtype) -> int:
-    stock, scale = _with_weight(module, weight), form.scale(weight)
+    stock, scale = twin(module, weight=weight), form.scale(weight)
     rows = [x.to(weight.device) for x in trial_rows(weight.numel(), dtype)]
     return sum(int((stock(x) == _normed(x, scale, eps)).sum()) for x in rows)
 
@@ -248,16 +239,17 @@ def _fused_mlp(module: Any, dtype: torch.dtype) -> Any:
     kind = _activation_of(module.act_fn, device)
     if kind is None:
         return None
-    twin = copy.copy(module)
-    twin.__dict__.pop("forward", None)
-    parts = {"gate_proj": _Affine(1.25, 0.5), "up_proj": _Affine(-0.75, 2.0), "down_proj": _Affine(1.5, -1.0)}
-    twin._modules = {**module._modules, **parts}
+    parts: dict[str, nn.Module] = {
+        "gate_proj": _Affine(1.25, 0.5),
+        "up_proj": _Affine(-0.75, 2.0),
+        "down_proj": _Affine(1.5, -1.0),
+    }
     gate, up, down = parts.values()
     x = torch.linspace(-8, 8, 1024, dtype=torch.float32, device="cpu")
     x = torch.cat((x, 25 * x)).view(1, 2, -1)  # a clamp shows on large ones
     exact = down(kind[0](gate(x.double())) * up(x.double()))
     try:
-        got = twin(x.to(device))
+        got = twin(module, parts)(x.to(device))
     except (RuntimeError, TypeError, AttributeError, ValueError):  # it does something else with its layers
         return None
     inner_error = FP32 * (1.0 + gate(x).abs() * up(x).abs())

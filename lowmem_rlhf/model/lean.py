@@ -127,11 +127,9 @@ class LeanDecoder:
                 found.append((result, *(one.clone() for one in context.stored(number))))
             got = x.clone()
             native.run(got, *tables, context.all_kept(), only=number)
-            results = zip((got, *context.stored(number)), *found, strict=True)
-            if not all(
-                rows_within_noise(by_c, want, moved, x if want.shape == x.shape else want)
-                for by_c, want, moved in results
-            ):
+            adds_to = (x, *found[0][1:])  # a result adds to the layer's input; keys and values stand by themselves
+            results = zip((got, *context.stored(number)), *found, adds_to, strict=True)
+            if not all(rows_within_noise(*one) for one in results):
                 return False
             x = found[0][0]
         return True

@@ -7,7 +7,6 @@ numbers. With the real products, in the compute dtype, only rounding may then di
 Shapes: T tokens, H hidden size.
 """
 
-import copy
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -19,7 +18,7 @@ from torch import nn
 from lowmem_rlhf.model.attention import PackedContext
 from lowmem_rlhf.model.lean import LeanDecoder, LeanLayer, lean_layer, rotary_tables
 from lowmem_rlhf.model.packing import Bucket
-from lowmem_rlhf.model.trial import norm_weights, nudged, rows_within_noise
+from lowmem_rlhf.model.trial import norm_weights, nudged, rows_within_noise, twin
 
 TRIAL_TOKENS = 6
 RANK = 8  # of the stand-ins for products
@@ -143,21 +142,12 @@ class _Products:
         return torch.cat(self.results(x), dim=-1)
 
 
-def _twin(module: nn.Module, children: dict[str, nn.Module]) -> nn.Module:
-    """Return the same module with its class's forward and some other children."""
-    twin = copy.copy(module)
-    twin.__dict__.pop("forward", None)
-    twin._modules = {**module._modules, **children}
-    return twin
-
-
 def _norm_twin(norm: Any, number: int) -> nn.Module:
     """Return a norm of the same class with an fp32 weight that is near one and not the same everywhere."""
-    twin = _twin(norm, {})
-    if isinstance(getattr(norm, "weight", None), nn.Parameter):
-        near_one = next(norm_weights(norm.weight.numel())).roll(number)
-        twin._parameters = {"weight": nn.Parameter(near_one.to(norm.weight.device), requires_grad=False)}
-    return twin
+    if not isinstance(getattr(norm, "weight", None), nn.Parameter):
+        return twin(norm)
+    near_one = next(norm_weights(norm.weight.numel())).roll(number)
+    return twin(norm, weight=near_one.to(norm.weight.device))
 
 
 def _same_form(decoder: Any, block: Any, layer: LeanLayer, call: _Call, number: int, positions: torch.Tensor) -> bool:
@@ -173,11 +163,11 @@ def _same_form(decoder: Any, block: Any, layer: LeanLayer, call: _Call, number: 
         name: products[child] for name, child in block.mlp.named_children() if child in products
     }
     norms = [_norm_twin(norm, place) for place, norm in enumerate(layer.norms)]
-    twin = _twin(
+    stock = twin(
         block,
         {
-            "self_attn": _twin(block.self_attn, attention_parts),
-            "mlp": _twin(block.mlp, mlp_parts),
+            "self_attn": twin(block.self_attn, attention_parts),
+            "mlp": twin(block.mlp, mlp_parts),
             "input_layernorm": norms[0],
             "post_attention_layernorm": norms[1],
         },
@@ -197,7 +187,7 @@ def _same_form(decoder: Any, block: Any, layer: LeanLayer, call: _Call, number: 
     x = torch.randn(call.x.shape, generator=generator, dtype=torch.float32, device="cpu").to(call.x.device)
     tables = tuple(table.float() for table in decoder.rotary_emb(x, positions))
     try:
-        want = twin(x, **{**call.others, "position_embeddings": tables, CONTEXT: _context(x)})
+        want = stock(x, **{**call.others, "position_embeddings": tables, CONTEXT: _context(x)})
         got = lean.run(number, x[0], *rotary_tables(decoder, x, positions), _context(x))
     except (RuntimeError, TypeError, AttributeError, ValueError, KeyError):  # it uses its parts in another way
         return False

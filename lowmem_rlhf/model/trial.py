@@ -5,6 +5,7 @@ norm that multiplies with ``w`` for ``1 + w``), and one number for a whole tenso
 one, so weights come from several distributions and every element is looked at.
 """
 
+import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -113,6 +114,21 @@ def rows_within_noise(got: torch.Tensor, want: torch.Tensor, moved: torch.Tensor
     noise = (moved - want).square().mean(-1, keepdim=True)
     of_rows = off.square().mean(-1, keepdim=True) <= ROW_NOISE**2 * (noise + size.square().mean(-1, keepdim=True))
     return bool(of_rows.all() and (off <= ELEMENT_NOISE * noise.sqrt() + ROUNDINGS * size).all())
+
+
+def twin(
+    module: nn.Module, children: dict[str, nn.Module] | None = None, weight: torch.Tensor | None = None
+) -> nn.Module:
+    """Return a module of the same class and settings with its class's forward, and some children or its weight others.
+
+    Nothing is copied: what is not replaced is the module's own.
+    """
+    other = copy.copy(module)
+    other.__dict__.pop("forward", None)
+    other._modules = {**module._modules, **(children or {})}
+    if weight is not None:
+        other._parameters = {**module._parameters, "weight": nn.Parameter(weight, requires_grad=False)}
+    return other
 
 
 def simple_attributes(module: nn.Module) -> tuple[tuple[str, Any], ...]:

@@ -50,3 +50,14 @@ def test_a_model_that_computes_something_else_is_refused_before_anything_is_writ
     with pytest.raises(UserError, match="differ from stock transformers'"):
         train(tiny_recipe(model), tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+def test_texts_that_would_change_the_rotary_factors_of_others_are_refused(tmp_path):
+    factors = {"short_factor": [1.0] * 8, "long_factor": [4.0] * 8}
+    rope = {"rope_type": "longrope", "rope_theta": 1e4, **factors}
+    model = save_tiny_model(tmp_path / "model", 0, "phi3", rope_parameters=rope, original_max_position_embeddings=4)
+    with pytest.raises(
+        UserError, match="other rotary factors for all texts of a pass once one has over 4 tokens; lower"
+    ):
+        train(tiny_recipe(model), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
