@@ -141,10 +141,15 @@ class SharedBase(Roles):
         if not context.kept:
             return "its attention cannot be replaced"
         config = self.model.config.get_text_config()
-        kinds = getattr(config, "layer_types", None) or ["sliding_attention"] * len(context.windows)
-        sliding = getattr(config, "sliding_window", None) is not None and "sliding_attention" in kinds
-        handed_on = any(window is not None for window in context.windows.values())
-        return "the window of its attention is in its mask alone" if sliding and not handed_on else ""
+        if getattr(config, "sliding_window", None) is None:
+            return ""
+        kinds = dict(enumerate(getattr(config, "layer_types", None) or ()))
+        in_mask = [
+            layer
+            for layer, window in context.windows.items()
+            if window is None and kinds.get(layer, "sliding_attention") == "sliding_attention"
+        ]
+        return "the window of its attention is in its mask alone" if in_mask else ""
 
     def _check_adapted(self, model: PreTrainedModel, target_modules: str | list[str]) -> None:
         """Check that every adapter lies beside a linear layer inside the model, and that peft loads what it saves."""

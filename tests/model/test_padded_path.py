@@ -12,7 +12,19 @@ from test_packed_equals_padded import (
     stock_with_peft,
     weights_of,
 )
-from tiny_models import CPU, EOS, UNPACKABLE, VOCAB, as_batch, ragged_groups, tiny_base, tiny_model, tiny_tokenizer
+from tiny_models import (
+    COMMON,
+    CPU,
+    EOS,
+    UNPACKABLE,
+    VOCAB,
+    as_batch,
+    ragged_groups,
+    tiny_base,
+    tiny_model,
+    tiny_tokenizer,
+)
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from lowmem_rlhf.errors import UserError
 from lowmem_rlhf.model import base as base_module
@@ -209,3 +221,13 @@ def test_a_head_that_is_not_all_of_the_way_to_the_logits_is_refused(monkeypatch)
     monkeypatch.setattr(type(model), "forward", doubled)
     with pytest.raises(UserError, match="more on the way to its logits"):
         SharedBase(model, tiny_tokenizer(), "tiny")
+
+
+def test_a_window_that_stands_in_a_mask_alone_means_padding():
+    """Qwen2-MoE hands its window to nobody: a packed pass would attend beyond it."""
+    changes = {"use_sliding_window": True, "max_window_layers": 1, "sliding_window": 5, "num_experts": 4}
+    small = {"num_experts_per_tok": 2, "moe_intermediate_size": 32, "shared_expert_intermediate_size": 32}
+    config = AutoConfig.for_model("qwen2_moe", **COMMON, **changes, **small)
+    stock = AutoModelForCausalLM.from_config(config, dtype=torch.float32).requires_grad_(False)
+    base = SharedBase(stock, tiny_tokenizer(), "tiny", r=4, lora_alpha=8, target_modules=["q_proj", "v_proj"])
+    assert not base.packable and "in its mask alone" in base.note
