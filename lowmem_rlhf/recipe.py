@@ -87,15 +87,16 @@ class LoraSettings(Section):
 class DataConfig(Section):
     """Where prompts come from and how a row becomes a prompt."""
 
-    train: str  # a local .jsonl/.json/.csv/.parquet file, a Hub id, "arithmetic", or "reasoning_gym/TASK"
+    train: str  # a file (.jsonl, .json, .csv, .tsv, .parquet), a folder, a Hub id, "arithmetic", "reasoning_gym/TASK"
     eval: str | None = None  # held-out data; absent: the source's eval split, or rows taken out of train
     config: str | None = None  # the Hub data set's configuration, for example "main"
     train_split: str = "train"
     eval_split: str = "test"
     train_size: int | None = Field(None, ge=1)
     eval_size: int = Field(128, ge=0)
+    field: str | None = None  # of a .json file: the key that its rows lie under; absent: found where only one can be
     options: dict[str, Any] = Field(default_factory=dict)  # options of a generated task
-    prompt: str = "question"  # column: a text, or a list of chat messages
+    prompt: str = "question"  # column: a text, or a list of chat messages; a.b: the part b of column a
     answer: str | None = "answer"  # column with the reference answer, given to rewards as `answer`
     completion: str | None = None  # sft: the column that is learned; absent: `answer`
     messages: str | None = None  # sft: a column of whole conversations, in place of prompt and completion
@@ -105,11 +106,13 @@ class DataConfig(Section):
     rejected: str | None = None  # reward_model, trl/...: the column with the worse answer (its default: rejected)
     margin: str | None = None  # reward_model: a column with how much better it is
     system: str | None = None  # system message of a chat prompt, or a text put before a plain one
-    template: str | None = None  # the user's turn, with {column} place-holders
+    template: str | None = None  # the user's turn, with {column} place-holders; {column?} may be empty
     prompt_words: int | None = Field(None, ge=1)  # only so many first words of the prompt column: a text to go on with
     chat: bool | Auto = "auto"  # apply the tokenizer's chat template; auto: when it has one
+    chat_template_kwargs: dict[str, Any] = Field(default_factory=dict)  # given to the template: enable_thinking, ...
     max_prompt_length: int = Field(512, ge=1)  # tokens
     long_prompts: Literal["error", "drop"] = "error"
+    bad_rows: Literal["error", "drop"] = "error"  # rows that cannot be learned from, for any reason; long ones included
 
 
 class GenerationConfig(Section):

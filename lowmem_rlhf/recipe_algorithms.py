@@ -80,6 +80,7 @@ class SFTSettings(Section):
 
     max_length: int = Field(1024, ge=2)  # tokens of an example
     completion_only_loss: bool = True  # False: prompts are learned too
+    learn: Literal["last", "all"] = "last"  # of a conversation's answers: the last one, or each of them
     eval_steps: int | None = Field(None, ge=1)  # held-out loss every so many steps; absent: before and after
 
 
