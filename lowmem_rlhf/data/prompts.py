@@ -27,6 +27,7 @@ class Example:
     prompt: str | list[Message]  # chat messages for a chat prompt, otherwise the plain text
     prompt_ids: list[int]
     columns: dict[str, Any]  # the row's other columns, with the reference under `answer` too
+    text: str = ""  # the prompt as the model reads it, special tokens written out
 
 
 @dataclass(frozen=True)
@@ -112,7 +113,9 @@ def build_examples(rows: Iterable[dict[str, Any]], data: DataConfig, tokenizer: 
     rows = list(rows)
     made = read_prompts(rows, data, tokenizer)
     kept = fitting([len(one) for one in made.ids], data, data.max_prompt_length, "data.max_prompt_length", "prompt")
-    return [Example(made.prompts[index], made.ids[index], _columns(rows[index], data)) for index in kept]
+    return [
+        Example(made.prompts[index], made.ids[index], _columns(rows[index], data), made.texts[index]) for index in kept
+    ]
 
 
 def read_prompts(rows: Sequence[dict[str, Any]], data: DataConfig, tokenizer: Any) -> Prompts:
