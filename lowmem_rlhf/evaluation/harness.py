@@ -76,6 +76,7 @@ class SharedBaseLM(TemplateLM):  # type: ignore[misc]
             tokenize=False,
             add_generation_prompt=add_generation_prompt,
             continue_final_message=not add_generation_prompt,
+            **self._subject.recipe.data.chat_template_kwargs,
         )
         return str(text)
 
