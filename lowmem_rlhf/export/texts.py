@@ -6,6 +6,7 @@ from typing import Any
 from lowmem_rlhf.data.chat_template import ChatTemplate
 from lowmem_rlhf.data.prompts import build_examples
 from lowmem_rlhf.errors import UserError
+from lowmem_rlhf.model.stops import text_ids
 from lowmem_rlhf.planning.memory import COMPARED_LENGTH, COMPARED_TOKENS
 from lowmem_rlhf.recipe import Recipe
 from lowmem_rlhf.run import RunDirectory
@@ -49,7 +50,7 @@ def _samples(run: RunDirectory, recipe: Recipe, tokenizer: Any, stop_ids: frozen
                 continue
             ids = tokenizer(template.prompt(prompt), add_special_tokens=False)["input_ids"]
         else:
-            ids = tokenizer(prompt)["input_ids"]
+            ids = text_ids(tokenizer, prompt, stop_ids)
         yield [*ids, *tokenizer(completion, add_special_tokens=False)["input_ids"]]
 
 
