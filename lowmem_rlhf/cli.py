@@ -144,6 +144,7 @@ def plan(
         _what_fits(resolved, models, plot, as_json)
         return
     made = plan_recipe(resolved)
+    resolved = _looked_at(resolved, network=False)
     if as_json:
         _print_json(made.to_dict())
     else:
@@ -153,6 +154,19 @@ def plan(
     if plot:
         picture = save_picture(draw_phases(made.to_dict(), f"{resolved.name}, {resolved.model}"), plot)
         _say(picture, as_json)
+
+
+def _looked_at(recipe: "Recipe", network: bool) -> "Recipe":
+    """Hold a recipe's data and rewards against the checks of training; return it with the columns that were found."""
+    from lowmem_rlhf.look import look
+    from lowmem_rlhf.session import hush
+
+    hush()
+    seen = look(recipe, 0, network)
+    for line in seen.lines():
+        print(line, file=sys.stderr)
+    seen.check()
+    return seen.recipe
 
 
 def _what_fits(recipe: "Recipe", models: str | None, plot: Path | None, as_json: bool) -> None:
@@ -178,6 +192,28 @@ def _say(path: Path, as_json: bool) -> None:
 
 
 @app.command()
+def data(
+    recipe: RecipeName,
+    overrides: Overrides = None,
+    rows: Annotated[int, typer.Option(min=0, help="Examples of each split to print.")] = 3,
+    as_json: Json = False,
+) -> None:
+    """Show the rows of a recipe as the model will see them, what is learned and what is left out."""
+    from lowmem_rlhf.look import look
+    from lowmem_rlhf.recipe import load_recipe
+    from lowmem_rlhf.report.data_view import print_preview
+    from lowmem_rlhf.session import hush
+
+    hush()
+    seen = look(load_recipe(recipe, overrides), rows)
+    if as_json:
+        _print_json(seen.to_dict())
+    else:
+        print_preview(seen.to_dict())
+    seen.check()
+
+
+@app.command()
 def train(
     recipe: RecipeName,
     overrides: Overrides = None,
@@ -197,6 +233,7 @@ def train(
     resolved = load_recipe(recipe, overrides)
     if dry_run:
         made = running_plan(resolved)
+        resolved = _looked_at(resolved, network=True)
         print(resolved.to_yaml())
         print_plan(made.to_dict())
         if not made.fits:

@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lowmem_rlhf.data.preview import with_format
 from lowmem_rlhf.errors import RunError, UserError
 from lowmem_rlhf.hardware.cpu_process import bound_kernel_caches
 from lowmem_rlhf.hardware.detect import detect
@@ -105,6 +106,9 @@ def train(recipe: Recipe, output: Path | None = None, resume: bool = False) -> R
     bound_kernel_caches()
     path = output or default_output(recipe.name, resume)
     _check_trackers(recipe)
+    recipe, said = with_format(recipe)
+    if said:
+        print(said, flush=True)
     if recipe.rewards and recipe.algorithm in ("reward_model", "classifier"):
         raise UserError(f"rewards: {recipe.algorithm} learns from its data alone; leave them out (rewards=[])")
     if recipe.algorithm == "classifier":

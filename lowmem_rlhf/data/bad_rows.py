@@ -56,11 +56,12 @@ class RowReport:
     Args:
         data: says whether bad rows are errors or left out.
         source: the file or data set, for messages; empty: not named.
+        collect: keep what is found for whoever asks: `finish` neither raises nor says anything.
     """
 
-    def __init__(self, data: DataConfig, source: str = "") -> None:
-        self._data, self._source = data, source
-        self.rows = 0
+    def __init__(self, data: DataConfig, source: str = "", collect: bool = False) -> None:
+        self._data, self._source, self._collect = data, source, collect
+        self.rows = self.kept = 0
         self.answers: list[int] = []  # of each conversation that is learned from
         self.bad: dict[str, list[tuple[int, str]]] = {}
         self.notes: dict[str, list[int]] = {}
@@ -83,7 +84,9 @@ class RowReport:
 
     def note(self, text: str, number: int) -> None:
         """Remember something about a row that is said once for all rows, with the number of the first."""
-        self.notes.setdefault(text, []).append(number)
+        rows = self.notes.setdefault(text, [])
+        if number not in rows[-1:]:
+            rows.append(number)
 
     def fits(self, number: int, length: int, limit: int, key: str, noun: str) -> bool:
         """Return whether a row has at most ``limit`` tokens; a longer one is counted."""
@@ -100,15 +103,22 @@ class RowReport:
         Raises:
             UserError: there are bad rows and they are not to be left out (all reasons in one message), or none is left.
         """
-        errors = self._errors()
-        if errors:
-            raise UserError(errors[0] if len(errors) == 1 else "\n  ".join([self._head(len(errors)), *errors]))
-        if self.rows and not kept:
-            raise UserError(self._none_left())
+        self.kept = kept
+        if self._collect:
+            return
+        self.check()
         for line in self.left_out_lines():
             logger.warning("%s", line)
         for line in self.said():
             logger.warning("%s", line)
+
+    def check(self) -> None:
+        """Raise the error of `finish`, if there is one."""
+        errors = self._errors()
+        if errors:
+            raise UserError(errors[0] if len(errors) == 1 else "\n  ".join([self._head(len(errors)), *errors]))
+        if self.rows and not self.kept:
+            raise UserError(self._none_left())
 
     def left_out(self) -> list[dict[str, Any]]:
         """Return the reasons with their number of rows, the first row's number and what is wrong with it."""
@@ -163,7 +173,8 @@ class RowReport:
         found = []
         for rows in self.bad.values():
             others = f" ({len(rows)} of {self.rows} rows are like that)" if len(rows) > 1 else ""
-            remedy = ", or set data.bad_rows=drop to leave such rows out" if len(self.bad) == 1 else ""
+            drops = len(self.bad) == 1 and len(rows) < self.rows
+            remedy = ", or set data.bad_rows=drop to leave such rows out" if drops else ""
             found.append(f"{self._place(rows[0][0])}: {rows[0][1]}{others}{remedy}")
         if self.long and self._data.long_prompts == "error" and (above := self.long.above):
             one, most = self.long, max(length for _, length in above)

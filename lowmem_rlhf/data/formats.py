@@ -28,7 +28,7 @@ def detect_format(recipe: Recipe, names: Sequence[str], rows: Sequence[Row]) -> 
     found, said = _changes(recipe, set(names), list(rows[:20]), given)
     if not found:
         return recipe, ""
-    shown = ", ".join(f"data.{key}={'null' if value is None else value!r}" for key, value in found.items())
+    shown = ", ".join(f"data.{key}={'null' if value is None else repr(value)}" for key, value in found.items())
     return recipe.model_copy(update={"data": recipe.data.model_copy(update=found)}), f"{said}: {shown}"
 
 

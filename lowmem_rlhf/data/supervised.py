@@ -184,7 +184,7 @@ def build_pairs(
     return kept
 
 
-def labelled_texts(rows: Rows, data: DataConfig) -> tuple[list[str], list[str]]:
+def labelled_texts(rows: Rows, data: DataConfig, report: RowReport | None = None) -> tuple[list[str], list[str]]:
     """Return the texts of `data.text` and the class of each, from `data.label`; a whole number becomes its digits.
 
     Raises:
@@ -192,7 +192,7 @@ def labelled_texts(rows: Rows, data: DataConfig) -> tuple[list[str], list[str]]:
             number, where they are errors; or none left.
     """
     assert data.text is not None and data.label is not None  # the recipe has seen to it
-    report = RowReport(data)
+    report = report or RowReport(data)
     found: list[tuple[str, str]] = []
     for row in report.each(rows):
         with report.row(row.number):

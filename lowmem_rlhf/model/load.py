@@ -110,11 +110,16 @@ def _switch_dropout_off(config: Any) -> None:
             setattr(config, key, 0.0)
 
 
-def convert_gguf(path: Path) -> Path:
-    """Return a folder with the GGUF's model as 16-bit safetensors, made once and kept in the cache."""
+def converted_folder(path: Path) -> Path:
+    """Return where `convert_gguf` keeps a GGUF's model; it need not be there yet."""
     stat = path.stat()
     key = hashlib.sha256(f"{_CONVERSION}|{path.resolve()}|{stat.st_size}|{stat.st_mtime_ns}".encode()).hexdigest()[:12]
-    target = cache_folder() / "gguf" / f"{path.stem}-{key}"
+    return cache_folder() / "gguf" / f"{path.stem}-{key}"
+
+
+def convert_gguf(path: Path) -> Path:
+    """Return a folder with the GGUF's model as 16-bit safetensors, made once and kept in the cache."""
+    target = converted_folder(path)
     if target.is_dir():
         return target
     with quiet(), torch.device("cpu"):

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from lowmem_rlhf.errors import UserError
-from lowmem_rlhf.model.gguf_cache import converted_folder
+from lowmem_rlhf.model.load import converted_folder, quiet
 from lowmem_rlhf.model.source import is_local, resolve_model
 from lowmem_rlhf.model.stops import stop_ids_of
 
@@ -53,8 +53,6 @@ def load_tokens(
         options["local_files_only"] = not network
     from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 
-    from lowmem_rlhf.model.quiet import quiet
-
     with quiet():
         try:
             config = AutoConfig.from_pretrained(source, **options)
@@ -64,8 +62,8 @@ def load_tokens(
                 return None
             reason = " ".join(str(error).split())[:300] or type(error).__name__
             raise UserError(
-                f"model {model!r}: its tokenizer cannot be loaded: {reason}; give a Hub id that can be reached, a local "
-                "folder in the transformers format, or a .gguf file"
+                f"model {model!r}: its tokenizer cannot be loaded: {reason}; give a Hub id that can be reached, a "
+                "local folder in the transformers format, or a .gguf file"
             ) from error
         try:
             generation = GenerationConfig.from_pretrained(source, **options)

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from lowmem_rlhf.data.bad_rows import RowReport
 from lowmem_rlhf.data.prompts import build_examples
 from lowmem_rlhf.data.supervised import build_pairs, build_supervised
 from lowmem_rlhf.errors import UserError
@@ -10,6 +11,7 @@ from lowmem_rlhf.model.adapters import saved_adapter
 from lowmem_rlhf.model.base import SharedBase
 from lowmem_rlhf.model.lora import SharedLoraLinear
 from lowmem_rlhf.model.roles import CRITIC, POLICY, REWARD, START
+from lowmem_rlhf.model.vocabulary import check_ids
 from lowmem_rlhf.planning.plan import Plan
 from lowmem_rlhf.recipe import ONLINE, REWARD_ADAPTER, Recipe
 from lowmem_rlhf.rewards.adapter import AdapterReward
@@ -99,9 +101,11 @@ def make_trainer(
         UserError: the data does not suit the algorithm.
     """
     data, tokenizer, stops = recipe.data, base.tokenizer, base.stop_ids
+    other = RowReport(data, data.eval or "")
     if recipe.algorithm == "sft":
         train = build_supervised(rows, data, recipe.sft, tokenizer, stops)
-        held_out = build_supervised(held_out_rows, data, recipe.sft, tokenizer, stops) if held_out_rows else []
+        held_out = build_supervised(held_out_rows, data, recipe.sft, tokenizer, stops, other) if held_out_rows else []
+        check_ids(tokenizer, base.rows, (one.prompt_ids + one.completion_ids for one in (*train, *held_out)))
         recipe = with_epochs(recipe, len(train))
         prompts = build_examples(held_out_rows, data, tokenizer, stops) if rewards and held_out_rows else []
         judge = Judge(recipe, plan, base, rewards, prompts).evaluate if prompts else None
@@ -109,9 +113,11 @@ def make_trainer(
     if recipe.algorithm == "reward_model":
         length = recipe.reward_model.max_length
         pairs = build_pairs(rows, data, length, tokenizer, stops)
-        kept = build_pairs(held_out_rows, data, length, tokenizer, stops) if held_out_rows else []
+        kept = build_pairs(held_out_rows, data, length, tokenizer, stops, report=other) if held_out_rows else []
+        check_ids(tokenizer, base.rows, (one.prompt_ids + one.chosen_ids + one.rejected_ids for one in (*pairs, *kept)))
         recipe = with_epochs(recipe, len(pairs))
         return RewardModel(recipe, plan, base, pairs, kept, run_directory(recipe))
     examples = build_examples(rows, data, tokenizer, stops)
-    held = build_examples(held_out_rows, data, tokenizer, stops) if held_out_rows else []
+    held = build_examples(held_out_rows, data, tokenizer, stops, other) if held_out_rows else []
+    check_ids(tokenizer, base.rows, (one.prompt_ids for one in (*examples, *held)))
     return Trainer(recipe, plan, base, rewards, examples, held, run_directory(recipe))

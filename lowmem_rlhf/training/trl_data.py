@@ -101,6 +101,13 @@ def pairs_among(examples: Sequence[Example]) -> list[Pair]:
     return found
 
 
+def ids_of(example: Example) -> list[list[int]]:
+    """Return the token ids of an example's prompt and answers."""
+    if isinstance(example, Answer):
+        return [example.prompt_ids, example.completion_ids]
+    return [example.prompt_ids, example.chosen_ids, example.rejected_ids]
+
+
 def tokens_of(example: Example) -> tuple[int, int, int]:
     """Return the tokens of an example's prompt and answers when the prompt is fed once, its rows, and the longest."""
     prompt = len(example.prompt_ids)

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from lowmem_rlhf.data.bad_rows import RowReport
 from lowmem_rlhf.data.prompts import PromptStream, build_examples
 from lowmem_rlhf.data.supervised import Pair
 from lowmem_rlhf.errors import UserError
@@ -23,6 +24,7 @@ from lowmem_rlhf.model.base import SharedBase
 from lowmem_rlhf.model.load import first_sentence
 from lowmem_rlhf.model.packing import Group
 from lowmem_rlhf.model.roles import POLICY
+from lowmem_rlhf.model.vocabulary import check_ids
 from lowmem_rlhf.planning.plan import Plan
 from lowmem_rlhf.recipe import Recipe
 from lowmem_rlhf.recipe_trl import TRL_TRAINERS
@@ -37,6 +39,7 @@ from lowmem_rlhf.training.trl_data import (
     answer_tokens,
     batch_rows,
     check_both_kinds,
+    ids_of,
     pairs_among,
     read_examples,
     tokens_of,
@@ -239,7 +242,9 @@ def make_trl_loop(
     tokenizer, stops = base.tokenizer, base.stop_ids
     train = read_examples(rows, recipe, tokenizer, stops)
     check_both_kinds(train)
-    held_out = read_examples(held_out_rows, recipe, tokenizer, stops) if held_out_rows else []
+    other = RowReport(recipe.data, recipe.data.eval or "")
+    held_out = read_examples(held_out_rows, recipe, tokenizer, stops, other) if held_out_rows else []
+    check_ids(tokenizer, base.rows, (ids for one in (*train, *held_out) for ids in ids_of(one)))
     recipe = with_epochs(recipe, len(train))
     kind = TRL_TRAINERS[recipe.algorithm]
     if recipe.adapter and kind.reference:

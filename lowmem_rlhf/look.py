@@ -1,0 +1,141 @@
+"""A look before a run: what a recipe's rows become, and every fault of its inputs that needs no weights.
+
+`lowmem-rlhf data` prints it; `plan`, `--dry-run` and training hold their recipe against the same checks.
+"""
+
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+from lowmem_rlhf.data.preview import SplitPreview, preview_split, with_format
+from lowmem_rlhf.data.sources import is_on_hub, load_rows
+from lowmem_rlhf.data.tasks import Split
+from lowmem_rlhf.data.values import Row
+from lowmem_rlhf.errors import UserError
+from lowmem_rlhf.model.tokenizer import Tokens, load_tokens
+from lowmem_rlhf.recipe import LEARNED_REWARDS, ONLINE, REWARD_ADAPTER, Recipe
+from lowmem_rlhf.rewards.loading import check_reward_columns, load_rewards
+from lowmem_rlhf.rewards.references import check_run_references
+
+SPLITS: tuple[Split, Split] = ("train", "eval")
+
+
+@dataclass
+class Look:
+    """What was seen.
+
+    Attributes:
+        recipe: with the columns of the format that its data have.
+        splits: ``train``, and ``eval`` where something is held out; empty where the data were not at hand.
+        said: what is worth saying of the recipe as a whole.
+        errors: what keeps it from running, a message each.
+    """
+
+    recipe: Recipe
+    splits: dict[str, SplitPreview] = field(default_factory=dict)
+    said: list[str] = field(default_factory=list)
+    errors: list[str] = field(default_factory=list)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return it as JSON values."""
+        recipe = self.recipe
+        return {
+            "recipe": recipe.name,
+            "algorithm": recipe.algorithm,
+            "model": recipe.model,
+            "said": self.said,
+            **{name: split.to_dict() for name, split in self.splits.items()},
+            "step": self._step(),
+            "errors": self.errors,
+        }
+
+    def lines(self) -> list[str]:
+        """Return what is worth saying, of the recipe, of what is left out of its rows, and of the others."""
+        return [*self.said, *(line for split in self.splits.values() for line in (*split.dropped, *split.said))]
+
+    def check(self) -> None:
+        """Check that the recipe can run.
+
+        Raises:
+            UserError: it cannot; the message has every error.
+        """
+        if self.errors:
+            raise UserError("\n".join(self.errors))
+
+    def _step(self) -> dict[str, Any]:
+        """Return what a step reads and learns, as far as the data say it."""
+        recipe, train = self.recipe, self.splits.get("train")
+        if train is None or not train.lengths or not train.kept:
+            return {}
+        prompts = recipe.training.prompts_per_step
+        mean = sum(train.lengths) / len(train.lengths)
+        step: dict[str, Any] = {"examples": prompts, "steps_per_epoch": math.ceil(train.kept / prompts)}
+        if recipe.algorithm in ONLINE:
+            completions = prompts * recipe.generation.num_generations
+            most = completions * recipe.generation.max_completion_length
+            return {
+                **step,
+                "prompt_tokens": round(prompts * mean),
+                "completions": completions,
+                "generated_at_most": most,
+            }
+        return {
+            **step,
+            "tokens": round(prompts * mean),
+            "learned_tokens": round(prompts * sum(train.learned) / train.kept),
+        }
+
+
+def look(recipe: Recipe, shown: int = 3, network: bool = True) -> Look:
+    """Look at a recipe's data, rewards and tokenizer.
+
+    Args:
+        shown: how many examples of each split are kept as texts.
+        network: whether the Hub may be asked for what is not on this disk; if not, that is left out and said.
+
+    Raises:
+        UserError: the data cannot be read at all, or the model has no tokenizer.
+    """
+    sources = [("data.train", recipe.data.train), ("data.eval", recipe.data.eval)]
+    away = [f"{key} ({source})" for key, source in sources if source and is_on_hub(source)]
+    if away and not network:
+        seen = Look(recipe)
+        seen.said.append(
+            f"{', '.join(away)} lies on the Hub and is looked at by `lowmem-rlhf data` and before training"
+        )
+        _check_rewards(seen, None, None)
+        return seen
+    recipe, line = with_format(recipe)
+    seen = Look(recipe, said=[line] if line else [])
+    tokens = load_tokens(recipe.model, recipe.revision, recipe.trust_remote_code, network)
+    if tokens is None:
+        seen.said.append(f"the tokenizer of {recipe.model} is not on this disk, so that no row was tokenized")
+    rows, held_out = (load_rows(recipe.data, split, recipe.training.seed) for split in SPLITS)
+    _look_at(seen, "train", rows, tokens, shown)
+    if held_out:
+        _look_at(seen, "eval", held_out, tokens, shown)
+    _check_rewards(seen, rows, held_out)
+    return seen
+
+
+def _look_at(seen: Look, split: Split, rows: list[Row], tokens: Tokens | None, shown: int) -> None:
+    try:
+        seen.splits[split], report = preview_split(seen.recipe, split, rows, tokens, shown)
+        if tokens is not None:
+            report.check()
+    except UserError as error:
+        seen.errors.append(str(error))
+
+
+def _check_rewards(seen: Look, train: list[Row] | None, held_out: list[Row] | None) -> None:
+    """Check rewards that are functions; the models of learned ones are loaded when training starts."""
+    recipe = seen.recipe
+    functions = [one for one in recipe.rewards if one.function not in (*LEARNED_REWARDS, REWARD_ADAPTER)]
+    try:
+        rewards = load_rewards(functions)
+        if train:
+            given = ["answer"] if recipe.data.answer is not None else []
+            check_reward_columns(rewards, {name for row in train[:1] for name in [*row, *given]})
+            seen.said += check_run_references(rewards, recipe, train, held_out or [])
+    except UserError as error:
+        seen.errors.append(str(error))
