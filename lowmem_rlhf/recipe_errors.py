@@ -5,7 +5,7 @@ from typing import Any, get_args, get_origin
 
 from pydantic import BaseModel
 
-from lowmem_rlhf.suggest import did_you_mean
+from lowmem_rlhf.recipe_names import suggestion
 
 
 class OptionErrors(ValueError):
@@ -35,7 +35,7 @@ def explain(errors: Sequence[Any], section: type[BaseModel]) -> list[str]:
         key = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in where).lstrip(".")
         if item["type"] == "extra_forbidden":
             allowed = _fields_at(where[:-1], section)
-            hint = did_you_mean(str(where[-1]), allowed)
+            hint = suggestion(where, allowed, section)
             lines.append(f"{key}: unknown key{hint} (allowed: {', '.join(allowed)})")
         elif item["type"] == "missing":
             lines.append(f"{key}: missing; it has to be given")

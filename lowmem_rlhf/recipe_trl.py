@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from lowmem_rlhf.recipe_errors import OptionErrors
+from lowmem_rlhf.recipe_names import DECIDED
 from lowmem_rlhf.suggest import did_you_mean
 
 PREFIX = "trl/"
@@ -66,8 +67,8 @@ def known_algorithm(name: Any) -> Any:
     Raises:
         ValueError: it does.
     """
-    if isinstance(name, str) and PREFIX + name in TRL_TRAINERS:
-        raise ValueError(f"got {name!r}; it is TRL's, write {PREFIX + name}")
+    if isinstance(name, str) and PREFIX + name.lower() in TRL_TRAINERS:
+        raise ValueError(f"got {name!r}; it is TRL's, write {PREFIX + name.lower()}")
     if not isinstance(name, str) or not name.startswith(PREFIX) or name in TRL_TRAINERS:
         return name
     kind = name.removeprefix(PREFIX).lower()
@@ -80,47 +81,6 @@ def known_algorithm(name: Any) -> Any:
         raise ValueError(f"got {name!r}, which cannot run here: {_OTHERS[kind]}; there are {there}")
     hint = did_you_mean(name, TRL_TRAINERS)
     raise ValueError(f"got {name!r}; TRL has no such trainer that learns from given answers{hint} (there are {there})")
-
-
-_STEPS = "a step has training.prompts_per_step examples, and hardware.micro_batch_tokens says how it is cut"
-_PRECISION = "set hardware.compute_dtype"
-_RECOMPUTE = "set hardware.gradient_checkpointing"
-_OPTIMIZER = "set hardware.optim, training.learning_rate and training.weight_decay"
-_EVALUATION = "held-out data is data.eval with data.eval_size, measured before and after"
-_SAVING = "set training.save_steps and training.save_total_limit"
-_LENGTH = "nothing is cut off: trl.max_length bounds an example, data.long_prompts says what happens to longer ones"
-_REFERENCE = "the reference is the base on the card, or the frozen adapter that `adapter` names"
-_TOKENS = "examples are tokenized as everywhere in this package, see data"
-_BASE = "set model, revision and trust_remote_code"
-_DROPOUT = "dropout is always off"
-
-# keys of TRL's configurations (and of transformers' under them) that the recipe says elsewhere
-DECIDED: dict[str, str] = {
-    **dict.fromkeys(("per_device_train_batch_size", "gradient_accumulation_steps", "auto_find_batch_size"), _STEPS),
-    **dict.fromkeys(("bf16", "fp16", "tf32", "bf16_full_eval", "fp16_full_eval"), _PRECISION),
-    **dict.fromkeys(("gradient_checkpointing", "gradient_checkpointing_kwargs"), _RECOMPUTE),
-    **dict.fromkeys(("optim", "optim_args", "adam_beta1", "adam_beta2", "adam_epsilon"), _OPTIMIZER),
-    **dict.fromkeys(("eval_strategy", "eval_steps", "per_device_eval_batch_size", "do_eval"), _EVALUATION),
-    **dict.fromkeys(("save_strategy", "logging_steps", "logging_strategy"), _SAVING),
-    **dict.fromkeys(("truncation_mode", "max_prompt_length", "max_completion_length"), _LENGTH),
-    **dict.fromkeys(("sync_ref_model", "ref_model_mixup_alpha", "ref_model_sync_steps"), _REFERENCE),
-    **dict.fromkeys(("pad_token", "padding_value", "dataset_num_proc", "padding_free", "pad_to_multiple_of"), _TOKENS),
-    **dict.fromkeys(("model_init_kwargs", "trust_remote_code", "is_encoder_decoder"), _BASE),
-    **{key: f"set training.{key}" for key in ("learning_rate", "lr_scheduler_type", "warmup_steps", "weight_decay")},
-    **{key: f"set training.{key}" for key in ("max_grad_norm", "max_steps", "num_train_epochs", "seed")},
-    **{key: f"set training.{key}" for key in ("save_steps", "save_total_limit", "report_to")},
-    "warmup_ratio": "set training.warmup_steps",
-    "output_dir": "give --output",
-    "use_cpu": "set hardware.device",
-    "disable_dropout": _DROPOUT,
-    "activation_offloading": "set hardware.offload_checkpoints",
-    "precompute_ref_log_probs": f"{_REFERENCE}; it takes no memory of its own",
-    "precompute_ref_batch_size": f"{_REFERENCE}; it takes no memory of its own",
-    "router_aux_loss_coef": "the base, its router included, is frozen",
-    "use_weighting": "it needs sums over all of the vocabulary that are not kept here",
-    "generate_during_eval": "give the recipe rewards, and held-out completions are sampled and judged",
-    "push_to_hub": "use `lowmem-rlhf export RUN --push REPO`",
-}
 
 
 def check_trl_section(values: Any) -> Any:

@@ -33,7 +33,8 @@ MODEL = "model"  # of a classifier's run, in place of the adapter
 
 # What a resume may change: how long, how often and where, never what is learned.
 MAY_CHANGE = tuple(
-    f"training.{key}" for key in ("max_steps", "save_steps", "save_total_limit", "log_completions", "report_to")
+    f"training.{key}"
+    for key in ("max_steps", "num_train_epochs", "save_steps", "save_total_limit", "log_completions", "report_to")
 )
 _DESKTOP_FILES = {".DS_Store", "Thumbs.db", "desktop.ini"}
 

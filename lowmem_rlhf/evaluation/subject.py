@@ -72,7 +72,7 @@ def open_run_subject(
     """
     check_overrides(overrides)
     source = str(run.path / RECIPE)
-    trained, recipe = load_recipe(source), load_recipe(source, overrides)
+    trained, recipe = load_recipe(source, quiet=True), load_recipe(source, overrides, quiet=True)
     if recipe.algorithm == "classifier":
         raise UserError(
             f"the run in {run.path} trained a classifier; its held-out results stand in evaluation.json, and it can be "
@@ -91,6 +91,8 @@ def open_run_subject(
         add_start(base, recipe)
         roles = {REFERENCE: REFERENCE, POLICY: POLICY}
     last = max((int(row["step"]) for row in run.metrics() if "step" in row), default=0)
+    if recipe.training.num_train_epochs is not None:  # the steps that came of them
+        recipe = recipe.model_copy(update={"training": recipe.training.model_copy(update={"max_steps": last})})
     return _subject(base, recipe, rewards, rows, roles, settings, last if step is None else step)
 
 

@@ -8,8 +8,6 @@ import shlex
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from lowmem_rlhf.evaluation.kept import about, kept, outcome_rows
 from lowmem_rlhf.export.card_facts import (
     hub_datasets,
@@ -22,6 +20,7 @@ from lowmem_rlhf.export.card_facts import (
 )
 from lowmem_rlhf.export.show import judged_rows
 from lowmem_rlhf.files import atomic_write
+from lowmem_rlhf.recipe_yaml import write_yaml
 from lowmem_rlhf.report.format import evaluation_rows, format_bytes, format_number, format_value, number
 from lowmem_rlhf.report.plots import plot_reward
 from lowmem_rlhf.run import RECIPE, RunDirectory
@@ -51,7 +50,7 @@ def write_card(folder: Path, run: RunDirectory, export: dict[str, Any]) -> None:
     original = run.recipe_values()
     name = str(recipe.get("name") or run.path.name)
     metrics, evaluation, plan = run.metrics(), run.evaluation(), run.plan()
-    atomic_write(folder / RECIPE, yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True, width=120))
+    atomic_write(folder / RECIPE, write_yaml(recipe))
     sections = [
         f"# {name}",
         _summary(original, recipe, export),
@@ -228,7 +227,7 @@ def _table(head: Any, rows: Any) -> str:
 
 
 def _yaml(values: dict[str, Any]) -> str:
-    return yaml.safe_dump(values, sort_keys=False, allow_unicode=True, width=120)
+    return write_yaml(values)
 
 
 def _scrubbed(text: str, run: RunDirectory, local: dict[str, str]) -> str:

@@ -10,7 +10,7 @@ from lowmem_rlhf.planning.export import GGUF_BYTES, WIDTHS
 from lowmem_rlhf.recipe import Recipe
 from lowmem_rlhf.report.format import format_bytes
 from lowmem_rlhf.run import MODEL, RunDirectory
-from lowmem_rlhf.suggest import did_you_mean
+from lowmem_rlhf.suggest import did_you_mean, spelled
 
 ADAPTER, MERGED, GGUF, OLLAMA = FORMATS = ("adapter", "merged", "gguf", "ollama")
 QUANTIZED, ORIGINAL = ONTO = ("quantized", "original")
@@ -55,7 +55,10 @@ def check_wish(wish: Wish, recipe: Recipe, run: RunDirectory) -> Wish:
     known = (("format", FORMATS), ("onto", ONTO), ("dtype", tuple(WIDTHS)), ("quantize", tuple(GGUF_BYTES)))
     for name, allowed in known:
         value = getattr(wish, name)
-        if value is not None and value not in allowed:
+        if value is None:
+            continue
+        wish = replace(wish, **{name: spelled(value, allowed)})
+        if getattr(wish, name) not in allowed:
             raise UserError(f"--{name}: got {value!r}; give {', '.join(allowed)}{did_you_mean(value, allowed)}")
     judges = recipe.algorithm == "reward_model"
     wish = replace(wish, format=wish.format or (ADAPTER if judges else MERGED))

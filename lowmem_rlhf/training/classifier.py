@@ -34,6 +34,8 @@ def train_classifier_run(recipe: Recipe, path: Path, resume: bool) -> RunDirecto
         held_out = labelled_texts(load_rows(recipe.data, "eval", recipe.training.seed), recipe.data)
     size = recipe.training.prompts_per_step
     epochs = recipe.training.num_train_epochs or max(1, round(recipe.training.max_steps * size / len(data[0])))
+    if recipe.training.num_train_epochs is None:
+        print(f"a classifier trains whole epochs: {epochs} of {math.ceil(len(data[0]) / size)} steps", flush=True)
     length = {"num_train_epochs": epochs, "max_steps": epochs * math.ceil(len(data[0]) / size)}
     recipe = recipe.model_copy(update={"training": recipe.training.model_copy(update=length)})
     device = detect(recipe.hardware.device)

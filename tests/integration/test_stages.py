@@ -132,11 +132,13 @@ def test_sft_is_judged_by_its_loss_and_by_its_rewards(sft):
 
 def test_sft_without_rewards_samples_nothing_and_counts_epochs(tiny_model, tmp_path, monkeypatch):
     monkeypatch.setattr("lowmem_rlhf.training.evaluate.generate", lambda *args, **settings: 1 / 0)
-    training = {"num_train_epochs": 2, "prompts_per_step": 5, "max_steps": 100}
+    training = {"num_train_epochs": 2, "prompts_per_step": 5}
     recipe = tiny_recipe(tiny_model, algorithm="sft", rewards=[], sft={"max_length": 32}, training=training)
     run = train(recipe, tmp_path / "run")
     assert set(run.plan()["memory"]["phases"]) == {"scoring", "update", "optimizer", "export"}
-    assert len(run.metrics()) == run.recipe_values()["training"]["max_steps"] == 7  # 16 examples, twice
+    assert len(run.metrics()) == 7  # 16 examples, twice
+    kept = run.recipe_values()["training"]
+    assert kept["num_train_epochs"] == 2 and "max_steps" not in kept
     after = run.evaluation()["after"]
     assert set(after) == {"loss", "perplexity", "accuracy", "problems"} and after["accuracy"] is None
     again = train(load_recipe(str(run.path / "recipe.yaml")), run.path, resume=True)  # it has nothing left to do
@@ -160,7 +162,7 @@ def test_a_reward_model_learns_to_tell_its_pairs(reward_model):
 def test_a_classifier_is_a_model_of_its_own(classifier):
     rows = classifier.metrics()
     assert [row["step"] for row in rows] == [1, 2, 3, 4, 5, 6]  # 40 texts, twice, in steps of 16, 16 and 8
-    assert classifier.recipe_values()["training"]["max_steps"] == 6
+    assert classifier.recipe_values()["training"]["num_train_epochs"] == 2
     assert rows[-1]["loss"] < rows[0]["loss"] and all(row["time/step"] > 0 for row in rows)
     assert {"loss", "accuracy", "accuracy/a", "accuracy/b"} < set(classifier.evaluation()["after"])
     model = AutoModelForSequenceClassification.from_pretrained(classifier.path / "model")
