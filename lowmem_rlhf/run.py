@@ -24,8 +24,12 @@ from lowmem_rlhf.files import (
     finish_folder,
     is_temp,
     read_lines,
+    temp_path,
 )
+from lowmem_rlhf.model.fingerprint import write_base
 from lowmem_rlhf.recipe import Recipe, validate_recipe
+from lowmem_rlhf.run_inputs import INPUTS
+from lowmem_rlhf.run_start import write_start
 
 RECIPE, PLAN, METRICS, SAMPLES = "recipe.yaml", "plan.json", "metrics.jsonl", "samples.jsonl"
 EVALUATION, REPORT, CHECKPOINTS, ADAPTER = "evaluation.json", "report.html", "checkpoints", "adapter"
@@ -48,10 +52,24 @@ class RunDirectory:
         self.save_total_limit = save_total_limit
 
     @classmethod
-    def create(cls, path: str | Path, recipe: Recipe, plan_dict: dict[str, Any], resume: bool) -> "RunDirectory":
+    def create(
+        cls,
+        path: str | Path,
+        recipe: Recipe,
+        plan_dict: dict[str, Any],
+        resume: bool,
+        inputs: dict[str, Any] | None = None,
+    ) -> "RunDirectory":
         """Start a run in a new or empty folder, or continue the one that is there.
 
         A resume takes the logs back to the latest checkpoint (see :meth:`rewind`), without one to the start.
+
+        Args:
+            path: the folder.
+            recipe: with its paths as they were written, relative to the current folder or to the one of the start.
+            plan_dict: what plan.json holds.
+            resume: continue.
+            inputs: what inputs.json holds (see `run_inputs`); None: what is there stays.
 
         Raises:
             UserError: the folder holds another run or foreign files, is a file or cannot be written; with ``resume``,
@@ -70,6 +88,9 @@ class RunDirectory:
             run._clean()
             atomic_write(run.path / RECIPE, recipe.to_yaml())
             atomic_write(run.path / PLAN, dumps(plan_dict, indent=2) + "\n")
+            write_start(run.path, recipe)
+            if inputs is not None:
+                atomic_write(run.path / INPUTS, dumps(inputs, indent=2) + "\n")
         except OSError as error:
             raise UserError(
                 f"output folder {path} cannot be written ({error.strerror or error}); choose another one with --output"
@@ -113,7 +134,7 @@ class RunDirectory:
                 f"--resume: there is no run in {self.path}; name the run's folder with --output, or start one "
                 "without --resume"
             )
-        saved = _flatten(validate_recipe(self.recipe_values(), source=str(self.path / RECIPE)).model_dump())
+        saved = _flatten(self.recipe().model_dump())
         wanted = _flatten(recipe.model_dump())
         lines = [
             f"  {key}: was {saved.get(key, 'absent')!r}, is now {wanted.get(key, 'absent')!r}"
@@ -169,7 +190,9 @@ class RunDirectory:
 
     def finish_checkpoint(self, step: int) -> Path:
         """Make the checkpoint appear as ``checkpoints/step-N`` and delete the oldest beyond ``save_total_limit``."""
-        folder = finish_folder(self.path / CHECKPOINTS / f"step-{step}")
+        target = self.path / CHECKPOINTS / f"step-{step}"
+        write_base(temp_path(target), self.inputs().get("base"))
+        folder = finish_folder(target)
         if self.save_total_limit is not None:
             for _, old in self.checkpoints()[: -self.save_total_limit]:
                 delete(old)
@@ -179,7 +202,9 @@ class RunDirectory:
     def new_adapter(self) -> Iterator[Path]:
         """Yield a temporary folder that becomes ``adapter/`` when the block ends without an error."""
         target = self.path / ADAPTER
-        yield begin_folder(target)
+        folder = begin_folder(target)
+        yield folder
+        write_base(folder, self.inputs().get("base"))
         finish_folder(target)
 
     # Reading
@@ -210,6 +235,18 @@ class RunDirectory:
     def plan(self) -> dict[str, Any]:
         """Return the plan; empty when there is none."""
         return self._json(PLAN)
+
+    def inputs(self) -> dict[str, Any]:
+        """Return what is known of the data and the base; empty of a run that kept none."""
+        return self._json(INPUTS)
+
+    def recipe(self) -> Recipe:
+        """Return the resolved recipe, with its paths as they were written.
+
+        Raises:
+            UserError: there is no readable recipe.yaml, or it is not one of this version.
+        """
+        return validate_recipe(self.recipe_values(), source=str(self.path / RECIPE))
 
     def recipe_values(self) -> dict[str, Any]:
         """Return the resolved recipe as plain values.

@@ -6,6 +6,7 @@ import os
 import sys
 import warnings
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,6 +22,8 @@ from lowmem_rlhf.planning.plan import Plan, check_positions, make_plan
 from lowmem_rlhf.recipe import Recipe
 from lowmem_rlhf.recipe_trl import TRL_TRAINERS
 from lowmem_rlhf.run import RunDirectory, default_output
+from lowmem_rlhf.run_inputs import check_base, check_resumed_data, run_inputs
+from lowmem_rlhf.run_start import as_written, located, paths_explained
 
 if TYPE_CHECKING:
     from lowmem_rlhf.model.base import SharedBase
@@ -105,6 +108,12 @@ def train(recipe: Recipe, output: Path | None = None, resume: bool = False) -> R
     hush()
     bound_kernel_caches()
     path = output or default_output(recipe.name, resume)
+    with paths_explained(path, recipe) if resume else nullcontext():
+        return _train(located(recipe, path) if resume else recipe, path, resume, recipe)
+
+
+def _train(recipe: Recipe, path: Path, resume: bool, written: Recipe) -> RunDirectory:
+    """Train as `train` does; ``written`` is the recipe with its paths as they stand in the file."""
     _check_trackers(recipe)
     recipe, said = with_format(recipe)
     if said:
@@ -130,15 +139,19 @@ def train(recipe: Recipe, output: Path | None = None, resume: bool = False) -> R
     from lowmem_rlhf.rewards.references import check_run_references
 
     free_bytes = plan.memory["budget_bytes"] - plan.memory["peak_bytes"]
-    rewards = load_rewards(recipe.rewards, plan.device.torch_device, free_bytes, recipe.model)
+    rewards = load_rewards(recipe.rewards, plan.device.torch_device, free_bytes, recipe.model, recipe.revision)
     placed: dict[str, Any] = {"rewards": placements(rewards)}
-    RunDirectory.check(path, recipe, resume)
+    RunDirectory.check(path, as_written(recipe, written, path), resume)
+    if resume:
+        check_base(RunDirectory(path), recipe, resume)
 
     from lowmem_rlhf.data.sources import load_rows
 
     rows, held_out_rows = load_rows(recipe.data, "train", recipe.training.seed), []
     if recipe.data.eval_size:
         held_out_rows = load_rows(recipe.data, "eval", recipe.training.seed)
+    if resume:
+        check_resumed_data(RunDirectory(path), written, rows, held_out_rows)
     if rewards:
         given = ["answer"] if recipe.data.answer is not None else []
         check_reward_columns(rewards, {name for row in rows[:1] for name in [*row, *given]})
@@ -151,6 +164,8 @@ def train(recipe: Recipe, output: Path | None = None, resume: bool = False) -> R
 
     print_plan({**plan.to_dict(), **placed})
     base = _shared_base(recipe, plan)
+    if resume:
+        check_base(RunDirectory(path), recipe, resume)  # once more: now a Hub's model is here
     limit = base.rotary_limit
     check_positions(
         recipe, limit, f"takes other rotary factors for all texts of a pass once one has over {limit} tokens"
@@ -171,7 +186,9 @@ def train(recipe: Recipe, output: Path | None = None, resume: bool = False) -> R
         print(said, flush=True)
 
     def run_directory(resolved: Recipe) -> RunDirectory:
-        return RunDirectory.create(path, resolved, {**plan.to_dict(), **placed}, resume)
+        inputs = None if resume else run_inputs(recipe, rows, held_out_rows)
+        kept = as_written(resolved, written, path)
+        return RunDirectory.create(path, kept, {**plan.to_dict(), **placed}, resume, inputs)
 
     make: Callable[..., Loop] = make_trainer
     if recipe.algorithm in TRL_TRAINERS:
@@ -206,7 +223,7 @@ def _as_saved(recipe: Recipe) -> Recipe:
         return recipe
     from lowmem_rlhf.model.adapters import saved_adapter
 
-    saved = saved_adapter(recipe.adapter, recipe.model)
+    saved = saved_adapter(recipe.adapter, recipe.model, recipe.revision)
     for key in ("r", "lora_alpha"):
         value = getattr(recipe.lora, key)
         if key in recipe.lora.model_fields_set and value not in ("auto", getattr(saved, key)):
@@ -234,7 +251,7 @@ def _shared_base(recipe: Recipe, plan: Plan) -> "SharedBase":
     from lowmem_rlhf.model.base import SharedBase
 
     _check_computes(plan.device)
-    saved = saved_adapter(recipe.adapter, recipe.model) if recipe.adapter else None
+    saved = saved_adapter(recipe.adapter, recipe.model, recipe.revision) if recipe.adapter else None
     print(f"loading {recipe.model}", flush=True)
     try:
         return SharedBase.load(

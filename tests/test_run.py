@@ -34,7 +34,7 @@ def names(path: Path) -> set[str]:
 
 def test_create_writes_recipe_and_plan(tmp_path):
     run = start(tmp_path / "a" / "b")
-    assert names(run.path) == {"recipe.yaml", "plan.json"}
+    assert names(run.path) == {"recipe.yaml", "plan.json", "local.json"}
     assert validate_recipe(run.recipe_values()) == recipe()
     assert run.plan() == PLAN
     assert (run.metrics(), run.samples(), run.evaluation(), run.latest_checkpoint()) == ([], [], {}, None)
@@ -44,7 +44,7 @@ def test_an_empty_folder_is_taken(tmp_path):
     (tmp_path / ".DS_Store").touch()
     (tmp_path / ".recipe.yaml.tmp").touch()  # left by a kill before anything was there
     start(tmp_path)
-    assert names(tmp_path) == {".DS_Store", "recipe.yaml", "plan.json"}
+    assert names(tmp_path) == {".DS_Store", "recipe.yaml", "plan.json", "local.json"}
 
 
 @pytest.mark.parametrize("left", ["recipe.yaml", "metrics.jsonl", "checkpoints"])

@@ -3,6 +3,7 @@
 Torch is imported once what is wrong without it has been said.
 """
 
+import logging
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,12 +14,16 @@ from lowmem_rlhf.chat.talk import Talk, Wish
 from lowmem_rlhf.errors import RunError, UserError
 from lowmem_rlhf.hardware.detect import detect
 from lowmem_rlhf.hardware.device import Device
-from lowmem_rlhf.recipe import Recipe, validate_recipe
-from lowmem_rlhf.run import ADAPTER, RECIPE, RunDirectory
+from lowmem_rlhf.recipe import Recipe
+from lowmem_rlhf.run import ADAPTER, RunDirectory
+from lowmem_rlhf.run_inputs import check_base
+from lowmem_rlhf.run_start import located, paths_explained
 from lowmem_rlhf.session import hush
 
 if TYPE_CHECKING:
     from lowmem_rlhf.model.base import SharedBase
+
+logger = logging.getLogger(__name__)
 
 JUDGES = {"reward_model": "a reward model, which gives scores", "classifier": "a classifier, which names classes"}
 
@@ -33,7 +38,8 @@ def conversation(run: RunDirectory, step: int | None, device: str | None, wish: 
     """
     base, recipe = open_policy(run, step, device)
     if wish.compare:
-        add_start(base, recipe)
+        with paths_explained(run.path, run.recipe()):
+            add_start(base, recipe)
     with memory_explained(recipe), base.decoding(plan_settings(run).get("rollout_weights") == "dequantized"):
         yield Talk(base, recipe, wish)
 
@@ -59,9 +65,15 @@ def open_trained(run: RunDirectory, step: int | None = None, device: str | None 
     """Load the base of a run as `open_policy` does; a reward model's adapter and head take the policy's place.
 
     Raises:
-        UserError, RunError: as `open_policy`.
+        UserError, RunError: as `open_policy`; or the model is not the base that the run was trained on.
     """
-    recipe = validate_recipe(run.recipe_values(), source=str(run.path / RECIPE))
+    written = run.recipe()
+    recipe = located(written, run.path)
+    with paths_explained(run.path, written):
+        return _open(run, recipe, step, device), recipe
+
+
+def _open(run: RunDirectory, recipe: Recipe, step: int | None, device: str | None) -> "SharedBase":
     folder, settings = policy_folder(run, step), plan_settings(run)
     hush()
     found = detect(device or recipe.hardware.device)
@@ -74,7 +86,8 @@ def open_trained(run: RunDirectory, step: int | None = None, device: str | None 
     from lowmem_rlhf.model.base import SharedBase
     from lowmem_rlhf.model.roles import POLICY
 
-    saved = saved_adapter(str(folder), recipe.model)
+    say_base(run, recipe)
+    saved = saved_adapter(str(folder), recipe.model, recipe.revision)
     print(f"loading {recipe.model} on {found.name}", file=sys.stderr, flush=True)
     with memory_explained(recipe):
         base = SharedBase.load(
@@ -90,13 +103,24 @@ def open_trained(run: RunDirectory, step: int | None = None, device: str | None 
             target_modules=saved.target_modules,
             use_rslora=saved.use_rslora,
         )
+    check_base(run, recipe)  # once more: now a Hub's model is here
     try:
         if recipe.algorithm == "reward_model":
             base.add_head(POLICY)
         base.load_role(folder)
     except (OSError, SafetensorError) as error:
         raise UserError(f"adapter {folder} cannot be read ({error}); take another checkpoint with --step") from error
-    return base, recipe
+    return base
+
+
+def say_base(run: RunDirectory, recipe: Recipe) -> None:
+    """Check that the recipe's model is the run's base (see `check_base`), and say what is to be said of it.
+
+    Raises:
+        UserError: it is another one.
+    """
+    if said := check_base(run, recipe):
+        logger.warning(said)
 
 
 def add_start(base: "SharedBase", recipe: Recipe) -> None:
@@ -108,7 +132,7 @@ def add_start(base: "SharedBase", recipe: Recipe) -> None:
     if recipe.adapter:
         from lowmem_rlhf.model.adapters import saved_adapter
 
-        base.refer_to(saved_adapter(recipe.adapter, recipe.model))
+        base.refer_to(saved_adapter(recipe.adapter, recipe.model, recipe.revision))
 
 
 def policy_folder(run: RunDirectory, step: int | None) -> Path:

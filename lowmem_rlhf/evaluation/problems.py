@@ -1,6 +1,8 @@
 """The held-out problems of an evaluation: never one that the run has trained on. No torch here."""
 
+import logging
 import random
+from collections.abc import Sequence
 from typing import Any
 
 from lowmem_rlhf.data.readers import is_file
@@ -8,6 +10,9 @@ from lowmem_rlhf.data.sources import load_rows
 from lowmem_rlhf.data.tasks import is_generated
 from lowmem_rlhf.errors import UserError
 from lowmem_rlhf.recipe import DataConfig, Recipe
+from lowmem_rlhf.run_inputs import rows_differ
+
+logger = logging.getLogger(__name__)
 
 # What of a run's recipe an evaluation may change: how and on what it is measured, never what was learned.
 MAY_CHANGE = (
@@ -32,15 +37,19 @@ def check_overrides(overrides: list[str]) -> None:
             raise UserError(f"override {override!r}: an evaluation of a run may change {may}")
 
 
-def held_out_rows(trained: Recipe | None, wanted: Recipe) -> list[dict[str, Any]]:
+def held_out_rows(
+    trained: Recipe | None, wanted: Recipe, kept: Any = None, other: bool = False
+) -> Sequence[dict[str, Any]]:
     """Return the rows to evaluate on.
 
     Args:
         trained: the recipe that the run was trained with; None: nothing was trained.
         wanted: the same with the changes of this evaluation.
+        kept: what the run's inputs.json says of its held-out rows, where it does.
+        other: held-out data are named for this evaluation.
 
     Raises:
-        UserError: there are none, or they would be rows that were trained on.
+        UserError: there are none, or they would be rows that were trained on, or may have been.
     """
     seed = wanted.training.seed
     size = wanted.data.eval_size
@@ -49,14 +58,22 @@ def held_out_rows(trained: Recipe | None, wanted: Recipe) -> list[dict[str, Any]
             "data.eval_size: the recipe holds nothing out (0); give held-out data with data.eval=FILE and "
             "data.eval_size=N"
         )
-    if trained is None or _apart(wanted.data):
+    if trained is None:
         return load_rows(wanted.data, "eval", seed)
+    if _apart(wanted.data):
+        rows = load_rows(wanted.data, "eval", seed)
+        if other:
+            _say_other(kept, rows, wanted.data)
+        else:
+            _check_kept(kept, rows if _same_source(trained, wanted) else load_rows(trained.data, "eval", seed), trained)
+        return rows
     if _apart(trained.data):
         raise UserError(
             f"data.eval: got {wanted.data.eval!r}, but the run trained on all of {trained.data.train}; leave "
             f"data.eval out ({trained.data.eval}) or give other data"
         )
     rows = load_rows(trained.data, "eval", seed)
+    _check_kept(kept, rows, trained)
     if size > len(rows):
         raise UserError(
             f"data.eval_size: got {size}, but the run held {len(rows)} problems out of {trained.data.train} and "
@@ -65,6 +82,29 @@ def held_out_rows(trained: Recipe | None, wanted: Recipe) -> list[dict[str, Any]
     if size == len(rows):
         return rows
     return [rows[i] for i in sorted(random.Random(f"take/{seed}").sample(range(len(rows)), size))]
+
+
+def _same_source(trained: Recipe, wanted: Recipe) -> bool:
+    return trained.data.eval_size == wanted.data.eval_size
+
+
+def _check_kept(kept: Any, rows: Sequence[dict[str, Any]], trained: Recipe) -> None:
+    """Check that the settings of the run give the rows that it held out.
+
+    Raises:
+        UserError: they give others.
+    """
+    if difference := rows_differ(kept, rows):
+        source = trained.data.eval or trained.data.train
+        raise UserError(
+            f"the held-out rows of {source} are not those that the run held out ({difference}), so they may have been "
+            "trained on; put the data back, or name held-out data with data.eval=FILE"
+        )
+
+
+def _say_other(kept: Any, rows: Sequence[dict[str, Any]], data: DataConfig) -> None:
+    if difference := rows_differ(kept, rows):
+        logger.warning(f"the held-out rows of {data.eval} are not those that the run held out ({difference})")
 
 
 def _apart(data: DataConfig) -> bool:

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from lowmem_rlhf.chat.opening import add_start, check_device, memory_explained, open_trained, plan_settings
+from lowmem_rlhf.chat.opening import add_start, check_device, memory_explained, open_trained, plan_settings, say_base
 from lowmem_rlhf.errors import UserError
 from lowmem_rlhf.evaluation.problems import check_overrides, held_out_rows
 from lowmem_rlhf.hardware.detect import detect
@@ -25,6 +25,7 @@ from lowmem_rlhf.rewards.loading import Reward, check_reward_columns, load_rewar
 from lowmem_rlhf.rewards.references import check_references
 from lowmem_rlhf.rollout.generate import Limits
 from lowmem_rlhf.run import RECIPE, RunDirectory
+from lowmem_rlhf.run_start import located, paths_explained
 from lowmem_rlhf.session import held_against_stock, hush, running_plan
 from lowmem_rlhf.training.build import bind_rewards
 from lowmem_rlhf.training.update import PassSettings
@@ -72,13 +73,30 @@ def open_run_subject(
     """
     check_overrides(overrides)
     source = str(run.path / RECIPE)
-    trained, recipe = load_recipe(source, quiet=True), load_recipe(source, overrides, quiet=True)
+    written, changed = load_recipe(source, quiet=True), load_recipe(source, overrides, quiet=True)
+    trained, recipe = located(written, run.path), located(changed, run.path, written)
+    with paths_explained(run.path, written):
+        return _open_run(run, trained, recipe, overrides, step, device, judged)
+
+
+def _open_run(
+    run: RunDirectory,
+    trained: Recipe,
+    recipe: Recipe,
+    overrides: list[str],
+    step: int | None,
+    device: str | None,
+    judged: bool,
+) -> Subject:
     if recipe.algorithm == "classifier":
         raise UserError(
             f"the run in {run.path} trained a classifier; its held-out results stand in evaluation.json, and it can be "
             "used as a reward"
         )
-    rows = held_out_rows(trained, recipe) if judged else []
+    say_base(run, recipe)
+    other = any(override.partition("=")[0].strip() == "data.eval" for override in overrides)
+    kept = (run.inputs().get("data") or {}).get("eval")
+    rows = held_out_rows(trained, recipe, kept, other) if judged else []
     plan, settings = run.plan(), plan_settings(run)
     found = detect(device or recipe.hardware.device)
     same = found.torch_device == (plan.get("device") or {}).get("torch_device")
@@ -165,7 +183,7 @@ def _subject(
 
 
 def _rewards(recipe: Recipe, rows: Rows, device: Device, free_bytes: int) -> list[Reward]:
-    rewards = load_rewards(recipe.rewards, device.torch_device, max(0, free_bytes), recipe.model)
+    rewards = load_rewards(recipe.rewards, device.torch_device, max(0, free_bytes), recipe.model, recipe.revision)
     given = ["answer"] if recipe.data.answer is not None else []
     check_reward_columns(rewards, {name for row in rows[:1] for name in [*row, *given]})
     for said in check_references(rewards, rows, recipe.data, "held-out reference answers"):

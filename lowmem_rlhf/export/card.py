@@ -24,6 +24,7 @@ from lowmem_rlhf.recipe_yaml import write_yaml
 from lowmem_rlhf.report.format import evaluation_rows, format_bytes, format_number, format_value, number
 from lowmem_rlhf.report.plots import plot_reward
 from lowmem_rlhf.run import RECIPE, RunDirectory
+from lowmem_rlhf.run_start import start_folder
 
 README, CURVE = "README.md", "curve.png"
 LIBRARY = {"adapter": "peft", "merged": "transformers"}  # of a GGUF none that the Hub knows loads it
@@ -234,7 +235,8 @@ def _scrubbed(text: str, run: RunDirectory, local: dict[str, str]) -> str:
     """Take out the folders of this machine that stand in texts of the run (a reason, a placement)."""
     for path in sorted(local.values(), key=len, reverse=True):
         text = text.replace(path, last_part(path))
-    for folder in sorted({str(run.path.resolve()), str(Path.home()), str(Path.cwd())}, key=len, reverse=True):
+    folders = {run.path.resolve(), Path.home(), Path.cwd(), start_folder(run.path) or Path.cwd()}
+    for folder in sorted(map(str, folders), key=len, reverse=True):
         if len(folder) > 1:
             text = text.replace(folder + "/", "").replace(folder, "")
     return text

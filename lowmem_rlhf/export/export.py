@@ -1,6 +1,7 @@
 """`export`: from a run to a folder that others load. It appears whole, once it is proven, or not at all."""
 
 import errno
+import json
 import re
 import shutil
 from collections.abc import Iterator
@@ -8,8 +9,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lowmem_rlhf.chat.opening import check_device, plan_settings, policy_folder
+from lowmem_rlhf.chat.opening import check_device, plan_settings, policy_folder, say_base
 from lowmem_rlhf.errors import RunError, UserError
+from lowmem_rlhf.export.card_facts import without_folders
 from lowmem_rlhf.export.wish import (
     ADAPTER,
     EXPORT,
@@ -26,11 +28,13 @@ from lowmem_rlhf.export.wish import (
 )
 from lowmem_rlhf.files import begin_folder, delete, dumps, finish_folder
 from lowmem_rlhf.hardware.detect import detect
+from lowmem_rlhf.hardware.device import Device
 from lowmem_rlhf.model.adapters import CONFIG, HEAD, WEIGHTS, adapter_folder, saved_adapter
+from lowmem_rlhf.model.fingerprint import BASE
 from lowmem_rlhf.planning.dimensions import model_dimensions
 from lowmem_rlhf.planning.export import export_disk_bytes, export_memory_bytes
-from lowmem_rlhf.recipe import validate_recipe
-from lowmem_rlhf.run import RECIPE, RunDirectory
+from lowmem_rlhf.run import RunDirectory
+from lowmem_rlhf.run_start import located, paths_explained
 from lowmem_rlhf.session import hush
 
 if TYPE_CHECKING:
@@ -54,7 +58,8 @@ class Export:
 
     def __init__(self, run: RunDirectory, wish: Wish) -> None:
         self.run = run
-        self.recipe = validate_recipe(run.recipe_values(), source=str(run.path / RECIPE))
+        self.written = run.recipe()
+        self.recipe = located(self.written, run.path)
         self.wish = check_wish(wish, self.recipe, run)
         self.format = str(self.wish.format)
         self.target = wish.output or run.path / "export" / self.format
@@ -73,7 +78,9 @@ class Export:
         Raises:
             UserError: the sizes of the base are not known.
         """
-        wish, dims = self.wish, model_dimensions(self.recipe.model, self.recipe.revision)
+        wish = self.wish
+        with paths_explained(self.run.path, self.written):
+            dims = model_dimensions(self.recipe.model, self.recipe.revision)
         dtype = wish.dtype or ("float32" if dims.overflows_float16 else "float16")
         onto = QUANTIZED if self.onto_quantized else ORIGINAL
         precision = (self.settings["quantization"], self.settings["compute_dtype"])
@@ -100,7 +107,12 @@ class Export:
         hush()
         found = detect(self.wish.device or self.recipe.hardware.device)
         check_device(found, self.settings["compute_dtype"])
-        saved_adapter(str(self.adapter), self.recipe.model)
+        with paths_explained(self.run.path, self.written):
+            say_base(self.run, self.recipe)
+            saved_adapter(str(self.adapter), self.recipe.model, self.recipe.revision)
+            return self._make(found)
+
+    def _make(self, found: Device) -> dict[str, Any]:
         try:
             needed = self.plan()["disk_bytes"]
         except UserError:
@@ -158,8 +170,7 @@ class Export:
         from lowmem_rlhf.export.scores import proof_of_scores
         from lowmem_rlhf.export.verify import proof_of_adapter
 
-        for name in (WEIGHTS, CONFIG):
-            shutil.copyfile(self.adapter / name, folder / name)
+        copy_adapter(self.adapter, folder, (WEIGHTS, CONFIG))
         heads = self._heads(folder)
         live = live_policy(self.run, self.wish.step, self.wish.device)
         if self.recipe.algorithm == "reward_model":
@@ -222,9 +233,28 @@ class Export:
             parts[START] = adapter_folder(self.recipe.adapter)
         copied = []
         for part, source in parts.items():
-            (folder / part).mkdir()
-            for name in (WEIGHTS, CONFIG, HEAD):
-                if (source / name).is_file():
-                    shutil.copyfile(source / name, folder / part / name)
-                    copied.append(f"{part}/{name}")
+            copied += [f"{part}/{name}" for name in copy_adapter(source, folder / part, (WEIGHTS, CONFIG, HEAD))]
         return {"heads": copied}
+
+
+def copy_adapter(source: Path, target: Path, names: tuple[str, ...]) -> list[str]:
+    """Copy an adapter and what is known of its base, which is named without a folder of this machine.
+
+    Args:
+        source, target: folders.
+        names: of its files.
+
+    Returns:
+        The names of those that there are.
+    """
+    target.mkdir(exist_ok=True)
+    copied = [name for name in names if (source / name).is_file()]
+    for name in (*copied, *([BASE] if (source / BASE).is_file() else [])):
+        shutil.copyfile(source / name, target / name)
+    if CONFIG in copied:
+        config = json.loads((source / CONFIG).read_text(encoding="utf-8"))
+        base = str(config.get("base_model_name_or_path") or "")
+        if (local := without_folders({"model": base})[0]["model"]) != base:
+            config["base_model_name_or_path"] = local
+            (target / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True), encoding="utf-8")
+    return copied

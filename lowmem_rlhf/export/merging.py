@@ -83,7 +83,7 @@ def merge_run(export: "Export", folder: Path, wanted: str | None) -> Merged:
     source = base_folder(recipe.model, recipe.revision)
     quantization = settings["quantization"] if export.onto_quantized else "none"
     model = skeleton(source, quantization, settings["compute_dtype"], recipe.trust_remote_code)
-    adapter = LoraFile(saved_adapter(str(export.adapter), recipe.model))
+    adapter = LoraFile(saved_adapter(str(export.adapter), recipe.model, recipe.revision))
     merge = Merge(read_shards(source), model, adapter, settings["compute_dtype"], export.device)
     family = FAMILIES.get(model.model_type)
     dtype, reason = choose_dtype(merge, wanted, family is not None and family.overflows_float16)

@@ -13,14 +13,25 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from lowmem_rlhf.errors import UserError
-from lowmem_rlhf.run import ADAPTER, MODEL, RECIPE, RunDirectory
+from lowmem_rlhf.model.adapter_base import check_adapter_base
+from lowmem_rlhf.planning.dimensions import model_dimensions
+from lowmem_rlhf.run import ADAPTER, MODEL, RunDirectory
+from lowmem_rlhf.stages import first_stage, run_of, to_finish
+from lowmem_rlhf.suggest import did_you_mean
 
 WEIGHTS, CONFIG, HEAD = "adapter_model.safetensors", "adapter_config.json", "head.safetensors"
 # what peft can add to a low-rank product and this package does not compute
 MORE = (
-    *("use_dora", "lora_bias", "modules_to_save", "trainable_token_indices"),
+    *("use_dora", "lora_bias", "modules_to_save", "trainable_token_indices", "target_parameters", "velora_config"),
     *("alora_invocation_tokens", "arrow_config", "kasa_config", "monteclora_config", "use_bdlora", "use_qalora"),
 )
+# what peft can choose layers by besides their names
+SOME_LAYERS = {
+    "layers_to_transform": "the adapter is beside some layers only",
+    "layer_replication": "the adapter is of a model with layers that are repeated",
+}
+# values of init_lora_weights, besides true and false, that leave the base as it is
+PLAIN_STARTS = ("gaussian", "orthogonal", "eva", "mica")
 
 
 @dataclass(frozen=True)
@@ -55,21 +66,59 @@ def adapter_folder(reference: str) -> Path:
         if (folder / CONFIG).is_file() and (folder / WEIGHTS).is_file():
             return folder
     if not path.exists():
-        raise UserError(f"adapter {reference!r} does not exist; give a run's folder or one with {CONFIG} and {WEIGHTS}")
-    if (path / RECIPE).is_file():
+        raise UserError(f"adapter {reference!r} does not exist{_instead_of_missing(reference)}")
+    if path.is_file():
+        raise UserError(f"adapter {reference!r} is a file; give the folder that it lies in, adapter={path.parent}")
+    if run_of(path):
         if (path / MODEL).is_dir():
             raise UserError(
                 f"adapter {reference!r} is a classifier's run, which has no adapter; a reward of the kind classifier "
                 f"takes {path / MODEL} as its model"
             )
         latest = RunDirectory(path).latest_checkpoint()
-        other = f"take its checkpoint {latest[1]}" if latest else "let it finish first"
-        raise UserError(f"adapter {reference!r} is a run without a finished adapter; {other}")
-    raise UserError(f"adapter {reference!r} holds no {CONFIG} with {WEIGHTS}; give a run's folder or an adapter's")
+        other = f", or take its checkpoint {latest[1]}" if latest else ""
+        raise UserError(f"adapter {reference!r} is a run without a finished adapter; {to_finish(path)}{other}")
+    raise UserError(f"adapter {reference!r} {_what_is_there(path)}")
 
 
-def saved_adapter(reference: str, model: str) -> SavedAdapter:
+def _instead_of_missing(reference: str) -> str:
+    """Return what may be done about an adapter that is not there, to be put behind that."""
+    if stage := first_stage(reference):
+        return stage
+    path = Path(reference).expanduser()
+    near = did_you_mean(path.name, [p.name for p in path.parent.iterdir()]) if path.parent.is_dir() else ""
+    if re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", reference) and not path.parent.is_dir():
+        fetch = f"fetch one of the Hub with `hf download {reference} --local-dir FOLDER` and give adapter=FOLDER"
+        return f" here; give a run's folder or an adapter's, or {fetch}"
+    return f"{near}; give a run's folder or one with {CONFIG} and {WEIGHTS}"
+
+
+def _what_is_there(path: Path) -> str:
+    """Return what a folder that is no adapter holds, and what to do."""
+    has = {name for name in (CONFIG, WEIGHTS, "adapter_model.bin", "config.json") if (path / name).is_file()}
+    if WEIGHTS in has:
+        return f"holds {WEIGHTS} without its {CONFIG}, which says how the weights are scaled; copy that file there too"
+    if "adapter_model.bin" in has:
+        return (
+            "holds adapter_model.bin, which can only be read by unpickling it; where you trust it, convert it to "
+            f"{WEIGHTS}: load it with peft (PeftModel.from_pretrained) and save_pretrained it into a new folder"
+        )
+    if CONFIG in has:
+        return f"holds {CONFIG} without its {WEIGHTS}; copy that file there too"
+    if "config.json" in has:
+        return f"is a whole model, not an adapter; give it as the model (model={path}) and leave adapter out"
+    inside = [p.parent for p in sorted(path.glob(f"*/{CONFIG}")) if (p.parent / WEIGHTS).is_file()]
+    hint = f"; did you mean adapter={inside[-1]}?" if inside else ""
+    return f"holds no {CONFIG} with {WEIGHTS}; give a run's folder or an adapter's{hint}"
+
+
+def saved_adapter(reference: str, model: str, revision: str | None = None) -> SavedAdapter:
     """Read what a saved adapter is, and check that it can lie on this model's base.
+
+    Args:
+        reference: a run directory, a checkpoint or the folder itself.
+        model: as in a recipe; what it was trained on is told by the content of its files where that is known.
+        revision: of a model on the Hub.
 
     Raises:
         UserError: there is none, it belongs to another base, or it is not an adapter beside unchanged weights.
@@ -79,27 +128,9 @@ def saved_adapter(reference: str, model: str) -> SavedAdapter:
         config: dict[str, Any] = dict(json.loads((folder / CONFIG).read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError) as error:
         raise UserError(f"adapter {reference!r}: {CONFIG} cannot be read ({error})") from error
-    if config.get("peft_type") != "LORA":
-        raise UserError(
-            f"adapter {reference!r} is of kind {config.get('peft_type')}; only LoRA adapters can be continued"
-        )
-    start = config.get("init_lora_weights", True)
-    if isinstance(start, str) and start.lower() not in ("gaussian", "orthogonal"):
-        raise UserError(
-            f"adapter {reference!r} began as {start}, which changes the base's weights, so that the base without it is "
-            "no reference; train one with the usual start (init_lora_weights=true)"
-        )
-    more = [name for name in MORE if config.get(name)] or _patterns(config, folder)
-    if more:
-        raise UserError(
-            f"adapter {reference!r} has {more[0]}, more than a low-rank product of one shape; it cannot be used"
-        )
+    _check_kind(reference, folder, config, model, revision)
     base = str(config.get("base_model_name_or_path") or "")
-    if base and _short(base) != _short(model):
-        raise UserError(
-            f"adapter {reference!r} belongs to {base!r} and the recipe's model is {model!r}; give model={base}, or if "
-            f"both are the same weights, put the name into {folder / CONFIG}"
-        )
+    check_adapter_base(reference, folder, base, config.get("revision"), model, revision)
     target = config.get("target_modules") or "all-linear"
     if not isinstance(target, str):  # peft lists what it would have taken, also what was excluded
         target = sorted(name for name in target if name.rsplit(".", 1)[-1] not in (config.get("exclude_modules") or ()))
@@ -114,6 +145,48 @@ def saved_adapter(reference: str, model: str) -> SavedAdapter:
     )
 
 
+def _check_kind(reference: str, folder: Path, config: dict[str, Any], model: str, revision: str | None) -> None:
+    """Check that an adapter is one low-rank product of one shape beside every layer that it names.
+
+    Raises:
+        UserError: it is not.
+    """
+    if config.get("peft_type") != "LORA":
+        raise UserError(
+            f"adapter {reference!r} is of kind {config.get('peft_type')}; only LoRA adapters can be continued"
+        )
+    start = config.get("init_lora_weights", True)
+    if isinstance(start, str) and start.lower() not in PLAIN_STARTS:
+        raise UserError(
+            f"adapter {reference!r} began as {start}, which changes the base's weights, so that the base without it is "
+            "no reference; train one with the usual start (init_lora_weights=true)"
+        )
+    more = [name for name in MORE if config.get(name)] or _patterns(config, folder)
+    if config.get("bias", "none") != "none":
+        more.append("bias")
+    if more:
+        raise UserError(
+            f"adapter {reference!r} has {more[0]}, more than a low-rank product of one shape; it cannot be used"
+        )
+    for name, why in SOME_LAYERS.items():
+        if (value := config.get(name)) not in (None, [], "") and not _is_every_layer(value, model, revision):
+            raise UserError(
+                f"adapter {reference!r}: {name} is not supported ({value}): {why}, and here every layer of a kind "
+                "carries one; train one without it, or merge it into its base (peft's merge_and_unload) and give that "
+                "as the model"
+            )
+
+
+def _is_every_layer(value: Any, model: str, revision: str | None) -> bool:
+    """Whether a choice of layers by their numbers is all of them."""
+    if not isinstance(value, list):
+        return isinstance(value, str)  # a name for the list of layers, which chooses nothing by itself
+    try:
+        return set(range(model_dimensions(model, revision).num_layers)) <= {n for n in value if isinstance(n, int)}
+    except UserError:
+        return False
+
+
 def _patterns(config: dict[str, Any], folder: Path) -> list[str]:
     """Return which of peft's patterns of other ranks and scalings fit a layer of the adapter; most fit none."""
     kinds = [kind for kind in ("rank_pattern", "alpha_pattern") if config.get(kind)]
@@ -125,8 +198,3 @@ def _patterns(config: dict[str, Any], folder: Path) -> list[str]:
     except (OSError, SafetensorError) as error:
         raise UserError(f"adapter {folder}: {WEIGHTS} cannot be read ({error})") from error
     return [kind for kind in kinds if any(re.search(f"{p}$", layer) for p in config[kind] for layer in layers)]
-
-
-def _short(model: str) -> str:
-    """Return a model's name without its owner or folder: a local copy is the same model."""
-    return Path(model.rstrip("/")).name.lower()

@@ -29,7 +29,10 @@ def resolve_model(model: str) -> str:
     if path.exists():
         return str(_checked(path, model))
     if _looks_like_path(model):
-        raise UserError(f"model {model!r} does not exist; give a local folder, a .gguf file or a Hub id (org/name)")
+        from lowmem_rlhf.stages import first_stage
+
+        remedy = first_stage(model) or "; give a local folder, a .gguf file or a Hub id (org/name)"
+        raise UserError(f"model {model!r} does not exist{remedy}")
     if not _HUB_ID.fullmatch(model):
         raise UserError(f"model {model!r} is neither a path nor a Hub id, which has the form org/name")
     return model
@@ -81,10 +84,10 @@ def _inside_package(model: str) -> Path:
 def _checked(path: Path, model: str) -> Path:
     """Return the path when it holds a model: a folder with config.json, or a file that begins as a GGUF does."""
     if path.is_dir():
-        if not (path / "config.json").is_file():
-            near = sorted(found.name for found in path.glob("*.gguf"))
-            hint = f"; for the GGUF in it give model={path / near[0]}" if near else ""
-            raise UserError(f"model {model!r} is a folder without config.json, so it holds no transformers model{hint}")
+        from lowmem_rlhf.model.not_a_model import why_no_model
+
+        if why := why_no_model(path):
+            raise UserError(f"model {model!r} {why}")
         return path
     try:
         with path.open("rb") as file:

@@ -53,14 +53,14 @@ class AdapterReward:
         return values
 
 
-def load_adapter_reward(name: str, adapter: str, model: str) -> AdapterReward:
+def load_adapter_reward(name: str, adapter: str, model: str, revision: str | None = None) -> AdapterReward:
     """Return the reward of a reward model's run or adapter folder, yet to be bound to the base of this model.
 
     Raises:
         UserError: there is no such adapter, it belongs to another base, or it has no score head.
     """
     try:
-        saved = saved_adapter(adapter, model)
+        saved = saved_adapter(adapter, model, revision)
     except UserError as error:
         raise UserError(f"rewards: {name}: {error}") from error
     if saved.head is None:

@@ -46,7 +46,11 @@ class Reward:
 
 
 def load_rewards(
-    configs: list[RewardConfig], device: str = "cpu", free_bytes: int = 0, model: str = ""
+    configs: list[RewardConfig],
+    device: str = "cpu",
+    free_bytes: int = 0,
+    model: str = "",
+    revision: str | None = None,
 ) -> list[Reward]:
     """Load the rewards of a recipe, in its order.
 
@@ -56,18 +60,18 @@ def load_rewards(
         configs: the recipe's rewards.
         device: the policy's, where the models of learned rewards lie as well if they fit.
         free_bytes: what the plan leaves there.
-        model: the recipe's, which a reward adapter must belong to.
+        model, revision: the recipe's, which a reward adapter must belong to.
 
     Raises:
         UserError: unknown name; file absent or failing on import; function absent or not callable; options it does not
             take, lacks or refuses; a model that cannot be loaded or is of another kind.
     """
     if not any(config.function in LEARNED_REWARDS for config in configs):
-        return [_load(config, None, model) for config in configs]
+        return [_load(config, None, model, revision) for config in configs]
     from lowmem_rlhf.rewards.learned import Room
 
     room = Room(device, free_bytes)
-    return [_load(config, room, model) for config in configs]
+    return [_load(config, room, model, revision) for config in configs]
 
 
 def placements(rewards: Iterable[Reward]) -> dict[str, dict[str, str]]:
@@ -115,13 +119,14 @@ def line_in(error: BaseException, source: str) -> int | None:
     return lines[-1] if lines else None
 
 
-def _load(config: RewardConfig, room: "Room | None", model: str) -> Reward:
+def _load(config: RewardConfig, room: "Room | None", model: str, revision: str | None) -> Reward:
     if config.function in LEARNED_REWARDS:
         return _learned(config, room)
     if config.function == REWARD_ADAPTER:
         from lowmem_rlhf.rewards.adapter import load_adapter_reward
 
-        return Reward(config.name, load_adapter_reward(config.name, config.options["adapter"], model), config.weight)
+        adapter = load_adapter_reward(config.name, config.options["adapter"], model, revision)
+        return Reward(config.name, adapter, config.weight)
     if ".py" in config.function or ":" in config.function:
         function = _from_file(config.function)
     elif config.function in SHIPPED:

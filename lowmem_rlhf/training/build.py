@@ -32,7 +32,7 @@ def add_roles(base: SharedBase, recipe: Recipe, plan: Plan, rewards: Sequence[Re
         UserError: an adapter does not fit the base.
     """
     if recipe.adapter:
-        saved = saved_adapter(recipe.adapter, recipe.model)
+        saved = saved_adapter(recipe.adapter, recipe.model, recipe.revision)
         if recipe.algorithm in ONLINE:
             base.start_from(saved)
         else:
@@ -74,14 +74,18 @@ def _add_critic(base: SharedBase, recipe: Recipe) -> None:
         return
     if kind == "reward":
         adapter = next(r.options["adapter"] for r in recipe.rewards if r.function == REWARD_ADAPTER)
-        saved = saved_adapter(adapter, recipe.model)
+        saved = saved_adapter(adapter, recipe.model, recipe.revision)
         base.add_role(CRITIC, saved.r, saved.lora_alpha, saved.target_modules, use_rslora=saved.use_rslora)
         base.load_adapter(saved.folder, CRITIC)
         base.add_head(CRITIC)
         base.load_head(saved.folder, CRITIC)
         return
     start = START if START in base.roles else ""
-    targets = saved_adapter(recipe.adapter, recipe.model).target_modules if recipe.adapter else lora.target_modules
+    targets = (
+        saved_adapter(recipe.adapter, recipe.model, recipe.revision).target_modules
+        if recipe.adapter
+        else lora.target_modules
+    )
     base.add_role(CRITIC, lora.rank, lora.alpha(lora.rank), targets, seed=recipe.training.seed + 1, below=start)
     base.add_head(CRITIC, bias=True)
 

@@ -16,6 +16,7 @@ from lowmem_rlhf.report import html
 from lowmem_rlhf.report.live import LiveView, print_evaluation
 from lowmem_rlhf.rewards.train_classifier import train_classifier
 from lowmem_rlhf.run import MODEL, RunDirectory
+from lowmem_rlhf.run_inputs import run_inputs
 
 
 def train_classifier_run(recipe: Recipe, path: Path, resume: bool) -> RunDirectory:
@@ -28,10 +29,12 @@ def train_classifier_run(recipe: Recipe, path: Path, resume: bool) -> RunDirecto
     if resume:
         raise UserError("--resume: a classifier's run cannot be continued; start it anew with another --output")
     RunDirectory.check(path, recipe, resume)
-    data = labelled_texts(load_rows(recipe.data, "train", recipe.training.seed), recipe.data)
+    rows = load_rows(recipe.data, "train", recipe.training.seed)
+    kept = load_rows(recipe.data, "eval", recipe.training.seed) if recipe.data.eval_size else []
+    data = labelled_texts(rows, recipe.data)
     held_out: tuple[list[str], list[str]] = ([], [])
-    if recipe.data.eval_size:
-        held_out = labelled_texts(load_rows(recipe.data, "eval", recipe.training.seed), recipe.data)
+    if kept:
+        held_out = labelled_texts(kept, recipe.data)
     size = recipe.training.prompts_per_step
     epochs = recipe.training.num_train_epochs or max(1, round(recipe.training.max_steps * size / len(data[0])))
     if recipe.training.num_train_epochs is None:
@@ -54,7 +57,7 @@ def train_classifier_run(recipe: Recipe, path: Path, resume: bool) -> RunDirecto
         def progress(step: int, steps: int, loss: float) -> None:
             nonlocal before, run
             if run is None:
-                run = RunDirectory.create(path, recipe, plan, resume=False)
+                run = RunDirectory.create(path, recipe, plan, False, run_inputs(recipe, rows, kept))
                 view.message(f"run directory: {run.path}")
             now = time.perf_counter()
             metrics = {"step": step, "loss": loss, "time/step": now - before}

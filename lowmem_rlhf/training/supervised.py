@@ -148,7 +148,7 @@ class RewardModel(Loop):
         run: RunDirectory,
     ) -> None:
         base.add_head(POLICY, std=(base.hidden_size + 1) ** -0.5, seed=recipe.training.seed)
-        saved = saved_adapter(recipe.adapter, recipe.model) if recipe.adapter else None
+        saved = saved_adapter(recipe.adapter, recipe.model, recipe.revision) if recipe.adapter else None
         if saved is not None and saved.head is not None:
             base.load_head(saved.folder, POLICY)  # it goes on as a whole
         super().__init__(recipe, plan, base, run)

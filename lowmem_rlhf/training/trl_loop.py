@@ -248,7 +248,7 @@ def make_trl_loop(
     recipe = with_epochs(recipe, len(train))
     kind = TRL_TRAINERS[recipe.algorithm]
     if recipe.adapter and kind.reference:
-        base.refer_to(saved_adapter(recipe.adapter, recipe.model))
+        base.refer_to(saved_adapter(recipe.adapter, recipe.model, recipe.revision))
     trainer = make_trainer(recipe, base, batch_rows(train[:2], kind), plan.settings.logits_tile_tokens)
     _try_out(trainer, base, batch_rows(train[:2], kind))
     prompts = build_examples(held_out_rows, recipe.data, tokenizer, stops) if rewards and held_out_rows else []

@@ -287,6 +287,7 @@ def everything(runs: Path, sft, reward_model, classifier) -> None:
     shutil.copy(sft.path / "recipe.yaml", runs / "unfinished")
     config = shutil.copytree(sft.path / "adapter", runs / "foreign") / "adapter_config.json"
     config.write_text(json.dumps({**json.loads(config.read_text()), "base_model_name_or_path": "org/other"}))
+    (runs / "foreign" / "base.json").unlink()  # as of an adapter that was made elsewhere
     name = Path(sft.recipe_values()["model"]).name  # that of the other runs' model, of which it is no copy
     other = save_tiny_model(runs / "wide-model" / name, hidden_size=32)
     settings = {"lora": LORA, "rewards": [], "sft": {"max_length": 32}, "training": {"max_steps": 1}}
@@ -363,7 +364,7 @@ STYLED = [{"function": "classifier", "options": {"model": "classifier/model", "l
         (
             {"adapter": "wide", "lora": LORA},
             [],
-            ["does not fit this base: its files hold", "of another shape (base_model"],
+            ["adapter 'wide' was trained on other weights than the recipe's model has: on 'model0'"],
         ),
         ({}, ["training.num_train_epochs=2"], ["training.num_train_epochs: is for sft, reward_model and classifier"]),
         ({"algorithm": "ppo"}, ["ppo.critic=reward"], ["ppo.critic: got reward, but no reward of this recipe is a"]),

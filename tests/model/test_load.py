@@ -80,7 +80,7 @@ def test_weights_that_would_be_unpickled_are_refused(tmp_path):
     weights = {name: p.clone() for name, p in tiny_model("llama", vocab_size=260, hidden_size=64).state_dict().items()}
     (tmp_path / "model.safetensors").unlink()
     torch.save(weights, tmp_path / "pytorch_model.bin")
-    refuse(tmp_path, "cannot be loaded", "safetensors")
+    refuse(tmp_path, "holds its weights as pytorch_model.bin", "unpickling", "safetensors")
 
 
 def test_a_damaged_weights_file_is_one_sentence(tmp_path):

@@ -378,7 +378,10 @@ def test_a_reference_to_no_adapter_says_what_is_there(tmp_path):
     refused("is a run without a finished adapter; let it finish first", saved_adapter, str(run), "tiny/llama")
     checkpoint = own_adapter(run / "checkpoints" / "step-2")
     refused(
-        rf"a run without a finished adapter; take its checkpoint {checkpoint}$", saved_adapter, str(run), "tiny/llama"
+        rf"a run without a finished adapter; .*--resume, goes on\), or take its checkpoint {checkpoint}$",
+        saved_adapter,
+        str(run),
+        "tiny/llama",
     )
     assert saved_adapter(str(checkpoint), "tiny/llama").folder == checkpoint
     own_adapter(run / "adapter")
@@ -408,4 +411,4 @@ def test_where_a_score_is_needed_an_adapter_without_a_head_is_refused(tmp_path):
     refused(r"^rewards: liking: adapter '.*bare' has no score head .*algorithm: reward_model", reward, bare)
     refused("^rewards: liking: adapter '.*none' does not exist", reward, tmp_path / "none")
     (scored / WEIGHTS).unlink()
-    refused("^rewards: liking: adapter '.*scored' holds no", reward, scored)
+    refused("^rewards: liking: adapter '.*scored' holds adapter_config.json without its", reward, scored)
