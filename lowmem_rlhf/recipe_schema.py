@@ -107,6 +107,10 @@ class Recipe(Section):
             raise ValueError("data.text, data.messages: got both; an example is one of them")
         if data.text and self.sft.learn == "all":
             raise ValueError("sft.learn: got all, which is for conversations; a text of data.text is learned whole")
+        if data.prompt is None and not (data.chosen or data.template is not None or data.text or data.messages):
+            raise ValueError(
+                "data.prompt: got null, which is for pairs of whole conversations; name the prompt's column"
+            )
         if data.prompt_words and (data.template is not None or data.text or data.messages):
             raise ValueError("data.prompt_words: is for data.prompt alone; leave it or template, text and messages out")
         if data.template is not None and (data.text or data.messages):
