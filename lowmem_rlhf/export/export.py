@@ -187,7 +187,9 @@ class Export:
         """Merge, turn that into a GGUF, and compare both with the live policy."""
         from lowmem_rlhf.export import verify
         from lowmem_rlhf.export.bar import bar
+        from lowmem_rlhf.export.framing import framing
         from lowmem_rlhf.export.gguf import write_gguf
+        from lowmem_rlhf.export.gguf_tokenizer import load_tokenizer
 
         kind = self.wish.quantize or ""
         work = folder / WORK
@@ -196,8 +198,9 @@ class Export:
         proof = merged.proof()
         name = re.sub(r"[^\w.-]+", "-", self.recipe.name).strip(".-") or "model"
         file = folder / f"{name}-{kind.upper()}.gguf"
+        frame = framing(load_tokenizer(work), self.recipe.data)
         with bar(f"writing {file.name}") as moved:
-            write_gguf(work, file, kind, moved, self.device)
+            write_gguf(work, file, kind, moved, self.device, frame.add_bos)
         if self.format == OLLAMA:
             from lowmem_rlhf.export.ollama import write_ollama
 
@@ -207,7 +210,7 @@ class Export:
         of_gguf = verify.proof_of_gguf(file, work, merged.live, merged.reference, DTYPE_OF_GGUF.get(kind, kind))
         proof |= of_gguf | {"judged": proof["judged"] + of_gguf["judged"]}
         delete(work)
-        return {**merged.facts(), "quantize": kind, "file": file.name, "proof": proof}
+        return {**merged.facts(), "quantize": kind, "file": file.name, **frame.facts(), "proof": proof}
 
     def _merge(self, folder: Path, dtype: str | None) -> "Merged":
         from lowmem_rlhf.export.merging import merge_run

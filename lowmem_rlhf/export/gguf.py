@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lowmem_rlhf.errors import UserError
-from lowmem_rlhf.export.gguf_converter import convert, find_converter, find_quantizer, quantize
+from lowmem_rlhf.export.gguf_converter import convert, find_converter, find_quantizer, quantize, set_frame
 from lowmem_rlhf.export.wish import check_disk
 from lowmem_rlhf.files import temp_path
+from lowmem_rlhf.model.stops import turn_end
 from lowmem_rlhf.planning.export import GGUF_BYTES
 
 if TYPE_CHECKING:
@@ -27,7 +28,12 @@ _HEADER_BYTES = 2**25  # vocabulary and merges, at most
 
 
 def write_gguf(
-    folder: Path, target: Path, kind: str, progress: Progress | None = None, device: "torch.device | None" = None
+    folder: Path,
+    target: Path,
+    kind: str,
+    progress: Progress | None = None,
+    device: "torch.device | None" = None,
+    add_bos: bool | None = None,
 ) -> None:
     """Write a merged model as a GGUF. The file appears whole or not at all.
 
@@ -40,6 +46,7 @@ def write_gguf(
         kind: f16, bf16, q8_0 or q4_k_m.
         progress: called with bytes written and bytes in all.
         device: where q4_k_m is calculated; the CPU if None.
+        add_bos: a BOS is put before every text; None: where the tokenizer does so.
 
     Raises:
         UserError: the kind, the architecture or the tokenizer is not known.
@@ -53,8 +60,10 @@ def write_gguf(
     try:
         first, first_kind = (wide, "f16") if quantizer else (temp, kind)
         _check_room(folder, target, first_kind)
-        if not (converter and first_kind != "q4_k_m" and convert(converter, folder, first, first_kind)):
-            _write(folder, first, target.stem, first_kind, progress, device)
+        if converter and first_kind != "q4_k_m" and convert(converter, folder, first, first_kind):
+            set_frame(first, add_bos)
+        else:
+            _write(folder, first, target.stem, first_kind, progress, device, add_bos)
         if quantizer:
             quantize(quantizer, first, temp)
         with temp.open("rb+") as file:
@@ -73,7 +82,13 @@ def _check_room(folder: Path, target: Path, kind: str) -> None:
 
 
 def _write(
-    folder: Path, target: Path, name: str, kind: str, progress: Progress | None, device: "torch.device | None"
+    folder: Path,
+    target: Path,
+    name: str,
+    kind: str,
+    progress: Progress | None,
+    device: "torch.device | None",
+    add_bos: bool | None = None,
 ) -> None:
     """Write with the gguf library; kind may be f32 too."""
     import torch
@@ -89,7 +104,7 @@ def _write(
     config = AutoConfig.from_pretrained(folder)
     architecture = describe(config)
     tokenizer = load_tokenizer(folder)
-    keys = describe_tokenizer(tokenizer, config.vocab_size, second_stop(folder, config, tokenizer.eos_token_id))
+    keys = describe_tokenizer(tokenizer, config.vocab_size, second_stop(folder, config, tokenizer), add_bos)
     tensors = plan_tensors(stored, config, architecture, kind, config.vocab_size)
     total = sum(tensor.nbytes for tensor in tensors)
     check_disk(total + _HEADER_BYTES, target)
@@ -108,8 +123,14 @@ def _write(
         writer.close()
 
 
-def second_stop(folder: Path, config: Any, eos: int | None) -> int | None:
-    """Return a token other than the tokenizer's that ends an answer (generation_config.json, config.json)."""
+def second_stop(folder: Path, config: Any, tokenizer: Any) -> int | None:
+    """Return a token other than the tokenizer's that ends an answer.
+
+    It is the one with which the chat template ends a turn, else one of generation_config.json or config.json.
+    """
+    eos = tokenizer.eos_token_id
+    if turn := turn_end(tokenizer).difference([eos]):
+        return min(turn)
     path = folder / "generation_config.json"
     stops = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id") if path.is_file() else None
     stops = config.eos_token_id if stops is None else stops

@@ -8,6 +8,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from lowmem_rlhf.errors import RunError
+from lowmem_rlhf.export.gguf_tokenizer import ADD_BOS, ADD_EOS
 
 CONVERTER, QUANTIZER = "convert_hf_to_gguf.py", "llama-quantize"
 
@@ -50,6 +51,35 @@ def convert(converter: Path, folder: Path, target: Path, kind: str) -> bool:
         target.unlink()
     print(f"{said} failed ({_last_line(done.stderr)}); the GGUF is written without it", file=sys.stderr, flush=True)
     return False
+
+
+def set_frame(file: Path, add_bos: bool | None) -> None:
+    """Let a GGUF that a converter wrote put a BOS before every text or none, and an EOS behind none.
+
+    Args:
+        add_bos: None: both as the converter has them.
+    """
+    from gguf import GGUFReader
+
+    if add_bos is None:
+        return
+    try:
+        reader = GGUFReader(file, "r+")
+    except (ValueError, IndexError):  # a file of a newer form
+        print(f"your converter's GGUF cannot be read here, so its {ADD_BOS} is its own", file=sys.stderr, flush=True)
+        return
+    for key, value in ((ADD_BOS, add_bos), (ADD_EOS, False)):
+        field = reader.get_field(key)
+        if field is not None:
+            field.parts[field.data[0]][0] = value
+        elif key == ADD_BOS:
+            print(
+                f"your converter's GGUF has no {key}, which should be {str(value).lower()}: llama.cpp goes by its own "
+                "default",
+                file=sys.stderr,
+                flush=True,
+            )
+    reader.data.flush()
 
 
 def quantize(quantizer: Path, source: Path, target: Path) -> None:

@@ -15,6 +15,7 @@ from lowmem_rlhf.errors import UserError
 from lowmem_rlhf.export.gguf_families import WAY_OUT
 
 Keys = dict[str, Any]
+ADD_BOS, ADD_EOS = "tokenizer.ggml.add_bos_token", "tokenizer.ggml.add_eos_token"
 _NEVER = -1e6  # the score of a token that no merge makes; ranks of merges lie above it
 _NO_MERGE = ("ÿ", "ÿ")  # of two bytes 255, which no text has: llama.cpp loads no tokenizer without a merge
 _SPACE = "▁"
@@ -51,12 +52,13 @@ def load_tokenizer(folder: Path) -> Any:
     return tokenizer
 
 
-def describe_tokenizer(tokenizer: Any, rows: int, extra_stop: int | None = None) -> Keys:
+def describe_tokenizer(tokenizer: Any, rows: int, extra_stop: int | None = None, add_bos: bool | None = None) -> Keys:
     """Return the metadata of a tokenizer.
 
     Args:
         rows: of the embedding. Tokens beyond them cannot be used and are left out; rows without a token get a name.
         extra_stop: a second token that ends an answer, beside the tokenizer's own.
+        add_bos: a BOS is put before every text; None: where the tokenizer does so.
 
     Raises:
         UserError: llama.cpp would tokenize otherwise.
@@ -75,7 +77,15 @@ def describe_tokenizer(tokenizer: Any, rows: int, extra_stop: int | None = None)
     else:
         keys["tokenizer.ggml.scores"] = _scores(model, merges, names)
     keys |= {"tokenizer.ggml.tokens": names, "tokenizer.ggml.token_type": types}
-    return keys | _special(tokenizer, rows, extra_stop)
+    return keys | _special(tokenizer, rows, extra_stop, add_bos)
+
+
+def own_frame(tokenizer: Any) -> tuple[bool, bool]:
+    """Return whether a tokenizer puts a token before every text, and whether it puts one behind."""
+    bare = tokenizer("a", add_special_tokens=False)["input_ids"]
+    framed = tokenizer("a")["input_ids"]
+    at = next(index for index in range(len(framed)) if framed[index : index + len(bare)] == bare)
+    return at > 0, len(framed) > at + len(bare)
 
 
 def _unknown(why: str) -> UserError:
@@ -163,18 +173,16 @@ def _scores(model: dict[str, Any], merges: list[list[str]], names: list[str]) ->
     return [float(-first[index]) if index in first else _NEVER for index in range(len(names))]
 
 
-def _special(tokenizer: Any, rows: int, extra_stop: int | None) -> Keys:
-    """Return the numbers of special tokens, which of them frame a text, and the chat template."""
-    bare = tokenizer("a", add_special_tokens=False)["input_ids"]
-    framed = tokenizer("a")["input_ids"]
-    at = next(index for index in range(len(framed)) if framed[index : index + len(bare)] == bare)
-    keys: Keys = {
-        "tokenizer.ggml.add_bos_token": at > 0,
-        "tokenizer.ggml.add_eos_token": len(framed) > at + len(bare),
-    }
+def _special(tokenizer: Any, rows: int, extra_stop: int | None, add_bos: bool | None) -> Keys:
+    """Return the numbers of special tokens, which of them frame a text, and the chat template.
+
+    An EOS is never put behind a text: what is sent to a model is a prompt, which goes on.
+    """
+    own, _ = own_frame(tokenizer)
+    keys: Keys = {ADD_BOS: own if add_bos is None else add_bos, ADD_EOS: False}
     stop = extra_stop if extra_stop != tokenizer.eos_token_id else None
     ids = {
-        "bos": framed[0] if at else tokenizer.bos_token_id,
+        "bos": tokenizer("a")["input_ids"][0] if own else tokenizer.bos_token_id,
         "eos": tokenizer.eos_token_id,
         "eot": stop,
         "unknown": tokenizer.unk_token_id,

@@ -9,6 +9,7 @@ from lowmem_rlhf.errors import RunError
 from lowmem_rlhf.export import verify
 from lowmem_rlhf.export.bar import bar
 from lowmem_rlhf.export.dtypes import check_kept, choose_dtype, does_not_fit
+from lowmem_rlhf.export.framing import end_turns
 from lowmem_rlhf.export.live import Live, live_policy
 from lowmem_rlhf.export.lora_file import LoraFile
 from lowmem_rlhf.export.merge import Merge
@@ -37,6 +38,7 @@ class Merged:
         live: what the live policy said, for the proof.
         judged: that held against stock.
         reference: what the export is held against; None where there is no room for it.
+        notes: what is said of the folder's other files.
     """
 
     export: "Export"
@@ -47,6 +49,7 @@ class Merged:
     live: Live
     judged: list[dict[str, Any]]
     reference: Reference | None
+    notes: tuple[str, ...] = ()
 
     def facts(self) -> dict[str, Any]:
         """Return what export.json says of the merge."""
@@ -56,6 +59,7 @@ class Merged:
             "dtype": self.dtype,
             "dtype_reason": self.reason,
             "relative_change": self.kept.relative_change,
+            "notes": list(self.notes),
         }
 
     def proof(self) -> dict[str, Any]:
@@ -105,7 +109,8 @@ def merge_run(export: "Export", folder: Path, wanted: str | None) -> Merged:
         )
     write_config(source, folder, dtype)
     copy_side_files(source, folder)
-    return Merged(export, folder, dtype, reason, kept, live, judged, reference)
+    notes = end_turns(folder)
+    return Merged(export, folder, dtype, reason, kept, live, judged, reference, notes)
 
 
 def _references(live: Live, export: "Export", dtype: str) -> tuple[list[dict[str, Any]], Reference | None]:

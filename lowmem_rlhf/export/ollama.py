@@ -126,7 +126,7 @@ def write_ollama(folder: Path, gguf: Path, target: Path, parameters: Parameters)
     from transformers import AutoConfig
 
     tokenizer, config = load_tokenizer(folder), AutoConfig.from_pretrained(folder)
-    ends = (tokenizer.eos_token_id, second_stop(folder, config, tokenizer.eos_token_id))
+    ends = (tokenizer.eos_token_id, second_stop(folder, config, tokenizer))
     stops = [str(tokenizer.convert_ids_to_tokens(end)) for end in ends if end is not None]
     context = min(_CONTEXT, getattr(config, "max_position_embeddings", None) or _CONTEXT)
     text, said = modelfile(gguf.name, tokenizer, {"num_ctx": context, **parameters}, stops)

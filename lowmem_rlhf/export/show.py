@@ -52,6 +52,8 @@ def show_result(facts: dict[str, Any], console: Console | None = None) -> None:
     console = console or Console()
     if "dtype" in facts:
         print(f"{facts['dtype']}: {facts['dtype_reason']}")
+    for note in facts.get("notes") or ():
+        print(note)
     rows = [
         (key.replace("_", " "), format_number(v) if number(v) is not None else format_value(v))
         for key, v in facts["proof"].items()

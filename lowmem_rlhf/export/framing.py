@@ -1,0 +1,105 @@
+"""How texts begin and turns end in what leaves: as in the run that trained it, whatever the tokenizer does."""
+
+import json
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lowmem_rlhf.errors import UserError
+from lowmem_rlhf.export.gguf_tokenizer import chat_template, load_tokenizer, own_frame
+from lowmem_rlhf.export.source import read_config
+from lowmem_rlhf.model.stops import turn_end
+from lowmem_rlhf.recipe import DataConfig
+
+_TURNS = [
+    {"role": "user", "content": "Q1"},
+    {"role": "assistant", "content": "A1"},
+    {"role": "user", "content": "Q2"},
+]
+GENERATION = "generation_config.json"
+
+
+@dataclass(frozen=True)
+class Framing:
+    """What llama.cpp and Ollama put around a prompt.
+
+    Attributes:
+        add_bos: a BOS before every text; one that a chat template writes too is not doubled by llama.cpp.
+        notes: where that is not what the tokenizer does, a sentence each.
+    """
+
+    add_bos: bool
+    notes: tuple[str, ...]
+
+    def facts(self) -> dict[str, Any]:
+        """Return what export.json says of it."""
+        return {"add_bos_token": self.add_bos, "add_eos_token": False, "notes": list(self.notes)}
+
+
+def framing(tokenizer: Any, data: DataConfig) -> Framing:
+    """Return how a run's prompts began; none of them ended in an EOS.
+
+    Chats begin as the chat template has it, plain prompts as the tokenizer begins every text.
+    """
+    own, ends = own_frame(tokenizer)
+    bos, notes = own, []
+    if _is_chat(data, tokenizer) and (ids := _chat_ids(tokenizer, data)) is not None:
+        first = tokenizer("a")["input_ids"][0] if own else tokenizer.bos_token_id
+        begins = first is not None and ids[:1] == [first]
+        # One that comes again marks roles (SmolLM2's): the template writes it wherever it is wanted.
+        bos = begins and (own or ids.count(first) == 1)
+        token = tokenizer.convert_ids_to_tokens(first) if first is not None else None
+        if own and not bos:
+            notes.append(
+                f"add_bos_token=false: the chats that were trained on begin without {token}, which the tokenizer puts "
+                "before every text"
+            )
+        if bos and not own:
+            notes.append(
+                f"add_bos_token=true: the chats that were trained on begin with {token}, which the tokenizer itself "
+                "puts before no text"
+            )
+    if ends:
+        notes.append("add_eos_token=false: the tokenizer ends every text, and no prompt of the run was ended")
+    return Framing(bos, tuple(notes))
+
+
+def end_turns(folder: Path) -> tuple[str, ...]:
+    """Let a model folder's generation config name the token that ends a turn; return a sentence where it did not.
+
+    Raises:
+        OSError: the file cannot be written.
+    """
+    with suppress(UserError, ValueError):  # no tokenizer: then nobody chats with it; or JSON that nobody can read
+        tokenizer, config = load_tokenizer(folder), read_config(folder)
+        path = folder / GENERATION
+        held = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        keys = ("bos_token_id", "eos_token_id", "pad_token_id")
+        named = held if held else {key: config[key] for key in keys if config.get(key) is not None}
+        eos = named.get("eos_token_id", config.get("eos_token_id"))
+        ends = eos if isinstance(eos, list) else [] if eos is None else [eos]
+        if new := sorted(turn_end(tokenizer).difference(ends)):
+            values = {**named, "eos_token_id": [*ends, *new]}
+            path.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+            names = ", ".join(str(tokenizer.convert_ids_to_tokens(one)) for one in new)
+            return (f"{GENERATION} names {names} as an end too: the chat template ends a turn with it",)
+    return ()
+
+
+def _is_chat(data: DataConfig, tokenizer: Any) -> bool:
+    if data.text is not None:
+        return False
+    return chat_template(tokenizer) is not None if data.chat == "auto" else data.chat
+
+
+def _chat_ids(tokenizer: Any, data: DataConfig) -> list[int] | None:
+    """Return the ids of a chat as the run wrote it; None where the template takes none like it."""
+    system = [{"role": "system", "content": data.system}] if data.system else []
+    for messages in ([*system, *_TURNS], _TURNS, _TURNS[:1]):
+        with suppress(Exception):  # whatever a template raises
+            text = tokenizer.apply_chat_template(
+                messages, tokenize=False, add_generation_prompt=True, **data.chat_template_kwargs
+            )
+            return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+    return None
