@@ -1,13 +1,15 @@
 """How texts begin and turns end in what leaves: as in the run that trained it, whatever the tokenizer does."""
 
 import json
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from lowmem_rlhf.data.chat_template import is_chat
 from lowmem_rlhf.errors import UserError
-from lowmem_rlhf.export.gguf_tokenizer import chat_template, load_tokenizer, own_frame
+from lowmem_rlhf.export.gguf_tokenizer import load_tokenizer, own_frame
 from lowmem_rlhf.export.source import read_config
 from lowmem_rlhf.model.stops import turn_end
 from lowmem_rlhf.recipe import DataConfig
@@ -44,7 +46,7 @@ def framing(tokenizer: Any, data: DataConfig) -> Framing:
     """
     own, ends = own_frame(tokenizer)
     bos, notes = own, []
-    if _is_chat(data, tokenizer) and (ids := _chat_ids(tokenizer, data)) is not None:
+    if data.text is None and is_chat(data, tokenizer) and (ids := _chat_ids(tokenizer, data)) is not None:
         first = tokenizer("a")["input_ids"][0] if own else tokenizer.bos_token_id
         begins = first is not None and ids[:1] == [first]
         # One that comes again marks roles (SmolLM2's): the template writes it wherever it is wanted.
@@ -87,10 +89,35 @@ def end_turns(folder: Path) -> tuple[str, ...]:
     return ()
 
 
-def _is_chat(data: DataConfig, tokenizer: Any) -> bool:
-    if data.text is not None:
-        return False
-    return chat_template(tokenizer) is not None if data.chat == "auto" else data.chat
+def keep_template_options(folder: Path, options: Mapping[str, Any]) -> tuple[str, ...]:
+    """Let a model folder's chat template begin with the options that the run gave it; return a sentence on them.
+
+    Whoever gives the template a value of their own still has it taken.
+
+    Raises:
+        OSError: a file cannot be written.
+    """
+    own, config = folder / "chat_template.jinja", folder / "tokenizer_config.json"
+    held = json.loads(config.read_text(encoding="utf-8")) if config.is_file() else {}
+    template = own.read_text(encoding="utf-8") if own.is_file() else held.get("chat_template")
+    if not options or not isinstance(template, str):
+        return ()
+    defaults = (
+        f"{{%- if {key} is not defined %}}{{%- set {key} = {_literal(value)} %}}{{%- endif %}}"
+        for key, value in options.items()
+    )
+    template = "".join(defaults) + template
+    if own.is_file():
+        own.write_text(template, encoding="utf-8")
+    else:
+        config.write_text(json.dumps({**held, "chat_template": template}, indent=2) + "\n", encoding="utf-8")
+    shown = ", ".join(f"{key}={_literal(value)}" for key, value in options.items())
+    return (f"the chat template takes {shown} where nothing else is given, as in the run",)
+
+
+def _literal(value: Any) -> str:
+    """Return a value as Jinja writes it, whose lists, texts and truth values are JSON's."""
+    return "none" if value is None else json.dumps(value, ensure_ascii=False)
 
 
 def _chat_ids(tokenizer: Any, data: DataConfig) -> list[int] | None:

@@ -9,7 +9,7 @@ from lowmem_rlhf.errors import RunError
 from lowmem_rlhf.export import verify
 from lowmem_rlhf.export.bar import bar
 from lowmem_rlhf.export.dtypes import check_kept, choose_dtype, does_not_fit
-from lowmem_rlhf.export.framing import end_turns
+from lowmem_rlhf.export.framing import end_turns, keep_template_options
 from lowmem_rlhf.export.live import Live, live_policy
 from lowmem_rlhf.export.lora_file import LoraFile
 from lowmem_rlhf.export.merge import Merge
@@ -109,7 +109,7 @@ def merge_run(export: "Export", folder: Path, wanted: str | None) -> Merged:
         )
     write_config(source, folder, dtype)
     copy_side_files(source, folder)
-    notes = end_turns(folder)
+    notes = end_turns(folder) + keep_template_options(folder, recipe.data.chat_template_kwargs)
     return Merged(export, folder, dtype, reason, kept, live, judged, reference, notes)
 
 

@@ -7,8 +7,9 @@ import yaml
 from gguf import GGUFReader, GGUFWriter
 from tiny_models import byte_tokenizer, tiny_model
 from tokenizers.processors import TemplateProcessing
+from transformers import AutoTokenizer
 
-from lowmem_rlhf.export.framing import end_turns, framing
+from lowmem_rlhf.export.framing import end_turns, framing, keep_template_options
 from lowmem_rlhf.export.gguf import second_stop
 from lowmem_rlhf.export.gguf_converter import set_frame
 from lowmem_rlhf.export.gguf_tokenizer import ADD_BOS, ADD_EOS, describe_tokenizer
@@ -164,3 +165,21 @@ def test_an_export_says_how_its_texts_begin(lowmem_rlhf, tmp_path, monkeypatch):
     assert fields["tokenizer.ggml.eot_token_id"] == 261
     assert json.loads((export / "export.json").read_text(encoding="utf-8"))["add_bos_token"] is False
     assert 'PARAMETER stop "<|im_end|>"' in (export / "Modelfile").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("in_config", [True, False])
+def test_template_options_of_the_run_are_the_defaults_of_what_leaves(tmp_path, in_config):
+    template = "{{ messages[0].content }}{% if not thinking %}<no>{% else %}{{ style }}{% endif %}"
+    tokenizer_of(template).save_pretrained(tmp_path)
+    if in_config:
+        (tmp_path / "chat_template.jinja").unlink()
+        path = tmp_path / "tokenizer_config.json"
+        path.write_text(json.dumps({**json.loads(path.read_text()), "chat_template": template}))
+    options = {"thinking": True, "style": 'a "quoted" one', "tools": None}
+    (said,) = keep_template_options(tmp_path, options)
+    assert "thinking=true" in said and "tools=none" in said
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path)
+    asked = [{"role": "user", "content": "hi"}]
+    assert tokenizer.apply_chat_template(asked, tokenize=False) == 'hia "quoted" one'
+    assert tokenizer.apply_chat_template(asked, tokenize=False, thinking=False) == "hi<no>"
+    assert keep_template_options(tmp_path, {}) == ()
