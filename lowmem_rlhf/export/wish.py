@@ -3,6 +3,7 @@
 import shutil
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from lowmem_rlhf.errors import RunError, UserError
 from lowmem_rlhf.files import is_temp
@@ -53,12 +54,11 @@ def check_wish(wish: Wish, recipe: Recipe, run: RunDirectory) -> Wish:
         UserError: an option is not known, does not go with the format, or the run has nothing of the kind.
     """
     known = (("format", FORMATS), ("onto", ONTO), ("dtype", tuple(WIDTHS)), ("quantize", tuple(GGUF_BYTES)))
+    given: dict[str, Any] = {name: spelled(one, allowed) for name, allowed in known if (one := getattr(wish, name))}
+    wish = replace(wish, **given)
     for name, allowed in known:
         value = getattr(wish, name)
-        if value is None:
-            continue
-        wish = replace(wish, **{name: spelled(value, allowed)})
-        if getattr(wish, name) not in allowed:
+        if value is not None and value not in allowed:
             raise UserError(f"--{name}: got {value!r}; give {', '.join(allowed)}{did_you_mean(value, allowed)}")
     judges = recipe.algorithm == "reward_model"
     wish = replace(wish, format=wish.format or (ADAPTER if judges else MERGED))
@@ -70,8 +70,8 @@ def check_wish(wish: Wish, recipe: Recipe, run: RunDirectory) -> Wish:
             "and a head; take --format adapter"
         )
     is_gguf = wish.format in (GGUF, OLLAMA)
-    given = (("onto", wish.format != ADAPTER), ("dtype", wish.format == MERGED), ("quantize", is_gguf))
-    for name, fits in given:
+    fitting = (("onto", wish.format != ADAPTER), ("dtype", wish.format == MERGED), ("quantize", is_gguf))
+    for name, fits in fitting:
         if getattr(wish, name) is not None and not fits:
             other = "; a GGUF's numbers are chosen with --quantize" if name == "dtype" and is_gguf else ""
             raise UserError(f"--{name} has no meaning with --format {wish.format}; leave it out{other}")

@@ -292,7 +292,7 @@ def test_options_are_checked_with_the_recipe_all_at_once():
         "rewards[0].options.max_length: got 'long'; it should be a whole number",
     ):
         assert f"  {line}" in message, message
-    assert "true or false" not in message and "label: got True" in refusal("model: x", "label: yes")
+    assert "true or false" not in message and "label: got True" in refusal("model: x", "label: true")
     assert "column: unknown key" in refusal("model: x", "label: 1", "column: answer")
 
 

@@ -10,8 +10,10 @@ import yaml
 from tiny_models import save_tiny
 
 from lowmem_rlhf.errors import UserError
+from lowmem_rlhf.evaluation.subject import open_run_subject
 from lowmem_rlhf.export.wish import Wish, check_wish
 from lowmem_rlhf.recipe import Recipe, find_recipe, load_recipe, validate_recipe
+from lowmem_rlhf.recipe_names import ALIASES
 from lowmem_rlhf.run import RunDirectory
 from lowmem_rlhf.session import train
 from lowmem_rlhf.training.supervised import with_epochs
@@ -274,6 +276,15 @@ def test_names_of_other_programs_are_known(override, key):
     assert "unknown key; did you mean" in said and f"'{key}'" in said.split("?")[0]
 
 
+def test_every_suggestion_is_a_key():
+    known = set(Recipe.model_fields)
+    for name, field in Recipe.model_fields.items():
+        known |= {f"{name}.{key}" for key in getattr(field.annotation, "model_fields", {})}
+    suggested = {key for keys in ALIASES.values() for key in keys if not key.startswith("data.chat_template_kwargs.")}
+    assert len(suggested) > 30 and suggested <= known
+    assert not {key.rsplit(".", 1)[-1] for key in known if "." not in key} & ALIASES.keys()
+
+
 def test_what_is_no_key_says_where_it_is_set():
     assert "output_dir: unknown key; give --output" in refusal("", "output_dir=x")
     assert "training.bf16: unknown key; did you mean 'hardware.compute_dtype'?" in refusal("", "training.bf16=true")
@@ -389,6 +400,8 @@ def test_epochs_grow_on_a_resume_and_may_become_steps(algorithm, place):
     grown = train(recipe(text, *given, "training.num_train_epochs=2"), place / "run", resume=True)
     assert [row["step"] for row in grown.metrics()] == [1, 2, 3, 4]
     assert grown.recipe_values()["training"]["num_train_epochs"] == 2
+    if algorithm == "sft":
+        assert open_run_subject(grown, [], None, "cpu", judged=False).recipe.training.max_steps == 4
     longer = train(recipe(text, *given, "training.max_steps=5"), place / "run", resume=True)
     assert len(longer.metrics()) == 5 and longer.recipe_values()["training"]["max_steps"] == 5
     shorter = train(recipe(text, *given), place / "run", resume=True)  # as with fewer steps: nothing is left to do
