@@ -1,162 +1,230 @@
-"""Reading a local file or a Hub data set with `datasets`. No code of a data set is executed."""
+"""Reading a local file exactly as it is: which one is meant, what format it has, and what stands in the way."""
 
-import json
-import re
-import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
-from pathlib import Path
-from typing import TYPE_CHECKING
+import logging
+import os
+from collections import OrderedDict
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path, PurePath
+from typing import TYPE_CHECKING, Any
 
+from lowmem_rlhf.data.csv_reader import read_csv
+from lowmem_rlhf.data.json_reader import read_json
+from lowmem_rlhf.data.table import ArrowTable, DatasetTable, RowTable, Table
+from lowmem_rlhf.data.text_files import COMPRESSIONS, BrokenFile, NoRows, decode, read_bytes
 from lowmem_rlhf.errors import UserError
+from lowmem_rlhf.paths import local_path, path_hint
 from lowmem_rlhf.suggest import did_you_mean
 
 if TYPE_CHECKING:
-    from datasets import Dataset
+    import pyarrow as pa
 
-FORMATS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
+logger = logging.getLogger(__name__)
+
+FORMATS = {".jsonl": "json", ".ndjson": "json", ".json": "json", ".csv": "csv", ".tsv": "csv", ".parquet": "parquet"}
+ENDINGS = ".jsonl, .json, .csv, .tsv, .parquet"
+_ARROW = "name the folder that save_to_disk wrote, or convert it with datasets.Dataset.from_file(FILE).to_parquet(NEW)"
+_PANDAS = "load it where it was made and write it with DataFrame.to_parquet or to_json(orient='records', lines=True)"
+_SHEET = "save the sheet as CSV UTF-8 and give that"
+_UNPACK = "unpack it and give the file that was in it"
+# What to do with files that people have, and that are not read.
+REMEDIES = {
+    **dict.fromkeys((".zip", ".tar", ".tgz", ".7z", ".rar"), _UNPACK),
+    ".zst": "unpack it with `unzstd` (or compress it with gzip)",
+    **dict.fromkeys((".xlsx", ".xls", ".ods"), _SHEET),
+    **dict.fromkeys((".pkl", ".pickle", ".feather", ".npy", ".npz", ".h5"), _PANDAS),
+    ".arrow": _ARROW,
+    ".txt": 'write each text as a line {"text": "..."} of a .jsonl file, with data.text=text',
+    ".md": 'write each text as a line {"text": "..."} of a .jsonl file, with data.text=text',
+    ".yaml": "write its rows as JSON",
+    ".yml": "write its rows as JSON",
+    ".xml": "write its rows as JSON",
+    ".db": "export the table as CSV",
+    ".sqlite": "export the table as CSV",
+}
+_KEPT = 2  # tables: that of the training rows and that of the held-out rows
+
+
+@dataclass(frozen=True)
+class Options:
+    """How a file is read, beyond what its name and content say."""
+
+    field: str | None = None  # of JSON: the key that the rows lie under
+    separator: str | None = None  # of CSV
+    names: tuple[str, ...] | None = None  # of CSV without a header: its columns
+    quote: str = '"'  # of CSV
+    encoding: str | None = None  # of a text without byte order mark
+
+
+_tables: OrderedDict[Any, Table] = OrderedDict()
+
+
+def cached(key: Any, read: Callable[[], Table]) -> Table:
+    """Return what was read under a key, or read it; the last two tables are kept."""
+    if key not in _tables:
+        _tables[key] = read()
+    _tables.move_to_end(key)
+    while len(_tables) > _KEPT:
+        _tables.popitem(last=False)
+    return _tables[key]
+
+
+def ending(name: str) -> str:
+    """Return the ending of a file name in small letters, without one of a compression: ``.jsonl`` of ``a.jsonl.gz``."""
+    path = PurePath(name.replace("\\", "/"))
+    if path.suffix.lower() in COMPRESSIONS:
+        path = path.with_suffix("")
+    return path.suffix.lower()
 
 
 def is_file(source: str) -> bool:
-    """Return whether a data source names a local file (one that exists, or one with a known ending)."""
-    path = Path(source).expanduser()
-    return path.suffix.lower() in FORMATS or path.is_file()
+    """Return whether a data source names a local file (one that exists, or one with a file's ending)."""
+    path = local_path(source)
+    if path.is_dir():
+        return False
+    return path.is_file() or ending(source) in FORMATS or ending(source) in REMEDIES
 
 
-def read_file(source: str, key: str) -> "Dataset":
-    """Return the rows of a local .jsonl, .json, .csv or .parquet file, held in memory.
+def read_file(source: str, key: str, field: str | None = None) -> Table:
+    """Return the rows of a local file, held in memory: JSON, JSON lines, CSV, TSV or Parquet, perhaps compressed.
+
+    A file that has not changed since it was read is not read again.
 
     Args:
         source: the path.
         key: the recipe key that named it, for messages: ``data.train`` or ``data.eval``.
+        field: of JSON: the key that the rows lie under.
 
     Raises:
         UserError: there is no such file, it has another format, cannot be read, or holds no rows.
     """
-    path = Path(source).expanduser()
+    path = local_path(source)
     if not path.is_file():
-        siblings = [entry.name for entry in path.parent.iterdir()] if path.parent.is_dir() else []
-        raise UserError(f"{key}: there is no file {source}{did_you_mean(path.name, siblings)}")
-    if path.suffix.lower() not in FORMATS:
-        raise UserError(
-            f"{key}: {source} ends in {path.suffix or 'nothing'}; convert it to one of {', '.join(FORMATS)} "
-            "(what the file holds must match its ending)"
-        )
-    if path.stat().st_size == 0:
-        raise UserError(f"{key}: {source} is empty; it must hold at least one row")
-    import datasets
-
-    # Read into memory: a copy in the user's cache would outlive the run for a file that is already on this disk.
-    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as cache, _quiet():
-        try:
-            rows = datasets.load_dataset(
-                FORMATS[path.suffix.lower()],
-                data_files=str(path),
-                split="train",
-                cache_dir=cache,
-                keep_in_memory=True,
-            )
-            rows.data.validate(full=True)  # text that is not UTF-8 would otherwise fail at some later row
-        except Exception as error:
-            if "corresponds to no data" in str(error):
-                raise UserError(f"{key}: {source} has no rows; it must hold at least one") from error
-            raise UserError(f"{key}: {source} cannot be read: {_reason(path, error)}") from error
-    if len(rows) == 0:
-        raise UserError(f"{key}: {source} has no rows; it must hold at least one")
-    return rows
+        raise UserError(f"{key}: there is no file {source}{_nearest(path)}{path_hint(source)}")
+    if ending(source) not in FORMATS:
+        raise UserError(f"{key}: {source} {_not_read(ending(source))}")
+    return read_table(path, source, key, FORMATS[ending(source)], Options(field=field))
 
 
-def read_hub(source: str, config: str | None, split: str, key: str) -> "Dataset":
-    """Return one split of a Hub data set (or of a folder of data files in the Hub's layout).
+def fingerprint(path: Path, format_: str, options: Options) -> tuple[Any, ...]:
+    """Return what is the same as long as a file and how it is read are."""
+    about = path.stat()
+    return (str(path.resolve()), about.st_size, about.st_mtime_ns, about.st_ino, format_, options)
+
+
+def read_table(path: Path, name: str, key: str, format_: str, options: Options, keep: bool = True) -> Table:
+    """Return the rows of a file of a known format: ``json``, ``csv`` or ``parquet``.
+
+    Args:
+        path: the file.
+        name: what it is called in messages; its ending is looked at.
+        key: the recipe key that named it.
+        format_: the format.
+        options: how it is read.
+        keep: whether it is kept for the next time.
 
     Raises:
-        UserError: not a Hub id, no such data set, configuration or split, or the Hub cannot be reached.
+        UserError: it cannot be read, or holds no rows.
     """
-    if not Path(source).expanduser().is_dir() and not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", source):
-        raise UserError(
-            f"{key}: {source!r} is neither a file ({', '.join(FORMATS)}), nor a Hub id (owner/name), nor a generated "
-            "task (arithmetic, reasoning_gym/TASK)"
-        )
-    import datasets
+    try:
+        if path.stat().st_size == 0:
+            raise UserError(f"{key}: {name} is empty; it must hold at least one row")
+        if not keep:
+            return _read(path, name, format_, options)
+        return cached(fingerprint(path, format_, options), lambda: _read(path, name, format_, options))
+    except NoRows as error:
+        raise UserError(f"{key}: {name} has no rows; it must hold at least one") from error
+    except BrokenFile as error:
+        raise UserError(f"{key}: {name} cannot be read: {error}") from error
+    except OSError as error:
+        raise UserError(f"{key}: {name} cannot be read: {error.strerror or one_line(error)}") from error
+
+
+def _read(path: Path, name: str, format_: str, options: Options) -> Table:
+    if format_ == "parquet":
+        return _read_parquet(path)
+    origin = frozenset([str(path.resolve())])
+    text = decode(read_bytes(path), options.encoding)
+    if format_ == "json":
+        rows, note = read_json(text, name, options.field, ending(name) in (".jsonl", ".ndjson"))
+        table = RowTable(rows, origins=origin)
+    else:
+        usual = "\t" if ending(name) == ".tsv" else ","
+        sure = options.separator is not None and options.separator != usual
+        names, rows, note = read_csv(text, options.separator or usual, sure, options.names, options.quote)
+        table = RowTable(rows, names, origin)
+    if not len(table):
+        raise NoRows("it has no rows")
+    if note:
+        logger.warning("%s: %s", name, note)
+    return table
+
+
+def _read_parquet(path: Path) -> Table:
+    """Read a Parquet file from its bytes: the folders in its path (``year=2024``) are no columns of it."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
 
     try:
-        rows = datasets.load_dataset(source, config, split=split)
-    except Exception as error:
-        raise UserError(_hub_problem(error, source, config, split, key)) from error
-    if len(rows) == 0:
-        raise UserError(f"{key}: split {split!r} of {source} has no rows; name another split")
-    return rows
+        if path.suffix.lower() in COMPRESSIONS:
+            table = pq.ParquetFile(pa.BufferReader(read_bytes(path))).read()
+        else:
+            with path.open("rb") as file:
+                table = pq.ParquetFile(file).read()
+        table.validate(full=True)  # text that is not UTF-8 would otherwise fail at some later row
+    except pa.ArrowException as error:
+        raise BrokenFile(one_line(error)) from error
+    names = table.column_names
+    if len(set(names)) < len(names):
+        twice = next(name for name in names if names.count(name) > 1)
+        raise BrokenFile(f"two columns have the name {twice!r}; give each column its own")
+    if b"huggingface" in (table.schema.metadata or {}):  # `datasets` wrote it, and knows more of its types
+        from datasets import Dataset
+        from datasets.table import InMemoryTable
+
+        return DatasetTable(Dataset(InMemoryTable(table)), frozenset([str(path.resolve())]))
+    return ArrowTable(_texts_of_bytes(table), frozenset([str(path.resolve())]))
 
 
-def _hub_problem(error: Exception, source: str, config: str | None, split: str, key: str) -> str:
-    from datasets.exceptions import DatasetNotFoundError
+def _texts_of_bytes(table: "pa.Table") -> "pa.Table":
+    """Turn columns of bytes that are UTF-8 into texts: some programs write texts without saying that they are."""
+    import pyarrow as pa
+    import pyarrow.compute as pc
 
-    text = _one_line(error)
-    if isinstance(error, DatasetNotFoundError):
-        return (
-            f"{key}: there is no data set {source!r} on the Hub that this machine may read ({text}); check the id, log "
-            f"in with `hf auth login` if it is private or gated, or give a local file: {key}=PATH"
-        )
-    if isinstance(error, ConnectionError | TimeoutError):
-        return (
-            f"{key}: {source!r} is no file here and the Hub cannot be reached for it ({text}); connect once to fill "
-            f"the cache, or download the data elsewhere and give the file: {key}=PATH"
-        )
-    if "nknown split" in text or "corresponds to no data" in text:
-        remedy = (
-            ""
-            if key == "data.train"
-            else "; or set it to data.train_split to hold rows out of training, or data.eval_size=0"
-        )
-        return f"{key}_split: {source!r} has no split {split!r} ({text}); set {key}_split to one that exists{remedy}"
-    if "BuilderConfig" in text or "Config name is missing" in text:
-        return f"data.config: got {config!r} for {source!r}, which is not one it has ({text}); set data.config"
-    return f"{key}: {source!r} cannot be loaded from the Hub: {text}; a local file works too: {key}=PATH"
+    for place, field in enumerate(table.schema):
+        if pa.types.is_binary(field.type) or pa.types.is_large_binary(field.type):
+            with suppress(pa.ArrowInvalid):
+                table = table.set_column(place, field.name, pc.cast(table.column(place), pa.large_string()))
+    return table
 
 
-def _reason(path: Path, error: Exception) -> str:
-    if FORMATS[path.suffix.lower()] == "json":
-        return _bad_json(path) or _one_line(error.__cause__ or error)
-    return _one_line(error.__cause__ or error)
+def _nearest(path: Path) -> str:
+    folder = path.parent
+    if not folder.is_dir():
+        return f"; there is no folder {folder} either"
+    names = sorted(entry.name for entry in folder.iterdir())
+    if hint := did_you_mean(path.name, names):
+        return hint
+    same = [name for name in names if name.split(".")[0] == path.name.split(".")[0]]
+    return f"; did you mean {same[0]!r}?" if same else ""
 
 
-def _bad_json(path: Path) -> str:
-    """Return where a JSON or JSON-lines file breaks; an empty string when it does not."""
+def _not_read(suffix: str) -> str:
+    if suffix in REMEDIES:
+        return f"is not read ({suffix}); {REMEDIES[suffix]} (read are: {ENDINGS}, also with {', '.join(COMPRESSIONS)})"
+    return f"ends in {suffix or 'nothing'}; convert it to one of {ENDINGS} (what the file holds must match its ending)"
+
+
+def same_file(one: str, other: str) -> bool:
+    """Whether two sources are one local file or folder, through links or other spellings too."""
+    first, second = local_path(one), local_path(other)
     try:
-        text = path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        return f"it is not UTF-8 text (byte {error.start})"
-    if path.suffix.lower() == ".json" and text.lstrip().startswith("["):
-        try:
-            json.loads(text)
-        except json.JSONDecodeError as error:
-            return f"line {error.lineno} is not JSON: {error.msg} (column {error.colno})"
-        return ""
-    for number, line in enumerate(text.splitlines(), start=1):
-        try:
-            row = json.loads(line) if line.strip() else {}
-        except json.JSONDecodeError as error:
-            return f"line {number} is not JSON: {error.msg} (column {error.colno})"
-        if not isinstance(row, dict):
-            return f"line {number} is not a JSON object with a value for each column"
-    return ""
+        return os.path.samefile(first, second)
+    except OSError:
+        return first.resolve() == second.resolve()
 
 
-def _one_line(error: BaseException) -> str:
+def one_line(error: BaseException) -> str:
+    """Return the message of an error in one line."""
     return " ".join(str(error).split()) or type(error).__name__
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep the progress bars and error logs of `datasets` off the screen: its errors become ours."""
-    import datasets
-
-    level, bars_off = datasets.logging.get_verbosity(), datasets.are_progress_bars_disabled()
-    datasets.logging.set_verbosity(datasets.logging.CRITICAL)
-    datasets.disable_progress_bars()
-    try:
-        yield
-    finally:
-        datasets.logging.set_verbosity(level)
-        if not bars_off:
-            datasets.enable_progress_bars()

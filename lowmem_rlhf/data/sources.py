@@ -1,24 +1,24 @@
-"""Rows of the training and the held-out split of a recipe, from a file, the Hub or a generated task."""
+"""Rows of the training and the held-out split of a recipe, from a file, a folder, the Hub or a generated task."""
 
 import json
 import random
 from collections.abc import Iterable
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from lowmem_rlhf.data.folders import is_saved, read_folder
 from lowmem_rlhf.data.prompts import check_columns, used_columns
-from lowmem_rlhf.data.readers import is_file, read_file, read_hub
-from lowmem_rlhf.data.tasks import ARITHMETIC, REASONING_GYM, Row, Split, generate, is_generated
+from lowmem_rlhf.data.readers import FORMATS, ending, is_file, read_file, same_file
+from lowmem_rlhf.data.table import Table
+from lowmem_rlhf.data.tasks import ARITHMETIC, REASONING_GYM, Split, generate, is_generated
+from lowmem_rlhf.data.values import Row, numbered, value_at
 from lowmem_rlhf.errors import UserError
+from lowmem_rlhf.paths import local_path
 from lowmem_rlhf.recipe import DataConfig
 from lowmem_rlhf.suggest import did_you_mean
 
-if TYPE_CHECKING:
-    from datasets import Dataset
-
 
 def load_rows(data: DataConfig, split: Split, seed: int = 0) -> list[Row]:
-    """Return the rows of one split, a function of (data, seed) alone.
+    """Return the rows of one split, a function of (data, seed) alone. Each has its number in its source, from 1.
 
     The held-out rows are, in this order: `data.eval` where it is given; the `eval_split` of a Hub data set; problems of
     a generated task that are never trained on; rows taken out of the training file (training then also loses every
@@ -26,16 +26,39 @@ def load_rows(data: DataConfig, split: Split, seed: int = 0) -> list[Row]:
     of a problem space can be held out; a separate source or split with fewer rows than `eval_size` is used whole.
 
     Raises:
-        UserError: no such file, data set, split, task, option or column; unreadable or empty data; `eval_size` too
-        large.
+        UserError: no such file, data set, split, task, option or column; unreadable or empty data; held-out rows that
+        are also training rows; `eval_size` too large.
     """
     _check_sources(data)
     if split == "eval" and data.eval_size == 0:
         return []
-    rows = _eval_rows(data, seed) if split == "eval" else _train_rows(data, seed)
-    if rows:
-        check_columns(rows[0], data, _source(data, split))
-    return rows
+    return _eval_rows(data, seed) if split == "eval" else _train_rows(data, seed)
+
+
+def peek(data: DataConfig, rows: int = 20) -> tuple[list[str], list[Row]]:
+    """Return the columns and the first rows of the training source, whatever columns the recipe names.
+
+    Raises:
+        UserError: as `load_rows`, except for columns.
+    """
+    _check_sources(data)
+    if is_generated(data.train):
+        made = numbered(generate(data.train, data.options, "train", 0, rows, 0))
+        return list(made[0]), made
+    table = _table(data.train, data, "train")
+    return table.column_names, table.rows(range(min(rows, len(table))))
+
+
+def holds_out(data: DataConfig) -> bool:
+    """Whether the held-out rows come out of the training table, and not from a source or split of their own."""
+    if data.eval_size == 0 or is_generated(data.train) or data.eval not in (None, data.train):
+        return False
+    return not has_splits(data.train) or data.eval_split == data.train_split
+
+
+def has_splits(source: str) -> bool:
+    """Whether a source has splits by name: a folder or a data set of the Hub, unless `Dataset.save_to_disk` made it."""
+    return not (is_generated(source) or is_file(source) or is_saved(source))
 
 
 def _source(data: DataConfig, split: Split) -> str:
@@ -46,7 +69,9 @@ def _check_sources(data: DataConfig) -> None:
     for key, source in (("data.train", data.train), ("data.eval", data.eval)):
         if source is None or is_generated(source) or is_file(source):
             continue
-        if "/" not in source and not Path(source).is_dir() and (hint := did_you_mean(source, [ARITHMETIC])):
+        if local_path(source).is_dir():
+            continue
+        if "/" not in source and (hint := did_you_mean(source, [ARITHMETIC])):
             raise UserError(f"{key}: {source!r} is no generated task{hint} (a Hub data set is written owner/name)")
         if source.split("/")[0] != "reasoning_gym" and did_you_mean(source.split("/")[0], ["reasoning_gym"]):
             raise UserError(f"{key}: got {source!r}; did you mean {REASONING_GYM}{source.partition('/')[2] or 'TASK'}?")
@@ -55,23 +80,29 @@ def _check_sources(data: DataConfig) -> None:
             f"data.options: got {data.options}, but {data.train!r} is not a generated task "
             f"({ARITHMETIC}, {REASONING_GYM}TASK) and has no options; remove them"
         )
-    if data.eval and is_file(data.train) and is_file(data.eval) and _resolved(data.eval) == _resolved(data.train):
-        raise UserError(
-            f"data.eval: {data.eval} is also data.train, so the held-out rows would be trained on; leave data.eval out "
-            "to hold eval_size rows out of it"
-        )
+    if data.field is not None and not any(_may_be_json(source) for source in (data.train, data.eval) if source):
+        raise UserError(f"data.field: got {data.field!r}, but {data.train} is no JSON file; remove data.field")
+    if data.eval and is_file(data.train) and is_file(data.eval) and same_file(data.eval, data.train):
+        raise _also_trained(data)
 
 
-def _resolved(path: str) -> Path:
-    return Path(path).expanduser().resolve()
+def _may_be_json(source: str) -> bool:
+    return not is_generated(source) and (not is_file(source) or FORMATS.get(ending(source)) == "json")
+
+
+def _also_trained(data: DataConfig) -> UserError:
+    return UserError(
+        f"data.eval: {data.eval} is also data.train, so the held-out rows would be trained on; leave data.eval out to "
+        "hold eval_size rows out of it"
+    )
 
 
 def _train_rows(data: DataConfig, seed: int) -> list[Row]:
     if is_generated(data.train):
         held_out = data.eval_size if data.eval in (None, data.train) else 0
-        return generate(data.train, data.options, "train", seed, data.train_size, held_out)
+        return _generated(data.train, data.options, data, "train", seed, held_out)
     table = _read(data.train, data, "train")
-    if _holds_out(data):
+    if holds_out(data):
         return _take(table, _kept(table, data, seed), data.train_size, seed)
     return _take(table, range(len(table)), data.train_size, seed)
 
@@ -80,34 +111,57 @@ def _eval_rows(data: DataConfig, seed: int) -> list[Row]:
     source = data.eval or data.train
     if is_generated(source):
         options = data.options if source == data.train or not is_generated(data.train) else {}
-        return generate(source, options, "eval", seed, data.train_size, data.eval_size)
-    if _holds_out(data):
+        return _generated(source, options, data, "eval", seed, data.eval_size)
+    if holds_out(data):
         table = _read(data.train, data, "train")
         return _take(table, _held_out(table, data, seed), None, seed)
     table = _read(source, data, "eval")
+    _check_apart(table, data)
     return _take(table, range(len(table)), data.eval_size, seed)
 
 
-def _holds_out(data: DataConfig) -> bool:
-    """Whether the held-out rows come out of the training table."""
-    if data.eval_size == 0 or is_generated(data.train) or data.eval not in (None, data.train):
-        return False
-    return is_file(data.train) or data.eval_split == data.train_split
+def _generated(
+    source: str, options: dict[str, Any], data: DataConfig, split: Split, seed: int, held_out: int
+) -> list[Row]:
+    rows = numbered(generate(source, options, split, seed, data.train_size, held_out))
+    if rows:
+        check_columns(rows[0], data, source)
+    return rows
 
 
-def _read(source: str, data: DataConfig, split: Split) -> "Dataset":
-    key = f"data.{split}" if _source(data, split) == source and (split == "train" or data.eval) else "data.train"
-    if is_file(source):
-        table = read_file(source, key)
-    else:
-        table = read_hub(
-            source, data.config, data.train_split if split == "train" else data.eval_split, f"data.{split}"
-        )
+def _read(source: str, data: DataConfig, split: Split) -> Table:
+    table = _table(source, data, split)
     check_columns(table.column_names, data, source)
     return table
 
 
-def _held_out(table: "Dataset", data: DataConfig, seed: int) -> list[int]:
+def _table(source: str, data: DataConfig, split: Split) -> Table:
+    key = f"data.{split}" if _source(data, split) == source and (split == "train" or data.eval) else "data.train"
+    if is_file(source):
+        return read_file(source, key, data.field)
+    name = data.train_split if split == "train" else data.eval_split
+    return read_folder(source, data.config, name, f"data.{split}", data.field)
+
+
+def _check_apart(table: Table, data: DataConfig) -> None:
+    """Check that no row of the held-out table is one that is trained on: a folder may hold the other's file."""
+    own_source = data.eval not in (None, data.train)
+    if is_generated(data.train) or (is_file(data.train) and is_file(data.eval or data.train)):
+        return
+    if not own_source and not set("[+").intersection(data.train_split + data.eval_split):
+        return
+    if not _table(data.train, data, "train").shares_rows(table):
+        return
+    if own_source:
+        raise _also_trained(data)
+    raise UserError(
+        f"data.eval_split: {data.eval_split!r} of {data.train} has rows of data.train_split ({data.train_split!r}), "
+        "which are trained on; give parts that are apart (train[:90%] and train[90%:]), or the same split for both to "
+        "hold eval_size rows out of it"
+    )
+
+
+def _held_out(table: Table, data: DataConfig, seed: int) -> list[int]:
     if 2 * data.eval_size > len(table):
         raise UserError(
             f"data.eval_size: got {data.eval_size}, but {data.train} has {len(table)} rows and at most half of them "
@@ -116,9 +170,11 @@ def _held_out(table: "Dataset", data: DataConfig, seed: int) -> list[int]:
     return sorted(random.Random(f"held-out/{seed}").sample(range(len(table)), data.eval_size))
 
 
-def _kept(table: "Dataset", data: DataConfig, seed: int) -> list[int]:
-    columns = [table[name] for name in used_columns(data)]
-    prompts = [json.dumps(values, sort_keys=True, default=str) for values in zip(*columns, strict=True)]
+def _kept(table: Table, data: DataConfig, seed: int) -> list[int]:
+    names = used_columns(data)
+    prompts = [
+        json.dumps([value_at(row, name) for name in names], sort_keys=True, default=str) for row in table.parts(names)
+    ]
     hidden = {prompts[index] for index in _held_out(table, data, seed)}
     kept = [index for index, prompt in enumerate(prompts) if prompt not in hidden]
     if not kept:
@@ -129,8 +185,8 @@ def _kept(table: "Dataset", data: DataConfig, seed: int) -> list[int]:
     return kept
 
 
-def _take(table: "Dataset", indices: Iterable[int], size: int | None, seed: int) -> list[dict[str, Any]]:
+def _take(table: Table, indices: Iterable[int], size: int | None, seed: int) -> list[Row]:
     chosen = list(indices)
     if size is not None and size < len(chosen):
         chosen = sorted(random.Random(f"take/{seed}").sample(chosen, size))
-    return list(table.select(chosen))
+    return table.rows(chosen)

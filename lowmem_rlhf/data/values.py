@@ -59,8 +59,19 @@ def text_of(value: Any) -> str:
     if isinstance(value, JsonInt | JsonFloat):
         return value.literal
     if isinstance(value, dict | list):
-        return json.dumps(value, ensure_ascii=False, default=str)
+        return _json(value)
     return str(value)
+
+
+def _json(value: Any) -> str:
+    """Return a value as JSON in which numbers keep their literals."""
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{_json(str(key))}: {_json(part)}" for key, part in value.items()) + "}"
+    if isinstance(value, list):
+        return "[" + ", ".join(map(_json, value)) + "]"
+    if isinstance(value, JsonInt | JsonFloat):
+        return value.literal
+    return json.dumps(value, ensure_ascii=False, default=str)
 
 
 def is_missing(value: Any) -> bool:

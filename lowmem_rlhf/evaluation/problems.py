@@ -5,9 +5,8 @@ import random
 from collections.abc import Sequence
 from typing import Any
 
-from lowmem_rlhf.data.readers import is_file
-from lowmem_rlhf.data.sources import load_rows
-from lowmem_rlhf.data.tasks import is_generated
+from lowmem_rlhf.data.sources import has_splits, load_rows
+from lowmem_rlhf.data.values import Row
 from lowmem_rlhf.errors import UserError
 from lowmem_rlhf.recipe import DataConfig, Recipe
 from lowmem_rlhf.run_inputs import rows_differ
@@ -37,9 +36,7 @@ def check_overrides(overrides: list[str]) -> None:
             raise UserError(f"override {override!r}: an evaluation of a run may change {may}")
 
 
-def held_out_rows(
-    trained: Recipe | None, wanted: Recipe, kept: Any = None, other: bool = False
-) -> Sequence[dict[str, Any]]:
+def held_out_rows(trained: Recipe | None, wanted: Recipe, kept: Any = None, other: bool = False) -> list[Row]:
     """Return the rows to evaluate on.
 
     Args:
@@ -111,4 +108,4 @@ def _apart(data: DataConfig) -> bool:
     """Whether the held-out rows come from a source or split of their own, and not out of the training data."""
     if data.eval not in (None, data.train):
         return True
-    return not (is_generated(data.train) or is_file(data.train)) and data.eval_split != data.train_split
+    return has_splits(data.train) and data.eval_split != data.train_split

@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 
 from lowmem_rlhf.errors import UserError
+from lowmem_rlhf.paths import local_path, path_hint
 from lowmem_rlhf.suggest import did_you_mean
 
 GGUF_MAGIC = b"GGUF"
@@ -25,14 +26,14 @@ def resolve_model(model: str) -> str:
     """
     if model.startswith(_PACKAGE):
         return str(_checked(_inside_package(model), model))
-    path = Path(model).expanduser()
+    path = local_path(model)
     if path.exists():
         return str(_checked(path, model))
     if _looks_like_path(model):
         from lowmem_rlhf.stages import first_stage
 
         remedy = first_stage(model) or "; give a local folder, a .gguf file or a Hub id (org/name)"
-        raise UserError(f"model {model!r} does not exist{remedy}")
+        raise UserError(f"model {model!r} does not exist{path_hint(model)}{remedy}")
     if not _HUB_ID.fullmatch(model):
         raise UserError(f"model {model!r} is neither a path nor a Hub id, which has the form org/name")
     return model

@@ -1,9 +1,10 @@
+import gzip
 import json
 from pathlib import Path
 
 import pytest
 
-from lowmem_rlhf.data.sources import load_rows
+from lowmem_rlhf.data.sources import load_rows, peek
 from lowmem_rlhf.errors import UserError
 from lowmem_rlhf.recipe import DataConfig
 
@@ -99,7 +100,6 @@ def test_generated_splits_are_disjoint():
 def test_hub_layout(tmp_path, monkeypatch):
     """A folder in the working directory goes the way of a Hub id, without a network."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
     folder = tmp_path / "owner" / "name"
     folder.mkdir(parents=True)
     write(folder / "train.jsonl")
@@ -111,6 +111,211 @@ def test_hub_layout(tmp_path, monkeypatch):
     refused("data.eval_split: .* no split 'validation'", "eval", train="owner/name", eval_split="validation")
     refused("data.train_split: .* no split 'training'", train="owner/name", train_split="training")
     refused("data.config: got 'main'", train="owner/name", config="main")
+
+
+@pytest.fixture
+def layout(tmp_path, monkeypatch):
+    """Return a maker of folders in the Hub's layout: {file name: content}."""
+    import datasets
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+
+    def made(files, name="folder"):
+        folder = tmp_path / name
+        for file, content in files.items():
+            (folder / file).parent.mkdir(parents=True, exist_ok=True)
+            (folder / file).write_bytes(content if isinstance(content, bytes) else content.encode())
+        return str(folder)
+
+    return made
+
+
+def lines(*rows):
+    return "".join(json.dumps(row) + "\n" for row in rows)
+
+
+def test_a_folder_guesses_no_types(layout):
+    typed = lines({"question": "When?", "answer": "2023-10-14"}, {"question": "Code?", "answer": "007"})
+    zeros = "question,answer\nCode?,007\nNone?,None\nMissing?,\n"
+    zipped = gzip.compress(typed.encode())
+    for files, answers in (
+        ({"train.jsonl": typed, "test.jsonl": typed}, ["2023-10-14", "007"]),
+        ({"data/train.jsonl.gz": zipped}, ["2023-10-14", "007"]),
+        ({"train.csv": zeros}, ["007", "None", None]),
+        ({"train.csv": zeros.replace(",", ";")}, ["007", "None", None]),
+        ({"train.tsv": zeros.replace(",", "\t")}, ["007", "None", None]),
+        (
+            {
+                "README.md": "---\nconfigs:\n- config_name: default\n  data_files: x.csv\n  sep: '|'\n---\n",
+                "x.csv": zeros.replace(",", "|"),
+            },
+            ["007", "None", None],
+        ),
+    ):
+        folder = layout(files, f"folder{len(list(Path(layout({})).parent.glob('folder*')))}")
+        rows = rows_of(train=folder, eval_size=0)
+        assert [row["answer"] for row in rows] == answers and [row.number for row in rows] == [*range(1, len(rows) + 1)]
+
+
+def test_parts_of_splits(layout):
+    folder = layout({"train.jsonl": lines(*ROWS[:10]), "test.jsonl": lines(*ROWS[10:])})
+
+    def answers(split):
+        rows = rows_of(train=folder, train_split=split, eval_size=0)
+        return [(row["answer"], row.number) for row in rows]
+
+    every = [(row["answer"], place % 10 + 1) for place, row in enumerate(ROWS)]
+    assert answers("train[:30%]") == every[:3]
+    assert answers("train[8:]+test[:1]") == every[8:11]
+    assert answers("test+train") == every[10:] + every[:10]
+    refused(r"data.train_split: .* has no split 'trian\[:10%\]'", train=folder, train_split="trian[:10%]")
+    refused("data.train_split: .* has no split 'train.:x.'", train=folder, train_split="train[:x]")
+    apart = {"train": folder, "train_split": "train[:50%]", "eval_split": "train[50%:]"}
+    assert [row.number for row in rows_of("eval", **apart)] == [6, 7, 8, 9, 10]
+    refused("data.eval_split: .* are trained on", "eval", train=folder, eval_split="train[:10%]")
+    refused("data.eval_split: .* are trained on", "eval", train=folder, train_split="train+test")
+
+
+def test_a_split_of_several_files(layout):
+    folder = layout({f"train-{n}.jsonl": lines(*ROWS[5 * n : 5 * n + 5]) for n in range(4)})
+    rows = rows_of(train=folder, eval_size=0)
+    assert rows == ROWS and [row.number for row in rows] == [*range(1, 21)]
+    broken = layout({"train-0.jsonl": lines(ROWS[0]), "train-1.jsonl": lines(*ROWS[:2]) + "{"}, "broken")
+    refused("broken/train-1.jsonl cannot be read: line 3 is not JSON", train=broken, eval_size=0)
+
+
+@pytest.mark.parametrize("name", ["d[1]", "what?", "a*b", "d.jsonl", "with space", "#1 100%", "~"])
+@pytest.mark.parametrize("ending", ["jsonl", "parquet"])
+def test_folders_with_any_name(layout, name, ending, tmp_path):
+    import pandas
+
+    frame = pandas.DataFrame(ROWS[:2])
+    content = lines(*ROWS[:2]) if ending == "jsonl" else frame.to_parquet()
+    other = lines(ROWS[3]) if ending == "jsonl" else pandas.DataFrame(ROWS[3:4]).to_parquet()
+    for decoy in ("d1", "whatx", "axb"):
+        layout({f"train.{ending}": other}, decoy)
+    assert rows_of(train=layout({f"train.{ending}": content}, name), eval_size=0) == ROWS[:2]
+    empty = layout({"notes.docx": "x"}, f"empty {name}")
+    with pytest.raises(UserError, match=r"the folder .* cannot be read") as caught:
+        rows_of(train=empty)
+    assert empty in str(caught.value) and "/data;" not in str(caught.value)
+
+
+def test_field_in_a_folder(layout):
+    folder = layout({"train.json": json.dumps({"rows": ROWS[:2], "others": ROWS[2:]})})
+    assert rows_of(train=folder, eval_size=0, field="others") == ROWS[2:]
+    refused("under several keys of .*folder/train.json: rows, others", train=folder, eval_size=0)
+    card = "---\nconfigs:\n- config_name: default\n  data_files: t.json\n  field: rows\n---\n"
+    told = layout({"README.md": card, "t.json": json.dumps({"rows": ROWS[:2], "others": ROWS[2:]})}, "told")
+    assert rows_of(train=told, eval_size=0) == ROWS[:2]
+
+
+def test_cards_that_ask_for_other_csv(layout):
+    def card(options):
+        return f"---\nconfigs:\n- config_name: default\n  data_files: t.csv\n{options}\n---\n"
+
+    named = layout({"README.md": card("  column_names: [question, answer]"), "t.csv": "a,01\nb,\n"}, "named")
+    assert [list(row.values()) for row in rows_of(train=named, eval_size=0)] == [["a", "01"], ["b", None]]
+    refused("names 2", train=layout({"README.md": card("  names: [a, b]"), "t.csv": "a\n"}, "few"), eval_size=0)
+    rows = {"README.md": card("  skiprows: 1"), "t.csv": "x\nq,a\n1,2\n"}
+    refused(r"not supported \(skiprows\); .*data.train=FILE", train=layout(rows, "skips"))
+
+
+def test_a_data_set_of_the_hub_without_the_hub(tmp_path, monkeypatch):
+    """What was fetched once lies in the Hub's cache, and is read from there."""
+    import huggingface_hub
+
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    repository = tmp_path / "datasets--owner--codes"
+    snapshot = repository / "snapshots" / "1234567"
+    snapshot.mkdir(parents=True)
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text("1234567")
+    (snapshot / "train.csv").write_text("question,answer\nCode?,007\n")
+    assert rows_of(train="owner/codes", eval_size=0) == [{"question": "Code?", "answer": "007"}]
+    refused("has no split 'test'", "eval", train="owner/codes")
+    refused("'owner/other' is no file here and the Hub cannot be reached", train="owner/other")
+    (tmp_path / "owner").mkdir()
+    (tmp_path / "owner" / "other.jsonl").write_text("{}")
+    refused("did you mean 'owner/other.jsonl'", train="owner/other")
+
+
+def test_files_of_the_hub_are_downloaded_and_read(tmp_path, monkeypatch):
+    import datasets
+
+    (tmp_path / "train.jsonl").write_text(lines({"question": "When?", "answer": "2023-10-14"}))
+    builder = datasets.load_dataset_builder("json", data_files={"train": str(tmp_path / "train.jsonl")})
+    builder.config.data_files = {"train": [f"file://{tmp_path}/train.jsonl"]}
+    monkeypatch.setattr(datasets, "load_dataset_builder", lambda *_: builder)
+    assert rows_of(train="owner/name", eval_size=0) == [{"question": "When?", "answer": "2023-10-14"}]
+
+
+@pytest.fixture
+def saved(tmp_path):
+    import datasets
+
+    both = {"train": datasets.Dataset.from_list(ROWS), "test": datasets.Dataset.from_list(ROWS[:3])}
+    both["train"].save_to_disk(tmp_path / "one")
+    datasets.DatasetDict(both).save_to_disk(tmp_path / "two")
+    return tmp_path
+
+
+def test_what_save_to_disk_wrote(saved):
+    one, two = str(saved / "one"), str(saved / "two")
+    assert rows_of(train=one, eval_size=0) == rows_of(train=two, eval_size=0) == ROWS
+    assert rows_of(train=one, eval_size=0, train_split="whatever") == ROWS
+    train, held_out = (rows_of(split, train=one, eval_size=6) for split in ("train", "eval"))
+    assert sorted([*train, *held_out], key=lambda row: row.number) == ROWS and len(held_out) == 6
+    assert all(ROWS[row.number - 1] == row for row in [*train, *held_out])
+    assert len(rows_of("eval", train=two)) == 3
+    refused("data.train_split: .*two' has no split 'validation'.*train", train=two, train_split="validation")
+    assert len(rows_of("eval", train=one, eval=two, eval_split="test")) == 3
+    refused("data.eval: .* is also data.train", "eval", train=two, eval=str(saved / "." / "two" / "train"))
+    refused("data.eval: .* is also data.train", "eval", train=one, eval=str(saved / "two" / ".." / "one"))
+    (saved / "one" / "state.json").write_text("{")
+    refused("the folder .*one cannot be read", train=one)
+
+
+def test_rows_know_their_numbers(tmp_path):
+    path = write(tmp_path / "rows.csv")
+    train, held_out = (rows_of(split, train=path, eval_size=6, train_size=7) for split in ("train", "eval"))
+    assert len(train) == 7 and all(ROWS[row.number - 1] == row for row in [*train, *held_out])
+    assert not {row.number for row in train} & {row.number for row in held_out}
+    assert [row.number for row in rows_of(train="arithmetic", train_size=3)] == [1, 2, 3]
+
+
+def test_peek(tmp_path):
+    path = write(tmp_path / "rows.jsonl", [*ROWS, {"more": 1}])
+    columns, rows = peek(DataConfig(train=path, prompt="no such column", answer=None))
+    assert columns == ["question", "answer", "more"] and rows == ROWS
+    assert [row.number for row in peek(DataConfig(train=path), rows=3)[1]] == [1, 2, 3]
+    columns, rows = peek(DataConfig(train="arithmetic", options={"high": 3}), rows=5)
+    assert columns == ["question", "answer"] and len(rows) == 5
+    with pytest.raises(UserError, match="there is no file"):
+        peek(DataConfig(train=str(tmp_path / "no.csv")))
+    refused("data.field: got 'data', but .*rows.csv is no JSON file", train=write(tmp_path / "rows.csv"), field="data")
+
+
+def test_one_file_under_two_names_is_not_held_out(tmp_path, layout):
+    path = tmp_path / "rows.jsonl"
+    write(path)
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "soft.jsonl").symlink_to(path)
+    (tmp_path / "hard.jsonl").hardlink_to(path)
+    for other in (path, tmp_path / "soft.jsonl", tmp_path / "hard.jsonl", tmp_path / "sub" / ".." / "rows.jsonl"):
+        refused("data.eval: .* is also data.train", "eval", train=str(path), eval=str(other))
+        refused("data.eval: .* is also data.train", train=str(path), eval=str(other))
+    folder = layout({"train.jsonl": lines(*ROWS), "test.jsonl": lines(*ROWS[:2])})
+    refused("data.eval: .* is also data.train", "eval", train=folder, eval=f"{folder}/train.jsonl")
+    refused("data.eval: .* is also data.train", "eval", train=f"{folder}/train.jsonl", eval=folder, eval_split="train")
+    assert len(rows_of("eval", train=folder, eval=f"{folder}/test.jsonl")) == 2
+
+
+def test_a_row_may_lack_a_column(tmp_path):
+    path = write(tmp_path / "rows.jsonl", [{"question": "a"}, *ROWS])
+    assert rows_of(train=path, eval_size=0)[0] == {"question": "a"}
+    assert len(rows_of("eval", train=path, eval_size=5)) == 5
 
 
 def test_hub_refuses():
@@ -126,7 +331,7 @@ def test_an_unknown_hub_id(monkeypatch):
     def not_found(*_, **__):
         raise datasets.exceptions.DatasetNotFoundError("Dataset 'owner/nothing' doesn't exist on the Hub")
 
-    monkeypatch.setattr(datasets, "load_dataset", not_found)
+    monkeypatch.setattr(datasets, "load_dataset_builder", not_found)
     refused("there is no data set 'owner/nothing' on the Hub .*data.train=PATH", train="owner/nothing")
 
 
@@ -140,7 +345,7 @@ def test_files_refused(tmp_path):
     refused("not a generated task .* remove them", train=str(path), options={"low": 1})
     other = tmp_path / "rows.txt"
     other.write_text("hello", encoding="utf-8")
-    refused(r"ends in .txt; convert it to one of .jsonl, .json, .csv, .parquet", train=str(other))
+    refused(r"is not read \(.txt\); write each text as a line .* of a .jsonl file", train=str(other))
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,50 @@
+"""Splits by name and by part: ``train``, ``train[:10%]``, ``train+test``."""
+
+from collections.abc import Callable, Iterator, Mapping
+
+from lowmem_rlhf.data.table import JoinedTable, Table
+
+
+class _Lengths(Mapping[str, int]):
+    """The number of rows of each split; a split is read when it is asked for."""
+
+    def __init__(self, tables: Callable[[str], Table], names: list[str]) -> None:
+        self._tables, self._names = tables, names
+
+    def __getitem__(self, name: str) -> int:
+        return len(self._tables(name))
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._names
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+
+def read_split(read: Callable[[str], Table], names: list[str], split: str) -> Table:
+    """Return the rows of a split, or of what `datasets.ReadInstruction` makes of it.
+
+    Args:
+        read: reads a split by name.
+        names: the splits there are.
+        split: a name, or a specification of parts.
+
+    Raises:
+        ValueError: no such split, or nothing that can be understood.
+    """
+    import datasets
+
+    known: dict[str, Table] = {}
+
+    def table(name: str) -> Table:
+        if name not in known:
+            known[name] = read(name)
+        return known[name]
+
+    if split in names:
+        return table(split)
+    parts = datasets.ReadInstruction.from_spec(split).to_absolute(_Lengths(table, names))
+    return JoinedTable([(table(part.splitname), range(part.from_, part.to)) for part in parts])

@@ -1,0 +1,91 @@
+"""From the bytes of a file to its text: compression and encodings. What cannot be read is said with the remedy."""
+
+import bz2
+import codecs
+import gzip
+import lzma
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+
+COMPRESSIONS = (".gz", ".bz2", ".xz")
+_MAGIC: list[tuple[bytes, str, Callable[[bytes], bytes]]] = [
+    (b"\x1f\x8b", "gzip", gzip.decompress),
+    (b"BZh", "bzip2", bz2.decompress),
+    (b"\xfd7zXZ\x00", "xz", lzma.decompress),
+]
+# The mark of UTF-32 (little-endian) begins as that of UTF-16 does, so it is looked for first.
+_MARKS = [
+    (codecs.BOM_UTF8, "utf-8"),
+    (codecs.BOM_UTF32_LE, "utf-32-le"),
+    (codecs.BOM_UTF32_BE, "utf-32-be"),
+    (codecs.BOM_UTF16_LE, "utf-16-le"),
+    (codecs.BOM_UTF16_BE, "utf-16-be"),
+]
+# Which of its first four bytes are not zero, in a text that begins with plain letters.
+_WIDE: dict[tuple[bool, ...], str] = {
+    (True, False, False, False): "UTF-32LE",
+    (False, False, False, True): "UTF-32BE",
+    (True, False, True, False): "UTF-16LE",
+    (False, True, False, True): "UTF-16BE",
+}
+
+
+class BrokenFile(ValueError):
+    """What a file holds cannot be read as what it should be. The message is a clause that goes on after a colon."""
+
+
+class NoRows(BrokenFile):
+    """A file that can be read, and holds no row."""
+
+
+def read_bytes(path: Path) -> bytes:
+    """Return the content of a file, decompressed where it begins as a gzip, bzip2 or xz file does.
+
+    Raises:
+        BrokenFile: the compressed data are damaged, or end too early.
+        OSError: the file cannot be opened.
+    """
+    content = path.read_bytes()
+    for magic, name, decompress in _MAGIC:
+        if content.startswith(magic):
+            try:
+                return decompress(content)
+            except (OSError, EOFError, ValueError, lzma.LZMAError, zlib.error) as error:
+                raise BrokenFile(f"its {name} data are damaged or end too early ({error}); fetch it again") from error
+    if path.suffix.lower() in COMPRESSIONS and content:
+        raise BrokenFile(
+            f"it is not compressed as its ending {path.suffix} says; rename it without {path.suffix}, or fetch it again"
+        )
+    return content
+
+
+def decode(content: bytes, encoding: str | None = None) -> str:
+    """Return the text of bytes: UTF-8, or what a byte order mark says (UTF-8, -16, -32), or the encoding given.
+
+    Raises:
+        BrokenFile: it is something else; the message names line and byte, and how the file is converted.
+    """
+    mark, name = next((found for found in _MARKS if content.startswith(found[0])), (b"", encoding or "utf-8"))
+    body = content[len(mark) :]
+    if not mark and encoding is None and (found := _WIDE.get(tuple(byte > 0 for byte in body[:4]))):
+        raise BrokenFile(
+            f"it is not UTF-8 text but looks like {found} without a byte order mark; convert it: "
+            f"iconv -f {found} -t UTF-8 OLD > NEW"
+        )
+    try:
+        return body.decode(name)
+    except UnicodeDecodeError as error:
+        if name != "utf-8":
+            raise BrokenFile(
+                f"it is not {name.upper()} text, as its {'byte order mark' if mark else 'data set'} says "
+                f"(byte {error.start + len(mark)}); save it as UTF-8"
+            ) from error
+        line = body.count(b"\n", 0, error.start) + 1
+        raise BrokenFile(
+            f"it is not UTF-8 text (line {line}, byte {error.start + len(mark)} of the file is "
+            f"0x{body[error.start]:02x}); save it as UTF-8, or convert it, where it was written on Windows: "
+            "iconv -f WINDOWS-1252 -t UTF-8 OLD > NEW"
+        ) from error
+    except LookupError as error:
+        raise BrokenFile(f"its encoding {name!r} is not known; save it as UTF-8") from error
