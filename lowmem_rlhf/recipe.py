@@ -96,7 +96,7 @@ class DataConfig(Section):
     eval_size: int = Field(128, ge=0)
     field: str | None = None  # of a .json file: the key that its rows lie under; absent: found where only one can be
     options: dict[str, Any] = Field(default_factory=dict)  # options of a generated task
-    prompt: str = "question"  # column: a text, or a list of chat messages; a.b: the part b of column a
+    prompt: str | None = "question"  # column: a text, or a list of chat messages; a.b: part b of a
     answer: str | None = "answer"  # column with the reference answer, given to rewards as `answer`
     completion: str | None = None  # sft: the column that is learned; absent: `answer`
     messages: str | None = None  # sft: a column of whole conversations, in place of prompt and completion

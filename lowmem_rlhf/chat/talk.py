@@ -3,13 +3,15 @@
 What is left out: batching of several prompts.
 """
 
-import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from string import Formatter
 from typing import TYPE_CHECKING, Any
 
-from lowmem_rlhf.data.prompts import Message, build_examples, template_fields
+from lowmem_rlhf.data.bad_rows import RowReport
+from lowmem_rlhf.data.messages import Message
+from lowmem_rlhf.data.prompts import PromptWriter
+from lowmem_rlhf.data.row_template import fill_template, template_fields
+from lowmem_rlhf.data.values import Row
 from lowmem_rlhf.errors import UserError
 from lowmem_rlhf.recipe import DataConfig, Recipe
 
@@ -39,33 +41,43 @@ class Wish:
 class Prompts:
     """Makes prompts of what a user types, as training makes them of rows."""
 
-    def __init__(self, data: DataConfig, tokenizer: Any) -> None:
-        self._tokenizer = tokenizer
+    def __init__(self, data: DataConfig, tokenizer: Any, stop_ids: frozenset[int] = frozenset()) -> None:
         has_template = bool(tokenizer.chat_template)
         # examples of data.text are plain text whatever the tokenizer has
         self.keeps_messages = data.text is None and (has_template if data.chat == "auto" else data.chat)
         one = data.template is not None and len(template_fields(data.template)) == 1
         self.template = data.template if one else None  # several columns: a user types the whole turn
-        self._data = DataConfig(
+        own = DataConfig(
             train=data.train,
             prompt="prompt",
             answer=None,
             system=data.system,
             chat=self.keeps_messages,
-            max_prompt_length=sys.maxsize,
+            chat_template_kwargs=data.chat_template_kwargs,
         )
+        self._writer = PromptWriter(own, tokenizer, stop_ids, RowReport(own))
 
     def turn(self, text: str) -> str:
         """Return the user's text, put into the recipe's template."""
         text = text.encode("utf-8", "replace").decode("utf-8")  # half characters of a command line in another encoding
         if self.template is None:
             return text
-        return "".join(before + (text if name else "") for before, name, _, _ in Formatter().parse(self.template))
+        return fill_template(self.template, dict.fromkeys(template_fields(self.template), text))
 
     def ids(self, turn: str, messages: Sequence[Message]) -> list[int]:
-        """Return the token ids of a turn after earlier messages; a plain model sees the turn alone."""
-        prompt = [*messages, {"role": "user", "content": turn}] if self.keeps_messages else turn
-        return build_examples([{"prompt": prompt}], self._data, self._tokenizer)[0].prompt_ids
+        """Return the token ids of a turn after earlier messages; a plain model sees the turn alone.
+
+        Raises:
+            UserError: the chat template refuses the messages, or nothing is left to read of them.
+        """
+        row = Row({"prompt": turn}, 1)
+        self._writer.check_text(turn, "prompt", row.number)
+        prompt = self._writer.prompt(
+            row, [*messages, {"role": "user", "content": turn}] if self.keeps_messages else turn
+        )
+        (ids,) = self._writer.prompt_ids([prompt])
+        self._writer.check_end(ids)
+        return ids
 
 
 class TextStream:
@@ -126,7 +138,7 @@ class Talk:
         from lowmem_rlhf.rollout.sampling import Sampling
 
         self.base, self.roles = base, [REFERENCE, POLICY] if wish.compare else [POLICY]
-        self.prompts = Prompts(recipe.data, base.tokenizer)
+        self.prompts = Prompts(recipe.data, base.tokenizer, base.stop_ids)
         g = recipe.generation
         self._sampling = Sampling(wish.temperature, g.top_p, g.top_k, g.min_p) if wish.temperature else Sampling(0.0)
         self._max_tokens = wish.max_tokens or g.max_completion_length

@@ -1,21 +1,21 @@
-"""From rows to prompts: chat template or plain text, token ids, and the order in which training sees them."""
+"""From rows to prompts: chat template or plain text, and token ids."""
 
-import logging
-import random
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
-from string import Formatter
-from typing import Any, Generic, TypeVar
+from typing import Any
 
+from lowmem_rlhf.data.bad_rows import RowError, RowReport
+from lowmem_rlhf.data.chat_template import ChatTemplate, is_chat
+from lowmem_rlhf.data.messages import Message, chat_messages
+from lowmem_rlhf.data.row_template import fill_template, required_fields, template_fields
+from lowmem_rlhf.data.stream import PromptStream
+from lowmem_rlhf.data.values import Row, has_column, is_missing, text_of, value_at
 from lowmem_rlhf.errors import UserError
 from lowmem_rlhf.recipe import DataConfig
 from lowmem_rlhf.suggest import did_you_mean
 
-logger = logging.getLogger(__name__)
+__all__ = ["Example", "Message", "PromptStream", "build_examples", "check_columns", "template_fields", "used_columns"]
 
-Message = dict[str, Any]
-Item = TypeVar("Item")
 # What a reward function is given under these names is not a column of the row (TRL drops the same ones).
 RESERVED = ("prompt", "prompts", "completion", "completions", "completion_ids")
 
@@ -31,34 +31,20 @@ class Example:
 
 
 @dataclass(frozen=True)
-class Prompts:
-    """The prompts of all rows, in order: as rewards see them, as the text that the model reads, and its token ids."""
+class Prompt:
+    """A row's prompt before it is tokenized.
 
-    chat: bool
-    prompts: list[str | list[Message]]
-    texts: list[str]
-    ids: list[list[int]]
-
-
-def template_fields(template: str) -> list[str]:
-    """Return the columns that a template names, in order and once each.
-
-    Raises:
-        UserError: the template has an unbalanced brace, or a place-holder that is more than a column's name.
+    Attributes:
+        row: its row.
+        prompt: chat messages, or the plain text.
+        text: what the model reads.
+        tools: the tools that the row describes to the chat template.
     """
-    try:
-        parts = list(Formatter().parse(template))
-    except ValueError as error:
-        raise UserError(
-            f"data.template: {template!r} is not a template ({error}); write {{column}}, and {{{{ or }}}} for a brace"
-        ) from error
-    for _, name, spec, conversion in parts:
-        if name is not None and (not name or spec or conversion):
-            raise UserError(
-                f"data.template: {template!r} has a place-holder that is not just a column's name; write {{column}}, "
-                "and {{ or }} for a brace"
-            )
-    return list(dict.fromkeys(name for _, name, _, _ in parts if name))
+
+    row: Row
+    prompt: str | list[Message]
+    text: str
+    tools: Any = None
 
 
 def used_columns(data: DataConfig) -> list[str]:
@@ -74,259 +60,322 @@ def _prompt_columns(data: DataConfig) -> list[tuple[str, str]]:
         return [("data.text", data.text)]
     if data.template is not None:
         return [("data.template", name) for name in template_fields(data.template)]
+    if data.prompt is None:  # the beginning that both answers of a pair share
+        return [("data.chosen", str(data.chosen))]
     return [("data.prompt", data.prompt)]
 
 
-def check_columns(names: Collection[str], data: DataConfig, source: str = "") -> None:
+def check_columns(names: Collection[str] | Mapping[str, Any], data: DataConfig, source: str = "") -> None:
     """Check that all columns that the recipe names are there: the prompt's, and those of answers and classes.
+
+    Args:
+        names: the columns of a source, or one row of it.
+        source: what has them, for messages.
 
     Raises:
         UserError: one is missing; the message names those there are.
     """
     wanted = _prompt_columns(data)
+    optional = set(template_fields(data.template)) - set(required_fields(data.template)) if data.template else set()
     # The completion comes before the answer: it may be the same column, and is then the one that matters.
     for key in ("completion", "chosen", "rejected", "margin", "label", "answer"):
         if (column := getattr(data, key)) is not None:
             wanted.append((f"data.{key}", column))
     for key, name in wanted:
-        if name not in names:
-            remedy = "; set data.answer=null if there is no reference answer" if key == "data.answer" else ""
-            raise UserError(
-                f"{key}: {source or data.train} has no column {name!r}{did_you_mean(name, names)} "
-                f"(its columns: {', '.join(names)}){remedy}"
-            )
+        # Of a nested column the names alone say only whether its first part is there.
+        if name in names or name.split(".")[0] in names or (isinstance(names, Mapping) and name in optional):
+            continue
+        remedy = "; set data.answer=null if there is no reference answer" if key == "data.answer" else ""
+        raise UserError(
+            f"{key}: {source or data.train} has no column {name!r}{did_you_mean(name, names)} "
+            f"(its columns: {', '.join(names)}){remedy}"
+        )
 
 
-def build_examples(rows: Iterable[dict[str, Any]], data: DataConfig, tokenizer: Any) -> list[Example]:
+def build_examples(
+    rows: Iterable[Mapping[str, Any]],
+    data: DataConfig,
+    tokenizer: Any,
+    stop_ids: frozenset[int] = frozenset(),
+    report: RowReport | None = None,
+) -> list[Example]:
     """Turn rows into prompts.
-
-    They are those of `read_prompts`.
-
-    Returns:
-        One example a row. With `data.long_prompts: drop`, prompts above `data.max_prompt_length` tokens are left out
-        and their number, ``len(rows) - len(examples)``, is logged as a warning.
-
-    Raises:
-        UserError: no chat template for a chat, a missing column, a row without a usable prompt (by number, from 1), a
-            prompt that is too long, or no prompt left after dropping.
-    """
-    rows = list(rows)
-    made = read_prompts(rows, data, tokenizer)
-    kept = fitting([len(one) for one in made.ids], data, data.max_prompt_length, "data.max_prompt_length", "prompt")
-    return [
-        Example(made.prompts[index], made.ids[index], _columns(rows[index], data), made.texts[index]) for index in kept
-    ]
-
-
-def read_prompts(rows: Sequence[dict[str, Any]], data: DataConfig, tokenizer: Any) -> Prompts:
-    """Return the prompts of rows, of any length.
 
     A prompt is a chat when `data.chat` is true, or auto and the tokenizer has a chat template; a prompt column that
     holds messages is used as it is, with the system message put first when it has none. The prompt of a conversation
     (`data.messages`) is all that comes before its last message, the assistant's. A plain prompt is the system text, an
-    empty line and the text, tokenized as the tokenizer does by default (with its BOS if it has one).
-
-    Raises:
-        UserError: no chat template for a chat, a missing column, a row without a usable prompt (by number, from 1), or
-            `data.text`, which has no prompts.
-    """
-    chat = _is_chat(data, tokenizer)
-    prompts: list[str | list[Message]] = []
-    for number, row in enumerate(rows, start=1):
-        check_columns(row, data, f"row {number} of {data.train}")
-        prompts.append(_chat(row, number, data) if chat else _plain(row, number, data))
-    texts = [
-        prompt if isinstance(prompt, str) else render(prompt, number, tokenizer)
-        for number, prompt in enumerate(prompts, start=1)
-    ]
-    # A chat template has already written the special tokens, BOS included.
-    ids = tokenizer(texts, add_special_tokens=not chat)["input_ids"] if texts else []
-    return Prompts(chat, prompts, texts, ids)
-
-
-def _is_chat(data: DataConfig, tokenizer: Any) -> bool:
-    if data.text is not None:
-        raise UserError(
-            "data.text: whole texts have no prompt that could be completed; name data.prompt and data.completion in "
-            "place of data.text, or remove the rewards that would judge completions"
-        )
-    if data.messages is not None and not (data.chat and tokenizer.chat_template):
-        remedy = (
-            "data.chat is false; leave it out"
-            if tokenizer.chat_template
-            else "the model's tokenizer has none; take an instruction-tuned model, or write them out for data.text"
-        )
-        raise UserError(f"data.messages: conversations are written by a chat template, and {remedy}")
-    if data.chat is True and not tokenizer.chat_template:
-        raise UserError(
-            "data.chat: got true, but the model's tokenizer has no chat template; set data.chat=false for plain "
-            "prompts, or take an instruction-tuned model"
-        )
-    return bool(tokenizer.chat_template) if data.chat == "auto" else data.chat
-
-
-def _columns(row: dict[str, Any], data: DataConfig) -> dict[str, Any]:
-    # A column that a template quotes is not the prompt itself: rewards may want it.
-    left_out = RESERVED if data.template is not None else (*RESERVED, *used_columns(data))
-    columns = {name: value for name, value in row.items() if name not in left_out}
-    return columns if data.answer is None else {**columns, "answer": row[data.answer]}
-
-
-def _text(row: dict[str, Any], number: int, data: DataConfig) -> str:
-    for name in used_columns(data):
-        value = row[name]
-        if isinstance(value, list | dict):
-            raise UserError(
-                f"row {number}: column {name!r} holds chat messages or another structure, and a text is needed here; "
-                "leave data.template out and use the model's chat template, or name a column of text"
-            )
-        if value is None or not str(value).strip():
-            raise UserError(
-                f"row {number}: column {name!r} is empty, and a prompt is made of it; remove the row or fill it"
-            )
-    if data.template is None:
-        text = str(row[data.prompt])
-        return text if data.prompt_words is None else " ".join(text.split()[: data.prompt_words])
-    parts = Formatter().parse(data.template)
-    return "".join(text + (str(row[name]) if name else "") for text, name, _, _ in parts)
-
-
-def _plain(row: dict[str, Any], number: int, data: DataConfig) -> str:
-    text = _text(row, number, data)
-    return f"{data.system}\n\n{text}" if data.system else text
-
-
-def _chat(row: dict[str, Any], number: int, data: DataConfig) -> list[Message]:
-    if data.messages is not None:
-        messages = _before_answer(row[data.messages], number, data.messages)
-    elif data.template is None and isinstance(row[data.prompt], list):
-        messages = chat_messages(row[data.prompt], number, data.prompt)
-    else:
-        messages = [{"role": "user", "content": _text(row, number, data)}]
-    if data.system and (not messages or messages[0]["role"] != "system"):
-        messages.insert(0, {"role": "system", "content": data.system})
-    if not messages:
-        raise UserError(
-            f"row {number}: column {data.messages!r} holds nothing but the assistant's answer; put what it answers "
-            "before it, or set data.system"
-        )
-    return messages
-
-
-def _before_answer(value: Any, number: int, column: str) -> list[Message]:
-    """Return the messages before the last one, which must be the assistant's."""
-    messages = chat_messages(value, number, column)
-    roles = [one["role"] for one in messages[-2:]]
-    if roles[-1] != "assistant":
-        raise UserError(
-            f"row {number}: the last message of column {column!r} must be the assistant's, which is learned; got a "
-            f"message of {roles[-1]}"
-        )
-    if roles == ["assistant", "assistant"]:
-        raise UserError(f"row {number}: column {column!r} ends in two messages of the assistant; join them into one")
-    return messages[:-1]
-
-
-def chat_messages(value: Any, number: int, column: str) -> list[Message]:
-    """Return a column's list of chat messages without the keys that are None.
-
-    Raises:
-        UserError: it is something else.
-    """
-    if not isinstance(value, list):
-        raise UserError(
-            f"row {number}: column {column!r} must hold a list of chat messages; got {type(value).__name__}"
-        )
-    well_formed = all(isinstance(one, dict) and {"role", "content"} <= one.keys() for one in value)
-    if not value or not well_formed or not all(isinstance(one["content"], str) for one in value):
-        raise UserError(
-            f"row {number}: column {column!r} is a list but not one of chat messages; each must be "
-            "{'role': ..., 'content': TEXT}"
-        )
-    # Arrow fills the keys that only other messages have with None.
-    return [{key: part for key, part in one.items() if part is not None} for one in value]
-
-
-def render(messages: list[Message], number: int, tokenizer: Any, whole: bool = False) -> str:
-    """Return the text of messages: a prompt, up to where the assistant goes on, or a whole conversation.
-
-    Raises:
-        UserError: the template refuses the messages of row ``number``.
-    """
-    from jinja2 import TemplateError
-
-    # An answer that has been begun is continued, as TRL does.
-    begun = messages[-1]["role"] == "assistant" and not whole
-    try:
-        return tokenizer.apply_chat_template(
-            messages, tokenize=False, add_generation_prompt=not (begun or whole), continue_final_message=begun
-        )
-    except TemplateError as error:
-        roles = ", ".join(str(one["role"]) for one in messages)
-        reason = " ".join(str(error).split())
-        raise UserError(
-            f"row {number}: the model's chat template refuses these messages ({roles}): {reason}; for a template "
-            "without a system role, leave data.system out or put it into data.template"
-        ) from error
-
-
-def fitting(lengths: list[int], data: DataConfig, limit: int, key: str, noun: str) -> list[int]:
-    """Return the rows, counted from 0, that have at most ``limit`` tokens, as `data.long_prompts` has it.
+    empty line and the text, tokenized as the tokenizer does by default (with its BOS if it has one), and without what
+    the tokenizer puts behind it.
 
     Args:
-        lengths: the tokens of each row.
-        key: the recipe key of the limit, for messages.
-        noun: what a row makes, for messages: prompt, example, pair.
+        stop_ids: tokens that end a completion; a prompt must not end in one.
+        report: collects what is wrong with rows and what is said of them; absent: one of this call's own.
+
+    Returns:
+        One example a row. Rows that cannot be used are left out with `data.bad_rows: drop`, those above
+        `data.max_prompt_length` tokens with `data.long_prompts: drop` too; how many is logged as a warning.
 
     Raises:
-        UserError: one is longer, or all are where such rows are dropped.
+        UserError: no chat template for a chat, a row without a usable prompt (by number), a prompt that is too long, or
+            no prompt left after dropping.
     """
-    kept = [index for index, length in enumerate(lengths) if length <= limit]
-    dropped = len(lengths) - len(kept)
-    if not dropped:
-        return kept
-    if data.long_prompts == "error":
-        first = next(index for index, length in enumerate(lengths) if length > limit)
-        raise UserError(
-            f"row {first + 1}: its {noun} has {lengths[first]} tokens, {key} is {limit} ({dropped} of {len(lengths)} "
-            f"{noun}s are above it, the longest has {max(lengths)}); raise {key} to {max(lengths)}, or set "
-            "data.long_prompts=drop"
-        )
-    if not kept:
-        raise UserError(
-            f"data.long_prompts: all {dropped} {noun}s are above {key} ({limit} tokens; the shortest has "
-            f"{min(lengths)}), so none is left; raise {key}"
-        )
-    logger.warning("%d of %d %ss have more than %d tokens and are left out", dropped, len(lengths), noun, limit)
+    report = report or RowReport(data)
+    writer = PromptWriter(data, tokenizer, stop_ids, report)
+    prompts: list[Prompt] = []
+    for row in report.each(rows):
+        with report.row(row.number):
+            prompts.append(writer.prompt(row))
+    kept = []
+    for made, ids in zip(prompts, writer.prompt_ids(prompts), strict=True):
+        number = made.row.number
+        with report.row(number):
+            writer.check_end(ids)
+            if not report.fits(number, len(ids), data.max_prompt_length, "data.max_prompt_length", "prompt"):
+                continue
+            kept.append(Example(made.prompt, ids, _columns(made.row, data), made.text))
+            if not isinstance(made.prompt, str) and made.prompt[-1]["role"] == "assistant":
+                report.note(_CONTINUED, number)
+    report.finish(len(kept))
     return kept
 
 
-class PromptStream(Generic[Item]):
-    """The endless, shuffled order of prompts, or of other examples: each once an epoch, each epoch in another order.
+_CONTINUED = (
+    "the prompt ends in an assistant's message, which is taken as a begun answer and continued; where it is a finished "
+    "one, end the prompt with the user's message"
+)
 
-    It has no state: a batch is a function of (seed, step), so a resumed run sees what an uninterrupted one would have.
+
+class PromptWriter:
+    """Writes the prompts of rows, as rewards see them and as the model reads them.
+
+    Attributes:
+        template: the chat template; None: prompts are plain texts.
     """
 
-    def __init__(self, examples: Sequence[Item], prompts_per_step: int, seed: int) -> None:
-        """Keep the examples; with fewer than ``prompts_per_step`` of them a batch repeats some.
+    def __init__(self, data: DataConfig, tokenizer: Any, stop_ids: frozenset[int], report: RowReport) -> None:
+        """Raises UserError where the recipe asks for a chat that the tokenizer has no template for."""
+        if data.text is not None:
+            raise UserError(
+                "data.text: whole texts have no prompt that could be completed; name data.prompt and data.completion "
+                "in place of data.text, or remove the rewards that would judge completions"
+            )
+        self.data, self.tokenizer, self.report = data, tokenizer, report
+        self.template = ChatTemplate(tokenizer, data.chat_template_kwargs) if is_chat(data, tokenizer) else None
+        end = tokenizer.eos_token_id
+        self.stop_ids = stop_ids | ({end} if end is not None else set())
+        self._special = tuple(str(token) for token in tokenizer.all_special_tokens)
+        if self.template and data.system == "" and (own := self.template.replaces_empty_system()):
+            raise UserError(
+                "data.system: got an empty text, but the model's chat template then writes a system text of its own "
+                f"({own.strip()[:100]!r}); give a text, or leave data.system out"
+            )
+
+    def prompt(self, row: Row, value: Any = None) -> Prompt:
+        """Return a row's prompt; ``value`` stands in place of its column.
 
         Raises:
-            UserError: there are no examples.
+            RowError: the row has no usable one.
         """
-        if not examples:
-            raise UserError("data.train: there is no prompt to train on")
-        self.examples = examples
-        self.prompts_per_step = prompts_per_step
-        self.seed = seed
-        self._order = lru_cache(maxsize=4)(self._shuffled)
+        if self.template is None:
+            text = value if isinstance(value, str) else self._text(row)
+            text = f"{self.data.system}\n\n{text}" if self.data.system else text
+            return Prompt(row, text, text)
+        messages = self._chat(row, value)
+        tools = _tools(row)
+        return Prompt(row, messages, self.template.prompt(messages, tools), tools)
 
-    def _shuffled(self, epoch: int) -> list[int]:
-        order = list(range(len(self.examples)))
-        random.Random(f"prompts/{self.seed}/{epoch}").shuffle(order)
-        return order
+    def messages(self, value: Any, column: str, number: int) -> list[Message]:
+        """Return a column's conversation (see `chat_messages`), without special tokens that would end a turn in it.
 
-    def batch(self, step: int) -> list[Item]:
-        """Return the ``prompts_per_step`` examples of a step, counted from 0."""
-        first = step * self.prompts_per_step
-        places = (divmod(first + offset, len(self.examples)) for offset in range(self.prompts_per_step))
-        return [self.examples[self._order(epoch)[index]] for epoch, index in places]
+        Raises:
+            RowError: it is none.
+        """
+        assert self.template is not None
+        found = chat_messages(value, column, self.template.names_role, lambda text: self.report.note(text, number))
+        for message in found:
+            self.check_text(message["content"], column, number)
+        return found
+
+    def conversation(self, row: Row) -> list[Message]:
+        """Return the conversation of `data.messages`, which ends in the assistant's message.
+
+        Raises:
+            RowError: it does not, or it begins with the assistant's.
+        """
+        column = str(self.data.messages)
+        messages = self.messages(cell(row, column, "data.messages"), column, row.number)
+        roles = [one["role"] for one in messages]
+        if roles[-1] != "assistant":
+            raise RowError(
+                "wrong roles",
+                f"the last message of column {column!r} must be the assistant's, which is learned; got a message of "
+                f"{roles[-1]}",
+            )
+        if roles[-2:] == ["assistant", "assistant"]:
+            raise RowError(
+                "wrong roles", f"column {column!r} ends in two messages of the assistant; join them into one"
+            )
+        if len(roles) > 1 and next(role for role in roles if role != "system") == "assistant" and "user" in roles:
+            raise RowError(
+                "wrong roles", f"column {column!r} begins with the assistant's message; begin it with the user's"
+            )
+        content = messages[-1]["content"]
+        if not content.strip() and not messages[-1].get("tool_calls"):
+            raise RowError(
+                "an empty column", f"column {column!r} is empty, and it is learned from; remove the row or fill it"
+            )
+        return messages
+
+    def check_text(self, text: str, column: str, number: int) -> None:
+        """Look for special tokens that are written out in a text of a chat.
+
+        Raises:
+            RowError: one of them is a mark of turns.
+        """
+        if self.template is None:
+            return
+        control = self.template.control_tokens
+        if written := next((token for token in control if token in text), None):
+            raise RowError(
+                "a special token written out",
+                f"column {column!r} holds {written} written out, which the model reads as its special token, a mark "
+                "between messages; remove it, or set data.chat=false",
+            )
+        for token in self._special:
+            if token not in control and token in text:
+                self.report.note(f"{token} is written out, and read as the special token that it is", number)
+
+    def prompt_ids(self, prompts: Sequence[Prompt]) -> list[list[int]]:
+        """Return the token ids of prompts."""
+        texts = [one.text for one in prompts]
+        if not texts:
+            return []
+        bare = self.tokenizer(texts, add_special_tokens=False)["input_ids"]
+        if self.template is not None:  # a chat template has already written the special tokens, BOS included
+            return list(bare)
+        with_special = self.tokenizer(texts)["input_ids"]
+        return [self._begun(ids, own) for ids, own in zip(with_special, bare, strict=True)]
+
+    def _begun(self, ids: list[int], own: list[int]) -> list[int]:
+        """Return ids without what the tokenizer put behind the text."""
+        special = {*self.tokenizer.all_special_ids, *self.stop_ids}
+        while ids and ids[-1] in special and ids[-1:] != own[-1:]:
+            ids = ids[:-1]
+        return ids
+
+    def check_end(self, ids: Sequence[int]) -> None:
+        """Check what the model reads of a prompt.
+
+        Raises:
+            RowError: nothing, or it ends in a token that ends a completion.
+        """
+        if not ids:
+            raise RowError(
+                "a prompt without tokens",
+                "what comes before the answer has no tokens; write a prompt, or set data.system",
+            )
+        if ids[-1] in self.stop_ids:
+            token = self.tokenizer.convert_ids_to_tokens(int(ids[-1]))
+            raise RowError(
+                "a prompt that ends in a stop",
+                f"its prompt ends in {token}, which ends a text, so that nothing would follow; remove it from the row "
+                "or from data.template"
+                + (", or take a model whose chat template begins the assistant's turn" if self.template else ""),
+            )
+
+    def _text(self, row: Row) -> str:
+        data = self.data
+        names = used_columns(data)
+        needed = required_fields(data.template) if data.template is not None else names
+        texts = {}
+        for name in names:
+            value = cell(row, name, "data.template" if data.template is not None else "data.prompt", name in needed)
+            if isinstance(value, list | dict):
+                raise RowError(
+                    "a structure where a text is needed",
+                    f"column {name!r} holds chat messages or another structure, and a text is needed here; leave "
+                    "data.template out and use the model's chat template, or name a column of text (a.b: the part b of "
+                    "column a)",
+                )
+            texts[name] = "" if is_missing(value) else text_of(value)
+            check_characters(texts[name], name)
+            if name in needed and not texts[name].strip():
+                hint = f", or write {{{name}?}} in data.template where it may be empty" if data.template else ""
+                raise RowError(
+                    "an empty column",
+                    f"column {name!r} is empty, and a prompt is made of it; remove the row or fill it{hint}",
+                )
+            self.check_text(texts[name], name, row.number)
+        if data.template is None:
+            text = texts[names[0]]
+            return text if data.prompt_words is None else " ".join(text.split()[: data.prompt_words])
+        text = fill_template(data.template, texts)
+        if not text.strip():
+            raise RowError("an empty column", "all columns of data.template are empty; remove the row or fill one")
+        return text
+
+    def _chat(self, row: Row, value: Any) -> list[Message]:
+        data = self.data
+        if value is None and data.messages is not None:
+            value = self.conversation(row)[:-1]
+        elif value is None and data.template is None and data.prompt is not None:
+            there = value_at(row, data.prompt)
+            value = self.messages(there, data.prompt, row.number) if isinstance(there, list) else None
+        if isinstance(value, str):
+            value = [{"role": "user", "content": value}]
+        messages = list(value) if value is not None else [{"role": "user", "content": self._text(row)}]
+        for message in messages:
+            check_characters(message["content"], data.prompt or data.messages or str(data.chosen))
+        if data.system is not None and (not messages or messages[0]["role"] != "system"):
+            messages.insert(0, {"role": "system", "content": data.system})
+        if not messages:
+            raise RowError(
+                "no prompt",
+                f"column {data.messages!r} holds nothing but the assistant's answer; put what it answers before it, or "
+                "set data.system",
+            )
+        return messages
+
+
+def cell(row: Row, column: str, key: str, needed: bool = True) -> Any:
+    """Return what a row has in a column.
+
+    Raises:
+        RowError: it lacks the column, where it is needed.
+    """
+    if needed and not has_column(row, column):
+        raise RowError(
+            "a missing column",
+            f"it has no column {column!r} ({key}){did_you_mean(column, row)} (its columns: {', '.join(row)})",
+        )
+    return value_at(row, column)
+
+
+def check_characters(text: str, column: str) -> None:
+    """Check that a text is one of whole characters, which tokenizers need.
+
+    Raises:
+        RowError: it holds half of a surrogate pair.
+    """
+    if not text.isascii() and any("\ud800" <= one <= "\udfff" for one in text):
+        raise RowError("half a character", f"column {column!r} holds half of a surrogate pair, which is no character")
+
+
+def _tools(row: Row) -> Any:
+    """Return the tools that a row describes, as a list; some sets hold them as JSON text."""
+    tools = row.get("tools")
+    if isinstance(tools, str) and tools.strip():
+        import json
+
+        try:
+            tools = json.loads(tools)
+        except ValueError as error:
+            raise RowError("malformed tools", f"column 'tools' is not JSON ({error})") from error
+    return tools if isinstance(tools, list) and tools else None
+
+
+def _columns(row: Row, data: DataConfig) -> dict[str, Any]:
+    # A column that a template quotes is not the prompt itself: rewards may want it.
+    left_out = RESERVED if data.template is not None else (*RESERVED, *used_columns(data))
+    columns = {name: value for name, value in row.items() if name not in left_out}
+    return columns if data.answer is None else {**columns, "answer": value_at(row, data.answer)}

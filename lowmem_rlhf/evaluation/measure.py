@@ -62,7 +62,7 @@ def measure(subject: Subject) -> list[Measured]:
 
 def _answers(subject: Subject) -> Measured:
     base, recipe = subject.base, subject.recipe
-    examples = build_examples(subject.rows, recipe.data, base.tokenizer)
+    examples = build_examples(subject.rows, recipe.data, base.tokenizer, base.stop_ids)
     _check_positions(subject, max(len(one.prompt_ids) for one in examples))
     state = TrainerState(subject.steps or 0, recipe.training.max_steps)
     columns: dict[str, Columns] = {}
@@ -105,8 +105,11 @@ def _loss(subject: Subject, role: str, examples: list[Supervised], name: str) ->
             return score(subject.base, batch, range(len(examples)), passes, shown)
 
     logps = _fitted(subject, work, f"{name}, loss")
-    losses = [-float(logps[row].double().sum()) for row in range(len(examples))]
-    return of_losses(losses, [len(one.completion_ids) for one in examples])
+    losses = []
+    for row, one in enumerate(examples):
+        learned = torch.tensor(one.learned or [True] * len(one.completion_ids), device=logps[row].device)
+        losses.append(-float(logps[row].double()[learned].sum()))
+    return of_losses(losses, [one.learned_tokens for one in examples])
 
 
 def _pairs(subject: Subject) -> Measured:

@@ -61,7 +61,7 @@ def _held_out(run: RunDirectory, recipe: Recipe, tokenizer: Any, stop_ids: froze
         for pair in build_pairs(rows, recipe.data, recipe.reward_model.max_length, tokenizer, stop_ids):
             yield [*pair.prompt_ids, *pair.chosen_ids]
     else:
-        for prompt in build_examples(rows, recipe.data, tokenizer):
+        for prompt in build_examples(rows, recipe.data, tokenizer, stop_ids):
             yield prompt.prompt_ids
 
 

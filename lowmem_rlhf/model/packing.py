@@ -4,8 +4,8 @@ The prompt's tokens run once per group. A completion's last token predicts nothi
 Positions are explicit: completions continue at the prompt's length.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -125,6 +125,27 @@ def pack(groups: Sequence[Group], device: torch.device) -> PackedBatch:
         rows=tuple(rows),
         lengths=tuple(len(c) for c in completions),
         row_index=tensor([i for i, c in enumerate(completions) for _ in c]),
+    )
+
+
+def scored_only(batch: PackedBatch, scored: Mapping[int, Sequence[bool]]) -> PackedBatch:
+    """Return a batch, of any layout, in which only some completion tokens are scored; all are fed as before.
+
+    Args:
+        scored: by a completion's place in the whole batch, which of its tokens; a completion that is absent is scored
+            as a whole.
+    """
+    if not any(row in scored for row in batch.rows):
+        return batch
+    masks = [scored.get(row, [True] * length) for row, length in zip(batch.rows, batch.lengths, strict=True)]
+    places = [place for place, kept in enumerate(one for mask in masks for one in mask) if kept]
+    index = torch.tensor(places, dtype=torch.long, device=batch.predict.device)
+    return replace(
+        batch,
+        predict=batch.predict.index_select(0, index),
+        targets=batch.targets.index_select(0, index),
+        lengths=tuple(sum(mask) for mask in masks),
+        row_index=batch.row_index.index_select(0, index),
     )
 
 

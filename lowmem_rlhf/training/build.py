@@ -103,7 +103,7 @@ def make_trainer(
         train = build_supervised(rows, data, recipe.sft, tokenizer, stops)
         held_out = build_supervised(held_out_rows, data, recipe.sft, tokenizer, stops) if held_out_rows else []
         recipe = with_epochs(recipe, len(train))
-        prompts = build_examples(held_out_rows, data, tokenizer) if rewards and held_out_rows else []
+        prompts = build_examples(held_out_rows, data, tokenizer, stops) if rewards and held_out_rows else []
         judge = Judge(recipe, plan, base, rewards, prompts).evaluate if prompts else None
         return SFT(recipe, plan, base, train, held_out, run_directory(recipe), judge)
     if recipe.algorithm == "reward_model":
@@ -112,6 +112,6 @@ def make_trainer(
         kept = build_pairs(held_out_rows, data, length, tokenizer, stops) if held_out_rows else []
         recipe = with_epochs(recipe, len(pairs))
         return RewardModel(recipe, plan, base, pairs, kept, run_directory(recipe))
-    examples = build_examples(rows, data, tokenizer)
-    held = build_examples(held_out_rows, data, tokenizer) if held_out_rows else []
+    examples = build_examples(rows, data, tokenizer, stops)
+    held = build_examples(held_out_rows, data, tokenizer, stops) if held_out_rows else []
     return Trainer(recipe, plan, base, rewards, examples, held, run_directory(recipe))

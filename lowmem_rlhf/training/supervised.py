@@ -17,7 +17,7 @@ from lowmem_rlhf.data.prompts import PromptStream
 from lowmem_rlhf.data.supervised import Pair, Supervised
 from lowmem_rlhf.model.adapters import saved_adapter
 from lowmem_rlhf.model.base import SharedBase
-from lowmem_rlhf.model.packing import Group
+from lowmem_rlhf.model.packing import Group, scored_only
 from lowmem_rlhf.model.roles import POLICY
 from lowmem_rlhf.planning.plan import Plan
 from lowmem_rlhf.recipe import Recipe
@@ -62,15 +62,16 @@ class SFT(Loop):
 
     def one_step(self, view: LiveView) -> StepResult:
         """Learn from the next examples."""
-        groups = _groups(self.stream.batch(self.step))
-        learned = sum(len(group.completions[0]) for group in groups)
+        examples = self.stream.batch(self.step)
+        groups, masks = _groups(examples), _masks(examples)
+        learned = sum(one.learned_tokens for one in examples)
 
         def work(passes: PassSettings) -> tuple[float, float, int]:
             self.stepper.zero_grad()
             loss, entropy, fed = 0.0, 0.0, 0
             with self.base.role(POLICY):
                 for part in self.base.layout.cut(groups, passes.micro_batch_tokens):
-                    packed = self.base.layout.lay_out(part, self.base.device)
+                    packed = scored_only(self.base.layout.lay_out(part, self.base.device), masks)
                     logps, entropies = packed_logprobs(self.base, packed, 1.0, passes.tile)
                     share = -logps.sum() / learned
                     (share * self.stepper.loss_scale).backward()
@@ -96,20 +97,20 @@ class SFT(Loop):
     @torch.no_grad()
     def loss(self, examples: Sequence[Supervised], view: LiveView) -> float:
         """Return the mean loss over all learned tokens of the examples, in the policy's role."""
-        groups = _groups(examples)
+        groups, masks = _groups(examples), _masks(examples)
 
         def work(passes: PassSettings) -> float:
             total = 0.0
             parts = self.base.layout.cut(groups, passes.micro_batch_tokens)
             with self.base.role(POLICY):
                 for i, part in enumerate(parts):
-                    packed = self.base.layout.lay_out(part, self.base.device)
+                    packed = scored_only(self.base.layout.lay_out(part, self.base.device), masks)
                     logps, _ = packed_logprobs(self.base, packed, 1.0, passes.tile, entropy="none")
                     total -= float(logps.sum())
                     view.phase("evaluation", i + 1, len(parts))
             return total
 
-        return self.scored(work, view) / sum(len(one.completion_ids) for one in examples)
+        return self.scored(work, view) / sum(one.learned_tokens for one in examples)
 
     def evaluate(self, when: str, view: LiveView) -> dict[str, Any]:
         """Return the held-out loss, and what is said of sampled completions where the recipe has rewards."""
@@ -122,6 +123,11 @@ class SFT(Loop):
 
 def _groups(examples: Sequence[Supervised]) -> list[Group]:
     return [Group(one.prompt_ids, [one.completion_ids], [row]) for row, one in enumerate(examples)]
+
+
+def _masks(examples: Sequence[Supervised]) -> dict[int, tuple[bool, ...]]:
+    """Return by row which tokens are learned, where not all are."""
+    return {row: one.learned for row, one in enumerate(examples) if one.learned is not None}
 
 
 class RewardModel(Loop):

@@ -8,8 +8,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from lowmem_rlhf.data.prompts import fitting
-from lowmem_rlhf.data.supervised import Pair, build_pairs, build_supervised
+from lowmem_rlhf.data.bad_rows import RowError, RowReport
+from lowmem_rlhf.data.prompts import cell
+from lowmem_rlhf.data.supervised import Pair, Rows, build_pairs, supervised_rows
+from lowmem_rlhf.data.values import Row, text_of
 from lowmem_rlhf.errors import UserError
 from lowmem_rlhf.recipe import DataConfig, Recipe, SFTSettings
 from lowmem_rlhf.recipe_trl import TRL_TRAINERS, TRLTrainer, max_length
@@ -31,7 +33,7 @@ Example = Pair | Answer
 
 
 def read_examples(
-    rows: Sequence[dict[str, Any]], recipe: Recipe, tokenizer: Any, stop_ids: frozenset[int]
+    rows: Rows, recipe: Recipe, tokenizer: Any, stop_ids: frozenset[int], report: RowReport | None = None
 ) -> list[Example]:
     """Return what a recipe's trainer learns from: pairs, or for KTO labelled answers, of which a pair makes two.
 
@@ -39,10 +41,10 @@ def read_examples(
         UserError: those of `build_pairs`; of labelled answers those of `build_supervised`, or a label that is neither
             true nor false.
     """
-    length = max_length(recipe.trl)
+    length, report = max_length(recipe.trl), report or RowReport(recipe.data)
     if recipe.data.label is not None:
-        return _labelled(list(rows), recipe.data, length, tokenizer, stop_ids)
-    pairs = build_pairs(rows, recipe.data, length, tokenizer, stop_ids, LENGTH)
+        return _labelled(rows, recipe.data, length, tokenizer, stop_ids, report)
+    pairs = build_pairs(rows, recipe.data, length, tokenizer, stop_ids, LENGTH, report)
     if not TRL_TRAINERS[recipe.algorithm].labelled:
         return list(pairs)
     good: list[Example] = [Answer(pair.prompt_ids, pair.chosen_ids, True) for pair in pairs]
@@ -50,21 +52,28 @@ def read_examples(
 
 
 def _labelled(
-    rows: list[dict[str, Any]], data: DataConfig, length: int, tokenizer: Any, stop_ids: frozenset[int]
+    rows: Rows, data: DataConfig, length: int, tokenizer: Any, stop_ids: frozenset[int], report: RowReport
 ) -> list[Example]:
-    whole = SFTSettings(max_length=10**9)  # lengths are looked at below, where the labels are at hand
-    made = build_supervised(rows, data, whole, tokenizer, stop_ids)
-    labels = [_label(row, number, str(data.label)) for number, row in enumerate(rows, start=1)]
-    lengths = [len(one.prompt_ids) + len(one.completion_ids) for one in made]
-    kept = fitting(lengths, data, length, LENGTH, "example")
-    return [Answer(made[i].prompt_ids, made[i].completion_ids, labels[i]) for i in kept]
+    column = str(data.label)
+    made = supervised_rows(
+        rows, data, SFTSettings(), tokenizer, stop_ids, report, check=lambda row: _label(row, column)
+    )
+    kept: list[Example] = []
+    for row, one in made:
+        tokens = len(one.prompt_ids) + len(one.completion_ids)
+        if report.fits(row.number, tokens, length, LENGTH, "example"):
+            kept.append(Answer(one.prompt_ids, one.completion_ids, _label(row, column)))
+    report.finish(len(kept))
+    return kept
 
 
-def _label(row: dict[str, Any], number: int, column: str) -> bool:
-    value = row[column]
-    if value not in (True, False):  # 1 and 0 are these too
-        raise UserError(f"row {number}: column {column!r} must hold true or false (or 1 or 0); got {value!r}")
-    return bool(value)
+def _label(row: Row, column: str) -> bool:
+    """Return whether a row's answer is a good one; in a CSV file the label is a text."""
+    value = cell(row, column, "data.label")
+    known = {"true": True, "1": True, "1.0": True, "false": False, "0": False, "0.0": False}
+    if (found := known.get(text_of(value).strip().lower())) is None:
+        raise RowError("no label", f"column {column!r} must hold true or false (or 1 or 0); got {value!r}")
+    return found
 
 
 def check_both_kinds(examples: Sequence[Example]) -> None:

@@ -246,6 +246,6 @@ def make_trl_loop(
         base.refer_to(saved_adapter(recipe.adapter, recipe.model))
     trainer = make_trainer(recipe, base, batch_rows(train[:2], kind), plan.settings.logits_tile_tokens)
     _try_out(trainer, base, batch_rows(train[:2], kind))
-    prompts = build_examples(held_out_rows, recipe.data, tokenizer) if rewards and held_out_rows else []
+    prompts = build_examples(held_out_rows, recipe.data, tokenizer, stops) if rewards and held_out_rows else []
     judge = Judge(recipe, plan, base, rewards, prompts).evaluate if prompts else None
     return TRLLoop(recipe, plan, base, trainer, train, held_out, run_directory(recipe), judge)

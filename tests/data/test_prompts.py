@@ -72,10 +72,8 @@ def test_template_and_columns(plain_tokenizer):
 
 def test_refused(plain_tokenizer, chat_tokenizer, no_system_tokenizer):
     refused("data.chat: got true, but the model's tokenizer has no chat template", plain_tokenizer, chat=True)
-    refused(
-        "data.template: row 1 of rows.jsonl has no column 'questio'; did you mean", chat_tokenizer, template="{questio}"
-    )
-    refused("data.prompt: row 2 of rows.jsonl has no column", chat_tokenizer, [ROWS[0], {"answer": "5"}])
+    refused("row 1: it has no column 'questio' .data.template.; did you mean", chat_tokenizer, template="{questio}")
+    refused("row 2: it has no column 'question' .data.prompt.", chat_tokenizer, [ROWS[0], {"answer": "5"}])
     refused("row 2: column 'question' is empty", chat_tokenizer, [ROWS[0], {"question": None, "answer": "5"}])
     refused("row 1: column 'question' is empty", plain_tokenizer, [{"question": " ", "answer": "5"}])
     refused("holds chat messages .* a text is needed", plain_tokenizer, [{"question": USER, "answer": "5"}])

@@ -1,0 +1,188 @@
+"""Rows that cannot be learned from: counted by reason and refused together, or left out. What is worth saying of rows.
+
+No torch here.
+"""
+
+import logging
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+from lowmem_rlhf.data.values import Row, numbered
+from lowmem_rlhf.errors import UserError
+from lowmem_rlhf.recipe import DataConfig
+
+logger = logging.getLogger(__name__)
+
+
+class RowError(UserError):
+    """A row that cannot be learned from.
+
+    Args:
+        reason: what kind of fault it is, in a few words; rows are counted by it.
+        text: what is wrong with this row and what to do, without the row's number.
+    """
+
+    def __init__(self, reason: str, text: str) -> None:
+        super().__init__(text)
+        self.reason = reason
+
+
+@dataclass
+class LongRows:
+    """Rows with more tokens than a limit.
+
+    Attributes:
+        limit, key: the most tokens, and the recipe key that says so.
+        noun: what a row makes: prompt, example, pair.
+        lengths: tokens of every row that was looked at, by the row's number.
+    """
+
+    limit: int
+    key: str
+    noun: str
+    lengths: list[tuple[int, int]] = field(default_factory=list)
+
+    @property
+    def above(self) -> list[tuple[int, int]]:
+        """The rows above the limit: number and tokens."""
+        return [(number, length) for number, length in self.lengths if length > self.limit]
+
+
+class RowReport:
+    """What is found out about rows while they are made into examples.
+
+    Args:
+        data: says whether bad rows are errors or left out.
+        source: the file or data set, for messages; empty: not named.
+    """
+
+    def __init__(self, data: DataConfig, source: str = "") -> None:
+        self._data, self._source = data, source
+        self.rows = 0
+        self.answers: list[int] = []  # of each conversation that is learned from
+        self.bad: dict[str, list[tuple[int, str]]] = {}
+        self.notes: dict[str, list[int]] = {}
+        self.long: LongRows | None = None
+        self.learn_all = False
+
+    def each(self, rows: Iterable[Mapping[str, Any]]) -> list[Row]:
+        """Return the rows, numbered, and remember how many they are."""
+        found = numbered(rows)
+        self.rows = len(found)
+        return found
+
+    @contextmanager
+    def row(self, number: int) -> Iterator[None]:
+        """Work on a row inside the block; a `RowError` in it is counted, and ends the block alone."""
+        try:
+            yield
+        except RowError as error:
+            self.bad.setdefault(error.reason, []).append((number, str(error)))
+
+    def note(self, text: str, number: int) -> None:
+        """Remember something about a row that is said once for all rows, with the number of the first."""
+        self.notes.setdefault(text, []).append(number)
+
+    def fits(self, number: int, length: int, limit: int, key: str, noun: str) -> bool:
+        """Return whether a row has at most ``limit`` tokens; a longer one is counted."""
+        self.long = self.long or LongRows(limit, key, noun)
+        self.long.lengths.append((number, length))
+        return length <= limit
+
+    def finish(self, kept: int) -> None:
+        """Say what was left out and what was noted.
+
+        Args:
+            kept: rows that something is learned from.
+
+        Raises:
+            UserError: there are bad rows and they are not to be left out (all reasons in one message), or none is left.
+        """
+        errors = self._errors()
+        if errors:
+            raise UserError(errors[0] if len(errors) == 1 else "\n  ".join([self._head(len(errors)), *errors]))
+        if self.rows and not kept:
+            raise UserError(self._none_left())
+        for line in self.left_out_lines():
+            logger.warning("%s", line)
+        for line in self.said():
+            logger.warning("%s", line)
+
+    def left_out(self) -> list[dict[str, Any]]:
+        """Return the reasons with their number of rows, the first row's number and what is wrong with it."""
+        found = [
+            {"reason": reason, "count": len(rows), "row": rows[0][0], "example": rows[0][1]}
+            for reason, rows in self.bad.items()
+        ]
+        if self.long and (above := self.long.above):
+            text = f"its {self.long.noun} has {above[0][1]} tokens, {self.long.key} is {self.long.limit}"
+            found.append({"reason": "too long", "count": len(above), "row": above[0][0], "example": text})
+        return found
+
+    def said(self) -> list[str]:
+        """Return a line for each thing that was noted, and one on conversations of several answers."""
+        lines = []
+        if self.answers and max(self.answers) > 1:
+            mean = f"{sum(self.answers) / len(self.answers):.3g} answers a conversation"
+            lines.append(
+                f"all {mean} are learned"
+                if self.learn_all
+                else f"of {mean} the last is learned; sft.learn=all learns each"
+            )
+        return lines + [
+            text + (f" ({len(rows)} of {self.rows} rows, first: row {rows[0]})" if rows[0] else "")
+            for text, rows in self.notes.items()
+        ]
+
+    def left_out_lines(self) -> list[str]:
+        """Return a line for each reason that rows are left out for."""
+        lines = [
+            f"{len(rows)} of {self.rows} rows are left out, {reason} (first: {self._place(rows[0][0])}: {rows[0][1]})"
+            for reason, rows in self.bad.items()
+        ]
+        if self.long and (above := self.long.above):
+            noun, limit = self.long.noun, self.long.limit
+            lines.append(f"{len(above)} of {self.rows} {noun}s have more than {limit} tokens and are left out")
+        return lines
+
+    def _place(self, number: int) -> str:
+        return f"row {number}{f' of {self._source}' if self._source else ''}"
+
+    def _head(self, reasons: int) -> str:
+        count = sum(map(len, self.bad.values())) + (len(self.long.above) if self.long else 0)
+        return (
+            f"{count} of {self.rows} rows cannot be learned from, for {reasons} reasons; set data.bad_rows=drop to "
+            + ("leave them out:")
+        )
+
+    def _errors(self) -> list[str]:
+        if self._data.bad_rows == "drop":
+            return []
+        found = []
+        for rows in self.bad.values():
+            others = f" ({len(rows)} of {self.rows} rows are like that)" if len(rows) > 1 else ""
+            remedy = ", or set data.bad_rows=drop to leave such rows out" if len(self.bad) == 1 else ""
+            found.append(f"{self._place(rows[0][0])}: {rows[0][1]}{others}{remedy}")
+        if self.long and self._data.long_prompts == "error" and (above := self.long.above):
+            one, most = self.long, max(length for _, length in above)
+            found.append(
+                f"{self._place(above[0][0])}: its {one.noun} has {above[0][1]} tokens, {one.key} is {one.limit} "
+                f"({len(above)} of {self.rows} {one.noun}s are above it, the longest has {most}); raise {one.key} to "
+                f"{most}, or set data.long_prompts=drop"
+            )
+        return found
+
+    def _none_left(self) -> str:
+        if self.long and not self.bad:
+            one = self.long
+            shortest = min(length for _, length in one.lengths)
+            return (
+                f"data.long_prompts: all {len(one.lengths)} {one.noun}s are above {one.key} ({one.limit} tokens; the "
+                f"shortest has {shortest}), so none is left; raise {one.key}"
+            )
+        reasons = "; ".join(
+            f"{one['count']} {one['reason']} (row {one['row']}: {one['example']})" for one in self.left_out()
+        )
+        return f"data.bad_rows: all {self.rows} rows are left out, so none is left to learn from: {reasons}"

@@ -1,0 +1,142 @@
+"""Chat messages as data sets hold them, as the list of ``{"role", "content"}`` that chat templates take.
+
+Understood are OpenAI's (content in parts, tool calls whose arguments are JSON text, content null beside them) and
+ShareGPT's (``from`` and ``value``). Role names that are the same role under another name are translated. No torch here.
+"""
+
+import json
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from lowmem_rlhf.data.bad_rows import RowError
+from lowmem_rlhf.data.values import is_missing, text_of
+
+Message = dict[str, Any]
+ROLES = ("system", "user", "assistant", "tool")
+_ALIASES = {
+    **dict.fromkeys(("human", "user", "prompter", "customer"), "user"),
+    **dict.fromkeys(("gpt", "assistant", "bot", "chatbot", "chatgpt", "model", "ai"), "assistant"),
+    **dict.fromkeys(("tool", "function", "function_response", "observation", "tool_response"), "tool"),
+    "system": "system",
+}
+
+
+def is_conversation(value: Any) -> bool:
+    """Whether a value looks like a list of chat messages, whatever its keys are called."""
+    return (
+        isinstance(value, list)
+        and bool(value)
+        and all(isinstance(one, dict) and ({"role", "content"} <= one.keys() or one.keys() >= _KEYS) for one in value)
+    )
+
+
+_KEYS = {"from", "value"}  # ShareGPT's
+
+
+def chat_messages(
+    value: Any, column: str, knows_role: Callable[[str], bool], note: Callable[[str], None]
+) -> list[Message]:
+    """Return a column's list of chat messages in the form that chat templates take.
+
+    Args:
+        value: what the column holds.
+        column: its name, for messages.
+        knows_role: whether the chat template names a role, which is then left as it is.
+        note: called with what was translated.
+
+    Raises:
+        RowError: it is something else, or has a role that is none.
+    """
+    if isinstance(value, str) and value.lstrip().startswith("[{"):
+        value = _json_list(value)
+    if not isinstance(value, list):
+        kind = "nothing" if is_missing(value) else type(value).__name__
+        raise RowError("no conversation", f"column {column!r} must hold a list of chat messages; got {kind}")
+    if not is_conversation(value):
+        raise RowError(
+            "no conversation",
+            f"column {column!r} is a list but not one of chat messages; each must be {{'role': ..., 'content': TEXT}}",
+        )
+    return [_message(one, place, column, knows_role, note) for place, one in enumerate(value, start=1)]
+
+
+def _json_list(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except ValueError:
+        return text
+
+
+def _message(
+    given: Message, place: int, column: str, knows_role: Callable[[str], bool], note: Callable[[str], None]
+) -> Message:
+    # Arrow fills the keys that only other messages have with None.
+    message = {key: part for key, part in given.items() if part is not None}
+    if "role" not in message and "from" in message:
+        message = {"role": message.pop("from"), "content": message.pop("value", None), **message}
+    where = f"message {place} of column {column!r}"
+    message["role"] = _role(message.get("role"), where, knows_role, note)
+    if call := message.pop("function_call", None):  # OpenAI's older form
+        message["tool_calls"] = [{"type": "function", "function": call}]
+    if calls := message.get("tool_calls"):
+        message["tool_calls"] = [_tool_call(one, where) for one in calls]
+    elif "tool_calls" in message:
+        del message["tool_calls"]
+    message["content"] = _content(message.get("content"), where, bool(calls))
+    return message
+
+
+def _role(role: Any, where: str, knows_role: Callable[[str], bool], note: Callable[[str], None]) -> str:
+    if isinstance(role, str) and (role in ROLES or knows_role(role)):
+        return role
+    known = _ALIASES.get(str(role).strip().casefold())
+    if known is None:
+        raise RowError(
+            "an unknown role",
+            f"{where} has the role {role!r}, which neither is one of {', '.join(ROLES)} nor stands in the model's chat "
+            "template; give it one of these",
+        )
+    note(f"role {role!r} is taken as {known}")
+    return known
+
+
+def _content(content: Any, where: str, calls: bool) -> str:
+    if isinstance(content, str):
+        return content
+    if content is None and calls:
+        return ""
+    if isinstance(content, Sequence):
+        return "".join(_part(part, where) for part in content)
+    if isinstance(content, dict) or is_missing(content):
+        raise RowError("a message without text", f"{where} has no text as its content; got {type(content).__name__}")
+    return text_of(content)
+
+
+def _part(part: Any, where: str) -> str:
+    if isinstance(part, str):
+        return part
+    if isinstance(part, dict) and part.get("type", "text") == "text" and isinstance(part.get("text"), str):
+        return str(part["text"])
+    kind = part.get("type") if isinstance(part, dict) else type(part).__name__
+    raise RowError("a part that is no text", f"{where} holds a part of type {kind!r}; only texts can be learned here")
+
+
+def _tool_call(call: Any, where: str) -> Message:
+    """Return a tool call with its arguments as a mapping, which is how chat templates read them."""
+    function = call.get("function", call) if isinstance(call, dict) else None
+    if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+        raise RowError("a malformed tool call", f"{where} has a tool call without the name of a function")
+    arguments = function.get("arguments", {})
+    if isinstance(arguments, str):
+        try:
+            arguments = json.loads(arguments) if arguments.strip() else {}
+        except ValueError as error:
+            raise RowError(
+                "a malformed tool call", f"{where}: the arguments of {function['name']} are not JSON ({error})"
+            ) from error
+    elif isinstance(arguments, dict):  # Arrow fills what only other calls have
+        arguments = {key: value for key, value in arguments.items() if value is not None}
+    rest = {
+        key: value for key, value in call.items() if key not in ("function", "name", "arguments") and value is not None
+    }
+    return {"type": "function", **rest, "function": {"name": function["name"], "arguments": arguments}}
