@@ -8,6 +8,9 @@ import pytest
 import yaml
 from case_models import save_model, tokenizer_named, with_template
 
+# A reward that always differs, so that something is learned.
+JUDGE = "def by_turns(completions, **columns):\n    return [float(place % 2) for place, _ in enumerate(completions)]\n"
+
 
 @pytest.fixture(scope="session")
 def tokenizer():
@@ -44,7 +47,8 @@ def command(model, tmp_path, monkeypatch, lowmem_rlhf):
         }
         if algorithm == "grpo":
             values["generation"] = {"num_generations": 2, "max_completion_length": 4}
-            values.setdefault("rewards", [{"function": "length", "options": {"target": 3}}])
+            values.setdefault("rewards", ["judge.py:by_turns"])
+            Path("judge.py").write_text(JUDGE, encoding="utf-8")
         Path("recipe.yaml").write_text(yaml.safe_dump(values), encoding="utf-8")
         Path("rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
         done = lowmem_rlhf(verb, "recipe.yaml", *options, *(["--output", "run"] if verb == "train" else []))

@@ -34,7 +34,7 @@ def test_each_pair_that_teaches_nothing(tokenizer, caplog, kind):
 def test_all_reasons_of_pairs_at_once(tokenizer, caplog):
     rows = [{**GOOD, **change} for change in BAD.values()]
     message = refusal(pairs, tokenizer("chatml"), [GOOD, *rows])
-    assert names_row(message, 2) and names_row(message, 3) and names_row(message, 8)
+    assert names_row(message, 2) and names_row(message, 3) and names_row(message, 11)
     (kept,) = pairs(tokenizer("chatml"), [*rows, GOOD], bad_rows="drop")
     assert tokenizer("chatml").decode(kept.rejected_ids) == "No.<|im_end|>"
 

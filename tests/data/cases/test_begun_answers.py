@@ -1,7 +1,7 @@
 """Prompts that end in an answer of the assistant that is to be gone on with, and templates that rewrite it."""
 
 import pytest
-from building import names_row, prompts, refusal, sft, talk, turn
+from building import names_row, prompts, refusal, sft, talk, turn, warnings_of
 
 from lowmem_rlhf.errors import UserError
 
@@ -43,12 +43,13 @@ def test_a_row_that_is_refused_may_be_left_out(tokenizer, name, caplog):
 
 
 @pytest.mark.parametrize("begun", BEGUN)
-def test_a_begun_answer_is_completed_in_sft(tokenizer, begun):
+def test_a_begun_answer_is_completed_in_sft(tokenizer, caplog, begun):
     rows = [{"prompt": talk("What is 2+3?", begun), "completion": "5."}]
     (example,) = sft(tokenizer("chatml"), rows)
     read = tokenizer("chatml").decode
     assert read(example.prompt_ids).endswith(f"<|im_start|>assistant\n{begun}")
     assert read(example.prompt_ids + example.completion_ids).endswith(f"{begun}5.<|im_end|>")
+    assert not warnings_of(caplog), "nothing of it was rewritten"
 
 
 def test_an_answer_in_place_of_a_question(tokenizer):

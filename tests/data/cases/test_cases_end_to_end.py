@@ -35,7 +35,7 @@ RUNS = {
         "base", "grpo", NESTED,
         {
             "data": {"prompt": "prompt", "answer": "reward_model.ground_truth"},
-            "rewards": ["arithmetic_answer", {"function": "length", "options": {"target": 3}}],
+            "rewards": ["arithmetic_answer", "judge.py:by_turns"],
         },
         ["human"],
     ),

@@ -4,6 +4,7 @@ import pytest
 from building import config, pairs, prompts, read, sft, stops_of, talk
 
 from lowmem_rlhf.data.supervised import labelled_texts
+from lowmem_rlhf.errors import UserError
 
 ROWS = [{"prompt": "What is 2+3?", "completion": "5"}, {"prompt": "Name a port.", "completion": "Kiel."}]
 PLAIN = {"adds_eos": ("", "<|im_end|>"), "adds_both": ("<s>", "</s>")}
@@ -42,8 +43,6 @@ def test_an_end_that_is_written_out_in_the_text_stays_within_it(tokenizer, caplo
 
 
 def test_a_prompt_that_was_written_to_end_in_a_stop(tokenizer):
-    from lowmem_rlhf.errors import UserError
-
     for name in ("plain", "adds_eos"):
         try:
             (prompt,) = prompts(tokenizer(name), [{"prompt": "Name a port.<|im_end|>"}])
@@ -86,8 +85,6 @@ def test_what_ends_a_turn_is_learned_once(tokenizer, turns, end):
 
 
 def test_a_stop_in_the_middle_of_an_answer(tokenizer, caplog):
-    from lowmem_rlhf.errors import UserError
-
     for row in (
         {"messages": talk("Name two ports.", "Kiel.<|im_end|>Emden.")},
         {"messages": talk("Name two ports.", "<|im_end|>")},
@@ -106,7 +103,11 @@ def test_a_stop_in_the_middle_of_an_answer(tokenizer, caplog):
 
 
 def test_a_stop_that_ends_an_answer_already_is_learned_once(tokenizer):
-    (example,) = sft(tokenizer("chatml"), [{"messages": talk("Name a port.", "Kiel.<|im_end|>")}])
-    assert read(tokenizer("chatml"), example)[1] == "Kiel.<|im_end|>"
+    try:
+        (example,) = sft(tokenizer("chatml"), [{"messages": talk("Name a port.", "Kiel.<|im_end|>")}])
+    except UserError as error:
+        assert "row 1" in str(error) and "<|im_end|>" in str(error)
+    else:
+        assert read(tokenizer("chatml"), example)[1] == "Kiel.<|im_end|>"
     (example,) = sft(tokenizer("plain"), [{"prompt": "Name a port.", "completion": "Kiel.<|im_end|>"}])
     assert read(tokenizer("plain"), example)[1] == "\nKiel.<|im_end|>"

@@ -8,6 +8,7 @@ ENDS = "<|im_end|>"
 
 
 def learned(tokenizer, rows, **settings):
+    """Return what is learned of each row that has an example of its own."""
     return [[tokenizer.decode(run) for run in learned_runs(one)] for one in sft(tokenizer, rows, **settings)]
 
 
@@ -70,10 +71,12 @@ def test_an_answer_whose_thought_a_later_turn_drops(tokenizer, said):
     messages = talk("Hi", "<think>\nA greeting.\n</think>\n\nHello.", "A port?", "<think>\nNorth.\n</think>\n\nKiel.")
     for name in ("thinks", "forgets"):
         try:
-            (runs,) = learned(tokenizer(name), [{"messages": messages}], learn="all")
+            made = learned(tokenizer(name), [{"messages": messages}], learn="all")
+            runs = [run for one in made for run in one]
         except UserError as error:
             assert "row 1" in str(error)
             continue
+        assert len(runs) == 2 and all(run.count(ENDS) == 1 for run in runs)
         assert ("A greeting." in runs[0] and "North." in runs[1]) or [one for one in said() if "row 1" in one], runs
     (runs,) = learned(tokenizer("chatml"), [{"messages": messages}], learn="all")
     assert "A greeting." in runs[0] and "North." in runs[1]

@@ -58,12 +58,6 @@ def test_a_mistyped_part_is_refused(tokenizer, name):
     assert "data.answer" in message and name in message
 
 
-def test_a_column_with_parts_is_no_reference_answer_unsaid(tokenizer, said):
-    (made, _) = prompts(tokenizer("chatml"), ROWS, prompt="ask.text", answer="reward_model")
-    assert made.columns["answer"] == ROWS[0]["reward_model"]
-    assert [one for one in said() if "reward_model.ground_truth" in one]
-
-
 def test_a_part_that_one_row_lacks(tokenizer, caplog):
     rows = [*ROWS, {**ROWS[0], "ask": {"text": None, "turns": None}}, {**ROWS[0], "ask": None}]
     for data in ({"prompt": "ask.text"}, {"prompt": "ask.turns"}, {"template": "{ask.text}"}):

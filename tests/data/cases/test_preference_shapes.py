@@ -3,6 +3,8 @@
 import pytest
 from building import names_row, pairs, refusal, talk, turn, warnings_of
 
+from lowmem_rlhf.errors import UserError
+
 ASKED = "<|im_start|>user\nIs lava cold?<|im_end|>\n<|im_start|>assistant\n"
 BETTER, WORSE = talk("Is lava cold?", "No, it is hot."), talk("Is lava cold?", "Very.")
 HH = {
@@ -68,7 +70,11 @@ def test_hh_texts_that_part_before_their_last_answer(tokenizer):
         "chosen": "\n\nHuman: Hi\n\nAssistant: Hello.\n\nHuman: Is lava cold?\n\nAssistant: No.",
         "rejected": "\n\nHuman: Hi\n\nAssistant: Hm.\n\nHuman: What?\n\nAssistant: Nothing.",
     }
-    (pair,) = pairs(tokenizer("plain"), [row], chat=False)
+    try:
+        (pair,) = pairs(tokenizer("plain"), [row], chat=False)
+    except UserError as error:
+        assert names_row(str(error), 1) and "Assistant:" in str(error)
+        return
     text, chosen, rejected = read(tokenizer("plain"), pair)
     assert text.strip() == "Human: Hi\n\nAssistant:"
     assert "Is lava cold?" in chosen and "What?" in rejected

@@ -59,13 +59,14 @@ def test_a_role_that_the_template_reads_may_be_used(tokenizer):
     critic = (
         "{% for m in messages %}{% if m.role == 'critic' %}{{ 'CRITIC ' + m.content }}{% else %}"
         "{{ m.role + ' ' + m.content }}{% endif %}{{ '<|im_end|>' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ 'assistant ' }}{% endif %}"
     )
     try:
         (made,) = prompts(tokenizer(critic), [{"prompt": [turn("critic", "Hm."), turn("user", "A port?")]}])
     except UserError as error:
         assert names_row(str(error), 1) and "critic" in str(error)
         return
-    assert made.text == "CRITIC Hm.<|im_end|>user A port?<|im_end|>"
+    assert made.text == "CRITIC Hm.<|im_end|>user A port?<|im_end|>assistant "
 
 
 @pytest.mark.parametrize("role", [None, 3, ["user"]])
