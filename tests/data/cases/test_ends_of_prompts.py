@@ -94,7 +94,7 @@ def test_a_stop_in_the_middle_of_an_answer(tokenizer, caplog):
         try:
             (example,) = sft(tokenizer("chatml"), [row])
         except UserError as error:
-            assert "row 1" in str(error) and "<|im_end|>" in str(error)
+            assert "row 1" in str(error) and "<|im_" in str(error)
             continue
         stops = stops_of(tokenizer("chatml"))
         ends = [one for one in example.completion_ids if one in stops]
