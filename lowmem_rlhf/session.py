@@ -123,6 +123,7 @@ def train(recipe: Recipe, output: Path | None = None, resume: bool = False) -> R
         raise UserError(why_not(plan, recipe))
     recipe = planned(recipe, plan)
     from lowmem_rlhf.rewards.loading import check_reward_columns, load_rewards, placements
+    from lowmem_rlhf.rewards.references import check_run_references
 
     free_bytes = plan.memory["budget_bytes"] - plan.memory["peak_bytes"]
     rewards = load_rewards(recipe.rewards, plan.device.torch_device, free_bytes, recipe.model)
@@ -137,6 +138,8 @@ def train(recipe: Recipe, output: Path | None = None, resume: bool = False) -> R
     if rewards:
         given = ["answer"] if recipe.data.answer is not None else []
         check_reward_columns(rewards, {name for row in rows[:1] for name in [*row, *given]})
+        for said in check_run_references(rewards, recipe, rows, held_out_rows):
+            print(said, flush=True)
 
     from lowmem_rlhf.report.html import write_report
     from lowmem_rlhf.report.live import LiveView, print_evaluation, print_plan

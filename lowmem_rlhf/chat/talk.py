@@ -13,6 +13,7 @@ from lowmem_rlhf.data.prompts import PromptWriter
 from lowmem_rlhf.data.row_template import fill_template, template_fields
 from lowmem_rlhf.data.values import Row
 from lowmem_rlhf.errors import UserError
+from lowmem_rlhf.model.vocabulary import check_ids
 from lowmem_rlhf.recipe import DataConfig, Recipe
 
 if TYPE_CHECKING:
@@ -98,8 +99,8 @@ class TextStream:
         return self._more(self._text())
 
     def _text(self) -> str:
-        # Cleaning up would change text that was shown already.
-        return self._tokenizer.decode(self._ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        # Tags that are special tokens are a part of the answer. Cleaning up would change text that was shown already.
+        return self._tokenizer.decode(self._ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
 
     def _more(self, text: str) -> str:
         new, self._shown = text[self._shown :], max(self._shown, len(text))
@@ -150,12 +151,14 @@ class Talk:
         """Return the roles' replies, nothing of them drawn yet.
 
         Raises:
-            UserError: the text is empty, or the prompt leaves no room in the model's positions.
+            UserError: the text is empty, has a token that the model has no row for, or the prompt leaves no room in
+                the model's positions.
         """
         if not text.strip():
             raise UserError("the prompt is empty; give a text to answer")
         turn = self.prompts.turn(text)
         ids = {role: self.prompts.ids(turn, messages) for role, messages in self._messages.items()}
+        check_ids(self.base.tokenizer, self.base.rows, ids.values())
         most = {role: self._room(one) for role, one in ids.items()}
         seed, self._seed = self._seed, self._seed + 1
         return [

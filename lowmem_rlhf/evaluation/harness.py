@@ -26,6 +26,7 @@ from lowmem_rlhf.evaluation.subject import Subject
 from lowmem_rlhf.memory import with_less
 from lowmem_rlhf.model.logprobs import tiles
 from lowmem_rlhf.model.packing import Group
+from lowmem_rlhf.model.stops import text_ids, written_text
 from lowmem_rlhf.rollout.generate import generate
 from lowmem_rlhf.rollout.sampling import Sampling
 from lowmem_rlhf.suggest import did_you_mean
@@ -64,10 +65,12 @@ class SharedBaseLM(TemplateLM):  # type: ignore[misc]
         return self.eot_token_id if bos is None else int(bos)
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
-        """Return token ids, with the tokenizer's own special tokens unless the text has them already."""
+        """Return token ids, begun as the tokenizer begins a text unless that stands in it already; never ended."""
         bos = self.tokenizer.bos_token
         add = not (bos and string.startswith(bos)) if add_special_tokens is None else add_special_tokens
-        return list(self.tokenizer(string, add_special_tokens=add)["input_ids"])
+        if add:
+            return text_ids(self.tokenizer, string, self._base.stop_ids)
+        return list(self.tokenizer(string, add_special_tokens=False)["input_ids"])
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
         """Return messages as the model's chat template writes them."""
@@ -76,6 +79,7 @@ class SharedBaseLM(TemplateLM):  # type: ignore[misc]
             tokenize=False,
             add_generation_prompt=add_generation_prompt,
             continue_final_message=not add_generation_prompt,
+            **self._subject.recipe.data.chat_template_kwargs,
         )
         return str(text)
 
@@ -160,7 +164,7 @@ class SharedBaseLM(TemplateLM):  # type: ignore[misc]
                 progress_bar(f"{self._name}, answers") as shown,
             ):
                 groups = generate(base, prompts, 1, most, Sampling(temperature), limits, seed, shown)
-            return [base.tokenizer.decode(one.ids, skip_special_tokens=True) for [one] in groups]
+            return [written_text(base.tokenizer, one.ids, base.stop_ids) for [one] in groups]
 
         return with_less(work, self._subject.limits.rows, 1, "hardware.rollout_batch_size", base.device, _say)[0]
 

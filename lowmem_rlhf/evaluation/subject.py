@@ -22,6 +22,7 @@ from lowmem_rlhf.model.roles import POLICY, REFERENCE
 from lowmem_rlhf.model.source import resolve_model
 from lowmem_rlhf.recipe import Recipe, load_recipe
 from lowmem_rlhf.rewards.loading import Reward, check_reward_columns, load_rewards
+from lowmem_rlhf.rewards.references import check_references
 from lowmem_rlhf.rollout.generate import Limits
 from lowmem_rlhf.run import RECIPE, RunDirectory
 from lowmem_rlhf.session import held_against_stock, hush, running_plan
@@ -165,6 +166,8 @@ def _rewards(recipe: Recipe, rows: Rows, device: Device, free_bytes: int) -> lis
     rewards = load_rewards(recipe.rewards, device.torch_device, max(0, free_bytes), recipe.model)
     given = ["answer"] if recipe.data.answer is not None else []
     check_reward_columns(rewards, {name for row in rows[:1] for name in [*row, *given]})
+    for said in check_references(rewards, rows, recipe.data, "held-out reference answers"):
+        print(said, file=sys.stderr, flush=True)
     return rewards
 
 

@@ -3,8 +3,10 @@
 from collections.abc import Iterator
 from typing import Any
 
+from lowmem_rlhf.data.chat_template import ChatTemplate
 from lowmem_rlhf.data.prompts import build_examples
 from lowmem_rlhf.errors import UserError
+from lowmem_rlhf.model.stops import text_ids
 from lowmem_rlhf.planning.memory import COMPARED_LENGTH, COMPARED_TOKENS
 from lowmem_rlhf.recipe import Recipe
 from lowmem_rlhf.run import RunDirectory
@@ -37,15 +39,18 @@ def sequences(
 
 
 def _samples(run: RunDirectory, recipe: Recipe, tokenizer: Any, stop_ids: frozenset[int]) -> Iterator[list[int]]:
+    data = recipe.data
+    template = ChatTemplate(tokenizer, data.chat_template_kwargs) if tokenizer.chat_template else None
     for row in reversed(run.samples()):
         prompt, completion = row.get("prompt"), row.get("completion")
         if not isinstance(completion, str) or not isinstance(prompt, str | list):
             continue
         if isinstance(prompt, list):
-            prompt = tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
-            ids = tokenizer(prompt, add_special_tokens=False)["input_ids"]
+            if template is None:
+                continue
+            ids = tokenizer(template.prompt(prompt), add_special_tokens=False)["input_ids"]
         else:
-            ids = tokenizer(prompt)["input_ids"]
+            ids = text_ids(tokenizer, prompt, stop_ids)
         yield [*ids, *tokenizer(completion, add_special_tokens=False)["input_ids"]]
 
 

@@ -39,6 +39,8 @@ from lowmem_rlhf.model.padded import (
 from lowmem_rlhf.model.recompute import recompute_layers
 from lowmem_rlhf.model.roles import POLICY, REFERENCE, Roles
 from lowmem_rlhf.model.siblings import Siblings
+from lowmem_rlhf.model.stops import stop_ids_of, turn_end
+from lowmem_rlhf.model.vocabulary import missing_rows
 
 
 class SharedBase(Roles):
@@ -95,6 +97,8 @@ class SharedBase(Roles):
         self._takes_positions, self._cache_name = forward_names(self.decoder)
         self._recomputable = [m for m in self.model.modules() if isinstance(m, GradientCheckpointingLayer)]
         self.keeps_cache = False  # one that `stock_states` can continue
+        self._turn_end: tuple[Any, Any, frozenset[int]] | None = None  # of this tokenizer with this chat template
+        self._missing: tuple[Any, torch.Tensor | None] | None = None  # of this tokenizer
         if self.packable:
             self.why_padded = self._why_not_packed_when_tried()
         if not self.packable:
@@ -348,15 +352,28 @@ class SharedBase(Roles):
 
     @property
     def stop_ids(self) -> frozenset[int]:
-        """Every token id at which the model ends a text (generation config, config and tokenizer)."""
-        ids: set[int] = set()
-        for value in (
-            getattr(self.model.generation_config, "eos_token_id", None),
-            getattr(self.model.config.get_text_config(), "eos_token_id", None),
-            self.tokenizer.eos_token_id,
-        ):
-            ids.update(value if isinstance(value, list) else [value] if value is not None else [])
-        return frozenset(ids)
+        """Every token id at which the model ends a text or a turn: see `stop_ids_of`."""
+        template = getattr(self.tokenizer, "chat_template", None)
+        kept = self._turn_end
+        if kept is None or kept[0] is not self.tokenizer or kept[1] != template:
+            kept = self._turn_end = (self.tokenizer, template, turn_end(self.tokenizer))
+        return stop_ids_of(self.tokenizer, self.model.config, self.model.generation_config, kept[2])
+
+    @property
+    def rows(self) -> int:
+        """Rows of the token embedding: ids from there on cannot be read."""
+        return int(self.model.get_input_embeddings().weight.shape[0])  # type: ignore[union-attr, index]
+
+    @property
+    def missing(self) -> torch.Tensor | None:
+        """Which logits belong to no token, (V,) bool on the base's device; None where each has one."""
+        if self._missing is None or self._missing[0] is not self.tokenizer:
+            rows = missing_rows(self.tokenizer, self.head.vocabulary, self.stop_ids)
+            mask = torch.zeros(self.head.vocabulary, dtype=torch.bool, device=self.device) if rows else None
+            if mask is not None:
+                mask[torch.tensor(rows, dtype=torch.long, device=self.device)] = True
+            self._missing = (self.tokenizer, mask)
+        return self._missing[1]
 
 
 def _decoder_of(model: PreTrainedModel) -> nn.Module:

@@ -11,9 +11,12 @@ from collections.abc import Callable, Sequence
 from functools import lru_cache
 from typing import Any, Literal
 
+from lowmem_rlhf.data.values import is_missing, text_of
+from lowmem_rlhf.errors import UserError
 from lowmem_rlhf.rewards.answers import is_answer, same_value, stated_answer
 
 Completion = str | list[dict[str, Any]]
+_OPENED = "<think>"
 
 
 def completion_text(completion: Completion) -> str:
@@ -25,7 +28,7 @@ def completion_text(completion: Completion) -> str:
 
 def arithmetic_answer(completions: Sequence[Completion], answer: Sequence[Any], **columns: Any) -> list[float | None]:
     """1.0 where the answer that a completion states (see `stated_answer`) has the value of `answer`, otherwise 0.0."""
-    return [_matches(completion, reference) for completion, reference in zip(completions, answer, strict=True)]
+    return [_matches(one, reference_text(reference)) for one, reference in zip(completions, answer, strict=True)]
 
 
 def gsm8k_answer(completions: Sequence[Completion], answer: Sequence[Any], **columns: Any) -> list[float | None]:
@@ -33,22 +36,44 @@ def gsm8k_answer(completions: Sequence[Completion], answer: Sequence[Any], **col
 
     An `answer` without ``####`` is the value itself. The format is GSM8K's (arXiv 2110.14168).
     """
-    references = [str(reference).rpartition("####")[2].strip() for reference in answer]
-    return [_matches(completion, reference) for completion, reference in zip(completions, references, strict=True)]
+    return [_matches(one, gsm8k_value(reference)) for one, reference in zip(completions, answer, strict=True)]
 
 
-def _matches(completion: Completion, reference: Any) -> float | None:
-    if not is_answer(reference):
+def reference_text(value: Any) -> str | None:
+    """Return the text of a reference that answers can be compared with; None where there is none.
+
+    A number is compared as it is written in the file, or where that is no form that answers have (``1e3``) by its
+    value.
+    """
+    if is_missing(value):
         return None
-    return float(same_value(str(reference), stated_answer(completion_text(completion))))
+    forms = (text_of(value), str(value)) if isinstance(value, int | float) else (text_of(value),)
+    return next((text for text in forms if is_answer(text)), None)
 
 
-def think_format(completions: Sequence[Completion], **columns: Any) -> list[float | None]:
-    """1.0 where the completion is ``<think>reasoning</think>answer``, otherwise 0.0: TRL's `think_format_reward`."""
+def gsm8k_value(value: Any) -> str | None:
+    """Return what stands behind ``####`` in a reference, or the reference itself, as `reference_text` does."""
+    return reference_text(value.rpartition("####")[2].strip() if isinstance(value, str) else value)
+
+
+def _matches(completion: Completion, reference: str | None) -> float | None:
+    if reference is None:
+        return None
+    return float(same_value(reference, stated_answer(completion_text(completion))))
+
+
+def think_format(
+    completions: Sequence[Completion], prompt_texts: Sequence[str] = (), **columns: Any
+) -> list[float | None]:
+    """1.0 where the completion is ``<think>reasoning</think>answer``, otherwise 0.0: TRL's `think_format_reward`.
+
+    A tag that the prompt has opened, as some chat templates do, is counted as the completion's own.
+    """
     from trl.rewards import think_format_reward
 
-    messages = [[{"role": "assistant", "content": completion_text(completion)}] for completion in completions]
-    return list(think_format_reward(messages))
+    before = [_OPENED if text.rstrip().endswith(_OPENED) else "" for text in prompt_texts or [""] * len(completions)]
+    texts = [opened + completion_text(one) for opened, one in zip(before, completions, strict=True)]
+    return list(think_format_reward([[{"role": "assistant", "content": text}] for text in texts]))
 
 
 def length(
@@ -106,6 +131,23 @@ def reasoning_gym_answer(
         except Exception:  # the scoring functions of some tasks fail on text that is not in the task's form
             scores.append(0.0)
     return scores
+
+
+def reads_problem(task: Any, task_options: Any, entry: Any) -> bool:
+    """Whether `reasoning_gym_answer` can score answers to a problem: it can score the problem's own.
+
+    Raises:
+        UserError: reasoning-gym is not installed.
+    """
+    if not (isinstance(task, str) and isinstance(task_options, dict) and isinstance(entry, dict)):
+        return False
+    try:
+        scorer = _scorer(task, json.dumps(task_options, sort_keys=True))
+        return math.isfinite(float(scorer.score_answer(str(entry.get("answer")), entry)))
+    except UserError:
+        raise
+    except Exception:  # an entry of another task or version
+        return False
 
 
 @lru_cache(maxsize=8)

@@ -4,6 +4,7 @@
 import importlib.util
 import inspect
 import sys
+import traceback
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,8 +19,12 @@ from lowmem_rlhf.suggest import did_you_mean
 if TYPE_CHECKING:
     from lowmem_rlhf.rewards.learned import Room
 
-# What every reward function is given besides the columns of the data and its own options (as TRL does).
-GIVEN = ("prompts", "completions", "prompt_ids", "completion_ids", "trainer_state", "log_extra", "log_metric")
+# What every reward function is given besides the columns of the data and its own options: TRL's, and `prompt_texts`,
+# the prompts as the model read them.
+GIVEN = (
+    *("prompts", "completions", "prompt_ids", "completion_ids", "prompt_texts"),
+    *("trainer_state", "log_extra", "log_metric"),
+)
 
 
 @dataclass(frozen=True)
@@ -37,6 +42,7 @@ class Reward:
     options: dict[str, Any] = field(default_factory=dict)
     columns: tuple[str, ...] = ()
     placement: dict[str, str] | None = None
+    source: str = ""  # the user's file, as the recipe names it
 
 
 def load_rewards(
@@ -94,6 +100,21 @@ def accepted(function: Callable[..., Any], arguments: dict[str, Any]) -> dict[st
     return {name: value for name, value in arguments.items() if name in parameters}
 
 
+def line_in(error: BaseException, source: str) -> int | None:
+    """Return the line of a user's file in which an error arose: of the calls in that file the last; None without one.
+
+    Args:
+        source: the file, as `Reward.source`.
+    """
+    if not source:
+        return None
+    file = str(Path(source).expanduser().resolve())
+    if isinstance(error, SyntaxError) and error.filename == file:
+        return error.lineno
+    lines = [line for frame, line in traceback.walk_tb(error.__traceback__) if frame.f_code.co_filename == file]
+    return lines[-1] if lines else None
+
+
 def _load(config: RewardConfig, room: "Room | None", model: str) -> Reward:
     if config.function in LEARNED_REWARDS:
         return _learned(config, room)
@@ -110,7 +131,8 @@ def _load(config: RewardConfig, room: "Room | None", model: str) -> Reward:
             f"rewards: got {config.function!r}; give path.py:function or one of {', '.join(_NAMES)}"
             f"{did_you_mean(config.function, _NAMES)}"
         )
-    reward = Reward(config.name, function, config.weight, dict(config.options))
+    source = "" if config.function in SHIPPED else config.function.rpartition(":")[0]
+    reward = Reward(config.name, function, config.weight, dict(config.options), source=source)
     _check_options(reward, shipped=config.function in SHIPPED)
     return reward
 
@@ -158,7 +180,9 @@ def _import(path: Path, source: str) -> ModuleType:
     except (Exception, SystemExit) as error:
         del sys.modules[name]
         reason = " ".join(str(error).split()) or "no message"
-        raise UserError(f"rewards: {source} cannot be imported: {type(error).__name__}: {reason}") from error
+        line = line_in(error, source)
+        place = source if line is None else f"{source}, line {line},"
+        raise UserError(f"rewards: {place} cannot be imported: {type(error).__name__}: {reason}") from error
     finally:
         sys.path.remove(str(path.parent))
     return module

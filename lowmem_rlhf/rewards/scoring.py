@@ -4,13 +4,13 @@ import asyncio
 import copy
 import inspect
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from lowmem_rlhf.errors import LowmemError, RunError
 from lowmem_rlhf.rewards.functions import Completion
-from lowmem_rlhf.rewards.loading import GIVEN, Reward, accepted
+from lowmem_rlhf.rewards.loading import GIVEN, Reward, accepted, line_in
 
 
 @dataclass(frozen=True)
@@ -31,6 +31,7 @@ def score(
     columns: dict[str, list[Any]],
     trainer_state: Any = None,
     prompt_ids: Sequence[Sequence[int]] = (),
+    prompt_texts: Sequence[str] = (),
 ) -> Scores:
     """Score N completions with every reward function, each of which is given copies.
 
@@ -45,6 +46,7 @@ def score(
         columns: each column of the data, N values.
         trainer_state: given to the functions under this name (TRL's has `global_step`).
         prompt_ids: (N,) token ids of each prompt.
+        prompt_texts: (N,) each prompt as the model read it, its chat template's tokens written out.
 
     Raises:
         RunError: a function raises, gives another number of values than N, or gives something that is not a number.
@@ -55,6 +57,7 @@ def score(
         "prompts": list(prompts),
         "completions": list(completions),
         "prompt_ids": list(prompt_ids),
+        "prompt_texts": list(prompt_texts),
         "completion_ids": list(completion_ids),
     }
     shared = {
@@ -77,14 +80,18 @@ def _call(reward: Reward, lent: dict[str, Any], shared: dict[str, Any]) -> Any:
     try:
         copies = {name: _copied(value) for name, value in accepted(reward.function, lent).items()}
         result = reward.function(**copies, **accepted(reward.function, shared))
-        return asyncio.run(_awaited(result)) if inspect.isawaitable(result) else result
+        if inspect.isawaitable(result):
+            result = asyncio.run(_awaited(result))
+        return list(result) if isinstance(result, Iterator) else result  # the body of a generator runs here
     except RunError as error:
         raise RunError(f"reward {reward.name}: {error}") from error
     except LowmemError:
         raise
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         reason = " ".join(str(error).split()) or "no message"
-        raise RunError(f"reward function {reward.name} failed: {type(error).__name__}: {reason}") from error
+        line = line_in(error, reward.source)
+        place = "" if line is None else f" in {reward.source}, line {line}"
+        raise RunError(f"reward function {reward.name} failed{place}: {type(error).__name__}: {reason}") from error
 
 
 def _copied(value: Any) -> Any:

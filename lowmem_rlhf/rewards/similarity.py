@@ -12,6 +12,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from lowmem_rlhf.data.values import is_missing, text_of
 from lowmem_rlhf.errors import UserError
 from lowmem_rlhf.recipe import SimilarityReward
 from lowmem_rlhf.rewards.encoder import Encoder, load_encoder
@@ -63,7 +64,7 @@ class Similarity:
     def __call__(self, completions: Sequence[Completion], **columns: Any) -> list[float | None]:
         """Return the similarity of each completion to the reference answer in its row, -1 to 1."""
         own = [completion_text(completion).strip() for completion in completions]
-        references = ["" if one is None else str(one).strip() for one in columns[self.column]]
+        references = ["" if is_missing(one) else text_of(one).strip() for one in columns[self.column]]
         pairs = list(zip(own, references, strict=True))
         unique = list(dict.fromkeys(text for pair in pairs if all(pair) for text in pair))
         vector = dict(zip(unique, self.embed(unique), strict=True))

@@ -191,8 +191,10 @@ def draw_tiled(
     base: SharedBase, hidden: torch.Tensor, uniforms: torch.Tensor, sampling: Sampling, tile: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return tokens and log-probs (K * U,) for hidden states (K, H) and uniforms (K, U)."""
-    uniforms = uniforms.to(base.device)
-    parts = [draw(base.head.logits(hidden[part]), uniforms[part], sampling) for part in tiles(hidden.shape[0], tile)]
+    uniforms, missing = uniforms.to(base.device), base.missing
+    parts = [
+        draw(base.head.logits(hidden[part]), uniforms[part], sampling, missing) for part in tiles(hidden.shape[0], tile)
+    ]
     return torch.cat([token for token, _ in parts]).flatten(), torch.cat([logp for _, logp in parts]).flatten()
 
 

@@ -19,26 +19,29 @@ class Sampling:
     min_p: float = 0.0
 
 
-def draw(logits: torch.Tensor, uniforms: torch.Tensor, sampling: Sampling) -> tuple[torch.Tensor, torch.Tensor]:
+def draw(
+    logits: torch.Tensor, uniforms: torch.Tensor, sampling: Sampling, missing: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Return token ids and their log-probs, fp32, shaped as the uniforms: (R,), or (R, U) for U draws of each row.
 
-    The log-prob is that of the full distribution at this temperature, before top-k, top-p and min-p: it is what the
-    training pass computes. With greedy drawing it is taken at temperature 1.
+    The log-prob is that of the full distribution at this temperature, before top-k, top-p, min-p and the mask: it is
+    what the training pass computes. With greedy drawing it is taken at temperature 1.
 
     Args:
         logits: (R, V) in the compute dtype or fp32. Where they are not finite the log-prob is not either.
         uniforms: (R,) or (R, U) in [0, 1).
+        missing: (V,) bool, logits that belong to no token and are never drawn.
     """
     if uniforms.dim() == 1:
-        token, chosen = draw(logits, uniforms[:, None], sampling)
+        token, chosen = draw(logits, uniforms[:, None], sampling, missing)
         return token[:, 0], chosen[:, 0]
     if sampling.temperature == 0:
         logp = torch.log_softmax(logits, dim=-1, dtype=torch.float32)
-        best, token = logp.max(dim=-1, keepdim=True)
+        best, token = _allowed(logp, missing).max(dim=-1, keepdim=True)
         return token.expand_as(uniforms), best.expand_as(uniforms)
     scaled = logits if sampling.temperature == 1 else logits.float() / sampling.temperature
     logp = scaled.log_softmax(dim=-1, dtype=torch.float32)
-    probs = logp.exp()
+    probs = _probabilities(logp, missing)
     if sampling.top_k or sampling.top_p < 1 or sampling.min_p:
         probs = _truncate(probs, sampling)
     total = probs.cumsum_(dim=-1)  # (R, V)
@@ -50,8 +53,24 @@ def draw(logits: torch.Tensor, uniforms: torch.Tensor, sampling: Sampling) -> tu
     return token, logp.gather(-1, token)
 
 
+def _allowed(logp: torch.Tensor, missing: torch.Tensor | None) -> torch.Tensor:
+    return logp if missing is None else logp.masked_fill(missing, -torch.inf)
+
+
+def _probabilities(logp: torch.Tensor, missing: torch.Tensor | None) -> torch.Tensor:
+    """Return what to draw by, (R, V) in a tensor of its own; with a mask only the ratios of a row's numbers count.
+
+    They are relative to the likeliest token: where rows without a token take all of the probability, the others would
+    be 0 in fp32.
+    """
+    if missing is None:
+        return logp.exp()
+    allowed = logp.masked_fill(missing, -torch.inf)
+    return allowed.sub_(allowed.amax(dim=-1, keepdim=True)).exp_()
+
+
 def _truncate(probs: torch.Tensor, sampling: Sampling) -> torch.Tensor:
-    """Return probabilities (R, V) with the tokens that top-k, min-p and top-p exclude set to zero."""
+    """Return probabilities (R, V), up to a factor, with the tokens that top-k, min-p and top-p exclude set to zero."""
     if sampling.min_p:
         probs = probs.masked_fill(probs < sampling.min_p * probs.amax(-1, keepdim=True), 0.0)
     if sampling.top_k and sampling.top_k < probs.shape[-1]:

@@ -6,6 +6,7 @@ from typing import Any
 
 from lowmem_rlhf.data.prompts import Example
 from lowmem_rlhf.model.base import SharedBase
+from lowmem_rlhf.model.stops import written_text
 from lowmem_rlhf.recipe import Recipe
 from lowmem_rlhf.rewards.loading import Reward
 from lowmem_rlhf.rewards.scoring import Scores, score
@@ -32,10 +33,13 @@ def reward_completions(
 ) -> tuple[Scores, list[str]]:
     """Score completions of examples (one each); return the scores and the completions' texts.
 
+    A text is what was written: special tokens that are tags stay in it, the stop at the end does not.
+
     Raises:
         RunError: a reward function failed.
     """
-    texts = [base.tokenizer.decode(c.ids, skip_special_tokens=True) for c in completions]
+    stops = base.stop_ids
+    texts = [written_text(base.tokenizer, c.ids, stops) for c in completions]
     given = [
         text if isinstance(example.prompt, str) else [{"role": "assistant", "content": text}]
         for example, text in zip(examples, texts, strict=True)
@@ -50,6 +54,7 @@ def reward_completions(
         columns,
         state,
         [e.prompt_ids for e in examples],
+        [e.text for e in examples],
     )
     return scores, texts
 

@@ -93,6 +93,10 @@ class Loop(ABC):
         """Return what a checkpoint keeps besides weights, optimizer and step; fit for JSON."""
         return {}
 
+    def why_nothing(self) -> str:
+        """Return what a run says in which no token taught anything."""
+        return self.nothing_learned
+
     def load_state(self, state: dict[str, Any]) -> None:  # noqa: B027 (most have no state)
         """Go on from what `state` gave."""
 
@@ -140,7 +144,7 @@ class Loop(ABC):
         finally:
             self.accelerator.end_training()
         if self.recipe.training.max_steps and not self.learned_tokens:
-            raise RunError(self.nothing_learned)
+            raise RunError(self.why_nothing())
         self._save()
         self._evaluate("after", evaluation, view)
         with self.run.new_adapter() as folder:

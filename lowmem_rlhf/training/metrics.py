@@ -24,6 +24,47 @@ class Rollout:
     scores: Scores
 
 
+@dataclass(frozen=True)
+class Seen:
+    """Completions of a whole run, and how many of them ended by themselves and got a reward."""
+
+    completions: int = 0
+    ended: int = 0
+    rewarded: int = 0
+
+    def with_rollout(self, rollout: Rollout) -> "Seen":
+        """Return the counts with those of one more step."""
+        return Seen(
+            self.completions + len(rollout.completions),
+            self.ended + sum(not one.truncated for one in rollout.completions),
+            self.rewarded + sum(total == total for total in rollout.scores.total),
+        )
+
+    def why_nothing(self, max_completion_length: int) -> str:
+        """Return why nothing was learned, where that shows here; empty where it does not."""
+        if not self.completions or (self.rewarded and self.ended):
+            return ""
+        reasons, remedies = [], []
+        if not self.rewarded:
+            reasons.append("no reward applied to any completion (reward/mean is null in every step)")
+            remedies.append("look at the reward functions and at the reference answers that they are given")
+        if not self.ended:
+            reasons.append(f"every completion was cut at {max_completion_length} tokens before it had ended")
+            remedies.append("raise generation.max_completion_length")
+        said = ", and ".join(reasons)
+        return f"nothing was learned: {said}; look at samples.jsonl; {', and '.join(remedies)}"
+
+
+def silent_rewards(rollout: Rollout) -> list[str]:
+    """Return a sentence for each reward that applied to no completion of the run's first step."""
+    return [
+        f"reward {name} gave None for all {len(values)} completions of step 1, so it applied to none; look at what "
+        "the function returns and at the columns that it reads"
+        for name, values in rollout.scores.by_name.items()
+        if values and all(value is None for value in values)
+    ]
+
+
 def rollout_metrics(rollout: Rollout, batch: Batch) -> dict[str, Any]:
     """Return rewards, lengths, and the share of groups whose completions all got the same reward."""
     totals = torch.tensor([t for t in rollout.scores.total if t == t], dtype=torch.float32, device="cpu")

@@ -5,7 +5,7 @@ One direction, a stage takes the previous one's values. What is done with a scor
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Protocol, TypeVar
 
 from lowmem_rlhf.data.prompts import Example, PromptStream
@@ -20,11 +20,12 @@ from lowmem_rlhf.rollout.generate import Completion, Limits, generate
 from lowmem_rlhf.run import RunDirectory
 from lowmem_rlhf.training.evaluate import TrainerState, evaluate, reward_completions, sampling_of
 from lowmem_rlhf.training.loop import Loop, StepResult
-from lowmem_rlhf.training.metrics import Rollout, rollout_metrics, samples
+from lowmem_rlhf.training.metrics import Rollout, Seen, rollout_metrics, samples, silent_rewards
 from lowmem_rlhf.training.sampling_check import SamplingCheck
 from lowmem_rlhf.training.update import Batch
 
 T = TypeVar("T")
+SEEN = "seen"  # the name of `Trainer.seen` in a checkpoint
 
 
 @dataclass(frozen=True)
@@ -146,14 +147,20 @@ class Trainer(Loop):
         settings, temperature = plan.settings, recipe.generation.temperature
         checked = recipe.hardware.check == "always"
         self.sampling = SamplingCheck(settings.quantization, settings.compute_dtype, temperature, checked)
+        self.seen = Seen()
 
     def state(self) -> dict[str, Any]:
         """See `Loop.state`."""
-        return self.algorithm.state()
+        return {**self.algorithm.state(), SEEN: asdict(self.seen)}
 
     def load_state(self, state: dict[str, Any]) -> None:
         """See `Loop.load_state`."""
+        self.seen = Seen(**state.pop(SEEN)) if SEEN in state else Seen(1, 1, 1)  # older checkpoints do not tell
         self.algorithm.load_state(state)
+
+    def why_nothing(self) -> str:
+        """See `Loop.why_nothing`."""
+        return self.seen.why_nothing(self.recipe.generation.max_completion_length) or self.nothing_learned
 
     def evaluate(self, when: str, view: LiveView) -> dict[str, Any]:
         """Sample held-out completions in the policy's role and score them."""
@@ -168,6 +175,10 @@ class Trainer(Loop):
         """Roll out, score, learn."""
         with self.timed("rollout"):
             rollout = self._rollout(view)
+        self.seen = self.seen.with_rollout(rollout)
+        if self.step == 0:
+            for said in silent_rewards(rollout):
+                view.message(said)
         learned = self.algorithm.learn(rollout, self, view)
         self.sampling.look(learned.metrics.get("sampling/logp_difference"), self.step + 1, view.message)
         return StepResult(

@@ -21,6 +21,7 @@ from lowmem_rlhf.chat.show import interact, show
 from lowmem_rlhf.chat.talk import Prompts, Reply, Talk, TextStream, Wish
 from lowmem_rlhf.hardware.device import Device
 from lowmem_rlhf.model.base import SharedBase
+from lowmem_rlhf.model.stops import written_text
 from lowmem_rlhf.recipe import DataConfig
 from lowmem_rlhf.rollout import stream as stream_module
 from lowmem_rlhf.rollout.generate import Limits, generate
@@ -62,7 +63,7 @@ def expected(base: SharedBase, role: str, prompt: str, sampling: Sampling | None
     ids = base.tokenizer(prompt)["input_ids"]
     with base.role(role):
         [[completion]] = generate(base, [ids], 1, length, sampling or Sampling(0.0), Limits(1, 64, 4), seed)
-    return base.tokenizer.decode(completion.ids, skip_special_tokens=True)
+    return written_text(base.tokenizer, completion.ids, base.stop_ids)
 
 
 def test_a_prompt_is_answered_by_the_trained_policy(chat, trained, opened):

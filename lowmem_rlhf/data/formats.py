@@ -1,0 +1,122 @@
+"""Formats that data sets have: recognised by their columns where the recipe does not name its own. No torch here."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from lowmem_rlhf.data.messages import is_conversation
+from lowmem_rlhf.data.prompts import used_columns
+from lowmem_rlhf.data.values import Row
+from lowmem_rlhf.recipe import ONLINE, DataConfig, Recipe
+from lowmem_rlhf.recipe_trl import TRL_TRAINERS
+
+_CONVERSATIONS = ("messages", "conversations", "conversation", "dialogue", "chat")
+_PROMPTS = ("prompt", "question", "instruction", "problem", "query")
+_ANSWERS = ("completion", "answer", "output", "response", "solution")
+
+
+def detect_format(recipe: Recipe, names: Sequence[str], rows: Sequence[Row]) -> tuple[Recipe, str]:
+    """Return the recipe with the columns of a known format, and a line that says which.
+
+    Only what the recipe leaves at its default is set, and only where the data lack the default's columns. The recipe
+    comes back as it is, with an empty line, where nothing is recognised.
+
+    Args:
+        names: the columns of the training data.
+        rows: a few of its rows.
+    """
+    given = recipe.data.model_fields_set
+    found, said = _changes(recipe, set(names), list(rows[:20]), given)
+    if not found:
+        return recipe, ""
+    shown = ", ".join(f"data.{key}={'null' if value is None else value!r}" for key, value in found.items())
+    return recipe.model_copy(update={"data": recipe.data.model_copy(update=found)}), f"{said}: {shown}"
+
+
+def _changes(recipe: Recipe, names: set[str], rows: list[Row], given: set[str]) -> tuple[dict[str, Any], str]:
+    data = recipe.data
+    own = {"prompt", "template", "messages", "text"} & given
+    if own and all(name.split(".")[0] in names for name in used_columns(data)) and not _is_pair(recipe):
+        return {}, ""
+    if _is_pair(recipe):
+        return _pair(data, names, rows, given)
+    if own or recipe.algorithm in ("classifier", "reward_model"):
+        return {}, ""
+    if recipe.algorithm in TRL_TRAINERS:
+        return _labelled(data, names)
+    if recipe.algorithm == "sft":
+        return _supervised(data, names, rows)
+    return _online(data, names, rows, given) if recipe.algorithm in ONLINE else ({}, "")
+
+
+def _is_pair(recipe: Recipe) -> bool:
+    return recipe.data.chosen is not None
+
+
+def _pair(data: DataConfig, names: set[str], rows: list[Row], given: set[str]) -> tuple[dict[str, Any], str]:
+    if data.prompt is None or data.template is not None or not {data.chosen, data.rejected} <= names:
+        return {}, ""
+    values = [row.get(str(data.chosen)) for row in rows]
+    whole = bool(values) and all(is_conversation(value) and len(value) > 1 for value in values if value)
+    dialogue = bool(values) and all(isinstance(v, str) and v.startswith("\n\nHuman:") for v in values if v)
+    if data.prompt in names or not (whole or dialogue):
+        if "prompt" not in given and data.prompt not in names and (other := _first(_PROMPTS, names)):
+            return {"prompt": other}, "preference pairs"
+        return {}, ""
+    kind = "whole conversations" if whole else "dialogues of Human and Assistant"
+    return {"prompt": None}, f"preference pairs that hold {kind}, whose common beginning is the prompt"
+
+
+def _labelled(data: DataConfig, names: set[str]) -> tuple[dict[str, Any], str]:
+    if data.prompt in names or not {"prompt", "completion", "label"} <= names:
+        return {}, ""
+    return {"prompt": "prompt"}, "labelled answers (KTO)"
+
+
+def _supervised(data: DataConfig, names: set[str], rows: list[Row]) -> tuple[dict[str, Any], str]:
+    if data.prompt in names and str(data.completion) in names:
+        return {}, ""
+    if column := _conversation_column(names, rows):
+        kind = "ShareGPT's conversations" if "from" in _first_message(rows, column) else "conversations"
+        return {"messages": column, "completion": None, "answer": None}, kind
+    completion = data.completion if data.completion in names else _first(_ANSWERS, names)
+    if completion is None:
+        if "text" in names and not names & {*_PROMPTS}:
+            return {"text": "text", "completion": None, "answer": None}, "plain texts"
+        return {}, ""
+    if {"instruction", "input"} <= names:
+        template = "{instruction}\n\n{input?}"
+        return {"template": template, "completion": completion, "answer": None}, "Alpaca's instructions"
+    prompt = data.prompt if data.prompt in names else _first([one for one in _PROMPTS if one != completion], names)
+    if prompt is None:
+        return {}, ""
+    return {"prompt": prompt, "completion": completion, "answer": None}, "prompts with answers"
+
+
+def _online(data: DataConfig, names: set[str], rows: list[Row], given: set[str]) -> tuple[dict[str, Any], str]:
+    if data.prompt in names:
+        return {}, ""
+    answer: dict[str, Any] = {}
+    if "answer" not in given and data.answer not in names:
+        answer = {"answer": None}
+    if (column := _first(_PROMPTS, names)) is not None:
+        if column == "instruction" and "input" in names:
+            return {"template": "{instruction}\n\n{input?}", **answer}, "Alpaca's instructions"
+        return {"prompt": column, **answer}, "prompts"
+    if column := _conversation_column(names, rows):
+        return {"messages": column, **answer}, "conversations, answered anew at their last message"
+    return {}, ""
+
+
+def _conversation_column(names: set[str], rows: list[Row]) -> str | None:
+    for name in _CONVERSATIONS:
+        if name in names and any(is_conversation(row.get(name)) for row in rows):
+            return name
+    return None
+
+
+def _first_message(rows: list[Row], column: str) -> dict[str, Any]:
+    return next((row[column][0] for row in rows if is_conversation(row.get(column))), {})
+
+
+def _first(wanted: Sequence[str], names: set[str]) -> str | None:
+    return next((name for name in wanted if name in names), None)

@@ -1,0 +1,132 @@
+"""Whether the shipped answer rewards can read the reference answers of the data, looked at before anything is trained.
+
+A reward that reads none of them would give None for every completion. Functions of a user's own are not looked at: what
+they read is seen in the first step.
+"""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from lowmem_rlhf.data.values import is_missing, numbered, text_of, value_at
+from lowmem_rlhf.errors import UserError
+from lowmem_rlhf.recipe import ONLINE, DataConfig, Recipe
+from lowmem_rlhf.rewards.functions import (
+    SHIPPED,
+    arithmetic_answer,
+    gsm8k_answer,
+    gsm8k_value,
+    reads_problem,
+    reasoning_gym_answer,
+    reference_text,
+)
+from lowmem_rlhf.rewards.loading import Reward
+
+_SHOWN = 60  # characters of a reference answer in a message
+_NUMBERS = (
+    "it compares numbers and short LaTeX: name the column of such answers in data.answer, or take a reward that "
+    "compares texts (similarity, or a function of your own)"
+)
+
+
+@dataclass(frozen=True)
+class _Reader:
+    """How a reward reads a row's reference.
+
+    Attributes:
+        column: of the reference; ``answer`` is the one that `data.answer` names.
+        reads: whether it reads a row, given the row and its reference.
+        remedy: what to do where it does not.
+    """
+
+    column: str
+    reads: Callable[[Mapping[str, Any], Any], bool]
+    remedy: str
+
+
+def check_references(
+    rewards: Sequence[Reward], rows: Iterable[Mapping[str, Any]], data: DataConfig, noun: str = "reference answers"
+) -> list[str]:
+    """Check that every shipped answer reward reads at least one reference answer.
+
+    Empty and missing answers do not count: a reward does not apply to their rows, which may be meant.
+
+    Args:
+        rows: of the data, before prompts are made of them.
+        noun: what the answers are called in messages.
+
+    Returns:
+        For each reward that does not read all of them a sentence with how many it reads, and the first that it does
+        not.
+
+    Raises:
+        UserError: a reward reads none; or reasoning-gym is needed and not installed.
+    """
+    known = numbered(rows)
+    said = []
+    for reward in rewards:
+        reader = _reader(reward)
+        if reader is None or not known:
+            continue
+        column = data.answer if reader.column == "answer" and data.answer is not None else reader.column
+        given = [(row, value_at(row, column)) for row in known]
+        there = [(row, value) for row, value in given if not _is_empty(value)]
+        if not there:
+            raise UserError(
+                f"rewards: {reward.name} has no reference answer to read: column {column!r} is empty in all "
+                f"{len(known)} rows; name another column in data.answer, or leave the reward out"
+            )
+        lost = [(row, value) for row, value in there if not reader.reads(row, value)]
+        if not lost:
+            continue
+        row, value = lost[0]
+        first = f"first, row {row.number}: {_shown(value)}"
+        if len(lost) == len(there):
+            raise UserError(f"rewards: {reward.name} reads none of the {len(there)} {noun} ({first}); {reader.remedy}")
+        said.append(
+            f"rewards: {reward.name} reads {len(there) - len(lost)} of the {len(there)} {noun} and does not apply to "
+            f"the others ({first})"
+        )
+    return said
+
+
+def check_run_references(
+    rewards: Sequence[Reward],
+    recipe: Recipe,
+    rows: Iterable[Mapping[str, Any]],
+    held_out: Iterable[Mapping[str, Any]] = (),
+) -> list[str]:
+    """Check the reference answers of the rows whose completions a recipe's rewards judge, as `check_references` does.
+
+    Args:
+        rows: trained on; judged only where training samples.
+        held_out: judged always.
+    """
+    said = check_references(rewards, rows, recipe.data) if recipe.algorithm in ONLINE else []
+    return said + check_references(rewards, held_out, recipe.data, "held-out reference answers")
+
+
+def _reader(reward: Reward) -> _Reader | None:
+    if reward.function is SHIPPED[arithmetic_answer.__name__]:
+        return _Reader("answer", lambda row, value: reference_text(value) is not None, _NUMBERS)
+    if reward.function is SHIPPED[gsm8k_answer.__name__]:
+        return _Reader("answer", lambda row, value: gsm8k_value(value) is not None, _NUMBERS)
+    if reward.function is SHIPPED[reasoning_gym_answer.__name__]:
+        remedy = "it reads the columns task, task_options and entry of data.train: reasoning_gym/TASK"
+        return _Reader("entry", lambda row, value: _reads_problem(row), remedy)
+    if reward.columns:  # similarity: any text can be compared
+        return _Reader(reward.columns[0], lambda row, value: True, "")
+    return None
+
+
+def _reads_problem(row: Mapping[str, Any]) -> bool:
+    return reads_problem(row.get("task"), row.get("task_options"), row.get("entry"))
+
+
+def _is_empty(value: Any) -> bool:
+    return is_missing(value) or (isinstance(value, str) and not value.strip())
+
+
+def _shown(value: Any) -> str:
+    text = repr(value) if isinstance(value, str) else text_of(value)
+    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}..."
