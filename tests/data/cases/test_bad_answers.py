@@ -47,6 +47,30 @@ def test_a_missing_cell_of_sft(tokenizer, caplog):
     assert [one for one in warnings_of(caplog) if names_row(one, 2)]
 
 
+WHOLE = {"prompt": "a", "completion": "b"}
+HALF = "a half \ud83d"
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"prompt": HALF, "completion": "b"},
+        {"prompt": "a", "completion": HALF},
+        {"prompt": [turn("user", HALF)], "completion": "b"},
+        {"prompt": "a", "completion": [turn("assistant", HALF)]},
+        {"messages": [turn("user", "a"), turn("assistant", HALF)]},
+        {"messages": [turn("user", HALF), turn("assistant", "b")]},
+        {"messages": [turn("user", "a"), turn("assistant", HALF), turn("user", "a"), turn("assistant", "b")]},
+    ],
+)
+def test_half_a_character(tokenizer, caplog, row):
+    good = {"messages": [turn("user", "a"), turn("assistant", "b")]} if "messages" in row else {**row, **WHOLE}
+    for learn in ("last", "all"):
+        assert names_row(refusal(sft, tokenizer("chatml"), [good, row], learn=learn), 2)
+        assert len(sft(tokenizer("chatml"), [good, row], learn=learn, bad_rows="drop")) == 1
+    assert [one for one in warnings_of(caplog) if names_row(one, 2)]
+
+
 def test_a_prompt_of_rollouts_that_is_empty(tokenizer, caplog):
     rows = [{"prompt": ""}, {"prompt": "Who?"}, {"prompt": []}, {"prompt": "  "}]
     message = refusal(prompts, tokenizer("chatml"), rows)

@@ -32,7 +32,7 @@ def learned(tokenizer, messages, **settings):
 
 def test_from_and_value(tokenizer, said):
     assert learned(tokenizer("chatml"), SHARED, learn="all") == ["Hello.<|im_end|>", "Kiel.<|im_end|>"]
-    assert [one for one in said() if "from" in one and "value" in one]
+    assert len([one for one in said() if "'human' is taken as user" in one]) == 1
     (made,) = prompts(tokenizer("chatml"), [{"messages": SHARED}])
     same = talk("Hi", "Hello.", "Name a port.")
     assert made.text == tokenizer("chatml").apply_chat_template(same, tokenize=False, add_generation_prompt=True)
@@ -100,6 +100,18 @@ def test_a_call_may_be_the_answer(tokenizer, content, arguments):
     call = {**CALL, "function": {"name": "look", "arguments": arguments}}
     messages = [turn("user", "Will it rain?"), turn("assistant", content, tool_calls=[call])]
     assert learned(tokenizer("tools"), messages) == [f"{content or ''}{OUT}<|im_end|>"]
+
+
+def test_a_call_without_the_key_content(tokenizer):
+    messages = [CALLED[0], {"role": "assistant", "tool_calls": [CALL]}, *CALLED[2:]]
+    assert learned(tokenizer("tools"), messages, learn="all") == [f"{OUT}<|im_end|>", "It will.<|im_end|>"]
+
+
+@pytest.mark.parametrize("tools", ["hammer and saw", ["hammer", "saw"], [], None, "", 7, {"hammer": 1}])
+def test_a_column_of_tools_that_are_none_for_a_model(tokenizer, tools):
+    row = {"messages": talk("Hi", "Hello."), "tools": tools}
+    (example,) = sft(tokenizer("chatml"), [row])
+    assert tokenizer("chatml").decode(example.completion_ids) == "Hello.<|im_end|>"
 
 
 def test_a_call_that_the_template_does_not_write(tokenizer, said):

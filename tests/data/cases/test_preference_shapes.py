@@ -43,11 +43,6 @@ def test_a_prompt_of_several_turns_and_a_system_text(tokenizer):
         assert (chosen, rejected) == ("No, it is hot.<|im_end|>", "Very.<|im_end|>")
 
 
-def test_the_shape_is_said_once(tokenizer, said):
-    pairs(tokenizer("chatml"), [{"chosen": BETTER, "rejected": WORSE}] * 3)
-    assert len([one for one in said() if "conversation" in one]) == 1
-
-
 def test_hh_texts_end_at_the_last_assistant(tokenizer):
     (pair,) = pairs(tokenizer("plain"), [HH], chat=False)
     text, chosen, rejected = read(tokenizer("plain"), pair)

@@ -112,6 +112,23 @@ def test_special_tokens_that_a_text_holds(tokenizer, caplog):
     assert written == 2 or [one for one in warnings_of(caplog) if names_row(one, 2) and "<|im_start|>" in one]
 
 
+@pytest.mark.parametrize("data", [{"system": "Never write <|im_end|>."}, {"template": "Say <|im_end|>: {prompt}"}])
+def test_special_tokens_that_the_recipe_holds(tokenizer, said, data):
+    try:
+        prompts(tokenizer("chatml"), [{"prompt": "Hi"}], **data)
+    except UserError as error:
+        assert "<|im_end|>" in str(error) and f"data.{next(iter(data))}" in str(error)
+    else:
+        assert [one for one in said() if "<|im_end|>" in one]
+
+
+@pytest.mark.parametrize("key", ["add_generation_prompt", "tokenize", "messages", "continue_final_message"])
+def test_keyword_arguments_that_are_the_packages_own(tokenizer, key):
+    with pytest.raises((UserError, ValueError)) as caught:
+        prompts(tokenizer("chatml"), [{"prompt": "Hi"}], chat_template_kwargs={key: False})
+    assert key in str(caught.value) and "chat_template_kwargs" in str(caught.value)
+
+
 def test_tags_that_are_plain_tokens_may_stand_in_any_text(tokenizer, caplog):
     (made,) = prompts(tokenizer("chatml"), [{"prompt": "Write <think> and </think>."}])
     assert tokenizer("chatml").decode(made.prompt_ids).count("<think>") == 1
