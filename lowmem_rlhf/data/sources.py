@@ -190,3 +190,8 @@ def _take(table: Table, indices: Iterable[int], size: int | None, seed: int) -> 
     if size is not None and size < len(chosen):
         chosen = sorted(random.Random(f"take/{seed}").sample(chosen, size))
     return table.rows(chosen)
+
+
+def is_on_hub(source: str) -> bool:
+    """Return whether a source is a data set of the Hub."""
+    return has_splits(source) and not local_path(source).is_dir()

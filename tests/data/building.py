@@ -32,8 +32,9 @@ def config(**data: Any) -> DataConfig:
 
 def stops_of(tokenizer: Any) -> frozenset[int]:
     """Return the stops of a model whose configurations name the tokenizer's end of sequence."""
-    from lowmem_rlhf.model.stops import stop_ids_of
     from transformers import LlamaConfig
+
+    from lowmem_rlhf.model.stops import stop_ids_of
 
     return frozenset(stop_ids_of(tokenizer, LlamaConfig(eos_token_id=tokenizer.eos_token_id), None))
 
