@@ -8,7 +8,7 @@ import torch
 import yaml
 from tiny_models import byte_tokenizer, tiny_model
 
-from lowmem_rlhf.chat.talk import Reply, TextStream
+from lowmem_rlhf.chat.talk import Prompts, Reply, Talk, TextStream, Wish
 from lowmem_rlhf.data.prompts import build_examples
 from lowmem_rlhf.data.values import JsonFloat, JsonInt, Row
 from lowmem_rlhf.errors import RunError, UserError
@@ -27,6 +27,7 @@ CHATML = (
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
 )
 PREFILLED = CHATML.replace("assistant\\n' }}{% endif", "assistant\\n<think>\\n' }}{% endif")
+VALUES = {"name": "t", "model": "m", "data": {"train": "-"}, "rewards": [{"function": "gsm8k_answer"}]}
 STATE = TrainerState(0, 1)
 
 
@@ -96,6 +97,29 @@ def test_rewards_see_all_that_was_written_but_the_stop(base, chat, written, text
     assert "".join(shown.add(one) for one in drawn) + shown.rest() == text
     reply = Reply("policy", 3, iter(drawn), base.tokenizer)
     assert "".join(reply.pieces()) == reply.text == text
+
+
+def test_tags_stay_in_a_conversations_history(base):
+    """What was answered is what the model reads again, tag for tag."""
+    answer = "<tool>add</s> 5"
+    prompts = Prompts(DataConfig(train="-"), base.tokenizer)
+    history = [{"role": "user", "content": "Go"}, {"role": "assistant", "content": answer}]
+    text = base.tokenizer.decode(prompts.ids("And?", history))
+    assert text == (
+        f"<|im_start|>user\nGo<|im_end|>\n<|im_start|>assistant\n{answer}<|im_end|>\n"
+        "<|im_start|>user\nAnd?<|im_end|>\n<|im_start|>assistant\n"
+    )
+    assert base.tokenizer.convert_tokens_to_ids("<tool>") in prompts.ids("And?", history)
+
+
+def test_a_typed_token_that_the_model_has_no_row_for_is_refused():
+    tokenizer = tokenizer_of(CHATML)
+    base = SharedBase(tiny_model("llama", vocab_size=len(tokenizer) - 1), tokenizer, "tiny/llama", r=4)
+    recipe = validate_recipe({**VALUES, "generation": {"max_completion_length": 4}})
+    talk = Talk(base, recipe, Wish())
+    assert [reply.prompt_tokens > 4 for reply in talk.ask("Use the tool")] == [True]
+    with pytest.raises(UserError, match="has 266 tokens, the embedding 265 rows: the texts use <tool>, for"):
+        talk.ask("Use <tool>")
 
 
 GOOD, OWN = "Two and three.\n</think>\n\n5", "<think>\nTwo and three.\n</think>\n\n5"
@@ -215,8 +239,7 @@ def test_problems_of_reasoning_gym_must_be_whole():
 
 def test_which_rows_are_judged():
     """Training that samples judges its rows, any other the held-out ones alone."""
-    values = {"name": "t", "model": "m", "data": {"train": "-"}, "rewards": [{"function": "gsm8k_answer"}]}
-    recipe = validate_recipe(values)
+    recipe = validate_recipe(VALUES)
     rewards, good, bad = rewards_of("gsm8k_answer"), rows_of("5"), rows_of("B")
     assert check_run_references(rewards, recipe, good, good) == []
     with pytest.raises(UserError, match="none of the 1 held-out reference answers"):
