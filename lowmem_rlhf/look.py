@@ -135,7 +135,7 @@ def _check_rewards(seen: Look, train: list[Row] | None, held_out: list[Row] | No
         rewards = load_rewards(functions)
         if train:
             given = ["answer"] if recipe.data.answer is not None else []
-            check_reward_columns(rewards, {name for row in train[:1] for name in [*row, *given]})
+            check_reward_columns(rewards, {name for row in train for name in [*row, *given]})
             seen.said += check_run_references(rewards, recipe, train, held_out or [])
     except UserError as error:
         seen.errors.append(str(error))

@@ -154,7 +154,7 @@ def _train(recipe: Recipe, path: Path, resume: bool, written: Recipe) -> RunDire
         check_resumed_data(RunDirectory(path), written, rows, held_out_rows)
     if rewards:
         given = ["answer"] if recipe.data.answer is not None else []
-        check_reward_columns(rewards, {name for row in rows[:1] for name in [*row, *given]})
+        check_reward_columns(rewards, {name for row in rows for name in [*row, *given]})
         for said in check_run_references(rewards, recipe, rows, held_out_rows):
             print(said, flush=True)
 

@@ -153,8 +153,11 @@ class RowReport:
             for reason, rows in self.bad.items()
         ]
         if self.long and (above := self.long.above):
-            noun, limit = self.long.noun, self.long.limit
-            lines.append(f"{len(above)} of {self.rows} {noun}s have more than {limit} tokens and are left out")
+            noun, limit, (number, length) = self.long.noun, self.long.limit, above[0]
+            lines.append(
+                f"{len(above)} of {self.rows} {noun}s have more than {limit} tokens and are left out (first: "
+                f"{self._place(number)}, {length} tokens)"
+            )
         return lines
 
     def _place(self, number: int) -> str:

@@ -5,7 +5,7 @@ forget a role. What a reader of the file would not expect is refused for that ro
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -68,10 +68,15 @@ class ChatTemplate:
 
     def names_role(self, role: str) -> bool:
         """Return whether the template's source names a role."""
-        return re.search(rf"""["']{re.escape(role)}["']""", self.source) is not None
+        return bool(role.strip()) and re.search(rf"""["']{re.escape(role)}["']""", self.source) is not None
 
-    def prompt(self, messages: Sequence[Message], tools: Any = None) -> str:
+    def prompt(
+        self, messages: Sequence[Message], tools: Any = None, note: Callable[[str], None] = lambda text: None
+    ) -> str:
         """Return the text of a prompt, up to where the assistant goes on; an answer that has been begun is continued.
+
+        Args:
+            note: called with what differs from the messages and is worth saying.
 
         Raises:
             RowError: the template refuses the messages, or leaves out or rewrites a part of them.
@@ -80,7 +85,7 @@ class ChatTemplate:
             text = self._render(messages, tools, add_generation_prompt=True)
         else:
             text = self._continued(messages, tools)
-        self._compare(messages, text)
+        self._compare(messages, text, note)
         return text
 
     def turn(self, prompt: Sequence[Message], rendered: str, answer: Message, tools: Any = None) -> Turn:
@@ -100,7 +105,7 @@ class ChatTemplate:
             prompt, answer = prompt[:-1], {**begun, **answer, "content": begun["content"] + answer["content"]}
         whole = self._render([*prompt, answer], tools)
         turn = whole.removeprefix(rendered) if whole.startswith(rendered) else ""
-        if turn.strip() and _holds(turn, answer, notes):
+        if turn.strip() and _holds(turn, answer, _unopened(rendered, rest), notes):
             return Turn(turn, tuple(notes))
         mended = None if answer.get("tool_calls") else self._as_given(prompt, rendered, rest, tools)
         if mended is None:
@@ -110,10 +115,11 @@ class ChatTemplate:
                     "the model's chat template leaves out or rewrites a part of the answer "
                     f"{_short(answer['content'])}; set data.chat=false, or take another model",
                 )
+            without = "data.chat_template_kwargs={enable_thinking: false}, or " if self._may_think() else ""
             raise RowError(
                 "a prompt that the chat template writes in two ways",
                 "the model's chat template does not write the prompt in the same way before and after it is answered, "
-                "so that what is learned cannot be told from it; set data.chat=false, or take another model",
+                f"so that what is learned cannot be told from it; set {without}data.chat=false, or take another model",
             )
         note = "the chat template would leave out or rewrite a part of the answer, which is learned as it was given"
         return Turn(mended, (note,))
@@ -193,12 +199,12 @@ class ChatTemplate:
             return None
         if not rendered.startswith(before.rstrip()) and not before.startswith(rendered):
             return None
-        if rendered.rstrip().endswith(_THINK[0]):  # the prompt has opened the reasoning
-            if _THINK[1] not in given:
-                return None
-            given = given.lstrip().removeprefix(_THINK[0])
-            given = given.lstrip("\n") if rendered[-1].isspace() else given
-        return given + end
+        if rendered.rstrip().endswith(_THINK[0]) and _THINK[1] not in given:
+            return None  # the prompt has opened reasoning that the answer does not close
+        return _unopened(rendered, given) + end
+
+    def _may_think(self) -> bool:
+        return "enable_thinking" in self.source and "enable_thinking" not in self._options
 
     def replaces_empty_system(self) -> str:
         """Return the text that the template writes in place of an empty system message; empty: none."""
@@ -210,9 +216,11 @@ class ChatTemplate:
             return ""
         return empty.removeprefix(named) if own == empty and empty.startswith(named) and empty != named else ""
 
-    def _compare(self, messages: Sequence[Message], text: str) -> None:
+    def _compare(self, messages: Sequence[Message], text: str, note: Callable[[str], None]) -> None:
         """Check that the texts of messages stand in what was rendered, one after another."""
         there, start = _squeezed(text), 0
+        for message in messages:
+            _check_calls(message, text)
         for place, message in enumerate(messages, start=1):
             content = _squeezed(_visible(message))
             if not content:
@@ -225,6 +233,9 @@ class ChatTemplate:
                     f"{_short(str(message['content']))}; put it into another message, or set data.chat=false",
                 )
             start = found + len(content)
+            if (written := str(message["content"])) not in text:
+                kind = "trims" if written.strip() in text else "changes"
+                note(f"the chat template {kind} white space of a message of the prompt")
 
 
 def _visible(message: Message) -> str:
@@ -234,15 +245,26 @@ def _visible(message: Message) -> str:
     return "" if reasons else content
 
 
-def _holds(turn: str, answer: Message, notes: list[str]) -> bool:
-    """Return whether a turn holds an answer; what else differs is noted."""
-    content = str(answer["content"])
-    for call in answer.get("tool_calls") or ():
-        if call["function"]["name"] not in turn:
+def _unopened(rendered: str, answer: str) -> str:
+    """Return an answer without the tag of its reasoning where the prompt has opened that already."""
+    if not rendered.rstrip().endswith(_THINK[0]) or not answer.lstrip().startswith(_THINK[0]):
+        return answer
+    answer = answer.lstrip().removeprefix(_THINK[0])
+    return answer.lstrip("\n") if rendered[-1].isspace() else answer
+
+
+def _check_calls(message: Message, text: str) -> None:
+    for call in message.get("tool_calls") or ():
+        if call["function"]["name"] not in text:
             raise RowError(
                 "a tool call that the chat template leaves out",
                 f"the model's chat template does not write the call of {call['function']['name']}; take another model",
             )
+
+
+def _holds(turn: str, answer: Message, content: str, notes: list[str]) -> bool:
+    """Return whether a turn holds an answer's content, as far as it is not begun; what else differs is noted."""
+    _check_calls(answer, turn)
     for key in ("reasoning_content", "reasoning", "thinking"):
         if isinstance(value := answer.get(key), str) and _squeezed(value) not in _squeezed(turn):
             raise RowError(

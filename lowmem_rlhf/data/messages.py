@@ -26,11 +26,15 @@ def is_conversation(value: Any) -> bool:
     return (
         isinstance(value, list)
         and bool(value)
-        and all(isinstance(one, dict) and ({"role", "content"} <= one.keys() or one.keys() >= _KEYS) for one in value)
+        and all(isinstance(one, dict) and (_is_openai(one) or one.keys() >= _SHAREGPT) for one in value)
     )
 
 
-_KEYS = {"from", "value"}  # ShareGPT's
+_SHAREGPT = {"from", "value"}
+
+
+def _is_openai(message: Message) -> bool:
+    return "role" in message and any(key in message for key in ("content", "tool_calls", "function_call"))
 
 
 def chat_messages(

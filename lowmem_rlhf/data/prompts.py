@@ -122,7 +122,10 @@ def build_examples(
     report = report or RowReport(data)
     writer = PromptWriter(data, tokenizer, stop_ids, report)
     prompts: list[Prompt] = []
-    for row in report.each(rows):
+    given = report.each(rows)
+    _check_answer_part(given, data)
+    names = dict.fromkeys(name for row in given for name in row)
+    for row in given:
         with report.row(row.number):
             prompts.append(writer.prompt(row))
     kept = []
@@ -132,7 +135,7 @@ def build_examples(
             writer.check_end(ids)
             if not report.fits(number, len(ids), data.max_prompt_length, "data.max_prompt_length", "prompt"):
                 continue
-            kept.append(Example(made.prompt, ids, _columns(made.row, data), made.text))
+            kept.append(Example(made.prompt, ids, _columns(made.row, data, names), made.text))
             if not isinstance(made.prompt, str) and made.prompt[-1]["role"] == "assistant":
                 report.note(_CONTINUED, number)
     report.finish(len(kept))
@@ -164,11 +167,10 @@ class PromptWriter:
         end = tokenizer.eos_token_id
         self.stop_ids = stop_ids | ({end} if end is not None else set())
         self._special = tuple(str(token) for token in tokenizer.all_special_tokens)
-        if self.template and data.system == "" and (own := self.template.replaces_empty_system()):
-            raise UserError(
-                "data.system: got an empty text, but the model's chat template then writes a system text of its own "
-                f"({own.strip()[:100]!r}); give a text, or leave data.system out"
-            )
+        if self.template is not None:
+            if data.system == "":
+                self._check_empty_system("data.system: got an empty text")
+            self._check_recipe_texts()
 
     def prompt(self, row: Row, value: Any = None) -> Prompt:
         """Return a row's prompt; ``value`` stands in place of its column.
@@ -182,7 +184,8 @@ class PromptWriter:
             return Prompt(row, text, text)
         messages = self._chat(row, value)
         tools = _tools(row)
-        return Prompt(row, messages, self.template.prompt(messages, tools), tools)
+        text = self.template.prompt(messages, tools, lambda said: self.report.note(said, row.number))
+        return Prompt(row, messages, text, tools)
 
     def messages(self, value: Any, column: str, number: int) -> list[Message]:
         """Return a column's conversation (see `chat_messages`), without special tokens that would end a turn in it.
@@ -193,7 +196,10 @@ class PromptWriter:
         assert self.template is not None
         found = chat_messages(value, column, self.template.names_role, lambda text: self.report.note(text, number))
         for message in found:
+            check_characters(message["content"], column)
             self.check_text(message["content"], column, number)
+            if message["role"] == "system" and not message["content"].strip():
+                self._check_empty_system(f"column {column!r} has an empty system message")
         return found
 
     def conversation(self, row: Row) -> list[Message]:
@@ -207,17 +213,23 @@ class PromptWriter:
         roles = [one["role"] for one in messages]
         if roles[-1] != "assistant":
             raise RowError(
-                "wrong roles",
+                "a conversation that does not end with the assistant",
                 f"the last message of column {column!r} must be the assistant's, which is learned; got a message of "
                 f"{roles[-1]}",
             )
         if roles[-2:] == ["assistant", "assistant"]:
             raise RowError(
-                "wrong roles", f"column {column!r} ends in two messages of the assistant; join them into one"
+                "two answers at the end", f"column {column!r} ends in two messages of the assistant; join them into one"
             )
         if len(roles) > 1 and next(role for role in roles if role != "system") == "assistant" and "user" in roles:
             raise RowError(
-                "wrong roles", f"column {column!r} begins with the assistant's message; begin it with the user's"
+                "a conversation that begins with the assistant",
+                f"column {column!r} begins with the assistant's message; begin it with the user's",
+            )
+        if messages[-1].get("weight") == 0:
+            raise RowError(
+                "an answer of weight 0",
+                f"the last answer of column {column!r} has weight 0, so it is not to be learned",
             )
         content = messages[-1]["content"]
         if not content.strip() and not messages[-1].get("tool_calls"):
@@ -235,7 +247,7 @@ class PromptWriter:
         if self.template is None:
             return
         control = self.template.control_tokens
-        if written := next((token for token in control if token in text), None):
+        if written := self._mark_in(text):
             raise RowError(
                 "a special token written out",
                 f"column {column!r} holds {written} written out, which the model reads as its special token, a mark "
@@ -244,6 +256,28 @@ class PromptWriter:
         for token in self._special:
             if token not in control and token in text:
                 self.report.note(f"{token} is written out, and read as the special token that it is", number)
+
+    def _mark_in(self, text: str) -> str:
+        """Return the first mark between messages that a text holds; empty: none."""
+        assert self.template is not None
+        return min((one for one in self.template.control_tokens if one in text), key=text.index, default="")
+
+    def _check_recipe_texts(self) -> None:
+        for key in ("system", "template"):
+            if mark := self._mark_in(getattr(self.data, key) or ""):
+                raise UserError(
+                    f"data.{key}: holds {mark}, a mark between messages that the model's chat template writes itself; "
+                    "remove it, or set data.chat=false to write prompts without the template"
+                )
+
+    def _check_empty_system(self, what: str) -> None:
+        assert self.template is not None
+        if own := self.template.replaces_empty_system():
+            raise RowError(
+                "an empty system text",
+                f"{what}, but the model's chat template then writes a system text of its own ({own.strip()[:100]!r}); "
+                "give a text, or leave it out",
+            )
 
     def prompt_ids(self, prompts: Sequence[Prompt]) -> list[list[int]]:
         """Return the token ids of prompts."""
@@ -337,6 +371,30 @@ class PromptWriter:
         return messages
 
 
+def _check_answer_part(rows: Sequence[Row], data: DataConfig) -> None:
+    """Check that some row has the nested column of reference answers.
+
+    Raises:
+        UserError: none has it.
+    """
+    if data.answer is None or "." not in data.answer or any(has_column(row, data.answer) for row in rows) or not rows:
+        return
+    parts = _parts(rows[0])
+    raise UserError(
+        f"data.answer: no row of {data.train} has {data.answer!r}{did_you_mean(data.answer, parts)} (row "
+        f"{rows[0].number} has {', '.join(parts)}); set data.answer=null if there is no reference answer"
+    )
+
+
+def _parts(value: Mapping[str, Any], before: str = "") -> list[str]:
+    """Return the columns of a row and the parts of nested ones, as dotted names."""
+    names = []
+    for name, part in value.items():
+        inner = part if isinstance(part, Mapping) else dict(enumerate(part)) if isinstance(part, list) else {}
+        names += [f"{before}{name}", *_parts({str(k): v for k, v in list(inner.items())[:5]}, f"{before}{name}.")]
+    return names
+
+
 def cell(row: Row, column: str, key: str, needed: bool = True) -> Any:
     """Return what a row has in a column.
 
@@ -364,18 +422,22 @@ def check_characters(text: str, column: str) -> None:
 def _tools(row: Row) -> Any:
     """Return the tools that a row describes, as a list; some sets hold them as JSON text."""
     tools = row.get("tools")
-    if isinstance(tools, str) and tools.strip():
+    if isinstance(tools, str) and tools.lstrip().startswith("[{"):
         import json
 
         try:
             tools = json.loads(tools)
         except ValueError as error:
             raise RowError("malformed tools", f"column 'tools' is not JSON ({error})") from error
-    return tools if isinstance(tools, list) and tools else None
+    described = isinstance(tools, list) and all(
+        isinstance(one, dict) and ("function" in one or "name" in one) for one in tools
+    )
+    return tools if described and tools else None
 
 
-def _columns(row: Row, data: DataConfig) -> dict[str, Any]:
+def _columns(row: Row, data: DataConfig, names: Iterable[str]) -> dict[str, Any]:
+    """Return what rewards are given of a row: every column that any row has, None where this one lacks it."""
     # A column that a template quotes is not the prompt itself: rewards may want it.
     left_out = RESERVED if data.template is not None else (*RESERVED, *used_columns(data))
-    columns = {name: value for name, value in row.items() if name not in left_out}
+    columns = {name: row.get(name) for name in names if name not in left_out}
     return columns if data.answer is None else {**columns, "answer": value_at(row, data.answer)}

@@ -106,7 +106,7 @@ class TurnWriter:
             RowError: it has no answer at its end, or the chat template refuses it.
         """
         messages, report = self.prompts.conversation(row), self.prompts.report
-        places = [place for place, one in enumerate(messages) if one["role"] == "assistant"]
+        places = [place for place, one in enumerate(messages) if one["role"] == "assistant" and one.get("weight") != 0]
         report.answers.append(len(places))
         report.learn_all = learn_all
         if not learn_all or len(places) == 1:

@@ -185,7 +185,7 @@ def _subject(
 def _rewards(recipe: Recipe, rows: Rows, device: Device, free_bytes: int) -> list[Reward]:
     rewards = load_rewards(recipe.rewards, device.torch_device, max(0, free_bytes), recipe.model, recipe.revision)
     given = ["answer"] if recipe.data.answer is not None else []
-    check_reward_columns(rewards, {name for row in rows[:1] for name in [*row, *given]})
+    check_reward_columns(rewards, {name for row in rows for name in [*row, *given]})
     for said in check_references(rewards, rows, recipe.data, "held-out reference answers"):
         print(said, file=sys.stderr, flush=True)
     return rewards
