@@ -39,7 +39,7 @@ def read_csv(
         separator = guessed
     cells = _cells(text, separator, quote)
     if names is None:
-        if not cells:
+        if not cells or not cells[0]:
             raise NoRows("it has no rows")
         names, skipped = _header([column[0] for column in cells], [column[1:] for column in cells])
         cells = [column[1:] for column in cells][skipped:]
@@ -78,7 +78,7 @@ def _header(first: list[str | None], columns: list[list[str | None]]) -> tuple[l
 
 
 def _shown(cells: list[str | None]) -> str:
-    line = ",".join(cell or "" for cell in cells)
+    line = " ".join(",".join(cell or "" for cell in cells).split())
     return line if len(line) <= 60 else f"{line[:57]}..."
 
 

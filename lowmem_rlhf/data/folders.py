@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from lowmem_rlhf.data.hub_problems import hub_problem
-from lowmem_rlhf.data.readers import ENDINGS, REMEDIES, Options, cached, ending, fingerprint, read_table
+from lowmem_rlhf.data.readers import ENDINGS, REMEDIES, Options, cached, ending, fingerprint, is_folder, read_table
 from lowmem_rlhf.data.splits import read_split
 from lowmem_rlhf.data.table import DatasetTable, RowTable, Table
 from lowmem_rlhf.data.values import Row
@@ -32,7 +32,7 @@ _CSV_READ = {
 def is_saved(source: str) -> bool:
     """Return whether a source is a folder that `Dataset.save_to_disk` wrote: rows without splits, as in a file."""
     folder = local_path(source)
-    return (folder / "state.json").is_file() and (folder / "dataset_info.json").is_file()
+    return is_folder(source) and all((folder / name).is_file() for name in ("state.json", "dataset_info.json"))
 
 
 def read_folder(source: str, config: str | None, split: str, key: str, field: str | None = None) -> Table:
@@ -50,15 +50,15 @@ def read_folder(source: str, config: str | None, split: str, key: str, field: st
             reached.
     """
     folder = local_path(source)
-    if not folder.is_dir() and not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", source):
+    if not is_folder(source) and not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", source):
         raise UserError(
             f"{key}: {source!r} is neither a file ({ENDINGS}) or folder that is there{path_hint(source)}, nor a Hub id "
             "(owner/name), nor a generated task (arithmetic, reasoning_gym/TASK)"
         )
     try:
         # The Hub's progress bars are wanted: what they stand for may take long.
-        with quiet() if folder.is_dir() else nullcontext():
-            if is_saved(source) or (folder / "dataset_dict.json").is_file():
+        with quiet() if is_folder(source) else nullcontext():
+            if is_saved(source) or (is_folder(source) and (folder / "dataset_dict.json").is_file()):
                 table = _saved(folder, split)
             else:
                 table = _layout(source, config, split, key, field)
@@ -87,7 +87,7 @@ def _layout(source: str, config: str | None, split: str, key: str, field: str | 
 
     folder = local_path(source)
     with _plain_name(folder) as (stand_in, real):
-        builder = _builder(str(stand_in) if folder.is_dir() else source, config)
+        builder = _builder(str(stand_in) if is_folder(source) else source, config)
         files = builder.config.data_files or {}
         named = {str(name): [real(file) for file in found] for name, found in files.items()}
     if builder.name in ("json", "csv"):
@@ -97,11 +97,11 @@ def _layout(source: str, config: str | None, split: str, key: str, field: str | 
             return _files_of(named[name], source, key, builder.name, options)
 
         return read_split(of_split, list(named), split)
-    if folder.is_dir() and _MAGIC.search(str(folder.resolve())):
+    if is_folder(source) and _MAGIC.search(str(folder.resolve())):
         escaped = {name: [glob.escape(str(file)) for file in found] for name, found in named.items()}
         loaded = datasets.load_dataset(builder.name, data_files=escaped)
     else:
-        loaded = datasets.load_dataset(str(folder) if folder.is_dir() else source, config)
+        loaded = datasets.load_dataset(str(folder) if is_folder(source) else source, config)
     origins = {
         name: frozenset(str(Path(file).resolve()) if _is_local(file) else file for file in named.get(name, ()))
         for name in loaded
@@ -156,7 +156,7 @@ def _fetched(source: str) -> str | None:
     """Return the folder of the Hub's cache with files of a data set, or None."""
     import huggingface_hub
 
-    if local_path(source).is_dir():
+    if is_folder(source):
         return None
     try:
         folder = Path(huggingface_hub.snapshot_download(source, repo_type="dataset", local_files_only=True))

@@ -2,7 +2,7 @@
 
 import glob
 
-from lowmem_rlhf.data.readers import ENDINGS, one_line
+from lowmem_rlhf.data.readers import ENDINGS, is_folder, one_line
 from lowmem_rlhf.paths import local_path
 
 
@@ -31,7 +31,7 @@ def hub_problem(error: Exception, source: str, config: str | None, split: str, k
         return f"{key}_split: {source!r} has no split {split!r} ({text}); set {key}_split to one that exists{remedy}"
     if "BuilderConfig" in text or "Config name is missing" in text:
         return f"data.config: got {config!r} for {source!r}, which is not one it has ({text}); set data.config"
-    if local_path(source).is_dir():
+    if is_folder(source):
         return f"{key}: the folder {source} cannot be read: {text}; name a file in it: {key}=PATH ({ENDINGS})"
     return f"{key}: {source!r} cannot be loaded from the Hub: {text}; a local file works too: {key}=PATH"
 

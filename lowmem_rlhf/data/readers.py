@@ -81,9 +81,14 @@ def ending(name: str) -> str:
 def is_file(source: str) -> bool:
     """Return whether a data source names a local file (one that exists, or one with a file's ending)."""
     path = local_path(source)
-    if path.is_dir():
+    if os.path.isdir(path):  # os.path: a name that is too long, or a folder that may not be entered, is no error
         return False
-    return path.is_file() or ending(source) in FORMATS or ending(source) in REMEDIES
+    return os.path.isfile(path) or ending(source) in FORMATS or ending(source) in REMEDIES
+
+
+def is_folder(source: str) -> bool:
+    """Return whether a data source names a folder that is there."""
+    return bool(source.strip()) and os.path.isdir(local_path(source))
 
 
 def read_file(source: str, key: str, field: str | None = None) -> Table:
@@ -100,7 +105,7 @@ def read_file(source: str, key: str, field: str | None = None) -> Table:
         UserError: there is no such file, it has another format, cannot be read, or holds no rows.
     """
     path = local_path(source)
-    if not path.is_file():
+    if not os.path.isfile(path):
         raise UserError(f"{key}: there is no file {source}{_nearest(path)}{path_hint(source)}")
     if ending(source) not in FORMATS:
         raise UserError(f"{key}: {source} {_not_read(ending(source))}")
@@ -201,9 +206,12 @@ def _texts_of_bytes(table: "pa.Table") -> "pa.Table":
 
 def _nearest(path: Path) -> str:
     folder = path.parent
-    if not folder.is_dir():
+    if not os.path.isdir(folder):
         return f"; there is no folder {folder} either"
-    names = sorted(entry.name for entry in folder.iterdir())
+    try:
+        names = sorted(os.listdir(folder))
+    except OSError as error:
+        return f"; the folder {folder} cannot be looked into ({error.strerror})"
     if hint := did_you_mean(path.name, names):
         return hint
     same = [name for name in names if name.split(".")[0] == path.name.split(".")[0]]

@@ -2,17 +2,17 @@
 
 import json
 import random
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import takewhile
 from typing import Any
 
 from lowmem_rlhf.data.folders import is_saved, read_folder
 from lowmem_rlhf.data.prompts import check_columns, used_columns
-from lowmem_rlhf.data.readers import FORMATS, ending, is_file, read_file, same_file
+from lowmem_rlhf.data.readers import FORMATS, ending, is_file, is_folder, read_file, same_file
 from lowmem_rlhf.data.table import Table
 from lowmem_rlhf.data.tasks import ARITHMETIC, REASONING_GYM, Split, generate, is_generated
 from lowmem_rlhf.data.values import Row, numbered, value_at
 from lowmem_rlhf.errors import UserError
-from lowmem_rlhf.paths import local_path
 from lowmem_rlhf.recipe import DataConfig
 from lowmem_rlhf.suggest import did_you_mean
 
@@ -67,9 +67,7 @@ def _source(data: DataConfig, split: Split) -> str:
 
 def _check_sources(data: DataConfig) -> None:
     for key, source in (("data.train", data.train), ("data.eval", data.eval)):
-        if source is None or is_generated(source) or is_file(source):
-            continue
-        if local_path(source).is_dir():
+        if source is None or is_generated(source) or is_file(source) or is_folder(source):
             continue
         if "/" not in source and (hint := did_you_mean(source, [ARITHMETIC])):
             raise UserError(f"{key}: {source!r} is no generated task{hint} (a Hub data set is written owner/name)")
@@ -172,9 +170,9 @@ def _held_out(table: Table, data: DataConfig, seed: int) -> list[int]:
 
 def _kept(table: Table, data: DataConfig, seed: int) -> list[int]:
     names = used_columns(data)
-    prompts = [
-        json.dumps([value_at(row, name) for name in names], sort_keys=True, default=str) for row in table.parts(names)
-    ]
+    if data.prompt is None and data.rejected is not None:
+        names.append(data.rejected)
+    prompts = [json.dumps(_prompt_of(row, names, data), sort_keys=True, default=str) for row in table.parts(names)]
     hidden = {prompts[index] for index in _held_out(table, data, seed)}
     kept = [index for index, prompt in enumerate(prompts) if prompt not in hidden]
     if not kept:
@@ -183,6 +181,18 @@ def _kept(table: Table, data: DataConfig, seed: int) -> list[int]:
             "rows share their prompts; give held-out data with data.eval, or set data.eval_size=0"
         )
     return kept
+
+
+def _prompt_of(row: Mapping[str, Any], names: Sequence[str], data: DataConfig) -> list[Any]:
+    """Return what rows with the same prompt share: of a pair without a prompt column, what both answers begin with."""
+    values = [value_at(row, name) for name in names]
+    if data.prompt is not None or len(values) != 2:
+        return values
+    for kind in (list, str):
+        if all(isinstance(value, kind) for value in values):
+            shared = [one for one, _ in takewhile(lambda both: both[0] == both[1], zip(*values, strict=False))]
+            return shared if kind is list else ["".join(shared).rpartition("Assistant:")[0]]
+    return values
 
 
 def _take(table: Table, indices: Iterable[int], size: int | None, seed: int) -> list[Row]:

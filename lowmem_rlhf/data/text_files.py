@@ -74,7 +74,7 @@ def decode(content: bytes, encoding: str | None = None) -> str:
             f"iconv -f {found} -t UTF-8 OLD > NEW"
         )
     try:
-        return body.decode(name)
+        return body.decode(name).lstrip("\ufeff")  # a mark that was put before another one
     except UnicodeDecodeError as error:
         if name != "utf-8":
             raise BrokenFile(

@@ -12,7 +12,7 @@ from typing import Any
 import yaml
 
 from lowmem_rlhf import __version__
-from lowmem_rlhf.data.readers import is_file
+from lowmem_rlhf.data.readers import is_file, is_folder
 from lowmem_rlhf.data.tasks import is_generated
 from lowmem_rlhf.errors import UserError
 from lowmem_rlhf.model.source import is_local, resolve_model
@@ -36,10 +36,8 @@ def model_name(model: str) -> str:
 
 def hub_datasets(data: dict[str, Any]) -> list[str]:
     """Return the Hub ids among the data sources of a recipe."""
-    sources = [data.get("train"), data.get("eval")]
-    return list(
-        dict.fromkeys(s for s in sources if s and not is_generated(s) and not is_file(s) and not _with_folder(s))
-    )
+    sources = [source for source in (data.get("train"), data.get("eval")) if source and not _with_folder(source)]
+    return list(dict.fromkeys(s for s in sources if not (is_generated(s) or is_file(s) or is_folder(s))))
 
 
 def without_folders(values: dict[str, Any]) -> tuple[dict[str, Any], dict[str, str]]:

@@ -290,6 +290,8 @@ def test_separators(read, caplog, name, text, said):
         ("q,a,q\nx,y,z\n", "two columns have the name 'q'"),
         ("q,,a\nx,y,z\n", "column 2 has no name"),
         ("q,a,\nx,y,\n", "column 3 has no name"),
+        ('q,"a\nb",\nx,y,\n', r"column 3 has no name in its first line \(q,a b,\)"),
+        ("\ufeff\ufeff", "has no rows"),
         (",q\na,x\n", "column 1 has no name"),
         ('q,a\n"x,y\nz,w\n', "the quote that opens in row 1 is never closed"),
         ('q,a\nx,y\nx,"y\nz,w\n', "the quote that opens in row 2 is never closed"),

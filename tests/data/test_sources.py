@@ -388,3 +388,36 @@ def test_real_gsm8k():
     train, held_out = (rows_of(split, **data) for split in ("train", "eval"))
     assert (len(train), len(held_out)) == (7473, 256)
     assert all("####" in row["answer"] for row in [*train, *held_out])
+
+
+def test_held_out_by_a_dotted_column(tmp_path):
+    made = [{"task": {"text": f"What is {n % 5} + 1?", "more": n}, "answer": str(n)} for n in range(20)]
+    for name in ("rows.jsonl", "rows.parquet"):
+        path = write(tmp_path / name, made)
+        train, held_out = (rows_of(split, train=path, prompt="task.text", eval_size=2) for split in ("train", "eval"))
+        assert len(held_out) == 2 and all(made[row.number - 1] == row for row in [*train, *held_out])
+        asked = {row["task"]["text"] for row in held_out}
+        assert [row for row in made if row["task"]["text"] not in asked] == train
+    refused(r"data.prompt: .* has no column 'tsak.text'", train=path, prompt="tsak.text")
+
+
+def test_pairs_without_a_prompt_column_are_held_out_by_what_they_share(tmp_path):
+    def chat(n, answer):
+        return [{"role": "user", "content": f"Say {n % 5}"}, {"role": "assistant", "content": answer}]
+
+    def dialogue(n, answer):
+        return f"\n\nHuman: Say {n % 5}\n\nAssistant: {answer}"
+
+    for form in (chat, dialogue):
+        pairs = [{"chosen": form(n, f"yes {n}"), "rejected": form(n, f"yes or no {n}")} for n in range(20)]
+        data = {"prompt": None, "answer": None, "chosen": "chosen", "rejected": "rejected", "eval_size": 2}
+        path = write(tmp_path / "pairs.jsonl", pairs)
+        train, held_out = (rows_of(split, train=path, **data) for split in ("train", "eval"))
+        hidden = {(row.number - 1) % 5 for row in held_out}
+        assert [row.number - 1 for row in train] == [n for n in range(20) if n % 5 not in hidden]
+
+
+@pytest.mark.parametrize("source", ["", " ", "x" * 5000, "nul\0.jsonl", "a\nb", "/root/../etc/no/such", "#"])
+def test_no_text_is_a_source_by_accident(source):
+    with pytest.raises(UserError, match=r"^data\.train: "):
+        rows_of(train=source)
