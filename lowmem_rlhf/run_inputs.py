@@ -1,5 +1,5 @@
-"""What a run was made of: fingerprints of its rows and of its base, in ``inputs.json``, and what holds them against
-what is here now. No torch here."""
+"""What a run was made of, in ``inputs.json``: fingerprints of its rows, its base and what was learned before it; and
+what holds them against what is here now. No torch here."""
 
 import hashlib
 import json
@@ -11,8 +11,8 @@ from lowmem_rlhf.data.readers import is_file
 from lowmem_rlhf.data.tasks import is_generated
 from lowmem_rlhf.data.values import JsonFloat, JsonInt
 from lowmem_rlhf.errors import UserError
-from lowmem_rlhf.model.fingerprint import Fingerprint, fingerprint, read_fingerprint
-from lowmem_rlhf.recipe import DataConfig, Recipe
+from lowmem_rlhf.model.fingerprint import Fingerprint, fingerprint, read_fingerprint, weights_fingerprint
+from lowmem_rlhf.recipe import LEARNED_REWARDS, REWARD_ADAPTER, DataConfig, Recipe
 
 if TYPE_CHECKING:
     from lowmem_rlhf.run import RunDirectory
@@ -74,9 +74,35 @@ def base_inputs(recipe: Recipe) -> dict[str, Any]:
     return {"model": recipe.model, **(found.to_dict() if found else {})}
 
 
+def learned_inputs(recipe: Recipe) -> dict[str, Any]:
+    """Return what inputs.json says of what was learned before: the adapter that training begins with, and the models
+    and adapters of rewards, by the recipe's key or the reward's name."""
+    found: dict[str, Any] = {}
+    if recipe.adapter is not None:
+        found["adapter"] = {"source": recipe.adapter, "weights": _adapter_weights(recipe.adapter)}
+    for reward in recipe.rewards:
+        if reward.function == REWARD_ADAPTER:
+            source = reward.options["adapter"]
+            found[f"rewards.{reward.name}"] = {"source": source, "weights": _adapter_weights(source)}
+        elif reward.function in LEARNED_REWARDS:
+            source = reward.options["model"]
+            its = fingerprint(source, reward.options.get("revision"))
+            found[f"rewards.{reward.name}"] = {"source": source, "weights": its.weights if its else None}
+    return {key: value for key, value in found.items() if value["weights"]}
+
+
+def _adapter_weights(reference: str) -> str | None:
+    from lowmem_rlhf.model.adapters import HEAD, WEIGHTS, adapter_folder
+
+    folder = adapter_folder(reference)
+    hashes = [weights_fingerprint(folder / name) for name in (WEIGHTS, HEAD) if (folder / name).is_file()]
+    return hashlib.sha256(":".join(map(str, hashes)).encode()).hexdigest() if all(hashes) else None
+
+
 def run_inputs(recipe: Recipe, train: Rows, held_out: Rows) -> dict[str, Any]:
     """Return all that inputs.json holds."""
-    return {"data": data_inputs(recipe.data, train, held_out), "base": base_inputs(recipe)}
+    data, base = data_inputs(recipe.data, train, held_out), base_inputs(recipe)
+    return {"data": data, "base": base, **({"learned": learned} if (learned := learned_inputs(recipe)) else {})}
 
 
 def rows_differ(kept: Any, rows: Rows) -> str:
@@ -106,12 +132,37 @@ def check_resumed_data(run: "RunDirectory", recipe: Recipe, train: Rows, held_ou
         if difference := rows_differ(kept.get(split), rows):
             source = recipe.data.eval or recipe.data.train if split == "eval" else recipe.data.train
             which = "rows" if split == "train" else "held-out rows"
-            revision, now = kept[split].get("revision"), _revision(source).get("revision")
-            moved = f"; its commit was {revision[:SHOWN]}, is now {now[:SHOWN]}" if revision and now != revision else ""
+            was, now = kept[split].get("revision"), _revision(source).get("revision")
+            moved = f"; its commit was {was[:SHOWN]}, is now {now[:SHOWN]}" if was and now and now != was else ""
             raise UserError(
                 f"--resume: the {which} of {source} are not those that the run began with ({difference}{moved}); put "
                 "the data back, or start a new run with another --output"
             )
+
+
+def other_learned(run: "RunDirectory", recipe: Recipe) -> dict[str, str]:
+    """Return by key (see `learned_inputs`) what was learned before the run and is not what it was then, in words."""
+    kept, found = run.inputs().get("learned") or {}, {}
+    for key, now in learned_inputs(recipe).items() if kept else ():
+        was = (kept.get(key) or {}).get("weights")
+        if was and was != now["weights"]:
+            found[key] = (
+                f"{key}: {now['source']} is not what the run in {run.path} was trained with: other weights "
+                f"({was[:SHOWN]}, now {now['weights'][:SHOWN]})"
+            )
+    return found
+
+
+def check_learned(run: "RunDirectory", recipe: Recipe, resume: bool = False) -> None:
+    """Check that the adapter that training began with is the same still; on a resume the models of rewards as well.
+
+    Raises:
+        UserError: one is another.
+    """
+    for key, difference in other_learned(run, recipe).items():
+        if resume or key == "adapter":
+            remedy = ", or start a new run with another --output" if resume else ""
+            raise UserError(f"{'--resume: ' if resume else ''}{difference}; put it back{remedy}")
 
 
 def check_base(run: "RunDirectory", recipe: Recipe, resume: bool = False) -> str:

@@ -50,9 +50,12 @@ def _values(run: Path) -> dict[str, Any]:
 def start_folder(run: Path) -> Path | None:
     """Return the folder that a run was started in, or where it has come to with the run; None where it is gone."""
     values = _values(run)
-    for place in (values.get("start"), values.get("from_run") and run.resolve() / str(values["from_run"])):
-        if place and Path(place).is_dir():
-            return Path(place).resolve()
+    if (start := values.get("start")) and Path(start).is_dir():
+        return Path(start).resolve()
+    if values.get("from_run"):
+        moved = (run.resolve() / str(values["from_run"])).resolve()
+        if any((moved / text).exists() for text in values.get("paths") or ()):
+            return moved
     return None
 
 

@@ -22,7 +22,7 @@ from lowmem_rlhf.planning.plan import Plan, check_positions, make_plan
 from lowmem_rlhf.recipe import Recipe
 from lowmem_rlhf.recipe_trl import TRL_TRAINERS
 from lowmem_rlhf.run import RunDirectory, default_output
-from lowmem_rlhf.run_inputs import check_base, check_resumed_data, run_inputs
+from lowmem_rlhf.run_inputs import check_base, check_learned, check_resumed_data, run_inputs
 from lowmem_rlhf.run_start import as_written, located, paths_explained
 
 if TYPE_CHECKING:
@@ -144,6 +144,7 @@ def _train(recipe: Recipe, path: Path, resume: bool, written: Recipe) -> RunDire
     RunDirectory.check(path, as_written(recipe, written, path), resume)
     if resume:
         check_base(RunDirectory(path), recipe, resume)
+        check_learned(RunDirectory(path), recipe, resume)
 
     from lowmem_rlhf.data.sources import load_rows
 

@@ -16,7 +16,7 @@ from lowmem_rlhf.hardware.detect import detect
 from lowmem_rlhf.hardware.device import Device
 from lowmem_rlhf.recipe import Recipe
 from lowmem_rlhf.run import ADAPTER, RunDirectory
-from lowmem_rlhf.run_inputs import check_base
+from lowmem_rlhf.run_inputs import check_base, check_learned
 from lowmem_rlhf.run_start import located, paths_explained
 from lowmem_rlhf.session import hush
 
@@ -39,6 +39,7 @@ def conversation(run: RunDirectory, step: int | None, device: str | None, wish: 
     base, recipe = open_policy(run, step, device)
     if wish.compare:
         with paths_explained(run.path, run.recipe()):
+            check_learned(run, recipe)
             add_start(base, recipe)
     with memory_explained(recipe), base.decoding(plan_settings(run).get("rollout_weights") == "dequantized"):
         yield Talk(base, recipe, wish)

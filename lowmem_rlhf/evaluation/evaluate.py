@@ -16,6 +16,7 @@ from lowmem_rlhf.evaluation.subject import Subject, open_model_subject, open_run
 from lowmem_rlhf.model.roles import REFERENCE
 from lowmem_rlhf.recipe import Recipe
 from lowmem_rlhf.run import RunDirectory
+from lowmem_rlhf.run_start import as_written
 
 
 def evaluate_run(
@@ -41,7 +42,8 @@ def evaluate_run(
     subject = open_run_subject(run, overrides, step, device, judged=not tasks)
     if tasks:
         return _task_outcome(subject, tasks, limit, chat)
-    return outcome(subject.recipe, measure(subject), subject.steps)
+    recipe = as_written(subject.recipe, run.recipe(), run.path)
+    return outcome(recipe, measure(subject), subject.steps)
 
 
 def evaluate_models(models: Sequence[str], recipe: Recipe, given: list[str], device: str | None) -> dict[str, Any]:

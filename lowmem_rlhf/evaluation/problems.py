@@ -62,7 +62,8 @@ def held_out_rows(trained: Recipe | None, wanted: Recipe, kept: Any = None, othe
         if other:
             _say_other(kept, rows, wanted.data)
         else:
-            _check_kept(kept, rows if _same_source(trained, wanted) else load_rows(trained.data, "eval", seed), trained)
+            same = trained.data.eval_size == size
+            _check_kept(kept, rows if same else load_rows(trained.data, "eval", seed), trained)
         return rows
     if _apart(trained.data):
         raise UserError(
@@ -79,10 +80,6 @@ def held_out_rows(trained: Recipe | None, wanted: Recipe, kept: Any = None, othe
     if size == len(rows):
         return rows
     return [rows[i] for i in sorted(random.Random(f"take/{seed}").sample(range(len(rows)), size))]
-
-
-def _same_source(trained: Recipe, wanted: Recipe) -> bool:
-    return trained.data.eval_size == wanted.data.eval_size
 
 
 def _check_kept(kept: Any, rows: Sequence[dict[str, Any]], trained: Recipe) -> None:

@@ -4,6 +4,7 @@ A model is held in the precision that its weights are stored in, whatever the re
 4 bits, or rounding it to bfloat16, would lose the change that training made.
 """
 
+import logging
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -25,10 +26,13 @@ from lowmem_rlhf.rewards.loading import Reward, check_reward_columns, load_rewar
 from lowmem_rlhf.rewards.references import check_references
 from lowmem_rlhf.rollout.generate import Limits
 from lowmem_rlhf.run import RECIPE, RunDirectory
+from lowmem_rlhf.run_inputs import check_learned, other_learned
 from lowmem_rlhf.run_start import located, paths_explained
 from lowmem_rlhf.session import held_against_stock, hush, running_plan
 from lowmem_rlhf.training.build import bind_rewards
 from lowmem_rlhf.training.update import PassSettings
+
+logger = logging.getLogger(__name__)
 
 Rows = Sequence[dict[str, Any]]
 # settings that change no result
@@ -94,6 +98,7 @@ def _open_run(
             "used as a reward"
         )
     say_base(run, recipe)
+    _say_learned(run, recipe)
     other = any(override.partition("=")[0].strip() == "data.eval" for override in overrides)
     kept = (run.inputs().get("data") or {}).get("eval")
     rows = held_out_rows(trained, recipe, kept, other) if judged else []
@@ -180,6 +185,17 @@ def _subject(
     limits = Limits(cut["rollout_batch_size"], cut["micro_batch_tokens"], passes.tile)
     dequantize = settings.get("rollout_weights") == "dequantized"
     return Subject(base, recipe, rewards, rows, roles, limits, passes, dequantize, steps)
+
+
+def _say_learned(run: RunDirectory, recipe: Recipe) -> None:
+    """Say which models of rewards are not those of the run.
+
+    Raises:
+        UserError: so is the adapter that the reference is.
+    """
+    check_learned(run, recipe)
+    for difference in other_learned(run, recipe).values():
+        logger.warning(difference)
 
 
 def _rewards(recipe: Recipe, rows: Rows, device: Device, free_bytes: int) -> list[Reward]:

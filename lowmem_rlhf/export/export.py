@@ -34,6 +34,7 @@ from lowmem_rlhf.model.fingerprint import BASE
 from lowmem_rlhf.planning.dimensions import model_dimensions
 from lowmem_rlhf.planning.export import export_disk_bytes, export_memory_bytes
 from lowmem_rlhf.run import RunDirectory
+from lowmem_rlhf.run_inputs import check_learned
 from lowmem_rlhf.run_start import located, paths_explained
 from lowmem_rlhf.session import hush
 
@@ -233,6 +234,7 @@ class Export:
             raise UserError(f"--heads: the run in {self.run.path} trained no value or score head; leave it out")
         parts = {CRITIC: critic}
         if self.recipe.adapter and self.recipe.ppo.critic == "adapter":  # it lies above the adapter of the start
+            check_learned(self.run, self.recipe)
             parts[START] = adapter_folder(self.recipe.adapter)
         copied = []
         for part, source in parts.items():

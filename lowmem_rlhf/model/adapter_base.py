@@ -11,6 +11,7 @@ from pathlib import Path
 
 from lowmem_rlhf.errors import UserError
 from lowmem_rlhf.model.fingerprint import BASE, Fingerprint, fingerprint, read_base
+from lowmem_rlhf.model.source import resolve_model
 
 logger = logging.getLogger(__name__)
 
@@ -43,19 +44,22 @@ def check_adapter_base(
         return
     name, its = kept or (base, fingerprint(base, base_revision) if now else None)
     if now and its and its.kind == now.kind:
-        _compare(reference, folder, name, its, model, now)
+        _compare(reference, folder, name, base, its, model, now)
     elif base and not same_place(base, model):
         _check_name(reference, folder, base, model)
 
 
-def _compare(reference: str, folder: Path, base: str, its: Fingerprint, model: str, now: Fingerprint) -> None:
+def _compare(
+    reference: str, folder: Path, base: str, named: str, its: Fingerprint, model: str, now: Fingerprint
+) -> None:
     parts = its.differing(now)
     if "weights" in parts:
+        there = named and not same_place(named, model)
+        remedy = f"give model={full_precision(named)}" if there else "give the model that it was trained on"
         beside = f"{folder / BASE} tells" if (folder / BASE).is_file() else f"{folder / CONFIG} names"
         raise UserError(
             f"adapter {reference!r} was trained on other weights than the recipe's model has: on {base!r} "
-            f"({its.weights[:SHOWN]}, as {beside}), and {model!r} has {now.weights[:SHOWN]}; give the model that it "
-            "was trained on"
+            f"({its.weights[:SHOWN]}, as {beside}), and {model!r} has {now.weights[:SHOWN]}; {remedy}"
         )
     if "config" in parts:
         _say(f"adapter {reference} was trained on the weights of {model}, but with another config.json")
@@ -65,6 +69,7 @@ def _check_name(reference: str, folder: Path, base: str, model: str) -> None:
     mine, its = _short(model), _short(base)
     twin = full_precision(base)
     if mine == its:
+        resolve_model(model)  # a model that is not there is the trouble then
         _say(
             f"adapter {reference} was trained on {base}, and the model is {model}: only the names agree, whether the "
             "weights do is not known"

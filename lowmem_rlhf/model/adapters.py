@@ -30,6 +30,8 @@ SOME_LAYERS = {
     "layers_to_transform": "the adapter is beside some layers only",
     "layer_replication": "the adapter is of a model with layers that are repeated",
 }
+# names of token embeddings and output heads
+OUTSIDE = ("embed_tokens", "lm_head", "wte", "embed_in", "embed_out", "word_embeddings")
 # values of init_lora_weights, besides true and false, that leave the base as it is
 PLAIN_STARTS = ("gaussian", "orthogonal", "eva", "mica")
 
@@ -167,6 +169,13 @@ def _check_kind(reference: str, folder: Path, config: dict[str, Any], model: str
     if more:
         raise UserError(
             f"adapter {reference!r} has {more[0]}, more than a low-rank product of one shape; it cannot be used"
+        )
+    targets = config.get("target_modules") or ()
+    beside = [name for name in targets if name.rsplit(".", 1)[-1] in OUTSIDE] if not isinstance(targets, str) else []
+    if beside:
+        raise UserError(
+            f"adapter {reference!r} is beside {beside[0]} too; here only linear layers inside the model carry one: "
+            "train one without it, or merge it into its base (peft's merge_and_unload) and give that as the model"
         )
     for name, why in SOME_LAYERS.items():
         if (value := config.get(name)) not in (None, [], "") and not _is_every_layer(value, model, revision):

@@ -99,6 +99,14 @@ def fingerprint(model: str, revision: str | None = None) -> Fingerprint | None:
         return None
 
 
+def weights_fingerprint(file: Path) -> str | None:
+    """Return the hash of the tensors of one safetensors file, such as an adapter's; None where it cannot be read."""
+    try:
+        return _safetensors(((file, *_version(file)),))
+    except (OSError, ValueError, TypeError, KeyError):
+        return None
+
+
 def write_base(folder: Path, values: Any) -> None:
     """Write base.json beside every adapter below a folder: which base it was trained on, without this machine's paths.
 
@@ -165,7 +173,9 @@ def _header(path: Path) -> tuple[int, dict[str, Any]]:
         length = int.from_bytes(file.read(8), "little")
         if length > _HEADER_LIMIT:
             raise ValueError("no safetensors file")
-        tensors = dict(json.loads(file.read(length)))
+        tensors = json.loads(file.read(length))
+    if not isinstance(tensors, dict) or not tensors:
+        raise ValueError("no safetensors file")
     tensors.pop("__metadata__", None)
     return 8 + length, tensors
 

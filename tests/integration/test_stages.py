@@ -364,7 +364,7 @@ STYLED = [{"function": "classifier", "options": {"model": "classifier/model", "l
         (
             {"adapter": "wide", "lora": LORA},
             [],
-            ["adapter 'wide' was trained on other weights than the recipe's model has: on 'model0'"],
+            ["adapter 'wide' was trained on other weights than the recipe's model has: on 'model"],
         ),
         ({}, ["training.num_train_epochs=2"], ["training.num_train_epochs: is for sft, reward_model and classifier"]),
         ({"algorithm": "ppo"}, ["ppo.critic=reward"], ["ppo.critic: got reward, but no reward of this recipe is a"]),

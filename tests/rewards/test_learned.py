@@ -221,7 +221,7 @@ def test_what_is_no_classifier_is_refused(folders, tmp_path):
 
     pickled = copy("pickled")
     (pickled / "model.safetensors").rename(pickled / "pytorch_model.bin")
-    refused("has no safetensors weights, and pickled ones are never read; take a model", model=pickled, label=0)
+    refused("holds its weights as pytorch_model.bin, which can only be read by unpickling it", model=pickled, label=0)
     torn = copy("torn")
     (torn / "model.safetensors").write_bytes(b"torn")
     refused("cannot be loaded: Error while deserializing header", model=torn, label=0)
