@@ -97,8 +97,8 @@ def find_recipe(recipe: str) -> Path:
         inside = [file for file in sorted(path.iterdir()) if file.suffix in (".yaml", ".yml")]
         hint = f"; did you mean {inside[0]}?" if len(inside) == 1 else ""
         raise UserError(f"recipe {recipe!r} is a folder; give the recipe's file, or the name of a shipped one{hint}")
-    near = [path.with_suffix(suffix) for suffix in (".yaml", ".yml")]
-    hint = next((f"; did you mean {str(file)!r}?" for file in near if path.name and file.is_file()), "")
+    near = [path.parent / f"{stem}{ending}" for stem in (path.stem, path.name) for ending in (".yaml", ".yml")]
+    hint = next((f"; did you mean {str(file)!r}?" for file in near if file.is_file()), "")
     raise UserError(
         f"recipe {recipe!r} is neither a file nor a shipped recipe ({', '.join(known)})"
         f"{hint or did_you_mean(path.stem, known)}"

@@ -23,6 +23,7 @@ _MERGE = "<<"
 _FLOAT = re.compile(
     r"[-+]?(\.[0-9]+|(0|[1-9][0-9]*)(\.[0-9]*)?)([eE][-+]?[0-9]+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)"
 )
+_DIGITS = 1000  # Python reads no integers of many more
 _INT = re.compile(r"[-+]?(0|[1-9][0-9]*)")
 _WORDS: dict[str, Any] = {
     **dict.fromkeys(("", "~", "null", "Null", "NULL")),
@@ -66,7 +67,7 @@ class Scalar:
         if text in _WORDS:
             return _WORDS[text]
         if _INT.fullmatch(text):
-            return int(text)
+            return int(text) if len(text) < _DIGITS else text
         return float(re.sub(r"\.(?=[a-zA-Z])", "", text)) if _FLOAT.fullmatch(text) else self.text
 
 
@@ -100,13 +101,15 @@ def read_yaml(text: str) -> Tree:
     """
     try:
         node = _Reader(text).get_single_node()
+        return Scalar("") if node is None else _tree(node, text, ())
+    except RecursionError:
+        raise BadYAML("lists or keys lie in each other too deep") from None
     except ReaderError as error:
         line = text.count("\n", 0, error.position) + 1
         code = int(str(error.character))  # PyYAML gives the code point
         raise BadYAML(f"line {line}: holds the control character U+{code:04X}; take it out") from None
     except yaml.MarkedYAMLError as error:
         raise BadYAML(_explained(error)) from None
-    return Scalar("") if node is None else _tree(node, text, ())
 
 
 _REMEDIES = {
