@@ -163,9 +163,9 @@ def _looked_at(recipe: "Recipe", network: bool) -> "Recipe":
 
     hush()
     seen = look(recipe, 0, network)
+    seen.check()
     for line in seen.lines():
         print(line, file=sys.stderr)
-    seen.check()
     return seen.recipe
 
 

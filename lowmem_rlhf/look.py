@@ -51,7 +51,11 @@ class Look:
 
     def lines(self) -> list[str]:
         """Return what is worth saying, of the recipe, of what is left out of its rows, and of the others."""
-        return [*self.said, *(line for split in self.splits.values() for line in (*split.dropped, *split.said))]
+        found = list(self.said)
+        for split in self.splits.values():
+            found += ["\n  ".join(split.dropped)] if split.dropped else []
+            found += split.said
+        return found
 
     def check(self) -> None:
         """Check that the recipe can run.

@@ -121,7 +121,7 @@ class DataConfig(Section):
     eval_size: int = Field(128, ge=0)
     field: NameOrNull = None  # of a .json file: the key that its rows lie under; absent: found where only one can be
     options: dict[str, Any] = Field(default_factory=dict)  # options of a generated task
-    prompt: NameOrNull = "question"  # column: text or messages; a.b: part b of a; null: what a pair shares
+    prompt: Name | None = "question"  # column: text or messages; a.b: part b of a; null: what a pair shares
     answer: NameOrNull = "answer"  # column with the reference answer, given to rewards as `answer`
     completion: NameOrNull = None  # sft: the column that is learned; absent: `answer`
     messages: NameOrNull = None  # sft: a column of whole conversations, in place of prompt and completion

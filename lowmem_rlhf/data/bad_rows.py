@@ -107,8 +107,8 @@ class RowReport:
         if self._collect:
             return
         self.check()
-        for line in self.left_out_lines():
-            logger.warning("%s", line)
+        if lines := self.left_out_lines():
+            logger.warning("%s", "\n  ".join(lines))
         for line in self.said():
             logger.warning("%s", line)
 
@@ -147,7 +147,7 @@ class RowReport:
         ]
 
     def left_out_lines(self) -> list[str]:
-        """Return a line for each reason that rows are left out for."""
+        """Return a line for each reason that rows are left out for, with a heading where there are several."""
         lines = [
             f"{len(rows)} of {self.rows} rows are left out, {reason} (first: {self._place(rows[0][0])}: {rows[0][1]})"
             for reason, rows in self.bad.items()
@@ -158,7 +158,7 @@ class RowReport:
                 f"{len(above)} of {self.rows} {noun}s have more than {limit} tokens and are left out (first: "
                 f"{self._place(number)}, {length} tokens)"
             )
-        return lines
+        return lines if len(lines) < 2 else [f"{self.rows - self.kept} of {self.rows} rows are left out:", *lines]
 
     def _place(self, number: int) -> str:
         return f"row {number}{f' of {self._source}' if self._source else ''}"

@@ -13,6 +13,7 @@ from lowmem_rlhf.data.table import Table
 from lowmem_rlhf.data.tasks import ARITHMETIC, REASONING_GYM, Split, generate, is_generated
 from lowmem_rlhf.data.values import Row, numbered, value_at
 from lowmem_rlhf.errors import UserError
+from lowmem_rlhf.paths import local_path
 from lowmem_rlhf.recipe import DataConfig
 from lowmem_rlhf.suggest import did_you_mean
 

@@ -87,6 +87,8 @@ def save_model(name: str, folder: Path) -> Path:
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
+    from lowmem_rlhf.model.load import quiet
+
     tokenizer = tokenizer_named(name)
     config = AutoConfig.for_model(
         "llama",
@@ -103,6 +105,7 @@ def save_model(name: str, folder: Path) -> Path:
         pad_token_id=tokenizer.pad_token_id,
     )
     torch.manual_seed(0)
-    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    with quiet():
+        AutoModelForCausalLM.from_config(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder

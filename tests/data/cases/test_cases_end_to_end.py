@@ -59,13 +59,13 @@ def look(command, name, rows, **settings):
 
 
 def test_the_look_says_what_is_left_out(command):
-    seen = look(command, "chatml", CONVERSATIONS, data={"messages": "messages", "bad_rows": "drop"})
+    seen = look(command, "chatml", CONVERSATIONS, data={"messages": "messages", "bad_rows": "drop"})["train"]
     assert sorted((one["row"], one["count"]) for one in seen["left_out"]) == [(2, 1), (3, 1)]
     assert all(one["reason"] for one in seen["left_out"])
 
 
 def test_the_look_says_which_answers_are_learned(command):
-    seen = look(command, "chatml", [{"messages": TALK}] * 2, data={"messages": "messages"})
+    seen = look(command, "chatml", [{"messages": TALK}] * 2, data={"messages": "messages"})["train"]
     assert seen["left_out"] == []
     assert [one for one in seen["said"] if "last" in one and "3" in one]
 
@@ -73,7 +73,7 @@ def test_the_look_says_which_answers_are_learned(command):
 def test_the_look_says_what_roles_became(command):
     rows = [{"question": [turn("human", "Hi"), turn("gpt", "Hello."), turn("human", "A port?")], "answer": "Kiel."}] * 2
     seen = look(command, "chatml", rows, data={"prompt": "question", "completion": "answer"})
-    assert [one for one in seen["said"] if "human" in one]
+    assert [one for one in seen["train"]["said"] if "human" in one]
 
 
 def test_the_look_at_a_thought_that_the_template_drops(command):
@@ -84,7 +84,7 @@ def test_the_look_at_a_thought_that_the_template_drops(command):
     if done.code == 2:
         assert "row 1" in done.err and "template" in done.err
     else:
-        assert [one for one in json.loads(done.out)["said"] if "template" in one]
+        assert [one for one in json.loads(done.out)["train"]["said"] if "template" in one]
 
 
 @pytest.mark.parametrize("verb", [["data"], ["data", "--json"], ["plan"], ["train", "--dry-run"], ["train"]])
