@@ -9,7 +9,7 @@ from lowmem_rlhf.algorithms.grpo import group_advantages
 from lowmem_rlhf.model.roles import POLICY, REFERENCE
 from lowmem_rlhf.recipe import Recipe
 from lowmem_rlhf.report.live import LiveView
-from lowmem_rlhf.training.metrics import Rollout, update_metrics
+from lowmem_rlhf.training.metrics import Rollout, all_alike, update_metrics
 from lowmem_rlhf.training.online import Learned
 from lowmem_rlhf.training.update import Batch, PassSettings, measure, rows_to_train, score, update
 
@@ -51,7 +51,8 @@ class GRPO:
         if quiet:
             stats = replace(quiet, loss=stats.loss, grad_norm=stats.grad_norm)
         # without an advantage there is no signal: the KL term's gradient is zero while policy and reference agree
-        signal = [row for row in rows if batch.advantages[row]]
+        alike = all_alike(rollout)
+        signal = [row for row in rows if batch.advantages[row] and not alike[row]]
         return Learned(batch, update_metrics(batch, stats, settings), signal)
 
     def state(self) -> dict[str, Any]:

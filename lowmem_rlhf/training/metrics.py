@@ -26,11 +26,12 @@ class Rollout:
 
 @dataclass(frozen=True)
 class Seen:
-    """Completions of a whole run, and how many of them ended by themselves and got a reward."""
+    """Completions of a whole run, and how many ended by themselves, got a reward, and have an unlike one in their group."""
 
     completions: int = 0
     ended: int = 0
     rewarded: int = 0
+    unlike: int = 0
 
     def with_rollout(self, rollout: Rollout) -> "Seen":
         """Return the counts with those of one more step."""
@@ -38,11 +39,12 @@ class Seen:
             self.completions + len(rollout.completions),
             self.ended + sum(not one.truncated for one in rollout.completions),
             self.rewarded + sum(total == total for total in rollout.scores.total),
+            self.unlike + sum(not alike for alike in all_alike(rollout)),
         )
 
     def why_nothing(self, max_completion_length: int) -> str:
         """Return why nothing was learned, where that shows here; empty where it does not."""
-        if not self.completions or (self.rewarded and self.ended):
+        if not self.completions or (self.rewarded and self.ended and self.unlike):
             return ""
         reasons, remedies = [], []
         if not self.rewarded:
@@ -51,8 +53,24 @@ class Seen:
         if not self.ended:
             reasons.append(f"every completion was cut at {max_completion_length} tokens before it had ended")
             remedies.append("raise generation.max_completion_length")
+        if not self.unlike:
+            reasons.append("all completions of each prompt were the same text, so that none is better than the others")
+            remedies.append("raise generation.temperature, or take a model that knows more than one answer")
         said = ", and ".join(reasons)
         return f"nothing was learned: {said}; look at samples.jsonl; {', and '.join(remedies)}"
+
+
+def all_alike(rollout: Rollout) -> list[bool]:
+    """Return of each completion whether all of its prompt's completions have the same tokens, and there are several.
+
+    Whatever their rewards: advantages of a group that sum to zero then cancel in the gradient.
+    """
+    group = len(rollout.completions) // len(rollout.examples)
+    found: list[bool] = []
+    for start in range(0, len(rollout.completions), group):
+        first, *others = (one.ids for one in rollout.completions[start : start + group])
+        found += [bool(others) and all(ids == first for ids in others)] * group
+    return found
 
 
 def silent_rewards(rollout: Rollout) -> list[str]:

@@ -155,7 +155,7 @@ class Trainer(Loop):
 
     def load_state(self, state: dict[str, Any]) -> None:
         """See `Loop.load_state`."""
-        self.seen = Seen(**state.pop(SEEN)) if SEEN in state else Seen(1, 1, 1)  # older checkpoints do not tell
+        self.seen = Seen(**state.pop(SEEN)) if SEEN in state else Seen(1, 1, 1, 1)  # older checkpoints do not tell
         self.algorithm.load_state(state)
 
     def why_nothing(self) -> str:

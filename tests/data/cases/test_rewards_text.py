@@ -404,3 +404,11 @@ def test_what_was_seen_before_a_resume_counts(train, tmp_path):
     done = train("--resume", rewards="rew.py:once", steps=2, max_completion_length=150, temperature=5.0)
     assert done.code == 1 and "going on after step 1" in done.out
     assert "same reward" in done.err and "no reward applied" not in done.err
+
+
+def test_completions_that_are_all_the_same_teach_nothing_whatever_their_rewards(train):
+    """Advantages that sum to zero over one and the same text cancel: that is no fault of the adapter."""
+    done = train(rewards="rew.py:tags", temperature=1e-4, max_completion_length=150)
+    assert done.code == 1
+    assert "all completions of each prompt were the same text" in done.err and "temperature" in done.err
+    assert "did not change the adapter" not in done.err
