@@ -14,6 +14,7 @@ from typing import Any, Protocol
 import torch
 from rich.console import Console
 
+from lowmem_rlhf.data.examples import read_data
 from lowmem_rlhf.data.prompts import Example, PromptStream
 from lowmem_rlhf.data.supervised import Pair, Supervised
 from lowmem_rlhf.live_bytes import LiveBytes
@@ -70,7 +71,7 @@ def trainer_of(recipe: Recipe, plan: Plan, folder: Path) -> Loop:
     def run_directory(resolved: Recipe) -> RunDirectory:
         return RunDirectory.create(folder / "run", resolved, plan.to_dict(), resume=False)
 
-    trainer: Any = make_trainer(recipe, plan, base, rewards, rows, [], run_directory)
+    trainer: Any = make_trainer(recipe, plan, base, rewards, read_data(recipe, rows, [], base.tokens), run_directory)
     examples = list(_examples(recipe, base.head.vocabulary))
     trainer.stream = PromptStream(examples, recipe.training.prompts_per_step, recipe.training.seed)
     return trainer

@@ -146,7 +146,9 @@ def _train(recipe: Recipe, path: Path, resume: bool, written: Recipe) -> RunDire
         check_base(RunDirectory(path), recipe, resume)
         check_learned(RunDirectory(path), recipe, resume)
 
+    from lowmem_rlhf.data.examples import read_data
     from lowmem_rlhf.data.sources import load_rows
+    from lowmem_rlhf.model.tokenizer import load_tokens
 
     rows, held_out_rows = load_rows(recipe.data, "train", recipe.training.seed), []
     if recipe.data.eval_size:
@@ -164,7 +166,12 @@ def _train(recipe: Recipe, path: Path, resume: bool, written: Recipe) -> RunDire
     from lowmem_rlhf.training.build import add_roles, make_trainer
 
     print_plan({**plan.to_dict(), **placed})
+    tokens = load_tokens(recipe.model, recipe.revision, recipe.trust_remote_code)
+    assert tokens is not None  # the Hub may be asked
+    data = read_data(recipe, rows, held_out_rows, tokens)
     base = _shared_base(recipe, plan)
+    if base.stop_ids != tokens.stop_ids:  # a model may know of more ends than its files say
+        data = read_data(recipe, rows, held_out_rows, base.tokens)
     if resume:
         check_base(RunDirectory(path), recipe, resume)  # once more: now a Hub's model is here
     limit = base.rotary_limit
@@ -194,7 +201,7 @@ def _train(recipe: Recipe, path: Path, resume: bool, written: Recipe) -> RunDire
     make: Callable[..., Loop] = make_trainer
     if recipe.algorithm in TRL_TRAINERS:
         from lowmem_rlhf.training.trl_loop import make_trl_loop as make
-    trainer = make(recipe, plan, base, rewards, rows, held_out_rows, run_directory)
+    trainer = make(recipe, plan, base, rewards, data, run_directory)
     if resume:
         trainer.resume()
     print(f"run directory: {trainer.run.path}", flush=True)

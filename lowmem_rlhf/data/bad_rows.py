@@ -67,11 +67,18 @@ class RowReport:
         self.notes: dict[str, list[int]] = {}
         self.long: LongRows | None = None
         self.learn_all = False
+        self.spoken: RowReport | None = None  # of an earlier reading of these rows
 
     def each(self, rows: Iterable[Mapping[str, Any]]) -> list[Row]:
         """Return the rows, numbered, and remember how many they are."""
         found = numbered(rows)
         self.rows = len(found)
+        return found
+
+    def again(self) -> "RowReport":
+        """Return a report for the same rows, read once more for something else: what was said is not said again."""
+        found = RowReport(self._data, self._source)
+        found.spoken = self
         return found
 
     @contextmanager
@@ -107,10 +114,12 @@ class RowReport:
         if self._collect:
             return
         self.check()
-        if lines := self.left_out_lines():
+        earlier = self.spoken
+        if (lines := self.left_out_lines()) and (earlier is None or lines != earlier.left_out_lines()):
             logger.warning("%s", "\n  ".join(lines))
         for line in self.said():
-            logger.warning("%s", line)
+            if earlier is None or line not in earlier.said():
+                logger.warning("%s", line)
 
     def check(self) -> None:
         """Raise the error of `finish`, if there is one."""

@@ -7,16 +7,16 @@ from itertools import pairwise
 from typing import Any
 
 from lowmem_rlhf.data.bad_rows import RowReport
+from lowmem_rlhf.data.examples import examples_of, ids_of
 from lowmem_rlhf.data.formats import detect_format
-from lowmem_rlhf.data.prompts import Example, build_examples
+from lowmem_rlhf.data.prompts import Example
 from lowmem_rlhf.data.sources import peek
-from lowmem_rlhf.data.supervised import Pair, Supervised, build_pairs, build_supervised, labelled_texts
+from lowmem_rlhf.data.supervised import Pair, Supervised
 from lowmem_rlhf.data.tasks import Split, is_generated
 from lowmem_rlhf.data.values import Row
 from lowmem_rlhf.model.tokenizer import Tokens
 from lowmem_rlhf.model.vocabulary import check_ids
-from lowmem_rlhf.recipe import ONLINE, Recipe
-from lowmem_rlhf.recipe_trl import TRL_TRAINERS
+from lowmem_rlhf.recipe import Recipe
 
 _BINS = 10
 
@@ -99,33 +99,15 @@ def preview_split(
     report = RowReport(data, (data.eval or "") if split == "eval" else "", collect=True)
     if tokens is None:
         return found, report
-    made = _made(recipe, split, rows, tokens, report)
+    made = examples_of(recipe, rows, tokens, report)
     found.kept = len(made)
     found.shown = [_pieces(one, tokens.tokenizer) for one in made[:shown]]
     found.lengths = [length for _, length in report.long.lengths] if report.long else _text_lengths(made, tokens)
     found.learned = [_learned(one) for one in made]
     found.left_out, found.dropped, found.said = report.left_out(), report.left_out_lines(), report.said()
     if tokens.rows is not None:
-        check_ids(tokens.tokenizer, tokens.rows, (ids for one in made for ids in _ids(one)))
+        check_ids(tokens.tokenizer, tokens.rows, (ids for one in made for ids in ids_of(one)))
     return found, report
-
-
-def _made(recipe: Recipe, split: Split, rows: Sequence[Row], tokens: Tokens, report: RowReport) -> list[Any]:
-    """Return the examples that a recipe's algorithm learns from."""
-    data, tokenizer, stops = recipe.data, tokens.tokenizer, tokens.stop_ids
-    if recipe.algorithm == "sft":
-        return list(build_supervised(rows, data, recipe.sft, tokenizer, stops, report))
-    if recipe.algorithm == "reward_model":
-        length = recipe.reward_model.max_length
-        return list(build_pairs(rows, data, length, tokenizer, stops, report=report))
-    if recipe.algorithm in TRL_TRAINERS:
-        from lowmem_rlhf.training.trl_data import read_examples
-
-        return list(read_examples(rows, recipe, tokenizer, stops, report))
-    if recipe.algorithm == "classifier":
-        return list(zip(*labelled_texts(rows, data, report), strict=True))
-    assert recipe.algorithm in ONLINE
-    return list(build_examples(rows, data, tokenizer, stops, report))
 
 
 def _pieces(example: Any, tokenizer: Any) -> list[Piece]:
@@ -153,13 +135,6 @@ def _runs(example: Supervised, piece: Callable[[str, Sequence[int]], Piece]) -> 
     return [piece("learned" if learned[start] else "read", ids[start:end]) for start, end in pairwise(cuts)]
 
 
-def _ids(example: Any) -> list[list[int]]:
-    if isinstance(example, tuple):
-        return []
-    names = ("prompt_ids", "completion_ids", "chosen_ids", "rejected_ids")
-    return [getattr(example, name) for name in names if hasattr(example, name)]
-
-
 def _text_lengths(examples: Sequence[Any], tokens: Tokens) -> list[int]:
     """Return the tokens of a classifier's texts, the only examples that no limit is held against."""
     texts = [text for text, _ in examples]
@@ -169,7 +144,7 @@ def _text_lengths(examples: Sequence[Any], tokens: Tokens) -> list[int]:
 def _learned(example: Any) -> int:
     if isinstance(example, Supervised):
         return example.learned_tokens
-    return sum(map(len, _ids(example)[1:]))
+    return sum(map(len, ids_of(example)[1:]))
 
 
 def quantiles(lengths: Sequence[int]) -> dict[str, int | None]:

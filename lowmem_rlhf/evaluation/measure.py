@@ -127,7 +127,8 @@ def _pairs(subject: Subject) -> Measured:
 
 def _preferred(subject: Subject) -> Measured:
     """Which answer of each pair a role finds likelier: accuracy and margin of the mean log-probs of a token."""
-    from lowmem_rlhf.training.trl_data import pairs_among, read_examples
+    from lowmem_rlhf.data.labelled import read_examples
+    from lowmem_rlhf.training.trl_data import pairs_among
 
     base, recipe = subject.base, subject.recipe
     pairs = pairs_among(read_examples(subject.rows, recipe, base.tokenizer, base.stop_ids))

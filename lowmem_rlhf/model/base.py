@@ -40,6 +40,7 @@ from lowmem_rlhf.model.recompute import recompute_layers
 from lowmem_rlhf.model.roles import POLICY, REFERENCE, Roles
 from lowmem_rlhf.model.siblings import Siblings
 from lowmem_rlhf.model.stops import stop_ids_of, turn_end
+from lowmem_rlhf.model.tokenizer import Tokens
 from lowmem_rlhf.model.vocabulary import missing_rows
 
 
@@ -363,6 +364,11 @@ class SharedBase(Roles):
     def rows(self) -> int:
         """Rows of the token embedding: ids from there on cannot be read."""
         return int(self.model.get_input_embeddings().weight.shape[0])  # type: ignore[union-attr, index]
+
+    @property
+    def tokens(self) -> Tokens:
+        """The tokenizer, the tokens that end a completion, and the rows of the embedding."""
+        return Tokens(self.tokenizer, self.stop_ids, self.rows)
 
     @property
     def missing(self) -> torch.Tensor | None:

@@ -1,11 +1,10 @@
-"""A model's tokenizer and what its configuration says of tokens, without its weights."""
+"""A model's tokenizer and what its configuration says of tokens, without its weights. No torch until it is loaded."""
 
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from lowmem_rlhf.errors import UserError
-from lowmem_rlhf.model.load import converted_folder, quiet
 from lowmem_rlhf.model.source import is_local, resolve_model
 from lowmem_rlhf.model.stops import stop_ids_of
 
@@ -40,6 +39,10 @@ def load_tokens(
     Raises:
         UserError: there is no such model, or it has no tokenizer.
     """
+    from transformers import AutoConfig, AutoTokenizer, GenerationConfig
+
+    from lowmem_rlhf.model.load import converted_folder, quiet
+
     path = resolve_model(model)
     options: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
     if path.endswith(".gguf"):
@@ -51,8 +54,6 @@ def load_tokens(
     else:
         source = path
         options["local_files_only"] = not network
-    from transformers import AutoConfig, AutoTokenizer, GenerationConfig
-
     with quiet():
         try:
             config = AutoConfig.from_pretrained(source, **options)

@@ -1,17 +1,13 @@
-"""From a loaded base to its trainer: the roles that a recipe needs, and its data as the algorithm reads it."""
+"""From a loaded base to its trainer, with the roles that a recipe needs."""
 
 from collections.abc import Callable, Sequence
-from typing import Any
 
-from lowmem_rlhf.data.bad_rows import RowReport
-from lowmem_rlhf.data.prompts import build_examples
-from lowmem_rlhf.data.supervised import build_pairs, build_supervised
+from lowmem_rlhf.data.examples import TrainingData
 from lowmem_rlhf.errors import UserError
 from lowmem_rlhf.model.adapters import saved_adapter
 from lowmem_rlhf.model.base import SharedBase
 from lowmem_rlhf.model.lora import SharedLoraLinear
 from lowmem_rlhf.model.roles import CRITIC, POLICY, REWARD, START
-from lowmem_rlhf.model.vocabulary import check_ids
 from lowmem_rlhf.planning.plan import Plan
 from lowmem_rlhf.recipe import ONLINE, REWARD_ADAPTER, Recipe
 from lowmem_rlhf.rewards.adapter import AdapterReward
@@ -21,8 +17,6 @@ from lowmem_rlhf.training.loop import Loop
 from lowmem_rlhf.training.online import Judge, Trainer
 from lowmem_rlhf.training.supervised import SFT, RewardModel, with_epochs
 from lowmem_rlhf.training.update import PassSettings
-
-Rows = Sequence[dict[str, Any]]
 
 
 def add_roles(base: SharedBase, recipe: Recipe, plan: Plan, rewards: Sequence[Reward]) -> None:
@@ -95,33 +89,15 @@ def make_trainer(
     plan: Plan,
     base: SharedBase,
     rewards: Sequence[Reward],
-    rows: Rows,
-    held_out_rows: Rows,
+    data: TrainingData,
     run_directory: Callable[[Recipe], RunDirectory],
 ) -> Loop:
-    """Return the trainer of a recipe, with its run directory begun.
-
-    Raises:
-        UserError: the data does not suit the algorithm.
-    """
-    data, tokenizer, stops = recipe.data, base.tokenizer, base.stop_ids
-    other = RowReport(data, data.eval or "")
+    """Return the trainer of a recipe, with its run directory begun."""
     if recipe.algorithm == "sft":
-        train = build_supervised(rows, data, recipe.sft, tokenizer, stops)
-        held_out = build_supervised(held_out_rows, data, recipe.sft, tokenizer, stops, other) if held_out_rows else []
-        check_ids(tokenizer, base.rows, (one.prompt_ids + one.completion_ids for one in (*train, *held_out)))
-        recipe = with_epochs(recipe, len(train))
-        prompts = build_examples(held_out_rows, data, tokenizer, stops) if rewards and held_out_rows else []
-        judge = Judge(recipe, plan, base, rewards, prompts).evaluate if prompts else None
-        return SFT(recipe, plan, base, train, held_out, run_directory(recipe), judge)
+        recipe = with_epochs(recipe, len(data.train))
+        judge = Judge(recipe, plan, base, rewards, data.prompts).evaluate if data.prompts else None
+        return SFT(recipe, plan, base, data.train, data.held_out, run_directory(recipe), judge)
     if recipe.algorithm == "reward_model":
-        length = recipe.reward_model.max_length
-        pairs = build_pairs(rows, data, length, tokenizer, stops)
-        kept = build_pairs(held_out_rows, data, length, tokenizer, stops, report=other) if held_out_rows else []
-        check_ids(tokenizer, base.rows, (one.prompt_ids + one.chosen_ids + one.rejected_ids for one in (*pairs, *kept)))
-        recipe = with_epochs(recipe, len(pairs))
-        return RewardModel(recipe, plan, base, pairs, kept, run_directory(recipe))
-    examples = build_examples(rows, data, tokenizer, stops)
-    held = build_examples(held_out_rows, data, tokenizer, stops, other) if held_out_rows else []
-    check_ids(tokenizer, base.rows, (one.prompt_ids for one in (*examples, *held)))
-    return Trainer(recipe, plan, base, rewards, examples, held, run_directory(recipe))
+        recipe = with_epochs(recipe, len(data.train))
+        return RewardModel(recipe, plan, base, data.train, data.held_out, run_directory(recipe))
+    return Trainer(recipe, plan, base, rewards, data.train, data.held_out, run_directory(recipe))

@@ -26,7 +26,7 @@ class Rollout:
 
 @dataclass(frozen=True)
 class Seen:
-    """Completions of a whole run, and how many ended by themselves, got a reward, and have an unlike one in their group."""
+    """Completions of a run, and how many ended by themselves, got a reward, and have an unlike one in their group."""
 
     completions: int = 0
     ended: int = 0

@@ -15,8 +15,9 @@ from typing import Any
 
 import torch
 
-from lowmem_rlhf.data.bad_rows import RowReport
-from lowmem_rlhf.data.prompts import PromptStream, build_examples
+from lowmem_rlhf.data.examples import TrainingData
+from lowmem_rlhf.data.labelled import Example
+from lowmem_rlhf.data.stream import PromptStream
 from lowmem_rlhf.data.supervised import Pair
 from lowmem_rlhf.errors import UserError
 from lowmem_rlhf.model.adapters import saved_adapter
@@ -24,7 +25,6 @@ from lowmem_rlhf.model.base import SharedBase
 from lowmem_rlhf.model.load import first_sentence
 from lowmem_rlhf.model.packing import Group
 from lowmem_rlhf.model.roles import POLICY
-from lowmem_rlhf.model.vocabulary import check_ids
 from lowmem_rlhf.planning.plan import Plan
 from lowmem_rlhf.recipe import Recipe
 from lowmem_rlhf.recipe_trl import TRL_TRAINERS
@@ -35,13 +35,10 @@ from lowmem_rlhf.training.loop import Loop, StepResult
 from lowmem_rlhf.training.online import Judge
 from lowmem_rlhf.training.supervised import with_epochs
 from lowmem_rlhf.training.trl_data import (
-    Example,
     answer_tokens,
     batch_rows,
     check_both_kinds,
-    ids_of,
     pairs_among,
-    read_examples,
     tokens_of,
 )
 from lowmem_rlhf.training.trl_trainers import make_trainer
@@ -230,8 +227,7 @@ def make_trl_loop(
     plan: Plan,
     base: SharedBase,
     rewards: Sequence[Reward],
-    rows: Rows,
-    held_out_rows: Rows,
+    data: TrainingData,
     run_directory: Callable[[Recipe], RunDirectory],
 ) -> TRLLoop:
     """Return the loop of a recipe with one of TRL's trainers, as `build.make_trainer`.
@@ -239,18 +235,13 @@ def make_trl_loop(
     Raises:
         UserError: the data or the ``trl:`` section does not suit the trainer.
     """
-    tokenizer, stops = base.tokenizer, base.stop_ids
-    train = read_examples(rows, recipe, tokenizer, stops)
+    train = data.train
     check_both_kinds(train)
-    other = RowReport(recipe.data, recipe.data.eval or "")
-    held_out = read_examples(held_out_rows, recipe, tokenizer, stops, other) if held_out_rows else []
-    check_ids(tokenizer, base.rows, (ids for one in (*train, *held_out) for ids in ids_of(one)))
     recipe = with_epochs(recipe, len(train))
     kind = TRL_TRAINERS[recipe.algorithm]
     if recipe.adapter and kind.reference:
         base.refer_to(saved_adapter(recipe.adapter, recipe.model, recipe.revision))
     trainer = make_trainer(recipe, base, batch_rows(train[:2], kind), plan.settings.logits_tile_tokens)
     _try_out(trainer, base, batch_rows(train[:2], kind))
-    prompts = build_examples(held_out_rows, recipe.data, tokenizer, stops) if rewards and held_out_rows else []
-    judge = Judge(recipe, plan, base, rewards, prompts).evaluate if prompts else None
-    return TRLLoop(recipe, plan, base, trainer, train, held_out, run_directory(recipe), judge)
+    judge = Judge(recipe, plan, base, rewards, data.prompts).evaluate if data.prompts else None
+    return TRLLoop(recipe, plan, base, trainer, train, data.held_out, run_directory(recipe), judge)

@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from tiny_models import CPU, EOS, VOCAB, tiny_base
 from training_cases import Talk, close, make_tokenizer, recipe_of
 
+from lowmem_rlhf.data.examples import read_data
 from lowmem_rlhf.data.supervised import Pair, Supervised, build_supervised
 from lowmem_rlhf.model.adapters import HEAD
 from lowmem_rlhf.model.base import SharedBase
@@ -373,7 +374,7 @@ def built(model, algorithm, path, resume=False, **training):
     def run_directory(resolved):
         return RunDirectory.create(path, resolved, plan.to_dict(), resume)
 
-    trainer = make_trainer(recipe, plan, base, [], ROWS, held_out, run_directory)
+    trainer = make_trainer(recipe, plan, base, [], read_data(recipe, ROWS, held_out, base.tokens), run_directory)
     if resume:
         trainer.resume()
     return trainer

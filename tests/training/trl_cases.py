@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from training_cases import Talk, recipe_of
 
+from lowmem_rlhf.data.examples import read_data
 from lowmem_rlhf.data.sources import load_rows
 from lowmem_rlhf.model.base import SharedBase
 from lowmem_rlhf.recipe import Recipe, validate_recipe
@@ -66,7 +67,7 @@ def loop_of(recipe: Recipe, folder: Path) -> TRLLoop:
     def directory(resolved: Recipe) -> RunDirectory:
         return RunDirectory.create(path, resolved, plan.to_dict(), False)
 
-    return make_trl_loop(recipe, plan, base, [], rows, held_out, directory)
+    return make_trl_loop(recipe, plan, base, [], read_data(recipe, rows, held_out, base.tokens), directory)
 
 
 def step(loop: TRLLoop) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:

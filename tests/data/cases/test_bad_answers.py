@@ -87,7 +87,7 @@ def test_the_columns_of_rows_that_are_kept_stay_with_them(tokenizer):
 
 
 def labelled(tokenizer, labels, **data):
-    from lowmem_rlhf.training.trl_data import read_examples
+    from lowmem_rlhf.data.labelled import read_examples
 
     recipe = validate_recipe(
         {

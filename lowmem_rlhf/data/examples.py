@@ -1,0 +1,73 @@
+"""The examples that a recipe's algorithm learns from, of its rows. No torch here."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from lowmem_rlhf.data.bad_rows import RowReport
+from lowmem_rlhf.data.labelled import read_examples
+from lowmem_rlhf.data.prompts import Example, build_examples
+from lowmem_rlhf.data.supervised import Rows, build_pairs, build_supervised, labelled_texts
+from lowmem_rlhf.model.tokenizer import Tokens
+from lowmem_rlhf.model.vocabulary import check_ids
+from lowmem_rlhf.recipe import ONLINE, Recipe
+from lowmem_rlhf.recipe_trl import TRL_TRAINERS
+
+_IDS = ("prompt_ids", "completion_ids", "chosen_ids", "rejected_ids")
+
+
+@dataclass(frozen=True)
+class TrainingData:
+    """What is learned from and measured on, as the recipe's algorithm reads it.
+
+    Attributes:
+        train, held_out: examples (`Example` for what samples, else `Supervised`, `Pair` or `Answer`).
+        prompts: held-out prompts, where an algorithm that does not sample has rewards to judge completions by.
+    """
+
+    train: Sequence[Any]
+    held_out: Sequence[Any] = ()
+    prompts: Sequence[Example] = ()
+
+
+def read_data(recipe: Recipe, rows: Rows, held_out_rows: Rows, tokens: Tokens) -> TrainingData:
+    """Return what a recipe learns from and measures on.
+
+    Raises:
+        UserError: rows cannot be learned from (see `build_examples` and its like), or use tokens that the model has no
+            embedding for.
+    """
+    train = examples_of(recipe, rows, tokens)
+    held, prompts = list(held_out_rows), []
+    other = RowReport(recipe.data, recipe.data.eval or "")
+    held_out = examples_of(recipe, held, tokens, other) if held else []
+    if held and recipe.rewards and recipe.algorithm not in ONLINE:
+        prompts = build_examples(held, recipe.data, tokens.tokenizer, tokens.stop_ids, other.again())
+    if tokens.rows is not None:
+        check_ids(tokens.tokenizer, tokens.rows, (ids for one in (*train, *held_out) for ids in ids_of(one)))
+    return TrainingData(train, held_out, prompts)
+
+
+def examples_of(recipe: Recipe, rows: Rows, tokens: Tokens, report: RowReport | None = None) -> list[Any]:
+    """Return the examples that a recipe's algorithm learns from; a classifier's are (text, class).
+
+    Raises:
+        UserError: rows cannot be learned from.
+    """
+    data, tokenizer, stops = recipe.data, tokens.tokenizer, tokens.stop_ids
+    report = report or RowReport(data)
+    if recipe.algorithm == "sft":
+        return list(build_supervised(rows, data, recipe.sft, tokenizer, stops, report))
+    if recipe.algorithm == "reward_model":
+        length = recipe.reward_model.max_length
+        return list(build_pairs(rows, data, length, tokenizer, stops, report=report))
+    if recipe.algorithm in TRL_TRAINERS:
+        return list(read_examples(rows, recipe, tokenizer, stops, report))
+    if recipe.algorithm == "classifier":
+        return list(zip(*labelled_texts(rows, data, report), strict=True))
+    return list(build_examples(rows, data, tokenizer, stops, report))
+
+
+def ids_of(example: Any) -> list[list[int]]:
+    """Return the token ids of an example's prompt and answers; none of a classifier's."""
+    return [getattr(example, name) for name in _IDS if hasattr(example, name)]
