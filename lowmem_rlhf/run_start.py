@@ -95,7 +95,8 @@ def located(recipe: Recipe, run: Path, written: Recipe | None = None) -> Recipe:
     def place(text: str) -> str:
         if not _is_relative(text) or (unchanged is not None and text not in unchanged):
             return text
-        return str(start / text) if (start / text).exists() else text
+        there = [path for path in (start / text, start / text.replace("\\", "/")) if path.exists()]
+        return str(there[0]) if there else text
 
     return map_paths(recipe, place)
 

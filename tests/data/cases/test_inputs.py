@@ -261,13 +261,19 @@ def test_a_run_without_inputs_opens_as_before(project, lowmem_rlhf):
     assert resume(lowmem_rlhf).code == 0
 
 
-def test_a_start_adapter_that_was_trained_anew_is_refused(project, lowmem_rlhf):
+def test_a_start_adapter_is_found_from_anywhere_and_refused_once_it_was_trained_anew(project, lowmem_rlhf, monkeypatch):
     assert lowmem_rlhf("train", "first.yaml", "adapter=runs/first", "--output", "runs/second").code == 0
+    monkeypatch.chdir(project.parent)
+    assert lowmem_rlhf(*on("mine/runs/second", CHAT), "--compare").code == 0
+    again = ("mine/first.yaml", "adapter=runs/first", "--output", "mine/runs/second", "--resume")
+    done = lowmem_rlhf("train", *again, "training.max_steps=2")
+    assert done.code == 0 and open_run("mine/runs/second").recipe_values()["adapter"] == "runs/first", done.err
+    monkeypatch.chdir(project)
     file = project / "runs" / "first" / "adapter" / "adapter_model.safetensors"
     save_file({name: tensor + 1 for name, tensor in load_file(file).items()}, file)
     said = "adapter: runs/first is not what the run in runs/second was trained with: other weights"
     refused(lowmem_rlhf("eval", "runs/second"), said)
     refused(lowmem_rlhf(*on("runs/second", CHAT), "--compare"), said)
     again = ("train", "first.yaml", "adapter=runs/first", "--output", "runs/second", "--resume")
-    refused(lowmem_rlhf(*again, "training.max_steps=2"), f"--resume: {said}")
+    refused(lowmem_rlhf(*again, "training.max_steps=3"), f"--resume: {said}")
     assert lowmem_rlhf(*on("runs/second", CHAT)).code == 0  # answers of the policy need no reference
