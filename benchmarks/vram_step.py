@@ -15,7 +15,8 @@ import torch
 from rich.console import Console
 
 from lowmem_rlhf.data.examples import read_data
-from lowmem_rlhf.data.prompts import Example, PromptStream
+from lowmem_rlhf.data.prompts import Example
+from lowmem_rlhf.data.stream import PromptStream
 from lowmem_rlhf.data.supervised import Pair, Supervised
 from lowmem_rlhf.live_bytes import LiveBytes
 from lowmem_rlhf.model.base import SharedBase

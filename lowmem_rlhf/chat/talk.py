@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from lowmem_rlhf.data.bad_rows import RowReport
 from lowmem_rlhf.data.messages import Message
-from lowmem_rlhf.data.prompts import PromptWriter
+from lowmem_rlhf.data.prompt_writer import PromptWriter
 from lowmem_rlhf.data.row_template import fill_template, template_fields
 from lowmem_rlhf.data.values import Row
 from lowmem_rlhf.errors import UserError

@@ -12,11 +12,11 @@ from typing import Any
 
 from lowmem_rlhf.data.bad_rows import RowError
 from lowmem_rlhf.data.messages import Message
+from lowmem_rlhf.data.rendered import THINK, check_calls, holds, must_be_written, short, squeezed, unopened
 from lowmem_rlhf.errors import UserError
 from lowmem_rlhf.recipe import DataConfig
 
 _SENTINEL = "Zq7x"  # a text that no template knows, for finding where an answer stands
-_THINK = ("<think>", "</think>")
 
 
 def is_chat(data: DataConfig, tokenizer: Any) -> bool:
@@ -105,7 +105,7 @@ class ChatTemplate:
             prompt, answer = prompt[:-1], {**begun, **answer, "content": begun["content"] + answer["content"]}
         whole = self._render([*prompt, answer], tools)
         turn = whole.removeprefix(rendered) if whole.startswith(rendered) else ""
-        if turn.strip() and _holds(turn, answer, _unopened(rendered, rest), notes):
+        if turn.strip() and holds(turn, answer, unopened(rendered, rest), notes):
             return Turn(turn, tuple(notes))
         mended = None if answer.get("tool_calls") else self._as_given(prompt, rendered, rest, tools)
         if mended is None:
@@ -113,7 +113,7 @@ class ChatTemplate:
                 raise RowError(
                     "an answer that the chat template rewrites",
                     "the model's chat template leaves out or rewrites a part of the answer "
-                    f"{_short(answer['content'])}; set data.chat=false, or take another model",
+                    f"{short(answer['content'])}; set data.chat=false, or take another model",
                 )
             without = "data.chat_template_kwargs={enable_thinking: false}, or " if self._may_think() else ""
             raise RowError(
@@ -123,14 +123,6 @@ class ChatTemplate:
             )
         note = "the chat template would leave out or rewrite a part of the answer, which is learned as it was given"
         return Turn(mended, (note,))
-
-    def whole(self, messages: Sequence[Message], tools: Any = None) -> str:
-        """Return the text of a whole conversation.
-
-        Raises:
-            RowError: the template refuses the messages.
-        """
-        return self._render(messages, tools)
 
     @cached_property
     def control_tokens(self) -> frozenset[str]:
@@ -144,7 +136,7 @@ class ChatTemplate:
                 text = self._render(probe, None, add_generation_prompt=True) + self._render([*probe, answered], None)
             except RowError:
                 continue
-            return frozenset(token for token in special if token in text and token not in _THINK)
+            return frozenset(token for token in special if token in text and token not in THINK)
         return frozenset()
 
     @cached_property
@@ -186,7 +178,7 @@ class ChatTemplate:
         if not found or not as_given:
             raise RowError(
                 "a begun answer that the chat template rewrites",
-                f"the prompt ends in a begun answer, {_short(begun)}, which the model's chat template leaves out or "
+                f"the prompt ends in a begun answer, {short(begun)}, which the model's chat template leaves out or "
                 "rewrites; remove it from the prompt, or set data.chat=false",
             )
         return before + begun.lstrip()  # the white space at its end as well, whatever the template does to it
@@ -199,9 +191,9 @@ class ChatTemplate:
             return None
         if not rendered.startswith(before.rstrip()) and not before.startswith(rendered):
             return None
-        if rendered.rstrip().endswith(_THINK[0]) and _THINK[1] not in given:
+        if rendered.rstrip().endswith(THINK[0]) and THINK[1] not in given:
             return None  # the prompt has opened reasoning that the answer does not close
-        return _unopened(rendered, given) + end
+        return unopened(rendered, given) + end
 
     def _may_think(self) -> bool:
         return "enable_thinking" in self.source and "enable_thinking" not in self._options
@@ -218,11 +210,11 @@ class ChatTemplate:
 
     def _compare(self, messages: Sequence[Message], text: str, note: Callable[[str], None]) -> None:
         """Check that the texts of messages stand in what was rendered, one after another."""
-        there, start = _squeezed(text), 0
+        there, start = squeezed(text), 0
         for message in messages:
-            _check_calls(message, text)
+            check_calls(message, text)
         for place, message in enumerate(messages, start=1):
-            content = _squeezed(_visible(message))
+            content = squeezed(must_be_written(message))
             if not content:
                 continue
             found = there.find(content, start)
@@ -230,66 +222,9 @@ class ChatTemplate:
                 raise RowError(
                     "a message that the chat template leaves out",
                     f"the model's chat template leaves out or rewrites message {place} ({message['role']}): "
-                    f"{_short(str(message['content']))}; put it into another message, or set data.chat=false",
+                    f"{short(str(message['content']))}; put it into another message, or set data.chat=false",
                 )
             start = found + len(content)
             if (written := str(message["content"])) not in text:
                 kind = "trims" if written.strip() in text else "changes"
                 note(f"the chat template {kind} white space of a message of the prompt")
-
-
-def _visible(message: Message) -> str:
-    """Return what of a message must be written; of an earlier answer, templates mean to leave reasoning out."""
-    content = str(message.get("content") or "")
-    reasons = message["role"] == "assistant" and any(tag in content for tag in _THINK)
-    return "" if reasons else content
-
-
-def _unopened(rendered: str, answer: str) -> str:
-    """Return an answer without the tag of its reasoning where the prompt has opened that already."""
-    if not rendered.rstrip().endswith(_THINK[0]) or not answer.lstrip().startswith(_THINK[0]):
-        return answer
-    answer = answer.lstrip().removeprefix(_THINK[0])
-    return answer.lstrip("\n") if rendered[-1].isspace() else answer
-
-
-def _check_calls(message: Message, text: str) -> None:
-    for call in message.get("tool_calls") or ():
-        if call["function"]["name"] not in text:
-            raise RowError(
-                "a tool call that the chat template leaves out",
-                f"the model's chat template does not write the call of {call['function']['name']}; take another model",
-            )
-
-
-def _holds(turn: str, answer: Message, content: str, notes: list[str]) -> bool:
-    """Return whether a turn holds an answer's content, as far as it is not begun; what else differs is noted."""
-    _check_calls(answer, turn)
-    for key in ("reasoning_content", "reasoning", "thinking"):
-        if isinstance(value := answer.get(key), str) and _squeezed(value) not in _squeezed(turn):
-            raise RowError(
-                "reasoning that the chat template leaves out",
-                f"the model's chat template does not write the answer's {key}; put it into its content",
-            )
-    if not content.strip():
-        return True
-    before, found, _ = turn.partition(content)
-    if not found:
-        before, found, _ = turn.partition(content.strip())
-        if found:
-            notes.append("the chat template trims white space of the answer")
-    if not found:
-        if _squeezed(content) not in _squeezed(turn):
-            return False
-        notes.append("the chat template changes white space within the answer")
-    elif before.strip() and not answer.get("tool_calls"):
-        notes.append(f"the chat template writes {_short(before)} before the answer, which is learned with it")
-    return True
-
-
-def _squeezed(text: str) -> str:
-    return "".join(text.split())
-
-
-def _short(text: str, most: int = 60) -> str:
-    return repr(text if len(text) <= most else text[: most - 3] + "...")

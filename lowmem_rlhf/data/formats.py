@@ -3,8 +3,8 @@
 from collections.abc import Sequence
 from typing import Any
 
+from lowmem_rlhf.data.columns import used_columns
 from lowmem_rlhf.data.messages import is_conversation
-from lowmem_rlhf.data.prompts import used_columns
 from lowmem_rlhf.data.values import Row
 from lowmem_rlhf.recipe import ONLINE, DataConfig, Recipe
 from lowmem_rlhf.recipe_trl import TRL_TRAINERS

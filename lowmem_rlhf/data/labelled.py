@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from lowmem_rlhf.data.bad_rows import RowError, RowReport
-from lowmem_rlhf.data.prompts import cell
+from lowmem_rlhf.data.columns import cell
 from lowmem_rlhf.data.supervised import Pair, Rows, build_pairs, supervised_rows
 from lowmem_rlhf.data.values import Row, text_of
 from lowmem_rlhf.recipe import DataConfig, Recipe, SFTSettings

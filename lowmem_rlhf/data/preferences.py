@@ -10,8 +10,9 @@ import re
 from typing import Any
 
 from lowmem_rlhf.data.bad_rows import RowError
+from lowmem_rlhf.data.columns import cell, check_characters
 from lowmem_rlhf.data.messages import Message
-from lowmem_rlhf.data.prompts import PromptWriter, cell, check_characters
+from lowmem_rlhf.data.prompt_writer import PromptWriter
 from lowmem_rlhf.data.values import Row, has_column, is_missing, text_of, value_at
 
 _TURN = re.compile(r"\n\n(Human|Assistant):")

@@ -6,8 +6,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from itertools import takewhile
 from typing import Any
 
+from lowmem_rlhf.data.columns import check_columns, used_columns
 from lowmem_rlhf.data.folders import is_saved, read_folder
-from lowmem_rlhf.data.prompts import check_columns, used_columns
 from lowmem_rlhf.data.readers import FORMATS, ending, is_file, is_folder, read_file, same_file
 from lowmem_rlhf.data.table import Table
 from lowmem_rlhf.data.tasks import ARITHMETIC, REASONING_GYM, Split, generate, is_generated

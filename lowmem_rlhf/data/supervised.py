@@ -9,9 +9,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from lowmem_rlhf.data.bad_rows import RowError, RowReport
+from lowmem_rlhf.data.columns import cell
 from lowmem_rlhf.data.messages import Message
 from lowmem_rlhf.data.preferences import answer_of, filled, margin_of, pair_of
-from lowmem_rlhf.data.prompts import Prompt, PromptWriter, cell
+from lowmem_rlhf.data.prompt_writer import Prompt, PromptWriter
 from lowmem_rlhf.data.turns import Segments, TurnWriter, ended
 from lowmem_rlhf.data.values import Row, text_of
 from lowmem_rlhf.recipe import DataConfig, SFTSettings

@@ -9,7 +9,7 @@ from typing import Any, Protocol
 from lowmem_rlhf.data.bad_rows import RowError
 from lowmem_rlhf.data.messages import Message
 from lowmem_rlhf.data.preferences import checked_answer
-from lowmem_rlhf.data.prompts import Prompt, PromptWriter
+from lowmem_rlhf.data.prompt_writer import Prompt, PromptWriter
 from lowmem_rlhf.data.values import Row
 from lowmem_rlhf.errors import UserError
 

@@ -8,7 +8,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Protocol, TypeVar
 
-from lowmem_rlhf.data.prompts import Example, PromptStream
+from lowmem_rlhf.data.prompts import Example
+from lowmem_rlhf.data.stream import PromptStream
 from lowmem_rlhf.memory import with_less
 from lowmem_rlhf.model.base import SharedBase
 from lowmem_rlhf.model.roles import POLICY

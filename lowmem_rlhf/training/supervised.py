@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from lowmem_rlhf.algorithms.preferences import pair_loss
-from lowmem_rlhf.data.prompts import PromptStream
+from lowmem_rlhf.data.stream import PromptStream
 from lowmem_rlhf.data.supervised import Pair, Supervised
 from lowmem_rlhf.model.adapters import saved_adapter
 from lowmem_rlhf.model.base import SharedBase

@@ -4,7 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from lowmem_rlhf.data.prompts import Example, PromptStream, build_examples
+from lowmem_rlhf.data.prompts import Example, build_examples
+from lowmem_rlhf.data.stream import PromptStream
 from lowmem_rlhf.errors import UserError
 from lowmem_rlhf.recipe import DataConfig
 

@@ -4,9 +4,10 @@ from pathlib import Path
 
 import pytest
 
-from lowmem_rlhf.data.prompts import PromptStream, build_examples
+from lowmem_rlhf.data.prompts import build_examples
 from lowmem_rlhf.data.readers import read_file
 from lowmem_rlhf.data.sources import load_rows
+from lowmem_rlhf.data.stream import PromptStream
 from lowmem_rlhf.data.supervised import Supervised, build_pairs, build_supervised, labelled_texts
 from lowmem_rlhf.errors import UserError
 from lowmem_rlhf.recipe import DataConfig, SFTSettings
