@@ -6,13 +6,23 @@ forget a role. What a reader of the file would not expect is refused for that ro
 
 import re
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
 from lowmem_rlhf.data.bad_rows import RowError
-from lowmem_rlhf.data.messages import Message
-from lowmem_rlhf.data.rendered import THINK, check_calls, holds, must_be_written, short, squeezed, unopened
+from lowmem_rlhf.data.messages import Message, with_text_arguments
+from lowmem_rlhf.data.rendered import (
+    THINK,
+    check_calls,
+    holds,
+    must_be_written,
+    short,
+    shows_mapping,
+    squeezed,
+    unopened,
+)
 from lowmem_rlhf.errors import UserError
 from lowmem_rlhf.recipe import DataConfig
 
@@ -105,7 +115,7 @@ class ChatTemplate:
             prompt, answer = prompt[:-1], {**begun, **answer, "content": begun["content"] + answer["content"]}
         whole = self._render([*prompt, answer], tools)
         turn = whole.removeprefix(rendered) if whole.startswith(rendered) else ""
-        if turn.strip() and holds(turn, answer, unopened(rendered, rest), notes):
+        if turn.strip() and holds(turn, answer, unopened(rendered, rest), notes, self._special_tokens):
             return Turn(turn, tuple(notes))
         mended = None if answer.get("tool_calls") else self._as_given(prompt, rendered, rest, tools)
         if mended is None:
@@ -115,20 +125,13 @@ class ChatTemplate:
                     "the model's chat template leaves out or rewrites a part of the answer "
                     f"{short(answer['content'])}; set data.chat=false, or take another model",
                 )
-            without = "data.chat_template_kwargs={enable_thinking: false}, or " if self._may_think() else ""
-            raise RowError(
-                "a prompt that the chat template writes in two ways",
-                "the model's chat template does not write the prompt in the same way before and after it is answered, "
-                f"so that what is learned cannot be told from it; set {without}data.chat=false, or take another model",
-            )
+            raise self._two_ways(rendered, rest)
         note = "the chat template would leave out or rewrite a part of the answer, which is learned as it was given"
         return Turn(mended, (note,))
 
     @cached_property
     def control_tokens(self) -> frozenset[str]:
         """The special tokens with which the template marks turns; in a text they would be read as such a mark."""
-        special = [str(token) for token in self._tokenizer.get_added_vocab()]
-        special += [str(token) for token in self._tokenizer.all_special_tokens]
         asked, answered = {"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}
         system = {"role": "system", "content": "c"}
         for probe in ([system, asked, answered, asked], [asked, answered, asked], [asked]):
@@ -136,8 +139,14 @@ class ChatTemplate:
                 text = self._render(probe, None, add_generation_prompt=True) + self._render([*probe, answered], None)
             except RowError:
                 continue
-            return frozenset(token for token in special if token in text and token not in THINK)
+            return frozenset(token for token in self._special_tokens if token in text and token not in THINK)
         return frozenset()
+
+    @cached_property
+    def _special_tokens(self) -> frozenset[str]:
+        """The special tokens and those that were added."""
+        named = (*self._tokenizer.get_added_vocab(), *self._tokenizer.all_special_tokens)
+        return frozenset(str(token) for token in named if str(token).strip())
 
     @cached_property
     def own_system_text(self) -> str | None:
@@ -151,9 +160,17 @@ class ChatTemplate:
         given = {"add_generation_prompt": False, **options, **self._options}
         if tools:
             given["tools"] = tools
+
+        def written(some: Sequence[Message]) -> str:
+            return str(self._tokenizer.apply_chat_template(list(some), tokenize=False, **given))
+
         try:
-            return str(self._tokenizer.apply_chat_template(list(messages), tokenize=False, **given))
+            text = written(messages)
+            return written(with_text_arguments(messages)) if shows_mapping(messages, text) else text
         except Exception as error:  # a template is a program, and may fail as one
+            if (other := with_text_arguments(messages)) != messages:
+                with suppress(Exception):  # those that want text, as OpenAI's messages have it (DeepSeek-V3)
+                    return written(other)
             roles = ", ".join(str(one["role"]) for one in messages)
             reason = " ".join(str(error).split()) or type(error).__name__
             hint = (
@@ -195,8 +212,22 @@ class ChatTemplate:
             return None  # the prompt has opened reasoning that the answer does not close
         return unopened(rendered, given) + end
 
-    def _may_think(self) -> bool:
-        return "enable_thinking" in self.source and "enable_thinking" not in self._options
+    def _two_ways(self, rendered: str, answer: str) -> RowError:
+        """Return the error of a prompt that is written in one way before and in another once it is answered."""
+        may_think = "enable_thinking" in self.source and "enable_thinking" not in self._options
+        without = "set data.chat_template_kwargs={enable_thinking: false}, " if may_think else ""
+        if rendered.rstrip().endswith(THINK[0]) and THINK[1] not in answer:
+            return RowError(
+                "an answer without the reasoning that the prompt opens",
+                f"the model's chat template ends the prompt in {THINK[0]}, which the answer {short(answer)} does not "
+                f"close; {without}put its reasoning and {THINK[1]} in front of it, set data.chat=false, or take "
+                "another model",
+            )
+        return RowError(
+            "a prompt that the chat template writes in two ways",
+            "the model's chat template does not write the prompt in the same way before and after it is answered, "
+            f"so that what is learned cannot be told from it; {without}set data.chat=false, or take another model",
+        )
 
     def replaces_empty_system(self) -> str:
         """Return the text that the template writes in place of an empty system message; empty: none."""

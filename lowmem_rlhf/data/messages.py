@@ -144,3 +144,18 @@ def _tool_call(call: Any, where: str) -> Message:
         key: value for key, value in call.items() if key not in ("function", "name", "arguments") and value is not None
     }
     return {"type": "function", **rest, "function": {"name": function["name"], "arguments": arguments}}
+
+
+def with_text_arguments(messages: Sequence[Message]) -> list[Message]:
+    """Return messages with the arguments of their tool calls as JSON text, as OpenAI's have them."""
+    return [
+        {**message, "tool_calls": [_as_text(call) for call in calls]}
+        if (calls := message.get("tool_calls"))
+        else message
+        for message in messages
+    ]
+
+
+def _as_text(call: Message) -> Message:
+    function = call["function"]
+    return {**call, "function": {**function, "arguments": json.dumps(function["arguments"], ensure_ascii=False)}}

@@ -1,9 +1,12 @@
 """What a chat template has written, compared with the messages that it was given. No torch here."""
 
+from collections.abc import Collection, Sequence
+
 from lowmem_rlhf.data.bad_rows import RowError
 from lowmem_rlhf.data.messages import Message
 
 THINK = ("<think>", "</think>")  # the tags of reasoning, as most templates write them
+_REASONING = ("reasoning_content", "reasoning", "thinking")  # the keys that messages have for it
 
 
 def must_be_written(message: Message) -> str:
@@ -35,20 +38,29 @@ def check_calls(message: Message, text: str) -> None:
             )
 
 
-def holds(turn: str, answer: Message, content: str, notes: list[str]) -> bool:
-    """Return whether a turn holds an answer's content, as far as it is not begun; what else differs is noted."""
+def shows_mapping(messages: Sequence[Message], text: str) -> bool:
+    """Return whether a text has the arguments of a call as Python writes a mapping, where they are meant as JSON."""
+    calls = [call["function"]["arguments"] for one in messages for call in one.get("tool_calls") or ()]
+    return any(str(arguments) in text for arguments in calls if isinstance(arguments, dict) and arguments)
+
+
+def holds(turn: str, answer: Message, content: str, notes: list[str], special: Collection[str]) -> bool:
+    """Return whether a turn holds an answer's content, as far as it is not begun; what else differs is noted.
+
+    Args:
+        special: the special tokens of the tokenizer, any of which ends what is looked at behind the content.
+    """
     check_calls(answer, turn)
-    for key in ("reasoning_content", "reasoning", "thinking"):
-        if isinstance(value := answer.get(key), str) and squeezed(value) not in squeezed(turn):
-            raise RowError(
-                "reasoning that the chat template leaves out",
-                f"the model's chat template does not write the answer's {key}; put it into its content",
-            )
+    if key := _lost_reasoning(answer, turn):
+        raise RowError(
+            "reasoning that the chat template leaves out",
+            f"the model's chat template does not write the answer's {key}; put it into its content",
+        )
     if not content.strip():
         return True
-    before, found, _ = turn.partition(content)
+    before, found, behind = turn.partition(content)
     if not found:
-        before, found, _ = turn.partition(content.strip())
+        before, found, behind = turn.partition(content.strip())
         if found:
             notes.append("the chat template trims white space of the answer")
     if not found:
@@ -57,7 +69,25 @@ def holds(turn: str, answer: Message, content: str, notes: list[str]) -> bool:
         notes.append("the chat template changes white space within the answer")
     elif before.strip() and not answer.get("tool_calls"):
         notes.append(f"the chat template writes {short(before)} before the answer, which is learned with it")
+    if found and not answer.get("tool_calls"):
+        behind = behind[: min((place for token in special if (place := behind.find(token)) >= 0), default=None)]
+        if behind.strip():
+            notes.append(f"the chat template writes {short(behind)} behind the answer, which is learned with it")
     return True
+
+
+def is_written(answer: Message, turn: str) -> bool:
+    """Return whether an earlier turn of a conversation has an answer's content, its reasoning and its calls."""
+    calls = [call["function"]["name"] for call in answer.get("tool_calls") or ()]
+    texts = [str(answer["content"]).strip(), *calls]
+    return all(text in turn for text in texts) and not _lost_reasoning(answer, turn)
+
+
+def _lost_reasoning(answer: Message, turn: str) -> str:
+    """Return the key of an answer's reasoning that a turn does not hold; empty: none."""
+    there = squeezed(turn)
+    given = [key for key in _REASONING if isinstance(answer.get(key), str)]
+    return next((key for key in given if squeezed(answer[key]) not in there), "")
 
 
 def squeezed(text: str) -> str:

@@ -10,6 +10,7 @@ from lowmem_rlhf.data.bad_rows import RowError
 from lowmem_rlhf.data.messages import Message
 from lowmem_rlhf.data.preferences import checked_answer
 from lowmem_rlhf.data.prompt_writer import Prompt, PromptWriter
+from lowmem_rlhf.data.rendered import is_written, squeezed
 from lowmem_rlhf.data.values import Row
 from lowmem_rlhf.errors import UserError
 
@@ -90,10 +91,11 @@ class TurnWriter:
 
     def _check_inside(self, ids: Sequence[int]) -> None:
         if (stop := next((token for token in ids if token in self.stop_ids), None)) is not None:
+            elsewhere = ", or set data.chat=false where the chat template writes it" if self._template else ""
             raise RowError(
                 "a stop inside an answer",
                 f"its answer holds {self._tokenizer.convert_ids_to_tokens(int(stop))} before its end, where the model "
-                "would stop; remove it",
+                f"would stop; remove it{elsewhere}",
             )
 
     def conversation(self, row: Row, learn_all: bool) -> tuple[Segments | None, list[Part]]:
@@ -103,7 +105,7 @@ class TurnWriter:
             learn_all: each of the assistant's messages, and not the last alone.
 
         Raises:
-            RowError: it has no answer at its end, or the chat template refuses it.
+            RowError: it has no answer at its end, two in a row where all are learned, or the chat template refuses it.
         """
         messages, report = self.prompts.conversation(row), self.prompts.report
         places = [place for place, one in enumerate(messages) if one["role"] == "assistant" and one.get("weight") != 0]
@@ -111,8 +113,15 @@ class TurnWriter:
         report.learn_all = learn_all
         if not learn_all or len(places) == 1:
             return None, [(self.prompts.prompt(row, messages[:-1]), messages[-1])]
+        column = str(self.prompts.data.messages)
         for place in places:
-            checked_answer(messages[place], str(self.prompts.data.messages))
+            checked_answer(messages[place], column)
+            if place and messages[place - 1]["role"] == "assistant":
+                raise RowError(
+                    "two answers in a row",
+                    f"messages {place} and {place + 1} of column {column!r} are both the assistant's; join them into "
+                    "one, or set sft.learn=last",
+                )
         parts = [(self.prompts.prompt(row, messages[:place]), messages[place]) for place in places]
         if (segments := self._segments(parts)) is not None:
             return (parts[0][0], segments), []
@@ -127,9 +136,23 @@ class TurnWriter:
         if not all(text.startswith(prompt.text) for prompt, _ in parts):
             return None
         segments = [text[start:end] for start, end in zip(ends, [*ends[1:], len(text)], strict=True)]
-        whole = all(str(one["content"]).strip() in segment for segment, (_, one) in zip(segments, parts, strict=True))
-        stops = [any(token in self.stop_ids for token in ids) for ids in self.turn_ids(segments[:-1])]
-        return segments if whole and all(stops) else None
+        if not all(is_written(one, segment) for segment, (_, one) in zip(segments, parts, strict=True)):
+            return None
+        ids = self.turn_ids(segments[:-1])
+        return segments if all(self._ends(*one) for one in zip(ids, parts, parts[1:], strict=False)) else None
+
+    def _ends(self, ids: Sequence[int], part: Part, after: Part) -> bool:
+        """Return whether the tokens that follow an earlier prompt have a stop, and before it nothing but the answer.
+
+        Where the stop is the mark of the user's turn (GLM-4), a message of another role may stand before it.
+        """
+        end = next((place for place, token in enumerate(ids) if token in self.stop_ids), None)
+        if end is None or str(self._tokenizer.convert_ids_to_tokens(int(ids[end]))) in str(part[1]["content"]):
+            return False
+        text, content = squeezed(self._tokenizer.decode(ids[:end])), squeezed(str(part[1]["content"]))
+        behind = text[text.find(content) + len(content) :]
+        between = after[0].prompt[len(part[0].prompt) + 1 :]
+        return not any(squeezed(str(one["content"])) in behind for one in between if one["content"].strip())
 
     def learned_segments(
         self, prompt: Prompt, segments: Sequence[str]
@@ -149,6 +172,8 @@ class TurnWriter:
             ids += one
             learned += [True] * end + [False] * (len(one) - end)
         last = self.ended(last)
+        whole = self._tokenizer(prompt.text + "".join(segments), add_special_tokens=False)["input_ids"]
+        self._compare(prompt.row.number, whole, [*prompt_ids, *ids, *last[:-1]])
         return prompt_ids, ids + last, (*learned, *([True] * len(last)))
 
     def compare_in_one_piece(
@@ -163,9 +188,11 @@ class TurnWriter:
             texts = [written[number].prompt.text + written[number].turns[place] for number, _, _ in some]
             together = self._tokenizer(texts, add_special_tokens=False)["input_ids"]
             for (number, ids, answers), whole in zip(some, together, strict=True):
-                apart = [*ids, *answers[place][:-1]]
-                if whole[: len(apart)] != apart:
-                    self.prompts.report.note(_MEET, number)
+                self._compare(number, whole, [*ids, *answers[place][:-1]])
+
+    def _compare(self, number: int, whole: Sequence[int], apart: Sequence[int]) -> None:
+        if whole[: len(apart)] != apart:
+            self.prompts.report.note(_MEET, number)
 
 
 def ended(ids: list[int], tokenizer: Any, stop_ids: frozenset[int]) -> list[int]:

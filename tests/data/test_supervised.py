@@ -300,7 +300,7 @@ def test_refused_answers(plain_tokenizer, chat_tokenizer, make_tokenizer):
     refused(
         "row 1: column 'answer' must hold a text; got dict", sft, chat_tokenizer, [{**ROWS[0], "answer": ASSISTANT}]
     )
-    refused("row 1: .* before and after it is answered.*data.chat=false", sft, make_tokenizer(THINKING))
+    refused("row 1: .*<think>, which the answer .* does not close.*data.chat=false", sft, make_tokenizer(THINKING))
     refused("row 1: column 'question' is empty", sft, plain_tokenizer, [{"question": "", "answer": "5"}])
     refused("row 1: column 'page' is empty", sft, plain_tokenizer, [{"page": " "}], text="page")
     refused("row 1: column 'page' must hold a text; got list", sft, plain_tokenizer, [{"page": [USER]}], text="page")

@@ -1,7 +1,7 @@
 """Which of a conversation's answers are learned, and that it is said."""
 
 import pytest
-from building import learned_runs, prompts, sft, talk, turn
+from building import learned_runs, names_row, prompts, refusal, sft, talk, turn
 
 TALK = talk("Hi", "Hello there.", "Name a river.", "The Elbe.", "And a port?", "Kiel.")
 ENDS = "<|im_end|>"
@@ -80,3 +80,58 @@ def test_an_answer_whose_thought_a_later_turn_drops(tokenizer, said):
         assert ("A greeting." in runs[0] and "North." in runs[1]) or [one for one in said() if "row 1" in one], runs
     (runs,) = learned(tokenizer("chatml"), [{"messages": messages}], learn="all")
     assert "A greeting." in runs[0] and "North." in runs[1]
+
+
+def test_a_message_between_an_answer_and_the_stop_is_not_learned(tokenizer):
+    """As GLM-4 has it: a turn ends where the user's begins, and the system's mark is no stop."""
+    made = tokenizer(
+        "{% for m in messages %}{{ ('<|im_end|>' if m.role == 'user' else '[' + m.role + ']') + m.content }}"
+        "{% endfor %}{% if add_generation_prompt %}{{ '[assistant]' }}{% endif %}"
+    )
+    messages = [*talk("Hi", "Hello."), turn("system", "Be brief now."), *talk("A port?", "Kiel.")]
+    runs = [run for one in learned(made, [{"messages": messages}], learn="all") for run in one]
+    assert runs == [f"Hello.{ENDS}", f"Kiel.{ENDS}"]
+
+
+REASONS = (
+    "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' }}{% if m.reasoning_content and loop.last %}"
+    "{{ '<think>' + m.reasoning_content + '</think>' }}{% endif %}{{ m.content + '<|im_end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+
+
+@pytest.mark.parametrize("template", [REASONS, REASONS.replace(" and loop.last", "")])
+def test_the_reasoning_of_every_answer_is_learned(tokenizer, template):
+    messages = [
+        turn("user", "A lake?"), turn("assistant", "Como.", reasoning_content="Italy."),
+        turn("user", "A sea?"), turn("assistant", "Baltic.", reasoning_content="North."),
+    ]  # fmt: skip
+    runs = [run for one in learned(tokenizer(template), [{"messages": messages}], learn="all") for run in one]
+    assert runs == [f"<think>Italy.</think>Como.{ENDS}", f"<think>North.</think>Baltic.{ENDS}"]
+
+
+def test_a_stop_inside_an_earlier_answer(tokenizer):
+    made = tokenizer("chatml")
+    stops = frozenset(made.convert_tokens_to_ids([ENDS, "<|endoftext|>"]))
+    rows = [{"messages": talk("Hi", "Hello<|endoftext|> there.", "A port?", "Kiel.")}]
+    message = refusal(sft, made, rows, learn="all", stops=stops)
+    assert names_row(message, 1) and "<|endoftext|>" in message
+
+
+def test_two_answers_in_a_row_are_not_learned_as_one(tokenizer):
+    messages = [*talk("Hi", "Well."), turn("assistant", "Hello."), *talk("A port?", "Kiel.")]
+    assert names_row(refusal(sft, tokenizer("chatml"), [{"messages": messages}], learn="all"), 1)
+    assert learned(tokenizer("chatml"), [{"messages": messages}]) == [[f"Kiel.{ENDS}"]]
+
+
+def test_tokens_that_are_others_in_one_piece_are_pointed_at(tokenizer, said):
+    """A prompt that ends in one newline, and answers that begin with another: two newlines are one token."""
+    made = tokenizer(
+        "{% for m in messages %}{{ m.role + '\n' + ('\n' if m.role == 'assistant' else '') + m.content + eos_token }}"
+        "{% endfor %}{% if add_generation_prompt %}{{ 'assistant\n' }}{% endif %}"
+    )
+    (example,) = sft(made, [{"messages": TALK}], learn="all")
+    ids = example.prompt_ids + example.completion_ids
+    one_piece = made(made.apply_chat_template(TALK, tokenize=False), add_special_tokens=False)["input_ids"]
+    assert made.decode(ids) == made.decode(one_piece) and ids != one_piece
+    assert [one for one in said() if "in one piece" in one and names_row(one, 1)]

@@ -128,6 +128,22 @@ def test_a_call_that_the_template_does_not_write(tokenizer, said):
         assert [one for one in said() if "tool" in one and names_row(one, 1)]
 
 
+@pytest.mark.parametrize(
+    "written", ["~ c.function.arguments", "+ c.function.arguments", "~ c.function.arguments|tojson"]
+)
+def test_arguments_are_json_however_the_template_writes_them(tokenizer, written):
+    """Some templates write the text that OpenAI's messages have, and would show or refuse a mapping (DeepSeek-V3)."""
+    made = tokenizer(
+        "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content }}{% for c in m.tool_calls or [] %}"
+        "{{ c.function.name " + written + " }}{% endfor %}{{ '<|im_end|>\n' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+    )
+    (example,) = sft(made, [{"messages": CALLED[:2]}])
+    assert made.decode(example.completion_ids) == 'look{"city": "Kiel", "days": 2}<|im_end|>'
+    (example,) = sft(made, [{"messages": CALLED}])
+    assert 'look{"city": "Kiel", "days": 2}<|im_end|>' in made.decode(example.prompt_ids)
+
+
 def test_arguments_that_are_no_json(tokenizer):
     call = {**CALL, "function": {"name": "look", "arguments": '{"city": '}}
     rows = [{"messages": CALLED}, {"messages": [CALLED[0], turn("assistant", None, tool_calls=[call])]}]

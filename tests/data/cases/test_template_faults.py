@@ -90,6 +90,32 @@ def test_a_text_that_stays_is_not_pointed_at(tokenizer, caplog):
     assert not [one for one in warnings_of(caplog) if "row" in one]
 
 
+@pytest.mark.parametrize(
+    ("answer", "added"),
+    [
+        ("{{ m.content + ' ' + m.content }}", "' It is Kiel.'"),
+        ("{{ m.content + ' [END]' }}", "' [END]'"),
+        ("{{ 'Answer: ' + m.content }}", "'Answer: '"),
+        ("{{ m.content + '\n' }}", ""),
+    ],
+)
+def test_what_a_template_adds_to_an_answer_is_said(tokenizer, caplog, answer, added):
+    made = tokenizer(
+        "{% for m in messages %}[{{ m.role }}]{% if m.role == 'assistant' %}" + answer + "{% else %}{{ m.content }}"
+        "{% endif %}{{ eos_token }}{% endfor %}" + GOES_ON
+    )
+    sft(made, [{"messages": talk("A port?", "It is Kiel.")}])
+    assert [added in one for one in warnings_of(caplog) if "learned with it" in one] == ([True] if added else [])
+
+
+def test_a_prompt_that_opens_reasoning_wants_answers_with_it(tokenizer):
+    made = tokenizer("forgets_and_opens")
+    message = refusal(sft, made, [{"messages": talk("A port?", "Kiel.")}])
+    assert names_row(message, 1) and "</think>" in message and "before and after" not in message
+    (example,) = sft(made, [{"messages": talk("A port?", "<think>\nNorth.\n</think>\n\nKiel.")}])
+    assert made.decode(example.completion_ids) == "North.\n</think>\n\nKiel.<|im_end|>"
+
+
 def test_a_template_that_writes_nothing_of_an_answer(tokenizer):
     made = tokenizer("{% for m in messages %}{% if m.role == 'user' %}[user]{{ m.content }}{% endif %}{% endfor %}")
     assert names_row(refusal(sft, made, [{"messages": talk("Hi", "Hello.")}]), 1)
