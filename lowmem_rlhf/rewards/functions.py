@@ -63,17 +63,26 @@ def _matches(completion: Completion, reference: str | None) -> float | None:
 
 
 def think_format(
-    completions: Sequence[Completion], prompt_texts: Sequence[str] = (), **columns: Any
+    completions: Sequence[Completion], prompt_texts: Sequence[str] = (), prompts: Sequence[Any] = (), **columns: Any
 ) -> list[float | None]:
-    """1.0 where the completion is ``<think>reasoning</think>answer``, otherwise 0.0: TRL's `think_format_reward`.
+    """1.0 where the answer is ``<think>reasoning</think>answer``, otherwise 0.0: TRL's `think_format_reward`.
 
-    A tag that the prompt has opened, as some chat templates do, is counted as the completion's own.
+    What the prompt has of the answer counts: a tag that it opens, as some chat templates do, or an answer that it ends
+    in and that the completion goes on with.
     """
     from trl.rewards import think_format_reward
 
-    before = [_OPENED if text.rstrip().endswith(_OPENED) else "" for text in prompt_texts or [""] * len(completions)]
-    texts = [opened + completion_text(one) for opened, one in zip(before, completions, strict=True)]
+    none = [""] * len(completions)
+    before = [_begun(*one) for one in zip(prompt_texts or none, prompts or none, strict=True)]
+    texts = [begun + completion_text(one) for begun, one in zip(before, completions, strict=True)]
     return list(think_format_reward([[{"role": "assistant", "content": text}] for text in texts]))
+
+
+def _begun(text: str, prompt: Any) -> str:
+    """Return the part of an answer that stands in its prompt already."""
+    if isinstance(prompt, list) and prompt and prompt[-1]["role"] == "assistant":
+        return completion_text(prompt[-1:])
+    return _OPENED if text.rstrip().endswith(_OPENED) else ""
 
 
 def length(

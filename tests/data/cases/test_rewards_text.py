@@ -146,6 +146,23 @@ def test_think_format_counts_a_tag_that_the_prompt_has_opened(prompt, completion
         assert think_format([completion]) == [value]
 
 
+@pytest.mark.parametrize(
+    ("begun", "completion", "value"),
+    [
+        ("<think>\n", GOOD, 1.0),
+        ("<think>\nTwo", " and three.\n</think>\n\n5", 1.0),
+        ("<think>\nTwo and three.\n</think>\n\n", "5", 1.0),
+        ("<think>\nTwo", "5", 0.0),
+        ("The answer is", OWN, 0.0),
+    ],
+)
+def test_think_format_judges_an_answer_with_its_begun_part(begun, completion, value):
+    prompt = [{"role": "user", "content": "2+3?"}, {"role": "assistant", "content": begun}]
+    answer = [{"role": "assistant", "content": completion}]
+    assert think_format([answer], [f"assistant\n{begun}"], [prompt]) == [value]
+    assert think_format([answer], ["assistant\n<think>"], [prompt[:1]]) == think_format([answer], ["<think>"])
+
+
 @pytest.mark.parametrize(("template", "value"), [(PREFILLED, 1.0), (CHATML, 0.0), (None, 0.0)])
 def test_think_format_of_a_template_that_opens_the_tag(base, template, value):
     ids = base.tokenizer(GOOD, add_special_tokens=False)["input_ids"]
