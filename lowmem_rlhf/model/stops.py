@@ -94,6 +94,7 @@ def _end_in(text: str, tokenizer: Any) -> int | None:
     ids = list(tokenizer(text, add_special_tokens=False)["input_ids"])
     special = set(tokenizer.all_special_ids)
     special |= {index for index, token in tokenizer.added_tokens_decoder.items() if str(token).strip(" \n\r\t▁")}
+    special.discard(tokenizer.unk_token_id)  # stands for any text that has no token
     start = next((place for place, index in enumerate(ids) if index in special), None)
     if start is None:
         return None

@@ -106,6 +106,19 @@ def test_no_end_where_the_template_has_none(template):
     assert ends(with_template(template)) == set()
 
 
+def test_an_unknown_word_is_no_end():
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    words = Tokenizer(models.WordLevel({"[UNK]": 0, "user": 1, "assistant": 2}, unk_token="[UNK]"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, unk_token="[UNK]")
+    tokenizer.chat_template = CHATML
+    assert ends(tokenizer) == set()
+    tokenizer.add_special_tokens({"eos_token": "<|im_end|>"})
+    assert ends(tokenizer) == {"<|im_end|>"}
+
+
 def base_of(tokenizer, rows, **changes):
     """Return the base of a tiny model that ends a text in </s> alone, as its configurations have it."""
     model = tiny_model("llama", vocab_size=rows, eos_token_id=3, **changes)
