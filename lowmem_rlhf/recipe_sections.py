@@ -4,6 +4,7 @@ Loads without torch. `recipe` holds the whole, and says how the sections go toge
 """
 
 from collections.abc import Mapping
+from keyword import iskeyword
 from typing import Annotated, Any, Literal
 
 from pydantic import (
@@ -146,6 +147,12 @@ class DataConfig(Section):
             raise ValueError(
                 f"got {', '.join(own)}, which this package sets itself; give what the chat template asks for, such as "
                 "enable_thinking"
+            )
+        constants = ("true", "false", "none")
+        if bad := [key for key in value if not key.isidentifier() or iskeyword(key) or key in constants]:
+            raise ValueError(
+                f"got {bad[0]!r}, which no chat template can read; give a name of letters, digits and underscores, "
+                "such as enable_thinking"
             )
         return value
 

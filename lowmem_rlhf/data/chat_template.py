@@ -25,6 +25,7 @@ from lowmem_rlhf.data.rendered import (
 )
 from lowmem_rlhf.errors import UserError
 from lowmem_rlhf.recipe import DataConfig
+from lowmem_rlhf.suggest import did_you_mean
 
 _SENTINEL = "Zq7x"  # a text that no template knows, for finding where an answer stands
 
@@ -79,6 +80,15 @@ class ChatTemplate:
     def names_role(self, role: str) -> bool:
         """Return whether the template's source names a role."""
         return bool(role.strip()) and re.search(rf"""["']{re.escape(role)}["']""", self.source) is not None
+
+    @cached_property
+    def unread_options(self) -> str:
+        """What is to be said of keyword arguments whose names the template's source lacks; empty: nothing."""
+        unread = [name for name in self._options if not re.search(rf"\b{re.escape(name)}\b", self.source)]
+        if not unread:
+            return ""
+        near = did_you_mean(unread[0], set(re.findall(r"\b[a-z]\w*_\w+", self.source)))
+        return f"the chat template reads no {', '.join(unread)} (data.chat_template_kwargs){near}"
 
     def prompt(
         self, messages: Sequence[Message], tools: Any = None, note: Callable[[str], None] = lambda text: None

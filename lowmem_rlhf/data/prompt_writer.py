@@ -66,6 +66,8 @@ class PromptWriter:
             text = value if isinstance(value, str) else self._text(row)
             text = f"{self.data.system}\n\n{text}" if self.data.system else text
             return Prompt(row, text, text)
+        if unread := self.template.unread_options:
+            self.report.note(unread, row.number)
         messages = self._chat(row, value)
         tools = _tools(row)
         text = self.template.prompt(messages, tools, lambda said: self.report.note(said, row.number))

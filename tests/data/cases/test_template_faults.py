@@ -1,7 +1,7 @@
 """Templates that fail in any way, and templates that write another text than they were given."""
 
 import pytest
-from building import names_row, pairs, prompts, refusal, sft, talk, turn, warnings_of
+from building import config, names_row, pairs, prompts, refusal, sft, talk, turn, warnings_of
 
 from lowmem_rlhf.errors import UserError
 
@@ -153,6 +153,26 @@ def test_keyword_arguments_that_are_the_packages_own(tokenizer, key):
     with pytest.raises((UserError, ValueError)) as caught:
         prompts(tokenizer("chatml"), [{"prompt": "Hi"}], chat_template_kwargs={key: False})
     assert key in str(caught.value) and "chat_template_kwargs" in str(caught.value)
+
+
+@pytest.mark.parametrize("key", ["enable-thinking", "a b", "none", "is", "1"])
+def test_keyword_arguments_that_no_template_can_read(key):
+    with pytest.raises(ValueError, match="which no chat template can read") as caught:
+        config(chat_template_kwargs={key: False})
+    assert repr(key) in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"enable_thinking": False}, ""),
+        ({"thinking": False}, "reads no thinking (data.chat_template_kwargs); did you mean 'enable_thinking'?"),
+        ({"enable_thinking": True, "effort": 1, "date": ""}, "reads no effort, date (data.chat_template_kwargs)"),
+    ],
+)
+def test_keyword_arguments_that_the_template_does_not_read(tokenizer, caplog, options, said):
+    prompts(tokenizer("thinks"), [{"prompt": "Hi"}, {"prompt": "Ho"}], chat_template_kwargs=options)
+    assert [said in one for one in warnings_of(caplog)] == ([True] if said else [])
 
 
 def test_tags_that_are_plain_tokens_may_stand_in_any_text(tokenizer, caplog):
