@@ -24,6 +24,7 @@ GGUF_HEAD, GGUF_BLOCK, GGUF_BLOCKS = 1 << 20, 64 * 1024, 64
 # of config.json: what a library writes about itself, and the dtype, which the weights tell
 UNTOLD = ("_name_or_path", "transformers_version", "torch_dtype", "dtype")
 VOCABULARIES = (("tokenizer.json",), ("tokenizer.model",), ("vocab.json", "merges.txt"), ("vocab.txt",))
+FRAME = ("bos_token", "eos_token", "add_bos_token", "add_eos_token")  # of tokenizer_config.json
 _HEADER_LIMIT = 100_000_000  # as the safetensors library has it
 
 
@@ -35,7 +36,8 @@ class Fingerprint:
         kind: of its files, ``safetensors`` or ``gguf``; only models of one kind can be compared.
         weights: names, shapes, dtypes and sampled bytes of its tensors; of a GGUF its size and sampled bytes.
         config: of config.json, without what a library writes about itself; None of a GGUF.
-        tokenizer: of its vocabulary and chat template; None of a GGUF, or where there is none.
+        tokenizer: of its vocabulary, its chat template and the tokens that begin and end a text; None of a GGUF, or
+            where there is none.
         commit: of the Hub's snapshot that the files lie in, where they do.
     """
 
@@ -216,13 +218,17 @@ def _tokenizer(folder: Path) -> str | None:
     digest = hashlib.sha256()
     for name in names:
         digest.update((folder / name).read_bytes())
-    return hashlib.sha256(f"{digest.hexdigest()}\n{_chat_template(folder)}".encode()).hexdigest()
+    file = folder / "tokenizer_config.json"
+    settings = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    named = {key: settings[key] for key in FRAME if settings.get(key) is not None}
+    frame = {key: value["content"] if isinstance(value, dict) else value for key, value in named.items()}
+    template = _chat_template(folder, settings)
+    return hashlib.sha256(f"{digest.hexdigest()}\n{json.dumps(frame)}\n{template}".encode()).hexdigest()
 
 
-def _chat_template(folder: Path) -> str:
+def _chat_template(folder: Path, settings: dict[str, Any]) -> str:
     """Return the chat template as its text, which lies in a file of its own or in the tokenizer's settings."""
     if (folder / "chat_template.jinja").is_file():
         return (folder / "chat_template.jinja").read_text(encoding="utf-8")
-    settings = folder / "tokenizer_config.json"
-    value = json.loads(settings.read_text(encoding="utf-8")).get("chat_template") if settings.is_file() else None
+    value = settings.get("chat_template")
     return value if isinstance(value, str) else json.dumps(value, sort_keys=True)

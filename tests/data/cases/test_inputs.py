@@ -246,6 +246,10 @@ def test_a_resume_sees_weights_config_and_template(project, lowmem_rlhf, caplog)
     assert lowmem_rlhf(*on("runs/first", CHAT)).code == 0
     assert "has another tokenizer or chat template than the run in runs/first was trained with" in caplog.text
     template.unlink()
+    settings = (base / "tokenizer_config.json").read_text()
+    (base / "tokenizer_config.json").write_text(json.dumps({**json.loads(settings), "eos_token": "<pad>"}))
+    refused(resume(lowmem_rlhf), "--resume: model './base/final'", "other tokenizer or chat template")
+    (base / "tokenizer_config.json").write_text(json.dumps({**json.loads(settings), "note": "of no account"}))
     (base / "config.json").write_text(json.dumps({**json.loads(config), "rms_norm_eps": 0.5}))
     refused(resume(lowmem_rlhf), "--resume: model './base/final'", "other config.json")
     (base / "config.json").write_text(json.dumps({**json.loads(config), "transformers_version": "1.2.3"}))
