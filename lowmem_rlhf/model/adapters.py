@@ -136,10 +136,17 @@ def saved_adapter(reference: str, model: str, revision: str | None = None) -> Sa
     target = config.get("target_modules") or "all-linear"
     if not isinstance(target, str):  # peft lists what it would have taken, also what was excluded
         target = sorted(name for name in target if name.rsplit(".", 1)[-1] not in (config.get("exclude_modules") or ()))
+    r, alpha = config.get("r"), config.get("lora_alpha")
+    if isinstance(r, bool) or not isinstance(r, int) or r < 1 or not isinstance(alpha, int | float):
+        raise UserError(
+            f"adapter {reference!r}: {CONFIG} must have a whole number above 0 as r and a number as lora_alpha; got "
+            f"{r!r} and {alpha!r}"
+        )
+    _layer_names(folder)
     return SavedAdapter(
         folder=folder,
-        r=int(config["r"]),
-        lora_alpha=float(config["lora_alpha"]),
+        r=r,
+        lora_alpha=float(alpha),
         target_modules=target,
         use_rslora=bool(config.get("use_rslora")),
         base=base,
@@ -199,11 +206,21 @@ def _is_every_layer(value: Any, model: str, revision: str | None) -> bool:
 def _patterns(config: dict[str, Any], folder: Path) -> list[str]:
     """Return which of peft's patterns of other ranks and scalings fit a layer of the adapter; most fit none."""
     kinds = [kind for kind in ("rank_pattern", "alpha_pattern") if config.get(kind)]
-    if not kinds:
-        return []
+    layers = _layer_names(folder) if kinds else set()
+    return [kind for kind in kinds if any(re.search(f"{p}$", layer) for p in config[kind] for layer in layers)]
+
+
+def _layer_names(folder: Path) -> set[str]:
+    """Return the layers that an adapter's file has tensors of.
+
+    Raises:
+        UserError: it cannot be read.
+    """
     try:
         with safe_open(folder / WEIGHTS, framework="numpy") as file:
-            layers = {name.rsplit(".lora_", 1)[0] for name in file.keys()}  # noqa: SIM118 (not a dict)
+            return {name.rsplit(".lora_", 1)[0] for name in file.keys()}  # noqa: SIM118 (not a dict)
     except (OSError, SafetensorError) as error:
-        raise UserError(f"adapter {folder}: {WEIGHTS} cannot be read ({error})") from error
-    return [kind for kind in kinds if any(re.search(f"{p}$", layer) for p in config[kind] for layer in layers)]
+        of_run = run_of(folder.parent) or run_of(folder.parent.parent)
+        remedy = "take a checkpoint" if of_run else "it may be cut short, or a pointer of Git LFS: fetch it again"
+        also = " (chat, eval and export: --step N)" if of_run else ""
+        raise UserError(f"adapter {folder}: {WEIGHTS} cannot be read ({error}); {remedy}{also}") from error

@@ -347,6 +347,21 @@ def test_an_unreadable_adapter_is_refused(text, tmp_path):
     refused("adapter_config.json cannot be read", saved_adapter, str(folder), "tiny/llama")
 
 
+@pytest.mark.parametrize("change", [{"r": "a"}, {"r": 0}, {"r": None}, {"r": True}, {"lora_alpha": "2x"}])
+def test_an_adapter_without_its_numbers_is_refused(change, tmp_path):
+    folder = stock_adapter(tmp_path / "adapter")
+    config = json.loads((folder / "adapter_config.json").read_text())
+    (folder / "adapter_config.json").write_text(json.dumps({**config, **change}))
+    refused("must have a whole number above 0 as r", saved_adapter, str(folder), "tiny/llama")
+
+
+@pytest.mark.parametrize("content", [b"", b"version https://git-lfs.github.com/spec/v1\n", b"\x10" + bytes(40)])
+def test_an_adapter_whose_weights_are_torn_is_refused(content, tmp_path):
+    folder = stock_adapter(tmp_path / "adapter")
+    (folder / "adapter_model.safetensors").write_bytes(content)
+    refused("safetensors cannot be read .*fetch it again", saved_adapter, str(folder), "tiny/llama")
+
+
 def test_an_adapter_of_another_base_is_refused(tmp_path):
     folder = stock_adapter(tmp_path / "named", base="meta/llama-9b")
     refused(
