@@ -144,11 +144,11 @@ class RowReport:
         """Return a line for each thing that was noted, and one on conversations of several answers."""
         lines = []
         if self.answers and max(self.answers) > 1:
-            mean = f"{sum(self.answers) / len(self.answers):.3g} answers a conversation"
+            mean = f"{sum(self.answers) / len(self.answers):.3g}"
             lines.append(
-                f"all {mean} are learned"
+                f"all answers are learned, {mean} a conversation"
                 if self.learn_all
-                else f"of {mean} the last is learned; sft.learn=all learns each"
+                else f"of {mean} answers a conversation the last is learned; sft.learn=all learns each"
             )
         return lines + [
             text + (f" ({len(rows)} of {self.rows} rows, first: row {rows[0]})" if rows[0] else "")

@@ -90,6 +90,23 @@ class ChatTemplate:
         near = did_you_mean(unread[0], set(re.findall(r"\b[a-z]\w*_\w+", self.source)))
         return f"the chat template reads no {', '.join(unread)} (data.chat_template_kwargs){near}"
 
+    @cached_property
+    def header_left_out(self) -> str:
+        """What stands before answers, where the template lets no prompt end in it; empty: prompts do, or nothing does.
+
+        Such a template does not look at ``add_generation_prompt``.
+        """
+        asked, answered = {"role": "user", "content": "a"}, {"role": "assistant", "content": _SENTINEL}
+        try:
+            prompt = self._render([asked], None, add_generation_prompt=True)
+            whole = self._render([asked, answered], None)
+            if prompt != self._render([asked], None) or not whole.startswith(prompt):
+                return ""
+        except RowError:
+            return ""
+        header = whole[len(prompt) :].partition(_SENTINEL)[0]
+        return header if header.strip() else ""
+
     def prompt(
         self, messages: Sequence[Message], tools: Any = None, note: Callable[[str], None] = lambda text: None
     ) -> str:

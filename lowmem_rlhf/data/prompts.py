@@ -8,6 +8,7 @@ from lowmem_rlhf.data.bad_rows import RowReport
 from lowmem_rlhf.data.columns import check_answer_part, used_columns
 from lowmem_rlhf.data.messages import Message
 from lowmem_rlhf.data.prompt_writer import Prompt, PromptWriter
+from lowmem_rlhf.data.rendered import short
 from lowmem_rlhf.data.values import Row, value_at
 from lowmem_rlhf.recipe import DataConfig
 
@@ -16,6 +17,11 @@ RESERVED = ("prompt", "prompts", "completion", "completions", "completion_ids")
 _CONTINUED = (
     "the prompt ends in an assistant's message, which is taken as a begun answer and continued; where it is a finished "
     "one, end the prompt with the user's message"
+)
+
+_NO_HEADER = (
+    "the chat template lets no prompt end in {}, which it writes before answers (it does not look at "
+    "add_generation_prompt), so a completion has to begin with that"
 )
 
 
@@ -75,6 +81,8 @@ def build_examples(
             kept.append(Example(made.prompt, ids, _columns(made.row, data, names), made.text))
             if not isinstance(made.prompt, str) and made.prompt[-1]["role"] == "assistant":
                 report.note(_CONTINUED, number)
+            elif writer.template is not None and (header := writer.template.header_left_out):
+                report.note(_NO_HEADER.format(short(header)), number)
     report.finish(len(kept))
     return kept
 

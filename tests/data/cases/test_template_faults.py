@@ -155,6 +155,24 @@ def test_keyword_arguments_that_are_the_packages_own(tokenizer, key):
     assert key in str(caught.value) and "chat_template_kwargs" in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("template", "said"),
+    [
+        ("{% for m in messages %}{{ '[' + m.role + ']' + m.content }}{% endfor %}", True),
+        ("{% for m in messages %}{{ '[' + m.role + ']' + m.content }}{% endfor %}" + GOES_ON, False),
+        (
+            "{% for m in messages %}{{ '[A]' + m.content + '[B] ' if m.role == 'user' else m.content }}{% endfor %}",
+            False,
+        ),
+        ("{{ messages[0].content }}{% if messages | length > 1 %}{{ 1 // 0 }}{% endif %}", False),
+    ],
+)
+def test_a_template_that_begins_no_answer(tokenizer, caplog, template, said):
+    prompts(tokenizer(template), [{"prompt": "Hi"}, {"prompt": "Ho"}])
+    found = [one for one in warnings_of(caplog) if "add_generation_prompt" in one]
+    assert ["'[assistant]'" in one for one in found] == ([True] if said else [])
+
+
 @pytest.mark.parametrize("key", ["enable-thinking", "a b", "none", "is", "1"])
 def test_keyword_arguments_that_no_template_can_read(key):
     with pytest.raises(ValueError, match="which no chat template can read") as caught:
