@@ -45,7 +45,8 @@ def chat_messages(
     Args:
         value: what the column holds.
         column: its name, for messages.
-        knows_role: whether the chat template names a role, which is then left as it is.
+        knows_role: whether the chat template names a role, which is then left as it is unless the template names the
+            usual one too.
         note: called with what was translated.
 
     Raises:
@@ -91,9 +92,10 @@ def _message(
 
 
 def _role(role: Any, where: str, knows_role: Callable[[str], bool], note: Callable[[str], None]) -> str:
-    if isinstance(role, str) and (role in ROLES or knows_role(role)):
-        return role
     known = _ALIASES.get(str(role).strip().casefold())
+    # Gemma's templates write "model" themselves, for messages of the assistant.
+    if isinstance(role, str) and (role in ROLES or (knows_role(role) and not (known and knows_role(known)))):
+        return role
     if known is None:
         raise RowError(
             "an unknown role",

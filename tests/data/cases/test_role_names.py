@@ -2,6 +2,7 @@
 
 import pytest
 from building import learned_runs, names_row, prompts, sft, talk, turn, warnings_of
+from chat_families import FAMILIES, family_tokenizer
 
 from lowmem_rlhf.errors import UserError
 
@@ -67,6 +68,28 @@ def test_a_role_that_the_template_reads_may_be_used(tokenizer):
         assert names_row(str(error), 1) and "critic" in str(error)
         return
     assert made.text == "CRITIC Hm.<|im_end|>user A port?<|im_end|>assistant "
+
+
+@pytest.mark.parametrize("name", ["gemma", "gemma3", "qwen2_5"])
+def test_a_name_that_the_template_writes_itself_is_translated(name):
+    """Gemma's templates know a model's turn as the assistant's, and quote the word for writing it."""
+    made = family_tokenizer(FAMILIES[name])
+    rows = [
+        {"messages": [turn("user", "A port?"), turn("model", "Kiel."), turn("user", "A sea?"), turn("model", "Yes.")]}
+    ]
+    assert sft(made, rows) == sft(made, [{"messages": talk("A port?", "Kiel.", "A sea?", "Yes.")}])
+
+
+@pytest.mark.parametrize("name", ["deepseekv3", "chatml"])
+def test_a_function_is_a_tool_where_the_template_knows_tools(name):
+    made = family_tokenizer(FAMILIES[name])
+    calls = [{"type": "function", "function": {"name": "look", "arguments": "{}"}}]
+    before = [turn("user", "A port?"), turn("assistant", "look", tool_calls=calls)]
+    texts = [
+        prompts(made, [{"prompt": [*before, turn(role, "Kiel"), turn("user", "So?")]}])[0].text
+        for role in ("function", "tool")
+    ]
+    assert texts[0] == texts[1] and "Kiel" in texts[0]
 
 
 @pytest.mark.parametrize("role", [None, 3, ["user"]])
