@@ -238,7 +238,7 @@ class RunDirectory:
 
     def inputs(self) -> dict[str, Any]:
         """Return what is known of the data and the base; empty of a run that kept none."""
-        return self._json(INPUTS)
+        return {key: value for key, value in self._json(INPUTS).items() if isinstance(value, dict)}
 
     def recipe(self) -> Recipe:
         """Return the resolved recipe, with its paths as they were written.

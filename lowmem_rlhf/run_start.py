@@ -44,7 +44,12 @@ def _values(run: Path) -> dict[str, Any]:
         values = json.loads((run / LOCAL).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
-    return values if isinstance(values, dict) else {}
+    kinds = {"start": str, "from_run": str, "paths": list}
+    return {key: values[key] for key, kind in kinds.items() if isinstance(values, dict) and _is(values.get(key), kind)}
+
+
+def _is(value: Any, kind: type) -> bool:
+    return isinstance(value, kind) and (kind is str or all(isinstance(one, str) for one in value))
 
 
 def start_folder(run: Path) -> Path | None:

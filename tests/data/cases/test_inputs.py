@@ -258,6 +258,16 @@ def test_a_resume_sees_weights_config_and_template(project, lowmem_rlhf, caplog)
     refused(resume(lowmem_rlhf, "training.max_steps=3"), "--resume: model './base/final'", "other weights")
 
 
+@pytest.mark.parametrize(
+    "text", ['{"start": 5, "from_run": {}, "paths": 3}', '{"data": 5, "base": [], "learned": "x"}']
+)
+def test_a_run_whose_inputs_are_of_other_kinds_opens_as_before(project, lowmem_rlhf, text):
+    for file in (INPUTS, LOCAL):
+        (project / "runs" / "first" / file).write_text(text)
+    assert lowmem_rlhf("eval", "runs/first").code == 0
+    assert resume(lowmem_rlhf).code == 0
+
+
 def test_a_run_without_inputs_opens_as_before(project, lowmem_rlhf):
     for file in [INPUTS, LOCAL, f"adapter/{BASE}", f"checkpoints/step-1/{BASE}"]:
         (project / "runs" / "first" / file).unlink()
