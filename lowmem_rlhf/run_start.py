@@ -44,12 +44,13 @@ def _values(run: Path) -> dict[str, Any]:
         values = json.loads((run / LOCAL).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
-    kinds = {"start": str, "from_run": str, "paths": list}
-    return {key: values[key] for key, kind in kinds.items() if isinstance(values, dict) and _is(values.get(key), kind)}
-
-
-def _is(value: Any, kind: type) -> bool:
-    return isinstance(value, kind) and (kind is str or all(isinstance(one, str) for one in value))
+    if not isinstance(values, dict):
+        return {}
+    found = {key: values[key] for key in ("start", "from_run") if isinstance(values.get(key), str)}
+    paths = values.get("paths")
+    if isinstance(paths, list) and all(isinstance(one, str) for one in paths):
+        found["paths"] = paths
+    return found
 
 
 def start_folder(run: Path) -> Path | None:

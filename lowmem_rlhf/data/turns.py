@@ -151,8 +151,8 @@ class TurnWriter:
             return False
         text, content = squeezed(self._tokenizer.decode(ids[:end])), squeezed(str(part[1]["content"]))
         behind = text[text.find(content) + len(content) :]
-        between = after[0].prompt[len(part[0].prompt) + 1 :]
-        return not any(squeezed(str(one["content"])) in behind for one in between if one["content"].strip())
+        following = [one["content"] for one in after[0].prompt[len(part[0].prompt) + 1 :] if isinstance(one, dict)]
+        return not any(squeezed(str(one)) in behind for one in following if str(one).strip())
 
     def learned_segments(
         self, prompt: Prompt, segments: Sequence[str]
