@@ -114,7 +114,7 @@ def supervised_rows(
     """
     if data.text is not None:
         return _whole_texts(report.each(rows), data.text, tokenizer, stop_ids, report)
-    writer = TurnWriter(PromptWriter(data, tokenizer, stop_ids, report), stop_ids)
+    writer = TurnWriter(PromptWriter(data, tokenizer, stop_ids, report))
     drafts: list[_Draft] = []
     whole: list[Segments] = []
     for row in report.each(rows):
@@ -162,7 +162,7 @@ def build_pairs(
         UserError: as `build_supervised`; two answers that are the same, or a margin that is no finite number.
     """
     report = report or RowReport(data)
-    writer = TurnWriter(PromptWriter(data, tokenizer, stop_ids, report), stop_ids)
+    writer = TurnWriter(PromptWriter(data, tokenizer, stop_ids, report))
     drafts, margins = [], {}
     for row in report.each(rows):
         with report.row(row.number):

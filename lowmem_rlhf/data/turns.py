@@ -37,12 +37,11 @@ class TurnWriter:
     """Writes answers behind prompts.
 
     Args:
-        prompts: writes the prompts.
-        stop_ids: the tokens that end a completion when the model samples.
+        prompts: writes the prompts, and knows the tokens that end a completion.
     """
 
-    def __init__(self, prompts: PromptWriter, stop_ids: frozenset[int]) -> None:
-        self.prompts, self.stop_ids = prompts, stop_ids
+    def __init__(self, prompts: PromptWriter) -> None:
+        self.prompts, self.stop_ids = prompts, prompts.stop_ids
         self._tokenizer, self._template = prompts.tokenizer, prompts.template
 
     def turn(self, prompt: Prompt, answer: Message) -> str:
