@@ -9,7 +9,7 @@ from typing import Any
 
 from lowmem_rlhf.data.preview import SplitPreview, preview_split, with_format
 from lowmem_rlhf.data.sources import is_on_hub, load_rows
-from lowmem_rlhf.data.tasks import Split
+from lowmem_rlhf.data.tasks import Split, is_generated
 from lowmem_rlhf.data.values import Row
 from lowmem_rlhf.errors import UserError
 from lowmem_rlhf.model.tokenizer import Tokens, load_tokens
@@ -93,6 +93,9 @@ class Look:
 def look(recipe: Recipe, shown: int = 3, network: bool = True) -> Look:
     """Look at a recipe's data, rewards and tokenizer.
 
+    Where no example is to be shown, rows that are all generated are not tokenized: nothing is wrong with them, and
+    torch need not be imported.
+
     Args:
         shown: how many examples of each split are kept as texts.
         network: whether the Hub may be asked for what is not on this disk; if not, that is left out and said.
@@ -111,8 +114,10 @@ def look(recipe: Recipe, shown: int = 3, network: bool = True) -> Look:
         return seen
     recipe, line = with_format(recipe)
     seen = Look(recipe, said=[line] if line else [])
-    tokens = load_tokens(recipe.model, recipe.revision, recipe.trust_remote_code, network)
-    if tokens is None:
+    tokens = None
+    if shown or not all(is_generated(source) for _, source in sources if source):
+        tokens = load_tokens(recipe.model, recipe.revision, recipe.trust_remote_code, network)
+    if tokens is None and not is_generated(recipe.data.train):
         seen.said.append(f"the tokenizer of {recipe.model} is not on this disk, so that no row was tokenized")
     rows, held_out = (load_rows(recipe.data, split, recipe.training.seed) for split in SPLITS)
     _look_at(seen, "train", rows, tokens, shown)
