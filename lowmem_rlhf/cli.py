@@ -163,7 +163,7 @@ def _looked_at(recipe: "Recipe", network: bool) -> "Recipe":
 
     hush()
     try:
-        seen = look(recipe, 0, network)
+        seen = look(recipe, 0, network, most=5000)  # a plan takes seconds
     except OfflineError as error:  # training needs what a plan can do without
         print(f"rows were not looked at: {error}", file=sys.stderr)
         return recipe
