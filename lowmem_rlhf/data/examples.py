@@ -1,6 +1,6 @@
 """The examples that a recipe's algorithm learns from, of its rows. No torch here."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +13,7 @@ from lowmem_rlhf.model.vocabulary import check_ids
 from lowmem_rlhf.recipe import ONLINE, Recipe
 from lowmem_rlhf.recipe_trl import TRL_TRAINERS
 
+Progress = Callable[[int, int], None]
 _IDS = ("prompt_ids", "completion_ids", "chosen_ids", "rejected_ids")
 
 
@@ -30,14 +31,21 @@ class TrainingData:
     prompts: Sequence[Example] = ()
 
 
-def read_data(recipe: Recipe, rows: Rows, held_out_rows: Rows, tokens: Tokens) -> TrainingData:
+def read_data(
+    recipe: Recipe, rows: Rows, held_out_rows: Rows, tokens: Tokens, progress: Progress | None = None
+) -> TrainingData:
     """Return what a recipe learns from and measures on.
+
+    Args:
+        progress: called with (rows done, rows in all) of the rows to train on.
 
     Raises:
         UserError: rows cannot be learned from (see `build_examples` and its like), or use tokens that the model has no
             embedding for.
     """
-    train = examples_of(recipe, rows, tokens)
+    report = RowReport(recipe.data)
+    report.progress = progress
+    train = examples_of(recipe, rows, tokens, report)
     held, prompts = list(held_out_rows), []
     other = RowReport(recipe.data, recipe.data.eval or "")
     held_out = examples_of(recipe, held, tokens, other) if held else []

@@ -7,7 +7,7 @@ from itertools import pairwise
 from typing import Any
 
 from lowmem_rlhf.data.bad_rows import RowReport
-from lowmem_rlhf.data.examples import examples_of, ids_of
+from lowmem_rlhf.data.examples import Progress, examples_of, ids_of
 from lowmem_rlhf.data.formats import detect_format
 from lowmem_rlhf.data.prompts import Example
 from lowmem_rlhf.data.sources import peek
@@ -82,13 +82,19 @@ def with_format(recipe: Recipe) -> tuple[Recipe, str]:
 
 
 def preview_split(
-    recipe: Recipe, split: Split, rows: Sequence[Row], tokens: Tokens | None, shown: int
+    recipe: Recipe,
+    split: Split,
+    rows: Sequence[Row],
+    tokens: Tokens | None,
+    shown: int,
+    progress: Progress | None = None,
 ) -> tuple[SplitPreview, RowReport]:
     """Return what the rows of one split become, bad ones left out, and the report on them.
 
     Args:
         tokens: the model's; None: nothing is tokenized.
         shown: how many examples are kept as texts.
+        progress: called with (rows done, rows in all).
 
     Raises:
         UserError: no chat can be made of the rows, or they use tokens that the model has no embedding for.
@@ -97,6 +103,7 @@ def preview_split(
     source = data.eval if split == "eval" and data.eval else data.train
     found = SplitPreview(source, len(rows))
     report = RowReport(data, (data.eval or "") if split == "eval" else "", collect=True)
+    report.progress = progress
     if tokens is None:
         return found, report
     made = examples_of(recipe, rows, tokens, report)

@@ -1,6 +1,6 @@
 """From rows to the prompts that are sampled from."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -64,11 +64,20 @@ def build_examples(
     """
     report = report or RowReport(data)
     writer = PromptWriter(data, tokenizer, stop_ids, report)
-    prompts: list[Prompt] = []
     given = report.each(rows)
     check_answer_part(given, data)
     names = dict.fromkeys(name for row in given for name in row)
-    for row in given:
+    kept: list[Example] = []
+    for chunk in report.chunks(given):
+        kept += _examples(chunk, names, writer, report)
+    report.finish(len(kept))
+    return kept
+
+
+def _examples(rows: Sequence[Row], names: Iterable[str], writer: PromptWriter, report: RowReport) -> list[Example]:
+    data = writer.data
+    prompts: list[Prompt] = []
+    for row in rows:
         with report.row(row.number):
             prompts.append(writer.prompt(row))
     kept = []
@@ -83,7 +92,6 @@ def build_examples(
                 report.note(_CONTINUED, number)
             elif writer.template is not None and (header := writer.template.header_left_out):
                 report.note(_NO_HEADER.format(short(header)), number)
-    report.finish(len(kept))
     return kept
 
 
