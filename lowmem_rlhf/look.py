@@ -7,6 +7,7 @@ import math
 from dataclasses import dataclass, field
 from typing import Any
 
+from lowmem_rlhf.data.examples import classes_of
 from lowmem_rlhf.data.preview import SplitPreview, preview_split, with_format
 from lowmem_rlhf.data.sources import is_on_hub, load_rows
 from lowmem_rlhf.data.tasks import Split
@@ -69,10 +70,10 @@ class Look:
     def _step(self) -> dict[str, Any]:
         """Return what a step reads and learns, as far as the data say it."""
         recipe, train = self.recipe, self.splits.get("train")
-        if train is None or not train.lengths or not train.kept:
+        if train is None or not train.kept_lengths or not train.kept:
             return {}
         prompts = recipe.training.prompts_per_step
-        mean = sum(train.lengths) / len(train.lengths)
+        mean = sum(train.kept_lengths) / len(train.kept_lengths)
         step: dict[str, Any] = {"examples": prompts, "steps_per_epoch": math.ceil(train.kept / prompts)}
         if recipe.algorithm in ONLINE:
             completions = prompts * recipe.generation.num_generations
@@ -118,6 +119,7 @@ def look(recipe: Recipe, shown: int = 3, network: bool = True) -> Look:
     _look_at(seen, "train", rows, tokens, shown)
     if held_out:
         _look_at(seen, "eval", held_out, tokens, shown)
+    _check_classes(seen)
     _check_rewards(seen, rows, held_out)
     return seen
 
@@ -127,8 +129,19 @@ def _look_at(seen: Look, split: Split, rows: list[Row], tokens: Tokens | None, s
         seen.splits[split], report = preview_split(seen.recipe, split, rows, tokens, shown)
         if tokens is not None:
             report.check()
+        if seen.splits[split].fault:
+            seen.errors.append(seen.splits[split].fault)
     except UserError as error:
         seen.errors.append(str(error))
+
+
+def _check_classes(seen: Look) -> None:
+    splits = seen.splits
+    if seen.recipe.algorithm == "classifier" and "train" in splits and splits["train"].kept:
+        try:
+            classes_of(splits["train"].classes, splits["eval"].classes if "eval" in splits else ())
+        except UserError as error:
+            seen.errors.append(str(error))
 
 
 def _check_rewards(seen: Look, train: list[Row] | None, held_out: list[Row] | None) -> None:
@@ -139,7 +152,7 @@ def _check_rewards(seen: Look, train: list[Row] | None, held_out: list[Row] | No
         rewards = load_rewards(functions)
         if train:
             given = ["answer"] if recipe.data.answer is not None else []
-            check_reward_columns(rewards, {name for row in train for name in [*row, *given]})
+            check_reward_columns(rewards, dict.fromkeys(name for row in train for name in [*row, *given]))
             seen.said += check_run_references(rewards, recipe, train, held_out or [])
     except UserError as error:
         seen.errors.append(str(error))

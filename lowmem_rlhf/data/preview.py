@@ -9,11 +9,13 @@ from typing import Any
 from lowmem_rlhf.data.bad_rows import RowReport
 from lowmem_rlhf.data.examples import examples_of, ids_of
 from lowmem_rlhf.data.formats import detect_format
+from lowmem_rlhf.data.labelled import check_both_kinds
 from lowmem_rlhf.data.prompts import Example
 from lowmem_rlhf.data.sources import peek
 from lowmem_rlhf.data.supervised import Pair, Supervised
 from lowmem_rlhf.data.tasks import Split, is_generated
 from lowmem_rlhf.data.values import Row
+from lowmem_rlhf.errors import UserError
 from lowmem_rlhf.model.tokenizer import Tokens
 from lowmem_rlhf.model.vocabulary import check_ids
 from lowmem_rlhf.recipe import Recipe
@@ -40,6 +42,9 @@ class SplitPreview:
         kept: how many examples are made of them.
         shown: the first examples, each as pieces.
         lengths: tokens of every example that is made or too long.
+        kept_lengths: those of them that are not too long.
+        classes: those of a classifier's texts.
+        fault: why nothing can be learned from these examples together; empty: something can.
         learned: tokens of every example that something is learned from.
         left_out: reasons, with their number of rows and the first (see `RowReport.left_out`).
         dropped: the same in sentences.
@@ -51,7 +56,10 @@ class SplitPreview:
     kept: int = 0
     shown: list[list[Piece]] = field(default_factory=list)
     lengths: list[int] = field(default_factory=list)
+    kept_lengths: list[int] = field(default_factory=list)
     learned: list[int] = field(default_factory=list)
+    classes: list[str] = field(default_factory=list)
+    fault: str = ""
     left_out: list[dict[str, Any]] = field(default_factory=list)
     dropped: list[str] = field(default_factory=list)
     said: list[str] = field(default_factory=list)
@@ -103,10 +111,18 @@ def preview_split(
     found.kept = len(made)
     found.shown = [_pieces(one, tokens.tokenizer) for one in made[:shown]]
     found.lengths = [length for _, length in report.long.lengths] if report.long else _text_lengths(made, tokens)
+    found.kept_lengths = [one for one in found.lengths if report.long is None or one <= report.long.limit]
     found.learned = [_learned(one) for one in made]
     found.left_out, found.dropped, found.said = report.left_out(), report.left_out_lines(), report.said()
+    if recipe.algorithm == "classifier":
+        found.classes = sorted({label for _, label in made})
     if tokens.rows is not None:
         check_ids(tokens.tokenizer, tokens.rows, (ids for one in made for ids in ids_of(one)))
+    if split == "train":
+        try:
+            check_both_kinds(made)
+        except UserError as error:
+            found.fault = str(error)
     return found, report
 
 
