@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any, Protocol
 
 from lowmem_rlhf.data.bad_rows import RowError
-from lowmem_rlhf.data.messages import Message
+from lowmem_rlhf.data.messages import Message, is_light
 from lowmem_rlhf.data.preferences import checked_answer
 from lowmem_rlhf.data.prompt_writer import Prompt, PromptWriter
 from lowmem_rlhf.data.values import Row
@@ -105,14 +105,20 @@ class TurnWriter:
         Raises:
             RowError: it has no answer at its end, or the chat template refuses it.
         """
-        messages, report = self.prompts.conversation(row), self.prompts.report
-        places = [place for place, one in enumerate(messages) if one["role"] == "assistant" and one.get("weight") != 0]
+        messages, report = self.prompts.conversation(row, learn_all), self.prompts.report
+        places = [place for place, one in enumerate(messages) if one["role"] == "assistant" and not is_light(one)]
         report.answers.append(len(places))
         report.learn_all = learn_all
         if not learn_all or len(places) == 1:
             return None, [(self.prompts.prompt(row, messages[:-1]), messages[-1])]
         for place in places:
             checked_answer(messages[place], str(self.prompts.data.messages))
+            if place and messages[place - 1]["role"] == "assistant":
+                raise RowError(
+                    "two answers in a row",
+                    f"messages {place} and {place + 1} of column {self.prompts.data.messages!r} are both the "
+                    "assistant's, so that the second would go on with the first; join them into one",
+                )
         parts = [(self.prompts.prompt(row, messages[:place]), messages[place]) for place in places]
         if (segments := self._segments(parts)) is not None:
             return (parts[0][0], segments), []
