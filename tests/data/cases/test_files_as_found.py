@@ -51,3 +51,24 @@ def test_small_parquet_still_reads(tmp_path):
     for name in ("a.parquet", "a.parquet.gz"):
         (row,) = load_rows(DataConfig(train=str(tmp_path / name), eval_size=0), "train")
         assert row == {"question": "Hi", "answer": "007"}
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("a.csv", 'question,answer\nHi,"Hello" he said\n'),
+        ("a.csv", 'question,answer\n\n"Hi" she asked,Hello\n'),
+        ("a.tsv", 'question\tanswer\n"Hi", she asked\t007\n'),
+        ("a.csv", 'question;answer\n"a ""b"" c" d;e\n'),
+    ],
+)
+def test_quotes_that_would_be_lost(tmp_path, name, content):
+    (tmp_path / name).write_text(content)
+    with pytest.raises(UserError, match="row 1 has a cell that begins with a quote"):
+        load_rows(DataConfig(train=str(tmp_path / name), eval_size=0), "train")
+
+
+def test_quotes_that_stay(tmp_path):
+    (tmp_path / "a.csv").write_text('question,answer\nHe said "hi",5"\n"a ""b""\n, c", "d"\n')
+    rows = load_rows(DataConfig(train=str(tmp_path / "a.csv"), eval_size=0), "train")
+    assert [list(row.values()) for row in rows] == [['He said "hi"', '5"'], ['a "b"\n, c', ' "d"']]
