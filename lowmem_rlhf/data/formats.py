@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from lowmem_rlhf.data.columns import used_columns
-from lowmem_rlhf.data.messages import conversation_of, is_conversation
+from lowmem_rlhf.data.messages import conversation_of, is_conversation, role_of
 from lowmem_rlhf.data.values import Row
 from lowmem_rlhf.recipe import ONLINE, DataConfig, Recipe
 from lowmem_rlhf.recipe_trl import TRL_TRAINERS
@@ -119,6 +119,8 @@ def _online(data: DataConfig, names: set[str], rows: list[Row], given: set[str])
     if (column := _first(_PROMPTS, names)) is not None:
         return {**_asked(column, names), **answer}, "prompts"
     if column := _conversation_column(names, rows):
+        if any(_last_role(row.get(column)) == "user" for row in rows):
+            return {"prompt": column, **answer}, "conversations that end in a prompt"
         return {"messages": column, **answer}, "conversations, answered anew at their last message"
     return {}, ""
 
@@ -128,6 +130,12 @@ def _conversation_column(names: set[str], rows: list[Row]) -> str | None:
         if name in names and any(conversation_of(row.get(name)) for row in rows):
             return name
     return None
+
+
+def _last_role(value: Any) -> str:
+    """Return the role of a conversation's last message; empty: it is none."""
+    last = (conversation_of(value) or [{}])[-1]
+    return role_of(last.get("role", last.get("from")))
 
 
 def _first_message(rows: list[Row], column: str) -> dict[str, Any]:

@@ -5,6 +5,7 @@ ShareGPT's (``from`` and ``value``). Role names that are the same role under ano
 """
 
 import json
+import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -19,6 +20,7 @@ _ALIASES = {
     **dict.fromkeys(("system", "developer"), "system"),
     **dict.fromkeys(("tool", "function", "function_response", "observation", "tool_response"), "tool"),
 }
+_PRINTED = re.compile(r"\s*\[\{'(role|content|from|value)':")
 _CALLS = ("function_call", "tool_call", "tool_calls")  # roles of messages that hold an assistant's call as JSON text
 
 
@@ -46,6 +48,16 @@ def conversation_of(value: Any) -> list[Message]:
 
 def _is_openai(message: Message) -> bool:
     return "role" in message and any(key in message for key in ("content", "tool_calls", "function_call"))
+
+
+def role_of(name: Any) -> str:
+    """Return which of the usual roles a name is one for; empty: none."""
+    return _ALIASES.get(str(name).strip().casefold(), "")
+
+
+def is_written_out(text: str) -> bool:
+    """Whether a text is a list of chat messages, as JSON or as Python prints it."""
+    return _PRINTED.match(text) is not None or bool(conversation_of(text))
 
 
 def chat_messages(
@@ -113,8 +125,7 @@ def _message(
 def _role(role: Any, where: str, knows_role: Callable[[str], bool], note: Callable[[str], None]) -> str:
     if isinstance(role, str) and (role in ROLES or knows_role(role)):
         return role
-    known = _ALIASES.get(str(role).strip().casefold())
-    if known is None:
+    if not (known := role_of(role)):
         raise RowError(
             "an unknown role",
             f"{where} has the role {role!r}, which neither is one of {', '.join(ROLES)} nor stands in the model's chat "

@@ -7,7 +7,7 @@ from typing import Any
 from lowmem_rlhf.data.bad_rows import RowError, RowReport
 from lowmem_rlhf.data.chat_template import ChatTemplate, is_chat
 from lowmem_rlhf.data.columns import cell, check_characters, used_columns
-from lowmem_rlhf.data.messages import Message, chat_messages, conversation_of, is_light, tools_of
+from lowmem_rlhf.data.messages import Message, chat_messages, is_light, is_written_out, tools_of
 from lowmem_rlhf.data.row_template import fill_template, required_fields
 from lowmem_rlhf.data.values import Row, is_missing, text_of, value_at
 from lowmem_rlhf.errors import UserError
@@ -125,7 +125,7 @@ class PromptWriter:
             raise RowError(
                 "a conversation that does not end with the assistant",
                 f"the last message of column {column!r} must be the assistant's, which is learned; got a message of "
-                f"{roles[-1]}",
+                f"{roles[-1]} (a column of prompts alone is named in data.prompt)",
             )
         if roles[-2:] == ["assistant", "assistant"]:
             raise RowError(
@@ -170,10 +170,10 @@ class PromptWriter:
         for token in self._special:
             if token not in control and token in text:
                 self.report.note(f"{token} is written out, and read as the special token that it is", number)
-        if conversation_of(text):
+        if is_written_out(text):
             self.report.note(
-                f"column {column!r} holds chat messages as JSON text, and is taken as the text that it is; where they "
-                "are meant as messages, write them as a list",
+                f"column {column!r} holds chat messages written out as a text, and is taken as that text; where they "
+                "are meant as messages, write them as a list (in a .jsonl or .parquet file)",
                 number,
             )
 

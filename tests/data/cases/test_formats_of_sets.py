@@ -43,6 +43,9 @@ def detected(algorithm, row, data=None, **sections):
         ("trl/kto", {"prompt": "Is it?", "completion": "No.", "label": True}, {"prompt": "prompt", "label": "label"}),
         ("grpo", {"problem": "2+3", "answer": "5"}, {"prompt": "problem", "answer": "answer"}),
         ("grpo", {"prompt": [turn("user", "Hi")]}, {"prompt": "prompt", "answer": None}),
+        ("grpo", {"messages": [turn("user", "Hi")]}, {"prompt": "messages", "messages": None}),
+        ("grpo", {"conversations": SHARED[:1], "answer": "5"}, {"prompt": "conversations", "answer": "answer"}),
+        ("grpo", {"messages": talk("Hi", "Hello.")}, {"prompt": "question", "messages": "messages"}),
     ],
 )
 def test_a_set_is_recognised(algorithm, row, columns):

@@ -78,9 +78,10 @@ def test_messages_that_are_written_as_text(tokenizer, said):
     assert read(tokenizer("chatml"), example)[1] == "Hello.<|im_end|>"
     assert "json.dumps" in refusal(sft, tokenizer("chatml"), [{"messages": str(TALK)}])
     assert "no messages" in refusal(sft, tokenizer("chatml"), [{"messages": []}])
-    (prompt,) = prompts(tokenizer("chatml"), [{"prompt": json.dumps(TALK[:1])}])
-    assert '[{"role"' in prompt.text
-    assert [line for line in said() if "'prompt'" in line and "JSON text" in line]
+    written = [json.dumps(TALK[:1]), str(TALK[:1]), "[{'role': me"]
+    for prompt, text in zip(prompts(tokenizer("chatml"), [{"prompt": text} for text in written]), written, strict=True):
+        assert f"user\n{text}<|im_end|>" in prompt.text
+    assert [line for line in said() if "'prompt'" in line and "written out" in line and "3 of 3" in line]
 
 
 @pytest.mark.parametrize("name", ["system", "system_prompt", "history"])
