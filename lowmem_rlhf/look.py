@@ -7,6 +7,7 @@ import math
 from dataclasses import dataclass, field
 from typing import Any
 
+from lowmem_rlhf.data.bad_rows import RowReport
 from lowmem_rlhf.data.examples import classes_of
 from lowmem_rlhf.data.preview import SplitPreview, preview_split, with_format
 from lowmem_rlhf.data.sources import is_on_hub, load_rows
@@ -116,23 +117,27 @@ def look(recipe: Recipe, shown: int = 3, network: bool = True) -> Look:
     if tokens is None:
         seen.said.append(f"the tokenizer of {recipe.model} is not on this disk, so that no row was tokenized")
     rows, held_out = (load_rows(recipe.data, split, recipe.training.seed) for split in SPLITS)
-    _look_at(seen, "train", rows, tokens, shown)
+    report = _look_at(seen, "train", rows, tokens, shown)
     if held_out:
-        _look_at(seen, "eval", held_out, tokens, shown)
+        _look_at(seen, "eval", held_out, tokens, shown, report)
     _check_classes(seen)
     _check_rewards(seen, rows, held_out)
     return seen
 
 
-def _look_at(seen: Look, split: Split, rows: list[Row], tokens: Tokens | None, shown: int) -> None:
+def _look_at(
+    seen: Look, split: Split, rows: list[Row], tokens: Tokens | None, shown: int, before: RowReport | None = None
+) -> RowReport | None:
+    report = None
     try:
-        seen.splits[split], report = preview_split(seen.recipe, split, rows, tokens, shown)
+        seen.splits[split], report = preview_split(seen.recipe, split, rows, tokens, shown, before)
         if tokens is not None:
             report.check()
         if seen.splits[split].fault:
             seen.errors.append(seen.splits[split].fault)
     except UserError as error:
         seen.errors.append(str(error))
+    return report
 
 
 def _check_classes(seen: Look) -> None:

@@ -57,10 +57,14 @@ class RowReport:
         data: says whether bad rows are errors or left out.
         source: the file or data set, for messages; empty: not named.
         collect: keep what is found for whoever asks: `finish` neither raises nor says anything.
+        before: of the training rows, where these are held out: what is noted of those is not said again.
     """
 
-    def __init__(self, data: DataConfig, source: str = "", collect: bool = False) -> None:
+    def __init__(
+        self, data: DataConfig, source: str = "", collect: bool = False, before: "RowReport | None" = None
+    ) -> None:
         self._data, self._source, self._collect = data, source, collect
+        self._before = before
         self.rows = self.kept = 0
         self.answers: list[int] = []  # of each conversation that is learned from
         self.bad: dict[str, list[tuple[int, str]]] = {}
@@ -77,7 +81,7 @@ class RowReport:
 
     def again(self) -> "RowReport":
         """Return a report for the same rows, read once more for something else: what was said is not said again."""
-        found = RowReport(self._data, self._source)
+        found = RowReport(self._data, self._source, before=self._before)
         found.spoken = self
         return found
 
@@ -143,7 +147,8 @@ class RowReport:
     def said(self) -> list[str]:
         """Return a line for each thing that was noted, and one on conversations of several answers."""
         lines = []
-        if self.answers and max(self.answers) > 1:
+        before = self._before
+        if max(self.answers, default=0) > 1 and (before is None or max(before.answers, default=0) < 2):
             mean = f"{sum(self.answers) / len(self.answers):.3g} answers a conversation"
             lines.append(
                 f"all {mean} are learned"
@@ -153,6 +158,7 @@ class RowReport:
         return lines + [
             text + (f" ({len(rows)} of {self.rows} rows, first: row {rows[0]})" if rows[0] else "")
             for text, rows in self.notes.items()
+            if before is None or text not in before.notes
         ]
 
     def left_out_lines(self) -> list[str]:

@@ -38,10 +38,11 @@ def read_data(recipe: Recipe, rows: Rows, held_out_rows: Rows, tokens: Tokens) -
         UserError: rows cannot be learned from (see `build_examples` and its like), or use tokens that the model has no
             embedding for.
     """
-    train = examples_of(recipe, rows, tokens)
+    report = RowReport(recipe.data)
+    train = examples_of(recipe, rows, tokens, report)
     check_both_kinds(train)
     held, prompts = list(held_out_rows), []
-    other = RowReport(recipe.data, recipe.data.eval or "")
+    other = RowReport(recipe.data, recipe.data.eval or "", before=report)
     held_out = examples_of(recipe, held, tokens, other) if held else []
     if held and recipe.rewards and recipe.algorithm not in ONLINE:
         prompts = build_examples(held, recipe.data, tokens.tokenizer, tokens.stop_ids, other.again())

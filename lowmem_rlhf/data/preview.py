@@ -90,13 +90,19 @@ def with_format(recipe: Recipe) -> tuple[Recipe, str]:
 
 
 def preview_split(
-    recipe: Recipe, split: Split, rows: Sequence[Row], tokens: Tokens | None, shown: int
+    recipe: Recipe,
+    split: Split,
+    rows: Sequence[Row],
+    tokens: Tokens | None,
+    shown: int,
+    before: RowReport | None = None,
 ) -> tuple[SplitPreview, RowReport]:
     """Return what the rows of one split become, bad ones left out, and the report on them.
 
     Args:
         tokens: the model's; None: nothing is tokenized.
         shown: how many examples are kept as texts.
+        before: the report on the training rows, whose notes are not repeated.
 
     Raises:
         UserError: no chat can be made of the rows, or they use tokens that the model has no embedding for.
@@ -104,7 +110,7 @@ def preview_split(
     data = recipe.data
     source = data.eval if split == "eval" and data.eval else data.train
     found = SplitPreview(source, len(rows))
-    report = RowReport(data, (data.eval or "") if split == "eval" else "", collect=True)
+    report = RowReport(data, (data.eval or "") if split == "eval" else "", collect=True, before=before)
     if tokens is None:
         return found, report
     made = examples_of(recipe, rows, tokens, report)

@@ -57,3 +57,20 @@ def test_columns_are_listed_in_their_order(command):
     done = command("data", "chatml", rows, algorithm="grpo", rewards=[{"function": "gsm8k_answer"}])
     assert done.code == 2
     assert "its columns: prompt, b, a, d, c" in done.err
+
+
+@pytest.mark.parametrize("verb", ["data", "train"])
+def test_what_was_said_of_training_rows_is_not_said_again(command, caplog, verb):
+    rows = [{"conversations": shared(f"Question {number}", "Yes.", "Really?", "No.")} for number in range(4)]
+    done = command(verb, "chatml", rows, data={"eval_size": 1})
+    assert done.code == 0
+    said = " ".join((done.out if verb == "data" else caplog.text).split())
+    assert said.count("answers a conversation") == said.count("'human' is taken as user") == 1
+    bot = [{**one, "from": one["from"].replace("gpt", "bot")} for one in rows[0]["conversations"]]
+    write("other.jsonl", [{"conversations": bot}])
+    done = command("data", "chatml", rows, data={"eval": "other.jsonl", "eval_size": 1})
+    assert "'bot' is taken as assistant (1 of 1 rows" in " ".join(done.out.split())
+
+
+def shared(*texts):
+    return [{"from": ("human", "gpt")[place % 2], "value": text} for place, text in enumerate(texts)]
