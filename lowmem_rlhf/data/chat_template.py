@@ -15,6 +15,7 @@ from lowmem_rlhf.data.messages import Message
 from lowmem_rlhf.data.rendered import THINK, check_calls, holds, must_be_written, short, squeezed, unopened
 from lowmem_rlhf.errors import UserError
 from lowmem_rlhf.recipe import DataConfig
+from lowmem_rlhf.suggest import did_you_mean
 
 _SENTINEL = "Zq7x"  # a text that no template knows, for finding where an answer stands
 
@@ -69,6 +70,11 @@ class ChatTemplate:
     def names_role(self, role: str) -> bool:
         """Return whether the template's source names a role."""
         return bool(role.strip()) and re.search(rf"""["']{re.escape(role)}["']""", self.source) is not None
+
+    def unread_options(self) -> list[str]:
+        """Return, as clauses, the keyword arguments that the template's source does not name: they have no effect."""
+        words = dict.fromkeys(re.findall(r"\w+", self.source))
+        return [f"{key!r}{did_you_mean(key, words)}" for key in self._options if key not in words]
 
     def prompt(
         self, messages: Sequence[Message], tools: Any = None, note: Callable[[str], None] = lambda text: None

@@ -57,6 +57,8 @@ class PromptWriter:
             if data.system == "":
                 self._check_empty_system("data.system: got an empty text")
             self._check_recipe_texts()
+            for unread in self.template.unread_options():
+                report.note(f"data.chat_template_kwargs has no effect: the model's chat template knows no {unread}", 0)
 
     def prompt(self, row: Row, value: Any = None) -> Prompt:
         """Return a row's prompt; ``value`` stands in place of its column.

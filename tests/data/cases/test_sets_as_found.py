@@ -101,3 +101,19 @@ def test_the_part_of_an_answer_is_named(tokenizer):
     row = {"prompt": "Hi", "chosen": turn("assistant", "Hello."), "rejected": turn("assistant", "No.")}
     assert "chosen.content" in refusal(pairs, tokenizer("chatml"), [row])
     assert len(pairs(tokenizer("chatml"), [row], chosen="chosen.content", rejected="rejected.content")) == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "unread"),
+    [
+        ("thinks", {"enable_thinkin": False}, "'enable_thinkin'; did you mean 'enable_thinking'?"),
+        ("thinks", {"thinking": False}, "'thinking'"),
+        ("chatml", {"enable_thinking": False}, "'enable_thinking'"),
+        ("thinks", {"enable_thinking": False}, ""),
+    ],
+)
+def test_an_option_that_the_template_does_not_know_is_said(tokenizer, said, name, options, unread):
+    prompts(tokenizer(name), [{"prompt": "Hi"}] * 3, chat_template_kwargs=options)
+    lines = [line for line in said() if "chat_template_kwargs" in line]
+    assert len(lines) == bool(unread)
+    assert not unread or f"knows no {unread}" in lines[0]
