@@ -14,6 +14,7 @@ from lowmem_rlhf.data.sources import is_on_hub, load_rows
 from lowmem_rlhf.data.tasks import Split
 from lowmem_rlhf.data.values import Row
 from lowmem_rlhf.errors import UserError
+from lowmem_rlhf.model.adapters import adapter_folder
 from lowmem_rlhf.model.tokenizer import Tokens, load_tokens
 from lowmem_rlhf.recipe import LEARNED_REWARDS, ONLINE, REWARD_ADAPTER, Recipe
 from lowmem_rlhf.rewards.loading import check_reward_columns, load_rewards
@@ -110,6 +111,7 @@ def look(recipe: Recipe, shown: int = 3, network: bool = True) -> Look:
             f"{', '.join(away)} lies on the Hub and is looked at by `lowmem-rlhf data` and before training"
         )
         _check_rewards(seen, None, None)
+        _look_for_adapter(seen)
         return seen
     recipe, line = with_format(recipe)
     seen = Look(recipe, said=[line] if line else [])
@@ -122,6 +124,7 @@ def look(recipe: Recipe, shown: int = 3, network: bool = True) -> Look:
         _look_at(seen, "eval", held_out, tokens, shown, report)
     _check_classes(seen)
     _check_rewards(seen, rows, held_out)
+    _look_for_adapter(seen)
     return seen
 
 
@@ -138,6 +141,15 @@ def _look_at(
     except UserError as error:
         seen.errors.append(str(error))
     return report
+
+
+def _look_for_adapter(seen: Look) -> None:
+    """Say that the first stage is missing: no fault of a plan, which may be made before any stage has run."""
+    try:
+        if seen.recipe.adapter:
+            adapter_folder(seen.recipe.adapter)
+    except UserError as error:
+        seen.said.append(f"training cannot begin yet: {error}")
 
 
 def _check_classes(seen: Look) -> None:

@@ -72,5 +72,17 @@ def test_what_was_said_of_training_rows_is_not_said_again(command, caplog, verb)
     assert "'bot' is taken as assistant (1 of 1 rows" in " ".join(done.out.split())
 
 
+@pytest.mark.parametrize("adapter", ["runs/sft_qwen_gsm8k", "runs/mine", "judge.py"])
+def test_a_first_stage_that_is_missing_is_said(command, adapter):
+    for verb, *options in (("data",), ("plan",), ("train", "--dry-run")):
+        done = command(
+            verb, "chatml", [{"question": "2+3", "answer": "5"}], *options, algorithm="grpo", adapter=adapter
+        )
+        said = " ".join((done.out + done.err).split())
+        assert done.code == 0
+        assert f"training cannot begin yet: adapter '{adapter}'" in said
+        assert ("train sft_qwen_gsm8k" in said) == (adapter == "runs/sft_qwen_gsm8k")
+
+
 def shared(*texts):
     return [{"from": ("human", "gpt")[place % 2], "value": text} for place, text in enumerate(texts)]
