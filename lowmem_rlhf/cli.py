@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from lowmem_rlhf import __version__
-from lowmem_rlhf.errors import LowmemError, UserError, with_notes
+from lowmem_rlhf.errors import LowmemError, OfflineError, UserError, with_notes
 
 if TYPE_CHECKING:
     from lowmem_rlhf.recipe import Recipe
@@ -162,7 +162,11 @@ def _looked_at(recipe: "Recipe", network: bool) -> "Recipe":
     from lowmem_rlhf.session import hush
 
     hush()
-    seen = look(recipe, 0, network)
+    try:
+        seen = look(recipe, 0, network, most=5000)  # a plan takes seconds
+    except OfflineError as error:  # training needs what a plan can do without
+        print(f"rows were not looked at: {error}", file=sys.stderr)
+        return recipe
     seen.check()
     for line in seen.lines():
         print(line, file=sys.stderr)

@@ -13,6 +13,10 @@ class UserError(LowmemError):
     exit_code = 2
 
 
+class OfflineError(UserError):
+    """What the user named lies on the Hub, which cannot be reached, and not on this disk."""
+
+
 class RunError(LowmemError):
     """A run that had begun failed; a note says what is kept of it. Exit code 1."""
 

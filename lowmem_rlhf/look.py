@@ -11,12 +11,13 @@ from lowmem_rlhf.data.bad_rows import RowReport
 from lowmem_rlhf.data.examples import classes_of
 from lowmem_rlhf.data.preview import SplitPreview, preview_split, with_format
 from lowmem_rlhf.data.sources import is_on_hub, load_rows
-from lowmem_rlhf.data.tasks import Split
+from lowmem_rlhf.data.tasks import Split, is_generated
 from lowmem_rlhf.data.values import Row
 from lowmem_rlhf.errors import UserError
 from lowmem_rlhf.model.adapters import adapter_folder
 from lowmem_rlhf.model.tokenizer import Tokens, load_tokens
 from lowmem_rlhf.recipe import LEARNED_REWARDS, ONLINE, REWARD_ADAPTER, Recipe
+from lowmem_rlhf.report.bars import progress_bar
 from lowmem_rlhf.rewards.loading import check_reward_columns, load_rewards
 from lowmem_rlhf.rewards.references import check_run_references
 
@@ -93,12 +94,16 @@ class Look:
         }
 
 
-def look(recipe: Recipe, shown: int = 3, network: bool = True) -> Look:
+def look(recipe: Recipe, shown: int = 3, network: bool = True, most: int | None = None) -> Look:
     """Look at a recipe's data, rewards and tokenizer.
+
+    Where no example is to be shown, rows that are all generated are not tokenized: nothing is wrong with them, and
+    torch need not be imported.
 
     Args:
         shown: how many examples of each split are kept as texts.
         network: whether the Hub may be asked for what is not on this disk; if not, that is left out and said.
+        most: rows of each split that are tokenized, where there are more; None: all.
 
     Raises:
         UserError: the data cannot be read at all, or the model has no tokenizer.
@@ -115,14 +120,23 @@ def look(recipe: Recipe, shown: int = 3, network: bool = True) -> Look:
         return seen
     recipe, line = with_format(recipe)
     seen = Look(recipe, said=[line] if line else [])
-    tokens = load_tokens(recipe.model, recipe.revision, recipe.trust_remote_code, network)
-    if tokens is None:
+    tokens = None
+    if shown or not all(is_generated(source) for _, source in sources if source):
+        tokens = load_tokens(recipe.model, recipe.revision, recipe.trust_remote_code, network)
+    if tokens is None and not is_generated(recipe.data.train):
         seen.said.append(f"the tokenizer of {recipe.model} is not on this disk, so that no row was tokenized")
     rows, held_out = (load_rows(recipe.data, split, recipe.training.seed) for split in SPLITS)
-    report = _look_at(seen, "train", rows, tokens, shown)
-    if held_out:
-        _look_at(seen, "eval", held_out, tokens, shown, report)
-    _check_classes(seen)
+    report, whole = None, True
+    for split, found in zip(SPLITS, (rows, held_out), strict=True):
+        if tokens is not None and most is not None and len(found) > most:
+            whole = False
+            seen.said.append(
+                f"of {len(found):,} {split} rows the first {most:,} were looked at; `lowmem-rlhf data` does all"
+            )
+        if found:
+            report = _look_at(seen, split, found[:most], tokens, shown, report)
+    if whole:
+        _check_kinds(seen)
     _check_rewards(seen, rows, held_out)
     _look_for_adapter(seen)
     return seen
@@ -133,11 +147,10 @@ def _look_at(
 ) -> RowReport | None:
     report = None
     try:
-        seen.splits[split], report = preview_split(seen.recipe, split, rows, tokens, shown, before)
+        with progress_bar(f"{split} rows") as progress:
+            seen.splits[split], report = preview_split(seen.recipe, split, rows, tokens, shown, progress, before)
         if tokens is not None:
             report.check()
-        if seen.splits[split].fault:
-            seen.errors.append(seen.splits[split].fault)
     except UserError as error:
         seen.errors.append(str(error))
     return report
@@ -152,11 +165,16 @@ def _look_for_adapter(seen: Look) -> None:
         seen.said.append(f"training cannot begin yet: {error}")
 
 
-def _check_classes(seen: Look) -> None:
-    splits = seen.splits
-    if seen.recipe.algorithm == "classifier" and "train" in splits and splits["train"].kept:
+def _check_kinds(seen: Look) -> None:
+    """Check that there are answers, or classes, of more than one kind: of all rows, as a file may be sorted by them."""
+    train, held_out = seen.splits.get("train"), seen.splits.get("eval")
+    if train is None or not train.kept:
+        return
+    if train.fault:
+        seen.errors.append(train.fault)
+    if seen.recipe.algorithm == "classifier":
         try:
-            classes_of(splits["train"].classes, splits["eval"].classes if "eval" in splits else ())
+            classes_of(train.classes, held_out.classes if held_out else ())
         except UserError as error:
             seen.errors.append(str(error))
 

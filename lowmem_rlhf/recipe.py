@@ -124,9 +124,11 @@ def load_recipe(recipe: str, overrides: list[str] | None = None, quiet: bool = F
     path = find_recipe(recipe)
     tree = _read(path)
     in_file = _lengths(("training",), tree.get("training"))
-    given: dict[str, bool] = {}
+    given: _Given = {}
     for override in overrides or []:
-        given |= _lengths(*apply_override(tree, override, Recipe))
+        for key, there in _lengths(*apply_override(tree, override, Recipe)).items():
+            given.pop(key, None)  # the order is that of the last time
+            given[key] = there
     reading = read_values(tree, Recipe)
     reading.problems |= _one_length(reading.values, in_file, given, _is_run(path))
     if not quiet:
@@ -166,21 +168,21 @@ def _lengths(place: Sequence[str | int], value: Tree | None) -> _Given:
 
 
 def _one_length(values: dict[str, Any], in_file: _Given, given: _Given, of_a_run: bool) -> dict[str, str]:
-    """Leave the length that was given later in the values; return what is wrong where two were given at once.
+    """Leave the length that was given later in the values; return what is wrong where a file gives two.
 
     Args:
         values: of the recipe.
         in_file: what its file gives.
-        given: what the overrides give.
+        given: what the overrides give, in their order.
         of_a_run: it is a run's own recipe; older ones hold epochs and the steps that came of them.
     """
-    for source, lengths in (("got both in the overrides", given), ("got both", in_file)):
-        there = [key for key in _LENGTHS if lengths.get(key)]
-        if len(there) > 1 and not (of_a_run and lengths is in_file):
-            return {"training.max_steps, training.num_train_epochs": f"{source}; a run has one length, leave one out"}
-        if there and isinstance(section := values.get("training"), dict):
-            section.pop("max_steps" if "num_train_epochs" in there else "num_train_epochs", None)
-            return {}
+    last = next((key for key in reversed(given) if given[key]), None)
+    there = [key for key in _LENGTHS if in_file.get(key)]
+    if last is None and len(there) > 1 and not of_a_run:
+        return {"training.max_steps, training.num_train_epochs": "got both; a run has one length, leave one out"}
+    kept = last or ("num_train_epochs" if "num_train_epochs" in there else next(iter(there), None))
+    if kept is not None and isinstance(section := values.get("training"), dict):
+        section.pop(next(key for key in _LENGTHS if key != kept), None)
     return {}
 
 

@@ -161,6 +161,7 @@ def _train(recipe: Recipe, path: Path, resume: bool, written: Recipe) -> RunDire
         for said in check_run_references(rewards, recipe, rows, held_out_rows):
             print(said, flush=True)
 
+    from lowmem_rlhf.report.bars import progress_bar
     from lowmem_rlhf.report.html import write_report
     from lowmem_rlhf.report.live import LiveView, print_evaluation, print_plan
     from lowmem_rlhf.training.build import add_roles, make_trainer
@@ -168,7 +169,8 @@ def _train(recipe: Recipe, path: Path, resume: bool, written: Recipe) -> RunDire
     print_plan({**plan.to_dict(), **placed})
     tokens = load_tokens(recipe.model, recipe.revision, recipe.trust_remote_code)
     assert tokens is not None  # the Hub may be asked
-    data = read_data(recipe, rows, held_out_rows, tokens)
+    with progress_bar("rows") as progress:
+        data = read_data(recipe, rows, held_out_rows, tokens, progress)
     base = _shared_base(recipe, plan)
     if base.stop_ids != tokens.stop_ids:  # a model may know of more ends than its files say
         data = read_data(recipe, rows, held_out_rows, base.tokens)

@@ -4,7 +4,7 @@ No torch here.
 """
 
 import logging
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,6 +14,9 @@ from lowmem_rlhf.errors import UserError
 from lowmem_rlhf.recipe import DataConfig
 
 logger = logging.getLogger(__name__)
+
+
+_CHUNK = 1000  # rows that are written and tokenized at once
 
 
 class RowError(UserError):
@@ -72,12 +75,20 @@ class RowReport:
         self.long: LongRows | None = None
         self.learn_all = False
         self.spoken: RowReport | None = None  # of an earlier reading of these rows
+        self.progress: Callable[[int, int], None] | None = None  # called with (rows done, rows in all)
 
     def each(self, rows: Iterable[Mapping[str, Any]]) -> list[Row]:
         """Return the rows, numbered, and remember how many they are."""
         found = numbered(rows)
         self.rows = len(found)
         return found
+
+    def chunks(self, rows: Sequence[Row]) -> Iterator[Sequence[Row]]:
+        """Yield the rows a thousand at a time; what is done with a chunk counts as progress."""
+        for start in range(0, len(rows), _CHUNK):
+            yield rows[start : start + _CHUNK]
+            if self.progress is not None:
+                self.progress(min(start + _CHUNK, len(rows)), len(rows))
 
     def again(self) -> "RowReport":
         """Return a report for the same rows, read once more for something else: what was said is not said again."""

@@ -1,6 +1,6 @@
 """The examples that a recipe's algorithm learns from, of its rows. No torch here."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +14,7 @@ from lowmem_rlhf.model.vocabulary import check_ids
 from lowmem_rlhf.recipe import ONLINE, Recipe
 from lowmem_rlhf.recipe_trl import TRL_TRAINERS
 
+Progress = Callable[[int, int], None]
 _IDS = ("prompt_ids", "completion_ids", "chosen_ids", "rejected_ids")
 
 
@@ -31,14 +32,20 @@ class TrainingData:
     prompts: Sequence[Example] = ()
 
 
-def read_data(recipe: Recipe, rows: Rows, held_out_rows: Rows, tokens: Tokens) -> TrainingData:
+def read_data(
+    recipe: Recipe, rows: Rows, held_out_rows: Rows, tokens: Tokens, progress: Progress | None = None
+) -> TrainingData:
     """Return what a recipe learns from and measures on.
+
+    Args:
+        progress: called with (rows done, rows in all) of the rows to train on.
 
     Raises:
         UserError: rows cannot be learned from (see `build_examples` and its like), or use tokens that the model has no
             embedding for.
     """
     report = RowReport(recipe.data)
+    report.progress = progress
     train = examples_of(recipe, rows, tokens, report)
     check_both_kinds(train)
     held, prompts = list(held_out_rows), []

@@ -30,7 +30,7 @@ from lowmem_rlhf.data.readers import (
 from lowmem_rlhf.data.splits import read_split
 from lowmem_rlhf.data.table import DatasetTable, RowTable, Table
 from lowmem_rlhf.data.values import Row
-from lowmem_rlhf.errors import UserError
+from lowmem_rlhf.errors import OfflineError, UserError
 from lowmem_rlhf.paths import local_path, path_hint
 
 logger = logging.getLogger(__name__)
@@ -79,7 +79,8 @@ def read_folder(source: str, config: str | None, split: str, key: str, field: st
     except UserError:
         raise
     except Exception as error:
-        raise UserError(hub_problem(error, source, config, split, key)) from error
+        kind = OfflineError if isinstance(error, ConnectionError | TimeoutError) else UserError
+        raise kind(hub_problem(error, source, config, split, key)) from error
     if len(table) == 0:
         raise UserError(f"{key}: split {split!r} of {source} has no rows; name another split")
     return table

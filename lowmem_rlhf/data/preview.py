@@ -7,7 +7,7 @@ from itertools import pairwise
 from typing import Any
 
 from lowmem_rlhf.data.bad_rows import RowReport
-from lowmem_rlhf.data.examples import examples_of, ids_of
+from lowmem_rlhf.data.examples import Progress, examples_of, ids_of
 from lowmem_rlhf.data.formats import detect_format
 from lowmem_rlhf.data.labelled import check_both_kinds
 from lowmem_rlhf.data.prompts import Example
@@ -95,6 +95,7 @@ def preview_split(
     rows: Sequence[Row],
     tokens: Tokens | None,
     shown: int,
+    progress: Progress | None = None,
     before: RowReport | None = None,
 ) -> tuple[SplitPreview, RowReport]:
     """Return what the rows of one split become, bad ones left out, and the report on them.
@@ -102,6 +103,7 @@ def preview_split(
     Args:
         tokens: the model's; None: nothing is tokenized.
         shown: how many examples are kept as texts.
+        progress: called with (rows done, rows in all).
         before: the report on the training rows, whose notes are not repeated.
 
     Raises:
@@ -111,6 +113,7 @@ def preview_split(
     source = data.eval if split == "eval" and data.eval else data.train
     found = SplitPreview(source, len(rows))
     report = RowReport(data, (data.eval or "") if split == "eval" else "", collect=True, before=before)
+    report.progress = progress
     if tokens is None:
         return found, report
     made = examples_of(recipe, rows, tokens, report)

@@ -11,6 +11,7 @@ from lowmem_rlhf.data.messages import Message, chat_messages, is_light, is_writt
 from lowmem_rlhf.data.row_template import fill_template, required_fields
 from lowmem_rlhf.data.values import Row, is_missing, text_of, value_at
 from lowmem_rlhf.errors import UserError
+from lowmem_rlhf.model.stops import turn_end
 from lowmem_rlhf.recipe import DataConfig
 
 _BESIDE = ("system", "system_prompt", "history")  # columns that go with a prompt in sets of instructions
@@ -51,6 +52,8 @@ class PromptWriter:
         self.template = ChatTemplate(tokenizer, data.chat_template_kwargs) if is_chat(data, tokenizer) else None
         end = tokenizer.eos_token_id
         self.stop_ids = stop_ids | ({end} if end is not None else set())
+        if self.template is not None:
+            self.stop_ids |= turn_end(tokenizer, **data.chat_template_kwargs)
         self._used = {name.split(".")[0] for name in used_columns(data)}
         self._special = tuple(str(token) for token in tokenizer.all_special_tokens)
         if self.template is not None:

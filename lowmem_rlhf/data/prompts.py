@@ -1,6 +1,6 @@
 """From rows to the prompts that are sampled from."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -58,11 +58,20 @@ def build_examples(
     """
     report = report or RowReport(data)
     writer = PromptWriter(data, tokenizer, stop_ids, report)
-    prompts: list[Prompt] = []
     given = report.each(rows)
     check_answer_part(given, data)
     names = dict.fromkeys(name for row in given for name in row)
-    for row in given:
+    kept: list[Example] = []
+    for chunk in report.chunks(given):
+        kept += _examples(chunk, names, writer, report)
+    report.finish(len(kept))
+    return kept
+
+
+def _examples(rows: Sequence[Row], names: Iterable[str], writer: PromptWriter, report: RowReport) -> list[Example]:
+    data = writer.data
+    prompts: list[Prompt] = []
+    for row in rows:
         with report.row(row.number):
             prompts.append(writer.prompt(row))
     kept = []
@@ -75,7 +84,6 @@ def build_examples(
             kept.append(Example(made.prompt, ids, _columns(made.row, data, names), made.text))
             if not isinstance(made.prompt, str) and made.prompt[-1]["role"] == "assistant":
                 report.note(_CONTINUED, number)
-    report.finish(len(kept))
     return kept
 
 

@@ -112,12 +112,26 @@ def supervised_rows(
     Args:
         check: called with each row; a `RowError` in it counts for the row.
     """
+    found: list[tuple[Row, Supervised]] = []
     if data.text is not None:
-        return _whole_texts(report.each(rows), data.text, tokenizer, stop_ids, report)
-    writer = TurnWriter(PromptWriter(data, tokenizer, stop_ids, report), stop_ids)
+        for chunk in report.chunks(report.each(rows)):
+            found += _whole_texts(chunk, data.text, tokenizer, stop_ids, report)
+        return found
+    writer = TurnWriter(PromptWriter(data, tokenizer, stop_ids, report))
+    for chunk in report.chunks(report.each(rows)):
+        found += _supervised(chunk, writer, settings, report, check)
+    if not settings.completion_only_loss:
+        found = [(row, Supervised(one.prompt_ids[:1], one.prompt_ids[1:] + one.completion_ids)) for row, one in found]
+    return found
+
+
+def _supervised(
+    rows: Sequence[Row], writer: TurnWriter, settings: SFTSettings, report: RowReport, check: Callable[[Row], Any]
+) -> list[tuple[Row, Supervised]]:
+    data = writer.prompts.data
     drafts: list[_Draft] = []
     whole: list[Segments] = []
-    for row in report.each(rows):
+    for row in rows:
         with report.row(row.number):
             check(row)
             if data.messages is None:
@@ -132,10 +146,7 @@ def supervised_rows(
     for prompt, segments in whole:
         with report.row(prompt.row.number):
             found.append((prompt.row, Supervised(*writer.learned_segments(prompt, segments))))
-    found.sort(key=lambda item: item[0].number)
-    if not settings.completion_only_loss:
-        found = [(row, Supervised(one.prompt_ids[:1], one.prompt_ids[1:] + one.completion_ids)) for row, one in found]
-    return found
+    return sorted(found, key=lambda item: item[0].number)
 
 
 def build_pairs(
@@ -162,14 +173,27 @@ def build_pairs(
         UserError: as `build_supervised`; two answers that are the same, or a margin that is no finite number.
     """
     report = report or RowReport(data)
-    writer = TurnWriter(PromptWriter(data, tokenizer, stop_ids, report), stop_ids)
+    writer = TurnWriter(PromptWriter(data, tokenizer, stop_ids, report))
+    kept = []
+    for chunk in report.chunks(report.each(rows)):
+        for number, pair in _pairs(chunk, writer, report):
+            length = len(pair.prompt_ids) + max(len(pair.chosen_ids), len(pair.rejected_ids))
+            if report.fits(number, length, max_length, length_key, "pair"):
+                kept.append(pair)
+    report.finish(len(kept))
+    return kept
+
+
+def _pairs(rows: Sequence[Row], writer: TurnWriter, report: RowReport) -> list[tuple[int, Pair]]:
+    """Return the pairs of rows that hold one, each with its row's number."""
+    data = writer.prompts.data
     drafts, margins = [], {}
-    for row in report.each(rows):
+    for row in rows:
         with report.row(row.number):
             value, better, worse = pair_of(row, writer.prompts)
             margins[row.number] = margin_of(row, data.margin)
             drafts.append(_draft(writer, writer.prompts.prompt(row, value), [better, worse]))
-    kept = []
+    found = []
     for row, prompt_ids, (chosen, rejected) in _tokenized(drafts, writer, report):
         with report.row(row.number):
             if chosen == rejected:
@@ -178,11 +202,8 @@ def build_pairs(
                     f"columns {data.chosen!r} and {data.rejected!r} hold the same answer, which teaches nothing; "
                     "remove the row",
                 )
-            length = len(prompt_ids) + max(len(chosen), len(rejected))
-            if report.fits(row.number, length, max_length, length_key, "pair"):
-                kept.append(Pair(prompt_ids, chosen, rejected, margins[row.number]))
-    report.finish(len(kept))
-    return kept
+            found.append((row.number, Pair(prompt_ids, chosen, rejected, margins[row.number])))
+    return found
 
 
 def labelled_texts(rows: Rows, data: DataConfig, report: RowReport | None = None) -> tuple[list[str], list[str]]:
@@ -223,7 +244,7 @@ def _tokenized(
         with report.row(draft.prompt.row.number):
             writer.prompts.check_end(ids)
             found.append((draft.prompt.row, ids, [writer.ended(one) for one in raw]))
-    writer.compare_in_one_piece(drafts, [(row.number, ids, answers) for row, ids, answers in found])
+    writer.compare_seams([(draft.prompt, turn) for draft in drafts for turn in draft.turns])
     return found
 
 

@@ -4,7 +4,7 @@ Also conversations of which every answer is learned.
 """
 
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Any
 
 from lowmem_rlhf.data.bad_rows import RowError
 from lowmem_rlhf.data.messages import Message, is_light
@@ -26,23 +26,18 @@ _MEET = (
 )
 
 
-class _Draft(Protocol):
-    @property
-    def prompt(self) -> Prompt: ...
-    @property
-    def turns(self) -> Sequence[str]: ...
+_SEAM = 24  # characters on each side of where prompt and answer meet
 
 
 class TurnWriter:
     """Writes answers behind prompts.
 
     Args:
-        prompts: writes the prompts.
-        stop_ids: the tokens that end a completion when the model samples.
+        prompts: writes the prompts, and knows the tokens that end a completion.
     """
 
-    def __init__(self, prompts: PromptWriter, stop_ids: frozenset[int]) -> None:
-        self.prompts, self.stop_ids = prompts, stop_ids
+    def __init__(self, prompts: PromptWriter) -> None:
+        self.prompts, self.stop_ids = prompts, prompts.stop_ids
         self._tokenizer, self._template = prompts.tokenizer, prompts.template
 
     def turn(self, prompt: Prompt, answer: Message) -> str:
@@ -157,20 +152,22 @@ class TurnWriter:
         last = self.ended(last)
         return prompt_ids, ids + last, (*learned, *([True] * len(last)))
 
-    def compare_in_one_piece(
-        self, drafts: Sequence[_Draft], made: Sequence[tuple[int, list[int], list[list[int]]]]
-    ) -> None:
-        """Note the chats whose tokens are others where prompt and answer are tokenized in one piece."""
-        if self._template is None or not made:
+    def compare_seams(self, written: Sequence[tuple[Prompt, str]]) -> None:
+        """Note the chats whose tokens are others where prompt and answer are tokenized in one piece.
+
+        Only the seam can differ, so a few characters on both sides are looked at.
+        """
+        if self._template is None or not written:
             return
-        written = {draft.prompt.row.number: draft for draft in drafts}
-        for place in range(max(len(answers) for _, _, answers in made)):
-            some = [one for one in made if len(one[2]) > place]
-            texts = [written[number].prompt.text + written[number].turns[place] for number, _, _ in some]
-            together = self._tokenizer(texts, add_special_tokens=False)["input_ids"]
-            for (number, ids, answers), whole in zip(some, together, strict=True):
-                apart = [*ids, *answers[place][:-1]]
-                if whole[: len(apart)] != apart:
+        rows: dict[tuple[str, str], list[int]] = {}
+        for prompt, turn in written:
+            rows.setdefault((prompt.text[-_SEAM:], turn[:_SEAM]), []).append(prompt.row.number)
+        before = self._tokenizer([start for start, _ in rows], add_special_tokens=False)["input_ids"]
+        behind = self.turn_ids([end for _, end in rows])
+        whole = self._tokenizer([start + end for start, end in rows], add_special_tokens=False)["input_ids"]
+        for numbers, first, second, both in zip(rows.values(), before, behind, whole, strict=True):
+            if first + second != both:
+                for number in numbers:
                     self.prompts.report.note(_MEET, number)
 
 

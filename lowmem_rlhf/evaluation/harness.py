@@ -21,12 +21,12 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from lowmem_rlhf.chat.opening import memory_explained
 from lowmem_rlhf.errors import UserError
 from lowmem_rlhf.evaluation.intervals import Column, Estimate, Z, differences, estimates
-from lowmem_rlhf.evaluation.kept import progress_bar
 from lowmem_rlhf.evaluation.subject import Subject
 from lowmem_rlhf.memory import with_less
 from lowmem_rlhf.model.logprobs import tiles
 from lowmem_rlhf.model.packing import Group
 from lowmem_rlhf.model.stops import text_ids, written_text
+from lowmem_rlhf.report.bars import progress_bar
 from lowmem_rlhf.rollout.generate import generate
 from lowmem_rlhf.rollout.sampling import Sampling
 from lowmem_rlhf.suggest import did_you_mean

@@ -5,13 +5,10 @@ One object: ``made`` (time, UTC), ``version``, ``steps`` the policy was trained 
 by subject, each with ``value``, ``low`` and ``high``), ``difference`` (second subject less the first) and ``method``.
 """
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
 from lowmem_rlhf.errors import UserError
@@ -84,17 +81,3 @@ def _cell(estimate: dict[str, Any] | None) -> str:
     if low is None and high is None:
         return format_number(value)
     return f"{format_number(value)} [{format_number(low)}, {format_number(high)}]"
-
-
-@contextmanager
-def progress_bar(name: str, console: Console | None = None) -> Iterator[Callable[[int, int], None]]:
-    """Show a bar with the time left while the block runs; nothing where nobody watches.
-
-    Yields:
-        A function that is told (done, total).
-    """
-    console = console or Console(stderr=True)
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, disable=not console.is_interactive) as bars:
-        task = bars.add_task(name, total=None)
-        yield lambda done, total: bars.update(task, completed=done, total=total)

@@ -13,12 +13,12 @@ from lowmem_rlhf.data.prompts import build_examples
 from lowmem_rlhf.data.supervised import Pair, Supervised, build_pairs, build_supervised
 from lowmem_rlhf.errors import UserError
 from lowmem_rlhf.evaluation.intervals import Column
-from lowmem_rlhf.evaluation.kept import progress_bar
 from lowmem_rlhf.evaluation.quantities import of_completions, of_losses, of_pairs
 from lowmem_rlhf.evaluation.subject import Subject
 from lowmem_rlhf.memory import with_less
 from lowmem_rlhf.model.roles import POLICY
 from lowmem_rlhf.recipe_trl import TRL_TRAINERS
+from lowmem_rlhf.report.bars import progress_bar
 from lowmem_rlhf.rollout.generate import Completion
 from lowmem_rlhf.training.evaluate import TrainerState, sample
 from lowmem_rlhf.training.heads import head_outputs

@@ -22,7 +22,7 @@ from lowmem_rlhf.suggest import did_you_mean
 WEIGHTS, CONFIG, HEAD = "adapter_model.safetensors", "adapter_config.json", "head.safetensors"
 # what peft can add to a low-rank product and this package does not compute
 MORE = (
-    *("use_dora", "lora_bias", "modules_to_save", "trainable_token_indices", "target_parameters", "velora_config"),
+    *("use_dora", "lora_bias", "modules_to_save", "trainable_token_indices", "velora_config"),
     *("alora_invocation_tokens", "arrow_config", "kasa_config", "monteclora_config", "use_bdlora", "use_qalora"),
 )
 # what peft can choose layers by besides their names
@@ -197,13 +197,21 @@ def _is_every_layer(value: Any, model: str, revision: str | None) -> bool:
 
 
 def _patterns(config: dict[str, Any], folder: Path) -> list[str]:
-    """Return which of peft's patterns of other ranks and scalings fit a layer of the adapter; most fit none."""
+    """Return which of peft's patterns of other ranks and scalings fit a layer of the adapter; most fit none.
+
+    So with adapters of parameters without a linear layer: peft names them for whole families of models, and they are
+    there where a layer of the file is none of the target modules.
+    """
     kinds = [kind for kind in ("rank_pattern", "alpha_pattern") if config.get(kind)]
-    if not kinds:
+    parameters, targets = config.get("target_parameters"), config.get("target_modules")
+    if not kinds and not parameters:
         return []
     try:
         with safe_open(folder / WEIGHTS, framework="numpy") as file:
             layers = {name.rsplit(".lora_", 1)[0] for name in file.keys()}  # noqa: SIM118 (not a dict)
     except (OSError, SafetensorError) as error:
         raise UserError(f"adapter {folder}: {WEIGHTS} cannot be read ({error})") from error
-    return [kind for kind in kinds if any(re.search(f"{p}$", layer) for p in config[kind] for layer in layers)]
+    fitting = [kind for kind in kinds if any(re.search(f"{p}$", layer) for p in config[kind] for layer in layers)]
+    modules = {layer.removesuffix(".base_layer").rsplit(".", 1)[-1] for layer in layers}
+    named = {name.rsplit(".", 1)[-1] for name in targets} if isinstance(targets, list) else modules
+    return [*fitting, *(["target_parameters"] if parameters and modules - named else [])]

@@ -155,6 +155,12 @@ def _weight_files(folder: Path) -> list[Path]:
 def _safetensors(files: tuple[tuple[Path, int, int], ...]) -> str:
     """Return the hash of tensors, whatever file they lie in."""
     headers = [(file, *_header(file)) for file, _, _ in files]
+    names = [name for _, _, tensors in headers for name in tensors]
+    ends = [
+        data + max((told["data_offsets"][1] for told in tensors.values()), default=0) for _, data, tensors in headers
+    ]
+    if len(set(names)) < len(names) or any(end > size for end, (_, size, _) in zip(ends, files, strict=True)):
+        raise ValueError("files that were mixed up or cut off")
     many = max(1, PLACES // max(1, sum(len(tensors) for _, _, tensors in headers)))
     found: dict[str, str] = {}
     for path, data, tensors in headers:

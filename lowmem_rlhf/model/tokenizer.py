@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lowmem_rlhf.errors import UserError
+from lowmem_rlhf.errors import OfflineError, UserError
 from lowmem_rlhf.model.source import is_local, resolve_model
 from lowmem_rlhf.model.stops import stop_ids_of
 
@@ -62,7 +62,7 @@ def load_tokens(
             if not network and not is_local(path):
                 return None
             reason = " ".join(str(error).split())[:300] or type(error).__name__
-            raise UserError(
+            raise (UserError if is_local(path) else OfflineError)(
                 f"model {model!r}: its tokenizer cannot be loaded: {reason}; give a Hub id that can be reached, a "
                 "local folder in the transformers format, or a .gguf file"
             ) from error

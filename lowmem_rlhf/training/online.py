@@ -176,11 +176,11 @@ class Trainer(Loop):
         """Roll out, score, learn."""
         with self.timed("rollout"):
             rollout = self._rollout(view)
-        self.seen = self.seen.with_rollout(rollout)
         if self.step == 0:
             for said in silent_rewards(rollout):
                 view.message(said)
         learned = self.algorithm.learn(rollout, self, view)
+        self.seen = self.seen.with_rollout(rollout)  # not before: a step that fails is taken again
         self.sampling.look(learned.metrics.get("sampling/logp_difference"), self.step + 1, view.message)
         return StepResult(
             {**rollout_metrics(rollout, learned.batch), **learned.metrics},

@@ -142,7 +142,7 @@ def test_a_folder_without_weights_is_no_model(train, tiny_model, tmp_path):
 @pytest.mark.parametrize(
     ("function", "parts"),
     [
-        ("broken", ["reward function broken failed: ValueError: cannot score this"]),
+        ("broken", ["reward function broken failed in mine.py, line 6: ValueError: cannot score this"]),
         ("wrong_count", ["reward function wrong_count returned 1 values for 16 completions"]),
         ("not_a_number", ["reward function not_a_number returned nan for completion 1", "finite number, or None"]),
         ("a_text", ["returned 'good' for completion 1"]),
