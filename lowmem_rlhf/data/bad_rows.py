@@ -225,4 +225,5 @@ class RowReport:
         reasons = "; ".join(
             f"{one['count']} {one['reason']} (row {one['row']}: {one['example']})" for one in self.left_out()
         )
-        return f"data.bad_rows: all {self.rows} rows are left out, so none is left to learn from: {reasons}"
+        which, use = ("rows", "learn from") if self._before is None else ("held-out rows", "measure")
+        return f"data.bad_rows: all {self.rows} {which} are left out, so none is left to {use}: {reasons}"

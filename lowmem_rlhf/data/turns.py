@@ -8,7 +8,6 @@ from typing import Any
 
 from lowmem_rlhf.data.bad_rows import RowError
 from lowmem_rlhf.data.messages import Message, is_light
-from lowmem_rlhf.data.preferences import checked_answer
 from lowmem_rlhf.data.prompt_writer import Prompt, PromptWriter
 from lowmem_rlhf.data.values import Row
 from lowmem_rlhf.errors import UserError
@@ -107,7 +106,12 @@ class TurnWriter:
         if not learn_all or len(places) == 1:
             return None, [(self.prompts.prompt(row, messages[:-1]), messages[-1])]
         for place in places:
-            checked_answer(messages[place], str(self.prompts.data.messages))
+            if not str(messages[place]["content"]).strip() and not messages[place].get("tool_calls"):
+                raise RowError(
+                    "an empty answer",
+                    f"message {place + 1} of column {self.prompts.data.messages!r} is an empty answer; remove the row, "
+                    "fill it, or set sft.learn=last",
+                )
             if place and messages[place - 1]["role"] == "assistant":
                 raise RowError(
                     "two answers in a row",

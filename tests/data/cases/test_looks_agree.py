@@ -84,5 +84,15 @@ def test_a_first_stage_that_is_missing_is_said(command, adapter):
         assert ("train sft_qwen_gsm8k" in said) == (adapter == "runs/sft_qwen_gsm8k")
 
 
+@pytest.mark.parametrize("verb", ["data", "train"])
+def test_held_out_rows_that_are_all_bad_are_called_that(command, verb):
+    write("held.jsonl", [{"question": "Hi", "answer": ""}] * 2)
+    data = {"eval": "held.jsonl", "eval_size": 2, "bad_rows": "drop"}
+    done = command(verb, "chatml", [{"question": "Hi", "answer": "Hello."}], data=data)
+    assert done.code == 2
+    assert "all 2 held-out rows are left out, so none is left to measure" in done.err
+    assert not done.run.exists()
+
+
 def shared(*texts):
     return [{"from": ("human", "gpt")[place % 2], "value": text} for place, text in enumerate(texts)]

@@ -66,6 +66,12 @@ def test_a_prompt_of_empty_messages(tokenizer, messages):
     assert len(sft(tokenizer("chatml"), whole, bad_rows="drop")) == 1
 
 
+def test_an_earlier_answer_that_is_empty(tokenizer):
+    rows = [{"messages": talk("Hi", "", "Bye", "Ciao.")}]
+    assert "message 2 of column 'messages' is an empty answer" in refusal(sft, tokenizer("chatml"), rows, learn="all")
+    assert len(sft(tokenizer("chatml"), rows)) == 1
+
+
 def test_two_answers_in_a_row_are_no_begun_answer(tokenizer):
     messages = [*TALK, turn("assistant", "And welcome."), *talk("Bye", "Ciao.")]
     assert "messages 2 and 3" in refusal(sft, tokenizer("chatml"), [{"messages": messages}], learn="all")
