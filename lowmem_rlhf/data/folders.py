@@ -11,14 +11,12 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from functools import cache
 from pathlib import Path
 from typing import Any
 
 from lowmem_rlhf.data.hub_problems import hub_problem
 from lowmem_rlhf.data.readers import (
     ENDINGS,
-    FORMATS,
     REMEDIES,
     Options,
     cached,
@@ -27,13 +25,11 @@ from lowmem_rlhf.data.readers import (
     is_folder,
     read_table,
 )
-from lowmem_rlhf.data.splits import read_split
+from lowmem_rlhf.data.splits import read_split, say_unread
 from lowmem_rlhf.data.table import DatasetTable, RowTable, Table
 from lowmem_rlhf.data.values import Row
 from lowmem_rlhf.errors import OfflineError, UserError
 from lowmem_rlhf.paths import local_path, path_hint
-
-logger = logging.getLogger(__name__)
 
 _MAGIC = re.compile(r"[*?\[\]]")
 # Of the options that a card may set for CSV: those that are read, or change nothing where cells are texts.
@@ -106,7 +102,7 @@ def _layout(source: str, config: str | None, split: str, key: str, field: str | 
         files = builder.config.data_files or {}
         named = {str(name): [real(file) for file in found] for name, found in files.items()}
     if is_folder(source) and builder.config.name == "default":
-        _say_unread(folder, tuple(file for found in named.values() for file in found), source)
+        say_unread(folder, tuple(file for found in named.values() for file in found), source)
     if builder.name in ("json", "csv"):
         options = _options(builder, source, key, field)
 
@@ -124,23 +120,6 @@ def _layout(source: str, config: str | None, split: str, key: str, field: str | 
         for name in loaded
     }
     return read_split(lambda name: DatasetTable(loaded[name], origins[name]), list(loaded), split)
-
-
-@cache  # it is said once, however often the folder is read
-def _say_unread(folder: Path, read: tuple[str, ...], source: str) -> None:
-    """Say which data files of a folder belong to no split: `datasets` takes those of one format, and of one place."""
-    taken = {Path(file).resolve() for file in read}
-    others = sorted(
-        str(file.relative_to(folder))
-        for file in folder.rglob("*")
-        if ending(file.name) in FORMATS
-        and file.resolve() not in taken
-        and not any(part.startswith((".", "_")) for part in file.relative_to(folder).parts)
-        and file.name not in ("dataset_info.json", "dataset_infos.json")
-    )
-    if others:
-        shown = ", ".join(others[:3]) + (", ..." if len(others) > 3 else "")
-        logger.warning("%s: data files that are in none of its splits are not read: %s", source, shown)
 
 
 @contextmanager
@@ -264,11 +243,15 @@ def quiet() -> Iterator[None]:
     import datasets
 
     level, bars_off = datasets.logging.get_verbosity(), datasets.are_progress_bars_disabled()
+    cards = logging.getLogger("huggingface_hub.repocard")  # says that a README describes no data set
+    card_level = cards.level
     datasets.logging.set_verbosity(datasets.logging.CRITICAL)
+    cards.setLevel(logging.CRITICAL)
     datasets.disable_progress_bars()
     try:
         yield
     finally:
         datasets.logging.set_verbosity(level)
+        cards.setLevel(card_level)
         if not bars_off:
             datasets.enable_progress_bars()

@@ -25,7 +25,7 @@ def test_a_pointer_of_git_lfs(tmp_path, name):
         (("b.csv",), "b.csv"),
         (("more/b.jsonl", "notes.md"), "more/b.jsonl"),
         (("b.csv", "c.tsv"), "b.csv, c.tsv"),
-        (("test.jsonl", ".cache/b.csv", "dataset_infos.json", "notes.md"), ""),
+        (("test.jsonl", ".cache/b.csv", "dataset_infos.json", "README.md"), ""),
     ],
 )
 def test_data_files_that_are_in_no_split(tmp_path, caplog, others, unread):
@@ -37,6 +37,7 @@ def test_data_files_that_are_in_no_split(tmp_path, caplog, others, unread):
     for _ in range(2):
         (row,) = load_rows(DataConfig(train=str(tmp_path), eval_size=0), "train")
         assert row["answer"] == "007"
+    assert not [one for one in caplog.records if "card" in one.getMessage()]
     lines = [one.getMessage() for one in caplog.records if "not read" in one.getMessage()]
     assert len(lines) == bool(unread)
     assert not unread or lines[0].endswith(f": {unread}")

@@ -17,6 +17,7 @@ def write(name, rows):
 def test_tokens_of_a_step_are_those_of_rows_that_are_kept(command):
     rows = [{"question": "Hi", "answer": "Hello."}, {"question": "Hi", "answer": "word " * 500}]
     alone = json.loads(command("data", "chatml", rows[:1], "--json").out)["step"]
+    assert "rows.jsonl, 1 row, 1 example\n" in command("data", "chatml", rows[:1]).out
     both = json.loads(command("data", "chatml", rows, "--json", "data.bad_rows=drop", "sft.max_length=64").out)["step"]
     assert both["tokens"] == alone["tokens"]
 
