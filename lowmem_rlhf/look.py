@@ -7,11 +7,14 @@ import math
 from dataclasses import dataclass, field
 from typing import Any
 
+from lowmem_rlhf.data.bad_rows import RowReport
+from lowmem_rlhf.data.examples import classes_of
 from lowmem_rlhf.data.preview import SplitPreview, preview_split, with_format
 from lowmem_rlhf.data.sources import is_on_hub, load_rows
 from lowmem_rlhf.data.tasks import Split, is_generated
 from lowmem_rlhf.data.values import Row
 from lowmem_rlhf.errors import UserError
+from lowmem_rlhf.model.adapters import adapter_folder
 from lowmem_rlhf.model.tokenizer import Tokens, load_tokens
 from lowmem_rlhf.recipe import LEARNED_REWARDS, ONLINE, REWARD_ADAPTER, Recipe
 from lowmem_rlhf.report.bars import progress_bar
@@ -70,10 +73,10 @@ class Look:
     def _step(self) -> dict[str, Any]:
         """Return what a step reads and learns, as far as the data say it."""
         recipe, train = self.recipe, self.splits.get("train")
-        if train is None or not train.lengths or not train.kept:
+        if train is None or not train.kept_lengths or not train.kept:
             return {}
         prompts = recipe.training.prompts_per_step
-        mean = sum(train.lengths) / len(train.lengths)
+        mean = sum(train.kept_lengths) / len(train.kept_lengths)
         step: dict[str, Any] = {"examples": prompts, "steps_per_epoch": math.ceil(train.kept / prompts)}
         if recipe.algorithm in ONLINE:
             completions = prompts * recipe.generation.num_generations
@@ -113,6 +116,7 @@ def look(recipe: Recipe, shown: int = 3, network: bool = True, most: int | None 
             f"{', '.join(away)} lies on the Hub and is looked at by `lowmem-rlhf data` and before training"
         )
         _check_rewards(seen, None, None)
+        _look_for_adapter(seen)
         return seen
     recipe, line = with_format(recipe)
     seen = Look(recipe, said=[line] if line else [])
@@ -122,25 +126,57 @@ def look(recipe: Recipe, shown: int = 3, network: bool = True, most: int | None 
     if tokens is None and not is_generated(recipe.data.train):
         seen.said.append(f"the tokenizer of {recipe.model} is not on this disk, so that no row was tokenized")
     rows, held_out = (load_rows(recipe.data, split, recipe.training.seed) for split in SPLITS)
+    report, whole = None, True
     for split, found in zip(SPLITS, (rows, held_out), strict=True):
         if tokens is not None and most is not None and len(found) > most:
+            whole = False
             seen.said.append(
                 f"of {len(found):,} {split} rows the first {most:,} were looked at; `lowmem-rlhf data` does all"
             )
         if found:
-            _look_at(seen, split, found[:most], tokens, shown)
+            report = _look_at(seen, split, found[:most], tokens, shown, report)
+    if whole:
+        _check_kinds(seen)
     _check_rewards(seen, rows, held_out)
+    _look_for_adapter(seen)
     return seen
 
 
-def _look_at(seen: Look, split: Split, rows: list[Row], tokens: Tokens | None, shown: int) -> None:
+def _look_at(
+    seen: Look, split: Split, rows: list[Row], tokens: Tokens | None, shown: int, before: RowReport | None = None
+) -> RowReport | None:
+    report = None
     try:
         with progress_bar(f"{split} rows") as progress:
-            seen.splits[split], report = preview_split(seen.recipe, split, rows, tokens, shown, progress)
+            seen.splits[split], report = preview_split(seen.recipe, split, rows, tokens, shown, progress, before)
         if tokens is not None:
             report.check()
     except UserError as error:
         seen.errors.append(str(error))
+    return report
+
+
+def _look_for_adapter(seen: Look) -> None:
+    """Say that the first stage is missing: no fault of a plan, which may be made before any stage has run."""
+    try:
+        if seen.recipe.adapter:
+            adapter_folder(seen.recipe.adapter)
+    except UserError as error:
+        seen.said.append(f"training cannot begin yet: {error}")
+
+
+def _check_kinds(seen: Look) -> None:
+    """Check that there are answers, or classes, of more than one kind: of all rows, as a file may be sorted by them."""
+    train, held_out = seen.splits.get("train"), seen.splits.get("eval")
+    if train is None or not train.kept:
+        return
+    if train.fault:
+        seen.errors.append(train.fault)
+    if seen.recipe.algorithm == "classifier":
+        try:
+            classes_of(train.classes, held_out.classes if held_out else ())
+        except UserError as error:
+            seen.errors.append(str(error))
 
 
 def _check_rewards(seen: Look, train: list[Row] | None, held_out: list[Row] | None) -> None:
@@ -151,7 +187,7 @@ def _check_rewards(seen: Look, train: list[Row] | None, held_out: list[Row] | No
         rewards = load_rewards(functions)
         if train:
             given = ["answer"] if recipe.data.answer is not None else []
-            check_reward_columns(rewards, {name for row in train for name in [*row, *given]})
+            check_reward_columns(rewards, dict.fromkeys(name for row in train for name in [*row, *given]))
             seen.said += check_run_references(rewards, recipe, train, held_out or [])
     except UserError as error:
         seen.errors.append(str(error))

@@ -77,6 +77,9 @@ __all__ = [
 ]
 
 
+_ROWS = (".jsonl", ".ndjson", ".csv", ".tsv", ".parquet", ".arrow", ".gz", ".bz2", ".xz", ".zst")  # files of data
+
+
 def shipped_recipes() -> dict[str, Path]:
     """Return the shipped recipes by name."""
     return {path.stem: path for path in sorted(shipped("recipes").glob("*.yaml"))}
@@ -91,6 +94,11 @@ def find_recipe(recipe: str) -> Path:
     if recipe in (known := shipped_recipes()):
         return known[recipe]
     path = Path(recipe)
+    if path.name.lower().endswith(_ROWS):
+        raise UserError(
+            f"recipe {recipe!r} has the ending of a data file; give a recipe (a shipped one: {', '.join(known)}), and "
+            f"the file as data.train={recipe}"
+        )
     if path.is_file():
         return path
     if path.is_dir():

@@ -60,10 +60,14 @@ class RowReport:
         data: says whether bad rows are errors or left out.
         source: the file or data set, for messages; empty: not named.
         collect: keep what is found for whoever asks: `finish` neither raises nor says anything.
+        before: of the training rows, where these are held out: what is noted of those is not said again.
     """
 
-    def __init__(self, data: DataConfig, source: str = "", collect: bool = False) -> None:
+    def __init__(
+        self, data: DataConfig, source: str = "", collect: bool = False, before: "RowReport | None" = None
+    ) -> None:
         self._data, self._source, self._collect = data, source, collect
+        self._before = before
         self.rows = self.kept = 0
         self.answers: list[int] = []  # of each conversation that is learned from
         self.bad: dict[str, list[tuple[int, str]]] = {}
@@ -88,7 +92,7 @@ class RowReport:
 
     def again(self) -> "RowReport":
         """Return a report for the same rows, read once more for something else: what was said is not said again."""
-        found = RowReport(self._data, self._source)
+        found = RowReport(self._data, self._source, before=self._before)
         found.spoken = self
         return found
 
@@ -154,7 +158,8 @@ class RowReport:
     def said(self) -> list[str]:
         """Return a line for each thing that was noted, and one on conversations of several answers."""
         lines = []
-        if self.answers and max(self.answers) > 1:
+        before = self._before
+        if max(self.answers, default=0) > 1 and (before is None or max(before.answers, default=0) < 2):
             mean = f"{sum(self.answers) / len(self.answers):.3g}"
             lines.append(
                 f"all answers are learned, {mean} a conversation"
@@ -164,6 +169,7 @@ class RowReport:
         return lines + [
             text + (f" ({len(rows)} of {self.rows} rows, first: row {rows[0]})" if rows[0] else "")
             for text, rows in self.notes.items()
+            if before is None or text not in before.notes
         ]
 
     def left_out_lines(self) -> list[str]:
@@ -219,4 +225,5 @@ class RowReport:
         reasons = "; ".join(
             f"{one['count']} {one['reason']} (row {one['row']}: {one['example']})" for one in self.left_out()
         )
-        return f"data.bad_rows: all {self.rows} rows are left out, so none is left to learn from: {reasons}"
+        which, use = ("rows", "learn from") if self._before is None else ("held-out rows", "measure")
+        return f"data.bad_rows: all {self.rows} {which} are left out, so none is left to {use}: {reasons}"

@@ -28,8 +28,8 @@ def read_csv(
         quote: the character that quotes a cell.
 
     Raises:
-        BrokenFile: a column without a name or with that of another, a row with too many or too few cells, or a quote
-            that is never closed.
+        BrokenFile: a column without a name or with that of another, a row with too many or too few cells, a quote that
+            is never closed, or text behind a cell's closing quote.
     """
     note = ""
     if found := _SEP_LINE.match(text):
@@ -38,6 +38,7 @@ def read_csv(
         note = f"its cells are separated by {SEPARATORS[guessed]}s, not by {SEPARATORS[separator]}s"
         separator = guessed
     cells = _cells(text, separator, quote)
+    _check_quotes(text, separator, quote, first=0 if names is None else 1)
     if names is None:
         if not cells or not cells[0]:
             raise NoRows("it has no rows")
@@ -80,6 +81,23 @@ def _header(first: list[str | None], columns: list[list[str | None]]) -> tuple[l
 def _shown(cells: list[str | None]) -> str:
     line = " ".join(",".join(cell or "" for cell in cells).split())
     return line if len(line) <= 60 else f"{line[:57]}..."
+
+
+def _check_quotes(text: str, separator: str, quote: str, first: int) -> None:
+    """Check that a cell ends where its quote is closed: what follows would be read on, and the quotes be lost."""
+    if quote not in text:
+        return
+    lines = csv.reader(io.StringIO(text, newline=""), delimiter=separator, quotechar=quote, strict=True)
+    number = first
+    try:
+        for line in lines:
+            number += bool(line)
+    except csv.Error as error:
+        if "expected after" in str(error):
+            raise BrokenFile(
+                f"row {number} has a cell that begins with a quote and goes on behind the closing one; put the whole "
+                "cell in quotes, and double those inside of it"
+            ) from error
 
 
 def _cells(text: str, separator: str, quote: str) -> list[list[str | None]]:

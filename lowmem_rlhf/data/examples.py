@@ -5,9 +5,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from lowmem_rlhf.data.bad_rows import RowReport
-from lowmem_rlhf.data.labelled import read_examples
+from lowmem_rlhf.data.labelled import check_both_kinds, read_examples
 from lowmem_rlhf.data.prompts import Example, build_examples
 from lowmem_rlhf.data.supervised import Rows, build_pairs, build_supervised, labelled_texts
+from lowmem_rlhf.errors import UserError
 from lowmem_rlhf.model.tokenizer import Tokens
 from lowmem_rlhf.model.vocabulary import check_ids
 from lowmem_rlhf.recipe import ONLINE, Recipe
@@ -46,8 +47,9 @@ def read_data(
     report = RowReport(recipe.data)
     report.progress = progress
     train = examples_of(recipe, rows, tokens, report)
+    check_both_kinds(train)
     held, prompts = list(held_out_rows), []
-    other = RowReport(recipe.data, recipe.data.eval or "")
+    other = RowReport(recipe.data, recipe.data.eval or "", before=report)
     held_out = examples_of(recipe, held, tokens, other) if held else []
     if held and recipe.rewards and recipe.algorithm not in ONLINE:
         prompts = build_examples(held, recipe.data, tokens.tokenizer, tokens.stop_ids, other.again())
@@ -74,6 +76,23 @@ def examples_of(recipe: Recipe, rows: Rows, tokens: Tokens, report: RowReport | 
     if recipe.algorithm == "classifier":
         return list(zip(*labelled_texts(rows, data, report), strict=True))
     return list(build_examples(rows, data, tokenizer, stops, report))
+
+
+def classes_of(train: Sequence[str], held_out: Sequence[str]) -> list[str]:
+    """Return the classes that a classifier learns, in order, from the labels of its texts.
+
+    Raises:
+        UserError: there are fewer than two, or held-out texts have others.
+    """
+    labels = sorted(set(train))
+    if len(labels) < 2:
+        raise UserError(
+            f"training data: {'every text has the label ' + repr(labels[0]) if labels else 'there are no texts'}; a "
+            "classifier needs texts of at least two labels"
+        )
+    if unknown := sorted(set(held_out).difference(labels)):
+        raise UserError(f"held-out data: label {unknown[0]!r} is not in the training data ({', '.join(labels)})")
+    return labels
 
 
 def ids_of(example: Any) -> list[list[int]]:

@@ -5,6 +5,7 @@ because its own guess types.
 """
 
 import glob
+import logging
 import re
 import shutil
 import tempfile
@@ -14,8 +15,17 @@ from pathlib import Path
 from typing import Any
 
 from lowmem_rlhf.data.hub_problems import hub_problem
-from lowmem_rlhf.data.readers import ENDINGS, REMEDIES, Options, cached, ending, fingerprint, is_folder, read_table
-from lowmem_rlhf.data.splits import read_split
+from lowmem_rlhf.data.readers import (
+    ENDINGS,
+    REMEDIES,
+    Options,
+    cached,
+    ending,
+    fingerprint,
+    is_folder,
+    read_table,
+)
+from lowmem_rlhf.data.splits import read_split, say_unread
 from lowmem_rlhf.data.table import DatasetTable, RowTable, Table
 from lowmem_rlhf.data.values import Row
 from lowmem_rlhf.errors import OfflineError, UserError
@@ -91,6 +101,8 @@ def _layout(source: str, config: str | None, split: str, key: str, field: str | 
         builder = _builder(str(stand_in) if is_folder(source) else source, config)
         files = builder.config.data_files or {}
         named = {str(name): [real(file) for file in found] for name, found in files.items()}
+    if is_folder(source) and builder.config.name == "default":
+        say_unread(folder, tuple(file for found in named.values() for file in found), source)
     if builder.name in ("json", "csv"):
         options = _options(builder, source, key, field)
 
@@ -231,11 +243,15 @@ def quiet() -> Iterator[None]:
     import datasets
 
     level, bars_off = datasets.logging.get_verbosity(), datasets.are_progress_bars_disabled()
+    cards = logging.getLogger("huggingface_hub.repocard")  # says that a README describes no data set
+    card_level = cards.level
     datasets.logging.set_verbosity(datasets.logging.CRITICAL)
+    cards.setLevel(logging.CRITICAL)
     datasets.disable_progress_bars()
     try:
         yield
     finally:
         datasets.logging.set_verbosity(level)
+        cards.setLevel(card_level)
         if not bars_off:
             datasets.enable_progress_bars()

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from lowmem_rlhf.data.columns import used_columns
-from lowmem_rlhf.data.messages import is_conversation
+from lowmem_rlhf.data.messages import conversation_of, is_conversation, role_of
 from lowmem_rlhf.data.values import Row
 from lowmem_rlhf.recipe import ONLINE, DataConfig, Recipe
 from lowmem_rlhf.recipe_trl import TRL_TRAINERS
@@ -37,12 +37,12 @@ def _changes(recipe: Recipe, names: set[str], rows: list[Row], given: set[str]) 
     own = {"prompt", "template", "messages", "text"} & given
     if own and all(name.split(".")[0] in names for name in used_columns(data)) and not _is_pair(recipe):
         return {}, ""
+    if recipe.algorithm in TRL_TRAINERS and TRL_TRAINERS[recipe.algorithm].labelled and _may_be_labelled(data, names):
+        return _labelled(data, names, given)
     if _is_pair(recipe):
         return _pair(data, names, rows, given)
     if own or recipe.algorithm in ("classifier", "reward_model"):
         return {}, ""
-    if recipe.algorithm in TRL_TRAINERS:
-        return _labelled(data, names)
     if recipe.algorithm == "sft":
         return _supervised(data, names, rows)
     return _online(data, names, rows, given) if recipe.algorithm in ONLINE else ({}, "")
@@ -57,24 +57,35 @@ def _pair(data: DataConfig, names: set[str], rows: list[Row], given: set[str]) -
         return {}, ""
     values = [row.get(str(data.chosen)) for row in rows]
     whole = bool(values) and all(is_conversation(value) and len(value) > 1 for value in values if value)
-    dialogue = bool(values) and all(isinstance(v, str) and v.startswith("\n\nHuman:") for v in values if v)
+    dialogue = bool(values) and all(isinstance(v, str) and v.lstrip().startswith("Human:") for v in values if v)
     if data.prompt in names or not (whole or dialogue):
         if "prompt" not in given and data.prompt not in names and (other := _first(_PROMPTS, names)):
-            return {"prompt": other}, "preference pairs"
+            return _asked(other, names), "preference pairs"
         return {}, ""
     kind = "whole conversations" if whole else "dialogues of Human and Assistant"
     return {"prompt": None}, f"preference pairs that hold {kind}, whose common beginning is the prompt"
 
 
-def _labelled(data: DataConfig, names: set[str]) -> tuple[dict[str, Any], str]:
-    if data.prompt in names or not {"prompt", "completion", "label"} <= names:
-        return {}, ""
-    return {"prompt": "prompt"}, "labelled answers (KTO)"
+def _may_be_labelled(data: DataConfig, names: set[str]) -> bool:
+    """Whether data hold answers with a label and no pairs, where the recipe names neither or just these."""
+    named = {data.completion or "completion", data.label or "label"}
+    return named <= names and data.chosen in (None, "chosen") and not {"chosen", "rejected"} & names
+
+
+def _labelled(data: DataConfig, names: set[str], given: set[str]) -> tuple[dict[str, Any], str]:
+    found: dict[str, Any] = {}
+    if "prompt" not in given and data.prompt not in names and "prompt" in names:
+        found = {"prompt": "prompt"}
+    if data.label is None:
+        found |= {"completion": "completion", "label": "label", "chosen": None, "rejected": None}
+    return found, "labelled answers (KTO)"
 
 
 def _supervised(data: DataConfig, names: set[str], rows: list[Row]) -> tuple[dict[str, Any], str]:
     if data.prompt in names and str(data.completion) in names:
         return {}, ""
+    if data.completion not in (None, "answer") and str(data.completion).split(".")[0] not in names:
+        return {}, ""  # the recipe names a column that is not there: an error, and no reason to take another one
     if column := _conversation_column(names, rows):
         kind = "ShareGPT's conversations" if "from" in _first_message(rows, column) else "conversations"
         return {"messages": column, "completion": None, "answer": None}, kind
@@ -84,12 +95,19 @@ def _supervised(data: DataConfig, names: set[str], rows: list[Row]) -> tuple[dic
             return {"text": "text", "completion": None, "answer": None}, "plain texts"
         return {}, ""
     if {"instruction", "input"} <= names:
-        template = "{instruction}\n\n{input?}"
-        return {"template": template, "completion": completion, "answer": None}, "Alpaca's instructions"
+        asked = _asked("instruction", names)
+        return {**asked, "completion": completion, "answer": None}, "Alpaca's instructions"
     prompt = data.prompt if data.prompt in names else _first([one for one in _PROMPTS if one != completion], names)
     if prompt is None:
         return {}, ""
     return {"prompt": prompt, "completion": completion, "answer": None}, "prompts with answers"
+
+
+def _asked(prompt: str, names: set[str]) -> dict[str, Any]:
+    """Return what a prompt is made of: Alpaca's instruction goes with its input."""
+    if prompt == "instruction" and "input" in names:
+        return {"template": "{instruction}\n\n{input?}"}
+    return {"prompt": prompt}
 
 
 def _online(data: DataConfig, names: set[str], rows: list[Row], given: set[str]) -> tuple[dict[str, Any], str]:
@@ -99,23 +117,29 @@ def _online(data: DataConfig, names: set[str], rows: list[Row], given: set[str])
     if "answer" not in given and data.answer not in names:
         answer = {"answer": None}
     if (column := _first(_PROMPTS, names)) is not None:
-        if column == "instruction" and "input" in names:
-            return {"template": "{instruction}\n\n{input?}", **answer}, "Alpaca's instructions"
-        return {"prompt": column, **answer}, "prompts"
+        return {**_asked(column, names), **answer}, "prompts"
     if column := _conversation_column(names, rows):
+        if any(_last_role(row.get(column)) == "user" for row in rows):
+            return {"prompt": column, **answer}, "conversations that end in a prompt"
         return {"messages": column, **answer}, "conversations, answered anew at their last message"
     return {}, ""
 
 
 def _conversation_column(names: set[str], rows: list[Row]) -> str | None:
     for name in _CONVERSATIONS:
-        if name in names and any(is_conversation(row.get(name)) for row in rows):
+        if name in names and any(conversation_of(row.get(name)) for row in rows):
             return name
     return None
 
 
+def _last_role(value: Any) -> str:
+    """Return the role of a conversation's last message; empty: it is none."""
+    last = (conversation_of(value) or [{}])[-1]
+    return role_of(last.get("role", last.get("from")))
+
+
 def _first_message(rows: list[Row], column: str) -> dict[str, Any]:
-    return next((row[column][0] for row in rows if is_conversation(row.get(column))), {})
+    return next((found[0] for row in rows if (found := conversation_of(row.get(column)))), {})
 
 
 def _first(wanted: Sequence[str], names: set[str]) -> str | None:

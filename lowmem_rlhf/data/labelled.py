@@ -4,6 +4,7 @@ Pairs are those that a reward model learns from (`build_pairs`): nothing is cut 
 the one that rollouts, SFT and chat know.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +12,7 @@ from lowmem_rlhf.data.bad_rows import RowError, RowReport
 from lowmem_rlhf.data.columns import cell
 from lowmem_rlhf.data.supervised import Pair, Rows, build_pairs, supervised_rows
 from lowmem_rlhf.data.values import Row, text_of
+from lowmem_rlhf.errors import UserError
 from lowmem_rlhf.recipe import DataConfig, Recipe, SFTSettings
 from lowmem_rlhf.recipe_trl import TRL_TRAINERS, max_length
 
@@ -46,6 +48,19 @@ def read_examples(
         return list(pairs)
     good: list[Example] = [Answer(pair.prompt_ids, pair.chosen_ids, True) for pair in pairs]
     return good + [Answer(pair.prompt_ids, pair.rejected_ids, False) for pair in pairs]
+
+
+def check_both_kinds(examples: Sequence[Any]) -> None:
+    """Check that labelled answers to learn from are not all good or all bad.
+
+    Raises:
+        UserError: they are.
+    """
+    kinds = {one.good for one in examples if isinstance(one, Answer)}
+    if len(kinds) == 1:
+        raise UserError(
+            f"data.label: all {len(examples)} answers are {'good' if kinds.pop() else 'bad'} ones; KTO learns from both"
+        )
 
 
 def _labelled(

@@ -5,7 +5,8 @@ ShareGPT's (``from`` and ``value``). Role names that are the same role under ano
 """
 
 import json
-from collections.abc import Callable, Sequence
+import re
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from lowmem_rlhf.data.bad_rows import RowError
@@ -16,9 +17,11 @@ ROLES = ("system", "user", "assistant", "tool")
 _ALIASES = {
     **dict.fromkeys(("human", "user", "prompter", "customer"), "user"),
     **dict.fromkeys(("gpt", "assistant", "bot", "chatbot", "chatgpt", "model", "ai"), "assistant"),
+    **dict.fromkeys(("system", "developer"), "system"),
     **dict.fromkeys(("tool", "function", "function_response", "observation", "tool_response"), "tool"),
-    "system": "system",
 }
+_PRINTED = re.compile(r"\s*\[\{'(role|content|from|value)':")
+_CALLS = ("function_call", "tool_call", "tool_calls")  # roles of messages that hold an assistant's call as JSON text
 
 
 def is_conversation(value: Any) -> bool:
@@ -33,8 +36,28 @@ def is_conversation(value: Any) -> bool:
 _SHAREGPT = {"from", "value"}
 
 
+def conversation_of(value: Any) -> list[Message]:
+    """Return the chat messages that a value is, or holds as JSON text, as they are; empty: it is none."""
+    if isinstance(value, str) and value.lstrip().startswith("[{"):
+        try:
+            value = json.loads(value)
+        except ValueError:
+            return []
+    return value if is_conversation(value) else []
+
+
 def _is_openai(message: Message) -> bool:
     return "role" in message and any(key in message for key in ("content", "tool_calls", "function_call"))
+
+
+def role_of(name: Any) -> str:
+    """Return which of the usual roles a name is one for; empty: none."""
+    return _ALIASES.get(str(name).strip().casefold(), "")
+
+
+def is_written_out(text: str) -> bool:
+    """Whether a text is a list of chat messages, as JSON or as Python prints it."""
+    return _PRINTED.match(text) is not None or bool(conversation_of(text))
 
 
 def chat_messages(
@@ -53,7 +76,9 @@ def chat_messages(
         RowError: it is something else, or has a role that is none.
     """
     if isinstance(value, str) and value.lstrip().startswith("[{"):
-        value = _json_list(value)
+        value = _json_list(value, column)
+    if value == []:
+        raise RowError("no conversation", f"column {column!r} has no messages; remove the row or fill it")
     if not isinstance(value, list):
         kind = "nothing" if is_missing(value) else type(value).__name__
         raise RowError("no conversation", f"column {column!r} must hold a list of chat messages; got {kind}")
@@ -65,11 +90,15 @@ def chat_messages(
     return [_message(one, place, column, knows_role, note) for place, one in enumerate(value, start=1)]
 
 
-def _json_list(text: str) -> Any:
+def _json_list(text: str, column: str) -> Any:
     try:
         return json.loads(text)
-    except ValueError:
-        return text
+    except ValueError as error:
+        raise RowError(
+            "no conversation",
+            f"column {column!r} holds a list that is not JSON ({error}); write it with json.dumps, and not as Python "
+            "prints it",
+        ) from error
 
 
 def _message(
@@ -80,6 +109,9 @@ def _message(
     if "role" not in message and "from" in message:
         message = {"role": message.pop("from"), "content": message.pop("value", None), **message}
     where = f"message {place} of column {column!r}"
+    if (role := message.get("role")) in _CALLS and not knows_role(role):  # ShareGPT's sets of tool calls
+        note(f"role {role!r} is taken as an assistant's tool call")
+        message |= {"role": "assistant", "tool_calls": _calls(message.get("content"), where), "content": ""}
     message["role"] = _role(message.get("role"), where, knows_role, note)
     if call := message.pop("function_call", None):  # OpenAI's older form
         message["tool_calls"] = [{"type": "function", "function": call}]
@@ -92,11 +124,11 @@ def _message(
 
 
 def _role(role: Any, where: str, knows_role: Callable[[str], bool], note: Callable[[str], None]) -> str:
-    known = _ALIASES.get(str(role).strip().casefold())
+    known = role_of(role)
     # Gemma's templates write "model" themselves, for messages of the assistant.
     if isinstance(role, str) and (role in ROLES or (knows_role(role) and not (known and knows_role(known)))):
         return role
-    if known is None:
+    if not known:
         raise RowError(
             "an unknown role",
             f"{where} has the role {role!r}, which neither is one of {', '.join(ROLES)} nor stands in the model's chat "
@@ -125,6 +157,15 @@ def _part(part: Any, where: str) -> str:
         return str(part["text"])
     kind = part.get("type") if isinstance(part, dict) else type(part).__name__
     raise RowError("a part that is no text", f"{where} holds a part of type {kind!r}; only texts can be learned here")
+
+
+def _calls(content: Any, where: str) -> list[Any]:
+    """Return the calls that a message has as its content: an object or a list of them, as JSON text or not."""
+    try:
+        found = json.loads(content) if isinstance(content, str) else content
+    except ValueError as error:
+        raise RowError("a malformed tool call", f"{where} is a tool call that is not JSON ({error})") from error
+    return found if isinstance(found, list) else [found]
 
 
 def _tool_call(call: Any, where: str) -> Message:
@@ -161,3 +202,22 @@ def with_text_arguments(messages: Sequence[Message]) -> list[Message]:
 def _as_text(call: Message) -> Message:
     function = call["function"]
     return {**call, "function": {**function, "arguments": json.dumps(function["arguments"], ensure_ascii=False)}}
+
+
+def is_light(message: Message) -> bool:
+    """Whether a message has weight 0: it is read, and not learned."""
+    return message.get("weight") in (0, "0")
+
+
+def tools_of(row: Mapping[str, Any]) -> Any:
+    """Return the tools that a row describes, as a list, or None; some sets hold them as JSON text."""
+    tools = row.get("tools")
+    if isinstance(tools, str) and tools.lstrip().startswith("[{"):
+        try:
+            tools = json.loads(tools)
+        except ValueError as error:
+            raise RowError("malformed tools", f"column 'tools' is not JSON ({error})") from error
+    described = isinstance(tools, list) and all(
+        isinstance(one, dict) and ("function" in one or "name" in one) for one in tools
+    )
+    return tools if described and tools else None

@@ -15,7 +15,7 @@ from lowmem_rlhf.data.messages import Message
 from lowmem_rlhf.data.prompt_writer import PromptWriter
 from lowmem_rlhf.data.values import Row, has_column, is_missing, text_of, value_at
 
-_TURN = re.compile(r"\n\n(Human|Assistant):")
+_TURN = re.compile(r"(?:\A\s*|\n\n)(Human|Assistant):")
 
 
 def pair_of(row: Row, writer: PromptWriter) -> tuple[Any, Message, Message]:
@@ -83,8 +83,13 @@ def filled(value: Any, column: str) -> str:
         RowError: it is empty, or a structure.
     """
     if isinstance(value, list | dict):
+        part = next(
+            (f"; name the part with the text: {column}.{key}" for key in ("content", "value", "text") if key in value),
+            "",
+        )
         raise RowError(
-            "a structure where a text is needed", f"column {column!r} must hold a text; got {type(value).__name__}"
+            "a structure where a text is needed",
+            f"column {column!r} must hold a text; got {type(value).__name__}{part}",
         )
     text = "" if is_missing(value) else text_of(value)
     if not text.strip():

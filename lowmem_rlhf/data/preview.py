@@ -9,11 +9,13 @@ from typing import Any
 from lowmem_rlhf.data.bad_rows import RowReport
 from lowmem_rlhf.data.examples import Progress, examples_of, ids_of
 from lowmem_rlhf.data.formats import detect_format
+from lowmem_rlhf.data.labelled import check_both_kinds
 from lowmem_rlhf.data.prompts import Example
 from lowmem_rlhf.data.sources import peek
 from lowmem_rlhf.data.supervised import Pair, Supervised
 from lowmem_rlhf.data.tasks import Split, is_generated
 from lowmem_rlhf.data.values import Row
+from lowmem_rlhf.errors import UserError
 from lowmem_rlhf.model.tokenizer import Tokens
 from lowmem_rlhf.model.vocabulary import check_ids
 from lowmem_rlhf.recipe import Recipe
@@ -40,6 +42,9 @@ class SplitPreview:
         kept: how many examples are made of them.
         shown: the first examples, each as pieces.
         lengths: tokens of every example that is made or too long.
+        kept_lengths: those of them that are not too long.
+        classes: those of a classifier's texts.
+        fault: why nothing can be learned from these examples together; empty: something can.
         learned: tokens of every example that something is learned from.
         left_out: reasons, with their number of rows and the first (see `RowReport.left_out`).
         dropped: the same in sentences.
@@ -51,7 +56,10 @@ class SplitPreview:
     kept: int = 0
     shown: list[list[Piece]] = field(default_factory=list)
     lengths: list[int] = field(default_factory=list)
+    kept_lengths: list[int] = field(default_factory=list)
     learned: list[int] = field(default_factory=list)
+    classes: list[str] = field(default_factory=list)
+    fault: str = ""
     left_out: list[dict[str, Any]] = field(default_factory=list)
     dropped: list[str] = field(default_factory=list)
     said: list[str] = field(default_factory=list)
@@ -88,6 +96,7 @@ def preview_split(
     tokens: Tokens | None,
     shown: int,
     progress: Progress | None = None,
+    before: RowReport | None = None,
 ) -> tuple[SplitPreview, RowReport]:
     """Return what the rows of one split become, bad ones left out, and the report on them.
 
@@ -95,6 +104,7 @@ def preview_split(
         tokens: the model's; None: nothing is tokenized.
         shown: how many examples are kept as texts.
         progress: called with (rows done, rows in all).
+        before: the report on the training rows, whose notes are not repeated.
 
     Raises:
         UserError: no chat can be made of the rows, or they use tokens that the model has no embedding for.
@@ -102,7 +112,7 @@ def preview_split(
     data = recipe.data
     source = data.eval if split == "eval" and data.eval else data.train
     found = SplitPreview(source, len(rows))
-    report = RowReport(data, (data.eval or "") if split == "eval" else "", collect=True)
+    report = RowReport(data, (data.eval or "") if split == "eval" else "", collect=True, before=before)
     report.progress = progress
     if tokens is None:
         return found, report
@@ -110,10 +120,18 @@ def preview_split(
     found.kept = len(made)
     found.shown = [_pieces(one, tokens.tokenizer) for one in made[:shown]]
     found.lengths = [length for _, length in report.long.lengths] if report.long else _text_lengths(made, tokens)
+    found.kept_lengths = [one for one in found.lengths if report.long is None or one <= report.long.limit]
     found.learned = [_learned(one) for one in made]
     found.left_out, found.dropped, found.said = report.left_out(), report.left_out_lines(), report.said()
+    if recipe.algorithm == "classifier":
+        found.classes = sorted({label for _, label in made})
     if tokens.rows is not None:
         check_ids(tokens.tokenizer, tokens.rows, (ids for one in made for ids in ids_of(one)))
+    if split == "train":
+        try:
+            check_both_kinds(made)
+        except UserError as error:
+            found.fault = str(error)
     return found, report
 
 

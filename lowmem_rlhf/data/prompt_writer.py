@@ -1,6 +1,5 @@
 """Writing the prompts of rows: as rewards see them, as the model reads them, and their token ids."""
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -8,12 +7,14 @@ from typing import Any
 from lowmem_rlhf.data.bad_rows import RowError, RowReport
 from lowmem_rlhf.data.chat_template import ChatTemplate, is_chat
 from lowmem_rlhf.data.columns import cell, check_characters, used_columns
-from lowmem_rlhf.data.messages import Message, chat_messages
+from lowmem_rlhf.data.messages import Message, chat_messages, is_light, is_written_out, tools_of
 from lowmem_rlhf.data.row_template import fill_template, required_fields
 from lowmem_rlhf.data.values import Row, is_missing, text_of, value_at
 from lowmem_rlhf.errors import UserError
 from lowmem_rlhf.model.stops import turn_end
 from lowmem_rlhf.recipe import DataConfig
+
+_BESIDE = ("system", "system_prompt", "history")  # columns that go with a prompt in sets of instructions
 
 
 @dataclass(frozen=True)
@@ -53,11 +54,14 @@ class PromptWriter:
         self.stop_ids = stop_ids | ({end} if end is not None else set())
         if self.template is not None:
             self.stop_ids |= turn_end(tokenizer, **data.chat_template_kwargs)
+        self._used = {name.split(".")[0] for name in used_columns(data)}
         self._special = tuple(str(token) for token in tokenizer.all_special_tokens)
         if self.template is not None:
             if data.system == "":
                 self._check_empty_system("data.system: got an empty text")
             self._check_recipe_texts()
+            if self.template.unread_options:
+                report.note(self.template.unread_options, 0)
 
     def prompt(self, row: Row, value: Any = None) -> Prompt:
         """Return a row's prompt; ``value`` stands in place of its column.
@@ -65,16 +69,35 @@ class PromptWriter:
         Raises:
             RowError: the row has no usable one.
         """
+        self._note_unread(row)
         if self.template is None:
             text = value if isinstance(value, str) else self._text(row)
             text = f"{self.data.system}\n\n{text}" if self.data.system else text
             return Prompt(row, text, text)
-        if unread := self.template.unread_options:
-            self.report.note(unread, row.number)
         messages = self._chat(row, value)
-        tools = _tools(row)
+        self._check_said(messages)
+        tools = tools_of(row)
         text = self.template.prompt(messages, tools, lambda said: self.report.note(said, row.number))
         return Prompt(row, messages, text, tools)
+
+    def _note_unread(self, row: Row) -> None:
+        """Note the columns that other programs read into a prompt and that this recipe does not name."""
+        for name in _BESIDE:
+            if name in row and not is_missing(row[name]) and row[name] not in ("", []) and name not in self._used:
+                self.report.note(
+                    f"column {name!r} is not part of the prompt; name it in data.template, or put it into the messages",
+                    row.number,
+                )
+
+    def _check_said(self, messages: Sequence[Message]) -> None:
+        """Check that somebody says something in a prompt.
+
+        Raises:
+            RowError: all messages are empty but the system's.
+        """
+        turns = [one for one in messages if one["role"] != "system"]
+        if turns and not any(str(one["content"]).strip() or one.get("tool_calls") for one in turns):
+            raise RowError("an empty column", "the messages of its prompt are empty; remove the row or fill them")
 
     def messages(self, value: Any, column: str, number: int) -> list[Message]:
         """Return a column's conversation (see `chat_messages`), without special tokens that would end a turn in it.
@@ -91,8 +114,11 @@ class PromptWriter:
                 self._check_empty_system(f"column {column!r} has an empty system message")
         return found
 
-    def conversation(self, row: Row) -> list[Message]:
+    def conversation(self, row: Row, learn_all: bool = False) -> list[Message]:
         """Return the conversation of `data.messages`, which ends in the assistant's message.
+
+        Args:
+            learn_all: each answer is learned; what follows the last one that has not weight 0 is left out.
 
         Raises:
             RowError: it does not, or it begins with the assistant's.
@@ -104,7 +130,7 @@ class PromptWriter:
             raise RowError(
                 "a conversation that does not end with the assistant",
                 f"the last message of column {column!r} must be the assistant's, which is learned; got a message of "
-                f"{roles[-1]}",
+                f"{roles[-1]} (a column of prompts alone is named in data.prompt)",
             )
         if roles[-2:] == ["assistant", "assistant"]:
             raise RowError(
@@ -115,15 +141,19 @@ class PromptWriter:
                 "a conversation that begins with the assistant",
                 f"column {column!r} begins with the assistant's message; begin it with the user's",
             )
-        if messages[-1].get("weight") == 0:
+        if learn_all:
+            weighed = [place for place, one in enumerate(messages) if one["role"] == "assistant" and not is_light(one)]
+            messages = messages[: weighed[-1] + 1] if weighed else messages
+        if is_light(messages[-1]):
             raise RowError(
                 "an answer of weight 0",
-                f"the last answer of column {column!r} has weight 0, so it is not to be learned",
+                f"the last answer of column {column!r} has weight 0 and is not to be learned; remove the row"
+                + ("" if learn_all or roles.count("assistant") == 1 else ", or set sft.learn=all to learn the others"),
             )
         content = messages[-1]["content"]
         if not content.strip() and not messages[-1].get("tool_calls"):
             raise RowError(
-                "an empty column", f"column {column!r} is empty, and it is learned from; remove the row or fill it"
+                "an empty answer", f"the last answer of column {column!r} is empty; remove the row or fill it"
             )
         return messages
 
@@ -145,6 +175,12 @@ class PromptWriter:
         for token in self._special:
             if token not in control and token in text:
                 self.report.note(f"{token} is written out, and read as the special token that it is", number)
+        if is_written_out(text):
+            self.report.note(
+                f"column {column!r} holds chat messages written out as a text, and is taken as that text; where they "
+                "are meant as messages, write them as a list (in a .jsonl or .parquet file)",
+                number,
+            )
 
     def _mark_in(self, text: str) -> str:
         """Return the first mark between messages that a text holds; empty: none."""
@@ -258,17 +294,3 @@ class PromptWriter:
                 "set data.system",
             )
         return messages
-
-
-def _tools(row: Row) -> Any:
-    """Return the tools that a row describes, as a list; some sets hold them as JSON text."""
-    tools = row.get("tools")
-    if isinstance(tools, str) and tools.lstrip().startswith("[{"):
-        try:
-            tools = json.loads(tools)
-        except ValueError as error:
-            raise RowError("malformed tools", f"column 'tools' is not JSON ({error})") from error
-    described = isinstance(tools, list) and all(
-        isinstance(one, dict) and ("function" in one or "name" in one) for one in tools
-    )
-    return tools if described and tools else None

@@ -43,6 +43,7 @@ REMEDIES = {
     ".db": "export the table as CSV",
     ".sqlite": "export the table as CSV",
 }
+_SMALL = 1000  # bytes; a file below may be a pointer to the real one, which `read_bytes` sees
 _KEPT = 2  # tables: that of the training rows and that of the held-out rows
 
 
@@ -172,7 +173,7 @@ def _read_parquet(path: Path) -> Table:
     import pyarrow.parquet as pq
 
     try:
-        if path.suffix.lower() in COMPRESSIONS:
+        if path.suffix.lower() in COMPRESSIONS or path.stat().st_size < _SMALL:
             table = pq.ParquetFile(pa.BufferReader(read_bytes(path))).read()
         else:
             with path.open("rb") as file:

@@ -1,8 +1,14 @@
-"""Splits by name and by part: ``train``, ``train[:10%]``, ``train+test``."""
+"""Splits by name and by part: ``train``, ``train[:10%]``, ``train+test``; and the files that belong to none."""
 
+import logging
 from collections.abc import Callable, Iterator, Mapping
+from functools import cache
+from pathlib import Path
 
+from lowmem_rlhf.data.readers import FORMATS, ending
 from lowmem_rlhf.data.table import JoinedTable, Table
+
+logger = logging.getLogger(__name__)
 
 
 class _Lengths(Mapping[str, int]):
@@ -48,3 +54,20 @@ def read_split(read: Callable[[str], Table], names: list[str], split: str) -> Ta
         return table(split)
     parts = datasets.ReadInstruction.from_spec(split).to_absolute(_Lengths(table, names))
     return JoinedTable([(table(part.splitname), range(part.from_, part.to)) for part in parts])
+
+
+@cache  # it is said once, however often the folder is read
+def say_unread(folder: Path, read: tuple[str, ...], source: str) -> None:
+    """Say which data files of a folder belong to no split: `datasets` takes those of one format, and of one place."""
+    taken = {Path(file).resolve() for file in read}
+    others = sorted(
+        str(file.relative_to(folder))
+        for file in folder.rglob("*")
+        if ending(file.name) in FORMATS
+        and file.resolve() not in taken
+        and not any(part.startswith((".", "_")) for part in file.relative_to(folder).parts)
+        and file.name not in ("dataset_info.json", "dataset_infos.json")
+    )
+    if others:
+        shown = ", ".join(others[:3]) + (", ..." if len(others) > 3 else "")
+        logger.warning("%s: data files that are in none of its splits are not read: %s", source, shown)

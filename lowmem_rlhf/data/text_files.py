@@ -14,6 +14,7 @@ _MAGIC: list[tuple[bytes, str, Callable[[bytes], bytes]]] = [
     (b"BZh", "bzip2", bz2.decompress),
     (b"\xfd7zXZ\x00", "xz", lzma.decompress),
 ]
+_LFS = b"version https://git-lfs.github.com/spec/"
 # The mark of UTF-32 (little-endian) begins as that of UTF-16 does, so it is looked for first.
 _MARKS = [
     (codecs.BOM_UTF8, "utf-8"),
@@ -43,10 +44,12 @@ def read_bytes(path: Path) -> bytes:
     """Return the content of a file, decompressed where it begins as a gzip, bzip2 or xz file does.
 
     Raises:
-        BrokenFile: the compressed data are damaged, or end too early.
+        BrokenFile: the compressed data are damaged or end too early, or the file is a stand-in of Git LFS.
         OSError: the file cannot be opened.
     """
     content = path.read_bytes()
+    if content.startswith(_LFS):
+        raise BrokenFile("it is a pointer of Git LFS, and not the file itself; run `git lfs pull` in its folder")
     for magic, name, decompress in _MAGIC:
         if content.startswith(magic):
             try:

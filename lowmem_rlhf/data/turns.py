@@ -8,8 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 from lowmem_rlhf.data.bad_rows import RowError
-from lowmem_rlhf.data.messages import Message
-from lowmem_rlhf.data.preferences import checked_answer
+from lowmem_rlhf.data.messages import Message, is_light
 from lowmem_rlhf.data.prompt_writer import Prompt, PromptWriter
 from lowmem_rlhf.data.rendered import is_written, squeezed
 from lowmem_rlhf.data.values import Row
@@ -103,15 +102,20 @@ class TurnWriter:
         Raises:
             RowError: it has no answer at its end, two in a row where all are learned, or the chat template refuses it.
         """
-        messages, report = self.prompts.conversation(row), self.prompts.report
-        places = [place for place, one in enumerate(messages) if one["role"] == "assistant" and one.get("weight") != 0]
+        messages, report = self.prompts.conversation(row, learn_all), self.prompts.report
+        places = [place for place, one in enumerate(messages) if one["role"] == "assistant" and not is_light(one)]
         report.answers.append(len(places))
         report.learn_all = learn_all
         if not learn_all or len(places) == 1:
             return None, [(self.prompts.prompt(row, messages[:-1]), messages[-1])]
         column = str(self.prompts.data.messages)
         for place in places:
-            checked_answer(messages[place], column)
+            if not str(messages[place]["content"]).strip() and not messages[place].get("tool_calls"):
+                raise RowError(
+                    "an empty answer",
+                    f"message {place + 1} of column {column!r} is an empty answer; remove the row, fill it, or set "
+                    "sft.learn=last",
+                )
             if place and messages[place - 1]["role"] == "assistant":
                 raise RowError(
                     "two answers in a row",

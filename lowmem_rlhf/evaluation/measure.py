@@ -8,6 +8,7 @@ from typing import TypeVar
 import torch
 
 from lowmem_rlhf.chat.opening import memory_explained
+from lowmem_rlhf.data.bad_rows import RowReport
 from lowmem_rlhf.data.prompts import build_examples
 from lowmem_rlhf.data.supervised import Pair, Supervised, build_pairs, build_supervised
 from lowmem_rlhf.errors import UserError
@@ -60,9 +61,13 @@ def measure(subject: Subject) -> list[Measured]:
         return found + ([_answers(subject)] if subject.rewards else [])
 
 
+def _report(subject: Subject) -> RowReport:
+    return RowReport(subject.recipe.data, subject.recipe.data.eval or "")
+
+
 def _answers(subject: Subject) -> Measured:
     base, recipe = subject.base, subject.recipe
-    examples = build_examples(subject.rows, recipe.data, base.tokenizer, base.stop_ids)
+    examples = build_examples(subject.rows, recipe.data, base.tokenizer, base.stop_ids, _report(subject))
     _check_positions(subject, max(len(one.prompt_ids) for one in examples))
     state = TrainerState(subject.steps or 0, recipe.training.max_steps)
     columns: dict[str, Columns] = {}
@@ -91,7 +96,8 @@ def _check_positions(subject: Subject, longest: int) -> None:
 
 def _losses(subject: Subject) -> Measured:
     base, recipe = subject.base, subject.recipe
-    examples = build_supervised(subject.rows, recipe.data, recipe.sft, base.tokenizer, base.stop_ids)
+    report = _report(subject)
+    examples = build_supervised(subject.rows, recipe.data, recipe.sft, base.tokenizer, base.stop_ids, report)
     columns = {name: _loss(subject, role, examples, name) for name, role in subject.roles.items()}
     return Measured("example", len(examples), columns)
 
@@ -115,7 +121,8 @@ def _loss(subject: Subject, role: str, examples: list[Supervised], name: str) ->
 def _pairs(subject: Subject) -> Measured:
     base, recipe = subject.base, subject.recipe
     length = recipe.reward_model.max_length
-    pairs: list[Pair] = build_pairs(subject.rows, recipe.data, length, base.tokenizer, base.stop_ids)
+    report = _report(subject)
+    pairs: list[Pair] = build_pairs(subject.rows, recipe.data, length, base.tokenizer, base.stop_ids, report=report)
 
     def work(passes: PassSettings, shown: Shown) -> dict[int, torch.Tensor]:
         return head_outputs(base, POLICY, pair_groups(pairs), passes, shown)
@@ -131,7 +138,7 @@ def _preferred(subject: Subject) -> Measured:
     from lowmem_rlhf.training.trl_data import pairs_among
 
     base, recipe = subject.base, subject.recipe
-    pairs = pairs_among(read_examples(subject.rows, recipe, base.tokenizer, base.stop_ids))
+    pairs = pairs_among(read_examples(subject.rows, recipe, base.tokenizer, base.stop_ids, _report(subject)))
     if not pairs:
         raise UserError(f"the held-out data of {recipe.name!r} has no pair of a good and a bad answer to measure")
     answers = [Completion(ids, [], False) for pair in pairs for ids in (pair.chosen_ids, pair.rejected_ids)]

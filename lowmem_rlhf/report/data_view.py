@@ -35,7 +35,7 @@ def print_preview(preview: Mapping[str, Any], console: Console | None = None) ->
         if (split := preview.get(name)) is None:
             continue
         console.print()
-        head = f"{name}: {split['source']}, {split['rows']:,} rows, {split['examples']:,} examples"
+        head = f"{name}: {split['source']}, {_counted(split['rows'], 'row')}, {_counted(split['examples'], 'example')}"
         console.print(Text(head, style="bold"))
         for number, example in enumerate(split["shown"], start=1):
             _print_example(number, example, console)
@@ -79,3 +79,7 @@ def _print_left_out(reasons: Sequence[Mapping[str, Any]], console: Console) -> N
     console.print()
     rows = ((one["reason"], f"{one['count']:,}", one["row"], one["example"]) for one in reasons)
     console.print(plain_table(("left out", "rows", "first", "why"), rows))
+
+
+def _counted(count: int, noun: str) -> str:
+    return f"{count:,} {noun}{'' if count == 1 else 's'}"

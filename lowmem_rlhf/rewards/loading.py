@@ -157,7 +157,7 @@ def _from_file(reference: str) -> Callable[..., Any]:
         raise UserError(f"rewards: got {reference!r}; a function of your own is written path.py:function")
     path = Path(source).expanduser()
     if not path.is_file():
-        raise UserError(f"rewards: there is no file {source} ; give its path from the current folder")
+        raise UserError(f"rewards: there is no file {source}; give its path from the current folder")
     module = _import(path.resolve(), source)
     own = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
     if not hasattr(module, name):

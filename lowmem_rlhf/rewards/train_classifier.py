@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
+from lowmem_rlhf.data.examples import classes_of
 from lowmem_rlhf.errors import UserError
 from lowmem_rlhf.files import begin_folder, finish_folder
 from lowmem_rlhf.hardware.detect import detect
@@ -88,15 +89,7 @@ def _check(train: LabelledTexts, held_out: LabelledTexts, output: Path) -> list[
             raise UserError(f"{name} data: got {len(texts)} texts and {len(given)} labels; give each text one label")
         if empty := [index for index, text in enumerate(texts) if not text.strip()]:
             raise UserError(f"{name} data: text {empty[0] + 1} is empty; leave such rows out")
-    labels = sorted(set(train[1]))
-    if len(labels) < 2:
-        raise UserError(
-            f"training data: {'every text has the label ' + repr(labels[0]) if labels else 'there are no texts'}; a "
-            "classifier needs texts of at least two labels"
-        )
-    if unknown := sorted(set(held_out[1]).difference(labels)):
-        raise UserError(f"held-out data: label {unknown[0]!r} is not in the training data ({', '.join(labels)})")
-    return labels
+    return classes_of(train[1], held_out[1])
 
 
 def _load(start: LearnedReward, labels: list[str]) -> Encoder:

@@ -7,6 +7,7 @@ import math
 import time
 from pathlib import Path
 
+from lowmem_rlhf.data.bad_rows import RowReport
 from lowmem_rlhf.data.sources import load_rows
 from lowmem_rlhf.data.supervised import labelled_texts
 from lowmem_rlhf.errors import RunError, UserError
@@ -34,7 +35,7 @@ def train_classifier_run(recipe: Recipe, path: Path, resume: bool) -> RunDirecto
     data = labelled_texts(rows, recipe.data)
     held_out: tuple[list[str], list[str]] = ([], [])
     if kept:
-        held_out = labelled_texts(kept, recipe.data)
+        held_out = labelled_texts(kept, recipe.data, RowReport(recipe.data, recipe.data.eval or ""))
     size = recipe.training.prompts_per_step
     epochs = recipe.training.num_train_epochs or max(1, round(recipe.training.max_steps * size / len(data[0])))
     if recipe.training.num_train_epochs is None:

@@ -5,22 +5,8 @@ from typing import Any
 
 from lowmem_rlhf.data.labelled import Answer, Example
 from lowmem_rlhf.data.supervised import Pair
-from lowmem_rlhf.errors import UserError
 from lowmem_rlhf.recipe_trl import TRLTrainer
 from lowmem_rlhf.training.trl_model import IGNORED
-
-
-def check_both_kinds(examples: Sequence[Example]) -> None:
-    """Check that labelled answers to learn from are not all good or all bad.
-
-    Raises:
-        UserError: they are.
-    """
-    kinds = {one.good for one in examples if isinstance(one, Answer)}
-    if len(kinds) == 1:
-        raise UserError(
-            f"data.label: all {len(examples)} answers are {'good' if kinds.pop() else 'bad'} ones; KTO learns from both"
-        )
 
 
 def pairs_among(examples: Sequence[Example]) -> list[Pair]:

@@ -37,7 +37,6 @@ from lowmem_rlhf.training.supervised import with_epochs
 from lowmem_rlhf.training.trl_data import (
     answer_tokens,
     batch_rows,
-    check_both_kinds,
     pairs_among,
     tokens_of,
 )
@@ -236,7 +235,6 @@ def make_trl_loop(
         UserError: the data or the ``trl:`` section does not suit the trainer.
     """
     train = data.train
-    check_both_kinds(train)
     recipe = with_epochs(recipe, len(train))
     kind = TRL_TRAINERS[recipe.algorithm]
     if recipe.adapter and kind.reference:

@@ -79,7 +79,7 @@ def test_refused(plain_tokenizer, chat_tokenizer, no_system_tokenizer):
     refused("row 1: column 'question' is empty", plain_tokenizer, [{"question": " ", "answer": "5"}])
     refused("holds chat messages .* a text is needed", plain_tokenizer, [{"question": USER, "answer": "5"}])
     refused("not one of chat messages", chat_tokenizer, [{"question": ["hello"], "answer": "5"}])
-    refused("not one of chat messages", chat_tokenizer, [{"question": [], "answer": "5"}])
+    refused("has no messages", chat_tokenizer, [{"question": [], "answer": "5"}])
     refused("refuses these messages .system, user.: System role not", no_system_tokenizer, system="Be brief.")
 
 

@@ -283,7 +283,7 @@ def test_empty_answers(plain_tokenizer, chat_tokenizer, value):
     rows = [ROWS[0], {"question": "4 + 5", "answer": value}]
     message = "row 2: column 'answer' is"
     refused("row 2: column 'answer' must hold a text" if value == [] else message, sft, plain_tokenizer, rows)
-    refused(f"{message} a list but not one of chat" if value == [] else message, sft, chat_tokenizer, rows)
+    refused("row 2: column 'answer' has no messages" if value == [] else message, sft, chat_tokenizer, rows)
     refused("row 1: column 'bad' (is|must)", pairs, plain_tokenizer, [{**PAIRS[0], "bad": value}])
 
 
@@ -324,7 +324,7 @@ def test_refused_conversations(plain_tokenizer, chat_tokenizer):
     refuse("row 1: .* nothing but the assistant's answer", chat_tokenizer, talk(ASSISTANT))
     refuse("row 1: .* must hold a list of chat messages; got str", chat_tokenizer, [{"talk": "2 + 3"}])
     refuse("row 1: .* not one of chat messages", chat_tokenizer, talk("2 + 3"))
-    refuse("row 1: column 'talk' is empty", chat_tokenizer, talk(USER, {**ASSISTANT, "content": ""}))
+    refuse("row 1: the last answer of column 'talk' is empty", chat_tokenizer, talk(USER, {**ASSISTANT, "content": ""}))
     with pytest.raises(UserError, match=r"data\.text: whole texts have no prompt"):
         build_examples([{"page": "ab"}], config(text="page"), plain_tokenizer)
 

@@ -1,5 +1,7 @@
 """Sets in known formats, recognised by their columns where the recipe names none, and said in one line."""
 
+import json
+
 import pytest
 from building import talk, turn
 
@@ -41,6 +43,9 @@ def detected(algorithm, row, data=None, **sections):
         ("trl/kto", {"prompt": "Is it?", "completion": "No.", "label": True}, {"prompt": "prompt", "label": "label"}),
         ("grpo", {"problem": "2+3", "answer": "5"}, {"prompt": "problem", "answer": "answer"}),
         ("grpo", {"prompt": [turn("user", "Hi")]}, {"prompt": "prompt", "answer": None}),
+        ("grpo", {"messages": [turn("user", "Hi")]}, {"prompt": "messages", "messages": None}),
+        ("grpo", {"conversations": SHARED[:1], "answer": "5"}, {"prompt": "conversations", "answer": "answer"}),
+        ("grpo", {"messages": talk("Hi", "Hello.")}, {"prompt": "question", "messages": "messages"}),
     ],
 )
 def test_a_set_is_recognised(algorithm, row, columns):
@@ -76,3 +81,34 @@ def test_what_is_no_known_format_is_left_alone(row):
         assert "column" in str(error)
         return
     assert (line, data.prompt, data.messages, data.template) == ("", "question", None, None)
+
+
+JOINED = ALPACA["template"]
+BARE = HH.lstrip()
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "row", "columns"),
+    [
+        ("trl/dpo", {"instruction": "Add.", "input": "2, 3", "chosen": "5", "rejected": "6"}, {"template": JOINED}),
+        ("reward_model", {"instruction": "Add.", "input": "", "chosen": "5", "rejected": "6"}, {"template": JOINED}),
+        ("trl/dpo", {"question": "2+3", "input": "x", "chosen": "5", "rejected": "6"}, {"template": None}),
+        ("trl/kto", {"prompt": "2+3", "completion": "5", "label": True}, {"label": "label", "chosen": None}),
+        ("trl/kto", {"question": "2+3", "completion": "5", "label": True}, {"prompt": "question", "label": "label"}),
+        ("trl/kto", {"prompt": "2+3", "chosen": "5", "rejected": "6", "label": "x"}, {"label": None}),
+        ("trl/dpo", {"chosen": BARE + " No.", "rejected": BARE + " Yes."}, {"prompt": None}),
+        ("sft", {"messages": json.dumps(BETTER)}, {"messages": "messages"}),
+        ("sft", {"messages": str(BETTER)}, {"messages": None}),
+    ],
+)
+def test_columns_that_go_together(algorithm, row, columns):
+    data, _ = detected(algorithm, row)
+    assert {key: getattr(data, key) for key in columns} == columns
+
+
+@pytest.mark.parametrize(
+    "row", [{"instruction": "Add.", "input": "2", "output": "5"}, {"messages": BETTER}, {"text": "a"}]
+)
+def test_a_mistyped_column_is_not_replaced(row):
+    data, line = detected("sft", row, {"completion": "outptu"})
+    assert (data.completion, line) == ("outptu", "")

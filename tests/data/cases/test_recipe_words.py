@@ -357,6 +357,15 @@ def test_a_recipe_s_file_is_found_or_its_name_suggested(place):
         find_recipe("mine.yaml")
 
 
+@pytest.mark.parametrize("name", ["rows.jsonl", "rows.CSV", "rows.parquet", "rows.json.gz", "not_there.jsonl"])
+def test_a_data_file_is_no_recipe(place, name):
+    if name.startswith("rows"):
+        (place / name).write_text('{"question": "2+3", "answer": "5"}\n' * 2)
+    with pytest.raises(UserError) as caught:
+        find_recipe(name)
+    assert str(caught.value).endswith(f"data.train={name}")
+
+
 def test_recipes_of_other_editors_are_read(place):
     text = HEAD + "  system: Grüße\n"
     for encoding in ("utf-8-sig", "utf-16", "utf-8"):

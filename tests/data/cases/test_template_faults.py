@@ -184,6 +184,7 @@ def test_keyword_arguments_that_no_template_can_read(key):
     ("options", "said"),
     [
         ({"enable_thinking": False}, ""),
+        ({"enable_thinkin": 0}, "reads no enable_thinkin (data.chat_template_kwargs); did you mean 'enable_thinking'?"),
         ({"thinking": False}, "reads no thinking (data.chat_template_kwargs); did you mean 'enable_thinking'?"),
         ({"enable_thinking": True, "effort": 1, "date": ""}, "reads no effort, date (data.chat_template_kwargs)"),
     ],
