@@ -113,7 +113,7 @@ def look(recipe: Recipe, shown: int = 3, network: bool = True, most: int | None 
     if away and not network:
         seen = Look(recipe)
         seen.said.append(
-            f"{', '.join(away)} lies on the Hub and is looked at by `lowmem-rlhf data` and before training"
+            f"{', '.join(away)} is on the Hub; `lowmem-rlhf data` looks at it, and so does training before it starts"
         )
         _check_rewards(seen, None, None)
         _look_for_adapter(seen)

@@ -144,7 +144,7 @@ class RunDirectory:
         if lines:
             head = f"--resume: the recipe differs from the one that the run in {self.path} began with:"
             tail = (
-                "Take these changes back, or start a new run with another --output (a resume may change "
+                "Undo these changes, or start a new run with another --output (a resume may change "
                 f"{', '.join(MAY_CHANGE)} and hardware.*)."
             )
             raise UserError("\n".join([head, *lines, tail]))

@@ -204,4 +204,4 @@ def _base_back(run: "RunDirectory", kept: Fingerprint, now: Fingerprint, resume:
     if kept.commit and now.commit and kept.commit != now.commit:
         also = f" and give revision={kept.commit}" if resume else ""
         return f"the Hub has moved on: write `revision: {kept.commit}` into {run.path / 'recipe.yaml'}{also}"
-    return "put the files that it was trained on back"
+    return "restore the files that it was trained on"

@@ -4,30 +4,24 @@ A template is a program of the model's makers: it may leave out reasoning, trim,
 forget a role. What a reader of the file would not expect is refused for that row, mended, or said.
 """
 
-import re
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any
 
 from lowmem_rlhf.data.bad_rows import RowError
-from lowmem_rlhf.data.messages import Message, with_text_arguments
+from lowmem_rlhf.data.messages import Message
 from lowmem_rlhf.data.rendered import (
     THINK,
     check_calls,
     holds,
     must_be_written,
     short,
-    shows_mapping,
     squeezed,
     unopened,
 )
+from lowmem_rlhf.data.template_renderer import SENTINEL, TemplateRenderer
 from lowmem_rlhf.errors import UserError
 from lowmem_rlhf.recipe import DataConfig
-from lowmem_rlhf.suggest import did_you_mean
-
-_SENTINEL = "Zq7x"  # a text that no template knows, for finding where an answer stands
 
 
 def is_chat(data: DataConfig, tokenizer: Any) -> bool:
@@ -65,47 +59,17 @@ class Turn:
 
 
 class ChatTemplate:
-    """The chat template of a tokenizer, with the recipe's keyword arguments.
+    """Prompts and answers as a chat template writes them, held against the messages that they are made of.
 
     Args:
         tokenizer: has a chat template.
         options: given to the template with every call (`data.chat_template_kwargs`).
+        plain: whether the rows could be written without a template, for messages.
     """
 
-    def __init__(self, tokenizer: Any, options: dict[str, Any]) -> None:
-        self._tokenizer, self._options = tokenizer, options
-        templates = tokenizer.chat_template
-        self.source = "\n".join(templates.values()) if isinstance(templates, dict) else str(templates)
-
-    def names_role(self, role: str) -> bool:
-        """Return whether the template's source names a role."""
-        return bool(role.strip()) and re.search(rf"""["']{re.escape(role)}["']""", self.source) is not None
-
-    @cached_property
-    def unread_options(self) -> str:
-        """What is to be said of keyword arguments whose names the template's source lacks; empty: nothing."""
-        unread = [name for name in self._options if not re.search(rf"\b{re.escape(name)}\b", self.source)]
-        if not unread:
-            return ""
-        near = did_you_mean(unread[0], set(re.findall(r"\b[a-z]\w*_\w+", self.source)))
-        return f"the chat template reads no {', '.join(unread)} (data.chat_template_kwargs){near}"
-
-    @cached_property
-    def header_left_out(self) -> str:
-        """What stands before answers, where the template lets no prompt end in it; empty: prompts do, or nothing does.
-
-        Such a template does not look at ``add_generation_prompt``.
-        """
-        asked, answered = {"role": "user", "content": "a"}, {"role": "assistant", "content": _SENTINEL}
-        try:
-            prompt = self._render([asked], None, add_generation_prompt=True)
-            whole = self._render([asked, answered], None)
-            if prompt != self._render([asked], None) or not whole.startswith(prompt):
-                return ""
-        except RowError:
-            return ""
-        header = whole[len(prompt) :].partition(_SENTINEL)[0]
-        return header if header.strip() else ""
+    def __init__(self, tokenizer: Any, options: dict[str, Any], plain: bool = True) -> None:
+        self.renderer = TemplateRenderer(tokenizer, options)
+        self._way_out = "set data.chat=false, or take another model" if plain else "take another model"
 
     def prompt(
         self, messages: Sequence[Message], tools: Any = None, note: Callable[[str], None] = lambda text: None
@@ -119,7 +83,7 @@ class ChatTemplate:
             RowError: the template refuses the messages, or leaves out or rewrites a part of them.
         """
         if messages[-1]["role"] != "assistant":
-            text = self._render(messages, tools, add_generation_prompt=True)
+            text = self.renderer.render(messages, tools, add_generation_prompt=True)
         else:
             text = self._continued(messages, tools)
         self._compare(messages, text, note)
@@ -140,9 +104,9 @@ class ChatTemplate:
         if prompt[-1]["role"] == "assistant":  # an answer that has been begun
             begun = prompt[-1]
             prompt, answer = prompt[:-1], {**begun, **answer, "content": begun["content"] + answer["content"]}
-        whole = self._render([*prompt, answer], tools)
+        whole = self.renderer.render([*prompt, answer], tools)
         turn = whole.removeprefix(rendered) if whole.startswith(rendered) else ""
-        if turn.strip() and holds(turn, answer, unopened(rendered, rest), notes, self._special_tokens):
+        if turn.strip() and holds(turn, answer, unopened(rendered, rest), notes, self.renderer.special_tokens):
             return Turn(turn, tuple(notes))
         mended = None if answer.get("tool_calls") else self._as_given(prompt, rendered, rest, tools)
         if mended is None:
@@ -150,87 +114,33 @@ class ChatTemplate:
                 raise RowError(
                     "an answer that the chat template rewrites",
                     "the model's chat template leaves out or rewrites a part of the answer "
-                    f"{short(answer['content'])}; set data.chat=false, or take another model",
+                    f"{short(answer['content'])}; {self._way_out}",
                 )
             raise self._two_ways(rendered, rest)
         note = "the chat template would leave out or rewrite a part of the answer, which is learned as it was given"
         return Turn(mended, (note,))
 
-    @cached_property
-    def control_tokens(self) -> frozenset[str]:
-        """The special tokens with which the template marks turns; in a text they would be read as such a mark."""
-        asked, answered = {"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}
-        system = {"role": "system", "content": "c"}
-        for probe in ([system, asked, answered, asked], [asked, answered, asked], [asked]):
-            try:
-                text = self._render(probe, None, add_generation_prompt=True) + self._render([*probe, answered], None)
-            except RowError:
-                continue
-            return frozenset(token for token in self._special_tokens if token in text and token not in THINK)
-        return frozenset()
-
-    @cached_property
-    def _special_tokens(self) -> frozenset[str]:
-        """The special tokens and those that were added."""
-        named = (*self._tokenizer.get_added_vocab(), *self._tokenizer.all_special_tokens)
-        return frozenset(str(token) for token in named if str(token).strip())
-
-    @cached_property
-    def own_system_text(self) -> str | None:
-        """What the template writes before the first user message where no system message is given; None: unknown."""
-        try:
-            return self._render([{"role": "user", "content": _SENTINEL}], None).partition(_SENTINEL)[0]
-        except RowError:
-            return None
-
-    def _render(self, messages: Sequence[Message], tools: Any, **options: Any) -> str:
-        given = {"add_generation_prompt": False, **options, **self._options}
-        if tools:
-            given["tools"] = tools
-
-        def written(some: Sequence[Message]) -> str:
-            return str(self._tokenizer.apply_chat_template(list(some), tokenize=False, **given))
-
-        try:
-            text = written(messages)
-            return written(with_text_arguments(messages)) if shows_mapping(messages, text) else text
-        except Exception as error:  # a template is a program, and may fail as one
-            if (other := with_text_arguments(messages)) != messages:
-                with suppress(Exception):  # those that want text, as OpenAI's messages have it (DeepSeek-V3)
-                    return written(other)
-            roles = ", ".join(str(one["role"]) for one in messages)
-            reason = " ".join(str(error).split()) or type(error).__name__
-            hint = (
-                "; for a template without a system role, leave data.system out or put it into data.template"
-                if any(one["role"] == "system" for one in messages)
-                else ""
-            )
-            raise RowError(
-                "messages that the chat template refuses",
-                f"the model's chat template refuses these messages ({roles}): {reason[:300]}{hint}",
-            ) from error
-
     def _continued(self, messages: Sequence[Message], tools: Any) -> str:
         """Return a prompt that ends in a begun answer, which must stand at its end as it was given."""
         begun = str(messages[-1]["content"])
-        opened = self._render(messages[:-1], tools, add_generation_prompt=True) if len(messages) > 1 else ""
+        opened = self.renderer.render(messages[:-1], tools, add_generation_prompt=True) if len(messages) > 1 else ""
         if not begun.strip() and opened:
             return opened
-        text = self._render(messages, tools)
+        text = self.renderer.render(messages, tools)
         before, found, _ = text.rpartition(begun.strip()) if begun.strip() else ("", "", "")
         as_given = not opened or before.rstrip() == opened.rstrip() or opened.startswith(before)
         if not found or not as_given:
             raise RowError(
                 "a begun answer that the chat template rewrites",
                 f"the prompt ends in a begun answer, {short(begun)}, which the model's chat template leaves out or "
-                "rewrites; remove it from the prompt, or set data.chat=false",
+                f"rewrites; remove it from the prompt, {self._way_out}",
             )
         return before + begun.lstrip()  # the white space at its end as well, whatever the template does to it
 
     def _as_given(self, prompt: Sequence[Message], rendered: str, given: str, tools: Any) -> str | None:
         """Return what is behind a rendered prompt for an answer as it was given; None: the template allows none."""
-        plain = self._render([*prompt, {"role": "assistant", "content": _SENTINEL}], tools)
-        before, found, end = plain.rpartition(_SENTINEL)
+        plain = self.renderer.render([*prompt, {"role": "assistant", "content": SENTINEL}], tools)
+        before, found, end = plain.rpartition(SENTINEL)
         if not found or not given.strip():
             return None
         if not rendered.startswith(before.rstrip()) and not before.startswith(rendered):
@@ -241,30 +151,19 @@ class ChatTemplate:
 
     def _two_ways(self, rendered: str, answer: str) -> RowError:
         """Return the error of a prompt that is written in one way before and in another once it is answered."""
-        may_think = "enable_thinking" in self.source and "enable_thinking" not in self._options
+        may_think = "enable_thinking" in self.renderer.source and "enable_thinking" not in self.renderer.options
         without = "set data.chat_template_kwargs={enable_thinking: false}, " if may_think else ""
         if rendered.rstrip().endswith(THINK[0]) and THINK[1] not in answer:
             return RowError(
                 "an answer without the reasoning that the prompt opens",
                 f"the model's chat template ends the prompt in {THINK[0]}, which the answer {short(answer)} does not "
-                f"close; {without}put its reasoning and {THINK[1]} in front of it, set data.chat=false, or take "
-                "another model",
+                f"close; {without}put its reasoning and {THINK[1]} in front of it, {self._way_out}",
             )
         return RowError(
             "a prompt that the chat template writes in two ways",
             "the model's chat template does not write the prompt in the same way before and after it is answered, "
-            f"so that what is learned cannot be told from it; {without}set data.chat=false, or take another model",
+            f"so that what is learned cannot be told from it; {without}{self._way_out}",
         )
-
-    def replaces_empty_system(self) -> str:
-        """Return the text that the template writes in place of an empty system message; empty: none."""
-        user, own = {"role": "user", "content": _SENTINEL}, self.own_system_text
-        try:
-            empty = self._render([{"role": "system", "content": ""}, user], None).partition(_SENTINEL)[0]
-            named = self._render([{"role": "system", "content": _SENTINEL}, user], None).partition(_SENTINEL)[0]
-        except RowError:
-            return ""
-        return empty.removeprefix(named) if own == empty and empty.startswith(named) and empty != named else ""
 
     def _compare(self, messages: Sequence[Message], text: str, note: Callable[[str], None]) -> None:
         """Check that the texts of messages stand in what was rendered, one after another."""
@@ -280,7 +179,7 @@ class ChatTemplate:
                 raise RowError(
                     "a message that the chat template leaves out",
                     f"the model's chat template leaves out or rewrites message {place} ({message['role']}): "
-                    f"{short(str(message['content']))}; put it into another message, or set data.chat=false",
+                    f"{short(str(message['content']))}; put it into another message, {self._way_out}",
                 )
             start = found + len(content)
             if (written := str(message["content"])) not in text:

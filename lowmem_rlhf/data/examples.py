@@ -46,10 +46,10 @@ def read_data(
     """
     report = RowReport(recipe.data)
     report.progress = progress
-    train = examples_of(recipe, rows, tokens, report)
-    check_both_kinds(train)
     held, prompts = list(held_out_rows), []
     other = RowReport(recipe.data, recipe.data.eval or "", before=report)
+    train = examples_of(recipe, rows, tokens, report)
+    check_both_kinds(train)
     held_out = examples_of(recipe, held, tokens, other) if held else []
     if held and recipe.rewards and recipe.algorithm not in ONLINE:
         prompts = build_examples(held, recipe.data, tokens.tokenizer, tokens.stop_ids, other.again())

@@ -52,7 +52,13 @@ def _is_pair(recipe: Recipe) -> bool:
     return recipe.data.chosen is not None
 
 
+_OPENAI_PAIR = {"prompt": "input.messages", "chosen": "preferred_output", "rejected": "non_preferred_output"}
+
+
 def _pair(data: DataConfig, names: set[str], rows: list[Row], given: set[str]) -> tuple[dict[str, Any], str]:
+    usual = (data.chosen, data.rejected) == ("chosen", "rejected") and "prompt" not in given
+    if usual and {name.split(".")[0] for name in _OPENAI_PAIR.values()} <= names:
+        return dict(_OPENAI_PAIR), "OpenAI's preference pairs"
     if data.prompt is None or data.template is not None or not {data.chosen, data.rejected} <= names:
         return {}, ""
     values = [row.get(str(data.chosen)) for row in rows]

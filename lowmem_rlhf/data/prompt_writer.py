@@ -7,7 +7,8 @@ from typing import Any
 from lowmem_rlhf.data.bad_rows import RowError, RowReport
 from lowmem_rlhf.data.chat_template import ChatTemplate, is_chat
 from lowmem_rlhf.data.columns import cell, check_characters, used_columns
-from lowmem_rlhf.data.messages import Message, chat_messages, is_light, is_written_out, tools_of
+from lowmem_rlhf.data.conversations import answered
+from lowmem_rlhf.data.messages import Message, chat_messages, is_written_out, tools_of
 from lowmem_rlhf.data.row_template import fill_template, required_fields
 from lowmem_rlhf.data.values import Row, is_missing, text_of, value_at
 from lowmem_rlhf.errors import UserError
@@ -49,7 +50,11 @@ class PromptWriter:
                 "in place of data.text, or remove the rewards that would judge completions"
             )
         self.data, self.tokenizer, self.report = data, tokenizer, report
-        self.template = ChatTemplate(tokenizer, data.chat_template_kwargs) if is_chat(data, tokenizer) else None
+        self.template = (
+            ChatTemplate(tokenizer, data.chat_template_kwargs, data.messages is None)
+            if is_chat(data, tokenizer)
+            else None
+        )
         end = tokenizer.eos_token_id
         self.stop_ids = stop_ids | ({end} if end is not None else set())
         if self.template is not None:
@@ -60,8 +65,8 @@ class PromptWriter:
             if data.system == "":
                 self._check_empty_system("data.system: got an empty text")
             self._check_recipe_texts()
-            if self.template.unread_options:
-                report.note(self.template.unread_options, 0)
+            if self.template.renderer.unread_options:
+                report.note(self.template.renderer.unread_options, 0)
 
     def prompt(self, row: Row, value: Any = None) -> Prompt:
         """Return a row's prompt; ``value`` stands in place of its column.
@@ -106,7 +111,9 @@ class PromptWriter:
             RowError: it is none.
         """
         assert self.template is not None
-        found = chat_messages(value, column, self.template.names_role, lambda text: self.report.note(text, number))
+        found = chat_messages(
+            value, column, self.template.renderer.names_role, lambda text: self.report.note(text, number)
+        )
         for message in found:
             check_characters(message["content"], column)
             self.check_text(message["content"], column, number)
@@ -125,37 +132,7 @@ class PromptWriter:
         """
         column = str(self.data.messages)
         messages = self.messages(cell(row, column, "data.messages"), column, row.number)
-        roles = [one["role"] for one in messages]
-        if roles[-1] != "assistant":
-            raise RowError(
-                "a conversation that does not end with the assistant",
-                f"the last message of column {column!r} must be the assistant's, which is learned; got a message of "
-                f"{roles[-1]} (a column of prompts alone is named in data.prompt)",
-            )
-        if roles[-2:] == ["assistant", "assistant"]:
-            raise RowError(
-                "two answers at the end", f"column {column!r} ends in two messages of the assistant; join them into one"
-            )
-        if len(roles) > 1 and next(role for role in roles if role != "system") == "assistant" and "user" in roles:
-            raise RowError(
-                "a conversation that begins with the assistant",
-                f"column {column!r} begins with the assistant's message; begin it with the user's",
-            )
-        if learn_all:
-            weighed = [place for place, one in enumerate(messages) if one["role"] == "assistant" and not is_light(one)]
-            messages = messages[: weighed[-1] + 1] if weighed else messages
-        if is_light(messages[-1]):
-            raise RowError(
-                "an answer of weight 0",
-                f"the last answer of column {column!r} has weight 0 and is not to be learned; remove the row"
-                + ("" if learn_all or roles.count("assistant") == 1 else ", or set sft.learn=all to learn the others"),
-            )
-        content = messages[-1]["content"]
-        if not content.strip() and not messages[-1].get("tool_calls"):
-            raise RowError(
-                "an empty answer", f"the last answer of column {column!r} is empty; remove the row or fill it"
-            )
-        return messages
+        return answered(messages, column, learn_all)
 
     def check_text(self, text: str, column: str, number: int) -> None:
         """Look for special tokens that are written out in a text of a chat.
@@ -165,16 +142,16 @@ class PromptWriter:
         """
         if self.template is None:
             return
-        control = self.template.control_tokens
+        control = self.template.renderer.control_tokens
         if written := self._mark_in(text):
             raise RowError(
                 "a special token written out",
                 f"column {column!r} holds {written} written out, which the model reads as its special token, a mark "
-                "between messages; remove it, or set data.chat=false",
+                "between messages; remove it" + (", or set data.chat=false" if self.data.messages is None else ""),
             )
         for token in self._special:
             if token not in control and token in text:
-                self.report.note(f"{token} is written out, and read as the special token that it is", number)
+                self.report.note(f"{token} appears in a text and is read as the special token of that name", number)
         if is_written_out(text):
             self.report.note(
                 f"column {column!r} holds chat messages written out as a text, and is taken as that text; where they "
@@ -185,7 +162,7 @@ class PromptWriter:
     def _mark_in(self, text: str) -> str:
         """Return the first mark between messages that a text holds; empty: none."""
         assert self.template is not None
-        return min((one for one in self.template.control_tokens if one in text), key=text.index, default="")
+        return min((one for one in self.template.renderer.control_tokens if one in text), key=text.index, default="")
 
     def _check_recipe_texts(self) -> None:
         for key in ("system", "template"):
@@ -197,7 +174,7 @@ class PromptWriter:
 
     def _check_empty_system(self, what: str) -> None:
         assert self.template is not None
-        if own := self.template.replaces_empty_system():
+        if own := self.template.renderer.replaces_empty_system():
             raise RowError(
                 "an empty system text",
                 f"{what}, but the model's chat template then writes a system text of its own ({own.strip()[:100]!r}); "
@@ -237,8 +214,8 @@ class PromptWriter:
             token = self.tokenizer.convert_ids_to_tokens(int(ids[-1]))
             raise RowError(
                 "a prompt that ends in a stop",
-                f"its prompt ends in {token}, which ends a text, so that nothing would follow; remove it from the row "
-                "or from data.template"
+                f"its prompt ends in {token}, which ends a text, so the model would have nothing to continue; "
+                "remove it from the row or from data.template"
                 + (", or take a model whose chat template begins the assistant's turn" if self.template else ""),
             )
 

@@ -90,7 +90,7 @@ def _examples(rows: Sequence[Row], names: Iterable[str], writer: PromptWriter, r
             kept.append(Example(made.prompt, ids, _columns(made.row, data, names), made.text))
             if not isinstance(made.prompt, str) and made.prompt[-1]["role"] == "assistant":
                 report.note(_CONTINUED, number)
-            elif writer.template is not None and (header := writer.template.header_left_out):
+            elif writer.template is not None and (header := writer.template.renderer.header_left_out):
                 report.note(_NO_HEADER.format(short(header)), number)
     return kept
 

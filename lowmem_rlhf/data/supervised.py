@@ -80,8 +80,8 @@ def build_supervised(
         report: collects what is wrong with rows and what is said of them; absent: one of this call's own.
 
     Returns:
-        One example a row, or one an answer where the chat template writes earlier answers otherwise than the last. Rows
-        that cannot be learned from, or have more than ``settings.max_length`` tokens, are left out where
+        One example a row, or one an answer where the chat template writes earlier answers differently from the last.
+        Rows that cannot be learned from, or have more than ``settings.max_length`` tokens, are left out where
         `data.bad_rows` or `data.long_prompts` says so.
 
     Raises:
@@ -200,8 +200,8 @@ def _pairs(rows: Sequence[Row], writer: TurnWriter, report: RowReport) -> list[t
             if chosen == rejected:
                 raise RowError(
                     "equal answers",
-                    f"columns {data.chosen!r} and {data.rejected!r} hold the same answer, which teaches nothing; "
-                    "remove the row",
+                    f"columns {data.chosen!r} and {data.rejected!r} hold the same answer, from which nothing can be "
+                    "learned; remove the row",
                 )
             found.append((row.number, Pair(prompt_ids, chosen, rejected, margins[row.number])))
     return found

@@ -8,6 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 from lowmem_rlhf.data.bad_rows import RowError
+from lowmem_rlhf.data.conversations import places_learned
 from lowmem_rlhf.data.messages import Message, is_light
 from lowmem_rlhf.data.prompt_writer import Prompt, PromptWriter
 from lowmem_rlhf.data.rendered import is_written, squeezed
@@ -18,7 +19,7 @@ Part = tuple[Prompt, Message]  # a prompt with the answer that follows it
 Segments = tuple[Prompt, list[str]]  # a prompt with what follows it, cut where the assistant begins to speak
 
 _TWO_WAYS = (
-    "the chat template writes earlier answers otherwise than the last one, so each is learned behind its own prompt, "
+    "the chat template writes earlier answers differently from the last one, so each is learned behind its own prompt, "
     "as an example of its own"
 )
 _MEET = (
@@ -103,25 +104,12 @@ class TurnWriter:
             RowError: it has no answer at its end, two in a row where all are learned, or the chat template refuses it.
         """
         messages, report = self.prompts.conversation(row, learn_all), self.prompts.report
-        places = [place for place, one in enumerate(messages) if one["role"] == "assistant" and not is_light(one)]
-        report.answers.append(len(places))
         report.learn_all = learn_all
-        if not learn_all or len(places) == 1:
+        answers = [one for one in messages if one["role"] == "assistant" and not is_light(one)]
+        report.answers.append(len(answers))
+        if not learn_all or len(answers) == 1:
             return None, [(self.prompts.prompt(row, messages[:-1]), messages[-1])]
-        column = str(self.prompts.data.messages)
-        for place in places:
-            if not str(messages[place]["content"]).strip() and not messages[place].get("tool_calls"):
-                raise RowError(
-                    "an empty answer",
-                    f"message {place + 1} of column {column!r} is an empty answer; remove the row, fill it, or set "
-                    "sft.learn=last",
-                )
-            if place and messages[place - 1]["role"] == "assistant":
-                raise RowError(
-                    "two answers in a row",
-                    f"messages {place} and {place + 1} of column {column!r} are both the assistant's; join them into "
-                    "one, or set sft.learn=last",
-                )
+        places = places_learned(messages, str(self.prompts.data.messages))
         parts = [(self.prompts.prompt(row, messages[:place]), messages[place]) for place in places]
         if (segments := self._segments(parts)) is not None:
             return (parts[0][0], segments), []

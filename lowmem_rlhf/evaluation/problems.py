@@ -92,7 +92,7 @@ def _check_kept(kept: Any, rows: Sequence[dict[str, Any]], trained: Recipe) -> N
         source = trained.data.eval or trained.data.train
         raise UserError(
             f"the held-out rows of {source} are not those that the run held out ({difference}), so they may have been "
-            "trained on; put the data back, or name held-out data with data.eval=FILE"
+            "trained on; restore the data, or name held-out data with data.eval=FILE"
         )
 
 

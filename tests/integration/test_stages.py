@@ -309,7 +309,7 @@ STYLED = [{"function": "classifier", "options": {"model": "classifier/model", "l
         (OF_PAIRS, ["data.rejected=worse"], ["data.rejected: pairs.jsonl has no column 'worse'", "prompt, chosen, "]),
         (OF_PAIRS, ["data.chosen=choosen"], ["no column 'choosen'; did you mean 'chosen'?"]),
         (OF_PAIRS, ["data.margin=by"], ["data.margin: pairs.jsonl has no column 'by'"]),
-        (OF_PAIRS, ["data.rejected=chosen"], ["hold the same answer, which teaches nothing"]),
+        (OF_PAIRS, ["data.rejected=chosen"], ["hold the same answer, from which nothing can be learned"]),
         (
             OF_PAIRS,
             ["reward_model.max_length=4"],

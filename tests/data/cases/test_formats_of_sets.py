@@ -40,6 +40,15 @@ def detected(algorithm, row, data=None, **sections):
         ("trl/dpo", {"prompt": "Is lava cold?", "chosen": "No.", "rejected": "Yes."}, {"prompt": "prompt"}),
         ("trl/orpo", {"question": "Is it?", "chosen": "No.", "rejected": "Yes."}, {"prompt": "question"}),
         ("trl/dpo", {"prompt": "Is lava cold?", "chosen": BETTER, "rejected": WORSE}, {"chosen": "chosen"}),
+        (
+            "trl/dpo",
+            {
+                "input": {"messages": talk("Hi")},
+                "preferred_output": [turn("assistant", "A")],
+                "non_preferred_output": [],
+            },
+            {"prompt": "input.messages", "chosen": "preferred_output", "rejected": "non_preferred_output"},
+        ),
         ("trl/kto", {"prompt": "Is it?", "completion": "No.", "label": True}, {"prompt": "prompt", "label": "label"}),
         ("grpo", {"problem": "2+3", "answer": "5"}, {"prompt": "problem", "answer": "answer"}),
         ("grpo", {"prompt": [turn("user", "Hi")]}, {"prompt": "prompt", "answer": None}),

@@ -235,7 +235,9 @@ def test_rows_are_told_apart_by_their_literals_and_order_not_by_their_columns_or
 @pytest.mark.parametrize("words", [CHAT, ("eval",), ("export",)], ids=lambda w: w[0])
 def test_another_base_of_the_same_name_is_refused(project, lowmem_rlhf, words):
     change_weights(project / "base" / "final")
-    refused(lowmem_rlhf(*on("runs/first", words)), "is not the base that the run in", "other weights", "put the files")
+    refused(
+        lowmem_rlhf(*on("runs/first", words)), "is not the base that the run in", "other weights", "restore the files"
+    )
 
 
 def test_a_resume_sees_weights_config_and_template(project, lowmem_rlhf, caplog):

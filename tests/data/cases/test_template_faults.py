@@ -198,3 +198,15 @@ def test_tags_that_are_plain_tokens_may_stand_in_any_text(tokenizer, caplog):
     (made,) = prompts(tokenizer("chatml"), [{"prompt": "Write <think> and </think>."}])
     assert tokenizer("chatml").decode(made.prompt_ids).count("<think>") == 1
     assert not warnings_of(caplog)
+
+
+def test_a_template_that_writes_parts_alone_is_given_parts(tokenizer, caplog):
+    """Templates of models for images walk over a list of parts, and write nothing of a text."""
+    whole = (
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n{% for p in m.content %}{{ p['text'] }}{% endfor %}"
+        "<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )
+    rows = [{"messages": talk("Hi", "Hello.", "A port?", "Kiel.", system="Be brief.")}]
+    parts, text = (sft(tokenizer(one), rows, learn="all") for one in (whole, tokenizer("chatml").chat_template))
+    assert parts == text and text[0].learned_tokens > 4
+    assert all("answers" in one for one in warnings_of(caplog))
