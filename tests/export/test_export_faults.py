@@ -209,7 +209,7 @@ def test_another_base_than_the_run_s_is_one_sentence(run):
 def test_a_broken_adapter_is_one_sentence(run):
     file = run.path / "adapter" / "adapter_model.safetensors"
     file.write_bytes(file.read_bytes()[:-8])
-    with pytest.raises(UserError, match="is cut off"):
+    with pytest.raises(UserError, match=r"cannot be read .*take a checkpoint"):
         export(run)
 
 
