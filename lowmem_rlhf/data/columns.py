@@ -45,10 +45,15 @@ def check_columns(names: Collection[str] | Mapping[str, Any], data: DataConfig, 
     for key in ("completion", "chosen", "rejected", "margin", "label", "answer"):
         if (column := getattr(data, key)) is not None:
             wanted.append((f"data.{key}", column))
+    missing = []
     for key, name in wanted:
         # Of a nested column the names alone say only whether its first part is there.
         if name in names or name.split(".")[0] in names or (isinstance(names, Mapping) and name in optional):
             continue
+        missing.append((key, name))
+    if missing:
+        # A name that the recipe gives is more likely the mistyped one than a default.
+        key, name = min(missing, key=lambda one: one[0].removeprefix("data.") not in data.model_fields_set)
         remedy = "; set data.answer=null if there is no reference answer" if key == "data.answer" else ""
         raise UserError(
             f"{key}: {source or data.train} has no column {name!r}{did_you_mean(name, names)} "

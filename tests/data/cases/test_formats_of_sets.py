@@ -121,3 +121,10 @@ def test_columns_that_go_together(algorithm, row, columns):
 def test_a_mistyped_column_is_not_replaced(row):
     data, line = detected("sft", row, {"completion": "outptu"})
     assert (data.completion, line) == ("outptu", "")
+
+
+def test_of_missing_columns_the_one_that_the_recipe_names_is_said(command):
+    """The prompt's default is missing too, and would have been found by the format."""
+    rows = [{"instruction": "Add.", "input": "2, 3", "output": "5"}]
+    done = command("data", "chatml", rows, data={"completion": "outptu"})
+    assert done.code == 2 and "data.completion: rows.jsonl has no column 'outptu'; did you mean 'output'?" in done.err
