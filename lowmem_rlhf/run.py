@@ -26,13 +26,13 @@ from lowmem_rlhf.files import (
     read_lines,
     temp_path,
 )
-from lowmem_rlhf.model.fingerprint import write_base
+from lowmem_rlhf.model.base_file import write_base
 from lowmem_rlhf.recipe import Recipe, validate_recipe
-from lowmem_rlhf.run_inputs import INPUTS
 from lowmem_rlhf.run_start import write_start
 
 RECIPE, PLAN, METRICS, SAMPLES = "recipe.yaml", "plan.json", "metrics.jsonl", "samples.jsonl"
 EVALUATION, REPORT, CHECKPOINTS, ADAPTER = "evaluation.json", "report.html", "checkpoints", "adapter"
+INPUTS = "inputs.json"
 MODEL = "model"  # of a classifier's run, in place of the adapter
 
 # What a resume may change: how long, how often and where, never what is learned.

@@ -11,13 +11,13 @@ from lowmem_rlhf.data.readers import is_file
 from lowmem_rlhf.data.tasks import is_generated
 from lowmem_rlhf.data.values import JsonFloat, JsonInt
 from lowmem_rlhf.errors import UserError
-from lowmem_rlhf.model.fingerprint import Fingerprint, fingerprint, read_fingerprint, weights_fingerprint
+from lowmem_rlhf.model.base_file import Fingerprint, read_fingerprint
+from lowmem_rlhf.model.fingerprint import fingerprint, weights_fingerprint
 from lowmem_rlhf.recipe import LEARNED_REWARDS, REWARD_ADAPTER, DataConfig, Recipe
 
 if TYPE_CHECKING:
     from lowmem_rlhf.run import RunDirectory
 
-INPUTS = "inputs.json"
 SHOWN = 12  # digits of a hash in a message
 Rows = Sequence[Mapping[str, Any]]
 

@@ -30,7 +30,7 @@ from lowmem_rlhf.files import begin_folder, delete, dumps, finish_folder
 from lowmem_rlhf.hardware.detect import detect
 from lowmem_rlhf.hardware.device import Device
 from lowmem_rlhf.model.adapters import CONFIG, HEAD, WEIGHTS, adapter_folder, saved_adapter
-from lowmem_rlhf.model.fingerprint import BASE
+from lowmem_rlhf.model.base_file import BASE
 from lowmem_rlhf.planning.dimensions import model_dimensions
 from lowmem_rlhf.planning.export import export_disk_bytes, export_memory_bytes
 from lowmem_rlhf.run import RunDirectory

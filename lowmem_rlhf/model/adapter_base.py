@@ -10,18 +10,13 @@ from functools import lru_cache
 from pathlib import Path
 
 from lowmem_rlhf.errors import UserError
-from lowmem_rlhf.model.fingerprint import BASE, Fingerprint, fingerprint, read_base
+from lowmem_rlhf.model.base_file import BASE, Fingerprint, full_precision, read_base
+from lowmem_rlhf.model.fingerprint import fingerprint
 from lowmem_rlhf.model.source import resolve_model
 
 logger = logging.getLogger(__name__)
 
 CONFIG = "adapter_config.json"
-# endings of checkpoints that are quantized already; the same name without them is the 16-bit model
-_QUANTIZED = re.compile(
-    r"((-unsloth)?-bnb-[48]bit|[-_.]([48]bit|int[48]|gptq|awq|fp8|nf4|hqq|exl2|w4a16|w8a8|gguf))"
-    r"([-_.](int[48]|[48]bit|g\d+|quantized))*$",
-    re.IGNORECASE,
-)
 SHOWN = 12
 
 
@@ -86,14 +81,6 @@ def _check_name(reference: str, folder: Path, base: str, model: str) -> None:
             f"adapter {reference!r} belongs to {base!r} and the recipe's model is {model!r}; give model={base}, or if "
             f"both are the same weights, put the name into {folder / CONFIG}"
         )
-
-
-def full_precision(base: str) -> str:
-    """Return the name of the 16-bit model that a quantized checkpoint was made of; other names as they are."""
-    name = base.rstrip("/\\")
-    owner, _, last = name.rpartition("/")
-    short = _QUANTIZED.sub("", last)
-    return f"{owner}/{short}" if owner and short else short or name
 
 
 def same_place(base: str, model: str) -> bool:

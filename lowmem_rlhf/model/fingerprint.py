@@ -7,17 +7,15 @@ were not changed by any training of all their weights or of whole layers.
 
 import hashlib
 import json
-import re
-from dataclasses import asdict, dataclass, fields
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 from lowmem_rlhf.errors import UserError
+from lowmem_rlhf.model.base_file import Fingerprint
 from lowmem_rlhf.model.source import is_local, resolve_model
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
-BASE = "base.json"  # beside an adapter; peft does not read it
 BLOCK = 16 * 1024  # bytes read at a place
 PLACES = 2048  # in all tensors of a model, one in each of them at least
 GGUF_HEAD, GGUF_BLOCK, GGUF_BLOCKS = 1 << 20, 64 * 1024, 64
@@ -26,47 +24,6 @@ UNTOLD = ("_name_or_path", "transformers_version", "torch_dtype", "dtype")
 VOCABULARIES = (("tokenizer.json",), ("tokenizer.model",), ("vocab.json", "merges.txt"), ("vocab.txt",))
 FRAME = ("bos_token", "eos_token", "add_bos_token", "add_eos_token")  # of tokenizer_config.json
 _HEADER_LIMIT = 100_000_000  # as the safetensors library has it
-
-
-@dataclass(frozen=True)
-class Fingerprint:
-    """Hashes (SHA-256, hexadecimal) of a model's parts.
-
-    Attributes:
-        kind: of its files, ``safetensors`` or ``gguf``; only models of one kind can be compared.
-        weights: names, shapes, dtypes and sampled bytes of its tensors; of a GGUF its size and sampled bytes.
-        config: of config.json, without what a library writes about itself; None of a GGUF.
-        tokenizer: of its vocabulary, its chat template and the tokens that begin and end a text; None of a GGUF, or
-            where there is none.
-        commit: of the Hub's snapshot that the files lie in, where they do.
-    """
-
-    kind: str
-    weights: str
-    config: str | None = None
-    tokenizer: str | None = None
-    commit: str | None = None
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return the parts that there are."""
-        return {key: value for key, value in asdict(self).items() if value is not None}
-
-    def differing(self, other: "Fingerprint") -> list[str]:
-        """Return which of weights, config and tokenizer both have and are not the same; nothing for other kinds."""
-        if self.kind != other.kind:
-            return []
-        both = ((name, getattr(self, name), getattr(other, name)) for name in ("weights", "config", "tokenizer"))
-        return [name for name, mine, its in both if mine and its and mine != its]
-
-
-def read_fingerprint(values: Any) -> Fingerprint | None:
-    """Return what `Fingerprint.to_dict` gave, among other keys; None where it is not that."""
-    if not isinstance(values, dict):
-        return None
-    known = {field.name: values[field.name] for field in fields(Fingerprint) if values.get(field.name) is not None}
-    if not {"kind", "weights"} <= known.keys() or not all(isinstance(value, str) for value in known.values()):
-        return None
-    return Fingerprint(**known)
 
 
 def fingerprint(model: str, revision: str | None = None) -> Fingerprint | None:
@@ -107,33 +64,6 @@ def weights_fingerprint(file: Path) -> str | None:
         return _safetensors(((file, *_version(file)),))
     except (OSError, ValueError, TypeError, KeyError):
         return None
-
-
-def write_base(folder: Path, values: Any) -> None:
-    """Write base.json beside every adapter below a folder: which base it was trained on, without this machine's paths.
-
-    Args:
-        folder: of a checkpoint or of adapters.
-        values: the base's fingerprint and its name under ``model``; nothing is written where it is none.
-    """
-    found = read_fingerprint(values)
-    if found is None:
-        return
-    model = str(values.get("model") or "")
-    name = model if found.commit else re.split(r"[/\\]", model.rstrip("/\\"))[-1]
-    text = json.dumps({"model": name, **found.to_dict()}, indent=2) + "\n"
-    for config in folder.rglob("adapter_config.json"):
-        (config.parent / BASE).write_text(text, encoding="utf-8")
-
-
-def read_base(folder: Path) -> tuple[str, Fingerprint] | None:
-    """Return the name and the fingerprint of an adapter's base, where base.json beside it tells them."""
-    try:
-        values = json.loads((folder / BASE).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-    found = read_fingerprint(values)
-    return (str(values.get("model") or "another base"), found) if found else None
 
 
 def _version(file: Path) -> tuple[int, int]:

@@ -3,7 +3,7 @@
 import json
 from pathlib import Path
 
-from lowmem_rlhf.model.adapter_base import full_precision
+from lowmem_rlhf.model.base_file import full_precision
 from lowmem_rlhf.stages import run_of, to_finish
 
 ADAPTER_CONFIG, CONFIG, INDEX = "adapter_config.json", "config.json", "model.safetensors.index.json"

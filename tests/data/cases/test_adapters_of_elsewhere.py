@@ -12,7 +12,8 @@ from transformers import AutoModelForCausalLM
 
 from lowmem_rlhf.errors import UserError
 from lowmem_rlhf.model.adapters import saved_adapter
-from lowmem_rlhf.model.fingerprint import Fingerprint, fingerprint, read_base, write_base
+from lowmem_rlhf.model.base_file import Fingerprint, read_base, write_base
+from lowmem_rlhf.model.fingerprint import fingerprint
 from lowmem_rlhf.model.source import resolve_model
 from lowmem_rlhf.planning.dimensions import model_dimensions
 from lowmem_rlhf.recipe import load_recipe, shipped_recipes

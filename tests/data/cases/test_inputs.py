@@ -8,10 +8,11 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from lowmem_rlhf.data.values import JsonFloat
-from lowmem_rlhf.model.fingerprint import BASE, fingerprint
+from lowmem_rlhf.model.base_file import BASE
+from lowmem_rlhf.model.fingerprint import fingerprint
 from lowmem_rlhf.recipe import load_recipe
-from lowmem_rlhf.run import open_run
-from lowmem_rlhf.run_inputs import INPUTS, rows_fingerprint
+from lowmem_rlhf.run import INPUTS, open_run
+from lowmem_rlhf.run_inputs import rows_fingerprint
 from lowmem_rlhf.run_start import LOCAL
 from lowmem_rlhf.session import train
 
