@@ -122,7 +122,8 @@ def look(recipe: Recipe, shown: int = 3, network: bool = True, most: int | None 
     seen = Look(recipe, said=[line] if line else [])
     tokens = None
     if shown or not all(is_generated(source) for _, source in sources if source):
-        tokens = load_tokens(recipe.model, recipe.revision, recipe.trust_remote_code, network)
+        options = recipe.data.chat_template_kwargs
+        tokens = load_tokens(recipe.model, recipe.revision, recipe.trust_remote_code, network, options)
     if tokens is None and not is_generated(recipe.data.train):
         seen.said.append(f"the tokenizer of {recipe.model} is not on this disk, so that no row was tokenized")
     rows, held_out = (load_rows(recipe.data, split, recipe.training.seed) for split in SPLITS)

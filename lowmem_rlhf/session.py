@@ -167,11 +167,13 @@ def _train(recipe: Recipe, path: Path, resume: bool, written: Recipe) -> RunDire
     from lowmem_rlhf.training.build import add_roles, make_trainer
 
     print_plan({**plan.to_dict(), **placed})
-    tokens = load_tokens(recipe.model, recipe.revision, recipe.trust_remote_code)
+    options = recipe.data.chat_template_kwargs
+    tokens = load_tokens(recipe.model, recipe.revision, recipe.trust_remote_code, chat_template_kwargs=options)
     assert tokens is not None  # the Hub may be asked
     with progress_bar("rows") as progress:
         data = read_data(recipe, rows, held_out_rows, tokens, progress)
     base = _shared_base(recipe, plan)
+    base.chat_template_kwargs = options
     if base.stop_ids != tokens.stop_ids:  # a model may know of more ends than its files say
         data = read_data(recipe, rows, held_out_rows, base.tokens)
     if resume:

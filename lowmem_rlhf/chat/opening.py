@@ -104,6 +104,7 @@ def _open(run: RunDirectory, recipe: Recipe, step: int | None, device: str | Non
             target_modules=saved.target_modules,
             use_rslora=saved.use_rslora,
         )
+    base.chat_template_kwargs = recipe.data.chat_template_kwargs
     check_base(run, recipe)  # once more: now a Hub's model is here
     try:
         if recipe.algorithm == "reward_model":

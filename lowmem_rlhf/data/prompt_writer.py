@@ -12,7 +12,7 @@ from lowmem_rlhf.data.messages import Message, chat_messages, is_written_out, to
 from lowmem_rlhf.data.row_template import fill_template, required_fields
 from lowmem_rlhf.data.values import Row, is_missing, text_of, value_at
 from lowmem_rlhf.errors import UserError
-from lowmem_rlhf.model.stops import turn_end
+from lowmem_rlhf.model.stops import turn_end, without_end
 from lowmem_rlhf.recipe import DataConfig
 
 _BESIDE = ("system", "system_prompt", "history")  # columns that go with a prompt in sets of instructions
@@ -190,14 +190,8 @@ class PromptWriter:
         if self.template is not None:  # a chat template has already written the special tokens, BOS included
             return list(bare)
         with_special = self.tokenizer(texts)["input_ids"]
-        return [self._begun(ids, own) for ids, own in zip(with_special, bare, strict=True)]
-
-    def _begun(self, ids: list[int], own: list[int]) -> list[int]:
-        """Return ids without what the tokenizer put behind the text."""
-        special = {*self.tokenizer.all_special_ids, *self.stop_ids}
-        while ids and ids[-1] in special and ids[-1:] != own[-1:]:
-            ids = ids[:-1]
-        return ids
+        ends = {*self.tokenizer.all_special_ids, *self.stop_ids}
+        return [without_end(ids, own, ends) for ids, own in zip(with_special, bare, strict=True)]
 
     def check_end(self, ids: Sequence[int]) -> None:
         """Check what the model reads of a prompt.

@@ -165,6 +165,7 @@ def open_model_subject(
             recipe.trust_remote_code,
             r=1,
         )
+    base.chat_template_kwargs = recipe.data.chat_template_kwargs
     held_against_stock(base, recipe, settings.get("rollout_weights") == "dequantized")
     return _subject(base, recipe, rewards, rows, {"model": REFERENCE}, settings, None)
 

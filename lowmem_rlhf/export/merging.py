@@ -109,7 +109,8 @@ def merge_run(export: "Export", folder: Path, wanted: str | None) -> Merged:
         )
     write_config(source, folder, dtype)
     copy_side_files(source, folder)
-    notes = end_turns(folder) + keep_template_options(folder, recipe.data.chat_template_kwargs)
+    options = keep_template_options(folder, recipe.data.chat_template_kwargs)
+    notes = options + end_turns(folder)  # with the options as its defaults
     return Merged(export, folder, dtype, reason, kept, live, judged, reference, notes)
 
 

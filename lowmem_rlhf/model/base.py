@@ -98,7 +98,8 @@ class SharedBase(Roles):
         self._takes_positions, self._cache_name = forward_names(self.decoder)
         self._recomputable = [m for m in self.model.modules() if isinstance(m, GradientCheckpointingLayer)]
         self.keeps_cache = False  # one that `stock_states` can continue
-        self._turn_end: tuple[Any, Any, frozenset[int]] | None = None  # of this tokenizer with this chat template
+        self.chat_template_kwargs: dict[str, Any] = {}  # that the run gives its chat template
+        self._turn_end: tuple[Any, frozenset[int]] | None = None  # by tokenizer, chat template and what it is given
         self._missing: tuple[Any, torch.Tensor | None] | None = None  # of this tokenizer
         if self.packable:
             self.why_padded = self._why_not_packed_when_tried()
@@ -354,11 +355,11 @@ class SharedBase(Roles):
     @property
     def stop_ids(self) -> frozenset[int]:
         """Every token id at which the model ends a text or a turn: see `stop_ids_of`."""
-        template = getattr(self.tokenizer, "chat_template", None)
-        kept = self._turn_end
-        if kept is None or kept[0] is not self.tokenizer or kept[1] != template:
-            kept = self._turn_end = (self.tokenizer, template, turn_end(self.tokenizer))
-        return stop_ids_of(self.tokenizer, self.model.config, self.model.generation_config, kept[2])
+        options = self.chat_template_kwargs
+        key = (id(self.tokenizer), getattr(self.tokenizer, "chat_template", None), options)
+        if self._turn_end is None or self._turn_end[0] != key:
+            self._turn_end = (key, turn_end(self.tokenizer, **options))
+        return stop_ids_of(self.tokenizer, self.model.config, self.model.generation_config, self._turn_end[1])
 
     @property
     def rows(self) -> int:

@@ -4,7 +4,7 @@ What ends an answer is what stands behind one in a conversation: the chat templa
 calls its end (a base model's ends documents), beside the ends that the model's configurations name.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import suppress
 from typing import Any
 
@@ -63,11 +63,21 @@ def text_ids(tokenizer: Any, text: str, stops: frozenset[int]) -> list[int]:
 
     An end that is written out in the text stays.
     """
-    ids = list(tokenizer(text)["input_ids"])
-    bare = list(tokenizer(text, add_special_tokens=False)["input_ids"])
-    while len(ids) > len(bare) and ids[-1] in stops and ids[len(ids) - len(bare) :] != bare:
-        ids.pop()
-    return ids
+    return without_end(tokenizer(text)["input_ids"], tokenizer(text, add_special_tokens=False)["input_ids"], stops)
+
+
+def without_end(ids: Sequence[int], bare: Sequence[int], ends: Collection[int]) -> list[int]:
+    """Return the ids of a text without what the tokenizer put behind it.
+
+    Args:
+        ids: with the tokenizer's own tokens.
+        bare: of the text alone.
+        ends: what may stand behind it.
+    """
+    kept, bare = list(ids), list(bare)
+    while len(kept) > len(bare) and kept[-1] in ends and kept[len(kept) - len(bare) :] != bare:
+        kept.pop()
+    return kept
 
 
 def _conversations() -> Iterator[list[dict[str, Any]]]:

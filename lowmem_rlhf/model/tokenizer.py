@@ -1,12 +1,13 @@
 """A model's tokenizer and what its configuration says of tokens, without its weights. No torch until it is loaded."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from lowmem_rlhf.errors import OfflineError, UserError
 from lowmem_rlhf.model.source import is_local, resolve_model
-from lowmem_rlhf.model.stops import stop_ids_of
+from lowmem_rlhf.model.stops import stop_ids_of, turn_end
 
 
 @dataclass(frozen=True)
@@ -25,13 +26,18 @@ class Tokens:
 
 
 def load_tokens(
-    model: str, revision: str | None = None, trust_remote_code: bool = False, network: bool = True
+    model: str,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    network: bool = True,
+    chat_template_kwargs: Mapping[str, Any] | None = None,
 ) -> Tokens | None:
     """Return the tokens of a model, of which no weights are read.
 
     Args:
         model: as in a recipe.
         network: whether the Hub may be asked for files that are not on this disk.
+        chat_template_kwargs: given to the chat template, which says what ends a turn.
 
     Returns:
         None where the files are on the Hub, not on this disk, and the Hub may not be asked.
@@ -71,4 +77,5 @@ def load_tokens(
         except Exception:  # most models that are no chat models have none
             generation = None
     rows = getattr(config.get_text_config(), "vocab_size", None)
-    return Tokens(tokenizer, stop_ids_of(tokenizer, config, generation), rows)
+    ends = turn_end(tokenizer, **(chat_template_kwargs or {}))
+    return Tokens(tokenizer, stop_ids_of(tokenizer, config, generation, ends), rows)

@@ -163,6 +163,10 @@ def test_another_tokenizer_or_template_has_another_end():
     assert base.stop_ids == {3}
     base.tokenizer.chat_template = CHATML
     assert base.stop_ids == {3, 261}
+    base.tokenizer.chat_template = "{% if style is not defined %}{{ raise_exception('style?') }}{% endif %}" + CHATML
+    assert base.stop_ids == {3}, "the template takes no conversation without its style"
+    base.chat_template_kwargs = {"style": "brief"}
+    assert base.stop_ids == {3, 261}
 
 
 PADDED = {"rows behind the tokenizer's": (300, set(range(260, 300))), "a hole": (261, {7, 100})}
