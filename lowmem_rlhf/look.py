@@ -132,7 +132,7 @@ def look(recipe: Recipe, shown: int = 3, network: bool = True, most: int | None 
         if tokens is not None and most is not None and len(found) > most:
             whole = False
             seen.said.append(
-                f"of {len(found):,} {split} rows the first {most:,} were looked at; `lowmem-rlhf data` does all"
+                f"of {len(found):,} {split} rows the first {most:,} were looked at; `lowmem-rlhf data` looks at all"
             )
         if found:
             report = _look_at(seen, split, found[:most], tokens, shown, report)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from lowmem_rlhf.data.bad_rows import RowReport
+from lowmem_rlhf.data.chat_template import is_chat
 from lowmem_rlhf.data.messages import Message
 from lowmem_rlhf.data.prompt_writer import PromptWriter
 from lowmem_rlhf.data.row_template import fill_template, template_fields
@@ -43,9 +44,8 @@ class Prompts:
     """Makes prompts of what a user types, as training makes them of rows."""
 
     def __init__(self, data: DataConfig, tokenizer: Any, stop_ids: frozenset[int] = frozenset()) -> None:
-        has_template = bool(tokenizer.chat_template)
         # examples of data.text are plain text whatever the tokenizer has
-        self.keeps_messages = data.text is None and (has_template if data.chat == "auto" else data.chat)
+        self.keeps_messages = data.text is None and is_chat(data, tokenizer)
         one = data.template is not None and len(template_fields(data.template)) == 1
         self.template = data.template if one else None  # several columns: a user types the whole turn
         own = DataConfig(

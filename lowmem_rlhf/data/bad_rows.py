@@ -193,7 +193,7 @@ class RowReport:
         count = sum(map(len, self.bad.values())) + (len(self.long.above) if self.long else 0)
         return (
             f"{count} of {self.rows} rows cannot be learned from, for {reasons} reasons; set data.bad_rows=drop to "
-            + ("leave them out:")
+            "leave them out:"
         )
 
     def _errors(self) -> list[str]:

@@ -21,7 +21,7 @@ from lowmem_rlhf.data.readers import (
     Options,
     cached,
     ending,
-    fingerprint,
+    file_key,
     is_folder,
     read_table,
 )
@@ -212,7 +212,7 @@ def _files_of(files: list[str], source: str, key: str, format_: str, options: Op
     found = [(Path(url if _is_local(url) else _download(url)), f"{source}/{_last(url)}") for url in files]
     if len(found) == 1:
         return read_table(*found[0], key, format_, options)
-    known = tuple(fingerprint(path, format_, options) for path, _ in found)
+    known = tuple(file_key(path, format_, options) for path, _ in found)
     return cached(known, lambda: _joined([read_table(*one, key, format_, options, keep=False) for one in found]))
 
 

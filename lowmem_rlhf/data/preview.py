@@ -11,7 +11,7 @@ from lowmem_rlhf.data.examples import Progress, examples_of, ids_of
 from lowmem_rlhf.data.formats import detect_format
 from lowmem_rlhf.data.labelled import check_both_kinds
 from lowmem_rlhf.data.prompts import Example
-from lowmem_rlhf.data.sources import peek
+from lowmem_rlhf.data.sources import peek, split_source
 from lowmem_rlhf.data.supervised import Pair, Supervised
 from lowmem_rlhf.data.tasks import Split, is_generated
 from lowmem_rlhf.data.values import Row
@@ -78,15 +78,18 @@ class SplitPreview:
         }
 
 
-def with_format(recipe: Recipe) -> tuple[Recipe, str]:
+def with_format(recipe: Recipe, split: Split = "train") -> tuple[Recipe, str]:
     """Return the recipe with the columns of the format that its data have (see `detect_format`), and a line on it.
 
+    Args:
+        split: whose rows are looked at; a model that is evaluated by itself needs no training data.
+
     Raises:
-        UserError: the training data cannot be read.
+        UserError: the data cannot be read.
     """
-    if is_generated(recipe.data.train):
+    if is_generated(split_source(recipe.data, split)):  # with the columns that recipes have by default
         return recipe, ""
-    return detect_format(recipe, *peek(recipe.data))
+    return detect_format(recipe, *peek(recipe.data, split))
 
 
 def preview_split(
@@ -110,8 +113,7 @@ def preview_split(
         UserError: no chat can be made of the rows, or they use tokens that the model has no embedding for.
     """
     data = recipe.data
-    source = data.eval if split == "eval" and data.eval else data.train
-    found = SplitPreview(source, len(rows))
+    found = SplitPreview(split_source(data, split), len(rows))
     report = RowReport(data, (data.eval or "") if split == "eval" else "", collect=True, before=before)
     report.progress = progress
     if tokens is None:

@@ -174,7 +174,7 @@ class PromptWriter:
 
     def _check_empty_system(self, what: str) -> None:
         assert self.template is not None
-        if own := self.template.renderer.replaces_empty_system():
+        if own := self.template.renderer.text_for_empty_system:
             raise RowError(
                 "an empty system text",
                 f"{what}, but the model's chat template then writes a system text of its own ({own.strip()[:100]!r}); "

@@ -113,7 +113,7 @@ def read_file(source: str, key: str, field: str | None = None) -> Table:
     return read_table(path, source, key, FORMATS[ending(source)], Options(field=field))
 
 
-def fingerprint(path: Path, format_: str, options: Options) -> tuple[Any, ...]:
+def file_key(path: Path, format_: str, options: Options) -> tuple[Any, ...]:
     """Return what is the same as long as a file and how it is read are."""
     about = path.stat()
     return (str(path.resolve()), about.st_size, about.st_mtime_ns, about.st_ino, format_, options)
@@ -138,7 +138,7 @@ def read_table(path: Path, name: str, key: str, format_: str, options: Options, 
             raise UserError(f"{key}: {name} is empty; it must hold at least one row")
         if not keep:
             return _read(path, name, format_, options)
-        return cached(fingerprint(path, format_, options), lambda: _read(path, name, format_, options))
+        return cached(file_key(path, format_, options), lambda: _read(path, name, format_, options))
     except NoRows as error:
         raise UserError(f"{key}: {name} has no rows; it must hold at least one") from error
     except BrokenFile as error:

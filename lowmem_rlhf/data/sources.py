@@ -36,17 +36,18 @@ def load_rows(data: DataConfig, split: Split, seed: int = 0) -> list[Row]:
     return _eval_rows(data, seed) if split == "eval" else _train_rows(data, seed)
 
 
-def peek(data: DataConfig, rows: int = 20) -> tuple[list[str], list[Row]]:
-    """Return the columns and the first rows of the training source, whatever columns the recipe names.
+def peek(data: DataConfig, split: Split = "train", rows: int = 20) -> tuple[list[str], list[Row]]:
+    """Return the columns and the first rows of a split's source, whatever columns the recipe names.
 
     Raises:
         UserError: as `load_rows`, except for columns.
     """
     _check_sources(data)
-    if is_generated(data.train):
-        made = numbered(generate(data.train, data.options, "train", 0, rows, 0))
+    source = split_source(data, split)
+    if is_generated(source):
+        made = numbered(generate(source, data.options, "train", 0, rows, 0))
         return list(made[0]), made
-    table = _table(data.train, data, "train")
+    table = _table(source, data, split)
     return table.column_names, table.rows(range(min(rows, len(table))))
 
 
@@ -62,7 +63,8 @@ def has_splits(source: str) -> bool:
     return not (is_generated(source) or is_file(source) or is_saved(source))
 
 
-def _source(data: DataConfig, split: Split) -> str:
+def split_source(data: DataConfig, split: Split) -> str:
+    """Return the source that a split's rows come from."""
     return data.eval if split == "eval" and data.eval else data.train
 
 
@@ -135,7 +137,7 @@ def _read(source: str, data: DataConfig, split: Split) -> Table:
 
 
 def _table(source: str, data: DataConfig, split: Split) -> Table:
-    key = f"data.{split}" if _source(data, split) == source and (split == "train" or data.eval) else "data.train"
+    key = f"data.{split}" if split_source(data, split) == source and (split == "train" or data.eval) else "data.train"
     if is_file(source):
         return read_file(source, key, data.field)
     name = data.train_split if split == "train" else data.eval_split

@@ -1,5 +1,6 @@
 """The rows of a source, in memory or in Arrow: their number, their columns, and any of them by place."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -10,23 +11,23 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 
-class Table:
+class Table(ABC):
     """Rows by place, from 0. ``origins`` names what they come from: resolved paths, or a split of the Hub."""
 
     column_names: list[str]
     origins: frozenset[str] = frozenset()
 
+    @abstractmethod
     def __len__(self) -> int:
         """Return the number of rows."""
-        raise NotImplementedError
 
+    @abstractmethod
     def rows(self, places: Iterable[int]) -> list[Row]:
         """Return the rows at places, in that order."""
-        raise NotImplementedError
 
+    @abstractmethod
     def parts(self, columns: Sequence[str]) -> Iterable[Mapping[str, Any]]:
         """Return every row with at least the columns named (or, of a dotted name, the column that it lies in)."""
-        raise NotImplementedError
 
     def pieces(self) -> list[tuple[frozenset[str], range]]:
         """Return where the rows come from: origins, and the places there, from 0."""

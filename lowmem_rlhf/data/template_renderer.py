@@ -126,19 +126,17 @@ class TemplateRenderer:
         return frozenset(str(token) for token in named if str(token).strip())
 
     @cached_property
-    def own_system_text(self) -> str | None:
-        """What the template writes before the first user message where no system message is given; None: unknown."""
-        try:
-            return self.render([{"role": "user", "content": SENTINEL}], None).partition(SENTINEL)[0]
-        except RowError:
-            return None
+    def text_for_empty_system(self) -> str:
+        """What the template writes in place of an empty system message: a text of its own; empty: none."""
+        user = {"role": "user", "content": SENTINEL}
 
-    def replaces_empty_system(self) -> str:
-        """Return the text that the template writes in place of an empty system message; empty: none."""
-        user, own = {"role": "user", "content": SENTINEL}, self.own_system_text
+        def start(*system: str) -> str:
+            return self.render([*({"role": "system", "content": one} for one in system), user], None).partition(
+                SENTINEL
+            )[0]
+
         try:
-            empty = self.render([{"role": "system", "content": ""}, user], None).partition(SENTINEL)[0]
-            named = self.render([{"role": "system", "content": SENTINEL}, user], None).partition(SENTINEL)[0]
+            own, empty, named = start(), start(""), start(SENTINEL)
         except RowError:
             return ""
         return empty.removeprefix(named) if own == empty and empty.startswith(named) and empty != named else ""

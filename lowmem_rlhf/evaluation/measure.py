@@ -113,7 +113,8 @@ def _loss(subject: Subject, role: str, examples: list[Supervised], name: str) ->
     logps = _fitted(subject, work, f"{name}, loss")
     losses = []
     for row, one in enumerate(examples):
-        learned = torch.tensor(one.learned or [True] * len(one.completion_ids), device=logps[row].device)
+        kept = one.learned or [True] * len(one.completion_ids)
+        learned = torch.tensor(kept, dtype=torch.bool, device=logps[row].device)
         losses.append(-float(logps[row].double()[learned].sum()))
     return of_losses(losses, [one.learned_tokens for one in examples])
 

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from lowmem_rlhf.chat.opening import add_start, check_device, memory_explained, open_trained, plan_settings, say_base
+from lowmem_rlhf.data.preview import with_format
 from lowmem_rlhf.errors import UserError
 from lowmem_rlhf.evaluation.problems import check_overrides, held_out_rows
 from lowmem_rlhf.hardware.detect import detect
@@ -147,6 +148,10 @@ def open_model_subject(
         hardware["compute_dtype"] = _stored_dtype(model, recipe, found)
     update = {"model": model, "adapter": None, "hardware": recipe.hardware.model_copy(update=hardware)}
     recipe = recipe.model_copy(update=update)
+    if judged:
+        recipe, said = with_format(recipe, "eval")
+        if said:
+            print(said, file=sys.stderr, flush=True)
     plan = running_plan(recipe)
     settings = plan.to_dict()["settings"]
     check_device(found, settings["compute_dtype"])

@@ -356,7 +356,7 @@ class SharedBase(Roles):
     def stop_ids(self) -> frozenset[int]:
         """Every token id at which the model ends a text or a turn: see `stop_ids_of`."""
         options = self.chat_template_kwargs
-        key = (id(self.tokenizer), getattr(self.tokenizer, "chat_template", None), options)
+        key = (self.tokenizer, getattr(self.tokenizer, "chat_template", None), options)
         if self._turn_end is None or self._turn_end[0] != key:
             self._turn_end = (key, turn_end(self.tokenizer, **options))
         return stop_ids_of(self.tokenizer, self.model.config, self.model.generation_config, self._turn_end[1])

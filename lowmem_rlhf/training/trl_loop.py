@@ -45,7 +45,6 @@ from lowmem_rlhf.training.update import PassSettings, packed_logprobs
 
 # what TRL measures on all logits, which are not there
 NOT_MEASURED = ("logits/chosen", "logits/rejected", "mean_token_accuracy", "num_tokens")
-Rows = Sequence[dict[str, Any]]
 
 
 class TRLLoop(Loop):

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny_runs import save_tiny_model, tiny_recipe, write_jsonl
+from tiny_runs import save_tiny_model, tiny_recipe, tiny_values, write_jsonl
 from transformers import AutoModelForCausalLM
 
 from lowmem_rlhf.data.supervised import build_pairs, build_supervised
@@ -187,6 +187,17 @@ def test_models_are_evaluated_alone_and_against_each_other(lowmem_rlhf, grpo, ev
     assert not (eval_model / "evaluations.jsonl").exists()
     shutil.copy(recipe, other / "recipe.yaml")  # an export has its recipe beside its weights
     assert outcome(lowmem_rlhf("eval", other, "--json"))["results"]["other"] == both["results"]["other"]
+
+
+def test_a_model_by_itself_has_the_format_of_its_data_recognised_as_training_does(lowmem_rlhf, eval_model, tmp_path):
+    """Only the evaluation file has to be there, and its columns are told by what they are called."""
+    data = {"train": "nowhere.jsonl", "eval": str(tmp_path / "own.jsonl"), "eval_size": 4, "max_prompt_length": 24}
+    write_jsonl(tmp_path / "own.jsonl", [{"problem": f"{n} + 1", "answer": str(n + 1)} for n in range(4)])
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(json.dumps({**tiny_values(eval_model), "data": data}))  # JSON is YAML
+    done = lowmem_rlhf("eval", eval_model, "--recipe", recipe, "--json")
+    assert outcome(done)["counts"] == {"problem": 4}
+    assert "data.prompt='problem'" in done.err
 
 
 @pytest.mark.parametrize(("stored", "held"), [("float16", "float32"), ("bfloat16", "bfloat16"), ("float32", "float32")])
