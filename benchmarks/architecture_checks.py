@@ -29,10 +29,10 @@ from architecture_measures import (
     with_gradients,
 )
 
+from lowmem_rlhf.engine.base import SharedBase
+from lowmem_rlhf.engine.packing import Group
+from lowmem_rlhf.engine.roles import POLICY, REFERENCE
 from lowmem_rlhf.errors import LowmemError
-from lowmem_rlhf.model.base import SharedBase
-from lowmem_rlhf.model.packing import Group
-from lowmem_rlhf.model.roles import POLICY, REFERENCE
 from lowmem_rlhf.rollout.stock_check import checked, is_tested
 
 LORA = {"r": 4, "lora_alpha": 8}

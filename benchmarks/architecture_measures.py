@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from tiny_architectures import EOS, TOKENS
 
-from lowmem_rlhf.model.base import SharedBase
-from lowmem_rlhf.model.packing import Group
-from lowmem_rlhf.model.roles import POLICY
+from lowmem_rlhf.engine.base import SharedBase
+from lowmem_rlhf.engine.packing import Group
+from lowmem_rlhf.engine.roles import POLICY
 
 CPU = torch.device("cpu")
 SHAPES = ((13, (9, 1, 14)), (6, (5, 11, 2)))  # prompt and completions, in tokens
@@ -71,11 +71,10 @@ def stock_batched(model: Any, groups: Sequence[Group]) -> Logps:
 
 def ours_at_once(base: SharedBase, groups: Sequence[Group], weights: Logps | None = None, tokens: int = 1000) -> Logps:
     """Return log-probs by row of the training pass in this role; with weights, add their sum's gradients."""
-    from lowmem_rlhf.training.update import packed_logprobs
+    from lowmem_rlhf.engine.passes import micro_batches, packed_logprobs
 
     found: Logps = {}
-    for part in base.layout.cut(groups, tokens):
-        batch = base.layout.lay_out(part, CPU)
+    for batch in micro_batches(base, groups, tokens):
         values, _ = packed_logprobs(base, batch, 1.0, TILE)
         if weights is not None:
             (values * torch.cat([weights[row] for row in batch.rows])).sum().backward()
@@ -149,7 +148,7 @@ def load_stock(folder: Path, quantization: str, dtype: str) -> Any:
     """Load a folder as a user of transformers does."""
     from transformers import AutoModelForCausalLM
 
-    from lowmem_rlhf.model.load import DTYPES, quantization_settings, quiet
+    from lowmem_rlhf.engine.load import DTYPES, quantization_settings, quiet
 
     with quiet():
         model = AutoModelForCausalLM.from_pretrained(
@@ -174,8 +173,8 @@ def sampled(base: SharedBase, groups: Sequence[Group], dequantize: bool = False)
 
     Each is kept up to a token that stands for a picture or a sound, which stock forwards of such models replace.
     """
-    from lowmem_rlhf.rollout.generate import Limits, generate
     from lowmem_rlhf.rollout.sampling import Sampling
+    from lowmem_rlhf.rollout.shared_prompt import Limits, generate
 
     prompts = [list(group.prompt) for group in groups]
     with base.role(POLICY), base.decoding(dequantize):

@@ -88,7 +88,7 @@ def plan(recipe: Path, folder: Path, found: dict[str, Any]) -> None:
     """
     from safetensors import safe_open
 
-    from lowmem_rlhf.planning.dimensions import model_dimensions
+    from lowmem_rlhf.architecture.lookup import model_dimensions
 
     planned = json.loads(_done("plan", recipe, "--json"))
     found |= {"says": planned.get("verdict", "yes" if planned["fits"] else "no")}

@@ -61,7 +61,7 @@ def chosen(given: argparse.Namespace) -> list[str]:
         raise SystemExit(f"not a type of AutoModelForCausalLM: {', '.join(unknown)}")
     if given.types or not given.quick:
         return given.types or known
-    from lowmem_rlhf.planning.families import FAMILIES
+    from lowmem_rlhf.architecture.families import FAMILIES
 
     return [name for name in FAMILIES if name in known]
 

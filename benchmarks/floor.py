@@ -47,7 +47,7 @@ def measure(work: argparse.Namespace) -> dict[str, Any]:
     from machine import bandwidth
     from our_step import OurStep, cut_of
 
-    from lowmem_rlhf.planning.dimensions import model_dimensions
+    from lowmem_rlhf.architecture.lookup import model_dimensions
 
     device, cut, dims = torch_device(work.device), cut_of(work), model_dimensions(work.model)
     ours = OurStep(work.model, device, work.quantization, work.compute_dtype)

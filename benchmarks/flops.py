@@ -17,9 +17,9 @@ nothing, and attention counts only the pairs below the diagonal, without sliding
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
-from lowmem_rlhf.planning.dimensions import ModelDimensions
-from lowmem_rlhf.planning.memory import block_weight_bytes, recomputed_layers
-from lowmem_rlhf.planning.rollouts import kv_bytes_per_token
+from lowmem_rlhf.architecture.dimensions import ModelDimensions
+from lowmem_rlhf.planning.memory.resident import block_weight_bytes, recomputed_layers
+from lowmem_rlhf.planning.memory.rollout import kv_bytes_per_token
 
 QKV = {"q_proj", "k_proj", "v_proj", "qkv_proj", "c_attn", "query_key_value"}
 MLP_INPUT = {"gate_proj", "up_proj", "gate_up_proj", "fc1", "dense_h_to_4h"}

@@ -30,7 +30,7 @@ def options() -> argparse.ArgumentParser:
 
 def result(folder: Path) -> dict[str, Any]:
     """Return what a finished run tells of its learning: held-out results before and after, and its last step."""
-    from lowmem_rlhf.run import open_run
+    from lowmem_rlhf.run.directory import open_run
 
     run = open_run(folder)
     last = run.metrics()[-1]
@@ -44,10 +44,10 @@ def main() -> None:
         raise SystemExit(f"{unknown[0]!r} has no twin; there are {', '.join(TWINS)}")
     if not (DATA / "style").is_dir():
         raise SystemExit(f"the data of the twins is not here ({DATA})")
-    from lowmem_rlhf.recipe import load_recipe
+    from lowmem_rlhf.recipe.loading import load_recipe
     from lowmem_rlhf.report.plots import plot_reward
-    from lowmem_rlhf.run import open_run
-    from lowmem_rlhf.session import train
+    from lowmem_rlhf.run.directory import open_run
+    from lowmem_rlhf.session.train import train
 
     if not (work.output / "styles.jsonl").is_file():
         prepare(work.output)

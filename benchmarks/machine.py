@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 import torch
 import torch.nn.functional as F
 
-from lowmem_rlhf.memory import clock
+from lowmem_rlhf.hardware.memory import clock
 
 SECONDS = 0.15  # spent on each product, at least
 BUFFER_BYTES = 2**28  # larger than any cache

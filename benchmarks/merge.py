@@ -114,12 +114,12 @@ def ours(folder: Path, target: Path, dtype: str) -> None:
     """Merge as `export` does, without the proof."""
     import torch
 
-    from lowmem_rlhf.export.lora_file import LoraFile
-    from lowmem_rlhf.export.merge import Merge
-    from lowmem_rlhf.export.names import skeleton
+    from lowmem_rlhf.architecture.adapters import saved_adapter
+    from lowmem_rlhf.export.merging.lora_file import LoraFile
+    from lowmem_rlhf.export.merging.merge import Merge
+    from lowmem_rlhf.export.merging.names import skeleton
     from lowmem_rlhf.export.shards import read_shards
     from lowmem_rlhf.export.source import write_config
-    from lowmem_rlhf.model.adapters import saved_adapter
 
     model = folder / "model"
     adapter = LoraFile(saved_adapter(str(folder / "adapter"), str(model)))
@@ -147,7 +147,7 @@ def run_side(work: argparse.Namespace) -> None:
     import torch
     import transformers
 
-    from lowmem_rlhf.export import merge  # noqa: F401 (so that the clock does not count the import)
+    from lowmem_rlhf.export.merging import merge  # noqa: F401 (so that the clock does not count the import)
 
     getattr(transformers, "LlamaForCausalLM"), getattr(peft_library, "PeftModel")  # noqa: B009 (imported when first named)
     channel.ready(torch=torch.__version__, peft=peft_library.__version__)

@@ -6,8 +6,8 @@ from contextlib import contextmanager
 
 import torch
 
-from lowmem_rlhf.live_bytes import LiveBytes
-from lowmem_rlhf.memory import clock
+from lowmem_rlhf.hardware.live_bytes import LiveBytes
+from lowmem_rlhf.hardware.memory import clock
 
 
 class Meter:

@@ -16,8 +16,8 @@ LAYER_KEYS = ("num_hidden_layers", "n_layer", "n_layers")
 
 def model_folder(model: str) -> Path:
     """Return the local folder of a model in transformers' format; a GGUF is converted, a Hub id fetched."""
-    from lowmem_rlhf.model.load import convert_gguf
-    from lowmem_rlhf.model.source import is_local, resolve_model
+    from lowmem_rlhf.architecture.source import is_local, resolve_model
+    from lowmem_rlhf.engine.load import convert_gguf
 
     path = resolve_model(model)
     if not is_local(path):

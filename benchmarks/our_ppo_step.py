@@ -2,7 +2,8 @@
 
 Policy and critic are adapters that train, the critic with a value head; the reference is the base without an adapter;
 the reward model is a frozen adapter with a score head. The roles are put on the base as a run puts them
-(`training.build.add_roles`), and a step is what the online loop does: rollout, rewards, `training.ppo.PPO.learn`.
+(`training.roles.add_roles`), and a step is what the online loop does: rollout, rewards,
+`algorithms.ppo.trainer.PPO.learn`.
 """
 
 import argparse
@@ -22,20 +23,21 @@ from rich.console import Console
 from safetensors.torch import load_file, save_file
 from work import ALPHA, LEARNING_RATE, RANK
 
+from lowmem_rlhf.algorithms.ppo.trainer import PPO
+from lowmem_rlhf.architecture.adapters import HEAD, WEIGHTS
 from lowmem_rlhf.data.prompts import Example
-from lowmem_rlhf.model.adapters import HEAD, WEIGHTS
-from lowmem_rlhf.model.base import SharedBase
-from lowmem_rlhf.model.roles import CRITIC, REWARD
-from lowmem_rlhf.recipe import Recipe, validate_recipe
-from lowmem_rlhf.report.live import LiveView
+from lowmem_rlhf.display.live import LiveView
+from lowmem_rlhf.engine.base import SharedBase
+from lowmem_rlhf.engine.passes import BatchLimits
+from lowmem_rlhf.engine.roles import CRITIC, REWARD
+from lowmem_rlhf.recipe.loading import validate_recipe
+from lowmem_rlhf.recipe.schema import Recipe
 from lowmem_rlhf.rewards.adapter import AdapterReward, load_adapter_reward
 from lowmem_rlhf.rewards.loading import Reward
 from lowmem_rlhf.rewards.scoring import Scores
-from lowmem_rlhf.training.build import add_roles
 from lowmem_rlhf.training.metrics import Rollout
-from lowmem_rlhf.training.optimizer import Stepper
-from lowmem_rlhf.training.ppo import PPO
-from lowmem_rlhf.training.update import PassSettings
+from lowmem_rlhf.training.optimizer import Optimizer
+from lowmem_rlhf.training.roles import add_roles
 
 T = TypeVar("T")
 
@@ -45,12 +47,12 @@ class _Loop:
     """What `PPO.learn` asks of the loop that it is part of."""
 
     base: SharedBase
-    stepper: Stepper
-    passes: PassSettings
+    optimizer: Optimizer
+    passes: BatchLimits
     step: int
     timed: Callable[[str], AbstractContextManager[None]]
 
-    def scored(self, work: Callable[[PassSettings], T], view: LiveView) -> T:
+    def scored(self, work: Callable[[BatchLimits], T], view: LiveView) -> T:
         return work(self.passes)
 
 
@@ -72,10 +74,10 @@ class OurPPOStep(OurStep):
             )
             add_roles(self.base, recipe, plan, [Reward("reward", self.reward)])
         self.ppo, self.view = PPO(recipe), LiveView(1, console=Console(file=StringIO()))
-        self.stepper = Stepper(self.base.trainable(), recipe.training, "adamw", 100, device, scale_loss=False)
+        self.optimizer = Optimizer(self.base.trainable(), recipe.training, "adamw", 100, device, scale_loss=False)
 
     def _step(self, meter: Meter, prompts: Prompts, generations: int, length: int, cut: Cut) -> tuple[list[int], int]:
-        passes = PassSettings(1.0, cut.micro_batch_tokens, cut.tile)
+        passes = BatchLimits(1.0, cut.micro_batch_tokens, cut.tile)
         with meter.phase("rollout"):
             completions = self._rollout(prompts, generations, length, cut)
         with meter.phase("score"):
@@ -83,7 +85,7 @@ class OurPPOStep(OurStep):
             rewards = self.reward(repeated, [completion.ids for completion in completions])
         examples = [Example("", list(prompt), {}) for prompt in prompts]
         rollout = Rollout(examples, completions, [], Scores({"reward": list(rewards)}, rewards))
-        loop: Any = _Loop(self.base, self.stepper, passes, self.taken, meter.phase)
+        loop: Any = _Loop(self.base, self.optimizer, passes, self.taken, meter.phase)
         metrics = self.ppo.learn(rollout, loop, self.view).metrics
         self.taken += 1
         return [len(completion.ids) for completion in completions], metrics["tokens/trained"]
@@ -96,7 +98,7 @@ class OurPPOStep(OurStep):
         """
         critic, reward = (_adapter(self.base, role) for role in (CRITIC, REWARD))
         trained = [*critic, *self.base.heads[CRITIC].parameters()]
-        states = [value for p in trained for value in self.stepper.optimizer.state[p].values()]
+        states = [value for p in trained for value in self.optimizer.optimizer.state[p].values()]
         return {
             "critic_adapter": _bytes(critic),
             "critic_optimizer_state": _bytes(states),

@@ -14,15 +14,18 @@ import torch
 from meter import Meter
 from work import ALPHA, BETA, LEARNING_RATE, RANK, hash_reward
 
-from lowmem_rlhf.algorithms.grpo import group_advantages
+from lowmem_rlhf.algorithms.grpo.math import group_advantages
+from lowmem_rlhf.algorithms.grpo.update import rows_to_train, update
 from lowmem_rlhf.data.prompts import build_examples
-from lowmem_rlhf.live_bytes import LiveBytes
-from lowmem_rlhf.model.base import SharedBase
-from lowmem_rlhf.recipe import DataConfig, GRPOSettings, TrainingConfig
-from lowmem_rlhf.rollout.generate import Completion, Limits, generate
+from lowmem_rlhf.engine.base import SharedBase
+from lowmem_rlhf.engine.passes import BatchLimits, completion_logprobs
+from lowmem_rlhf.hardware.live_bytes import LiveBytes
+from lowmem_rlhf.recipe.sections import DataConfig, TrainingConfig
+from lowmem_rlhf.recipe.settings import GRPOSettings
+from lowmem_rlhf.rollout.rollout import Batch, Completion
 from lowmem_rlhf.rollout.sampling import Sampling
-from lowmem_rlhf.training.optimizer import Stepper
-from lowmem_rlhf.training.update import Batch, PassSettings, rows_to_train, score, update
+from lowmem_rlhf.rollout.shared_prompt import Limits, generate
+from lowmem_rlhf.training.optimizer import Optimizer
 
 Prompts = Sequence[Sequence[int]]
 
@@ -73,7 +76,7 @@ class OurStep:
         self.grpo = GRPOSettings(beta=BETA, loss_type="dapo")
         training = TrainingConfig(learning_rate=LEARNING_RATE, lr_scheduler_type="constant")
         half = compute_dtype == "float16"
-        self.stepper = Stepper(self.base.trainable(), training, "adamw", 100, device, scale_loss=half)
+        self.optimizer = Optimizer(self.base.trainable(), training, "adamw", 100, device, scale_loss=half)
 
     def encode(self, questions: Sequence[str]) -> list[list[int]]:
         """Return the questions as prompts in the model's chat template."""
@@ -104,16 +107,18 @@ class OurStep:
         }
 
     def _step(self, meter: Meter, prompts: Prompts, generations: int, length: int, cut: Cut) -> tuple[list[int], int]:
-        passes = PassSettings(1.0, cut.micro_batch_tokens, cut.tile)
+        passes = BatchLimits(1.0, cut.micro_batch_tokens, cut.tile)
         with meter.phase("rollout"):
             completions = self._rollout(prompts, generations, length, cut)
         with meter.phase("other"):
             batch = self._batch(prompts, completions, generations)
             rows = rows_to_train(batch, self.grpo)
         with meter.phase("score"), self.base.role("reference"):
-            reference = score(self.base, batch, rows, passes)
+            reference = completion_logprobs(self.base, batch.groups(rows), passes)
         with meter.phase("update"):
-            done, _ = update(self.base, self.stepper, batch, self.grpo, length, passes, reference, lambda message: None)
+            done, _ = update(
+                self.base, self.optimizer, batch, self.grpo, length, passes, reference, lambda message: None
+            )
         self.taken += 1
         return [len(completion.ids) for completion in completions], done.tokens
 

@@ -68,7 +68,7 @@ class Bench:
     """Steps at points: the model is loaded anew whenever the number of layers changes."""
 
     def __init__(self, work: argparse.Namespace, folder: Path, scratch: Path) -> None:
-        from lowmem_rlhf.planning.dimensions import model_dimensions
+        from lowmem_rlhf.architecture.lookup import model_dimensions
 
         self.work, self.folder, self.scratch = work, folder, scratch
         self.dims, self.device = model_dimensions(str(folder)), torch_device(work.device)
@@ -119,9 +119,9 @@ class Bench:
         """
         from work import RANK
 
-        from lowmem_rlhf.planning.layers import Layer
-        from lowmem_rlhf.planning.memory import dense_bytes, recomputed_layers
-        from lowmem_rlhf.planning.rollouts import kv_bytes_per_token
+        from lowmem_rlhf.planning.memory.layers import Layer
+        from lowmem_rlhf.planning.memory.resident import dense_bytes, recomputed_layers
+        from lowmem_rlhf.planning.memory.rollout import kv_bytes_per_token
         from lowmem_rlhf.planning.shapes import packed_shape
 
         rows, tokens = bounds(self.work)

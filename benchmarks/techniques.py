@@ -32,8 +32,8 @@ from typing import Any
 
 from work import ALPHA, MODEL, RANK, add_base_flags, torch_device
 
-from lowmem_rlhf.live_bytes import LiveBytes
-from lowmem_rlhf.memory import clock
+from lowmem_rlhf.hardware.live_bytes import LiveBytes
+from lowmem_rlhf.hardware.memory import clock
 
 
 def options() -> argparse.ArgumentParser:
@@ -53,7 +53,7 @@ def measure(work: argparse.Namespace) -> dict[str, Any]:
     import torch
     from techniques_work import QUICK, TECHNIQUES, Sizes, Work
 
-    from lowmem_rlhf.model.base import SharedBase
+    from lowmem_rlhf.engine.base import SharedBase
 
     device, threads = torch_device(work.device), torch.get_num_threads()
     if work.quick:

@@ -10,25 +10,28 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
+import lowmem_rlhf.rollout.generate as rollout
+import lowmem_rlhf.training.update as training
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
 from work import ALPHA, BETA, RANK
 
-import lowmem_rlhf.rollout.generate as rollout
-import lowmem_rlhf.training.update as training
-from lowmem_rlhf.model import attention, decoding, fused, lean, logprobs
-from lowmem_rlhf.model.attention import PackedContext
-from lowmem_rlhf.model.base import SharedBase
-from lowmem_rlhf.model.load import load_base
-from lowmem_rlhf.model.logprobs import Head, tiled_logprobs
-from lowmem_rlhf.model.native import library
-from lowmem_rlhf.model.packing import pack
-from lowmem_rlhf.model.roles import POLICY
-from lowmem_rlhf.recipe import GRPOSettings
-from lowmem_rlhf.rollout.generate import Completion, Limits
+from lowmem_rlhf.engine import attention, fused, logprobs
+from lowmem_rlhf.engine.attention import PackedContext
+from lowmem_rlhf.engine.base import SharedBase
+from lowmem_rlhf.engine.decode import fast_decoder as lean
+from lowmem_rlhf.engine.decode import products as decoding
+from lowmem_rlhf.engine.decode.native import library
+from lowmem_rlhf.engine.load import load_base
+from lowmem_rlhf.engine.logprobs import Head, tiled_logprobs
+from lowmem_rlhf.engine.packing import pack
+from lowmem_rlhf.engine.passes import BatchLimits
+from lowmem_rlhf.engine.roles import POLICY
+from lowmem_rlhf.recipe.settings import GRPOSettings
+from lowmem_rlhf.rollout.rollout import Batch, Completion
 from lowmem_rlhf.rollout.sampling import Sampling
-from lowmem_rlhf.training.update import Batch, PassSettings
+from lowmem_rlhf.rollout.shared_prompt import Limits
 
 TIMES_OF_A_PASS = 1.3  # what a pass with adapters may cost, in passes without
 NEARLY_UNIFORM = 50.0  # a temperature at which the model hardly matters for when a completion ends
@@ -117,7 +120,7 @@ class Work:
         self.lone = Batch(own, completions(texts), advantages, 1)
         filled = [filled_up(own, max(sizes.prompts)), filled_up(texts, sizes.longest)]
         self.padded = Batch(filled[0], completions(filled[1]), advantages, 1)
-        self.passes = PassSettings(1.0, sizes.micro_batch_tokens, sizes.tile)
+        self.passes = BatchLimits(1.0, sizes.micro_batch_tokens, sizes.tile)
 
     def forget(self) -> None:
         """Drop the 16-bit copies of the adapters, so that whatever runs next makes them and is charged for them."""

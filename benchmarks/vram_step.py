@@ -14,20 +14,21 @@ from typing import Any, Protocol
 import torch
 from rich.console import Console
 
+from lowmem_rlhf.algorithms.build import make_trainer
 from lowmem_rlhf.data.examples import read_data
 from lowmem_rlhf.data.prompts import Example
 from lowmem_rlhf.data.stream import PromptStream
 from lowmem_rlhf.data.supervised import Pair, Supervised
-from lowmem_rlhf.live_bytes import LiveBytes
-from lowmem_rlhf.model.base import SharedBase
+from lowmem_rlhf.display.live import LiveView
+from lowmem_rlhf.engine.base import SharedBase
+from lowmem_rlhf.hardware.live_bytes import LiveBytes
 from lowmem_rlhf.planning.plan import Plan
-from lowmem_rlhf.recipe import ONLINE, Recipe
-from lowmem_rlhf.report.live import LiveView
+from lowmem_rlhf.planning.run_plan import planned
+from lowmem_rlhf.recipe.schema import ONLINE, Recipe
 from lowmem_rlhf.rewards.loading import Reward
-from lowmem_rlhf.run import RunDirectory
-from lowmem_rlhf.session import planned
-from lowmem_rlhf.training.build import add_roles, make_trainer
+from lowmem_rlhf.run.directory import RunDirectory
 from lowmem_rlhf.training.loop import Loop
+from lowmem_rlhf.training.roles import add_roles
 
 
 class _Endless(SharedBase):

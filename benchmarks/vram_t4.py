@@ -20,9 +20,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from stock_memory.stock import StockMemory, StockRun, predict
+
+from lowmem_rlhf.architecture.dimensions import ModelDimensions, from_config_file
+from lowmem_rlhf.architecture.lookup import model_dimensions
 from lowmem_rlhf.errors import RunError, UserError
-from lowmem_rlhf.planning.dimensions import ModelDimensions, from_config_file, model_dimensions
-from lowmem_rlhf.planning.stock import StockMemory, StockRun, predict
 
 MIB = 2**20
 ROWS = Path(__file__).resolve().parents[2] / "shared" / "data" / "vram" / "t4_measured.csv"

@@ -12,7 +12,7 @@ from lowmem_rlhf import __version__
 from lowmem_rlhf.errors import LowmemError, OfflineError, UserError, with_notes
 
 if TYPE_CHECKING:
-    from lowmem_rlhf.recipe import Recipe
+    from lowmem_rlhf.recipe.schema import Recipe
 
 app = typer.Typer(
     help="RLHF on one consumer graphics card: name a recipe, the settings follow from the card.",
@@ -100,7 +100,7 @@ def profiles(as_json: Json = False) -> None:
 @app.command()
 def recipes(as_json: Json = False) -> None:
     """List the shipped recipes."""
-    from lowmem_rlhf.recipe import load_recipe, shipped_recipes
+    from lowmem_rlhf.recipe.loading import load_recipe, shipped_recipes
 
     found = {name: load_recipe(name) for name in shipped_recipes()}
     if as_json:
@@ -128,11 +128,11 @@ def plan(
     as_json: Json = False,
 ) -> None:
     """Show the settings that a recipe would run with, why, and the memory it needs."""
+    from lowmem_rlhf.display.live import print_plan
     from lowmem_rlhf.planning.advice import why_not
-    from lowmem_rlhf.recipe import load_recipe
-    from lowmem_rlhf.report.live import print_plan
+    from lowmem_rlhf.planning.run_plan import plan_recipe
+    from lowmem_rlhf.recipe.loading import load_recipe
     from lowmem_rlhf.report.plan_plots import check_picture, draw_phases, save_picture
-    from lowmem_rlhf.session import plan_recipe
 
     if plot:
         check_picture(plot)
@@ -158,8 +158,8 @@ def plan(
 
 def _looked_at(recipe: "Recipe", network: bool) -> "Recipe":
     """Hold a recipe's data and rewards against the checks of training; return it with the columns that were found."""
-    from lowmem_rlhf.look import look
-    from lowmem_rlhf.session import hush
+    from lowmem_rlhf.quiet import hush
+    from lowmem_rlhf.session.check import look
 
     hush()
     try:
@@ -175,9 +175,9 @@ def _looked_at(recipe: "Recipe", network: bool) -> "Recipe":
 
 def _what_fits(recipe: "Recipe", models: str | None, plot: Path | None, as_json: bool) -> None:
     from lowmem_rlhf.planning.fits import chosen_models, one_card, shipped_cards, what_fits
+    from lowmem_rlhf.planning.run_plan import planned_device
     from lowmem_rlhf.report.fits_view import print_fits
     from lowmem_rlhf.report.plan_plots import draw_fits, save_picture
-    from lowmem_rlhf.session import planned_device
 
     named = recipe.hardware.profile != "auto" or recipe.hardware.vram
     cards = one_card(*planned_device(recipe)) if named else shipped_cards()
@@ -203,10 +203,10 @@ def data(
     as_json: Json = False,
 ) -> None:
     """Show the rows of a recipe as the model will see them, what is learned and what is left out."""
-    from lowmem_rlhf.look import look
-    from lowmem_rlhf.recipe import load_recipe
+    from lowmem_rlhf.quiet import hush
+    from lowmem_rlhf.recipe.loading import load_recipe
     from lowmem_rlhf.report.data_view import print_preview
-    from lowmem_rlhf.session import hush
+    from lowmem_rlhf.session.check import look
 
     hush()
     seen = look(load_recipe(recipe, overrides), rows)
@@ -228,11 +228,11 @@ def train(
     ] = False,
 ) -> None:
     """Run a recipe."""
+    from lowmem_rlhf.display.live import print_plan
     from lowmem_rlhf.planning.advice import why_not
-    from lowmem_rlhf.recipe import load_recipe
-    from lowmem_rlhf.report.live import print_plan
-    from lowmem_rlhf.session import running_plan
-    from lowmem_rlhf.session import train as run_recipe
+    from lowmem_rlhf.planning.run_plan import running_plan
+    from lowmem_rlhf.recipe.loading import load_recipe
+    from lowmem_rlhf.session.train import train as run_recipe
 
     resolved = load_recipe(recipe, overrides)
     if dry_run:
@@ -265,10 +265,10 @@ def chat(
     as_json: Json = False,
 ) -> None:
     """Talk to the policy that a run has trained."""
-    from lowmem_rlhf.chat import conversation
-    from lowmem_rlhf.chat.show import answer, interact, show
-    from lowmem_rlhf.chat.talk import Wish
-    from lowmem_rlhf.run import open_run
+    from lowmem_rlhf.inference.chat.show import answer, interact, show
+    from lowmem_rlhf.inference.chat.talk import Wish
+    from lowmem_rlhf.inference.opening import conversation
+    from lowmem_rlhf.run.directory import open_run
 
     if as_json and prompt is None:
         raise UserError("--json prints one answer; give its prompt with --prompt TEXT")
@@ -340,7 +340,7 @@ def export(
     from lowmem_rlhf.export.export import Export
     from lowmem_rlhf.export.show import show_plan, show_result
     from lowmem_rlhf.export.wish import Wish
-    from lowmem_rlhf.run import open_run
+    from lowmem_rlhf.run.directory import open_run
 
     job = Export(open_run(run), Wish(format, onto, dtype, quantize, output, step, heads, device, push))
     try:
@@ -364,7 +364,7 @@ def report(
     """Write a run's report.html."""
     from lowmem_rlhf.report.html import write_report
     from lowmem_rlhf.report.plots import plot_reward
-    from lowmem_rlhf.run import open_run
+    from lowmem_rlhf.run.directory import open_run
 
     opened = open_run(run)
     print(write_report(opened))

@@ -16,7 +16,8 @@ import yaml
 from lowmem_rlhf import __version__, cli
 from lowmem_rlhf.hardware.device import Device
 from lowmem_rlhf.hardware.profiles import load_profiles
-from lowmem_rlhf.recipe import Recipe, shipped_recipes, validate_recipe
+from lowmem_rlhf.recipe.loading import shipped_recipes, validate_recipe
+from lowmem_rlhf.recipe.schema import Recipe
 
 CONFIG = {
     "model_type": "llama",

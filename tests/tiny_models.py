@@ -10,12 +10,13 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from lowmem_rlhf.model.base import SharedBase
-from lowmem_rlhf.model.packing import Group
-from lowmem_rlhf.model.roles import POLICY
-from lowmem_rlhf.rollout.generate import Completion, Limits, generate
+from lowmem_rlhf.engine.base import SharedBase
+from lowmem_rlhf.engine.packing import Group
+from lowmem_rlhf.engine.passes import BatchLimits, completion_logprobs
+from lowmem_rlhf.engine.roles import POLICY
+from lowmem_rlhf.rollout.rollout import Batch, Completion
 from lowmem_rlhf.rollout.sampling import Sampling
-from lowmem_rlhf.training.update import Batch, PassSettings, score
+from lowmem_rlhf.rollout.shared_prompt import Limits, generate
 
 VOCAB = 97
 EOS = 3
@@ -199,7 +200,9 @@ def sampled_difference(base: SharedBase) -> float:
         patch.setattr(base, "tokenizer", tiny_tokenizer(list(range(EOS, VOCAB, 10))))
         drawn = [c for own in generate(base, prompts, 3, 30, Sampling(), Limits(6, 64, 16), seed=0) for c in own]
     with base.role(POLICY):
-        trained = score(base, Batch(prompts, drawn, [1.0] * 6, 3), range(6), PassSettings(1.0, 512, 64))
+        trained = completion_logprobs(
+            base, Batch(prompts, drawn, [1.0] * 6, 3).groups(range(6)), BatchLimits(1.0, 512, 64)
+        )
     return float(torch.cat([(trained[row] - torch.tensor(drawn[row].logps)).abs() for row in trained]).mean())
 
 

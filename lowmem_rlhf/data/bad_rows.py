@@ -11,7 +11,7 @@ from typing import Any
 
 from lowmem_rlhf.data.values import Row, numbered
 from lowmem_rlhf.errors import UserError
-from lowmem_rlhf.recipe import DataConfig
+from lowmem_rlhf.recipe.sections import DataConfig
 
 logger = logging.getLogger(__name__)
 

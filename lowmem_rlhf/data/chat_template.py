@@ -21,7 +21,7 @@ from lowmem_rlhf.data.rendered import (
 )
 from lowmem_rlhf.data.template_renderer import SENTINEL, TemplateRenderer
 from lowmem_rlhf.errors import UserError
-from lowmem_rlhf.recipe import DataConfig
+from lowmem_rlhf.recipe.sections import DataConfig
 
 
 def is_chat(data: DataConfig, tokenizer: Any) -> bool:

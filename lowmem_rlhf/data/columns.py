@@ -7,7 +7,7 @@ from lowmem_rlhf.data.bad_rows import RowError
 from lowmem_rlhf.data.row_template import required_fields, template_fields
 from lowmem_rlhf.data.values import Row, has_column, value_at
 from lowmem_rlhf.errors import UserError
-from lowmem_rlhf.recipe import DataConfig
+from lowmem_rlhf.recipe.sections import DataConfig
 from lowmem_rlhf.suggest import did_you_mean
 
 

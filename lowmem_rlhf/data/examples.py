@@ -1,20 +1,20 @@
 """The examples that a recipe's algorithm learns from, of its rows. No torch here."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from lowmem_rlhf.architecture.vocabulary import check_ids
 from lowmem_rlhf.data.bad_rows import RowReport
 from lowmem_rlhf.data.labelled import check_both_kinds, read_examples
 from lowmem_rlhf.data.prompts import Example, build_examples
 from lowmem_rlhf.data.supervised import Rows, build_pairs, build_supervised, labelled_texts
+from lowmem_rlhf.engine.tokenizer import Tokens
 from lowmem_rlhf.errors import UserError
-from lowmem_rlhf.model.tokenizer import Tokens
-from lowmem_rlhf.model.vocabulary import check_ids
-from lowmem_rlhf.recipe import ONLINE, Recipe
-from lowmem_rlhf.recipe_trl import TRL_TRAINERS
+from lowmem_rlhf.progress import ProgressCallback
+from lowmem_rlhf.recipe.schema import ONLINE, Recipe
+from lowmem_rlhf.recipe.trl import TRL_TRAINERS
 
-Progress = Callable[[int, int], None]
 _IDS = ("prompt_ids", "completion_ids", "chosen_ids", "rejected_ids")
 
 
@@ -33,7 +33,7 @@ class TrainingData:
 
 
 def read_data(
-    recipe: Recipe, rows: Rows, held_out_rows: Rows, tokens: Tokens, progress: Progress | None = None
+    recipe: Recipe, rows: Rows, held_out_rows: Rows, tokens: Tokens, progress: ProgressCallback | None = None
 ) -> TrainingData:
     """Return what a recipe learns from and measures on.
 

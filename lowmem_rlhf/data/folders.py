@@ -15,21 +15,13 @@ from pathlib import Path
 from typing import Any
 
 from lowmem_rlhf.data.hub_problems import hub_problem
-from lowmem_rlhf.data.readers import (
-    ENDINGS,
-    REMEDIES,
-    Options,
-    cached,
-    ending,
-    file_key,
-    is_folder,
-    read_table,
-)
+from lowmem_rlhf.data.readers import Options, cached, file_key, read_table
 from lowmem_rlhf.data.splits import read_split, say_unread
 from lowmem_rlhf.data.table import DatasetTable, RowTable, Table
 from lowmem_rlhf.data.values import Row
 from lowmem_rlhf.errors import OfflineError, UserError
 from lowmem_rlhf.paths import local_path, path_hint
+from lowmem_rlhf.recipe.data_sources import ENDINGS, REMEDIES, ending, is_folder
 
 _MAGIC = re.compile(r"[*?\[\]]")
 # Of the options that a card may set for CSV: those that are read, or change nothing where cells are texts.

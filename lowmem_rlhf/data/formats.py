@@ -6,8 +6,9 @@ from typing import Any
 from lowmem_rlhf.data.columns import used_columns
 from lowmem_rlhf.data.messages import conversation_of, is_conversation, role_of
 from lowmem_rlhf.data.values import Row
-from lowmem_rlhf.recipe import ONLINE, DataConfig, Recipe
-from lowmem_rlhf.recipe_trl import TRL_TRAINERS
+from lowmem_rlhf.recipe.schema import ONLINE, Recipe
+from lowmem_rlhf.recipe.sections import DataConfig
+from lowmem_rlhf.recipe.trl import TRL_TRAINERS
 
 _CONVERSATIONS = ("messages", "conversations", "conversation", "dialogue", "chat")
 _PROMPTS = ("prompt", "question", "instruction", "problem", "query")

@@ -2,8 +2,9 @@
 
 import glob
 
-from lowmem_rlhf.data.readers import ENDINGS, is_folder, one_line
+from lowmem_rlhf.data.readers import one_line
 from lowmem_rlhf.paths import local_path
+from lowmem_rlhf.recipe.data_sources import ENDINGS, is_folder
 
 
 def hub_problem(error: Exception, source: str, config: str | None, split: str, key: str) -> str:

@@ -13,8 +13,10 @@ from lowmem_rlhf.data.columns import cell
 from lowmem_rlhf.data.supervised import Pair, Rows, build_pairs, supervised_rows
 from lowmem_rlhf.data.values import Row, text_of
 from lowmem_rlhf.errors import UserError
-from lowmem_rlhf.recipe import DataConfig, Recipe, SFTSettings
-from lowmem_rlhf.recipe_trl import TRL_TRAINERS, max_length
+from lowmem_rlhf.recipe.schema import Recipe
+from lowmem_rlhf.recipe.sections import DataConfig
+from lowmem_rlhf.recipe.settings import SFTSettings
+from lowmem_rlhf.recipe.trl import TRL_TRAINERS, max_length
 
 LENGTH = "trl.max_length"
 

@@ -6,19 +6,21 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
 
+from lowmem_rlhf.architecture.vocabulary import check_ids
 from lowmem_rlhf.data.bad_rows import RowReport
-from lowmem_rlhf.data.examples import Progress, examples_of, ids_of
+from lowmem_rlhf.data.examples import examples_of, ids_of
 from lowmem_rlhf.data.formats import detect_format
 from lowmem_rlhf.data.labelled import check_both_kinds
 from lowmem_rlhf.data.prompts import Example
 from lowmem_rlhf.data.sources import peek, split_source
 from lowmem_rlhf.data.supervised import Pair, Supervised
-from lowmem_rlhf.data.tasks import Split, is_generated
+from lowmem_rlhf.data.tasks import Split
 from lowmem_rlhf.data.values import Row
+from lowmem_rlhf.engine.tokenizer import Tokens
 from lowmem_rlhf.errors import UserError
-from lowmem_rlhf.model.tokenizer import Tokens
-from lowmem_rlhf.model.vocabulary import check_ids
-from lowmem_rlhf.recipe import Recipe
+from lowmem_rlhf.progress import ProgressCallback
+from lowmem_rlhf.recipe.data_sources import is_generated
+from lowmem_rlhf.recipe.schema import Recipe
 
 _BINS = 10
 
@@ -98,7 +100,7 @@ def preview_split(
     rows: Sequence[Row],
     tokens: Tokens | None,
     shown: int,
-    progress: Progress | None = None,
+    progress: ProgressCallback | None = None,
     before: RowReport | None = None,
 ) -> tuple[SplitPreview, RowReport]:
     """Return what the rows of one split become, bad ones left out, and the report on them.

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from lowmem_rlhf.architecture.stops import turn_end, without_end
 from lowmem_rlhf.data.bad_rows import RowError, RowReport
 from lowmem_rlhf.data.chat_template import ChatTemplate, is_chat
 from lowmem_rlhf.data.columns import cell, check_characters, used_columns
@@ -12,8 +13,7 @@ from lowmem_rlhf.data.messages import Message, chat_messages, is_written_out, to
 from lowmem_rlhf.data.row_template import fill_template, required_fields
 from lowmem_rlhf.data.values import Row, is_missing, text_of, value_at
 from lowmem_rlhf.errors import UserError
-from lowmem_rlhf.model.stops import turn_end, without_end
-from lowmem_rlhf.recipe import DataConfig
+from lowmem_rlhf.recipe.sections import DataConfig
 
 _BESIDE = ("system", "system_prompt", "history")  # columns that go with a prompt in sets of instructions
 

@@ -10,7 +10,7 @@ from lowmem_rlhf.data.messages import Message
 from lowmem_rlhf.data.prompt_writer import Prompt, PromptWriter
 from lowmem_rlhf.data.rendered import short
 from lowmem_rlhf.data.values import Row, value_at
-from lowmem_rlhf.recipe import DataConfig
+from lowmem_rlhf.recipe.sections import DataConfig
 
 # What a reward function is given under these names is not a column of the row (TRL drops the same ones).
 RESERVED = ("prompt", "prompts", "completion", "completions", "completion_ids")

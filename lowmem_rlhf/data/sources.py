@@ -8,13 +8,14 @@ from typing import Any
 
 from lowmem_rlhf.data.columns import check_columns, used_columns
 from lowmem_rlhf.data.folders import is_saved, read_folder
-from lowmem_rlhf.data.readers import FORMATS, ending, is_file, is_folder, read_file, same_file
+from lowmem_rlhf.data.readers import read_file, same_file
 from lowmem_rlhf.data.table import Table
-from lowmem_rlhf.data.tasks import ARITHMETIC, REASONING_GYM, Split, generate, is_generated
+from lowmem_rlhf.data.tasks import Split, generate
 from lowmem_rlhf.data.values import Row, numbered, value_at
 from lowmem_rlhf.errors import UserError
 from lowmem_rlhf.paths import local_path
-from lowmem_rlhf.recipe import DataConfig
+from lowmem_rlhf.recipe.data_sources import ARITHMETIC, FORMATS, REASONING_GYM, ending, is_file, is_folder, is_generated
+from lowmem_rlhf.recipe.sections import DataConfig
 from lowmem_rlhf.suggest import did_you_mean
 
 

@@ -5,8 +5,8 @@ from collections.abc import Callable, Iterator, Mapping
 from functools import cache
 from pathlib import Path
 
-from lowmem_rlhf.data.readers import FORMATS, ending
 from lowmem_rlhf.data.table import JoinedTable, Table
+from lowmem_rlhf.recipe.data_sources import FORMATS, ending
 
 logger = logging.getLogger(__name__)
 

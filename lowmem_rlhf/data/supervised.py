@@ -15,7 +15,8 @@ from lowmem_rlhf.data.preferences import answer_of, filled, margin_of, pair_of
 from lowmem_rlhf.data.prompt_writer import Prompt, PromptWriter
 from lowmem_rlhf.data.turns import Segments, TurnWriter, ended, seams
 from lowmem_rlhf.data.values import Row, text_of
-from lowmem_rlhf.recipe import DataConfig, SFTSettings
+from lowmem_rlhf.recipe.sections import DataConfig
+from lowmem_rlhf.recipe.settings import SFTSettings
 
 Rows = Iterable[Mapping[str, Any]]
 

@@ -9,22 +9,16 @@ from dataclasses import dataclass, fields
 from typing import Any, Literal
 
 from lowmem_rlhf.errors import UserError
+from lowmem_rlhf.recipe.data_sources import ARITHMETIC, REASONING_GYM
 from lowmem_rlhf.suggest import did_you_mean
 
 Row = dict[str, Any]
 Split = Literal["train", "eval"]
 
-ARITHMETIC = "arithmetic"
-REASONING_GYM = "reasoning_gym/"
 OPERATIONS = {"+": lambda a, b: a + b, "-": lambda a, b: a - b, "*": lambda a, b: a * b}
 ARITHMETIC_ROWS = 10_000  # problems trained on when data.train_size is absent and there are more
 REASONING_GYM_ROWS = 2_000
 _ATTEMPTS = 4  # reasoning-gym: problems generated for each one asked for, before its task counts as exhausted
-
-
-def is_generated(source: str) -> bool:
-    """Return whether a data source is a generated task rather than a file or a Hub id."""
-    return source == ARITHMETIC or source.startswith(REASONING_GYM)
 
 
 def generate(

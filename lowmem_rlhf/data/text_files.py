@@ -8,7 +8,8 @@ import zlib
 from collections.abc import Callable
 from pathlib import Path
 
-COMPRESSIONS = (".gz", ".bz2", ".xz")
+from lowmem_rlhf.recipe.data_sources import COMPRESSIONS
+
 _MAGIC: list[tuple[bytes, str, Callable[[bytes], bytes]]] = [
     (b"\x1f\x8b", "gzip", gzip.decompress),
     (b"BZh", "bzip2", bz2.decompress),

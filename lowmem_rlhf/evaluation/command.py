@@ -4,12 +4,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from lowmem_rlhf.display.outcome import print_outcome
 from lowmem_rlhf.errors import UserError
-from lowmem_rlhf.evaluation.kept import keep, print_outcome
 from lowmem_rlhf.files import dumps
-from lowmem_rlhf.recipe import Recipe, load_recipe, validate_recipe
-from lowmem_rlhf.run import RECIPE, RunDirectory
-from lowmem_rlhf.session import hush
+from lowmem_rlhf.quiet import hush
+from lowmem_rlhf.recipe.loading import load_recipe, validate_recipe
+from lowmem_rlhf.recipe.schema import Recipe
+from lowmem_rlhf.run.directory import RECIPE, RunDirectory
+from lowmem_rlhf.run.evaluations import keep
 
 TASK_TOKENS = 128  # that the plan of a model on lm-eval's tasks counts with a text; a longer one is a pass of its own
 

@@ -9,14 +9,14 @@ from dataclasses import replace
 from typing import Any
 
 from lowmem_rlhf import __version__
+from lowmem_rlhf.engine.roles import REFERENCE
 from lowmem_rlhf.errors import UserError
 from lowmem_rlhf.evaluation.intervals import METHOD, Estimate, differences, estimates
 from lowmem_rlhf.evaluation.measure import Measured, measure
-from lowmem_rlhf.evaluation.subject import Subject, open_model_subject, open_run_subject
-from lowmem_rlhf.model.roles import REFERENCE
-from lowmem_rlhf.recipe import Recipe
-from lowmem_rlhf.run import RunDirectory
-from lowmem_rlhf.run_start import as_written
+from lowmem_rlhf.evaluation.subject import EvalTarget, open_model_subject, open_run_subject
+from lowmem_rlhf.recipe.schema import Recipe
+from lowmem_rlhf.run.directory import RunDirectory
+from lowmem_rlhf.run.start import as_written
 
 
 def evaluate_run(
@@ -28,7 +28,7 @@ def evaluate_run(
     limit: int | None = None,
     chat: bool = False,
 ) -> dict[str, Any]:
-    """Return the outcome (see `kept`) of a run's policy beside its reference, from one base.
+    """Return the outcome (see `run.evaluations`) of a run's policy beside its reference, from one base.
 
     Args:
         overrides, step, device: as `open_run_subject`'s.
@@ -95,7 +95,7 @@ def check_harness() -> None:
         raise UserError("--lm-eval: EleutherAI's lm-eval is not installed; `pip install lm-eval`, or leave it out")
 
 
-def _task_outcome(subject: Subject, tasks: Sequence[str], limit: int | None, chat: bool) -> dict[str, Any]:
+def _task_outcome(subject: EvalTarget, tasks: Sequence[str], limit: int | None, chat: bool) -> dict[str, Any]:
     from lowmem_rlhf.evaluation.harness import run_tasks
 
     found = run_tasks(subject, tasks, limit, chat)

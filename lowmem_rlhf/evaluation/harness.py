@@ -18,19 +18,19 @@ from lm_eval.api.model import TemplateLM
 from lm_eval.tasks import TaskManager
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
-from lowmem_rlhf.chat.opening import memory_explained
+from lowmem_rlhf.architecture.stops import text_ids, written_text
+from lowmem_rlhf.display.bars import progress_bar
+from lowmem_rlhf.engine.logprobs import tiles
+from lowmem_rlhf.engine.packing import Group, PackedBatch
+from lowmem_rlhf.engine.passes import LEAST_TOKENS, micro_batches
 from lowmem_rlhf.errors import UserError
 from lowmem_rlhf.evaluation.intervals import Column, Estimate, Z, differences, estimates
-from lowmem_rlhf.evaluation.subject import Subject
-from lowmem_rlhf.memory import with_less
-from lowmem_rlhf.model.logprobs import tiles
-from lowmem_rlhf.model.packing import Group
-from lowmem_rlhf.model.stops import text_ids, written_text
-from lowmem_rlhf.report.bars import progress_bar
-from lowmem_rlhf.rollout.generate import generate
+from lowmem_rlhf.evaluation.subject import EvalTarget
+from lowmem_rlhf.hardware.memory import retry_with_smaller
+from lowmem_rlhf.inference.opening import memory_explained
 from lowmem_rlhf.rollout.sampling import Sampling
+from lowmem_rlhf.rollout.shared_prompt import generate
 from lowmem_rlhf.suggest import did_you_mean
-from lowmem_rlhf.training.update import LEAST_TOKENS
 
 POSITIONS = 2048  # where a model does not say how many it has; lm-eval's own default
 MAX_GEN_TOKENS = 256  # likewise
@@ -40,7 +40,7 @@ BOOTSTRAPS = 1000  # for the standard errors of metrics that are no means; lm-ev
 class SharedBaseLM(TemplateLM):  # type: ignore[misc]
     """lm-eval's view of a subject in one role."""
 
-    def __init__(self, subject: Subject, role: str, name: str) -> None:
+    def __init__(self, subject: EvalTarget, role: str, name: str) -> None:
         super().__init__()
         self._subject, self._role, self._name = subject, role, name
         self._base = subject.base
@@ -91,15 +91,13 @@ class SharedBaseLM(TemplateLM):  # type: ignore[misc]
         found: dict[int, tuple[float, bool]] = dict.fromkeys(range(len(requests)), (0.0, True))
 
         def work(tokens: int) -> None:
-            parts = self._base.layout.cut(groups, tokens)
             with progress_bar(f"{self._name}, log-probs") as shown:
-                for i, part in enumerate(parts):
-                    found.update(self._scored(part))
-                    shown(i + 1, len(parts))
+                for packed in micro_batches(self._base, groups, tokens, shown):
+                    found.update(self._scored(packed))
 
         key, tokens = "hardware.score_batch_tokens", self._subject.passes.micro_batch_tokens
         with self._base.role(self._role):
-            with_less(work, tokens, LEAST_TOKENS, key, self._base.device, _say)
+            retry_with_smaller(work, tokens, LEAST_TOKENS, key, self._base.device, _say)
         return [found[row] for row in range(len(requests))]
 
     def _grouped(self, pairs: Sequence[tuple[list[int], list[int]]]) -> list[Group]:
@@ -112,8 +110,7 @@ class SharedBaseLM(TemplateLM):  # type: ignore[misc]
         return [Group(list(context), [pairs[row][1] for row in rows], rows) for context, rows in members.items()]
 
     @torch.no_grad()
-    def _scored(self, part: Sequence[Group]) -> dict[int, tuple[float, bool]]:
-        packed = self._base.layout.lay_out(part, self._base.device)
+    def _scored(self, packed: PackedBatch) -> dict[int, tuple[float, bool]]:
         states = self._base.states(packed).index_select(0, packed.predict)  # (S, H)
         logps, greedy = [], []
         for tile in tiles(len(states), self._subject.passes.tile):
@@ -166,11 +163,15 @@ class SharedBaseLM(TemplateLM):  # type: ignore[misc]
                 groups = generate(base, prompts, 1, most, Sampling(temperature), limits, seed, shown)
             return [written_text(base.tokenizer, one.ids, base.stop_ids) for [one] in groups]
 
-        return with_less(work, self._subject.limits.rows, 1, "hardware.rollout_batch_size", base.device, _say)[0]
+        return retry_with_smaller(work, self._subject.limits.rows, 1, "hardware.rollout_batch_size", base.device, _say)[
+            0
+        ]
 
 
-def run_tasks(subject: Subject, tasks: Sequence[str], limit: int | None = None, chat: bool = False) -> dict[str, Any]:
-    """Return ``results``, ``difference`` and ``counts`` (see `kept`) of lm-eval's tasks for every role of a subject.
+def run_tasks(
+    subject: EvalTarget, tasks: Sequence[str], limit: int | None = None, chat: bool = False
+) -> dict[str, Any]:
+    """Return ``results``, ``difference`` and ``counts`` (see `run.evaluations`) of lm-eval's tasks for every role.
 
     A metric is named TASK/METRIC. Where it is a mean over the task's problems its interval is that of `intervals`, and
     the difference is paired; otherwise the interval is from lm-eval's standard error.

@@ -7,23 +7,22 @@ from typing import TypeVar
 
 import torch
 
-from lowmem_rlhf.chat.opening import memory_explained
+from lowmem_rlhf.algorithms.reward_model.update import pair_groups
 from lowmem_rlhf.data.bad_rows import RowReport
 from lowmem_rlhf.data.prompts import build_examples
 from lowmem_rlhf.data.supervised import Pair, Supervised, build_pairs, build_supervised
+from lowmem_rlhf.display.bars import progress_bar
+from lowmem_rlhf.engine.passes import LEAST_TOKENS, BatchLimits, completion_logprobs, head_outputs
+from lowmem_rlhf.engine.roles import POLICY
 from lowmem_rlhf.errors import UserError
 from lowmem_rlhf.evaluation.intervals import Column
 from lowmem_rlhf.evaluation.quantities import of_completions, of_losses, of_pairs
-from lowmem_rlhf.evaluation.subject import Subject
-from lowmem_rlhf.memory import with_less
-from lowmem_rlhf.model.roles import POLICY
-from lowmem_rlhf.recipe_trl import TRL_TRAINERS
-from lowmem_rlhf.report.bars import progress_bar
-from lowmem_rlhf.rollout.generate import Completion
+from lowmem_rlhf.evaluation.subject import EvalTarget
+from lowmem_rlhf.hardware.memory import retry_with_smaller
+from lowmem_rlhf.inference.opening import memory_explained
+from lowmem_rlhf.recipe.trl import TRL_TRAINERS
+from lowmem_rlhf.rollout.rollout import Batch, Completion
 from lowmem_rlhf.training.evaluate import TrainerState, sample
-from lowmem_rlhf.training.heads import head_outputs
-from lowmem_rlhf.training.supervised import pair_groups
-from lowmem_rlhf.training.update import LEAST_TOKENS, Batch, PassSettings, score
 
 Columns = dict[str, Column]
 Shown = Callable[[int, int], None]
@@ -45,7 +44,7 @@ class Measured:
     columns: dict[str, Columns]
 
 
-def measure(subject: Subject) -> list[Measured]:
+def measure(subject: EvalTarget) -> list[Measured]:
     """Return what there is to say of a subject: held-out loss (sft), pairs in order, judged answers.
 
     Raises:
@@ -61,11 +60,11 @@ def measure(subject: Subject) -> list[Measured]:
         return found + ([_answers(subject)] if subject.rewards else [])
 
 
-def _report(subject: Subject) -> RowReport:
+def _report(subject: EvalTarget) -> RowReport:
     return RowReport(subject.recipe.data, subject.recipe.data.eval or "")
 
 
-def _answers(subject: Subject) -> Measured:
+def _answers(subject: EvalTarget) -> Measured:
     base, recipe = subject.base, subject.recipe
     examples = build_examples(subject.rows, recipe.data, base.tokenizer, base.stop_ids, _report(subject))
     _check_positions(subject, max(len(one.prompt_ids) for one in examples))
@@ -80,11 +79,11 @@ def _answers(subject: Subject) -> Measured:
                 done = sample(base, examples, recipe, subject.rewards, limits, state, shown)
             return of_completions(done, recipe.evaluation.accuracy)
 
-        columns[name], rows = with_less(work, rows, 1, "hardware.rollout_batch_size", base.device, _say)
+        columns[name], rows = retry_with_smaller(work, rows, 1, "hardware.rollout_batch_size", base.device, _say)
     return Measured("problem", len(examples), columns)
 
 
-def _check_positions(subject: Subject, longest: int) -> None:
+def _check_positions(subject: EvalTarget, longest: int) -> None:
     positions = getattr(subject.base.model.config.get_text_config(), "max_position_embeddings", None)
     tokens = longest + subject.recipe.generation.max_completion_length
     if isinstance(positions, int) and tokens > positions:
@@ -94,7 +93,7 @@ def _check_positions(subject: Subject, longest: int) -> None:
         )
 
 
-def _losses(subject: Subject) -> Measured:
+def _losses(subject: EvalTarget) -> Measured:
     base, recipe = subject.base, subject.recipe
     report = _report(subject)
     examples = build_supervised(subject.rows, recipe.data, recipe.sft, base.tokenizer, base.stop_ids, report)
@@ -102,13 +101,13 @@ def _losses(subject: Subject) -> Measured:
     return Measured("example", len(examples), columns)
 
 
-def _loss(subject: Subject, role: str, examples: list[Supervised], name: str) -> Columns:
+def _loss(subject: EvalTarget, role: str, examples: list[Supervised], name: str) -> Columns:
     completions = [Completion(one.completion_ids, [], False) for one in examples]
     batch = Batch([one.prompt_ids for one in examples], completions, [0.0] * len(examples), 1)
 
-    def work(passes: PassSettings, shown: Shown) -> dict[int, torch.Tensor]:
+    def work(passes: BatchLimits, shown: Shown) -> dict[int, torch.Tensor]:
         with subject.base.role(role):
-            return score(subject.base, batch, range(len(examples)), passes, shown)
+            return completion_logprobs(subject.base, batch.groups(range(len(examples))), passes, shown)
 
     logps = _fitted(subject, work, f"{name}, loss")
     losses = []
@@ -119,13 +118,13 @@ def _loss(subject: Subject, role: str, examples: list[Supervised], name: str) ->
     return of_losses(losses, [one.learned_tokens for one in examples])
 
 
-def _pairs(subject: Subject) -> Measured:
+def _pairs(subject: EvalTarget) -> Measured:
     base, recipe = subject.base, subject.recipe
     length = recipe.reward_model.max_length
     report = _report(subject)
     pairs: list[Pair] = build_pairs(subject.rows, recipe.data, length, base.tokenizer, base.stop_ids, report=report)
 
-    def work(passes: PassSettings, shown: Shown) -> dict[int, torch.Tensor]:
+    def work(passes: BatchLimits, shown: Shown) -> dict[int, torch.Tensor]:
         return head_outputs(base, POLICY, pair_groups(pairs), passes, shown)
 
     found = _fitted(subject, work, POLICY)
@@ -133,10 +132,10 @@ def _pairs(subject: Subject) -> Measured:
     return Measured("pair", len(pairs), {POLICY: of_pairs(ends[::2], ends[1::2])})
 
 
-def _preferred(subject: Subject) -> Measured:
+def _preferred(subject: EvalTarget) -> Measured:
     """Which answer of each pair a role finds likelier: accuracy and margin of the mean log-probs of a token."""
+    from lowmem_rlhf.algorithms.trl.data import pairs_among
     from lowmem_rlhf.data.labelled import read_examples
-    from lowmem_rlhf.training.trl_data import pairs_among
 
     base, recipe = subject.base, subject.recipe
     pairs = pairs_among(read_examples(subject.rows, recipe, base.tokenizer, base.stop_ids, _report(subject)))
@@ -147,9 +146,9 @@ def _preferred(subject: Subject) -> Measured:
     columns: dict[str, Columns] = {}
     for name, role in subject.roles.items():
 
-        def work(passes: PassSettings, shown: Shown, role: str = role) -> dict[int, torch.Tensor]:
+        def work(passes: BatchLimits, shown: Shown, role: str = role) -> dict[int, torch.Tensor]:
             with base.role(role):
-                return score(base, batch, range(len(answers)), passes, shown)
+                return completion_logprobs(base, batch.groups(range(len(answers))), passes, shown)
 
         logps = _fitted(subject, work, f"{name}, pairs")
         means = torch.stack([logps[row].mean() for row in range(len(answers))])
@@ -157,7 +156,7 @@ def _preferred(subject: Subject) -> Measured:
     return Measured("pair", len(pairs), columns)
 
 
-def _fitted(subject: Subject, work: Callable[[PassSettings, Shown], T], name: str) -> T:
+def _fitted(subject: EvalTarget, work: Callable[[BatchLimits, Shown], T], name: str) -> T:
     """Run passes over a batch, in smaller micro-batches where memory runs out."""
 
     def sized(tokens: int) -> T:
@@ -165,7 +164,7 @@ def _fitted(subject: Subject, work: Callable[[PassSettings, Shown], T], name: st
             return work(replace(subject.passes, micro_batch_tokens=tokens), shown)
 
     key, tokens = "hardware.score_batch_tokens", subject.passes.micro_batch_tokens
-    return with_less(sized, tokens, LEAST_TOKENS, key, subject.base.device, _say)[0]
+    return retry_with_smaller(sized, tokens, LEAST_TOKENS, key, subject.base.device, _say)[0]
 
 
 def _say(text: str) -> None:

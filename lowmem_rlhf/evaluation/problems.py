@@ -5,11 +5,12 @@ import random
 from collections.abc import Sequence
 from typing import Any
 
+from lowmem_rlhf.data.provenance import rows_differ
 from lowmem_rlhf.data.sources import has_splits, load_rows
 from lowmem_rlhf.data.values import Row
 from lowmem_rlhf.errors import UserError
-from lowmem_rlhf.recipe import DataConfig, Recipe
-from lowmem_rlhf.run_inputs import rows_differ
+from lowmem_rlhf.recipe.schema import Recipe
+from lowmem_rlhf.recipe.sections import DataConfig
 
 logger = logging.getLogger(__name__)
 

@@ -12,26 +12,36 @@ from typing import Any
 
 import torch
 
-from lowmem_rlhf.chat.opening import add_start, check_device, memory_explained, open_trained, plan_settings, say_base
+from lowmem_rlhf.architecture.source import resolve_model
 from lowmem_rlhf.data.preview import with_format
+from lowmem_rlhf.data.provenance import check_learned, other_learned
+from lowmem_rlhf.engine.base import SharedBase
+from lowmem_rlhf.engine.load import quiet
+from lowmem_rlhf.engine.passes import BatchLimits
+from lowmem_rlhf.engine.roles import POLICY, REFERENCE
 from lowmem_rlhf.errors import UserError
 from lowmem_rlhf.evaluation.problems import check_overrides, held_out_rows
 from lowmem_rlhf.hardware.detect import detect
 from lowmem_rlhf.hardware.device import Device
-from lowmem_rlhf.model.base import SharedBase
-from lowmem_rlhf.model.load import quiet
-from lowmem_rlhf.model.roles import POLICY, REFERENCE
-from lowmem_rlhf.model.source import resolve_model
-from lowmem_rlhf.recipe import Recipe, load_recipe
+from lowmem_rlhf.inference.base import held_against_stock
+from lowmem_rlhf.inference.opening import (
+    add_start,
+    check_device,
+    memory_explained,
+    open_trained,
+    plan_settings,
+    say_base,
+)
+from lowmem_rlhf.planning.run_plan import running_plan
+from lowmem_rlhf.quiet import hush
+from lowmem_rlhf.recipe.loading import load_recipe
+from lowmem_rlhf.recipe.schema import Recipe
 from lowmem_rlhf.rewards.loading import Reward, check_reward_columns, load_rewards
 from lowmem_rlhf.rewards.references import check_references
-from lowmem_rlhf.rollout.generate import Limits
-from lowmem_rlhf.run import RECIPE, RunDirectory
-from lowmem_rlhf.run_inputs import check_learned, other_learned
-from lowmem_rlhf.run_start import located, paths_explained
-from lowmem_rlhf.session import held_against_stock, hush, running_plan
-from lowmem_rlhf.training.build import bind_rewards
-from lowmem_rlhf.training.update import PassSettings
+from lowmem_rlhf.rollout.shared_prompt import Limits
+from lowmem_rlhf.run.directory import RECIPE, RunDirectory
+from lowmem_rlhf.run.start import located, paths_explained
+from lowmem_rlhf.training.roles import bind_rewards
 
 logger = logging.getLogger(__name__)
 
@@ -41,7 +51,7 @@ CUTS = ("rollout_batch_size", "micro_batch_tokens", "score_batch_tokens", "logit
 
 
 @dataclass(frozen=True)
-class Subject:
+class EvalTarget:
     """A base with the roles to evaluate.
 
     Attributes:
@@ -57,14 +67,14 @@ class Subject:
     rows: Rows
     roles: dict[str, str]
     limits: Limits
-    passes: PassSettings
+    passes: BatchLimits
     dequantize: bool
     steps: int | None = None
 
 
 def open_run_subject(
     run: RunDirectory, overrides: list[str], step: int | None, device: str | None, judged: bool = True
-) -> Subject:
+) -> EvalTarget:
     """Open a run: its base once, with the trained policy and the reference that it is compared with.
 
     Args:
@@ -92,7 +102,7 @@ def _open_run(
     step: int | None,
     device: str | None,
     judged: bool,
-) -> Subject:
+) -> EvalTarget:
     if recipe.algorithm == "classifier":
         raise UserError(
             f"the run in {run.path} trained a classifier; its held-out results stand in evaluation.json, and it can be "
@@ -122,7 +132,7 @@ def _open_run(
 
 def open_model_subject(
     model: str, recipe: Recipe, given: list[str], device: str | None, judged: bool = True
-) -> Subject:
+) -> EvalTarget:
     """Open a model by itself for the held-out data and the rewards of a recipe.
 
     Args:
@@ -183,14 +193,14 @@ def _subject(
     roles: dict[str, str],
     settings: dict[str, Any],
     steps: int | None,
-) -> Subject:
+) -> EvalTarget:
     pinned = {key: value for key in CUTS if (value := getattr(recipe.hardware, key)) != "auto"}
     cut = {"score_batch_tokens": settings["micro_batch_tokens"], **settings, **pinned}  # older plans have the one only
-    passes = PassSettings(1.0, cut["score_batch_tokens"], cut["logits_tile_tokens"])
+    passes = BatchLimits(1.0, cut["score_batch_tokens"], cut["logits_tile_tokens"])
     bind_rewards(base, rewards, passes)
     limits = Limits(cut["rollout_batch_size"], cut["micro_batch_tokens"], passes.tile)
     dequantize = settings.get("rollout_weights") == "dequantized"
-    return Subject(base, recipe, rewards, rows, roles, limits, passes, dequantize, steps)
+    return EvalTarget(base, recipe, rewards, rows, roles, limits, passes, dequantize, steps)
 
 
 def _say_learned(run: RunDirectory, recipe: Recipe) -> None:

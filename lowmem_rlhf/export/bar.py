@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
-from lowmem_rlhf.report.format import format_bytes, format_seconds
+from lowmem_rlhf.display.format import format_bytes, format_seconds
 
 
 @contextmanager

@@ -9,9 +9,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lowmem_rlhf.chat.opening import check_device, plan_settings, policy_folder, say_base
+from lowmem_rlhf.architecture.adapters import CONFIG, HEAD, WEIGHTS, adapter_folder, saved_adapter
+from lowmem_rlhf.architecture.lookup import model_dimensions
+from lowmem_rlhf.data.provenance import check_learned
 from lowmem_rlhf.errors import RunError, UserError
-from lowmem_rlhf.export.card_facts import without_folders
+from lowmem_rlhf.export.card.facts import without_folders
 from lowmem_rlhf.export.wish import (
     ADAPTER,
     EXPORT,
@@ -29,21 +31,19 @@ from lowmem_rlhf.export.wish import (
 from lowmem_rlhf.files import begin_folder, delete, dumps, finish_folder
 from lowmem_rlhf.hardware.detect import detect
 from lowmem_rlhf.hardware.device import Device
-from lowmem_rlhf.model.adapters import CONFIG, HEAD, WEIGHTS, adapter_folder, saved_adapter
-from lowmem_rlhf.model.base_file import BASE
-from lowmem_rlhf.planning.dimensions import model_dimensions
-from lowmem_rlhf.planning.export import export_disk_bytes, export_memory_bytes
-from lowmem_rlhf.run import RunDirectory
-from lowmem_rlhf.run_inputs import check_learned
-from lowmem_rlhf.run_start import located, paths_explained
-from lowmem_rlhf.session import hush
+from lowmem_rlhf.inference.opening import check_device, plan_settings, policy_folder, say_base
+from lowmem_rlhf.planning.memory.export import export_disk_bytes, export_memory_bytes
+from lowmem_rlhf.quiet import hush
+from lowmem_rlhf.run.base_file import BASE
+from lowmem_rlhf.run.directory import RunDirectory
+from lowmem_rlhf.run.start import located, paths_explained
 
 if TYPE_CHECKING:
     import torch
 
-    from lowmem_rlhf.export.merging import Merged
+    from lowmem_rlhf.export.merging.run import Merged
 
-CRITIC, START = "critic", "start"
+CRITIC, START = "critic", "start"  # folders of an exported adapter
 WORK = "merged.tmp"  # merged weights that a GGUF is made of
 DTYPE_OF_GGUF = {"f16": "float16", "bf16": "bfloat16"}
 
@@ -160,16 +160,16 @@ class Export:
                 delete(folder)
 
     def _describe(self, folder: Path, facts: dict[str, Any]) -> None:
-        from lowmem_rlhf.export.card import write_card
+        from lowmem_rlhf.export.card.write import write_card
 
         (folder / EXPORT).write_text(dumps(facts, indent=2) + "\n", encoding="utf-8")
         write_card(folder, self.run, facts)
 
     def _adapter(self, folder: Path) -> dict[str, Any]:
         """Copy the adapter, and load it with stock peft."""
-        from lowmem_rlhf.export.live import live_policy
-        from lowmem_rlhf.export.scores import proof_of_scores
-        from lowmem_rlhf.export.verify import proof_of_adapter
+        from lowmem_rlhf.export.proof.live import live_policy
+        from lowmem_rlhf.export.proof.scores import proof_of_scores
+        from lowmem_rlhf.export.proof.verify import proof_of_adapter
 
         copy_adapter(self.adapter, folder, (WEIGHTS, CONFIG))
         heads = self._heads(folder)
@@ -186,11 +186,11 @@ class Export:
 
     def _gguf(self, folder: Path) -> dict[str, Any]:
         """Merge, turn that into a GGUF, and compare both with the live policy."""
-        from lowmem_rlhf.export import verify
         from lowmem_rlhf.export.bar import bar
         from lowmem_rlhf.export.framing import framing
-        from lowmem_rlhf.export.gguf import write_gguf
-        from lowmem_rlhf.export.gguf_tokenizer import load_tokenizer
+        from lowmem_rlhf.export.gguf.proof import proof_of_gguf
+        from lowmem_rlhf.export.gguf.write import write_gguf
+        from lowmem_rlhf.export.tokenizer import load_tokenizer
 
         kind = self.wish.quantize or ""
         work = folder / WORK
@@ -203,18 +203,18 @@ class Export:
         with bar(f"writing {file.name}") as moved:
             write_gguf(work, file, kind, moved, self.device, frame.add_bos)
         if self.format == OLLAMA:
-            from lowmem_rlhf.export.ollama import write_ollama
+            from lowmem_rlhf.export.ollama.write import write_ollama
 
             g = self.recipe.generation
             asked = {"temperature": g.temperature, "top_p": g.top_p, "top_k": g.top_k, "min_p": g.min_p}
             write_ollama(work, file, folder, asked | {"num_predict": g.max_completion_length})
-        of_gguf = verify.proof_of_gguf(file, work, merged.live, merged.reference, DTYPE_OF_GGUF.get(kind, kind))
+        of_gguf = proof_of_gguf(file, work, merged.live, merged.reference, DTYPE_OF_GGUF.get(kind, kind))
         proof |= of_gguf | {"judged": proof["judged"] + of_gguf["judged"]}
         delete(work)
         return {**merged.facts(), "quantize": kind, "file": file.name, **frame.facts(), "proof": proof}
 
     def _merge(self, folder: Path, dtype: str | None) -> "Merged":
-        from lowmem_rlhf.export.merging import merge_run
+        from lowmem_rlhf.export.merging.run import merge_run
 
         return merge_run(self, folder, dtype)
 

@@ -7,12 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from lowmem_rlhf.architecture.stops import turn_end
 from lowmem_rlhf.data.chat_template import is_chat
 from lowmem_rlhf.errors import UserError
-from lowmem_rlhf.export.gguf_tokenizer import load_tokenizer, own_frame
 from lowmem_rlhf.export.source import read_config
-from lowmem_rlhf.model.stops import turn_end
-from lowmem_rlhf.recipe import DataConfig
+from lowmem_rlhf.export.tokenizer import load_tokenizer, own_frame
+from lowmem_rlhf.recipe.sections import DataConfig
 
 _TURNS = [
     {"role": "user", "content": "Q1"},

@@ -4,8 +4,8 @@ from typing import Any
 
 from rich.console import Console
 
-from lowmem_rlhf.report.format import format_bytes, format_number, format_value, number
-from lowmem_rlhf.report.live import plain_table
+from lowmem_rlhf.display.format import format_bytes, format_number, format_value, number
+from lowmem_rlhf.display.live import plain_table
 
 PARTS = {
     "merge": "merging (host memory)",

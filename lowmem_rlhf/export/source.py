@@ -5,8 +5,8 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from lowmem_rlhf.architecture.source import is_local, resolve_model
 from lowmem_rlhf.errors import UserError
-from lowmem_rlhf.model.source import is_local, resolve_model
 
 # what a model folder has besides weights: configuration, tokenizer, chat template, code of the model's own
 SIDE_FILES = ("*.json", "*.txt", "*.model", "*.tiktoken", "*.jinja", "*.py", "LICENSE*", "NOTICE*")
@@ -24,7 +24,7 @@ def base_folder(model: str, revision: str | None) -> Path:
     """
     path = resolve_model(model)
     if path.endswith(".gguf"):
-        from lowmem_rlhf.model.load import convert_gguf
+        from lowmem_rlhf.engine.load import convert_gguf
 
         return convert_gguf(Path(path))
     return Path(path) if is_local(path) else _from_hub(path, revision)
@@ -34,8 +34,8 @@ def _from_hub(model: str, revision: str | None) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
+    from lowmem_rlhf.architecture.hub import cached_config, fetch_config
     from lowmem_rlhf.export.shards import read_shards
-    from lowmem_rlhf.planning.hub import cached_config, fetch_config
 
     cached = (cached_config(model, revision) or fetch_config(model, revision)).parent
     try:

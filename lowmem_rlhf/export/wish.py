@@ -5,12 +5,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from lowmem_rlhf.display.format import format_bytes
 from lowmem_rlhf.errors import RunError, UserError
 from lowmem_rlhf.files import is_temp
-from lowmem_rlhf.planning.export import GGUF_BYTES, WIDTHS
-from lowmem_rlhf.recipe import Recipe
-from lowmem_rlhf.report.format import format_bytes
-from lowmem_rlhf.run import MODEL, RunDirectory
+from lowmem_rlhf.planning.memory.export import GGUF_BYTES, WIDTHS
+from lowmem_rlhf.recipe.schema import Recipe
+from lowmem_rlhf.run.directory import MODEL, RunDirectory
 from lowmem_rlhf.suggest import did_you_mean, spelled
 
 ADAPTER, MERGED, GGUF, OLLAMA = FORMATS = ("adapter", "merged", "gguf", "ollama")

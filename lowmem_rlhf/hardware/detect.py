@@ -252,7 +252,7 @@ def cpu_device(notes: tuple[str, ...] = ()) -> Device:
 
 
 def _compiler() -> str | None:
-    """Return the C compiler's path; None on a system that `model.native` is not for, or where it is switched off."""
+    """Return the C compiler's path; None where `engine.decode.native` does not run or is switched off."""
     if platform.system() != "Linux" or os.environ.get("LOWMEM_RLHF_NATIVE") == "0":
         return None
     return next(filter(None, map(shutil.which, ("cc", "gcc", "clang"))), None)

@@ -22,7 +22,7 @@ class Device:
         source: ``nvml``, ``torch``, ``cpu`` or ``profile``.
         notes: sentences for the user, for example why this card of several was taken.
         avx512_bf16: a CPU that has these instructions, which products with 4-bit weights need.
-        compiler: path of a C compiler for `model.native`, where a CPU has use for one.
+        compiler: path of a C compiler for `engine.decode.native`, where a CPU has use for one.
     """
 
     torch_device: str

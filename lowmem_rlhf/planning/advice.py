@@ -5,14 +5,15 @@ from functools import partial
 from itertools import islice
 from typing import Any
 
+from lowmem_rlhf.architecture.catalogue import smaller_than
+from lowmem_rlhf.architecture.dimensions import ModelDimensions
+from lowmem_rlhf.architecture.lookup import model_dimensions
 from lowmem_rlhf.errors import UserError
-from lowmem_rlhf.planning.catalogue import smaller_than
-from lowmem_rlhf.planning.choices import PINNED, gib
-from lowmem_rlhf.planning.dimensions import ModelDimensions, model_dimensions
-from lowmem_rlhf.planning.memory import peak_phase
+from lowmem_rlhf.planning.inputs import PINNED, gib
+from lowmem_rlhf.planning.memory.phases import peak_phase
 from lowmem_rlhf.planning.plan import Plan, plan_for, shortage
 from lowmem_rlhf.planning.shapes import length_keys
-from lowmem_rlhf.recipe import Recipe
+from lowmem_rlhf.recipe.schema import Recipe
 
 SAID = 3  # changes at most
 SHORTEST = 32  # tokens: a shorter answer is no advice

@@ -8,17 +8,19 @@ from bisect import bisect_left
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+from lowmem_rlhf.architecture import catalogue
+from lowmem_rlhf.architecture.dimensions import ModelDimensions
+from lowmem_rlhf.architecture.lookup import model_dimensions
 from lowmem_rlhf.errors import UserError
 from lowmem_rlhf.hardware.device import Device
 from lowmem_rlhf.hardware.profiles import load_profiles, profile_device
-from lowmem_rlhf.planning import catalogue
-from lowmem_rlhf.planning.choices import PINNED, RANK, budget_bytes
-from lowmem_rlhf.planning.dimensions import ModelDimensions, model_dimensions
-from lowmem_rlhf.planning.memory import peak_phase
+from lowmem_rlhf.planning.inputs import PINNED, budget_bytes
+from lowmem_rlhf.planning.memory.phases import peak_phase
 from lowmem_rlhf.planning.plan import Plan, plan_for, shortage
+from lowmem_rlhf.planning.precision import RANK
 from lowmem_rlhf.planning.shapes import length_keys, sampled_keys, samples_completions
 from lowmem_rlhf.planning.verdicts import Verdict
-from lowmem_rlhf.recipe import Recipe
+from lowmem_rlhf.recipe.schema import Recipe
 
 ALGORITHMS = ("sft", "grpo", "ppo")
 MODELS = (

@@ -4,8 +4,8 @@ A reward's need is its weights, which stay, and the largest pass over a batch of
 first and keeps its settings: a reward gets what the plan's largest phase leaves of the budget.
 """
 
-from lowmem_rlhf.planning.choices import gib
-from lowmem_rlhf.planning.memory import ALLOCATOR_FACTOR
+from lowmem_rlhf.planning.inputs import gib
+from lowmem_rlhf.planning.memory.resident import ALLOCATOR_FACTOR
 
 
 def encoder_pass_bytes(hidden_size: int, intermediate_size: int, tokens: int, longest: int, width: int) -> int:

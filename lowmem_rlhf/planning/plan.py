@@ -20,19 +20,15 @@ More memory never gives a lower precision. The memory model stands in `memory`; 
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+from lowmem_rlhf.architecture.dimensions import ModelDimensions
+from lowmem_rlhf.architecture.lookup import model_dimensions
 from lowmem_rlhf.errors import UserError
 from lowmem_rlhf.hardware.cpu_process import process_bytes
 from lowmem_rlhf.hardware.device import Device
-from lowmem_rlhf.planning import choices, cuts
-from lowmem_rlhf.planning.choices import Case, gib
-from lowmem_rlhf.planning.dimensions import ModelDimensions, model_dimensions
-from lowmem_rlhf.planning.memory import (
-    ALLOCATOR_HIGH,
-    Components,
-    Settings,
-    peak_phase,
-    total,
-)
+from lowmem_rlhf.planning import batching, precision
+from lowmem_rlhf.planning.inputs import PlanInputs, budget_bytes, gib
+from lowmem_rlhf.planning.memory.phases import peak_phase
+from lowmem_rlhf.planning.memory.resident import ALLOCATOR_HIGH, Components, Settings, total
 from lowmem_rlhf.planning.shapes import (
     adapters_of,
     length_keys,
@@ -40,7 +36,7 @@ from lowmem_rlhf.planning.shapes import (
     samples_completions,
 )
 from lowmem_rlhf.planning.verdicts import Verdict, verdict_of
-from lowmem_rlhf.recipe import Recipe
+from lowmem_rlhf.recipe.schema import Recipe
 
 __all__ = ["Plan", "Settings", "check_positions", "make_plan", "plan_for", "shortage"]
 
@@ -118,7 +114,7 @@ def plan_for(recipe: Recipe, device: Device, profile: str, dims: ModelDimensions
         UserError: as `make_plan`.
     """
     check_positions(recipe, dims.max_positions, f"has only {dims.max_positions} positions")
-    case = Case(recipe, device, dims, choices.budget_bytes(device))
+    case = PlanInputs(recipe, device, dims, budget_bytes(device))
     settings, reasons = _settings(case)
     if dims.note:
         reasons["quantization"] = f"{reasons['quantization']}; {dims.note}"
@@ -141,17 +137,17 @@ def plan_for(recipe: Recipe, device: Device, profile: str, dims: ModelDimensions
     return Plan(peak <= case.budget, verdict, between, device, profile, settings, reasons, memory)
 
 
-def _settings(case: Case) -> tuple[Settings, dict[str, str]]:
+def _settings(case: PlanInputs) -> tuple[Settings, dict[str, str]]:
     """Choose all settings, the first ones for the smallest working set, then how passes are cut."""
     reasons: dict[str, str] = {}
-    quantization, reasons["quantization"] = choices.quantization(case)
-    settings = choices.smallest(case, quantization)
-    reasons["compute_dtype"] = choices.compute_dtype(case, quantization)[1]
+    quantization, reasons["quantization"] = precision.quantization(case)
+    settings = precision.smallest(case, quantization)
+    reasons["compute_dtype"] = precision.compute_dtype(case, quantization)[1]
     for key in ("optim", "offload_checkpoints", "offload_embeddings"):
-        value, reasons[key] = getattr(choices, key)(case, settings)
+        value, reasons[key] = getattr(precision, key)(case, settings)
         settings = replace(settings, **{key: value})
-    rank, reason = choices.rank(case, settings)
-    settings = choices.with_rank(case, settings, rank)
+    rank, reason = precision.rank(case, settings)
+    settings = precision.with_rank(case, settings, rank)
     reasons["lora"] = _lora_reason(case, rank, reason)
     for key in (
         "gradient_checkpointing",
@@ -160,9 +156,9 @@ def _settings(case: Case) -> tuple[Settings, dict[str, str]]:
         "rollout_batch_size",
         "rollout_weights",
     ):
-        value, reasons[key] = getattr(cuts, key)(case, settings)
+        value, reasons[key] = getattr(batching, key)(case, settings)
         settings = replace(settings, **{key: value})
-    reasons["logits_tile_tokens"] = cuts.logits_tile_tokens(case)[1]
+    reasons["logits_tile_tokens"] = batching.logits_tile_tokens(case)[1]
     return settings, reasons
 
 
@@ -176,7 +172,7 @@ def shortage(phase: str, components: Components, budget: int) -> str:
     )
 
 
-def _lora_reason(case: Case, rank: int, reason: str) -> str:
+def _lora_reason(case: PlanInputs, rank: int, reason: str) -> str:
     trained, frozen = adapters_of(case.recipe)
     millions = case.dims.lora_parameters(rank, case.recipe.lora.target_modules) / 1e6
     share = 100e6 * millions / case.dims.num_parameters

@@ -6,9 +6,9 @@ last one predicts nothing that is scored).
 
 from dataclasses import astuple, dataclass
 
-from lowmem_rlhf.recipe import ONLINE, REWARD_ADAPTER, Recipe
-
-ATTENDED_PER_TOKEN = 4  # the packer's bound on key positions gathered in attention for each token of a micro-batch
+from lowmem_rlhf.planning.limits import ATTENDED_PER_TOKEN
+from lowmem_rlhf.recipe.schema import ONLINE, Recipe
+from lowmem_rlhf.recipe.sections import REWARD_ADAPTER
 
 
 @dataclass(frozen=True)

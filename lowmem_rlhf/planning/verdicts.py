@@ -2,8 +2,8 @@
 
 from typing import Any, Literal
 
-from lowmem_rlhf.planning.dimensions import ModelDimensions
-from lowmem_rlhf.planning.memory import ALLOCATOR_HIGH, Components, total
+from lowmem_rlhf.architecture.dimensions import ModelDimensions
+from lowmem_rlhf.planning.memory.resident import ALLOCATOR_HIGH, Components, total
 
 Verdict = Literal["yes", "no", "unknown"]
 

@@ -6,8 +6,8 @@ from typing import Any
 from rich.console import Console
 from rich.text import Text
 
-from lowmem_rlhf.report.format import format_number
-from lowmem_rlhf.report.live import plain_table
+from lowmem_rlhf.display.format import format_number
+from lowmem_rlhf.display.live import plain_table
 
 _STEP = {
     "examples": "examples a step",
@@ -23,7 +23,7 @@ _LEARNED = ("learned", "chosen", "rejected", "good answer", "bad answer", "class
 
 
 def print_preview(preview: Mapping[str, Any], console: Console | None = None) -> None:
-    """Print what `session.look` gives as a dictionary.
+    """Print what `session.check.look` gives as a dictionary.
 
     Special tokens are written out and line breaks shown as such; what is learned is named and coloured.
     """

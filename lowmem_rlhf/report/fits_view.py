@@ -7,10 +7,10 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from lowmem_rlhf.planning.choices import budget_bytes
+from lowmem_rlhf.display.format import format_bytes, format_number
+from lowmem_rlhf.display.live import plain_table
 from lowmem_rlhf.planning.fits import Fit, WhatFits
-from lowmem_rlhf.report.format import format_bytes, format_number
-from lowmem_rlhf.report.live import plain_table
+from lowmem_rlhf.planning.inputs import budget_bytes
 
 GIB = 1024**3
 _CELL, _GAP = 18, 2  # characters of the widest cell, such as "? nf4* 16384 10.4G", and between columns

@@ -7,9 +7,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from lowmem_rlhf.evaluation.kept import about, kept, outcome_rows
-from lowmem_rlhf.files import atomic_write
-from lowmem_rlhf.report.format import (
+from lowmem_rlhf.display.format import (
     evaluation_rows,
     format_bytes,
     format_number,
@@ -18,8 +16,11 @@ from lowmem_rlhf.report.format import (
     format_value,
     number,
 )
+from lowmem_rlhf.display.outcome import about, outcome_rows
+from lowmem_rlhf.files import atomic_write
 from lowmem_rlhf.report.plots import draw_run, to_png
-from lowmem_rlhf.run import RECIPE, REPORT, RunDirectory
+from lowmem_rlhf.run.directory import RECIPE, REPORT, RunDirectory
+from lowmem_rlhf.run.evaluations import kept
 
 _SAMPLES = 12  # the last ones shown
 _LATER = 3  # evaluations shown, the newest first

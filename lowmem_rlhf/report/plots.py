@@ -9,8 +9,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lowmem_rlhf.display.format import number
 from lowmem_rlhf.files import atomic_write
-from lowmem_rlhf.report.format import number
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

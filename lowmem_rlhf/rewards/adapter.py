@@ -8,13 +8,12 @@ from dataclasses import replace
 from itertools import groupby
 from typing import Any
 
+from lowmem_rlhf.architecture.adapters import HEAD, SavedAdapter, saved_adapter
+from lowmem_rlhf.engine.base import SharedBase
+from lowmem_rlhf.engine.packing import Group
+from lowmem_rlhf.engine.passes import LEAST_TOKENS, BatchLimits, head_outputs, with_bootstrap_position
 from lowmem_rlhf.errors import UserError
-from lowmem_rlhf.memory import with_less
-from lowmem_rlhf.model.adapters import HEAD, SavedAdapter, saved_adapter
-from lowmem_rlhf.model.base import SharedBase
-from lowmem_rlhf.model.packing import Group
-from lowmem_rlhf.training.heads import ahead, head_outputs
-from lowmem_rlhf.training.update import LEAST_TOKENS, PassSettings
+from lowmem_rlhf.hardware.memory import retry_with_smaller
 
 
 class AdapterReward:
@@ -31,7 +30,7 @@ class AdapterReward:
         self.name, self.saved = name, saved
         self.base: SharedBase | None = None
 
-    def bind(self, base: SharedBase, role: str, passes: PassSettings) -> None:
+    def bind(self, base: SharedBase, role: str, passes: BatchLimits) -> None:
         """Lie down on the base as this role; passes over texts are cut as these settings say."""
         base.add_saved_role(role, self.saved)
         self.base, self.role, self.passes = base, role, passes
@@ -41,14 +40,14 @@ class AdapterReward:
     ) -> list[float]:
         """Return the scores of N completions, given as token ids; completions of one prompt stand together."""
         assert self.base is not None, "an adapter reward was called before it was bound to a base"
-        base, groups = self.base, ahead(_grouped(prompt_ids, completion_ids))
+        base, groups = self.base, with_bootstrap_position(_grouped(prompt_ids, completion_ids))
 
         def work(tokens: int) -> list[float]:
             found = head_outputs(base, self.role, groups, replace(self.passes, micro_batch_tokens=tokens))
             return [float(found[row][-1]) for row in range(len(completion_ids))]
 
         key, tokens = "hardware.micro_batch_tokens", self.passes.micro_batch_tokens
-        values, tokens = with_less(work, tokens, LEAST_TOKENS, key, base.device, print)
+        values, tokens = retry_with_smaller(work, tokens, LEAST_TOKENS, key, base.device, print)
         self.passes = replace(self.passes, micro_batch_tokens=tokens)
         return values
 

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from lowmem_rlhf.errors import UserError
-from lowmem_rlhf.recipe import ClassifierReward
+from lowmem_rlhf.recipe.sections import ClassifierReward
 from lowmem_rlhf.rewards.encoder import Encoder, load_encoder
 from lowmem_rlhf.rewards.functions import Completion, completion_text
 from lowmem_rlhf.suggest import did_you_mean

@@ -11,13 +11,13 @@ from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoTokenizer
 
+from lowmem_rlhf.architecture.source import is_local, resolve_model
+from lowmem_rlhf.engine.load import DTYPES, first_sentence, quiet
+from lowmem_rlhf.engine.whole import Exempt, in_body, load_whole
 from lowmem_rlhf.errors import RunError, UserError
-from lowmem_rlhf.memory import is_out_of_memory, with_less
-from lowmem_rlhf.model.load import DTYPES, first_sentence, quiet
-from lowmem_rlhf.model.source import is_local, resolve_model
-from lowmem_rlhf.model.whole import Exempt, in_body, load_whole
+from lowmem_rlhf.hardware.memory import is_out_of_memory, retry_with_smaller
 from lowmem_rlhf.planning.placement import encoder_pass_bytes
-from lowmem_rlhf.recipe import LearnedReward
+from lowmem_rlhf.recipe.sections import LearnedReward
 
 _UNBOUNDED = 10**6  # transformers writes 10^30 for a tokenizer that knows no limit
 
@@ -100,7 +100,7 @@ class Encoder:
                 found.update(zip(batch, self._pass([ids[i] for i in batch], head), strict=True))
 
         least = max((len(one) for one in ids), default=1)
-        _, fitted = with_less(
+        _, fitted = retry_with_smaller(
             work,
             max(least, self.batch_tokens),
             least,

@@ -7,9 +7,9 @@ import torch
 
 from lowmem_rlhf.errors import LowmemError, UserError
 from lowmem_rlhf.hardware.detect import detect
-from lowmem_rlhf.planning.choices import PINNED
+from lowmem_rlhf.planning.inputs import PINNED
 from lowmem_rlhf.planning.placement import reward_bytes, reward_device
-from lowmem_rlhf.recipe import LEARNED_REWARDS, ClassifierReward, RewardConfig, SimilarityReward
+from lowmem_rlhf.recipe.sections import LEARNED_REWARDS, ClassifierReward, RewardConfig, SimilarityReward
 from lowmem_rlhf.rewards.classifier import Classifier, load_classifier
 from lowmem_rlhf.rewards.similarity import Similarity, load_similarity
 

@@ -12,7 +12,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from lowmem_rlhf.errors import UserError
-from lowmem_rlhf.recipe import LEARNED_REWARDS, REWARD_ADAPTER, RewardConfig
+from lowmem_rlhf.recipe.sections import LEARNED_REWARDS, REWARD_ADAPTER, RewardConfig
 from lowmem_rlhf.rewards.functions import SHIPPED
 from lowmem_rlhf.suggest import did_you_mean
 

@@ -10,7 +10,8 @@ from typing import Any
 
 from lowmem_rlhf.data.values import is_missing, numbered, text_of, value_at
 from lowmem_rlhf.errors import UserError
-from lowmem_rlhf.recipe import ONLINE, DataConfig, Recipe
+from lowmem_rlhf.recipe.schema import ONLINE, Recipe
+from lowmem_rlhf.recipe.sections import DataConfig
 from lowmem_rlhf.rewards.functions import (
     SHIPPED,
     arithmetic_answer,

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 
 from lowmem_rlhf.data.values import is_missing, text_of
 from lowmem_rlhf.errors import UserError
-from lowmem_rlhf.recipe import SimilarityReward
+from lowmem_rlhf.recipe.sections import SimilarityReward
 from lowmem_rlhf.rewards.encoder import Encoder, load_encoder
 from lowmem_rlhf.rewards.functions import Completion, completion_text
 
@@ -37,7 +37,7 @@ def load_similarity(options: SimilarityReward) -> "Similarity":
     """
     from transformers import AutoModel
 
-    from lowmem_rlhf.model.source import resolve_model
+    from lowmem_rlhf.architecture.source import resolve_model
 
     read = ModelFiles(resolve_model(options.model), options.revision)
     encoder = load_encoder(

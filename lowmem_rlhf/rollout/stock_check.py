@@ -16,14 +16,14 @@ from typing import Any
 import torch
 import transformers
 
+from lowmem_rlhf.engine.base import SharedBase
+from lowmem_rlhf.engine.logprobs import tiled_logprobs
+from lowmem_rlhf.engine.packing import Group
+from lowmem_rlhf.engine.roles import POLICY
+from lowmem_rlhf.engine.stock import stock_forwards
+from lowmem_rlhf.engine.trial import nudged_layers
 from lowmem_rlhf.errors import UserError
-from lowmem_rlhf.model.base import SharedBase
-from lowmem_rlhf.model.logprobs import tiled_logprobs
-from lowmem_rlhf.model.packing import Group
-from lowmem_rlhf.model.roles import POLICY
-from lowmem_rlhf.model.stock import stock_forwards
-from lowmem_rlhf.model.trial import nudged_layers
-from lowmem_rlhf.rollout.generate import start
+from lowmem_rlhf.rollout.shared_prompt import start
 
 # The types that the tests hold against stock transformers, and the release that they do it with.
 TESTED_WITH = "5.23.0"

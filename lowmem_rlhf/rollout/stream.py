@@ -4,9 +4,9 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
-from lowmem_rlhf.model.base import SharedBase
-from lowmem_rlhf.rollout.generate import check_finite, draw_tiled, drawn_ahead, start
+from lowmem_rlhf.engine.base import SharedBase
 from lowmem_rlhf.rollout.sampling import Sampling
+from lowmem_rlhf.rollout.shared_prompt import check_finite, draw_tiled, drawn_ahead, start
 
 
 @torch.no_grad()

@@ -7,10 +7,10 @@ from typing import Any
 
 from safetensors import SafetensorError
 
+from lowmem_rlhf.engine.base import SharedBase
 from lowmem_rlhf.errors import UserError
-from lowmem_rlhf.model.base import SharedBase
-from lowmem_rlhf.run import RunDirectory
-from lowmem_rlhf.training.optimizer import Stepper
+from lowmem_rlhf.run.directory import RunDirectory
+from lowmem_rlhf.training.optimizer import Optimizer
 
 STATE = "state.json"
 
@@ -19,7 +19,7 @@ def save_checkpoint(
     run: RunDirectory,
     step: int,
     base: SharedBase,
-    stepper: Stepper,
+    optimizer: Optimizer,
     counters: dict[str, Any],
     others: Sequence[str] = (),
 ) -> Path:
@@ -28,15 +28,15 @@ def save_checkpoint(
     base.save_adapter(folder)
     for role in others:
         base.save_adapter(folder / role, role)
-    state = {"step": step, "optimizer": stepper.save(folder), "counters": counters}
+    state = {"step": step, "optimizer": optimizer.save(folder), "counters": counters}
     (folder / STATE).write_text(json.dumps(state), encoding="utf-8")
     return run.finish_checkpoint(step)
 
 
 def load_checkpoint(
-    folder: Path, base: SharedBase, stepper: Stepper, others: Sequence[str] = ()
+    folder: Path, base: SharedBase, optimizer: Optimizer, others: Sequence[str] = ()
 ) -> tuple[int, dict[str, Any]]:
-    """Put a checkpoint's state into the base and the stepper; return its step and counters.
+    """Put a checkpoint's state into the base and the optimizer; return its step and counters.
 
     Raises:
         UserError: the checkpoint is incomplete or of another model.
@@ -46,7 +46,7 @@ def load_checkpoint(
         base.load_role(folder)
         for role in others:
             base.load_role(folder / role, role)
-        stepper.load(folder, state["optimizer"])
+        optimizer.load(folder, state["optimizer"])
     except (OSError, ValueError, KeyError, SafetensorError) as error:
         raise UserError(
             f"checkpoint {folder} cannot be read ({type(error).__name__}: {error}); delete it to resume from an "

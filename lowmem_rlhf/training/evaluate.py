@@ -4,14 +4,15 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from lowmem_rlhf.architecture.stops import written_text
 from lowmem_rlhf.data.prompts import Example
-from lowmem_rlhf.model.base import SharedBase
-from lowmem_rlhf.model.stops import written_text
-from lowmem_rlhf.recipe import Recipe
+from lowmem_rlhf.engine.base import SharedBase
+from lowmem_rlhf.recipe.schema import Recipe
 from lowmem_rlhf.rewards.loading import Reward
 from lowmem_rlhf.rewards.scoring import Scores, score
-from lowmem_rlhf.rollout.generate import Completion, Limits, generate
+from lowmem_rlhf.rollout.rollout import Completion
 from lowmem_rlhf.rollout.sampling import Sampling
+from lowmem_rlhf.rollout.shared_prompt import Limits, generate
 
 CORRECT = 1.0  # the accuracy reward's value from which a completion counts as correct
 

@@ -7,8 +7,8 @@ one would have.
 
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
@@ -16,17 +16,17 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
 
+from lowmem_rlhf.engine.base import SharedBase
+from lowmem_rlhf.engine.passes import LEAST_TOKENS, BatchLimits
+from lowmem_rlhf.engine.roles import CRITIC, POLICY
 from lowmem_rlhf.errors import RunError
-from lowmem_rlhf.memory import clock, is_out_of_memory, peak_bytes, reset_peak, with_less
-from lowmem_rlhf.model.base import SharedBase
-from lowmem_rlhf.model.roles import CRITIC, POLICY
+from lowmem_rlhf.hardware.memory import clock, is_out_of_memory, peak_bytes, reset_peak, retry_with_smaller
 from lowmem_rlhf.planning.plan import Plan
-from lowmem_rlhf.recipe import Recipe
-from lowmem_rlhf.report.live import LiveView
-from lowmem_rlhf.run import RunDirectory
+from lowmem_rlhf.progress import Progress
+from lowmem_rlhf.recipe.schema import Recipe
+from lowmem_rlhf.run.directory import RunDirectory
 from lowmem_rlhf.training.checkpoint import load_checkpoint, save_checkpoint
-from lowmem_rlhf.training.optimizer import Stepper
-from lowmem_rlhf.training.update import LEAST_TOKENS, PassSettings
+from lowmem_rlhf.training.optimizer import Optimizer
 
 T = TypeVar("T")
 
@@ -61,14 +61,14 @@ class Loop(ABC):
     def __init__(self, recipe: Recipe, plan: Plan, base: SharedBase, run: RunDirectory, updates: int = 1) -> None:
         self.recipe, self.base, self.run = recipe, base, run
         settings = plan.settings
-        self.passes = PassSettings(
+        self.passes = BatchLimits(
             recipe.generation.temperature, settings.micro_batch_tokens, settings.logits_tile_tokens
         )
         self.score_passes = replace(self.passes, micro_batch_tokens=settings.score_batch_tokens)
         self.accelerator = _accelerator(base.device, recipe, run)
         set_seed(recipe.training.seed)
         base.set_gradient_checkpointing(settings.gradient_checkpointing, settings.offload_checkpoints)
-        self.stepper = Stepper(
+        self.optimizer = Optimizer(
             base.trainable(),
             recipe.training,
             settings.optim,
@@ -82,11 +82,11 @@ class Loop(ABC):
         self._times: dict[str, float] = {}
 
     @abstractmethod
-    def one_step(self, view: LiveView) -> StepResult:
-        """Take the step after ``self.step``; its optimizer steps go through ``self.stepper``."""
+    def one_step(self, progress: Progress) -> StepResult:
+        """Take the step after ``self.step``; its optimizer steps go through ``self.optimizer``."""
 
     @abstractmethod
-    def evaluate(self, when: str, view: LiveView) -> dict[str, Any]:
+    def evaluate(self, when: str, progress: Progress) -> dict[str, Any]:
         """Return held-out results; empty if nothing is held out."""
 
     def state(self) -> dict[str, Any]:
@@ -107,12 +107,16 @@ class Loop(ABC):
             print("there is no checkpoint yet: the run starts over", flush=True)
             return
         print(f"going on after step {latest[0]}", flush=True)
-        self.step, counters = load_checkpoint(latest[1], self.base, self.stepper, self._others())
+        self.step, counters = load_checkpoint(latest[1], self.base, self.optimizer, self._others())
         self.learned_tokens = counters.pop("learned_tokens")
         self.load_state(counters)
 
-    def train(self, view: LiveView) -> dict[str, Any]:
+    def train(self, progress: Progress, on_step: Callable[[dict[str, Any]], None] | None = None) -> dict[str, Any]:
         """Run all steps and both evaluations; return evaluation.json's content.
+
+        Args:
+            progress: where the work reports.
+            on_step: is given the metrics of every finished step.
 
         Raises:
             RunError: a reward function failed, memory ran out for good, or nothing was learned.
@@ -120,20 +124,39 @@ class Loop(ABC):
                 the last finished one, unless the next had begun to change the weights.
         """
         try:
-            return self._train(view)
+            with closing(self._steps(progress)) as steps:
+                for finished in steps:
+                    if on_step:
+                        on_step(finished.metrics)
+        except BaseException as error:
+            error.add_note(self._keep())
+            raise
+        return self.run.evaluation()
+
+    def steps(self, progress: Progress) -> Iterator[StepResult]:
+        """Yield every finished step with all its metrics; both evaluations and the end of the run are a part of it.
+
+        Whoever stops early leaves a checkpoint of the last finished step, from which `resume` goes on.
+
+        Raises:
+            RunError: as for `train`.
+        """
+        try:
+            yield from self._steps(progress)
         except BaseException as error:
             error.add_note(self._keep())
             raise
 
-    def _train(self, view: LiveView) -> dict[str, Any]:
+    def _steps(self, progress: Progress) -> Generator[StepResult, None, None]:
         evaluation = self.run.evaluation()
         if "before" not in evaluation:
-            self._evaluate("before", evaluation, view)
+            self._evaluate("before", evaluation, progress)
         try:
             while self.step < self.recipe.training.max_steps:
-                self._train_step(view)
+                finished = self._train_step(progress)
                 if self.step % self.recipe.training.save_steps == 0:
                     self._save()
+                yield finished
         except BaseException as error:
             if is_out_of_memory(error):
                 raise RunError(
@@ -146,12 +169,11 @@ class Loop(ABC):
         if self.recipe.training.max_steps and not self.learned_tokens:
             raise RunError(self.why_nothing())
         self._save()
-        self._evaluate("after", evaluation, view)
+        self._evaluate("after", evaluation, progress)
         with self.run.new_adapter() as folder:
             self.base.save_adapter(folder)
             for role in self._others():
                 self.base.save_adapter(folder / role, role)
-        return evaluation
 
     def _others(self) -> list[str]:
         """Return the roles that train besides the policy."""
@@ -161,12 +183,12 @@ class Loop(ABC):
         latest = self.run.latest_checkpoint()
         if latest is None or latest[0] < self.step:
             counters = {"learned_tokens": self.learned_tokens, **self.state()}
-            save_checkpoint(self.run, self.step, self.base, self.stepper, counters, self._others())
+            save_checkpoint(self.run, self.step, self.base, self.optimizer, counters, self._others())
 
     def _keep(self) -> str:
         """Save the finished steps as long as the weights are theirs; return which are on the disk, and why no more."""
         lost_as = "the next one had begun to change the weights"
-        if self.step and self.stepper.taken == self._taken:
+        if self.step and self.optimizer.taken == self._taken:
             try:
                 self._save()
             except BaseException as error:  # what ended the run is told, and not this
@@ -177,8 +199,8 @@ class Loop(ABC):
         lost = f"step {self.step} is" if self.step == kept + 1 else f"steps {kept + 1} to {self.step} are"
         return f"{said}; {lost} lost, as {lost_as}" if kept < self.step else said
 
-    def _evaluate(self, when: str, evaluation: dict[str, Any], view: LiveView) -> None:
-        if found := self.evaluate(when, view):
+    def _evaluate(self, when: str, evaluation: dict[str, Any], progress: Progress) -> None:
+        if found := self.evaluate(when, progress):
             evaluation[when] = found
             self.run.write_evaluation(evaluation)
 
@@ -189,44 +211,44 @@ class Loop(ABC):
         yield
         self._times[name] = clock(self.base.device) - began
 
-    def with_fewer_tokens(self, work: Callable[[PassSettings], T], view: LiveView) -> T:
+    def with_fewer_tokens(self, work: Callable[[BatchLimits], T], progress: Progress) -> T:
         """Run passes over a batch; when memory runs out, cut them into smaller micro-batches from then on."""
-        result, self.passes = self._cut(work, self.passes, "hardware.micro_batch_tokens", view)
+        result, self.passes = self._cut(work, self.passes, "hardware.micro_batch_tokens", progress)
         return result
 
-    def scored(self, work: Callable[[PassSettings], T], view: LiveView) -> T:
+    def scored(self, work: Callable[[BatchLimits], T], progress: Progress) -> T:
         """Run passes without gradients; as `with_fewer_tokens`, with the larger micro-batches that such passes take."""
-        result, self.score_passes = self._cut(work, self.score_passes, "hardware.score_batch_tokens", view)
+        result, self.score_passes = self._cut(work, self.score_passes, "hardware.score_batch_tokens", progress)
         return result
 
     def _cut(
-        self, work: Callable[[PassSettings], T], passes: PassSettings, key: str, view: LiveView
-    ) -> tuple[T, PassSettings]:
+        self, work: Callable[[BatchLimits], T], passes: BatchLimits, key: str, progress: Progress
+    ) -> tuple[T, BatchLimits]:
         def sized(tokens: int) -> T:
             return work(replace(passes, micro_batch_tokens=tokens))
 
         least, device = LEAST_TOKENS, self.base.device
-        result, tokens = with_less(sized, passes.micro_batch_tokens, least, key, device, view.message)
+        result, tokens = retry_with_smaller(sized, passes.micro_batch_tokens, least, key, device, progress.message)
         return result, replace(passes, micro_batch_tokens=tokens)
 
-    def _train_step(self, view: LiveView) -> None:
+    def _train_step(self, progress: Progress) -> StepResult:
         reset_peak(self.base.device)
-        learning_rate, skipped = self.stepper.learning_rate, self.stepper.skipped
+        learning_rate, skipped = self.optimizer.learning_rate, self.optimizer.skipped
         before = None if self.learned_tokens else self._adapter_sum()
         self._times = {}
-        done = self.one_step(view)
+        done = self.one_step(progress)
         # a warm-up begins with a learning rate of zero; float16 may have left the update out
-        if done.learned_tokens and learning_rate and self.stepper.skipped == skipped:
+        if done.learned_tokens and learning_rate and self.optimizer.skipped == skipped:
             if before is not None and before == self._adapter_sum():
                 raise RunError("the first optimizer step did not change the adapter: nothing would be learned")
             self.learned_tokens += done.learned_tokens
         self.step += 1
-        self._taken = self.stepper.taken
+        self._taken = self.optimizer.taken
         metrics = {
             "step": self.step,
             **done.metrics,
             "learning_rate": learning_rate,
-            "loss_scale/skipped_steps": self.stepper.skipped,
+            "loss_scale/skipped_steps": self.optimizer.skipped,
             **{f"time/{name}": seconds for name, seconds in self._times.items()},
             "time/step": sum(self._times.values()),
             "memory/peak_bytes": peak_bytes(self.base.device),
@@ -234,11 +256,11 @@ class Loop(ABC):
         self.run.log_metrics(metrics)
         self.run.log_samples(self.step, done.samples)
         self.accelerator.log({k: v for k, v in metrics.items() if v is not None}, step=self.step)
-        view.step(metrics)
+        return replace(done, metrics=metrics)
 
     def _adapter_sum(self) -> float:
         """A number that any change of the policy's adapter (or its head) changes; a critic's does not count."""
-        own = [p for name, p in self.stepper.parameters.items() if f".{POLICY}." in name]
+        own = [p for name, p in self.optimizer.parameters.items() if f".{POLICY}." in name]
         return sum(float(p.detach().cpu().double().abs().sum()) for p in own)
 
 

@@ -7,11 +7,9 @@ from typing import Any
 import torch
 
 from lowmem_rlhf.data.prompts import Example
-from lowmem_rlhf.recipe import GRPOSettings
 from lowmem_rlhf.rewards.scoring import Scores
-from lowmem_rlhf.rollout.generate import Completion
+from lowmem_rlhf.rollout.rollout import Batch, Completion
 from lowmem_rlhf.training.evaluate import mean
-from lowmem_rlhf.training.update import Batch, UpdateStats, sampling_correction
 
 
 @dataclass(frozen=True)
@@ -97,38 +95,6 @@ def rollout_metrics(rollout: Rollout, batch: Batch) -> dict[str, Any]:
         "completion/truncated": sum(c.truncated for c in batch.completions) / len(lengths),
         "groups/without_signal": 1 - len(with_signal) / len(batch.prompts),
         "tokens/generated": sum(lengths),
-    }
-
-
-def update_metrics(batch: Batch, stats: UpdateStats, settings: GRPOSettings) -> dict[str, Any]:
-    """Return what the update measured; KL, entropy and difference are means over tokens, before the update."""
-    return {
-        "kl": stats.kl / stats.kl_tokens if stats.kl_tokens else None,
-        "entropy": stats.entropy / stats.scored if stats.scored else None,
-        "loss": stats.loss,
-        "grad_norm": stats.grad_norm,
-        "clip_ratio/low": stats.clipped_low / max(stats.clip_tokens, 1),
-        "clip_ratio/high": stats.clipped_high / max(stats.clip_tokens, 1),
-        "tokens/trained": stats.tokens,
-        "sampling/logp_difference": sampling_difference(batch, stats.logps),
-        **_correction(batch, stats.logps, settings),
-    }
-
-
-def _correction(batch: Batch, logps: dict[int, torch.Tensor], settings: GRPOSettings) -> dict[str, float | None]:
-    """Return mean and extremes of the importance weights over tokens (completions with a mode of sequences), if any."""
-    if not settings.importance_sampling_correction:
-        return {}
-    by_sequence = settings.importance_sampling_mode.startswith("sequence")
-    found = [sampling_correction(batch, [row], old, settings) for row, old in logps.items()]
-    kept = [values[:1] if by_sequence else values for values in found if values is not None]
-    name = "sampling/importance_sampling_ratio"
-    if not kept:
-        return {f"{name}/{kind}": None for kind in ("min", "mean", "max")}
-    weights = torch.cat(kept)
-    return {
-        f"{name}/{kind}": float(value)
-        for kind, value in (("min", weights.min()), ("mean", weights.mean()), ("max", weights.max()))
     }
 
 

@@ -1,7 +1,7 @@
 """Online training: prompts -> rollout -> rewards -> advantages -> packed micro-batches -> optimizer steps.
 
 One direction, a stage takes the previous one's values. What is done with a scored rollout is the algorithm's:
-`grpo.GRPO`, or `ppo.PPO` for PPO, RLOO and REINFORCE++.
+`algorithms.grpo`, or `algorithms.ppo` for PPO, RLOO and REINFORCE++.
 """
 
 from collections.abc import Callable, Sequence
@@ -10,20 +10,20 @@ from typing import Any, Protocol, TypeVar
 
 from lowmem_rlhf.data.prompts import Example
 from lowmem_rlhf.data.stream import PromptStream
-from lowmem_rlhf.memory import with_less
-from lowmem_rlhf.model.base import SharedBase
-from lowmem_rlhf.model.roles import POLICY
+from lowmem_rlhf.engine.base import SharedBase
+from lowmem_rlhf.engine.roles import POLICY
+from lowmem_rlhf.hardware.memory import retry_with_smaller
 from lowmem_rlhf.planning.plan import Plan
-from lowmem_rlhf.recipe import Recipe
-from lowmem_rlhf.report.live import LiveView
+from lowmem_rlhf.progress import Progress
+from lowmem_rlhf.recipe.schema import Recipe
 from lowmem_rlhf.rewards.loading import Reward
-from lowmem_rlhf.rollout.generate import Completion, Limits, generate
-from lowmem_rlhf.run import RunDirectory
+from lowmem_rlhf.rollout.rollout import Batch, Completion
+from lowmem_rlhf.rollout.shared_prompt import Limits, generate
+from lowmem_rlhf.run.directory import RunDirectory
 from lowmem_rlhf.training.evaluate import TrainerState, evaluate, reward_completions, sampling_of
 from lowmem_rlhf.training.loop import Loop, StepResult
 from lowmem_rlhf.training.metrics import Rollout, Seen, rollout_metrics, samples, silent_rewards
 from lowmem_rlhf.training.sampling_check import SamplingCheck
-from lowmem_rlhf.training.update import Batch
 
 T = TypeVar("T")
 SEEN = "seen"  # the name of `Trainer.seen` in a checkpoint
@@ -41,7 +41,7 @@ class Learned:
 class Algorithm(Protocol):
     """What learns from a scored rollout."""
 
-    def learn(self, rollout: Rollout, trainer: "Trainer", view: LiveView) -> Learned:
+    def learn(self, rollout: Rollout, trainer: "Trainer", progress: Progress) -> Learned:
         """Score the rollout with the other roles and take the optimizer steps."""
         ...
 
@@ -54,25 +54,7 @@ class Algorithm(Protocol):
         ...
 
 
-def algorithm_of(recipe: Recipe) -> Algorithm:
-    """Return the algorithm that a recipe names."""
-    if recipe.algorithm == "grpo":
-        from lowmem_rlhf.training.grpo import GRPO
-
-        return GRPO(recipe)
-    from lowmem_rlhf.training.ppo import PPO
-
-    return PPO(recipe)
-
-
-def updates_of(recipe: Recipe) -> int:
-    """Return the optimizer steps of each step."""
-    if recipe.algorithm == "grpo":
-        return recipe.grpo.num_iterations
-    return recipe.ppo.num_ppo_epochs * recipe.ppo.num_mini_batches
-
-
-class Judge:
+class CompletionEvaluator:
     """Samples held-out completions of the policy and scores them; shared by everything that evaluates so.
 
     Args:
@@ -88,7 +70,7 @@ class Judge:
         self.limits = Limits(settings.rollout_batch_size, settings.micro_batch_tokens, settings.logits_tile_tokens)
         self.dequantize = settings.rollout_weights == "dequantized"
 
-    def evaluate(self, when: str, view: LiveView, step: int = 0) -> dict[str, Any]:
+    def evaluate(self, when: str, progress: Progress, step: int = 0) -> dict[str, Any]:
         """Return accuracy and the mean of every reward; empty if nothing is held out."""
         if not self.held_out:
             return {}
@@ -102,15 +84,15 @@ class Judge:
                     self.rewards,
                     replace(self.limits, rows=rows),
                     TrainerState(step, self.recipe.training.max_steps),
-                    lambda done, total: view.phase(f"evaluation {when}", done, total),
+                    lambda done, total: progress.phase(f"evaluation {when}", done, total),
                 )
 
-        return self.with_fewer_rows(work, view)
+        return self.with_fewer_rows(work, progress)
 
-    def with_fewer_rows(self, work: Callable[[int], T], view: LiveView) -> T:
+    def with_fewer_rows(self, work: Callable[[int], T], progress: Progress) -> T:
         """Sample; when memory runs out, write fewer completions at once from then on."""
         key = "hardware.rollout_batch_size"
-        result, rows = with_less(work, self.limits.rows, 1, key, self.base.device, view.message)
+        result, rows = retry_with_smaller(work, self.limits.rows, 1, key, self.base.device, progress.message)
         self.limits = replace(self.limits, rows=rows)
         return result
 
@@ -124,6 +106,8 @@ class Trainer(Loop):
         rewards: the reward functions.
         train, held_out: prompts to train on and to evaluate on.
         run: where everything is written.
+        algorithm: what learns from a scored rollout.
+        updates: optimizer steps of each step.
     """
 
     nothing_learned = (
@@ -140,11 +124,13 @@ class Trainer(Loop):
         train: Sequence[Example],
         held_out: Sequence[Example],
         run: RunDirectory,
+        algorithm: Algorithm,
+        updates: int,
     ) -> None:
-        super().__init__(recipe, plan, base, run, updates_of(recipe))
-        self.rewards, self.judge = rewards, Judge(recipe, plan, base, rewards, held_out)
+        super().__init__(recipe, plan, base, run, updates)
+        self.rewards, self.judge = rewards, CompletionEvaluator(recipe, plan, base, rewards, held_out)
         self.stream = PromptStream(train, recipe.training.prompts_per_step, recipe.training.seed)
-        self.algorithm = algorithm_of(recipe)
+        self.algorithm = algorithm
         settings, temperature = plan.settings, recipe.generation.temperature
         checked = recipe.hardware.check == "always"
         self.sampling = SamplingCheck(settings.quantization, settings.compute_dtype, temperature, checked)
@@ -163,32 +149,32 @@ class Trainer(Loop):
         """See `Loop.why_nothing`."""
         return self.seen.why_nothing(self.recipe.generation.max_completion_length) or self.nothing_learned
 
-    def evaluate(self, when: str, view: LiveView) -> dict[str, Any]:
+    def evaluate(self, when: str, progress: Progress) -> dict[str, Any]:
         """Sample held-out completions in the policy's role and score them."""
-        return self.judge.evaluate(when, view, self.step)
+        return self.judge.evaluate(when, progress, self.step)
 
     @property
     def limits(self) -> Limits:
         """What bounds a rollout's memory, as it is by now."""
         return self.judge.limits
 
-    def one_step(self, view: LiveView) -> StepResult:
+    def one_step(self, progress: Progress) -> StepResult:
         """Roll out, score, learn."""
         with self.timed("rollout"):
-            rollout = self._rollout(view)
+            rollout = self._rollout(progress)
         if self.step == 0:
             for said in silent_rewards(rollout):
-                view.message(said)
-        learned = self.algorithm.learn(rollout, self, view)
+                progress.message(said)
+        learned = self.algorithm.learn(rollout, self, progress)
         self.seen = self.seen.with_rollout(rollout)  # not before: a step that fails is taken again
-        self.sampling.look(learned.metrics.get("sampling/logp_difference"), self.step + 1, view.message)
+        self.sampling.look(learned.metrics.get("sampling/logp_difference"), self.step + 1, progress.message)
         return StepResult(
             {**rollout_metrics(rollout, learned.batch), **learned.metrics},
             sum(len(rollout.completions[row].ids) for row in learned.signal),
             samples(rollout, learned.batch, self.recipe.training.log_completions),
         )
 
-    def _rollout(self, view: LiveView) -> Rollout:
+    def _rollout(self, progress: Progress) -> Rollout:
         generation, seed = self.recipe.generation, self.recipe.training.seed
         examples = self.stream.batch(self.step)
 
@@ -202,13 +188,13 @@ class Trainer(Loop):
                     sampling_of(self.recipe),
                     replace(self.limits, rows=rows),
                     seed=(seed + 1) * 1_000_003 + self.step,
-                    progress=lambda done, total: view.phase("rollout", done, total),
+                    progress=lambda done, total: progress.phase("rollout", done, total),
                 )
 
-        groups = self.judge.with_fewer_rows(work, view)
+        groups = self.judge.with_fewer_rows(work, progress)
         repeated = [example for example in examples for _ in range(generation.num_generations)]
         completions = [completion for group in groups for completion in group]
-        view.phase("rewards")
+        progress.phase("rewards")
         state = TrainerState(self.step, self.recipe.training.max_steps)
         scores, texts = reward_completions(self.rewards, self.base, repeated, completions, state)
         return Rollout(examples, completions, texts, scores)

@@ -14,12 +14,12 @@ from torch import nn
 from transformers import get_scheduler
 
 from lowmem_rlhf.errors import RunError, UserError
-from lowmem_rlhf.recipe import TrainingConfig
+from lowmem_rlhf.recipe.sections import TrainingConfig
 
 INITIAL_LOSS_SCALE = 2.0**12  # torch's 65536 overflows float16 in the first steps and only loses them
 
 
-class Stepper:
+class Optimizer:
     """Clips, steps and schedules; with float16 it scales the loss and skips a step whose gradients overflowed.
 
     Args:
@@ -49,11 +49,11 @@ class Stepper:
             if optim == "adamw_8bit":
                 from bitsandbytes.optim import AdamW8bit
 
-                self.optimizer: torch.optim.Optimizer = AdamW8bit(list(parameters.values()), **settings)
+                self.torch_optimizer: torch.optim.Optimizer = AdamW8bit(list(parameters.values()), **settings)
             else:
-                self.optimizer = torch.optim.AdamW(list(parameters.values()), **settings)
+                self.torch_optimizer = torch.optim.AdamW(list(parameters.values()), **settings)
             self.scheduler = get_scheduler(
-                training.lr_scheduler_type, self.optimizer, training.warmup_steps, max(total_steps, 1)
+                training.lr_scheduler_type, self.torch_optimizer, training.warmup_steps, max(total_steps, 1)
             )
             self.scaler = torch.amp.GradScaler(device.type, init_scale=INITIAL_LOSS_SCALE, enabled=scale_loss)
         if scale_loss:
@@ -83,7 +83,7 @@ class Stepper:
         Raises:
             RunError: the gradient is not finite, other than by an overflow of float16; no weight was changed.
         """
-        self.scaler.unscale_(self.optimizer)
+        self.scaler.unscale_(self.torch_optimizer)
         norm = float(nn.utils.clip_grad_norm_(self.parameters.values(), self.max_grad_norm))
         if not self.scaler.is_enabled() and not math.isfinite(norm):
             raise RunError(
@@ -93,7 +93,7 @@ class Stepper:
         before = self.loss_scale
         self.taken += 1
         with torch.device("cpu"):
-            self.scaler.step(self.optimizer)
+            self.scaler.step(self.torch_optimizer)
             self.scaler.update()
         if self.loss_scale < before:
             self.skipped += 1
@@ -117,7 +117,7 @@ class Stepper:
         numbers: dict[str, Any] = {}
         for name, parameter in self.parameters.items():
             # not state_dict(), where bitsandbytes wraps the 8-bit moments into one more dict
-            for key, value in self.optimizer.state.get(parameter, {}).items():
+            for key, value in self.torch_optimizer.state.get(parameter, {}).items():
                 if isinstance(value, torch.Tensor):
                     tensors[f"{name}|{key}"] = value.detach().to("cpu").clone()
                 else:
@@ -148,9 +148,9 @@ class Stepper:
             state.setdefault(index[name], {})[key] = value
         if lacking := [name for name, i in index.items() if state and i not in state]:  # before the first step: all
             raise UserError(f"the optimizer state in {folder} lacks {lacking[0]}, which this run trains")
-        whole = self.optimizer.state_dict()
+        whole = self.torch_optimizer.state_dict()
         with torch.device("cpu"):
-            self.optimizer.load_state_dict({**whole, "state": state})
+            self.torch_optimizer.load_state_dict({**whole, "state": state})
             self.scheduler.last_epoch = plain["scheduler"]["last_epoch"] - 1
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # that the optimizer was not stepped first; it was, by the run before

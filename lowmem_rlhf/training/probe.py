@@ -10,22 +10,22 @@ from typing import Any
 
 import torch
 
-from lowmem_rlhf.live_bytes import LiveBytes
-from lowmem_rlhf.memory import device_counter, is_out_of_memory, release
-from lowmem_rlhf.model.base import SharedBase
-from lowmem_rlhf.model.packing import ATTENDED_PER_TOKEN, Group
-from lowmem_rlhf.model.roles import CRITIC, POLICY, REFERENCE
-from lowmem_rlhf.planning.choices import MARGIN
-from lowmem_rlhf.planning.dimensions import model_dimensions
-from lowmem_rlhf.planning.memory import Components, phases
+from lowmem_rlhf.architecture.lookup import model_dimensions
+from lowmem_rlhf.engine.base import SharedBase
+from lowmem_rlhf.engine.packing import ATTENDED_PER_TOKEN, Group
+from lowmem_rlhf.engine.passes import packed_logprobs, packed_outputs, with_bootstrap_position
+from lowmem_rlhf.engine.roles import CRITIC, POLICY, REFERENCE
+from lowmem_rlhf.hardware.live_bytes import LiveBytes
+from lowmem_rlhf.hardware.memory import device_counter, is_out_of_memory, release
+from lowmem_rlhf.planning.inputs import MARGIN
+from lowmem_rlhf.planning.memory.phases import phases
+from lowmem_rlhf.planning.memory.resident import Components
 from lowmem_rlhf.planning.plan import Plan, make_plan
 from lowmem_rlhf.planning.shapes import prompts_at_once, rollout_rows, samples_completions
-from lowmem_rlhf.recipe import ONLINE, Recipe
-from lowmem_rlhf.rollout.decode import SharedPromptCache
-from lowmem_rlhf.rollout.generate import draw_tiled, start
+from lowmem_rlhf.recipe.schema import ONLINE, Recipe
+from lowmem_rlhf.rollout.cache import SharedPromptCache
 from lowmem_rlhf.rollout.sampling import Sampling
-from lowmem_rlhf.training.heads import ahead, packed_outputs
-from lowmem_rlhf.training.update import packed_logprobs
+from lowmem_rlhf.rollout.shared_prompt import draw_tiled, start
 
 TIGHTEN, RELAX = 1 + MARGIN, 0.90  # of what was planned: beyond these the plan is made once more
 FAILED = 1.25  # taken for the ratio where a phase ran out of memory
@@ -217,13 +217,15 @@ def _largest(base: SharedBase, recipe: Recipe, tokens: int) -> list[Group]:
     elif recipe.algorithm == "reward_model":
         half = recipe.reward_model.max_length // 2
         pair = [_ids(base, half), _ids(base, half)]
-        whole = ahead([Group(_ids(base, half), pair, [2 * row, 2 * row + 1]) for row in range(groups)])
+        whole = with_bootstrap_position(
+            [Group(_ids(base, half), pair, [2 * row, 2 * row + 1]) for row in range(groups)]
+        )
     else:
         count = lengths.num_generations
         answers = [_ids(base, lengths.max_completion_length)] * count
         prompt = _ids(base, recipe.data.max_prompt_length)
         whole = [Group(prompt, answers, list(range(row * count, (row + 1) * count))) for row in range(groups)]
-    return max(base.layout.cut(whole, tokens), key=lambda part: sum(group.tokens for group in part))
+    return max(base.layout.split(whole, tokens), key=lambda part: sum(group.tokens for group in part))
 
 
 def _pass(base: SharedBase, groups: Sequence[Group], role: str, plan: Plan, language: bool) -> None:

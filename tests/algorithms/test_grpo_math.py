@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from lowmem_rlhf.algorithms.grpo import group_advantages, importance_weights, token_loss, token_weights
+from lowmem_rlhf.algorithms.grpo.math import group_advantages, importance_weights, token_loss, token_weights
 
 NAN = float("nan")
 

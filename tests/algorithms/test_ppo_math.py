@@ -5,9 +5,10 @@ import math
 import pytest
 import torch
 
-from lowmem_rlhf.algorithms.padded import pad_rows, token_mask, unpad_rows, whiten
-from lowmem_rlhf.algorithms.ppo import explained_variance, gae, policy_loss, ppo_advantages, value_loss
-from lowmem_rlhf.algorithms.ppo_stats import PPOStatistics
+from lowmem_rlhf.algorithms.common.gae import gae
+from lowmem_rlhf.algorithms.common.padded import pad_rows, token_mask, unpad_rows, whiten
+from lowmem_rlhf.algorithms.ppo.math import explained_variance, policy_loss, ppo_advantages, value_loss
+from lowmem_rlhf.algorithms.ppo.stats import PPOStatistics
 
 NAN = float("nan")
 LENGTHS = torch.tensor([6, 1, 4, 3])

@@ -14,10 +14,11 @@ from typing import Any
 import pytest
 import torch
 
-from lowmem_rlhf.algorithms.padded import token_mask, unpad_rows
-from lowmem_rlhf.algorithms.ppo import gae, policy_loss, ppo_advantages, value_loss
-from lowmem_rlhf.algorithms.ppo_stats import PPOStatistics
-from lowmem_rlhf.algorithms.shaping import reward_lengths, shape_scores, token_rewards
+from lowmem_rlhf.algorithms.common.gae import gae
+from lowmem_rlhf.algorithms.common.padded import token_mask, unpad_rows
+from lowmem_rlhf.algorithms.common.shaping import reward_lengths, shape_scores, token_rewards
+from lowmem_rlhf.algorithms.ppo.math import policy_loss, ppo_advantages, value_loss
+from lowmem_rlhf.algorithms.ppo.stats import PPOStatistics
 
 FOLDER = Path(__file__).resolve().parents[1] / "fixtures" / "trl_ppo"
 CASES = sorted(path.stem for path in FOLDER.glob("*.json"))

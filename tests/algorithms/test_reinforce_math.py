@@ -5,14 +5,10 @@ import math
 import pytest
 import torch
 
-from lowmem_rlhf.algorithms.padded import token_mask
-from lowmem_rlhf.algorithms.ppo import policy_loss
-from lowmem_rlhf.algorithms.reinforce import (
-    less_group_mean,
-    reinforce_plus_plus_advantages,
-    rloo_advantages,
-    sequence_rewards,
-)
+from lowmem_rlhf.algorithms.common.padded import token_mask
+from lowmem_rlhf.algorithms.ppo.math import policy_loss
+from lowmem_rlhf.algorithms.reinforce_plus_plus.math import less_group_mean, reinforce_plus_plus_advantages
+from lowmem_rlhf.algorithms.rloo.math import rloo_advantages, sequence_rewards
 
 NAN = float("nan")
 KL = torch.tensor([[0.5, 1.0, NAN], [2.0, NAN, NAN], [0.1, -0.2, 0.3], [1.0, 1.0, NAN]])

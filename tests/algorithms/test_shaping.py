@@ -6,8 +6,14 @@ import math
 import pytest
 import torch
 
-from lowmem_rlhf.algorithms.kl import AdaptiveKLController, FixedKLController, k1, k3, kl_estimate
-from lowmem_rlhf.algorithms.shaping import RunningMoments, normalize_scores, reward_lengths, shape_scores, token_rewards
+from lowmem_rlhf.algorithms.common.kl import AdaptiveKLController, FixedKLController, k1, k3, kl_estimate
+from lowmem_rlhf.algorithms.common.shaping import (
+    RunningMoments,
+    normalize_scores,
+    reward_lengths,
+    shape_scores,
+    token_rewards,
+)
 
 NAN = float("nan")
 NONE = torch.zeros(4, dtype=torch.bool)

@@ -4,14 +4,14 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
+from stock_memory.allocator import Block
+from stock_memory.simulated import Sized
+from stock_memory.stock_run import StockRun
+from stock_memory.stock_step import StockStep
 from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
 
-from lowmem_rlhf.live_bytes import LiveBytes
-from lowmem_rlhf.planning.allocator import Block
-from lowmem_rlhf.planning.dimensions import dimensions_from_config
-from lowmem_rlhf.planning.sized import Sized
-from lowmem_rlhf.planning.stock_run import StockRun
-from lowmem_rlhf.planning.stock_step import StockStep
+from lowmem_rlhf.architecture.dimensions import dimensions_from_config
+from lowmem_rlhf.hardware.live_bytes import LiveBytes
 
 SHAPE: dict[str, Any] = {
     "hidden_size": 64,

@@ -12,7 +12,7 @@ from architecture_workers import rows_by_process
 from pretended_rows import pretend
 from tiny_architectures import TOKENS, model_types, save_tiny, tiny, tiny_config
 
-from lowmem_rlhf.planning.families import FAMILIES
+from lowmem_rlhf.architecture.families import FAMILIES
 
 REFUSED = {"gemma3"}  # loaded whole it has a vision tower, whose linear layers no text meets
 
@@ -28,7 +28,7 @@ def test_no_family_of_the_catalogue_is_wrong(name):
 
 @pytest.mark.parametrize("broken", ["forgotten", "doubled"])
 def test_a_factor_of_the_logits_that_is_wrong_is_seen(broken, monkeypatch):
-    from lowmem_rlhf.model.logprobs import Head
+    from lowmem_rlhf.engine.logprobs import Head
 
     power = {"forgotten": 0, "doubled": 2}[broken]
     monkeypatch.setattr(Head, "_finished", lambda head, logits: logits.mul_(head.scale**power))

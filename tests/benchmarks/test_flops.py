@@ -9,18 +9,18 @@ from tiny_models import as_batch, ragged_groups, tiny_base, tiny_model
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import DynamicCache
 
-from lowmem_rlhf.planning.dimensions import dimensions_from_config
-from lowmem_rlhf.planning.rollouts import kv_bytes_per_token
-from lowmem_rlhf.recipe import GRPOSettings
-from lowmem_rlhf.rollout.generate import Limits, generate
+from lowmem_rlhf.algorithms.grpo import update
+from lowmem_rlhf.architecture.dimensions import dimensions_from_config
+from lowmem_rlhf.planning.memory.rollout import kv_bytes_per_token
+from lowmem_rlhf.recipe.settings import GRPOSettings
 from lowmem_rlhf.rollout.sampling import Sampling
-from lowmem_rlhf.training import update
+from lowmem_rlhf.rollout.shared_prompt import Limits, generate
 
 RANK = 4  # of tiny_base
 SHAPES = [(7, [6, 6, 6]), (5, [6, 6, 6])]
 TOKENS = Tokens([7, 5], [6] * 6)
 RECTANGLES = 7 * 7 + 5 * 5 + 3 * 5 * (7 + 5) + 3 * 5 * (5 + 5)  # what attention computes: it masks half of a square
-WHOLE = update.PassSettings(1.0, 10_000, 64)
+WHOLE = update.BatchLimits(1.0, 10_000, 64)
 FAMILIES = ("llama", "llama-tied-biased", "qwen3", "gemma2", "phi", "gpt2")
 
 

@@ -3,7 +3,7 @@
 import pytest
 from stock_twin import SHAPE, measured, predicted, run_of
 
-from lowmem_rlhf.planning.families import FAMILIES
+from lowmem_rlhf.architecture.families import FAMILIES
 
 FOUR_BIT = {"quantization": "nf4", "precision": "float16"}
 FULL = {"quantization": "none", "precision": "float32"}

@@ -9,10 +9,10 @@ import vram_measured
 from vram_cases import FAMILIES, MODELS, NAMED, SMOLLM, Case, cases, write_model
 
 from lowmem_rlhf.hardware.detect import cpu_device
-from lowmem_rlhf.planning.choices import MARGIN
-from lowmem_rlhf.planning.memory import CPU_PROCESS_BYTES
+from lowmem_rlhf.planning.inputs import MARGIN
+from lowmem_rlhf.planning.memory.resident import CPU_PROCESS_BYTES
 from lowmem_rlhf.planning.plan import make_plan
-from lowmem_rlhf.session import planned
+from lowmem_rlhf.planning.run_plan import planned
 
 SIZES = {"hidden_size": 128, "intermediate_size": 384, "num_hidden_layers": 3, "num_attention_heads": 4}
 TINY = [

@@ -9,7 +9,8 @@ import pytest
 from lowmem_rlhf.data.prompts import Example, build_examples
 from lowmem_rlhf.data.supervised import Pair, Supervised, build_pairs, build_supervised
 from lowmem_rlhf.errors import UserError
-from lowmem_rlhf.recipe import DataConfig, SFTSettings
+from lowmem_rlhf.recipe.sections import DataConfig
+from lowmem_rlhf.recipe.settings import SFTSettings
 
 Messages = list[dict[str, Any]]
 
@@ -34,7 +35,7 @@ def stops_of(tokenizer: Any) -> frozenset[int]:
     """Return the stops of a model whose configurations name the tokenizer's end of sequence."""
     from transformers import LlamaConfig
 
-    from lowmem_rlhf.model.stops import stop_ids_of
+    from lowmem_rlhf.architecture.stops import stop_ids_of
 
     return frozenset(stop_ids_of(tokenizer, LlamaConfig(eos_token_id=tokenizer.eos_token_id), None))
 

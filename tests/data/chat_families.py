@@ -261,7 +261,7 @@ def family_tokenizer(family: Family) -> PreTrainedTokenizerFast:
 
 def family_stops(family: Family, tokenizer: Any) -> frozenset[int]:
     """Return what the package takes as the stops of a model of the family, whose generation config names ``stops``."""
-    from lowmem_rlhf.model.stops import stop_ids_of
+    from lowmem_rlhf.architecture.stops import stop_ids_of
 
     named = [tokenizer.convert_tokens_to_ids(token) for token in family.stops or (family.eos,)]
     config = LlamaConfig(eos_token_id=tokenizer.eos_token_id)

@@ -7,7 +7,7 @@ import pytest
 from lowmem_rlhf.data.prompts import Example, build_examples
 from lowmem_rlhf.data.stream import PromptStream
 from lowmem_rlhf.errors import UserError
-from lowmem_rlhf.recipe import DataConfig
+from lowmem_rlhf.recipe.sections import DataConfig
 
 ROWS = [{"question": "2 + 3", "answer": "5", "level": 1}, {"question": "4 + 5", "answer": "9", "level": 2}]
 USER = [{"role": "user", "content": "2 + 3"}]

@@ -11,10 +11,10 @@ import os
 import pytest
 
 from lowmem_rlhf import paths
+from lowmem_rlhf.architecture.source import resolve_model
 from lowmem_rlhf.data.readers import read_file
 from lowmem_rlhf.data.values import JsonFloat, is_missing, text_of
 from lowmem_rlhf.errors import UserError
-from lowmem_rlhf.model.source import resolve_model
 
 
 @pytest.fixture

@@ -6,7 +6,7 @@ import pytest
 
 from lowmem_rlhf.data.sources import load_rows, peek
 from lowmem_rlhf.errors import UserError
-from lowmem_rlhf.recipe import DataConfig
+from lowmem_rlhf.recipe.sections import DataConfig
 
 GSM8K = Path(__file__).parents[2].parent / "shared" / "data" / "gsm8k"
 ROWS = [{"question": f"What is {n} + {n}?", "answer": str(2 * n)} for n in range(20)]

@@ -10,7 +10,8 @@ from lowmem_rlhf.data.sources import load_rows
 from lowmem_rlhf.data.stream import PromptStream
 from lowmem_rlhf.data.supervised import Supervised, build_pairs, build_supervised, labelled_texts
 from lowmem_rlhf.errors import UserError
-from lowmem_rlhf.recipe import DataConfig, SFTSettings
+from lowmem_rlhf.recipe.sections import DataConfig
+from lowmem_rlhf.recipe.settings import SFTSettings
 
 ROWS = [{"question": "2 + 3", "answer": "It is 5."}, {"question": "4 + 5", "answer": "It is 9."}]
 USER = {"role": "user", "content": "2 + 3"}

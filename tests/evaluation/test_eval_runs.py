@@ -12,17 +12,17 @@ from tiny_runs import save_tiny_model, tiny_recipe, tiny_values, write_jsonl
 from transformers import AutoModelForCausalLM
 
 from lowmem_rlhf.data.supervised import build_pairs, build_supervised
+from lowmem_rlhf.engine.load import load_base
 from lowmem_rlhf.errors import UserError
 from lowmem_rlhf.evaluation import evaluate as evaluate_module
 from lowmem_rlhf.evaluation import measure as measure_module
 from lowmem_rlhf.evaluation.intervals import pass_at_k, wilson
-from lowmem_rlhf.evaluation.kept import kept
 from lowmem_rlhf.evaluation.problems import held_out_rows
-from lowmem_rlhf.model.load import load_base
-from lowmem_rlhf.recipe import load_recipe
+from lowmem_rlhf.recipe.loading import load_recipe
 from lowmem_rlhf.report.html import write_report
-from lowmem_rlhf.run import RunDirectory
-from lowmem_rlhf.session import train
+from lowmem_rlhf.run.directory import RunDirectory
+from lowmem_rlhf.run.evaluations import kept
+from lowmem_rlhf.session.train import train
 
 REWARDS = (
     "def exact(prompts, completions, answer, **_):\n    return [float(a in c) for a, c in zip(answer, completions)]\n"
@@ -78,7 +78,7 @@ def test_both_roles_give_exactly_what_training_measured(lowmem_rlhf, grpo):
 
 def test_the_model_is_loaded_once(lowmem_rlhf, grpo, monkeypatch):
     calls = []
-    monkeypatch.setattr("lowmem_rlhf.model.base.load_base", lambda *a, **k: calls.append(a) or load_base(*a, **k))
+    monkeypatch.setattr("lowmem_rlhf.engine.base.load_base", lambda *a, **k: calls.append(a) or load_base(*a, **k))
     outcome(lowmem_rlhf("eval", grpo.path, "--json", "data.eval_size=4"))
     assert len(calls) == 1
 

@@ -14,12 +14,12 @@ pytest.importorskip("lm_eval", reason="lm-eval is not installed: pip install lm-
 
 from lm_eval.models.huggingface import HFLM
 
+from lowmem_rlhf.engine.base import SharedBase
 from lowmem_rlhf.evaluation.harness import SharedBaseLM
-from lowmem_rlhf.evaluation.kept import kept
-from lowmem_rlhf.evaluation.subject import Subject, open_run_subject
-from lowmem_rlhf.model.base import SharedBase
-from lowmem_rlhf.run import RunDirectory
-from lowmem_rlhf.session import train
+from lowmem_rlhf.evaluation.subject import EvalTarget, open_run_subject
+from lowmem_rlhf.run.directory import RunDirectory
+from lowmem_rlhf.run.evaluations import kept
+from lowmem_rlhf.session.train import train
 
 CHOICES = """task: tiny_sums
 dataset_path: json
@@ -53,7 +53,7 @@ def run(eval_model, tmp_path_factory, no_report) -> RunDirectory:
 
 
 @pytest.fixture(scope="module")
-def subject(run) -> Subject:
+def subject(run) -> EvalTarget:
     return open_run_subject(run, [], None, None, judged=False)
 
 

@@ -9,9 +9,9 @@ from safetensors.torch import load_file, save_file
 from tiny_models import save_tiny
 from tiny_runs import tiny_recipe
 
-from lowmem_rlhf.model.base import SharedBase
-from lowmem_rlhf.model.siblings import dense_weight
-from lowmem_rlhf.run import RunDirectory
+from lowmem_rlhf.engine.base import SharedBase
+from lowmem_rlhf.engine.grouped_lora import dense_weight
+from lowmem_rlhf.run.directory import RunDirectory
 
 CPU = torch.device("cpu")
 SAMPLES = [

@@ -9,11 +9,12 @@ import pytest
 import yaml
 from huggingface_hub import ModelCard
 
-from lowmem_rlhf.evaluation.kept import keep
-from lowmem_rlhf.export import card_facts
-from lowmem_rlhf.export.card import write_card
-from lowmem_rlhf.recipe import Recipe, load_recipe, validate_recipe
-from lowmem_rlhf.run import RunDirectory
+from lowmem_rlhf.export.card import facts as card_facts
+from lowmem_rlhf.export.card.write import write_card
+from lowmem_rlhf.recipe.loading import load_recipe, validate_recipe
+from lowmem_rlhf.recipe.schema import Recipe
+from lowmem_rlhf.run.directory import RunDirectory
+from lowmem_rlhf.run.evaluations import keep
 
 PROOF = {"mean_kl": 0.000123456, "top1_agreement": 0.9971, "kept_share": 0.9954, "prompts": 8}
 EXPORT = {"format": "merged", "onto": "quantized", "dtype": "float16", "proof": PROOF, "files": ["model.safetensors"]}

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from lowmem_rlhf.errors import RunError
-from lowmem_rlhf.export.compare import Bound, bound, compare
+from lowmem_rlhf.export.proof.compare import Bound, bound, compare
 
 WIDE = Bound(10.0, 0.0)
 

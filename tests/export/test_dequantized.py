@@ -5,13 +5,13 @@ import torch
 from export_cases import CPU, make_run, save_model
 from transformers import AutoModelForCausalLM
 
-from lowmem_rlhf.export import dequantized
+from lowmem_rlhf.engine.grouped_lora import dense_weight
+from lowmem_rlhf.engine.load import DTYPES, load_base
 from lowmem_rlhf.export.export import Export
-from lowmem_rlhf.export.names import _kept_wide, skeleton, stored_names
+from lowmem_rlhf.export.merging import dequantized
+from lowmem_rlhf.export.merging.names import _kept_wide, skeleton, stored_names
 from lowmem_rlhf.export.shards import SINGLE, read_shards
 from lowmem_rlhf.export.wish import Wish
-from lowmem_rlhf.model.load import DTYPES, load_base
-from lowmem_rlhf.model.siblings import dense_weight
 
 
 @pytest.mark.parametrize("piece", [2**10, 2**20])

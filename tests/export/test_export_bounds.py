@@ -14,14 +14,16 @@ from gguf import GGUFReader
 from safetensors.torch import load_file, save_file
 from tiny_runs import write_jsonl
 
+from lowmem_rlhf.engine.base import SharedBase
+from lowmem_rlhf.engine.roles import POLICY
 from lowmem_rlhf.errors import RunError
-from lowmem_rlhf.export import gguf, live, merging
 from lowmem_rlhf.export.export import Export
-from lowmem_rlhf.export.lora_file import LoraFile
-from lowmem_rlhf.export.storage import as_stored, furthest_row, stored_kind
+from lowmem_rlhf.export.gguf import write as gguf
+from lowmem_rlhf.export.merging import run as merging
+from lowmem_rlhf.export.merging.lora_file import LoraFile
+from lowmem_rlhf.export.proof import live
+from lowmem_rlhf.export.proof.storage import as_stored, furthest_row, stored_kind
 from lowmem_rlhf.export.wish import Wish
-from lowmem_rlhf.model.base import SharedBase
-from lowmem_rlhf.model.roles import POLICY
 
 WRONG_LIVE = "the live policy is not what stock transformers and peft compute"
 
@@ -98,7 +100,7 @@ def rope_by_pairs(base):
 
 
 def attention_sees_the_next(base):
-    from lowmem_rlhf.model.attention import PackedContext
+    from lowmem_rlhf.engine.attention import PackedContext
 
     attend = PackedContext.attend
 
@@ -244,7 +246,7 @@ def test_a_wrong_gguf_is_not_kept(fault, kind, llama, monkeypatch):
 
 
 def test_a_gguf_that_is_read_otherwise_is_refused_by_its_predictions(llama, monkeypatch):
-    from lowmem_rlhf.export.gguf_tensors import Tensor
+    from lowmem_rlhf.export.gguf.tensors import Tensor
 
     restore = Tensor.restore
     monkeypatch.setattr(Tensor, "restore", lambda self, numbers: restore(self, numbers.flip(0)))

@@ -15,12 +15,13 @@ from export_cases import change_tensors, make_run, save_model, shard
 from transformers import LlamaConfig
 
 from lowmem_rlhf.errors import RunError, UserError, with_notes
-from lowmem_rlhf.export import merge, push, wish
+from lowmem_rlhf.export import push, wish
 from lowmem_rlhf.export.export import Export
+from lowmem_rlhf.export.merging import merge
 from lowmem_rlhf.export.source import base_folder
 from lowmem_rlhf.export.wish import Wish
 from lowmem_rlhf.files import temp_path
-from lowmem_rlhf.run import RunDirectory
+from lowmem_rlhf.run.directory import RunDirectory
 
 Usage = namedtuple("Usage", "total used free")
 

@@ -13,17 +13,17 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
 
 from lowmem_rlhf import cli
+from lowmem_rlhf.engine.base import SharedBase
+from lowmem_rlhf.engine.load import load_base
+from lowmem_rlhf.engine.roles import CRITIC, POLICY
 from lowmem_rlhf.errors import RunError, UserError
-from lowmem_rlhf.export.compare import Bound, compare
 from lowmem_rlhf.export.export import Export
-from lowmem_rlhf.export.live import in_float32, live_policy
-from lowmem_rlhf.export.lora_file import LoraFile
-from lowmem_rlhf.export.stock import stock_logits
-from lowmem_rlhf.export.verify import placement, stock_model
+from lowmem_rlhf.export.merging.lora_file import LoraFile
+from lowmem_rlhf.export.proof.compare import Bound, compare
+from lowmem_rlhf.export.proof.live import in_float32, live_policy
+from lowmem_rlhf.export.proof.stock import stock_logits
+from lowmem_rlhf.export.proof.verify import placement, stock_model
 from lowmem_rlhf.export.wish import Wish
-from lowmem_rlhf.model.base import SharedBase
-from lowmem_rlhf.model.load import load_base
-from lowmem_rlhf.model.roles import CRITIC, POLICY
 
 
 @pytest.fixture(scope="module")
@@ -215,7 +215,7 @@ def test_a_checkpoint_is_exported_by_its_step(plain, model, tmp_path):
 
 
 def test_a_model_with_no_room_is_read_from_the_disk(plain, tmp_path, monkeypatch):
-    from lowmem_rlhf.export import verify
+    from lowmem_rlhf.export.proof import verify
 
     folder = export(plain, output=tmp_path / "out")["folder"]
     live = live_policy(plain, None, None)

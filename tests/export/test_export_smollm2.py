@@ -5,14 +5,14 @@ import torch
 from export_cases import CPU, make_run
 from peft import PeftModel
 
+from lowmem_rlhf.engine.base import SharedBase
+from lowmem_rlhf.engine.load import load_base
 from lowmem_rlhf.errors import RunError
-from lowmem_rlhf.export.compare import Bound, compare
 from lowmem_rlhf.export.export import Export
-from lowmem_rlhf.export.live import in_float32, live_policy
-from lowmem_rlhf.export.stock import stock_logits
+from lowmem_rlhf.export.proof.compare import Bound, compare
+from lowmem_rlhf.export.proof.live import in_float32, live_policy
+from lowmem_rlhf.export.proof.stock import stock_logits
 from lowmem_rlhf.export.wish import Wish
-from lowmem_rlhf.model.base import SharedBase
-from lowmem_rlhf.model.load import load_base
 
 TEXTS = [
     "Question: What is 12 + 30? Answer: First add the tens, 10 and 30, which gives 40, then add 2: 42.",

@@ -8,10 +8,10 @@ from gguf_cases import TEXTS, byte_level, llama_cpp, mean_kl, model_folder
 from tokenizers import pre_tokenizers
 from transformers import AutoModelForCausalLM
 
+from lowmem_rlhf.engine.load import load_base
 from lowmem_rlhf.errors import UserError
-from lowmem_rlhf.export.gguf import write_gguf
-from lowmem_rlhf.export.gguf_read import read_model
-from lowmem_rlhf.model.load import load_base
+from lowmem_rlhf.export.gguf.read import read_model
+from lowmem_rlhf.export.gguf.write import write_gguf
 
 LLAMA3 = {"rope_type": "llama3", "rope_theta": 10000.0, "factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 GEMMA = {"query_pre_attn_scalar": 16, "tie_word_embeddings": True}

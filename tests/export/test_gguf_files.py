@@ -13,8 +13,8 @@ from safetensors.torch import load_file, save_file
 from tokenizers import pre_tokenizers
 
 from lowmem_rlhf.errors import RunError, UserError
-from lowmem_rlhf.export import gguf_tensors
-from lowmem_rlhf.export.gguf import write_gguf
+from lowmem_rlhf.export.gguf import tensors as gguf_tensors
+from lowmem_rlhf.export.gguf.write import write_gguf
 
 
 @pytest.fixture(autouse=True)

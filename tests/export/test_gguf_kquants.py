@@ -7,8 +7,8 @@ import torch
 from gguf import GGMLQuantizationType, dequantize
 from gguf_cases import NODE
 
-from lowmem_rlhf.export.gguf_kquants import quantize_q4_k, quantize_q6_k
-from lowmem_rlhf.export.gguf_tensors import choose_type
+from lowmem_rlhf.export.gguf.kquants import quantize_q4_k, quantize_q6_k
+from lowmem_rlhf.export.gguf.tensors import choose_type
 
 Q4_K, Q6_K = GGMLQuantizationType.Q4_K, GGMLQuantizationType.Q6_K
 CASES = {Q4_K: (quantize_q4_k, 144), Q6_K: (quantize_q6_k, 210)}

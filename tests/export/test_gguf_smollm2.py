@@ -7,9 +7,9 @@ import torch
 from gguf_cases import llama_cpp
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from lowmem_rlhf.export.gguf import write_gguf
-from lowmem_rlhf.model.load import convert_gguf
-from lowmem_rlhf.model.source import resolve_model
+from lowmem_rlhf.architecture.source import resolve_model
+from lowmem_rlhf.engine.load import convert_gguf
+from lowmem_rlhf.export.gguf.write import write_gguf
 
 PROMPTS = [
     "The capital of France is",

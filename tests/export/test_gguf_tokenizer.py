@@ -10,8 +10,8 @@ from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from lowmem_rlhf.errors import UserError
-from lowmem_rlhf.export.gguf import write_gguf
-from lowmem_rlhf.export.gguf_tokenizer import describe_tokenizer
+from lowmem_rlhf.export.gguf.tokenizer import describe_tokenizer
+from lowmem_rlhf.export.gguf.write import write_gguf
 
 _WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+"
 _REST = r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"

@@ -10,15 +10,15 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+from lowmem_rlhf.architecture.adapters import saved_adapter
+from lowmem_rlhf.engine.base import SharedBase
 from lowmem_rlhf.errors import UserError
-from lowmem_rlhf.export import merge as merge_module
-from lowmem_rlhf.export.lora_file import LoraFile
-from lowmem_rlhf.export.merge import Merge
-from lowmem_rlhf.export.names import skeleton
+from lowmem_rlhf.export.merging import merge as merge_module
+from lowmem_rlhf.export.merging.lora_file import LoraFile
+from lowmem_rlhf.export.merging.merge import Merge
+from lowmem_rlhf.export.merging.names import skeleton
 from lowmem_rlhf.export.shards import INDEX, Stored, read_shards
 from lowmem_rlhf.export.source import copy_side_files, write_config
-from lowmem_rlhf.model.adapters import saved_adapter
-from lowmem_rlhf.model.base import SharedBase
 
 # biases, fused layers (qkv_proj, gate_up_proj, c_attn), Conv1D, norms by head, a tied head
 FAMILIES = ["llama", "llama-tied-biased", "qwen2", "qwen3", "gemma", "phi3", "gpt2", "gpt_neox"]

@@ -1,6 +1,6 @@
 """Which stored tensor is which parameter."""
 
-from lowmem_rlhf.export.names import stored_names
+from lowmem_rlhf.export.merging.names import stored_names
 
 PARAMETERS = ["transformer.h.0.attn.c_attn.weight", "transformer.wte.weight", "lm_head.weight"]
 

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 from tiny_models import byte_tokenizer, tiny_config
 
-from lowmem_rlhf.export.ollama import PROBE, SYSTEM, find_format, modelfile, write_ollama
-from lowmem_rlhf.export.ollama_formats import FORMATS
+from lowmem_rlhf.export.ollama.formats import FORMATS
+from lowmem_rlhf.export.ollama.write import PROBE, SYSTEM, find_format, modelfile, write_ollama
 
 GO = shutil.which("go") or os.environ.get("GO")
 LAST = "{% if add_generation_prompt %}"

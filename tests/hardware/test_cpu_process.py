@@ -7,8 +7,7 @@ import sys
 import pytest
 import torch
 
-from lowmem_rlhf import memory
-from lowmem_rlhf.hardware import cpu_process
+from lowmem_rlhf.hardware import cpu_process, memory
 
 CPU = torch.device("cpu")
 MIB = 2**20

@@ -18,17 +18,19 @@ from peft import PeftModel
 from safetensors.torch import save_file
 from tiny_models import as_batch, fill_adapter, ragged_groups, tiny_model, tiny_tokenizer
 
-from lowmem_rlhf.algorithms.grpo import token_loss, token_weights
-from lowmem_rlhf.live_bytes import LiveBytes
-from lowmem_rlhf.model import attention
-from lowmem_rlhf.model.base import SharedBase
-from lowmem_rlhf.model.host_embedding import embeddings_to_host
-from lowmem_rlhf.model.logprobs import tiled_logprobs
-from lowmem_rlhf.model.roles import POLICY
-from lowmem_rlhf.recipe import GRPOSettings
-from lowmem_rlhf.rollout.generate import Limits, generate
+from lowmem_rlhf.algorithms.grpo.math import token_loss, token_weights
+from lowmem_rlhf.algorithms.grpo.update import backward
+from lowmem_rlhf.engine import attention
+from lowmem_rlhf.engine.base import SharedBase
+from lowmem_rlhf.engine.host_embedding import embeddings_to_host
+from lowmem_rlhf.engine.logprobs import tiled_logprobs
+from lowmem_rlhf.engine.passes import BatchLimits, completion_logprobs
+from lowmem_rlhf.engine.roles import POLICY
+from lowmem_rlhf.hardware.live_bytes import LiveBytes
+from lowmem_rlhf.recipe.settings import GRPOSettings
+from lowmem_rlhf.rollout.rollout import Batch
 from lowmem_rlhf.rollout.sampling import Sampling
-from lowmem_rlhf.training.update import Batch, PassSettings, backward, score
+from lowmem_rlhf.rollout.shared_prompt import Limits, generate
 
 OUTPUT = Path(sys.argv[2])
 CARD, DEVICE = card_of(sys.argv[1])
@@ -73,10 +75,10 @@ def engine(base: SharedBase, batch: Batch) -> Numbers:
     numbers: Numbers = {}
     rows = range(len(batch.completions))
     for cut, tokens in BUDGETS.items():
-        passes = PassSettings(TEMPERATURE, tokens, TILE)
+        passes = BatchLimits(TEMPERATURE, tokens, TILE)
         for role in (POLICY, "reference"):
             with base.role(role):
-                logps = score(base, batch, rows, passes)
+                logps = completion_logprobs(base, batch.groups(rows), passes)
             numbers[f"score/{role}/{cut}"] = joined(logps)
         for checkpointing in (False, True):
             base.set_gradient_checkpointing(checkpointing)
@@ -167,7 +169,9 @@ def without_embeddings(base: SharedBase, batch: Batch) -> Numbers:
     gc.collect()
     freed = torch.tensor([before - CARD.live()])
     with base.role(POLICY):
-        logps = score(base, batch, range(len(batch.completions)), PassSettings(TEMPERATURE, 1000, TILE))
+        logps = completion_logprobs(
+            base, batch.groups(range(len(batch.completions))), BatchLimits(TEMPERATURE, 1000, TILE)
+        )
     return {"offloaded": joined(logps), "offloaded/freed": freed}
 
 
@@ -206,7 +210,7 @@ def peaks(device: str, dtype: torch.dtype, counted: bool) -> dict[str, int]:
     base.tokenizer.eos_token_id = None
     generator = torch.Generator().manual_seed(1)
     prompts = [torch.randint(0, 512, (n,), generator=generator).tolist() for n in PROMPTS]
-    passes, found = PassSettings(1.0, TOKENS, 64), {}
+    passes, found = BatchLimits(1.0, TOKENS, 64), {}
     for _ in range(2):  # the first time makes what stays
         with base.role(POLICY), Peak(device, counted) as peak:
             groups = generate(base, prompts, GENERATIONS, LENGTH, Sampling(), Limits(16, TOKENS, 64), seed=0)
@@ -214,7 +218,7 @@ def peaks(device: str, dtype: torch.dtype, counted: bool) -> dict[str, int]:
         completions = [c for group in groups for c in group]
         batch = Batch(prompts, completions, [(-1.0) ** n for n in range(len(completions))], GENERATIONS)
         with base.role("reference"), Peak(device, counted) as peak:
-            reference = score(base, batch, range(len(completions)), passes)
+            reference = completion_logprobs(base, batch.groups(range(len(completions))), passes)
         found["score"] = peak.bytes
         for name, checkpointing in (("update, kept", False), ("update, recomputed", True)):
             base.set_gradient_checkpointing(checkpointing)

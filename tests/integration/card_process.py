@@ -23,14 +23,15 @@ from tiny_runs import tiny_recipe, write_jsonl
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from lowmem_rlhf import cli
-from lowmem_rlhf.model import attention
-from lowmem_rlhf.model.base import SharedBase
-from lowmem_rlhf.model.packing import Group, pack
-from lowmem_rlhf.recipe import validate_recipe
-from lowmem_rlhf.session import train
-from lowmem_rlhf.training import grpo, online
-from lowmem_rlhf.training.optimizer import Stepper
-from lowmem_rlhf.training.update import packed_logprobs
+from lowmem_rlhf.algorithms.grpo import trainer as grpo
+from lowmem_rlhf.engine import attention
+from lowmem_rlhf.engine.base import SharedBase
+from lowmem_rlhf.engine.packing import Group, pack
+from lowmem_rlhf.engine.passes import packed_logprobs
+from lowmem_rlhf.recipe.loading import validate_recipe
+from lowmem_rlhf.session.train import train
+from lowmem_rlhf.training import online
+from lowmem_rlhf.training.optimizer import Optimizer
 
 CARD, DEVICE = card_of(sys.argv[1])
 MODEL, OUTPUT = Path(sys.argv[2]), Path(sys.argv[3])
@@ -222,7 +223,7 @@ CASES: dict[str, Callable[[], Any]] = {
     "oom-nowhere": lambda: out_of_memory("oom-nowhere", online, "generate", lambda call: None),
     "oom-in-rollout": lambda: out_of_memory("oom-in-rollout", online, "generate", fail_once(300)),
     "oom-in-update": lambda: out_of_memory("oom-in-update", grpo, "update", fail_once(600)),
-    "oom-in-optimizer": lambda: out_of_memory("oom-in-optimizer", Stepper, "step", fail_once(30)),
+    "oom-in-optimizer": lambda: out_of_memory("oom-in-optimizer", Optimizer, "step", fail_once(30)),
     "hopeless-rollout": lambda: out_of_memory("hopeless-rollout", online, "generate", no_room_in_step_2),
     "hopeless-update": lambda: out_of_memory("hopeless-update", grpo, "update", no_room_in_step_2),
     "oom-in-offloaded-update": lambda: out_of_memory(

@@ -9,8 +9,8 @@ sys.path.insert(1, str(Path(__file__).resolve().parents[1]))
 from cards import card_of, its_attention
 from tiny_runs import tiny_recipe, write_jsonl
 
-from lowmem_rlhf.model import attention
-from lowmem_rlhf.session import train
+from lowmem_rlhf.engine import attention
+from lowmem_rlhf.session.train import train
 
 DEVICE = card_of(sys.argv[1])[1]
 MODEL, OUTPUT = Path(sys.argv[2]), Path(sys.argv[3])

@@ -12,7 +12,7 @@ from tiny_runs import tiny_values, write_jsonl
 
 from lowmem_rlhf import cli
 from lowmem_rlhf.errors import RunError
-from lowmem_rlhf.run import RunDirectory
+from lowmem_rlhf.run.directory import RunDirectory
 
 ROWS = [{"question": f"{n}+{n}=", "answer": str(2 * n)} for n in range(1, 13)]
 
@@ -242,9 +242,9 @@ def test_ctrl_c_says_how_to_go_on(train, monkeypatch):
 
 
 def test_ctrl_c_within_an_optimizer_step_says_what_is_lost(train, monkeypatch):
-    from lowmem_rlhf.training.optimizer import Stepper
+    from lowmem_rlhf.training.optimizer import Optimizer
 
-    real = Stepper.step
+    real = Optimizer.step
 
     def interrupted(self):
         norm = real(self)
@@ -252,7 +252,7 @@ def test_ctrl_c_within_an_optimizer_step_says_what_is_lost(train, monkeypatch):
             raise KeyboardInterrupt
         return norm
 
-    monkeypatch.setattr(Stepper, "step", interrupted)
+    monkeypatch.setattr(Optimizer, "step", interrupted)
     done = train("training.max_steps=4")
     assert done.code == 1
     assert "interrupted; no step is kept, --resume starts over; step 1 is lost, as the next one had begun" in done.err

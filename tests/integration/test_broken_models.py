@@ -12,10 +12,11 @@ import pytest
 import torch
 from tiny_models import sampled_difference, tiny_base
 
+from lowmem_rlhf.engine import attention, fused
+from lowmem_rlhf.engine.decode import fast_decoder as lean
+from lowmem_rlhf.engine.logprobs import Head
 from lowmem_rlhf.errors import RunError
-from lowmem_rlhf.model import attention, fused, lean
-from lowmem_rlhf.model.logprobs import Head
-from lowmem_rlhf.rollout.decode import SharedPromptCache
+from lowmem_rlhf.rollout.cache import SharedPromptCache
 from lowmem_rlhf.rollout.stock_check import check
 from lowmem_rlhf.training.sampling_check import STOP, WARN, SamplingCheck
 

@@ -16,18 +16,18 @@ from safetensors.torch import load_file, save_file
 from tiny_models import byte_tokenizer
 from tiny_runs import SYMBOLS, tiny_recipe
 
-from lowmem_rlhf.chat import opening
-from lowmem_rlhf.chat.show import interact, show
-from lowmem_rlhf.chat.talk import Prompts, Reply, Talk, TextStream, Wish
+from lowmem_rlhf.architecture.stops import written_text
+from lowmem_rlhf.engine.base import SharedBase
 from lowmem_rlhf.hardware.device import Device
-from lowmem_rlhf.model.base import SharedBase
-from lowmem_rlhf.model.stops import written_text
-from lowmem_rlhf.recipe import DataConfig
+from lowmem_rlhf.inference import opening
+from lowmem_rlhf.inference.chat.show import interact, show
+from lowmem_rlhf.inference.chat.talk import Prompts, Reply, Talk, TextStream, Wish
+from lowmem_rlhf.recipe.sections import DataConfig
 from lowmem_rlhf.rollout import stream as stream_module
-from lowmem_rlhf.rollout.generate import Limits, generate
 from lowmem_rlhf.rollout.sampling import Sampling
-from lowmem_rlhf.run import RunDirectory
-from lowmem_rlhf.session import train
+from lowmem_rlhf.rollout.shared_prompt import Limits, generate
+from lowmem_rlhf.run.directory import RunDirectory
+from lowmem_rlhf.session.train import train
 
 CHAT = (
     "{% for m in messages %}{{ {'system': 'c', 'user': 'a', 'assistant': 'b'}[m['role']] }}{{ m['content'] }}."

@@ -10,9 +10,9 @@ import torch
 from safetensors.torch import load_file
 from tiny_runs import learned, tiny_recipe
 
-from lowmem_rlhf.planning.allocator import cublas_workspace
-from lowmem_rlhf.run import RunDirectory
-from lowmem_rlhf.session import train
+from lowmem_rlhf.planning.memory.resident import cublas_workspace
+from lowmem_rlhf.run.directory import RunDirectory
+from lowmem_rlhf.session.train import train
 
 
 @pytest.fixture(scope="module")

@@ -8,13 +8,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from lowmem_rlhf.model.base import SharedBase
-from lowmem_rlhf.model.load import load_base
-from lowmem_rlhf.model.logprobs import tiled_logprobs
-from lowmem_rlhf.model.packing import Group
-from lowmem_rlhf.model.roles import REFERENCE
-from lowmem_rlhf.recipe import validate_recipe
-from lowmem_rlhf.session import train
+from lowmem_rlhf.engine.base import SharedBase
+from lowmem_rlhf.engine.load import load_base
+from lowmem_rlhf.engine.logprobs import tiled_logprobs
+from lowmem_rlhf.engine.packing import Group
+from lowmem_rlhf.engine.roles import REFERENCE
+from lowmem_rlhf.recipe.loading import validate_recipe
+from lowmem_rlhf.session.train import train
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(3600)]
 

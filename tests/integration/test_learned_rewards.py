@@ -9,7 +9,7 @@ from tiny_runs import learned, tiny_recipe, write_jsonl
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from lowmem_rlhf.errors import RunError, UserError
-from lowmem_rlhf.session import train
+from lowmem_rlhf.session.train import train
 
 ROWS = [{"question": f"{n}+{n}=", "solution": f"{2 * n}"} for n in range(1, 13)]
 

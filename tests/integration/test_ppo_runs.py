@@ -12,23 +12,25 @@ import torch
 from safetensors.torch import load_file
 from tiny_runs import learned, tiny_recipe, write_jsonl
 
-from lowmem_rlhf import session
+from lowmem_rlhf.algorithms.grpo.trainer import GRPO
+from lowmem_rlhf.algorithms.ppo import trainer as ppo
+from lowmem_rlhf.algorithms.ppo import update as ppo_update
+from lowmem_rlhf.algorithms.ppo.trainer import PPO
+from lowmem_rlhf.architecture.adapters import saved_adapter
+from lowmem_rlhf.engine.base import SharedBase
+from lowmem_rlhf.engine.passes import BatchLimits, completion_logprobs, head_outputs, with_bootstrap_position
+from lowmem_rlhf.engine.roles import CRITIC, INITIAL, POLICY, REFERENCE, REWARD
 from lowmem_rlhf.errors import UserError
-from lowmem_rlhf.model.adapters import saved_adapter
-from lowmem_rlhf.model.base import SharedBase
-from lowmem_rlhf.model.roles import CRITIC, POLICY, REFERENCE, REWARD, START
-from lowmem_rlhf.recipe import Recipe
+from lowmem_rlhf.planning.run_plan import running_plan
+from lowmem_rlhf.recipe.schema import Recipe
 from lowmem_rlhf.report import html
 from lowmem_rlhf.rewards.loading import load_rewards
-from lowmem_rlhf.rollout.generate import Completion
-from lowmem_rlhf.run import RunDirectory
-from lowmem_rlhf.session import running_plan, train
-from lowmem_rlhf.training import build, ppo, ppo_update
-from lowmem_rlhf.training.grpo import GRPO
-from lowmem_rlhf.training.heads import ahead, head_outputs
+from lowmem_rlhf.rollout.rollout import Batch, Completion
+from lowmem_rlhf.run.directory import RunDirectory
+from lowmem_rlhf.session import train as session
+from lowmem_rlhf.session.train import train
+from lowmem_rlhf.training import roles as build
 from lowmem_rlhf.training.online import Trainer
-from lowmem_rlhf.training.ppo import PPO
-from lowmem_rlhf.training.update import Batch, PassSettings, score
 
 CONTRACT = [
     *("step", "reward/mean", "reward/std", "reward/length", "kl", "entropy", "loss", "grad_norm", "learning_rate"),
@@ -36,7 +38,7 @@ CONTRACT = [
     *("time/step", "time/rollout", "time/score", "time/update", "memory/peak_bytes", "sampling/logp_difference"),
 ]
 OF_PPO = ["value/loss", "value/explained_variance", "policy/approx_kl", "policy/clip_fraction"]
-PASSES = PassSettings(1.0, 96, 16)
+PASSES = BatchLimits(1.0, 96, 16)
 write_report = html.write_report
 PRECISIONS = [("none", "float32"), ("none", "bfloat16"), ("nf4", "bfloat16")]
 
@@ -108,7 +110,7 @@ def roles_of(recipe: Recipe) -> SharedBase:
     """Return the base of a recipe with all its roles, as `session.train` makes it."""
     recipe = session._as_saved(recipe)
     plan = running_plan(recipe)
-    base = session._shared_base(recipe, plan)
+    base = session.open_base(recipe, plan)
     build.add_roles(base, recipe, plan, load_rewards(recipe.rewards, "cpu", 0, recipe.model))
     return base
 
@@ -123,7 +125,7 @@ def logps_in(base: SharedBase, role: str, batch: Batch | None = None) -> torch.T
     """Return all log-probs of a batch in a role."""
     batch = batch or some_batch()
     with base.role(role):
-        found = score(base, batch, range(len(batch.completions)), PASSES)
+        found = completion_logprobs(base, batch.groups(range(len(batch.completions))), PASSES)
     return torch.cat([found[row] for row in sorted(found)])
 
 
@@ -287,12 +289,12 @@ def test_the_reference_stays_the_sft_model(tiny_model, sft, with_all_roles, watc
 def test_all_roles_lie_on_one_copy_of_the_base(with_all_roles, quantization, dtype):
     recipe = session._as_saved(with_all_roles(hardware={"quantization": quantization, "compute_dtype": dtype}))
     plan = running_plan(recipe)
-    base = session._shared_base(recipe, plan)
+    base = session.open_base(recipe, plan)
     logps_in(base, POLICY)
     before, alive = storages(base), weights_alive(base)
     build.add_roles(base, recipe, plan, load_rewards(recipe.rewards, "cpu", 0, recipe.model))
-    assert base.roles == {REFERENCE: (START,), POLICY: (POLICY,), START: (START,), REWARD: (REWARD,)} | {
-        CRITIC: (START, CRITIC)
+    assert base.roles == {REFERENCE: (INITIAL,), POLICY: (POLICY,), INITIAL: (INITIAL,), REWARD: (REWARD,)} | {
+        CRITIC: (INITIAL, CRITIC)
     }
     for role in (POLICY, REFERENCE):
         logps_in(base, role)
@@ -358,7 +360,7 @@ def own_scores(model: Path, reward_model: Path, rollout: Any, group: int = 2) ->
     base = policy_with(model, reward_model)
     prompts = [example.prompt_ids for example in rollout.examples]
     batch = Batch(prompts, rollout.completions, [0.0] * len(rollout.completions), group)
-    found = head_outputs(base, POLICY, ahead(batch.groups(range(len(rollout.completions)))), PASSES)
+    found = head_outputs(base, POLICY, with_bootstrap_position(batch.groups(range(len(rollout.completions)))), PASSES)
     return [float(found[row][-1]) for row in range(len(rollout.completions))]
 
 

@@ -7,9 +7,9 @@ import pytest
 from tiny_classifiers import save_sentence_encoder
 from tiny_runs import save_tiny_model, write_jsonl
 
-from lowmem_rlhf.recipe import load_recipe, shipped_recipes
-from lowmem_rlhf.run import RunDirectory
-from lowmem_rlhf.session import train
+from lowmem_rlhf.recipe.loading import load_recipe, shipped_recipes
+from lowmem_rlhf.run.directory import RunDirectory
+from lowmem_rlhf.session.train import train
 
 BEFORE = {  # what a recipe goes on from
     "ppo_gpt2_gsm8k": "sft_gpt2_gsm8k",

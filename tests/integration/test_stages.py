@@ -15,11 +15,12 @@ from tiny_classifiers import save_classifier
 from tiny_runs import save_tiny_model, tiny_recipe, tiny_values, write_jsonl
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
-from lowmem_rlhf.recipe import Recipe, load_recipe, validate_recipe
+from lowmem_rlhf.recipe.loading import load_recipe, validate_recipe
+from lowmem_rlhf.recipe.schema import Recipe
 from lowmem_rlhf.report import html
 from lowmem_rlhf.rewards.adapter import AdapterReward
-from lowmem_rlhf.run import RunDirectory
-from lowmem_rlhf.session import train
+from lowmem_rlhf.run.directory import RunDirectory
+from lowmem_rlhf.session.train import train
 
 RANK = 3  # of the adapters that others continue; the recipes' own default is 16
 LORA = {"r": RANK, "lora_alpha": 6.0}
@@ -391,7 +392,7 @@ def test_a_classifier_that_is_interrupted_does_not_promise_to_go_on(command, tmp
     def interrupted(*args, **settings):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("lowmem_rlhf.training.classifier.train_classifier", interrupted)
+    monkeypatch.setattr("lowmem_rlhf.algorithms.classifier.update.train_classifier", interrupted)
     done = command("train", "--output", str(tmp_path / "run"), **CLASSIFIER)
     assert done.code == 1 and done.err.startswith("error: interrupted; a classifier's run cannot be continued")
     assert "--resume" not in done.err and not (tmp_path / "run").exists()

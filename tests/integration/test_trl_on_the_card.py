@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from tiny_runs import learned
 
-from lowmem_rlhf.run import RunDirectory
+from lowmem_rlhf.run.directory import RunDirectory
 
 
 @pytest.fixture(scope="module")

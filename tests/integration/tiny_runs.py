@@ -5,8 +5,9 @@ import string
 from pathlib import Path
 from typing import Any
 
-from lowmem_rlhf.recipe import Recipe, validate_recipe
-from lowmem_rlhf.run import RunDirectory
+from lowmem_rlhf.recipe.loading import validate_recipe
+from lowmem_rlhf.recipe.schema import Recipe
+from lowmem_rlhf.run.directory import RunDirectory
 
 SYMBOLS = ["<pad>", "</s>", "<s>", *string.digits, *"abcdefgh", " ", "+", "-", "?", ".", "="]
 # Metrics that measure the machine and not what was computed.

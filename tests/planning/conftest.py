@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 from planning_cases import CONFIGS
 
-from lowmem_rlhf.recipe import Recipe, load_recipe
+from lowmem_rlhf.recipe.loading import load_recipe
+from lowmem_rlhf.recipe.schema import Recipe
 
 
 @pytest.fixture

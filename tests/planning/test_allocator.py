@@ -1,9 +1,9 @@
 """The rules of torch's caching allocator, one by one."""
 
 import pytest
+from stock_memory.allocator import MIB, CachingAllocator
 
 from lowmem_rlhf.errors import RunError
-from lowmem_rlhf.planning.allocator import MIB, CachingAllocator
 
 
 def test_requests_are_rounded_and_share_a_small_segment():

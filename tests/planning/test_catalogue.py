@@ -12,11 +12,12 @@ from typing import Any
 import pytest
 from planning_cases import CONFIGS
 
+from lowmem_rlhf.architecture import hub
+from lowmem_rlhf.architecture.catalogue import FILE, catalogue, entries, find, series, smaller_than
+from lowmem_rlhf.architecture.dimensions import dimensions_from_config
+from lowmem_rlhf.architecture.lookup import model_dimensions
 from lowmem_rlhf.errors import UserError
-from lowmem_rlhf.planning import hub
-from lowmem_rlhf.planning.catalogue import FILE, catalogue, entries, find, series, smaller_than
-from lowmem_rlhf.planning.dimensions import dimensions_from_config, model_dimensions
-from lowmem_rlhf.recipe import load_recipe
+from lowmem_rlhf.recipe.loading import load_recipe
 
 MEASURED = Path(__file__).resolve().parents[3] / "shared" / "data" / "vram" / "t4_measured.csv"
 COMMIT = "0123456789abcdef0123456789abcdef01234567"

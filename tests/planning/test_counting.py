@@ -10,14 +10,15 @@ import pytest
 from planning_cases import card, cpu
 from tiny_models import UNPACKABLE, tiny_config
 
+from lowmem_rlhf.architecture import counting
+from lowmem_rlhf.architecture.count_class import count_class
+from lowmem_rlhf.architecture.counting import CannotCount
+from lowmem_rlhf.architecture.dimensions import dimensions_from_config
+from lowmem_rlhf.architecture.lookup import model_dimensions
+from lowmem_rlhf.engine.lora import lora_config
 from lowmem_rlhf.errors import UserError
-from lowmem_rlhf.model.lora import lora_config
-from lowmem_rlhf.planning import counting
-from lowmem_rlhf.planning.count_class import count_class
-from lowmem_rlhf.planning.counting import CannotCount
-from lowmem_rlhf.planning.dimensions import dimensions_from_config, model_dimensions
 from lowmem_rlhf.planning.fits import fit, one_card, what_fits
-from lowmem_rlhf.planning.memory import block_weight_bytes, embedding_bytes
+from lowmem_rlhf.planning.memory.resident import block_weight_bytes, embedding_bytes
 from lowmem_rlhf.planning.plan import make_plan
 from lowmem_rlhf.report.fits_view import cell_text
 
@@ -120,7 +121,7 @@ def test_the_count_is_that_of_the_real_model(model_type, in_process):
     from transformers.integrations.bitsandbytes import replace_with_bnb_linear
     from transformers.quantizers.base import get_keys_to_not_convert
 
-    from lowmem_rlhf.model.load import quantization_settings
+    from lowmem_rlhf.engine.load import quantization_settings
 
     config = config_of(model_type)
     dims = dimensions_from_config(fields_of(config, model_type), model_type)
@@ -239,8 +240,8 @@ def test_a_count_in_a_process_of_its_own(cache, folder):
     model = folder(fields_of(config_of("glm4"), "glm4"))
     code = (
         "import subprocess, sys\n"
-        "from lowmem_rlhf.planning import counting\n"
-        "from lowmem_rlhf.planning.dimensions import model_dimensions\n"
+        "from lowmem_rlhf.architecture import counting\n"
+        "from lowmem_rlhf.architecture.lookup import model_dimensions\n"
         "if sys.argv[2] == 'second': counting._ask = None\n"
         "print(model_dimensions(sys.argv[1]).num_parameters)\n"
         "print([name for name in ('torch', 'transformers', 'bitsandbytes') if name in sys.modules])\n"

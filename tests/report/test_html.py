@@ -4,9 +4,9 @@ from html.parser import HTMLParser
 
 import pytest
 
-from lowmem_rlhf.recipe import validate_recipe
+from lowmem_rlhf.recipe.loading import validate_recipe
 from lowmem_rlhf.report.html import write_report
-from lowmem_rlhf.run import RunDirectory
+from lowmem_rlhf.run.directory import RunDirectory
 
 EVIL = "<script src='https://evil.example/x.js'></script>"
 

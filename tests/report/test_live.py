@@ -6,8 +6,8 @@ import re
 import pytest
 from rich.console import Console
 
-from lowmem_rlhf.report.format import evaluation_rows, format_bytes, format_number, format_ratio, format_seconds
-from lowmem_rlhf.report.live import LiveView, print_evaluation, print_plan, tokens_per_second
+from lowmem_rlhf.display.format import evaluation_rows, format_bytes, format_number, format_ratio, format_seconds
+from lowmem_rlhf.display.live import LiveView, print_evaluation, print_plan, tokens_per_second
 
 METRICS = {
     "step": 12, "reward/mean": 0.31, "kl": 0.002, "completion/mean_length": 5.1, "time/step": 2.0,

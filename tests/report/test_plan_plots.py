@@ -11,12 +11,12 @@ from PIL import Image
 from rich.console import Console
 
 from lowmem_rlhf import cli
+from lowmem_rlhf.architecture.catalogue import find
 from lowmem_rlhf.errors import UserError
 from lowmem_rlhf.hardware.profiles import find_profile, profile_device
-from lowmem_rlhf.planning.catalogue import find
 from lowmem_rlhf.planning.fits import one_card, shipped_cards, what_fits
 from lowmem_rlhf.planning.plan import make_plan
-from lowmem_rlhf.recipe import load_recipe
+from lowmem_rlhf.recipe.loading import load_recipe
 from lowmem_rlhf.report.fits_view import cell_text, gigabytes, print_fits, short_name
 from lowmem_rlhf.report.plan_plots import check_picture, draw_fits, draw_phases, save_picture
 

@@ -70,7 +70,7 @@ def test_smooth_is_centred_and_skips_gaps():
 
 
 def test_import_is_light():
-    code = "import sys, lowmem_rlhf.report.html, lowmem_rlhf.report.live as _; "
+    code = "import sys, lowmem_rlhf.report.html, lowmem_rlhf.display.live as _; "
     code += "print({'torch', 'matplotlib'} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "set()"

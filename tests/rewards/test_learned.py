@@ -13,7 +13,8 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from lowmem_rlhf.errors import RunError, UserError
 from lowmem_rlhf.planning.placement import encoder_pass_bytes, reward_bytes, reward_device
-from lowmem_rlhf.recipe import RewardConfig, load_recipe
+from lowmem_rlhf.recipe.loading import load_recipe
+from lowmem_rlhf.recipe.sections import RewardConfig
 from lowmem_rlhf.rewards import Reward, load_rewards, placements, score
 from lowmem_rlhf.rewards.encoder import batches_by_tokens
 

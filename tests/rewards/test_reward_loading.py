@@ -1,7 +1,8 @@
 import pytest
 
 from lowmem_rlhf.errors import UserError
-from lowmem_rlhf.recipe import REWARD_OPTIONS, RewardConfig, load_recipe, shipped_recipes
+from lowmem_rlhf.recipe.loading import load_recipe, shipped_recipes
+from lowmem_rlhf.recipe.sections import REWARD_OPTIONS, RewardConfig
 from lowmem_rlhf.rewards import check_reward_columns, load_rewards
 from lowmem_rlhf.rewards.functions import SHIPPED, gsm8k_answer
 
@@ -11,7 +12,7 @@ from neighbour import BONUS
 
 NUMBER = 3
 
-class Judge:
+class CompletionEvaluator:
     pass
 
 def with_answer(prompts, completions, answer, bonus=0.0, **kwargs):
@@ -74,7 +75,7 @@ def test_refused_names():
 def test_refused_functions(users_file):
     refused(r"defines no 'with_anwser'; did you mean 'with_answer'\? \(it has: .*strict", f"{users_file}:with_anwser")
     refused("is a int, not a reward function", f"{users_file}:NUMBER")
-    refused("is a class, not a reward function", f"{users_file}:Judge")
+    refused("is a class, not a reward function", f"{users_file}:CompletionEvaluator")
 
 
 @pytest.mark.parametrize(

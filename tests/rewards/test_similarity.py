@@ -91,7 +91,7 @@ def test_minilm(minilm):
     values = rewards_of(reward, given, answer=[question] * 3)
     assert values[0] > 0.8 and values[0] > values[1] + 0.2 and values[1] > values[2] + 0.2
 
-    from lowmem_rlhf.model.source import resolve_model
+    from lowmem_rlhf.architecture.source import resolve_model
 
     folder = resolve_model(minilm)
     long = "Natalia sold clips to 48 of her friends in April, and then she sold half as many in May. " * 30

@@ -8,10 +8,10 @@ import torch
 from safetensors.torch import load_file
 from tiny_classifiers import FAMILIES, save_classifier, save_sentence_encoder
 
+from lowmem_rlhf.algorithms.classifier.fit import train_classifier
 from lowmem_rlhf.errors import UserError
-from lowmem_rlhf.recipe import LearnedReward, RewardConfig, TrainingConfig
+from lowmem_rlhf.recipe.sections import LearnedReward, RewardConfig, TrainingConfig
 from lowmem_rlhf.rewards import load_rewards
-from lowmem_rlhf.rewards.train_classifier import train_classifier
 
 NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
 

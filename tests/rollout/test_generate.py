@@ -6,14 +6,15 @@ import pytest
 import torch
 from tiny_models import CPU, EOS, FAMILIES, VOCAB, fill_adapter, tiny_base, tiny_model, tiny_tokenizer
 
+from lowmem_rlhf.engine.base import SharedBase
+from lowmem_rlhf.engine.passes import BatchLimits, completion_logprobs
+from lowmem_rlhf.engine.roles import POLICY
 from lowmem_rlhf.errors import RunError
-from lowmem_rlhf.model.base import SharedBase
-from lowmem_rlhf.model.roles import POLICY
-from lowmem_rlhf.rollout import generate as rollout_module
-from lowmem_rlhf.rollout.decode import SharedPromptCache
-from lowmem_rlhf.rollout.generate import Limits, generate, waves
+from lowmem_rlhf.rollout import shared_prompt as rollout_module
+from lowmem_rlhf.rollout.cache import SharedPromptCache
+from lowmem_rlhf.rollout.rollout import Batch
 from lowmem_rlhf.rollout.sampling import Sampling
-from lowmem_rlhf.training.update import Batch, PassSettings, score
+from lowmem_rlhf.rollout.shared_prompt import Limits, generate, waves
 
 LIMITS = Limits(rows=64, prefill_tokens=24, tile=5)
 
@@ -44,9 +45,9 @@ def test_sampling_log_probs_are_those_of_the_training_pass(family):
         rollout = generate(base, prompts, groups, 40, Sampling(temperature), LIMITS, seed=3)
         flat = [c for group in rollout for c in group]
         batch = Batch(prompts, flat, [1.0] * len(flat), groups)
-        scored = score(base, batch, range(len(flat)), PassSettings(temperature, 200, 16))
+        scored = completion_logprobs(base, batch.groups(range(len(flat))), BatchLimits(temperature, 200, 16))
     with base.role("reference"):
-        other = score(base, batch, range(len(flat)), PassSettings(temperature, 200, 16))
+        other = completion_logprobs(base, batch.groups(range(len(flat))), BatchLimits(temperature, 200, 16))
     lengths = {len(c.ids) for c in flat}
     assert len(lengths) > 4
     assert max(lengths) > 32  # the room for completion tokens had to grow

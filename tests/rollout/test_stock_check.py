@@ -20,15 +20,15 @@ from tiny_models import (
 )
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from lowmem_rlhf.engine.base import SharedBase
+from lowmem_rlhf.engine.roles import POLICY
+from lowmem_rlhf.engine.stock import stock_forwards
 from lowmem_rlhf.errors import UserError
-from lowmem_rlhf.live_bytes import LiveBytes
-from lowmem_rlhf.model.base import SharedBase
-from lowmem_rlhf.model.roles import POLICY
-from lowmem_rlhf.model.stock import stock_forwards
-from lowmem_rlhf.recipe import load_recipe
+from lowmem_rlhf.hardware.live_bytes import LiveBytes
+from lowmem_rlhf.planning.run_plan import plan_recipe
+from lowmem_rlhf.recipe.loading import load_recipe
 from lowmem_rlhf.rollout import stock_check
 from lowmem_rlhf.rollout.stock_check import TESTED, TESTED_WITH, Distance, StockCheck, check, checked, is_tested
-from lowmem_rlhf.session import plan_recipe
 from lowmem_rlhf.training.sampling_check import STOP, expected_difference
 
 LONG = {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0] * 6, "long_factor": [4.0] * 6}

@@ -4,10 +4,10 @@ import pytest
 import torch
 from tiny_models import EOS, UNPACKABLE, tiny_base
 
+from lowmem_rlhf.engine.roles import POLICY
 from lowmem_rlhf.errors import RunError
-from lowmem_rlhf.model.roles import POLICY
-from lowmem_rlhf.rollout.generate import Limits, generate
 from lowmem_rlhf.rollout.sampling import Sampling
+from lowmem_rlhf.rollout.shared_prompt import Limits, generate
 from lowmem_rlhf.rollout.stream import stream
 
 PROMPT = [5, 17, 33, 8, 60, 41, 9]

@@ -7,12 +7,12 @@ import torch
 from tiny_models import fill_adapter, tiny_base
 from training_cases import LIMIT, logps_of, passes_of, ragged_batch, shifted
 
-from lowmem_rlhf.model.base import SharedBase
-from lowmem_rlhf.model.roles import CRITIC, POLICY, START
-from lowmem_rlhf.recipe import PPOSettings
-from lowmem_rlhf.training.heads import ahead, head_outputs
-from lowmem_rlhf.training.ppo_update import Rows, Targets, backward
-from lowmem_rlhf.training.update import Batch, PassSettings
+from lowmem_rlhf.algorithms.ppo.update import Rows, Targets, backward
+from lowmem_rlhf.engine.base import SharedBase
+from lowmem_rlhf.engine.passes import BatchLimits, head_outputs, with_bootstrap_position
+from lowmem_rlhf.engine.roles import CRITIC, INITIAL, POLICY
+from lowmem_rlhf.recipe.settings import PPOSettings
+from lowmem_rlhf.rollout.rollout import Batch
 
 PROMPTS = (5, 2, 9, 30)
 
@@ -34,11 +34,11 @@ def add_critic(base: SharedBase, critic: str | None) -> None:
     if critic == "policy":
         base.roles[CRITIC] = base.roles[POLICY]
     elif critic:
-        below = START if critic == "above the start" else ""
+        below = INITIAL if critic == "above the start" else ""
         if below:
-            base.add_role(START, 3, 6, "all-linear", seed=5)
+            base.add_role(INITIAL, 3, 6, "all-linear", seed=5)
             fill_adapter(base, seed=6)
-            base.freeze(START)
+            base.freeze(INITIAL)
         base.add_role(CRITIC, 2, 4, "all-linear", seed=7, below=below)
     if critic:
         base.add_head(CRITIC, bias=True)
@@ -57,22 +57,26 @@ def rows_of(lengths: Sequence[int], seed: int, size: float = 1.0) -> Rows:
 
 
 def targets_of(
-    base: SharedBase, batch: Batch, temperature: float = 1.0, by_sequence: bool = False, one_more: bool = False
+    base: SharedBase,
+    batch: Batch,
+    temperature: float = 1.0,
+    by_sequence: bool = False,
+    bootstrap_position: bool = False,
 ) -> Targets:
     """Return targets of a policy and a critic some updates ago, far enough for every clipping to take part."""
     lengths = [len(c.ids) for c in batch.completions]
     old = shifted(logps_of(base, batch, POLICY, temperature), by=0.3 if by_sequence else 0.5)
     if by_sequence:
         return Targets(old, rows_of([1] * len(lengths), seed=1), by_sequence=True)
-    valued = [min(n + 1, LIMIT) for n in lengths] if one_more else lengths
+    valued = [min(n + 1, LIMIT) for n in lengths] if bootstrap_position else lengths
     advantages = rows_of(lengths, seed=1)
     if CRITIC not in base.heads:
         return Targets(old, advantages)
     groups = batch.groups(range(len(lengths)))
-    values = head_outputs(base, CRITIC, ahead(groups) if one_more else groups, passes_of())
+    values = head_outputs(base, CRITIC, with_bootstrap_position(groups) if bootstrap_position else groups, passes_of())
     old_values = {row: values[row][: len(noise)] + noise for row, noise in rows_of(valued, 2, 0.3).items()}
     returns = {row: old_values[row] + noise for row, noise in rows_of(valued, 3).items()}
-    return Targets(old, advantages, old_values, returns, one_more=one_more)
+    return Targets(old, advantages, old_values, returns, bootstrap_position=bootstrap_position)
 
 
 def equal(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
@@ -86,7 +90,7 @@ def ppo_gradients(
     batch: Batch,
     targets: Targets,
     settings: PPOSettings,
-    passes: PassSettings,
+    passes: BatchLimits,
     rows: Sequence[int] | None = None,
     loss_scale: float = 1.0,
 ) -> tuple[Any, dict[str, torch.Tensor]]:

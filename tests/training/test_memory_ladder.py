@@ -5,7 +5,7 @@ import torch
 from training_cases import CPU
 
 from lowmem_rlhf.errors import RunError
-from lowmem_rlhf.memory import with_less
+from lowmem_rlhf.hardware.memory import retry_with_smaller
 
 
 class Card:
@@ -24,7 +24,7 @@ class Card:
 def climb(fits: int, size: int, least: int):
     card, said = Card(fits), []
     try:
-        return with_less(card, size, least, "hardware.x", CPU, said.append), card.sizes, said
+        return retry_with_smaller(card, size, least, "hardware.x", CPU, said.append), card.sizes, said
     except RunError as error:
         return error, card.sizes, said
 
@@ -60,4 +60,4 @@ def test_other_errors_pass():
         raise RuntimeError("something else")
 
     with pytest.raises(RuntimeError, match="something else"):
-        with_less(work, 8, 1, "hardware.x", CPU, print)
+        retry_with_smaller(work, 8, 1, "hardware.x", CPU, print)

@@ -4,15 +4,17 @@ import pytest
 from tiny_models import tiny_base
 from training_cases import settings_of, stepper_of
 
-from lowmem_rlhf.live_bytes import LiveBytes
-from lowmem_rlhf.model.base import SharedBase
-from lowmem_rlhf.planning.dimensions import dimensions_from_config
-from lowmem_rlhf.planning.layers import Layer
-from lowmem_rlhf.planning.rollouts import decode_scores_bytes, kv_bytes_per_token
+from lowmem_rlhf.algorithms.grpo.update import update
+from lowmem_rlhf.architecture.dimensions import dimensions_from_config
+from lowmem_rlhf.engine.base import SharedBase
+from lowmem_rlhf.engine.passes import BatchLimits, completion_logprobs
+from lowmem_rlhf.hardware.live_bytes import LiveBytes
+from lowmem_rlhf.planning.memory.layers import Layer
+from lowmem_rlhf.planning.memory.rollout import decode_scores_bytes, kv_bytes_per_token
 from lowmem_rlhf.planning.shapes import packed_shape
-from lowmem_rlhf.rollout.generate import Limits, generate
+from lowmem_rlhf.rollout.rollout import Batch
 from lowmem_rlhf.rollout.sampling import Sampling
-from lowmem_rlhf.training.update import Batch, PassSettings, score, update
+from lowmem_rlhf.rollout.shared_prompt import Limits, generate
 
 SIZES = {
     "vocab_size": 256,
@@ -32,13 +34,13 @@ class Step:
     def __init__(self) -> None:
         self.base, _ = tiny_base("llama", adapter=0, **SIZES)
         self.dims = dimensions_from_config(self.base.model.config.to_dict(), "tiny")
-        self.stepper = stepper_of(self.base.trainable())
+        self.optimizer = stepper_of(self.base.trainable())
         self.counter = LiveBytes()
         self.peaks(4, 8, 64)  # makes the optimizer's state
 
     def peaks(self, generations: int, length: int, tokens: int, prompts: int = 1) -> dict[str, int]:
         """Return each phase's peak bytes on top of what was live before it, with ``tokens`` a micro-batch."""
-        base, passes, found = self.base, PassSettings(1.0, tokens, TILE), {}
+        base, passes, found = self.base, BatchLimits(1.0, tokens, TILE), {}
         ids = [[(7 * b + i) % SIZES["vocab_size"] for i in range(PROMPT)] for b in range(prompts)]
         limits = Limits(ROWS, tokens, TILE)
 
@@ -56,9 +58,11 @@ class Step:
         assert {len(c.ids) for c in completions} == {length}
         batch = Batch(ids, completions, [(-1.0) ** n for n in range(len(completions))], generations)
         with base.role("reference"):
-            reference = measured("score", lambda: score(base, batch, range(len(completions)), passes))
+            reference = measured(
+                "score", lambda: completion_logprobs(base, batch.groups(range(len(completions))), passes)
+            )
         settings = settings_of(beta=0.04)
-        measured("update", lambda: update(base, self.stepper, batch, settings, length, passes, reference, print))
+        measured("update", lambda: update(base, self.optimizer, batch, settings, length, passes, reference, print))
         return found
 
 

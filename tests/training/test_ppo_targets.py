@@ -7,11 +7,10 @@ import pytest
 import torch
 from ppo_cases import rows_of
 
-from lowmem_rlhf.algorithms.padded import unpad_rows
-from lowmem_rlhf.recipe import validate_recipe
-from lowmem_rlhf.rollout.generate import Completion
-from lowmem_rlhf.training.ppo import PPO
-from lowmem_rlhf.training.update import Batch
+from lowmem_rlhf.algorithms.common.padded import unpad_rows
+from lowmem_rlhf.algorithms.ppo.trainer import PPO
+from lowmem_rlhf.recipe.loading import validate_recipe
+from lowmem_rlhf.rollout.rollout import Batch, Completion
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "algorithms"))
 from test_ppo_parity import CASES, recording
@@ -58,7 +57,7 @@ def test_trls_rollout_gives_trls_targets(name):
         torch.testing.assert_close(made.advantages[row], case.rollout.advantages[row, :n], rtol=1e-5, atol=1e-5)
         torch.testing.assert_close(made.returns[row], case.rollout.returns[row, :m], rtol=1e-5, atol=1e-5)
         assert torch.equal(made.old_values[row], case.rollout.values[row, :m])
-    assert made.one_more
+    assert made.bootstrap_position
     for key in ("objective/kl", "objective/non_score_reward", "objective/scores", "objective/rlhf_reward"):
         assert metrics[key] == pytest.approx(case.logged[key], rel=1e-4, abs=1e-6), key
 

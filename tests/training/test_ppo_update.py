@@ -9,13 +9,14 @@ from ppo_cases import add_critic, base_with, equal, ppo_batch, ppo_gradients, pp
 from tiny_models import tiny_base
 from training_cases import LIMIT, close, logps_of, passes_of, recipe_of, shifted, stepper_of, weights
 
-from lowmem_rlhf.model.roles import CRITIC, POLICY, START
-from lowmem_rlhf.recipe import validate_recipe
+from lowmem_rlhf.algorithms.ppo import trainer as ppo
+from lowmem_rlhf.algorithms.ppo import update as ppo_update
+from lowmem_rlhf.algorithms.ppo.update import Targets, mini_batches, update
+from lowmem_rlhf.engine.roles import CRITIC, INITIAL, POLICY
+from lowmem_rlhf.recipe.loading import validate_recipe
 from lowmem_rlhf.report import html
-from lowmem_rlhf.session import train
-from lowmem_rlhf.training import ppo, ppo_update
-from lowmem_rlhf.training.ppo_update import Targets, mini_batches, update
-from lowmem_rlhf.training.update import Batch
+from lowmem_rlhf.rollout.rollout import Batch
+from lowmem_rlhf.session.train import train
 
 CLOSE = 1e-5
 # critic, targets of `targets_of`
@@ -23,8 +24,8 @@ KINDS = {
     "own critic": ("adapter", {}),
     "critic above the start": ("above the start", {}),
     "critic on the policy": ("policy", {}),
-    "own critic, one more": ("adapter", {"one_more": True}),
-    "critic on the policy, one more": ("policy", {"one_more": True}),
+    "own critic, one more": ("adapter", {"bootstrap_position": True}),
+    "critic on the policy, one more": ("policy", {"bootstrap_position": True}),
     "no critic": (None, {}),
     "whole completions": (None, {"by_sequence": True}),
 }
@@ -63,7 +64,7 @@ def test_any_split_gives_the_whole_mini_batchs_gradient(kind, entropy_coef):
     if critic:
         assert 0 < metrics["value/clip_fraction"] < 1
     assert whole.stats.tokens == (len(batch.completions) if "by_sequence" in how else whole.scored)
-    if "one_more" in how:
+    if "bootstrap_position" in how:
         full = sum(len(c.ids) == LIMIT for c in batch.completions)
         assert whole.stats.value_tokens == whole.scored + len(batch.completions) - full
 
@@ -190,7 +191,7 @@ def plain_gradients(base, stock, batch, targets, settings, temperature):
         value = settings.vf_coef * 0.5 * squares[value_mask].mean()
         value.backward()
         total += value.item()
-    gradients = {name: p.grad for name, p in stock.named_parameters() if p.grad is not None and START not in name}
+    gradients = {name: p.grad for name, p in stock.named_parameters() if p.grad is not None and INITIAL not in name}
     if head is not None:
         gradients |= {f"heads.{CRITIC}.weight": weight.grad, f"heads.{CRITIC}.bias": bias.grad}
     return total, gradients
@@ -234,18 +235,18 @@ def run_update(drift=0.0, **changes):
     targets = targets_of(base, batch)
     old = shifted(logps_of(base, batch, POLICY), by=drift)
     targets = Targets(old, targets.advantages, targets.old_values, targets.returns)
-    stepper = stepper_of(base.trainable(), total=100, learning_rate=0.05)
+    optimizer = stepper_of(base.trainable(), total=100, learning_rate=0.05)
     said: list[str] = []
     shown: list[tuple[int, int]] = []
     result, tokens = update(
-        base, stepper, batch, rows, targets, settings, passes_of(70), "seed", said.append, lambda *n: shown.append(n)
+        base, optimizer, batch, rows, targets, settings, passes_of(70), "seed", said.append, lambda *n: shown.append(n)
     )
-    return SimpleNamespace(base=base, stepper=stepper, result=result, tokens=tokens, said=said, shown=shown)
+    return SimpleNamespace(base=base, optimizer=optimizer, result=result, tokens=tokens, said=said, shown=shown)
 
 
 def test_all_epochs_are_taken_and_counted():
     done = run_update(num_ppo_epochs=3, num_mini_batches=2)
-    assert (done.stepper.taken, done.result.epochs, done.tokens, done.said) == (6, 3, 70, [])
+    assert (done.optimizer.taken, done.result.epochs, done.tokens, done.said) == (6, 3, 70, [])
     assert done.shown == [(n, 6) for n in range(1, 7)]
     scored = sum(len(c.ids) for row, c in enumerate(ppo_batch((5, 2, 9)).completions) if row != 6)
     assert done.result.scored == scored  # of the first epoch
@@ -268,7 +269,7 @@ def test_every_epoch_deals_the_rows_out_anew(monkeypatch):
 
 def test_mini_batches_are_optimizer_steps_of_their_own():
     one, two = (run_update(num_ppo_epochs=1, num_mini_batches=n) for n in (1, 2))
-    assert (one.stepper.taken, two.stepper.taken) == (1, 2)
+    assert (one.optimizer.taken, two.optimizer.taken) == (1, 2)
     assert not equal(weights(one.base), weights(two.base))
     # the loss is the mean over the mini-batches; the first of them sees the policy that sampled
     assert two.result.first.tokens < one.result.first.tokens == one.result.stats.tokens == two.result.stats.tokens
@@ -277,16 +278,16 @@ def test_mini_batches_are_optimizer_steps_of_their_own():
 def test_a_policy_that_went_too_far_ends_the_step_before_it_goes_on():
     free = run_update(num_ppo_epochs=4)
     kept = run_update(num_ppo_epochs=4, target_kl=1e-4)
-    assert free.stepper.taken == 4 and not free.said
+    assert free.optimizer.taken == 4 and not free.said
     assert kept.said == ["epoch 2: approx_kl is above 1.5 times ppo.target_kl; the step ends here"]
-    assert (kept.stepper.taken, kept.result.epochs) == (1, 2)  # the pass that found it out is no step
+    assert (kept.optimizer.taken, kept.result.epochs) == (1, 2)  # the pass that found it out is no step
     assert kept.result.stats.tokens == 2 * kept.result.scored
     once = run_update(num_ppo_epochs=1)
     assert equal(weights(kept.base), weights(once.base))
     assert kept.result.grad_norm == once.result.grad_norm
     far = kept.result.stats.metrics()["policy/approx_kl"]
-    assert run_update(num_ppo_epochs=2, target_kl=far).stepper.taken == 1  # the mean of 0 and twice that
-    assert run_update(num_ppo_epochs=2, target_kl=4 * far).stepper.taken == 2
+    assert run_update(num_ppo_epochs=2, target_kl=far).optimizer.taken == 1  # the mean of 0 and twice that
+    assert run_update(num_ppo_epochs=2, target_kl=4 * far).optimizer.taken == 2
     assert all(p.grad is None for p in kept.base.trainable().values())
 
 
@@ -294,7 +295,7 @@ def test_the_first_mini_batch_is_always_a_step():
     """In 16 bits it may look far from the policy that sampled, which it is not."""
     done = run_update(num_ppo_epochs=3, target_kl=1e-9, drift=0.01)
     assert done.result.first.metrics()["policy/approx_kl"] > 1.5e-9
-    assert (done.stepper.taken, done.result.epochs) == (1, 2)
+    assert (done.optimizer.taken, done.result.epochs) == (1, 2)
 
 
 # The sampled policy is the trained policy

@@ -7,17 +7,18 @@ import pytest
 import torch
 from tiny_models import save_tiny
 
-from lowmem_rlhf import session
+from lowmem_rlhf.engine.base import SharedBase
 from lowmem_rlhf.errors import UserError
 from lowmem_rlhf.hardware.detect import cpu_device
-from lowmem_rlhf.model.base import SharedBase
-from lowmem_rlhf.planning.choices import MARGIN
-from lowmem_rlhf.planning.memory import CPU_PROCESS_BYTES
+from lowmem_rlhf.planning.inputs import MARGIN
+from lowmem_rlhf.planning.memory.resident import CPU_PROCESS_BYTES
 from lowmem_rlhf.planning.plan import make_plan
-from lowmem_rlhf.recipe import validate_recipe
-from lowmem_rlhf.session import planned, train
+from lowmem_rlhf.planning.run_plan import planned
+from lowmem_rlhf.recipe.loading import validate_recipe
+from lowmem_rlhf.session import train as session
+from lowmem_rlhf.session.train import train
 from lowmem_rlhf.training import probe as probing
-from lowmem_rlhf.training.build import add_roles
+from lowmem_rlhf.training.roles import add_roles
 
 LARGER = {
     "hidden_size": 128,

@@ -14,14 +14,14 @@ from training_cases import (
     weights,
 )
 
-from lowmem_rlhf.training.update import update
+from lowmem_rlhf.algorithms.grpo.update import update
 
 
 def updated(lr: float = 1e-3, tokens: int = 40, **settings):
     base, batch = base_of(), ragged_batch()
-    stepper = stepper_of(base.trainable(), learning_rate=lr, lr_scheduler_type="constant")
-    stats, _ = update(base, stepper, batch, settings_of(**settings), LIMIT, passes_of(tokens), {}, print)
-    return base, stats, stepper
+    optimizer = stepper_of(base.trainable(), learning_rate=lr, lr_scheduler_type="constant")
+    stats, _ = update(base, optimizer, batch, settings_of(**settings), LIMIT, passes_of(tokens), {}, print)
+    return base, stats, optimizer
 
 
 def test_the_first_iteration_is_on_the_policy():
@@ -45,7 +45,7 @@ def test_a_second_iteration_is_clipped_when_the_first_went_far():
 
 @pytest.mark.parametrize("iterations", [2, 3])
 def test_every_iteration_takes_the_log_probs_from_before_the_first(iterations):
-    base, stats, stepper = updated(lr=0.02, num_iterations=iterations)
+    base, stats, optimizer = updated(lr=0.02, num_iterations=iterations)
 
     by_hand, batch = base_of(), ragged_batch()
     own = stepper_of(by_hand.trainable(), learning_rate=0.02, lr_scheduler_type="constant")
@@ -60,11 +60,11 @@ def test_every_iteration_takes_the_log_probs_from_before_the_first(iterations):
 
     assert all(torch.equal(a, b) for a, b in zip(weights(base).values(), weights(by_hand).values(), strict=True))
     assert (stats.loss, stats.tokens, stats.grad_norm) == (first.loss, tokens, norms[-1])
-    assert stepper.scheduler.last_epoch == iterations
+    assert optimizer.scheduler.last_epoch == iterations
 
 
 def test_the_learning_rate_schedule_counts_iterations():
     base = base_of()
-    stepper = stepper_of(base.trainable(), total=4, learning_rate=1.0, lr_scheduler_type="linear")
-    update(base, stepper, ragged_batch(), settings_of(num_iterations=3), LIMIT, passes_of(), {}, print)
-    assert stepper.learning_rate == pytest.approx(0.25)
+    optimizer = stepper_of(base.trainable(), total=4, learning_rate=1.0, lr_scheduler_type="linear")
+    update(base, optimizer, ragged_batch(), settings_of(num_iterations=3), LIMIT, passes_of(), {}, print)
+    assert optimizer.learning_rate == pytest.approx(0.25)

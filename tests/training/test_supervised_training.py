@@ -13,19 +13,21 @@ from safetensors.torch import load_file
 from tiny_models import CPU, EOS, VOCAB, tiny_base
 from training_cases import Talk, close, make_tokenizer, recipe_of
 
+from lowmem_rlhf.algorithms.build import make_trainer
+from lowmem_rlhf.algorithms.common.epochs import with_epochs
+from lowmem_rlhf.algorithms.reward_model.update import RewardModel
+from lowmem_rlhf.algorithms.sft import update as supervised
+from lowmem_rlhf.algorithms.sft.update import SFT
+from lowmem_rlhf.architecture.adapters import HEAD
 from lowmem_rlhf.data.examples import read_data
 from lowmem_rlhf.data.supervised import Pair, Supervised, build_supervised
-from lowmem_rlhf.model.adapters import HEAD
-from lowmem_rlhf.model.base import SharedBase
-from lowmem_rlhf.model.roles import POLICY
-from lowmem_rlhf.recipe import validate_recipe
+from lowmem_rlhf.engine.base import SharedBase
+from lowmem_rlhf.engine.passes import BatchLimits
+from lowmem_rlhf.engine.roles import POLICY
+from lowmem_rlhf.planning.run_plan import running_plan
+from lowmem_rlhf.recipe.loading import validate_recipe
 from lowmem_rlhf.rewards.adapter import load_adapter_reward
-from lowmem_rlhf.run import RunDirectory
-from lowmem_rlhf.session import running_plan
-from lowmem_rlhf.training import supervised
-from lowmem_rlhf.training.build import make_trainer
-from lowmem_rlhf.training.supervised import SFT, RewardModel, with_epochs
-from lowmem_rlhf.training.update import PassSettings
+from lowmem_rlhf.run.directory import RunDirectory
 
 FAMILIES = ("llama", "bloom", "lfm2")  # packed; padded: biases on the scores, and a convolution
 SPLITS = (10_000, 40, 16)  # tokens of a micro-batch: all at once, some, one row
@@ -76,13 +78,13 @@ def make(model_folder, tmp_path):
 
 def one_step(trainer):
     """Take a step; return its metrics, and the gradients before it was taken."""
-    found, step = {}, trainer.stepper.step
+    found, step = {}, trainer.optimizer.step
 
     def spy():
-        found.update({name: p.grad.clone() for name, p in trainer.stepper.parameters.items()})
+        found.update({name: p.grad.clone() for name, p in trainer.optimizer.parameters.items()})
         return step()
 
-    trainer.stepper.step = spy
+    trainer.optimizer.step = spy
     return trainer.one_step(Talk(1)).metrics, found
 
 
@@ -241,7 +243,7 @@ def test_the_loss_of_pairs_is_trls(center, margins, make):
     batch = pairs(margins=margins)
     trainer = make(RewardModel, base, batch, reward_model={"center_rewards_coefficient": center})
     groups = supervised.pair_groups(batch)
-    rows = supervised.head_outputs(base, POLICY, groups, PassSettings(1.0, 64, 64))
+    rows = supervised.head_outputs(base, POLICY, groups, BatchLimits(1.0, 64, 64))
     ends = torch.stack([rows[row][-1] for row in (0, 2, 4, 6, 1, 3, 5, 7)])  # TRL's batch: all chosen, all rejected
 
     def same(tensor):
@@ -314,7 +316,7 @@ def test_the_reward_scores_what_the_reward_model_scored(make, tmp_path):
     base.save_adapter(tmp_path / "adapter")
     reward = load_adapter_reward("liking", str(tmp_path / "adapter"), "tiny/llama")
     other, _ = tiny_base("llama", adapter=0.3)
-    reward.bind(other, "reward", PassSettings(1.0, 16, 64))
+    reward.bind(other, "reward", BatchLimits(1.0, 16, 64))
     held_out = pairs(seed=7)
     prompts = [pair.prompt_ids for pair in held_out for _ in range(2)]
     answers = [ids for pair in held_out for ids in (pair.chosen_ids, pair.rejected_ids)]
@@ -335,9 +337,9 @@ def test_a_scaled_loss_is_the_same_step(kind, make):
     for dtype in (torch.float32, torch.float16):
         base, _ = tiny_base("llama", dtype=dtype)
         trainer = make(kind, base, examples() if kind is SFT else pairs())
-        assert trainer.stepper.loss_scale == (1 if dtype == torch.float32 else 4096)
+        assert trainer.optimizer.loss_scale == (1 if dtype == torch.float32 else 4096)
         found[dtype], _ = one_step(trainer)
-        assert trainer.stepper.skipped == 0
+        assert trainer.optimizer.skipped == 0
     for key in ("loss", "grad_norm"):
         assert found[torch.float16][key] == pytest.approx(found[torch.float32][key], rel=0.02)
 

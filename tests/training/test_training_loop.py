@@ -9,11 +9,12 @@ import torch
 from safetensors.torch import load_file
 from training_cases import SYMBOLS, digits, recipe_of, train, trainer_of
 
+from lowmem_rlhf.algorithms.grpo import trainer as grpo
+from lowmem_rlhf.algorithms.grpo import update as update_module
+from lowmem_rlhf.engine.decode import fast_decoder as lean
 from lowmem_rlhf.errors import RunError
-from lowmem_rlhf.model import lean
-from lowmem_rlhf.training import grpo, online
-from lowmem_rlhf.training import update as update_module
-from lowmem_rlhf.training.optimizer import Stepper
+from lowmem_rlhf.training import online
+from lowmem_rlhf.training.optimizer import Optimizer
 
 CONTRACT = [
     "step",
@@ -174,7 +175,7 @@ def test_a_resumed_run_is_the_uninterrupted_one(model_folder, tmp_path, optim, d
     uninterrupted = trainer_of(recipe, tmp_path / "whole")
     wanted, _ = train(uninterrupted)
     if optim == "adamw_8bit":
-        states = uninterrupted.stepper.optimizer.state.values()
+        states = uninterrupted.optimizer.torch_optimizer.state.values()
         assert any(state["state1"].dtype == torch.uint8 for state in states)
 
     stopped = trainer_of(recipe, tmp_path / "run", Failing(3, KeyboardInterrupt()))
@@ -268,7 +269,7 @@ def test_a_warm_up_may_start_at_a_learning_rate_of_zero(model_folder, tmp_path):
 
 def test_an_adapter_that_does_not_move_after_the_warm_up_is_an_error_too(model_folder, tmp_path, monkeypatch):
     recipe = recipe_of(model_folder, training={"warmup_steps": 1})
-    monkeypatch.setattr(Stepper, "step", lambda self: self.scheduler.step() or 1.0)
+    monkeypatch.setattr(Optimizer, "step", lambda self: self.scheduler.step() or 1.0)
     trainer = trainer_of(recipe, tmp_path / "run")
     with pytest.raises(RunError, match="did not change the adapter"):
         train(trainer)
@@ -298,7 +299,13 @@ def fed(base, batch, *_):
 OUT = {
     "rollout": (online, "generate", lambda base, prompts, count, length, sampling, limits: limits.rows, 5, (4, 4096)),
     "evaluation": (online, "evaluate", lambda base, examples, recipe, rewards, limits, *_: limits.rows, 8, (8, 4096)),
-    "scoring": (grpo, "score", lambda base, batch, rows, passes, *_: passes.micro_batch_tokens, 1024, (16, 1024)),
+    "scoring": (
+        grpo,
+        "completion_logprobs",
+        lambda base, groups, passes, *_: passes.micro_batch_tokens,
+        1024,
+        (16, 1024),
+    ),
     "update": (
         update_module,
         "backward",
@@ -351,7 +358,7 @@ def test_a_step_interrupted_after_an_optimizer_step_is_not_kept(model_folder, tm
     uninterrupted = trainer_of(recipe, tmp_path / "whole")
     train(uninterrupted)
     trainer = trainer_of(recipe, tmp_path / "run")
-    original, taken = Stepper.step, itertools.count(1)
+    original, taken = Optimizer.step, itertools.count(1)
 
     def step(self):
         norm = original(self)
@@ -360,7 +367,7 @@ def test_a_step_interrupted_after_an_optimizer_step_is_not_kept(model_folder, tm
         return norm
 
     with monkeypatch.context() as patch:
-        patch.setattr(Stepper, "step", step)
+        patch.setattr(Optimizer, "step", step)
         with pytest.raises(KeyboardInterrupt):
             train(trainer)
     resumed = trainer_of(recipe, tmp_path / "run", resume=True)

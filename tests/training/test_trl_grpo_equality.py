@@ -32,10 +32,11 @@ from training_cases import (
 )
 from trl import GRPOConfig, GRPOTrainer
 
-from lowmem_rlhf.algorithms.grpo import group_advantages
-from lowmem_rlhf.model.base import SharedBase
-from lowmem_rlhf.training.metrics import update_metrics
-from lowmem_rlhf.training.update import Batch, update
+from lowmem_rlhf.algorithms.grpo.math import group_advantages
+from lowmem_rlhf.algorithms.grpo.metrics import update_metrics
+from lowmem_rlhf.algorithms.grpo.update import update
+from lowmem_rlhf.engine.base import SharedBase
+from lowmem_rlhf.rollout.rollout import Batch
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 TOLERANCE = 1e-4
@@ -335,11 +336,11 @@ def test_optimizer_steps_of_trls_own_loop(loss_type, beta, accumulate, iteration
     named = {name.replace(".default.", ".policy."): p.detach() for name, p in oracle.model.named_parameters()}
     logged = [row for row in oracle.trainer.state.log_history if "grad_norm" in row]
 
-    stepper = stepper_of(base.trainable(), total=total, learning_rate=lr, max_grad_norm=norm)
+    optimizer = stepper_of(base.trainable(), total=total, learning_rate=lr, max_grad_norm=norm)
     settings = settings_of(loss_type=loss_type, beta=beta, num_iterations=iterations)
     for batch in batches:
         ref = logps_of(base, batch, "reference") if beta else {}
-        stats, _ = update(base, stepper, batch, settings, LIMIT, passes_of(tokens=40), ref, print)
+        stats, _ = update(base, optimizer, batch, settings, LIMIT, passes_of(tokens=40), ref, print)
     assert oracle.calls == 2
     assert logged[-1]["grad_norm"] > norm  # so that clipping took part
     assert stats.grad_norm == pytest.approx(logged[-1]["grad_norm"], rel=1e-3)

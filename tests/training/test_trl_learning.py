@@ -8,8 +8,8 @@ import pytest
 import torch
 from trl_cases import write_rows
 
-from lowmem_rlhf.recipe import load_recipe
-from lowmem_rlhf.session import train
+from lowmem_rlhf.recipe.loading import load_recipe
+from lowmem_rlhf.session.train import train
 
 
 @pytest.fixture

@@ -12,11 +12,11 @@ from training_cases import close, save_model
 from trl import DPOConfig, DPOTrainer
 from trl_cases import PAIRS, loop_of, step, trl_recipe, write_rows
 
-from lowmem_rlhf.model.load import load_base
-from lowmem_rlhf.model.roles import POLICY, REFERENCE
-from lowmem_rlhf.training.trl_data import batch_rows
-from lowmem_rlhf.training.trl_model import IGNORED, RoleModel, read_rows
-from lowmem_rlhf.training.trl_trainers import make_trainer
+from lowmem_rlhf.algorithms.trl.data import batch_rows
+from lowmem_rlhf.algorithms.trl.model import IGNORED, RoleModel, read_rows
+from lowmem_rlhf.algorithms.trl.trainers import make_trainer
+from lowmem_rlhf.engine.load import load_base
+from lowmem_rlhf.engine.roles import POLICY, REFERENCE
 
 CPU = torch.device("cpu")
 BYTES = [{key: value * 3 for key, value in row.items()} for row in PAIRS]
@@ -177,9 +177,9 @@ def test_float16_scales_the_loss_and_has_the_gradients_of_float32(model, tmp_pat
     for dtype in ("float32", "float16"):
         loop = loop_of(trl_recipe(model, "trl/dpo", file, hardware={"compute_dtype": dtype}), tmp_path)
         found[dtype] = step(loop)
-        assert (loop.stepper.loss_scale > 1) == (dtype == "float16")
+        assert (loop.optimizer.loss_scale > 1) == (dtype == "float16")
         assert {p.dtype for p in loop.base.trainable().values()} == {torch.float32}
-        assert loop.stepper.skipped == 0
+        assert loop.optimizer.skipped == 0
     assert found["float16"][0]["loss"] == pytest.approx(found["float32"][0]["loss"], abs=1e-3)
     assert found["float16"][0]["grad_norm"] == pytest.approx(found["float32"][0]["grad_norm"], rel=2e-2)
     want = found["float32"][1]

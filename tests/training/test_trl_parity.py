@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 from trl_cases import LABELLED, PAIRS, loop_of, step, trl_recipe, write_rows
 
 from lowmem_rlhf.data.stream import PromptStream
-from lowmem_rlhf.recipe_trl import TRL_TRAINERS
+from lowmem_rlhf.recipe.trl import TRL_TRAINERS
 
 RATE = 1e-2
 

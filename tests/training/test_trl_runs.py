@@ -17,14 +17,15 @@ from transformers import AutoModelForCausalLM, TrainingArguments
 from trl_cases import LABELLED, PAIRS, loop_of, trl_recipe, write_rows
 
 from lowmem_rlhf import cli
+from lowmem_rlhf.algorithms.trl.update import TRLLoop
+from lowmem_rlhf.display.format import evaluation_rows
 from lowmem_rlhf.errors import UserError
-from lowmem_rlhf.recipe import validate_recipe
-from lowmem_rlhf.recipe_trl import DECIDED, TRL_TRAINERS
-from lowmem_rlhf.report.format import evaluation_rows
-from lowmem_rlhf.run import RunDirectory
-from lowmem_rlhf.session import plan_recipe, train
-from lowmem_rlhf.training.trl_loop import TRLLoop
-from lowmem_rlhf.training.trl_plan import LOGITS_BYTES, PINNABLE, plan_trl
+from lowmem_rlhf.planning.run_plan import plan_recipe
+from lowmem_rlhf.planning.trl import LOGITS_BYTES, PINNABLE, plan_trl
+from lowmem_rlhf.recipe.loading import validate_recipe
+from lowmem_rlhf.recipe.trl import DECIDED, TRL_TRAINERS
+from lowmem_rlhf.run.directory import RunDirectory
+from lowmem_rlhf.session.train import train
 
 HELD_OUT = [{"prompt": "5+1= ", "chosen": "6", "rejected": "ef"}, {"prompt": "b a? ", "chosen": "b", "rejected": "44"}]
 KIND = {"trl/kto": {"chosen": None, "rejected": None, "label": "label"}}

@@ -7,10 +7,10 @@ from safetensors.torch import load_file
 from training_cases import recipe_of, train, trainer_of
 
 from lowmem_rlhf.errors import RunError
-from lowmem_rlhf.run import RunDirectory
+from lowmem_rlhf.run.directory import RunDirectory
 from lowmem_rlhf.training import loop
-from lowmem_rlhf.training.online import Judge, Trainer
-from lowmem_rlhf.training.optimizer import Stepper
+from lowmem_rlhf.training.online import CompletionEvaluator, Trainer
+from lowmem_rlhf.training.optimizer import Optimizer
 
 NEXT = "the next one had begun to change the weights"
 
@@ -34,19 +34,19 @@ def stop_at(patch, owner, name, call, error, after=False):
 # what stops, at which call, before or behind its work -> the last step on disk, and what the note says is lost;
 # four steps of two optimizer steps each, a checkpoint after the second
 MOMENTS = {
-    "evaluation before": (Judge, "evaluate", 1, False, 0, ""),
+    "evaluation before": (CompletionEvaluator, "evaluate", 1, False, 0, ""),
     "the first rollout": (Trainer, "_rollout", 1, False, 0, ""),
-    "before the first optimizer step": (Stepper, "step", 1, False, 0, ""),
-    "between the first optimizer steps": (Stepper, "step", 1, True, 0, ""),
-    "behind the first optimizer steps": (Stepper, "step", 2, True, 0, ""),
+    "before the first optimizer step": (Optimizer, "step", 1, False, 0, ""),
+    "between the first optimizer steps": (Optimizer, "step", 1, True, 0, ""),
+    "behind the first optimizer steps": (Optimizer, "step", 2, True, 0, ""),
     "the second step, not begun": (Trainer, "_rollout", 2, False, 1, ""),
-    "the second step, begun": (Stepper, "step", 3, True, 0, "step 1 is lost, as " + NEXT),
+    "the second step, begun": (Optimizer, "step", 3, True, 0, "step 1 is lost, as " + NEXT),
     "a row of the second step's metrics": (RunDirectory, "log_metrics", 2, False, 2, ""),
     "saving": (loop, "save_checkpoint", 1, False, 2, ""),
     "behind saving": (loop, "save_checkpoint", 1, True, 2, ""),
-    "the fourth step, not begun": (Stepper, "step", 7, False, 3, ""),
-    "the fourth step, begun": (Stepper, "step", 7, True, 2, "step 3 is lost, as " + NEXT),
-    "evaluation after": (Judge, "evaluate", 2, False, 4, ""),
+    "the fourth step, not begun": (Optimizer, "step", 7, False, 3, ""),
+    "the fourth step, begun": (Optimizer, "step", 7, True, 2, "step 3 is lost, as " + NEXT),
+    "evaluation after": (CompletionEvaluator, "evaluate", 2, False, 4, ""),
     "the adapter": (RunDirectory, "new_adapter", 1, False, 4, ""),
 }
 
@@ -132,7 +132,7 @@ def test_a_resumed_run_that_stops_at_once_still_has_what_it_began_with(recipe, t
         with pytest.raises(KeyboardInterrupt):
             train(trainer)
     again = trainer_of(recipe, tmp_path / "run", resume=True)
-    stop_at(monkeypatch, Stepper, "step", 1, RunError("it failed"), after=True)
+    stop_at(monkeypatch, Optimizer, "step", 1, RunError("it failed"), after=True)
     with pytest.raises(RunError) as caught:
         train(again)
     assert note(caught.value) == "step 2 is kept, --resume goes on from it"

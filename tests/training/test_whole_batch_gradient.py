@@ -18,9 +18,9 @@ from training_cases import (
     shifted,
 )
 
-from lowmem_rlhf.model.packing import micro_batches
-from lowmem_rlhf.training import update
-from lowmem_rlhf.training.update import rows_to_train
+from lowmem_rlhf.algorithms.grpo import update
+from lowmem_rlhf.algorithms.grpo.update import rows_to_train
+from lowmem_rlhf.engine.packing import split_groups
 
 TOLERANCE = 1e-5
 PROMPTS = (5, 2, 9, 5, 30)
@@ -45,7 +45,7 @@ def test_any_split_gives_the_whole_batches_gradient(base, batch, loss_type, beta
     groups = batch.groups(rows_to_train(batch, settings))
     counts = set()
     for tokens, tile in [(1, 1), (9, 1000), (17, 7), (40, 3), (90, 64)]:
-        counts.add(len(micro_batches(groups, tokens)))
+        counts.add(len(split_groups(groups, tokens)))
         stats, got = gradients(base, batch, settings, passes_of(tokens, tile), **dict(logps))
         assert stats.loss == pytest.approx(whole.loss, rel=TOLERANCE, abs=1e-6)  # terms of size 1 that nearly cancel
         assert (stats.kl_tokens, stats.scored) == (whole.kl_tokens, whole.scored)

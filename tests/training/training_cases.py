@@ -13,19 +13,25 @@ import torch
 from rich.console import Console
 from tiny_models import EOS, VOCAB, fill_adapter, tiny_model
 
+from lowmem_rlhf.algorithms.build import make_trainer
+from lowmem_rlhf.algorithms.grpo.update import UpdateStats, backward
+from lowmem_rlhf.data.examples import TrainingData
 from lowmem_rlhf.data.prompts import build_examples
 from lowmem_rlhf.data.sources import load_rows
-from lowmem_rlhf.model.base import SharedBase
-from lowmem_rlhf.model.roles import POLICY
-from lowmem_rlhf.recipe import GRPOSettings, Recipe, TrainingConfig, validate_recipe
-from lowmem_rlhf.report.live import LiveView
+from lowmem_rlhf.display.live import LiveView
+from lowmem_rlhf.engine.base import SharedBase
+from lowmem_rlhf.engine.passes import BatchLimits, completion_logprobs
+from lowmem_rlhf.engine.roles import POLICY
+from lowmem_rlhf.planning.run_plan import running_plan
+from lowmem_rlhf.recipe.loading import validate_recipe
+from lowmem_rlhf.recipe.schema import Recipe
+from lowmem_rlhf.recipe.sections import TrainingConfig
+from lowmem_rlhf.recipe.settings import GRPOSettings
 from lowmem_rlhf.rewards.loading import Reward
-from lowmem_rlhf.rollout.generate import Completion
-from lowmem_rlhf.run import RunDirectory
-from lowmem_rlhf.session import running_plan
+from lowmem_rlhf.rollout.rollout import Batch, Completion
+from lowmem_rlhf.run.directory import RunDirectory
 from lowmem_rlhf.training.online import Trainer
-from lowmem_rlhf.training.optimizer import Stepper
-from lowmem_rlhf.training.update import Batch, PassSettings, UpdateStats, backward, score
+from lowmem_rlhf.training.optimizer import Optimizer
 
 CPU = torch.device("cpu")
 LOSS_TYPES = ("grpo", "bnpo", "dr_grpo", "dapo")
@@ -77,9 +83,9 @@ def settings_of(**changes: Any) -> GRPOSettings:
     return GRPOSettings.model_validate(changes)
 
 
-def passes_of(tokens: int = 10_000, tile: int = 64, temperature: float = 1.0) -> PassSettings:
+def passes_of(tokens: int = 10_000, tile: int = 64, temperature: float = 1.0) -> BatchLimits:
     """Return how passes are cut; by default not at all."""
-    return PassSettings(temperature, tokens, tile)
+    return BatchLimits(temperature, tokens, tile)
 
 
 def stepper_of(
@@ -88,15 +94,17 @@ def stepper_of(
     total: int = 10,
     scale_loss: bool = False,
     **training: Any,
-) -> Stepper:
-    """Return a stepper; ``training`` are keys of the recipe's section."""
-    return Stepper(parameters, TrainingConfig.model_validate(training), optim, total, CPU, scale_loss)
+) -> Optimizer:
+    """Return a optimizer; ``training`` are keys of the recipe's section."""
+    return Optimizer(parameters, TrainingConfig.model_validate(training), optim, total, CPU, scale_loss)
 
 
 def logps_of(base: SharedBase, batch: Batch, role: str, temperature: float = 1.0) -> dict[int, torch.Tensor]:
     """Return the log-probs of all completions in a role."""
     with base.role(role):
-        return score(base, batch, range(len(batch.completions)), passes_of(temperature=temperature))
+        return completion_logprobs(
+            base, batch.groups(range(len(batch.completions))), passes_of(temperature=temperature)
+        )
 
 
 def shifted(logps: dict[int, torch.Tensor], by: float = 0.5, seed: int = 5) -> dict[int, torch.Tensor]:
@@ -112,7 +120,7 @@ def drawn_with(batch: Batch, logps: dict[int, torch.Tensor]) -> Batch:
 
 
 def gradients(
-    base: SharedBase, batch: Batch, settings: GRPOSettings, passes: PassSettings, **logps: Any
+    base: SharedBase, batch: Batch, settings: GRPOSettings, passes: BatchLimits, **logps: Any
 ) -> tuple[UpdateStats, dict[str, torch.Tensor]]:
     """Return what `backward` gives, and every adapter parameter's gradient."""
     for p in base.trainable().values():
@@ -217,7 +225,9 @@ def trainer_of(recipe: Recipe, path: Path, reward: Callable[..., list[Any]] = di
     examples = build_examples(load_rows(recipe.data, "train"), recipe.data, base.tokenizer)
     held_out = build_examples(load_rows(recipe.data, "eval"), recipe.data, base.tokenizer)
     run = RunDirectory.create(path, recipe, plan.to_dict(), resume)
-    trainer = Trainer(recipe, plan, base, [Reward("digits", reward)], examples, held_out, run)
+    data = TrainingData(examples, held_out, [])
+    trainer = make_trainer(recipe, plan, base, [Reward("digits", reward)], data, lambda resolved: run)
+    assert isinstance(trainer, Trainer)
     if resume:
         trainer.resume()
     return trainer

@@ -7,14 +7,15 @@ from typing import Any
 import torch
 from training_cases import Talk, recipe_of
 
+from lowmem_rlhf.algorithms.trl.update import TRLLoop, make_trl_loop
 from lowmem_rlhf.data.examples import read_data
 from lowmem_rlhf.data.sources import load_rows
-from lowmem_rlhf.model.base import SharedBase
-from lowmem_rlhf.recipe import Recipe, validate_recipe
-from lowmem_rlhf.run import RunDirectory
-from lowmem_rlhf.session import running_plan
-from lowmem_rlhf.training.build import add_roles
-from lowmem_rlhf.training.trl_loop import TRLLoop, make_trl_loop
+from lowmem_rlhf.engine.base import SharedBase
+from lowmem_rlhf.planning.run_plan import running_plan
+from lowmem_rlhf.recipe.loading import validate_recipe
+from lowmem_rlhf.recipe.schema import Recipe
+from lowmem_rlhf.run.directory import RunDirectory
+from lowmem_rlhf.training.roles import add_roles
 
 # answers of several lengths; a prompt that ends in a blank is followed by its answer as it is
 PAIRS = [
@@ -73,15 +74,15 @@ def loop_of(recipe: Recipe, folder: Path) -> TRLLoop:
 def step(loop: TRLLoop) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
     """Take a step; return its metrics, and the gradients (unscaled, unclipped) before it was taken."""
     found: dict[str, torch.Tensor] = {}
-    take = loop.stepper.step
+    take = loop.optimizer.step
 
     def spy() -> float:
-        scale = loop.stepper.loss_scale
-        found.update({name: p.grad / scale for name, p in loop.stepper.parameters.items()})  # type: ignore[operator]
+        scale = loop.optimizer.loss_scale
+        found.update({name: p.grad / scale for name, p in loop.optimizer.parameters.items()})  # type: ignore[operator]
         return take()
 
-    loop.stepper.step = spy  # type: ignore[method-assign]
+    loop.optimizer.step = spy  # type: ignore[method-assign]
     metrics = loop.one_step(Talk(1)).metrics
     loop.step += 1
-    loop.stepper.step = take  # type: ignore[method-assign]
+    loop.optimizer.step = take  # type: ignore[method-assign]
     return metrics, found

@@ -87,7 +87,7 @@ def save_model(name: str, folder: Path) -> Path:
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    from lowmem_rlhf.model.load import quiet
+    from lowmem_rlhf.engine.load import quiet
 
     tokenizer = tokenizer_named(name)
     config = AutoConfig.for_model(

@@ -10,15 +10,15 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
+from lowmem_rlhf.architecture.adapters import saved_adapter
+from lowmem_rlhf.architecture.fingerprint import fingerprint
+from lowmem_rlhf.architecture.lookup import model_dimensions
+from lowmem_rlhf.architecture.source import resolve_model
 from lowmem_rlhf.errors import UserError
-from lowmem_rlhf.model.adapters import saved_adapter
-from lowmem_rlhf.model.base_file import Fingerprint, read_base, write_base
-from lowmem_rlhf.model.fingerprint import fingerprint
-from lowmem_rlhf.model.source import resolve_model
-from lowmem_rlhf.planning.dimensions import model_dimensions
-from lowmem_rlhf.recipe import load_recipe, shipped_recipes
+from lowmem_rlhf.recipe.loading import load_recipe, shipped_recipes
 from lowmem_rlhf.rewards.loading import load_rewards
-from lowmem_rlhf.run import default_output
+from lowmem_rlhf.run.base_file import Fingerprint, read_base, write_base
+from lowmem_rlhf.run.directory import default_output
 
 
 @pytest.fixture

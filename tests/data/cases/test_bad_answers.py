@@ -3,7 +3,7 @@
 import pytest
 from building import config, names_row, pairs, prompts, refusal, sft, stops_of, turn, warnings_of
 
-from lowmem_rlhf.recipe import validate_recipe
+from lowmem_rlhf.recipe.loading import validate_recipe
 
 GOOD = {"prompt": "Is snow white?", "chosen": "Yes.", "rejected": "No."}
 BAD = {

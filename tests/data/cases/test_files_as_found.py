@@ -6,7 +6,7 @@ import pytest
 
 from lowmem_rlhf.data.sources import load_rows
 from lowmem_rlhf.errors import UserError
-from lowmem_rlhf.recipe import DataConfig
+from lowmem_rlhf.recipe.sections import DataConfig
 
 POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:0123\nsize 4567\n"
 LINE = '{"question": "Hi", "answer": "007"}\n'

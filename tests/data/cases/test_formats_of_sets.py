@@ -8,7 +8,7 @@ from building import talk, turn
 from lowmem_rlhf.data.formats import detect_format
 from lowmem_rlhf.data.values import Row
 from lowmem_rlhf.errors import UserError
-from lowmem_rlhf.recipe import validate_recipe
+from lowmem_rlhf.recipe.loading import validate_recipe
 
 SHARED = [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello."}]
 BETTER, WORSE = talk("Is lava cold?", "No."), talk("Is lava cold?", "Yes.")

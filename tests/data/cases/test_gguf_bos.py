@@ -10,10 +10,10 @@ from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer
 
 from lowmem_rlhf.export.framing import end_turns, framing, keep_template_options
-from lowmem_rlhf.export.gguf import second_stop
-from lowmem_rlhf.export.gguf_converter import set_frame
-from lowmem_rlhf.export.gguf_tokenizer import ADD_BOS, ADD_EOS, describe_tokenizer
-from lowmem_rlhf.recipe import DataConfig
+from lowmem_rlhf.export.gguf.converter import set_frame
+from lowmem_rlhf.export.gguf.tokenizer import ADD_BOS, ADD_EOS, describe_tokenizer
+from lowmem_rlhf.export.gguf.write import second_stop
+from lowmem_rlhf.recipe.sections import DataConfig
 
 TURNS = (
     "{% for m in messages %}{{ '<|im_start|>' + m.role + '\\n' + m.content + '<|im_end|>\\n' }}{% endfor %}"

@@ -7,14 +7,14 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file, save_file
 
+from lowmem_rlhf.architecture.fingerprint import fingerprint
+from lowmem_rlhf.data.provenance import rows_fingerprint
 from lowmem_rlhf.data.values import JsonFloat
-from lowmem_rlhf.model.base_file import BASE
-from lowmem_rlhf.model.fingerprint import fingerprint
-from lowmem_rlhf.recipe import load_recipe
-from lowmem_rlhf.run import INPUTS, open_run
-from lowmem_rlhf.run_inputs import rows_fingerprint
-from lowmem_rlhf.run_start import LOCAL
-from lowmem_rlhf.session import train
+from lowmem_rlhf.recipe.loading import load_recipe
+from lowmem_rlhf.run.base_file import BASE
+from lowmem_rlhf.run.directory import INPUTS, open_run
+from lowmem_rlhf.run.start import LOCAL
+from lowmem_rlhf.session.train import train
 
 ROWS = [{"question": f"Say the colour of thing {n}.", "answer": f"colour {n % 3}", "size": n} for n in range(10)]
 RECIPE = """\

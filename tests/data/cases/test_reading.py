@@ -8,7 +8,7 @@ import pytest
 from lowmem_rlhf.data.sources import load_rows, peek
 from lowmem_rlhf.data.values import has_column, text_of, value_at
 from lowmem_rlhf.errors import UserError
-from lowmem_rlhf.recipe import DataConfig
+from lowmem_rlhf.recipe.sections import DataConfig
 
 
 @pytest.fixture

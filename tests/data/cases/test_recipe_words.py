@@ -13,17 +13,19 @@ from hypothesis import strategies as st
 from pydantic import Field
 from tiny_models import save_tiny
 
+from lowmem_rlhf.algorithms.common.epochs import with_epochs
 from lowmem_rlhf.errors import UserError
 from lowmem_rlhf.evaluation.subject import open_run_subject
 from lowmem_rlhf.export.wish import Wish, check_wish
-from lowmem_rlhf.recipe import Recipe, Section, find_recipe, load_recipe, validate_recipe
-from lowmem_rlhf.recipe_names import ALIASES
-from lowmem_rlhf.recipe_overrides import apply_override
-from lowmem_rlhf.recipe_values import read_values
-from lowmem_rlhf.recipe_yaml import read_yaml, write_yaml
-from lowmem_rlhf.run import RunDirectory
-from lowmem_rlhf.session import train
-from lowmem_rlhf.training.supervised import with_epochs
+from lowmem_rlhf.recipe.loading import find_recipe, load_recipe, validate_recipe
+from lowmem_rlhf.recipe.names import ALIASES
+from lowmem_rlhf.recipe.overrides import apply_override
+from lowmem_rlhf.recipe.schema import Recipe
+from lowmem_rlhf.recipe.settings import Section
+from lowmem_rlhf.recipe.values import read_values
+from lowmem_rlhf.recipe.yaml_tree import read_yaml, write_yaml
+from lowmem_rlhf.run.directory import RunDirectory
+from lowmem_rlhf.session.train import train
 
 HEAD = "model: m\nalgorithm: sft\ndata:\n  train: rows.jsonl\n"
 

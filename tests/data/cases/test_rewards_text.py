@@ -8,17 +8,18 @@ import torch
 import yaml
 from tiny_models import byte_tokenizer, tiny_model
 
-from lowmem_rlhf.chat.talk import Prompts, Reply, Talk, TextStream, Wish
 from lowmem_rlhf.data.prompts import build_examples
 from lowmem_rlhf.data.values import JsonFloat, JsonInt, Row
+from lowmem_rlhf.engine.base import SharedBase
 from lowmem_rlhf.errors import RunError, UserError
-from lowmem_rlhf.model.base import SharedBase
-from lowmem_rlhf.recipe import DataConfig, RewardConfig, validate_recipe
+from lowmem_rlhf.inference.chat.talk import Prompts, Reply, Talk, TextStream, Wish
+from lowmem_rlhf.recipe.loading import validate_recipe
+from lowmem_rlhf.recipe.sections import DataConfig, RewardConfig
 from lowmem_rlhf.rewards.functions import arithmetic_answer, gsm8k_answer, think_format
 from lowmem_rlhf.rewards.loading import Reward, load_rewards
 from lowmem_rlhf.rewards.references import check_references, check_run_references
 from lowmem_rlhf.rewards.scoring import score
-from lowmem_rlhf.rollout.generate import Completion
+from lowmem_rlhf.rollout.rollout import Completion
 from lowmem_rlhf.training.evaluate import TrainerState, reward_completions
 
 TAGS = ["<think>", "</think>", "<answer>", "<tool>"]

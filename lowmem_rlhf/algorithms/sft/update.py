@@ -1,0 +1,123 @@
+"""Supervised fine-tuning on the packed, tiled engine.
+
+One optimizer step is exactly that of its whole batch, whatever the batch is cut into: the number of learned tokens is
+known before the first backward pass.
+
+Shapes: S scored tokens of a micro-batch.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from lowmem_rlhf.data.stream import PromptStream
+from lowmem_rlhf.data.supervised import Supervised
+from lowmem_rlhf.engine.base import SharedBase
+from lowmem_rlhf.engine.packing import Group, scored_only
+from lowmem_rlhf.engine.passes import (
+    BatchLimits,
+    micro_batches,
+    packed_logprobs,
+)
+from lowmem_rlhf.engine.roles import POLICY
+from lowmem_rlhf.planning.plan import Plan
+from lowmem_rlhf.progress import Progress
+from lowmem_rlhf.recipe.schema import Recipe
+from lowmem_rlhf.run.directory import RunDirectory
+from lowmem_rlhf.training.loop import Loop, StepResult
+
+
+class SFT(Loop):
+    """Supervised fine-tuning of the policy's adapter.
+
+    Args:
+        recipe, plan, base, run: see `Loop`.
+        train, held_out: examples to learn from, and to measure the loss on.
+        judge: returns results of held-out completions (accuracy, rewards), where the recipe has rewards.
+    """
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        plan: Plan,
+        base: SharedBase,
+        train: Sequence[Supervised],
+        held_out: Sequence[Supervised],
+        run: RunDirectory,
+        judge: Callable[[str, Progress], dict[str, Any]] | None = None,
+    ) -> None:
+        super().__init__(recipe, plan, base, run)
+        self.stream = PromptStream(train, recipe.training.prompts_per_step, recipe.training.seed)
+        self.held_out, self.judge = held_out, judge
+
+    def one_step(self, progress: Progress) -> StepResult:
+        """Learn from the next examples."""
+        examples = self.stream.batch(self.step)
+        groups, masks = _groups(examples), _masks(examples)
+        learned = sum(one.learned_tokens for one in examples)
+
+        def work(passes: BatchLimits) -> tuple[float, float, int]:
+            self.optimizer.zero_grad()
+            loss, entropy, fed = 0.0, 0.0, 0
+            with self.base.role(POLICY):
+                for packed in micro_batches(self.base, groups, passes.micro_batch_tokens):
+                    packed = scored_only(packed, masks)
+                    logps, entropies = packed_logprobs(self.base, packed, 1.0, passes.tile)
+                    share = -logps.sum() / learned
+                    (share * self.optimizer.loss_scale).backward()
+                    loss, entropy = loss + float(share.detach()), entropy + float(entropies.sum())
+                    fed += packed.input_ids.numel()
+                    progress.phase("update", fed, None)
+            return loss, entropy, fed
+
+        with self.timed("update"):
+            loss, entropy, fed = self.with_fewer_tokens(work, progress)
+            norm = self.optimizer.step()
+            self.base.adapters_changed()
+            self.optimizer.drop_gradients()
+        metrics = {"loss": loss, "entropy": entropy / learned, "grad_norm": norm, "tokens/trained": fed}
+        return StepResult({**metrics, "tokens/learned": learned, **self._held_out_loss(progress)}, learned)
+
+    def _held_out_loss(self, progress: Progress) -> dict[str, float]:
+        every = self.recipe.sft.eval_steps
+        if not every or not self.held_out or (self.step + 1) % every:
+            return {}
+        return {"eval/loss": self.loss(self.held_out, progress)}
+
+    @torch.no_grad()
+    def loss(self, examples: Sequence[Supervised], progress: Progress) -> float:
+        """Return the mean loss over all learned tokens of the examples, in the policy's role."""
+        groups, masks = _groups(examples), _masks(examples)
+
+        def shown(done: int, total: int) -> None:
+            progress.phase("evaluation", done, total)
+
+        def work(passes: BatchLimits) -> float:
+            total = 0.0
+            with self.base.role(POLICY):
+                for packed in micro_batches(self.base, groups, passes.micro_batch_tokens, shown):
+                    packed = scored_only(packed, masks)
+                    logps, _ = packed_logprobs(self.base, packed, 1.0, passes.tile, entropy="none")
+                    total -= float(logps.sum())
+            return total
+
+        return self.scored(work, progress) / sum(one.learned_tokens for one in examples)
+
+    def evaluate(self, when: str, progress: Progress) -> dict[str, Any]:
+        """Return the held-out loss, and what is said of sampled completions where the recipe has rewards."""
+        if not self.held_out:
+            return {}
+        loss = self.loss(self.held_out, progress)
+        judged = self.judge(when, progress) if self.judge else {"accuracy": None}
+        return {"loss": loss, "perplexity": math.exp(min(loss, 700.0)), **judged, "problems": len(self.held_out)}
+
+
+def _groups(examples: Sequence[Supervised]) -> list[Group]:
+    return [Group(one.prompt_ids, [one.completion_ids], [row]) for row, one in enumerate(examples)]
+
+
+def _masks(examples: Sequence[Supervised]) -> dict[int, tuple[bool, ...]]:
+    """Return by row which tokens are learned, where not all are."""
+    return {row: one.learned for row, one in enumerate(examples) if one.learned is not None}

@@ -1,0 +1,81 @@
+"""The sizes of the models that people train on consumer cards, without a network: `catalogue.json`, read on demand."""
+
+import json
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from lowmem_rlhf.architecture.dimensions import ModelDimensions, dimensions_from_config
+
+FILE = Path(__file__).with_name("catalogue.json")
+
+
+class Entry(NamedTuple):
+    """What the catalogue knows of a Hub id.
+
+    Attributes:
+        series: what its models are called together, such as Qwen2.5.
+        parameters: the published count.
+        config: the fields of its config.json that decide memory.
+    """
+
+    series: str
+    parameters: int
+    config: dict[str, Any]
+
+
+@cache
+def _models() -> list[dict[str, Any]]:
+    models: list[dict[str, Any]] = json.loads(FILE.read_text(encoding="utf-8"))["models"]
+    return models
+
+
+@cache
+def entries() -> dict[str, Entry]:
+    """Return the config of every Hub id that the catalogue knows, in the order of the file."""
+    found: dict[str, Entry] = {}
+    for model in _models():
+        same = dict.fromkeys(model["names"], model["config"])
+        others = {name: {**model["config"], **changes} for name, changes in model.get("variants", {}).items()}
+        for name, config in {**same, **others}.items():
+            found[name] = Entry(model["series"], model["parameters"], config)
+    return found
+
+
+@cache
+def find(model: str) -> ModelDimensions | None:
+    """Return the sizes of a Hub id, in any case; None where the catalogue does not have it."""
+    name = next((known for known in entries() if known.casefold() == model.casefold()), None)
+    return None if name is None else dimensions_from_config(entries()[name].config, name)
+
+
+@cache
+def catalogue() -> dict[str, ModelDimensions]:
+    """Return the sizes of every model, under the one of its names to suggest: the instruct model where there is one."""
+    firsts = [model["names"][0] for model in _models()]
+    return {name: dimensions_from_config(entries()[name].config, name) for name in firsts}
+
+
+def series() -> list[str]:
+    """Return what the models are called together (Qwen2.5, Llama 3, ...), in the order of the file."""
+    return list(dict.fromkeys(entry.series for entry in entries().values()))
+
+
+def smaller_than(dims: ModelDimensions) -> list[tuple[str, ModelDimensions]]:
+    """Return the models with fewer parameters and their sizes, the largest first, but those of the same series before.
+
+    Sizes that are not in the catalogue belong to the series of all models of their type.
+    """
+    known = catalogue()
+    akin = [name for name, other in known.items() if _alike(dims, other)]
+    akin = akin or [name for name, other in known.items() if other.model_type == dims.model_type]
+    same = {entries()[name].series for name in akin}
+    smaller = [(name, other) for name, other in known.items() if other.num_parameters < dims.num_parameters]
+    return sorted(smaller, key=lambda item: (entries()[item[0]].series not in same, -item[1].num_parameters))
+
+
+def _alike(one: ModelDimensions, other: ModelDimensions) -> bool:
+    """Whether two models differ in nothing but the length of their sequences and how they are stored."""
+    kept: dict[str, Any] = {"max_positions": None, "torch_dtype": None, "sliding_window": None, "sliding_layers": 0}
+    return replace(one, **kept) == replace(other, **kept)

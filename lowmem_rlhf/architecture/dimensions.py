@@ -1,0 +1,251 @@
+"""The sizes of a model, as its config.json tells them: no weights are read and no torch is imported."""
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from lowmem_rlhf.architecture.config_fields import LIMITS, block_traits, common_fields, heads_of, positive
+from lowmem_rlhf.architecture.counted_fields import counted_fields, is_gated
+from lowmem_rlhf.architecture.counting import CannotCount, Counted, Linears, count, weights_of
+from lowmem_rlhf.architecture.families import FAMILIES, Linear, block_linears, family_of, other_parameters
+from lowmem_rlhf.architecture.kinds import check_dense, check_kind
+from lowmem_rlhf.errors import UserError
+from lowmem_rlhf.suggest import did_you_mean
+
+
+@dataclass(frozen=True)
+class ModelDimensions:
+    """The sizes of a decoder-only language model, and what of its block decides memory.
+
+    Attributes:
+        head_dim: dimension of one attention head; ``num_heads * head_dim`` need not be ``hidden_size``.
+        tied: the output head is the token embedding.
+        attention_bias: whether query, key and value have biases.
+        gated: the MLP has a gate (SwiGLU, GeGLU) beside its up projection.
+        max_positions: the longest sequence the model was made for, in tokens; None if unbounded.
+        torch_dtype: of the stored weights, as config.json says; None when unknown (GGUF).
+        linears: the linear layers of one block: these are quantized and take adapters.
+        other_parameters: norms, biases and learned positions of the whole model, and whatever else was counted.
+        norm: RMSNorm, or LayerNorm.
+        norms: norms of ``hidden_size`` in a block.
+        norm_place: whether attention and MLP are normed before, after, or on both sides.
+        qk_norm: norms of queries and keys: none, over each head's dimension, or over all heads.
+        parallel: attention and MLP work on the block's input side by side (Phi, GPT-NeoX, Cohere).
+        activation: of the MLP, as transformers names it.
+        rotary_dim: numbers of a head that rotary positions turn; 0 where positions are learned (GPT-2, OPT).
+        attention_softcap, logit_softcap: soft caps of attention scores and of logits (Gemma 2); None: none.
+        embedding_scale: the embedding is multiplied by a number, which makes a second copy of it (Gemma, Granite).
+        sliding_window: tokens that a layer with a window attends to; None where no layer has one.
+        sliding_layers: how many layers have it. A packed rollout only masks what lies outside (`rollout.cache`): its
+            key-value cache is as long for them as for the others.
+        note: what is not certain about these sizes, as a sentence; empty when nothing.
+        counted: of a type that has no terms of its own here, what its real class has; None for the others, and where
+            it could not be counted.
+    """
+
+    model_type: str
+    hidden_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    intermediate_size: int
+    vocab_size: int
+    tied: bool
+    attention_bias: bool
+    gated: bool
+    max_positions: int | None
+    torch_dtype: str | None
+    linears: tuple[Linear, ...]
+    other_parameters: int
+    norm: Literal["rms", "layer"]
+    norms: int
+    norm_place: Literal["before", "after", "both"]
+    qk_norm: Literal["none", "head", "all"]
+    parallel: bool
+    activation: str
+    rotary_dim: int
+    attention_softcap: float | None
+    logit_softcap: float | None
+    embedding_scale: bool
+    sliding_window: int | None
+    sliding_layers: int
+    note: str = field(default="", compare=False)
+    counted: Counted | None = None
+
+    @property
+    def known(self) -> bool:
+        """Whether the terms of this model type stand in the table of families; otherwise activations are estimated."""
+        return self.model_type in FAMILIES
+
+    @property
+    def quantizable(self) -> Linears:
+        """The linear layers of the whole model that are quantized, and how many there are of each."""
+        return self.counted.quantized if self.counted else tuple((x, self.num_layers) for x in self.linears)
+
+    @property
+    def adaptable(self) -> Linears:
+        """The linear layers of the whole model that take adapters, and how many there are of each."""
+        return self.counted.adapted if self.counted else tuple((x, self.num_layers) for x in self.linears)
+
+    @property
+    def linear_parameters(self) -> int:
+        """Weights inside the quantizable linear layers of all blocks."""
+        return weights_of(self.quantizable)
+
+    @property
+    def token_embedding(self) -> int:
+        """Parameters of the token embedding."""
+        return self.counted.embedding if self.counted else self.vocab_size * self.hidden_size
+
+    @property
+    def embedding_parameters(self) -> int:
+        """Token embedding and output head; one matrix when they are tied."""
+        if self.counted:
+            return self.counted.embedding + self.counted.head
+        return self.vocab_size * self.hidden_size * (1 if self.tied else 2)
+
+    @property
+    def num_parameters(self) -> int:
+        """All parameters; a tied matrix counts once, as ``model.parameters()`` does."""
+        return self.linear_parameters + self.embedding_parameters + self.other_parameters
+
+    @property
+    def largest_linear(self) -> int:
+        """Weights of the largest quantizable linear layer."""
+        return max((linear.inputs * linear.outputs for linear, _ in self.quantizable), default=0)
+
+    @property
+    def overflows_float16(self) -> bool:
+        """Whether the family's activations are known to exceed float16 (Gemma 3)."""
+        return self.model_type in FAMILIES and FAMILIES[self.model_type].overflows_float16
+
+    def lora_parameters(self, r: int, target_modules: Literal["all-linear"] | Iterable[str] = "all-linear") -> int:
+        """Adapter parameters at rank r: ``r * (inputs + outputs)`` for every adapted layer (LoRA, arXiv 2106.09685).
+
+        Raises:
+            UserError: a target is no linear layer of the blocks.
+        """
+        names = list(dict.fromkeys(linear.name for linear, _ in self.adaptable))
+        targets = names if target_modules == "all-linear" else [str(name).rsplit(".", 1)[-1] for name in target_modules]
+        for target in targets:
+            if target not in names:
+                raise UserError(
+                    f"lora.target_modules: got {target!r}; the linear layers of a {self.model_type} block are "
+                    f"{', '.join(names)}{did_you_mean(target, names)}"
+                )
+        return sum(r * (x.inputs + x.outputs) * many for x, many in self.adaptable if x.name in targets)
+
+
+def from_config_file(path: Path, model: str, trust_remote_code: bool = True) -> ModelDimensions:
+    """Return the sizes that a config.json tells, under any file name; ``model`` is only named in errors.
+
+    Raises:
+        UserError: the file is no JSON object, or as `dimensions_from_config`.
+    """
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"model {model!r}: its config.json cannot be read as JSON ({error})") from error
+    if not isinstance(config, dict):
+        raise UserError(f"model {model!r}: its config.json is not a JSON object")
+    return dimensions_from_config(config, model, trust_remote_code)
+
+
+def dimensions_from_config(config: Mapping[str, Any], model: str, trust_remote_code: bool = True) -> ModelDimensions:
+    """Return the sizes that the fields of a config.json tell; ``model`` is only named in errors.
+
+    Raises:
+        UserError: a field is missing, is no plausible number, or the model is of an unsupported kind.
+    """
+    model_type = check_kind(model, config, trust_remote_code)
+    counted, counted_sizes, why_not = (None, {}, "") if model_type in FAMILIES else _count(config)
+    check_dense(model, config, counted)
+    fields = {**common_fields(config), **counted_sizes}
+    if missing := [key for key in LIMITS if key not in fields]:
+        raise UserError(_lacking(model, model_type, missing, counted, why_not))
+    numbers = {key: positive(fields[key], key, model) for key in LIMITS}
+    family = family_of(model_type, fields)
+    if counted:
+        family = replace(family, gated=is_gated(counted, numbers["hidden_size"], numbers["intermediate_size"]))
+    heads, kv_heads, dim = heads_of(fields, family, numbers, model)
+    positions = fields.get("max_position_embeddings")
+    if family.learned_positions and positions is None:
+        raise UserError(f"model {model!r}: its config.json lacks n_positions or max_position_embeddings")
+    if positions is not None:
+        positions = positive(positions, "max_position_embeddings", model)
+    tied = not counted.head if counted else fields.get("tie_word_embeddings", family.tied)
+    if not isinstance(tied, bool):
+        raise UserError(f"model {model!r}: its config gives tie_word_embeddings = {tied!r}; true or false is expected")
+    try:
+        traits = block_traits(family, {**config, **fields}, dim)
+    except (TypeError, ValueError, OverflowError) as error:
+        raise UserError(
+            f"model {model!r}: its config.json has a sliding_window, layer_types, soft cap or partial_rotary_factor of "
+            f"the wrong kind ({error}); fetch it again"
+        ) from error
+    linears = block_linears(family, fields, heads=heads, kv_heads=kv_heads, dim=dim)
+    others = other_parameters(family, fields, linears, heads=heads, kv_heads=kv_heads, dim=dim)
+    dtype = fields.get("dtype", fields.get("torch_dtype"))
+    return ModelDimensions(
+        model_type=model_type,
+        hidden_size=numbers["hidden_size"],
+        num_layers=numbers["num_hidden_layers"],
+        num_heads=heads,
+        num_kv_heads=kv_heads,
+        head_dim=dim,
+        intermediate_size=numbers["intermediate_size"],
+        vocab_size=numbers["vocab_size"],
+        tied=tied,
+        attention_bias=linears[0].bias,
+        gated=family.gated,
+        max_positions=positions,
+        torch_dtype=None if dtype is None else str(dtype).removeprefix("torch."),
+        linears=counted.block if counted else tuple(linears),
+        other_parameters=counted.other if counted else others,
+        **traits,
+        note=_doubts(model_type, fields, counted, why_not),
+        counted=counted,
+    )
+
+
+def _count(config: Mapping[str, Any]) -> tuple[Counted | None, dict[str, Any], str]:
+    """Return the count of a config's class and the sizes that go with it, or why there is none."""
+    try:
+        counted, named = count(config)
+    except CannotCount as error:
+        return None, {}, str(error)
+    return counted, counted_fields(counted, named), ""
+
+
+def _billions(count: int) -> str:
+    return f"{count / 1e9:.2f} billion" if count >= 1e8 else f"{count / 1e6:.3g} million"
+
+
+def _lacking(model: str, model_type: str, missing: list[str], counted: Counted | None, why_not: str) -> str:
+    if counted:
+        return (
+            f"model {model!r} ({model_type}): neither its config.json nor its class tells {' and '.join(missing)}, so "
+            "its memory cannot be planned; take another model"
+        )
+    why = f" ({model_type!r} is not known here, and its parameters could not be counted: {why_not})" if why_not else ""
+    return f"model {model!r}: its config.json lacks {', '.join(missing)}{why}"
+
+
+def _doubts(model_type: str, fields: Mapping[str, Any], counted: Counted | None, why_not: str) -> str:
+    """Return what is not certain about the sizes of a model; an empty string for a family that is known."""
+    if model_type in FAMILIES:
+        return ""
+    kinds = sorted(set(fields.get("layer_types") or ()) - {"full_attention", "sliding_attention"})
+    others = f"; its layers of the kind {' and '.join(map(str, kinds))} are taken for attention" if kinds else ""
+    if counted is None:
+        return (
+            f"the model type {model_type!r} is not known here: its blocks are taken for Llama's{others}, and its "
+            f"parameters could not be counted ({why_not})"
+        )
+    return (
+        f"the model type {model_type!r} is not known here: its {_billions(counted.total)} parameters are counted from "
+        f"its class, but what its layers take beside them is estimated as Llama's{others}"
+    )

@@ -1,0 +1,207 @@
+"""What a run was made of, in ``inputs.json``: fingerprints of its rows, its base and what was learned before it; and
+what holds them against what is here now. No torch here."""
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lowmem_rlhf.architecture.fingerprint import fingerprint, weights_fingerprint
+from lowmem_rlhf.data.values import JsonFloat, JsonInt
+from lowmem_rlhf.errors import UserError
+from lowmem_rlhf.recipe.data_sources import is_file, is_generated
+from lowmem_rlhf.recipe.schema import Recipe
+from lowmem_rlhf.recipe.sections import LEARNED_REWARDS, REWARD_ADAPTER, DataConfig
+from lowmem_rlhf.run.base_file import Fingerprint, read_fingerprint
+
+if TYPE_CHECKING:
+    from lowmem_rlhf.run.directory import RunDirectory
+
+SHOWN = 12  # digits of a hash in a message
+Rows = Sequence[Mapping[str, Any]]
+
+
+def rows_fingerprint(rows: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
+    """Return the number of rows and the SHA-256 of what they hold, in their order.
+
+    The order of columns does not count; a number counts as it is written.
+    """
+    digest, count = hashlib.sha256(), 0
+    encode = json.JSONEncoder(default=str, separators=(",", ":")).encode
+    for row in rows:
+        digest.update(encode([[name, _literal(row[name])] for name in sorted(row)]).encode("ascii"))
+        digest.update(b"\n")
+        count += 1
+    return {"rows": count, "sha256": digest.hexdigest()}
+
+
+def _literal(value: Any) -> Any:
+    if type(value) is str:
+        return value
+    if isinstance(value, JsonInt | JsonFloat):
+        return {"#": value.literal}
+    if isinstance(value, dict):
+        return {str(key): _literal(part) for key, part in value.items()}
+    return [_literal(part) for part in value] if isinstance(value, list) else value
+
+
+def data_inputs(data: DataConfig, train: Rows, held_out: Rows) -> dict[str, Any]:
+    """Return what inputs.json says of the data: by split the source, its rows, and a Hub data set's commit."""
+    found = {"train": {"source": data.train, **rows_fingerprint(train), **_revision(data.train)}}
+    if held_out:
+        source = data.eval or data.train
+        found["eval"] = {"source": source, **rows_fingerprint(held_out), **_revision(source)}
+    return found
+
+
+def _revision(source: str) -> dict[str, str]:
+    """Return the newest commit of a Hub data set that this machine has seen, where it has."""
+    if is_generated(source) or is_file(source) or Path(source).expanduser().exists():
+        return {}
+    from huggingface_hub import constants
+
+    ref = Path(constants.HF_HUB_CACHE) / f"datasets--{source.replace('/', '--')}" / "refs" / constants.DEFAULT_REVISION
+    try:
+        return {"revision": ref.read_text(encoding="utf-8").strip()}
+    except (OSError, ValueError):
+        return {}
+
+
+def base_inputs(recipe: Recipe) -> dict[str, Any]:
+    """Return what inputs.json says of the base: its name, and the fingerprint of its files where they are here."""
+    found = fingerprint(recipe.model, recipe.revision)
+    return {"model": recipe.model, **(found.to_dict() if found else {})}
+
+
+def learned_inputs(recipe: Recipe) -> dict[str, Any]:
+    """Return what inputs.json says of what was learned before: the adapter that training begins with, and the models
+    and adapters of rewards, by the recipe's key or the reward's name."""
+    found: dict[str, Any] = {}
+    if recipe.adapter is not None:
+        found["adapter"] = {"source": recipe.adapter, "weights": _adapter_weights(recipe.adapter)}
+    for reward in recipe.rewards:
+        if reward.function == REWARD_ADAPTER:
+            source = reward.options["adapter"]
+            found[f"rewards.{reward.name}"] = {"source": source, "weights": _adapter_weights(source)}
+        elif reward.function in LEARNED_REWARDS:
+            source = reward.options["model"]
+            its = fingerprint(source, reward.options.get("revision"))
+            found[f"rewards.{reward.name}"] = {"source": source, "weights": its.weights if its else None}
+    return {key: value for key, value in found.items() if value["weights"]}
+
+
+def _adapter_weights(reference: str) -> str | None:
+    from lowmem_rlhf.architecture.adapters import HEAD, WEIGHTS, adapter_folder
+
+    folder = adapter_folder(reference)
+    hashes = [weights_fingerprint(folder / name) for name in (WEIGHTS, HEAD) if (folder / name).is_file()]
+    return hashlib.sha256(":".join(map(str, hashes)).encode()).hexdigest() if all(hashes) else None
+
+
+def run_inputs(recipe: Recipe, train: Rows, held_out: Rows) -> dict[str, Any]:
+    """Return all that inputs.json holds."""
+    data, base = data_inputs(recipe.data, train, held_out), base_inputs(recipe)
+    return {"data": data, "base": base, **({"learned": learned} if (learned := learned_inputs(recipe)) else {})}
+
+
+def rows_differ(kept: Any, rows: Rows) -> str:
+    """Return how rows differ from those that were kept of a split; nothing where they do not or nothing was kept."""
+    if not isinstance(kept, dict) or "sha256" not in kept:
+        return ""
+    now = rows_fingerprint(rows)
+    if now["sha256"] == kept["sha256"]:
+        return ""
+    if now["rows"] != kept.get("rows"):
+        return f"{_count(kept.get('rows'))} rows, now {_count(now['rows'])}"
+    return f"{_count(now['rows'])} rows as then, with other values or in another order"
+
+
+def _count(number: Any) -> str:
+    return f"{number:,}" if isinstance(number, int) else "?"
+
+
+def check_resumed_data(run: "RunDirectory", recipe: Recipe, train: Rows, held_out: Rows) -> None:
+    """Check that a run goes on with the rows that it began with.
+
+    Raises:
+        UserError: they are others.
+    """
+    kept = run.inputs().get("data") or {}
+    for split, rows in (("train", train), ("eval", held_out)):
+        if difference := rows_differ(kept.get(split), rows):
+            source = recipe.data.eval or recipe.data.train if split == "eval" else recipe.data.train
+            which = "rows" if split == "train" else "held-out rows"
+            was, now = kept[split].get("revision"), _revision(source).get("revision")
+            moved = f"; its commit was {was[:SHOWN]}, is now {now[:SHOWN]}" if was and now and now != was else ""
+            raise UserError(
+                f"--resume: the {which} of {source} are not those that the run began with ({difference}{moved}); put "
+                "the data back, or start a new run with another --output"
+            )
+
+
+def other_learned(run: "RunDirectory", recipe: Recipe) -> dict[str, str]:
+    """Return by key (see `learned_inputs`) what was learned before the run and is not what it was then, in words."""
+    kept, found = run.inputs().get("learned") or {}, {}
+    for key, now in learned_inputs(recipe).items() if kept else ():
+        was = (kept.get(key) or {}).get("weights")
+        if was and was != now["weights"]:
+            found[key] = (
+                f"{key}: {now['source']} is not what the run in {run.path} was trained with: other weights "
+                f"({was[:SHOWN]}, now {now['weights'][:SHOWN]})"
+            )
+    return found
+
+
+def check_learned(run: "RunDirectory", recipe: Recipe, resume: bool = False) -> None:
+    """Check that the adapter that training began with is the same still; on a resume the models of rewards as well.
+
+    Raises:
+        UserError: one is another.
+    """
+    for key, difference in other_learned(run, recipe).items():
+        if resume or key == "adapter":
+            remedy = ", or start a new run with another --output" if resume else ""
+            raise UserError(f"{'--resume: ' if resume else ''}{difference}; put it back{remedy}")
+
+
+def check_base(run: "RunDirectory", recipe: Recipe, resume: bool = False) -> str:
+    """Check that the recipe's model is the one that the run was trained on, as far as both are known.
+
+    Returns:
+        What is to be said of it: that its tokenizer or chat template is another one.
+
+    Raises:
+        UserError: its weights or its config are others; on a resume its tokenizer or chat template too.
+    """
+    values = run.inputs().get("base")
+    kept, now = read_fingerprint(values), fingerprint(recipe.model, recipe.revision)
+    if kept is None or now is None:
+        return ""
+    parts = kept.differing(now)
+    if kept.kind != now.kind:
+        difference = f"its files were {kept.kind}, are now {now.kind}"
+    elif not parts:
+        return ""
+    else:
+        difference = told(parts[0], kept, now)
+    if parts == ["tokenizer"] and not resume:
+        return f"{recipe.model} has another tokenizer or chat template than the run in {run.path} was trained with"
+    head = "--resume: " if resume else ""
+    raise UserError(
+        f"{head}model {recipe.model!r} is not the base that the run in {run.path} was trained on: {difference}; "
+        f"{_base_back(run, kept, now, resume)}"
+    )
+
+
+def told(part: str, kept: Fingerprint, now: Fingerprint) -> str:
+    """Return in words that a part of a model is another one."""
+    names = {"weights": "weights", "config": "config.json", "tokenizer": "tokenizer or chat template"}
+    return f"other {names[part]} ({getattr(kept, part)[:SHOWN]}, now {getattr(now, part)[:SHOWN]})"
+
+
+def _base_back(run: "RunDirectory", kept: Fingerprint, now: Fingerprint, resume: bool) -> str:
+    if kept.commit and now.commit and kept.commit != now.commit:
+        also = f" and give revision={kept.commit}" if resume else ""
+        return f"the Hub has moved on: write `revision: {kept.commit}` into {run.path / 'recipe.yaml'}{also}"
+    return "restore the files that it was trained on"

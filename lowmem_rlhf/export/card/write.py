@@ -1,0 +1,243 @@
+"""The model card of an export: README.md with the curve and the resolved recipe beside it. No torch here.
+
+Everything comes from the run directory and from the export's own proof; what was not measured is not mentioned. No
+folder of this machine gets into it.
+"""
+
+import shlex
+from pathlib import Path
+from typing import Any
+
+from lowmem_rlhf.display.format import evaluation_rows, format_bytes, format_number, format_value, number
+from lowmem_rlhf.display.outcome import about, outcome_rows
+from lowmem_rlhf.export.card.facts import (
+    hub_datasets,
+    is_hub_id,
+    last_part,
+    license_of,
+    model_name,
+    versions,
+    without_folders,
+)
+from lowmem_rlhf.export.show import judged_rows
+from lowmem_rlhf.files import atomic_write
+from lowmem_rlhf.recipe.yaml_tree import write_yaml
+from lowmem_rlhf.report.plots import plot_reward
+from lowmem_rlhf.run.directory import RECIPE, RunDirectory
+from lowmem_rlhf.run.evaluations import kept
+from lowmem_rlhf.run.start import start_folder
+
+README, CURVE = "README.md", "curve.png"
+LIBRARY = {"adapter": "peft", "merged": "transformers"}  # of a GGUF none that the Hub knows loads it
+NUMERIC = ("quantization", "compute_dtype", "optim")  # settings of the plan that change what is computed
+PROOF = {
+    "mean_kl": "mean KL to the live policy (nats a token)",
+    "top1_agreement": "same likeliest token",
+    "kept_share": "share of the change kept",
+}
+
+
+def write_card(folder: Path, run: RunDirectory, export: dict[str, Any]) -> None:
+    """Write README.md, the curve and recipe.yaml of an export.
+
+    Args:
+        folder: of the export.
+        run: that it was made from.
+        export: what was done: ``format``, ``onto``, ``dtype``, ``proof``; any of them may be missing.
+
+    Raises:
+        UserError: a file of the run cannot be read.
+    """
+    recipe, local = without_folders(run.recipe_values())
+    original = run.recipe_values()
+    name = str(recipe.get("name") or run.path.name)
+    metrics, evaluation, plan = run.metrics(), run.evaluation(), run.plan()
+    atomic_write(folder / RECIPE, write_yaml(recipe))
+    sections = [
+        f"# {name}",
+        _summary(original, recipe, export),
+        _section("Use", _use(folder, original, export, name)),
+        _section("Evaluation", _evaluation(evaluation, _later(run, metrics))),
+    ]
+    if metrics:
+        plot_reward(metrics, evaluation, folder / CURVE, name)
+        sections.append(_section("Learning curve", f"![Learning curve of {name}]({CURVE})\n\n{_training(metrics)}"))
+    sections += [
+        _section("Proof of the export", _proof(export)),
+        _section("Data", _data(recipe)),
+        _section("Plan", _plan(plan)),
+        _section("Recipe", f"The resolved recipe ([{RECIPE}]({RECIPE})):\n\n```yaml\n{_yaml(recipe)}```"),
+        _section("Reproduce", _reproduce(recipe, plan, local)),
+    ]
+    text = "\n\n".join(section.rstrip() for section in sections if section) + "\n"
+    head = f"---\n{_yaml(_front_matter(original, recipe, export))}---\n\n"
+    atomic_write(folder / README, head + _scrubbed(text, run, local))
+
+
+def _front_matter(original: dict[str, Any], recipe: dict[str, Any], export: dict[str, Any]) -> dict[str, Any]:
+    """Return the metadata that the Hub reads; a base that is no Hub id has no place in it."""
+    model, kind, algorithm = str(original.get("model", "")), str(export.get("format", "")), str(recipe.get("algorithm"))
+    found: dict[str, Any] = {"license": license_of(model)}
+    if is_hub_id(model):
+        found["base_model"] = model
+        found["base_model_relation"] = "adapter" if kind == "adapter" else "finetune"
+    if kind in LIBRARY:
+        found["library_name"] = LIBRARY[kind]
+    if algorithm != "reward_model":
+        found["pipeline_tag"] = "text-generation"
+    found["tags"] = [
+        *("lowmem-rlhf", algorithm.replace("_", "-").replace("/", "-")),
+        *(["lora"] if kind == "adapter" else []),
+        *(["gguf"] if kind in ("gguf", "ollama") else []),
+    ]
+    if sets := hub_datasets(original.get("data") or {}):
+        found["datasets"] = sets
+    return found
+
+
+def _summary(original: dict[str, Any], recipe: dict[str, Any], export: dict[str, Any]) -> str:
+    model = str(original.get("model", ""))
+    base = f"[{model}](https://huggingface.co/{model})" if is_hub_id(model) else f"{model_name(model)} (a local copy)"
+    revision = f", revision {recipe['revision']}" if recipe.get("revision") else ""
+    lines = [
+        str(recipe.get("description") or "").strip(),
+        f"{base}{revision}, trained with {recipe.get('algorithm')} by "
+        "lowmem_rlhf: one frozen, quantized base, and a low-rank adapter on it.",
+    ]
+    if recipe.get("adapter"):
+        lines.append(
+            f"Training went on from the adapter `{recipe['adapter']}` of an earlier run, whose own recipe is not here."
+        )
+    onto = f"onto the {export['onto']} weights" if export.get("onto") else None
+    told = ", ".join(str(fact) for fact in (export.get("format"), onto, export.get("dtype")) if fact)
+    return "\n\n".join(line for line in [*lines, f"Export: {told}." if told else ""] if line)
+
+
+def _use(folder: Path, original: dict[str, Any], export: dict[str, Any], name: str) -> str:
+    kind, model = export.get("format"), str(original.get("model", ""))
+    base = model if is_hub_id(model) else f"PATH/TO/{model_name(model)}"
+    if kind == "merged":
+        return (
+            "```python\nfrom transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
+            'folder = "."  # this folder, or its Hub id\n'
+            'model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto")\n'
+            "tokenizer = AutoTokenizer.from_pretrained(folder)\n```"
+        )
+    if original.get("algorithm") == "reward_model":
+        return "```yaml\nrewards:\n- function: reward_adapter\n  options: {adapter: .}  # this folder\n```"
+    if kind == "adapter":
+        return (
+            "```python\nfrom peft import PeftModel\nfrom transformers import AutoModelForCausalLM\n\n"
+            f'base = AutoModelForCausalLM.from_pretrained("{base}")  # exact in the precision of the plan\n'
+            'model = PeftModel.from_pretrained(base, ".")  # this folder, or its Hub id\n```'
+        )
+    if kind == "ollama":
+        return f"```\nollama create {name} -f Modelfile\nollama run {name}\n```"
+    file = next((path.name for path in sorted(folder.glob("*.gguf"))), None)
+    return f"```\nllama-cli -m {file}\n```" if kind == "gguf" and file else ""
+
+
+def _later(run: RunDirectory, metrics: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return the newest outcome of `eval` on held-out data, and the newest of lm-eval, of the finished policy."""
+    last = max((int(row["step"]) for row in metrics if "step" in row), default=None)
+    newest = {one.get("data") == "lm-eval": one for one in kept(run.path) if one.get("steps") == last}
+    return [newest[key] for key in (False, True) if key in newest]
+
+
+def _evaluation(evaluation: dict[str, Any], later: list[dict[str, Any]]) -> str:
+    parts = []
+    if rows := [(name, format_number(b), format_number(a)) for name, b, a in evaluation_rows(evaluation)]:
+        problems = next((p for w in ("after", "before") if (p := (evaluation.get(w) or {}).get("problems"))), None)
+        count = f" ({format_number(problems)} problems)" if problems else ""
+        parts.append(f"On held-out data{count}, before and after training:")
+        parts.append(_table(("held-out", "before", "after"), rows))
+    for outcome in later:
+        outcome = {**outcome, "data": without_folders({"eval": outcome.get("data", "?")})[0]["eval"]}
+        parts.append(f"Measured on the trained policy and its reference, from one base: {about(outcome)}.")
+        parts.append(_table(*outcome_rows(outcome)))
+        parts.append(f"{outcome.get('method', '')}.")
+    return "\n\n".join(parts)
+
+
+def _training(metrics: list[dict[str, Any]]) -> str:
+    seconds = sum(number(row.get("time/step")) or 0.0 for row in metrics)
+    peaks = [p for row in metrics if (p := number(row.get("memory/peak_bytes"))) is not None]
+    peak = f", peak memory {format_bytes(max(peaks))}" if peaks else ""
+    return f"{format_number(metrics[-1].get('step'))} steps in {format_number(seconds / 60)} minutes{peak}."
+
+
+def _proof(export: dict[str, Any]) -> str:
+    proof = export.get("proof") or {}
+    told = {key: value for key, value in proof.items() if key != "judged"}
+    rows = [(PROOF.get(key, key.replace("_", " ")), format_value(_short(value))) for key, value in told.items()]
+    if not rows:
+        return ""
+    text = "The export was loaded again and compared with the live policy:\n\n" + _table(("measure", "value"), rows)
+    if judged := judged_rows(proof):
+        text += "\n\nHeld against each other, with a bound that rounding explains:\n\n"
+        text += _table(("models", "measured", "allowed"), judged)
+    return text
+
+
+def _short(value: Any) -> Any:
+    return format_number(value) if number(value) is not None else value
+
+
+def _data(recipe: dict[str, Any]) -> str:
+    data = recipe.get("data") or {}
+    sets = hub_datasets(data)
+    rows = []
+    for key in ("train", "eval"):
+        if source := data.get(key):
+            link = f"[{source}](https://huggingface.co/datasets/{source})" if source in sets else f"`{source}`"
+            rows.append((key, link))
+    shown = ("config", "train_split", "eval_split", "train_size", "eval_size", "options", "template", "system")
+    rows += [(key, f"`{format_value(data[key])}`") for key in shown if data.get(key) not in (None, {}, "")]
+    return _table(("", "what was learned from"), rows)
+
+
+def _plan(plan: dict[str, Any]) -> str:
+    if not plan.get("settings"):
+        return ""
+    device, reasons = plan.get("device") or {}, plan.get("reasons") or {}
+    where = f"{device.get('name', 'unknown device')}, {format_bytes(device.get('total_bytes'))}"
+    rows = [(key, format_value(value), reasons.get(key, "")) for key, value in plan["settings"].items()]
+    peak = (plan.get("memory") or {}).get("peak_bytes")
+    predicted = f", predicted peak {format_bytes(peak)}" if peak else ""
+    return f"Trained on {where}{predicted}.\n\n{_table(('setting', 'value', 'why'), rows)}"
+
+
+def _reproduce(recipe: dict[str, Any], plan: dict[str, Any], local: dict[str, str]) -> str:
+    hardware, settings = recipe.get("hardware") or {}, plan.get("settings") or {}
+    pinned = [f"hardware.{key}={settings[key]}" for key in NUMERIC if hardware.get(key) == "auto" and key in settings]
+    paths = [f"{key}=PATH/TO/{last_part(path)}" for key, path in local.items()]
+    command = " ".join(shlex.quote(word) for word in ["lowmem-rlhf", "train", RECIPE, *paths, *pinned])
+    note = "\n\n`PATH/TO` stands for where these local files lie on your machine." if paths else ""
+    table = _table(("made with", "version"), list(versions().items()))
+    return f"```\n{command}\n```{note}\n\n{table}"
+
+
+def _section(title: str, body: str) -> str:
+    return f"## {title}\n\n{body}" if body else ""
+
+
+def _table(head: Any, rows: Any) -> str:
+    """Return a Markdown table; bars and line breaks in a cell are written so that they stay in it."""
+    lines = [head, ["---"] * len(head), *rows]
+    cells = [[str(cell).replace("|", "\\|").replace("\n", "⏎") for cell in line] for line in lines]
+    return "\n".join(f"| {' | '.join(line)} |" for line in cells)
+
+
+def _yaml(values: dict[str, Any]) -> str:
+    return write_yaml(values)
+
+
+def _scrubbed(text: str, run: RunDirectory, local: dict[str, str]) -> str:
+    """Take out the folders of this machine that stand in texts of the run (a reason, a placement)."""
+    for path in sorted(local.values(), key=len, reverse=True):
+        text = text.replace(path, last_part(path))
+    folders = {run.path.resolve(), Path.home(), Path.cwd(), start_folder(run.path) or Path.cwd()}
+    for folder in sorted(map(str, folders), key=len, reverse=True):
+        if len(folder) > 1:
+            text = text.replace(folder + "/", "").replace(folder, "")
+    return text

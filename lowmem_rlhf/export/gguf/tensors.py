@@ -1,0 +1,214 @@
+"""A GGUF's tensors: their names, their types by kind, and their bytes, some rows at a time.
+
+The mixture of types of q4_k_m, and what stands in where a row cannot be cut into super-blocks, are llama.cpp's
+(`llama_tensor_get_type_impl` and `tensor_type_fallback` in llama-quant.cpp).
+"""
+
+import math
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from gguf import MODEL_ARCH_NAMES, TensorNameMap, get_tensor_name_map
+from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
+from gguf.quants import quantize
+
+from lowmem_rlhf.errors import RunError, UserError
+from lowmem_rlhf.export.gguf.families import Architecture
+from lowmem_rlhf.export.gguf.kquants import quantize_q4_k, quantize_q6_k
+from lowmem_rlhf.export.shards import Stored
+from lowmem_rlhf.export.tokenizer import WAY_OUT
+
+F32, F16, BF16 = GGMLQuantizationType.F32, GGMLQuantizationType.F16, GGMLQuantizationType.BF16
+Q8_0, Q5_0 = GGMLQuantizationType.Q8_0, GGMLQuantizationType.Q5_0
+Q4_K, Q6_K = GGMLQuantizationType.Q4_K, GGMLQuantizationType.Q6_K
+DTYPES = {F32: torch.float32, F16: torch.float16, BF16: torch.bfloat16}
+PIECE = 2**22  # elements at once
+_LAYER = re.compile(r"^blk\.(\d+)\.")
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """One tensor of a GGUF.
+
+    Attributes:
+        shape: rows first, as in torch; without the rows that no token of the vocabulary has.
+        source: where its numbers lie; None: they are ``factors``.
+        origin: transformers' name.
+        heads: of a query or key weight whose rows are put in pairs; 0: their order stays.
+        transposed: stored the other way round.
+        shift: added to each number.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    type: GGMLQuantizationType
+    source: Stored | None
+    origin: str = ""
+    heads: int = 0
+    transposed: bool = False
+    shift: float = 0.0
+    factors: tuple[float, ...] = ()
+
+    @property
+    def nbytes(self) -> int:
+        """Its bytes in the file."""
+        block, size = GGML_QUANT_SIZES[self.type]
+        return math.prod(self.shape) // block * size
+
+    def pieces(self, device: torch.device) -> Iterator[torch.Tensor]:
+        """Yield its bytes (uint8, on the CPU), some rows at a time.
+
+        Raises:
+            RunError: a number does not fit in float16.
+            UserError: the file is cut off.
+        """
+        if self.source is None:
+            yield torch.tensor(self.factors, dtype=torch.float32, device="cpu").view(torch.uint8)
+            return
+        for part in self.rows():
+            yield self._encode(part, device)
+
+    def rows(self) -> Iterator[torch.Tensor]:
+        """Yield the numbers of its source as they stand in the file (but for `shift`), some rows at a time."""
+        assert self.source is not None
+        if self.transposed or self.heads:  # one linear layer is small beside the embeddings
+            whole = self.source.read()
+            numbers = whole.t() if self.transposed else _paired(whole, self.heads)
+            step = max(1, PIECE // max(1, math.prod(self.shape[1:])))
+            parts: Iterator[torch.Tensor] = iter(numbers.split(step))
+        else:
+            parts = (self.source.read(rows) for rows in self.source.rows(PIECE))
+        left = self.shape[0]
+        for part in parts:
+            part = part[:left]
+            left -= len(part)
+            if len(part):
+                yield part
+
+    def restore(self, numbers: torch.Tensor) -> torch.Tensor:
+        """Return the numbers as transformers has them, from those of the file (fp32, of `shape`)."""
+        if self.shift:
+            numbers = numbers - self.shift
+        if self.heads:
+            pairs = numbers.view(self.heads, -1, 2, *self.shape[1:])
+            numbers = pairs.transpose(1, 2).reshape(self.shape)
+        return numbers.t() if self.transposed else numbers
+
+    def _encode(self, part: torch.Tensor, device: torch.device) -> torch.Tensor:
+        numbers = part.to(device)
+        if self.shift:
+            numbers = numbers.float() + self.shift
+        if self.type in DTYPES:
+            result = numbers.to(DTYPES[self.type]).contiguous()
+            if self.type == F16 and not torch.isfinite(result).all():
+                raise RunError(f"{self.name} holds numbers that do not fit in float16; take --quantize bf16 or q8_0")
+        elif self.type in (Q4_K, Q6_K):
+            result = (quantize_q4_k if self.type == Q4_K else quantize_q6_k)(numbers.float())
+        else:
+            result = torch.from_numpy(quantize(numbers.float().cpu().numpy(), self.type))
+        return result.cpu().view(-1).view(torch.uint8)
+
+
+def _paired(weights: torch.Tensor, heads: int) -> torch.Tensor:
+    """Put row i of a head's first half beside row i of its second: llama.cpp rotates neighbours, transformers halves.
+
+    Args:
+        weights: (heads * D, ...), of D rows a head.
+    """
+    return weights.view(heads, 2, -1, *weights.shape[1:]).transpose(1, 2).reshape(weights.shape)
+
+
+def plan_tensors(
+    stored: Mapping[str, Stored], config: Any, architecture: Architecture, kind: str, vocabulary: int
+) -> list[Tensor]:
+    """Return a GGUF's tensors.
+
+    Args:
+        stored: the model's tensors by transformers' names.
+        kind: f32, f16, bf16, q8_0 or q4_k_m.
+        vocabulary: how many tokens there are; embeddings have as many rows.
+
+    Raises:
+        UserError: a tensor has no place in llama.cpp's model.
+    """
+    family, layers = architecture.family, int(config.num_hidden_layers)
+    names = get_tensor_name_map(next(a for a, name in MODEL_ARCH_NAMES.items() if name == family.arch), layers)
+    used = {name: one for name, one in stored.items() if not _left_out(name, one, config)}
+    tied = not any(name == "lm_head.weight" for name in used)
+    found = []
+    for name, one in used.items():
+        gguf_name = _gguf_name(names, name)
+        if gguf_name is None:
+            raise UserError(f"{name} has no place in llama.cpp's {family.arch} model; {WAY_OUT}")
+        transposed = family.transposed and len(one.shape) == 2 and re.search(r"\.c_(attn|proj|fc)\.", name) is not None
+        shape = one.shape[::-1] if transposed else one.shape
+        if gguf_name in ("token_embd.weight", "output.weight"):
+            shape = (min(vocabulary, shape[0]), *shape[1:])
+        found.append(
+            Tensor(
+                gguf_name,
+                shape,
+                choose_type(gguf_name, shape, kind, layers, tied),
+                one,
+                origin=name,
+                heads=_rotated_heads(name, config) if family.pairs_rows else 0,
+                transposed=transposed,
+                shift=1.0 if family.shifts_norms and name.endswith("norm.weight") else 0.0,
+            )
+        )
+    for name, factors in architecture.factors.items():
+        found.append(Tensor(name, (len(factors),), F32, None, factors=tuple(factors)))
+    return found
+
+
+def _left_out(name: str, one: Stored, config: Any) -> bool:
+    """Whether a tensor is no weight of its own: masks that old files hold, and a head that is the embedding again."""
+    if name == "lm_head.weight" and config.tie_word_embeddings:
+        return True
+    return not one.is_number or name.endswith((".attn.bias", ".attn.masked_bias", ".rotary_emb.inv_freq"))
+
+
+def _gguf_name(names: TensorNameMap, name: str) -> str | None:
+    for text in (name, f"transformer.{name}", f"model.{name}"):  # some files leave the outermost name out
+        if found := names.get_name(text, try_suffixes=(".weight", ".bias")):
+            return found
+    return None
+
+
+def _rotated_heads(name: str, config: Any) -> int:
+    if re.search(r"\.q_proj\.(weight|bias)$", name):
+        return int(config.num_attention_heads)
+    return int(config.num_key_value_heads) if re.search(r"\.k_proj\.(weight|bias)$", name) else 0
+
+
+def choose_type(name: str, shape: tuple[int, ...], kind: str, layers: int, tied: bool) -> GGMLQuantizationType:
+    """Return the type of a tensor.
+
+    Args:
+        name: of the GGUF.
+        kind: as in `plan_tensors`.
+        layers: of the model.
+        tied: the token embedding is the output matrix too.
+    """
+    if len(shape) < 2 or name.endswith("_norm.weight") or name == "position_embd.weight":
+        return F32
+    if kind != "q4_k_m":
+        wanted = {"f32": F32, "f16": F16, "bf16": BF16, "q8_0": Q8_0}[kind]
+    elif name == "output.weight" or (tied and name == "token_embd.weight"):
+        wanted = Q6_K if shape[-1] % 256 == 0 else Q8_0
+    else:
+        sensitive = re.search(r"\.(attn_v|attn_qkv|ffn_down)\.weight$", name) is not None
+        wanted = Q6_K if sensitive and _more_bits(int(_LAYER.findall(name)[0]), layers) else Q4_K
+    if shape[-1] % GGML_QUANT_SIZES[wanted][0] == 0:
+        return wanted
+    second = {Q4_K: Q5_0, Q6_K: Q8_0}.get(wanted, F16)
+    return second if shape[-1] % GGML_QUANT_SIZES[second][0] == 0 else F16
+
+
+def _more_bits(layer: int, layers: int) -> bool:
+    """The first and last eighth of the layers, and every third between them."""
+    eighth = layers // 8
+    return layer < eighth or layer >= 7 * layers // 8 or (layer - eighth) % 3 == 2

@@ -1,0 +1,142 @@
+"""An Ollama folder: a GGUF, and the Modelfile that makes a model of it by ``ollama create NAME -f Modelfile``."""
+
+import os
+import shutil
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from jinja2 import TemplateError
+
+from lowmem_rlhf.export.gguf.write import second_stop
+from lowmem_rlhf.export.ollama.formats import FORMATS, LLAMA31_DATE, Format, Message
+from lowmem_rlhf.export.tokenizer import chat_template, load_tokenizer
+from lowmem_rlhf.files import atomic_write
+
+Parameters = Mapping[str, float | int | str | None]
+SYSTEM: Message = {"role": "system", "content": "S0"}
+PROBE: list[Message] = [
+    {"role": "user", "content": "Q1"},
+    {"role": "assistant", "content": "A1"},
+    {"role": "user", "content": "Q2"},
+]
+_MARK = "\x00"
+_CONTEXT = 4096  # tokens, of which Ollama reserves memory; a user asks for more with num_ctx
+
+
+@dataclass(frozen=True)
+class Found:
+    """What a tokenizer's chat template writes.
+
+    Attributes:
+        system: the text that it puts in where a conversation has none.
+    """
+
+    format: Format
+    system: str = ""
+
+
+def find_format(tokenizer: Any) -> Found | None:
+    """Return the known format that a chat template writes: both texts of a conversation are the same.
+
+    Compared are conversations without and with a system text. A template that refuses one, or places it where none of
+    the formats does, is taken with no place for it.
+    """
+    plain, with_system = _text(tokenizer, PROBE), _text(tokenizer, [SYSTEM, *PROBE])
+    if plain is None:
+        return None
+    for one in FORMATS:
+        system = _default_system(one, plain)
+        if system is None:
+            continue
+        if one.system is None and one.render([SYSTEM, *PROBE]) != with_system:
+            return Found(replace(one, merged=None))
+        if one.render([SYSTEM, *PROBE]) == with_system:
+            return Found(one, system)
+    return None
+
+
+def _text(tokenizer: Any, messages: list[Message]) -> str | None:
+    """Return what the template writes, without the BOS that Ollama puts before every text; None if it refuses."""
+    try:
+        text = tokenizer.apply_chat_template(
+            messages, tokenize=False, add_generation_prompt=True, date_string=LLAMA31_DATE
+        )
+    except (TemplateError, ValueError, TypeError, KeyError):
+        return None
+    return str(text).removeprefix(tokenizer.bos_token or "")
+
+
+def _default_system(one: Format, plain: str) -> str | None:
+    """Return the system text that stands in a conversation without one; None if it is not of the format."""
+    if one.render(PROBE) == plain:
+        return ""
+    if one.system is None:
+        return None
+    marked = [{"role": "system", "content": _MARK}, *PROBE]
+    before, after = one.render(marked).split(_MARK)
+    fits = plain.startswith(before) and plain.endswith(after) and len(plain) > len(before) + len(after)
+    return plain[len(before) : -len(after)] if fits else None
+
+
+def modelfile(gguf: str, tokenizer: Any, parameters: Parameters, stops: list[str]) -> tuple[str, str]:
+    """Return a Modelfile, and a sentence on its template.
+
+    Args:
+        gguf: the file's name.
+        parameters: Ollama's; those that are None are left out.
+        stops: texts of the tokens that end an answer.
+    """
+    lines = [f"FROM ./{gguf}"]
+    found = find_format(tokenizer)
+    if chat_template(tokenizer) is None:
+        said = "the model has no chat template: Ollama gives it prompts as they are"
+        lines.append('TEMPLATE """{{ .Prompt }}"""')
+    elif found is None:
+        said = (
+            "the chat template is none that is known here, so the Modelfile has no TEMPLATE and Ollama reads the GGUF's"
+        )
+    else:
+        placed = found.format.system or found.format.merged
+        said = f"the chat template is {found.format.name}'s" + ("" if placed else "; a system text has no place in it")
+        lines.append(f'TEMPLATE """{found.format.template()}"""')
+        if found.system:
+            lines.append(f'SYSTEM """{found.system}"""')
+        stops = [found.format.stop, *stops]
+    lines += [f"PARAMETER {name} {value}" for name, value in parameters.items() if value is not None]
+    lines += [f'PARAMETER stop "{stop}"' for stop in dict.fromkeys(stops) if stop.strip()]
+    return "\n".join(lines) + "\n", said
+
+
+def write_ollama(folder: Path, gguf: Path, target: Path, parameters: Parameters) -> None:
+    """Write the Modelfile and place the GGUF beside it, as a hard link where the file system has them.
+
+    Args:
+        folder: the merged model, for its tokenizer and configuration.
+        gguf: the weights; they may lie in ``target`` already.
+        target: the folder; made if it is not there.
+        parameters: Ollama's, for example temperature and num_ctx; None leaves one out. ``num_ctx`` is by default the
+            model's context, at most 4096 tokens.
+
+    Raises:
+        UserError: the tokenizer cannot be read.
+    """
+    from transformers import AutoConfig
+
+    tokenizer, config = load_tokenizer(folder), AutoConfig.from_pretrained(folder)
+    ends = (tokenizer.eos_token_id, second_stop(folder, config, tokenizer))
+    stops = [str(tokenizer.convert_ids_to_tokens(end)) for end in ends if end is not None]
+    context = min(_CONTEXT, getattr(config, "max_position_embeddings", None) or _CONTEXT)
+    text, said = modelfile(gguf.name, tokenizer, {"num_ctx": context, **parameters}, stops)
+    target.mkdir(parents=True, exist_ok=True)
+    placed = target / gguf.name
+    if placed.resolve() != gguf.resolve():
+        placed.unlink(missing_ok=True)
+        try:
+            os.link(gguf, placed)
+        except OSError:  # another file system
+            shutil.copyfile(gguf, placed)
+    atomic_write(target / "Modelfile", text)
+    print(said, file=sys.stderr, flush=True)

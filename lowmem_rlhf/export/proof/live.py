@@ -1,0 +1,159 @@
+"""What the live policy says on sample texts: what an export is held against.
+
+Shapes: L tokens of a sequence, V vocabulary.
+"""
+
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from lowmem_rlhf.engine.base import SharedBase
+from lowmem_rlhf.engine.grouped_lora import dense_weight
+from lowmem_rlhf.engine.load import DTYPES
+from lowmem_rlhf.engine.packing import Group
+from lowmem_rlhf.engine.passes import BatchLimits, head_outputs, with_bootstrap_position
+from lowmem_rlhf.engine.roles import POLICY, REFERENCE
+from lowmem_rlhf.export.proof.texts import sequences
+from lowmem_rlhf.hardware.memory import free_bytes, release
+from lowmem_rlhf.inference.opening import open_trained, plan_settings
+from lowmem_rlhf.planning.memory.resident import LOGITS_BYTES
+from lowmem_rlhf.recipe.schema import Recipe
+from lowmem_rlhf.run.directory import RunDirectory
+
+ROOM = 0.8  # of the free memory that a model may take
+
+Logits = list[torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Said:
+    """Logits (L - 1, V) of each sequence of L tokens: the policy's and its base's."""
+
+    policy: Logits
+    base: Logits
+
+
+@dataclass(frozen=True)
+class Live:
+    """What the live policy and its base said.
+
+    Attributes:
+        ids: token sequences.
+        source: where these are from.
+        said: as the run computes.
+        exact: the same weights with fp32 arithmetic, so that a comparison sees the export's rounding alone; None where
+            there was no room.
+        scores, exact_scores: a reward model's, of each sequence, in place of all that.
+    """
+
+    recipe: Recipe
+    ids: list[list[int]]
+    source: str
+    compute_dtype: str
+    said: Said
+    exact: Said | None = None
+    scores: torch.Tensor | None = None
+    exact_scores: torch.Tensor | None = None
+
+
+@torch.no_grad()
+def live_policy(run: RunDirectory, step: int | None, device: str | None) -> Live:
+    """Open the run's base with its policy, and keep what both say on sample texts.
+
+    Raises:
+        UserError, RunError: as `open_policy`.
+    """
+    base, recipe = open_trained(run, step, device)
+    ids, source = sequences(run, recipe, base.tokenizer, base.stop_ids)
+    settings = plan_settings(run)
+    dtype, judges = settings["compute_dtype"], recipe.algorithm == "reward_model"
+    if not judges:
+        ids = _within(ids, base.head.vocabulary)
+    say: Callable[[SharedBase, Sequence[Sequence[int]]], Any] = _scores if judges else _said
+    said = say(base, ids)
+    exact = said if is_exact(settings) else None
+    if exact is None and in_float32(base.model, DTYPES[dtype], base.device):
+        base.dtype = torch.float32
+        exact = say(base, ids)
+    held = base.device
+    del base
+    release(held)
+    if judges:
+        return Live(recipe, ids, source, dtype, Said([], []), scores=said, exact_scores=exact)
+    return Live(recipe, ids, source, dtype, said, exact)
+
+
+def is_exact(settings: dict[str, Any]) -> bool:
+    """Whether a base of these settings computes in fp32 as it is; int8's products round to 8 bits in every dtype."""
+    return bool(settings["compute_dtype"] == "float32" and settings["quantization"] != "int8")
+
+
+def _said(base: SharedBase, ids: Sequence[Sequence[int]]) -> Said:
+    return Said(*(role_logits(base, role, ids) for role in (POLICY, REFERENCE)))
+
+
+def in_float32(model: torch.nn.Module, dtype: torch.dtype, device: torch.device) -> bool:
+    """Let a model compute in fp32 with the numbers that its weights stand for in ``dtype``, one dense layer at a time.
+
+    Returns:
+        False, and nothing is changed, where the device has no room for its other weights in fp32.
+    """
+    from bitsandbytes.nn import Linear4bit, Linear8bitLt
+
+    grows = sum(p.numel() * (4 - p.itemsize) for p in model.parameters() if p.is_floating_point())
+    if grows > ROOM * free_bytes(device):
+        return False
+
+    def forward(layer: Any, x: torch.Tensor) -> torch.Tensor:
+        bias = None if layer.bias is None else layer.bias.float()
+        return F.linear(x, exact_weight(layer, dtype), bias)
+
+    for module in model.modules():
+        if isinstance(module, (Linear4bit, Linear8bitLt)):
+            module.forward = partial(forward, module)  # type: ignore[method-assign]
+    torch.nn.Module.float(model)  # transformers' own refuses a quantized model, for fear of its codes
+    return True
+
+
+def exact_weight(layer: Any, dtype: torch.dtype) -> torch.Tensor:
+    """Return the numbers (out, in) of a bitsandbytes layer in fp32: those that it multiplies with in ``dtype``."""
+    from bitsandbytes.nn import Linear8bitLt
+
+    return dense_weight(layer, torch.float32 if isinstance(layer, Linear8bitLt) else dtype).float()
+
+
+def _within(ids: list[list[int]], vocabulary: int) -> list[list[int]]:
+    """Return as many sequences as there is room for logits of, which are kept of one model after another."""
+    kept: list[list[int]] = []
+    for one in ids:
+        if kept and 4 * (sum(map(len, kept)) + len(one)) * vocabulary > LOGITS_BYTES:
+            break
+        kept.append(one)
+    return kept
+
+
+@torch.no_grad()
+def role_logits(base: SharedBase, role: str, ids: Sequence[Sequence[int]]) -> Logits:
+    """Return for each sequence the logits (L - 1, V) of its next tokens in a role, fp32 on the CPU.
+
+    All go through the base in one pass, since quantized weights are made dense for each.
+    """
+    groups = [Group(one[:1], [one[1:]], [row]) for row, one in enumerate(ids)]
+    batch = base.layout.lay_out(groups, base.device)
+    with base.role(role):
+        states = base.states(batch).index_select(0, batch.predict).split(batch.lengths)
+        found = {row: base.head.logits(part).float().cpu() for row, part in zip(batch.rows, states, strict=True)}
+    return [found[row] for row in range(len(ids))]
+
+
+@torch.no_grad()
+def _scores(base: SharedBase, ids: Sequence[Sequence[int]]) -> torch.Tensor:
+    """Return a reward model's score of each sequence, read at its last token, (N,) fp32 on the CPU."""
+    groups = with_bootstrap_position([Group(one[:1], [one[1:]], [row]) for row, one in enumerate(ids)])
+    found = head_outputs(base, POLICY, groups, BatchLimits(1.0, sys.maxsize, 1))
+    return torch.stack([found[row][-1] for row in range(len(ids))]).cpu()

@@ -1,0 +1,84 @@
+"""What an export is compared on: token sequences of the kind that the run trained on, a few hundred tokens in all."""
+
+from collections.abc import Iterator
+from typing import Any
+
+from lowmem_rlhf.architecture.stops import text_ids
+from lowmem_rlhf.data.chat_template import ChatTemplate
+from lowmem_rlhf.data.prompts import build_examples
+from lowmem_rlhf.errors import UserError
+from lowmem_rlhf.planning.memory.resident import COMPARED_LENGTH, COMPARED_TOKENS
+from lowmem_rlhf.recipe.schema import Recipe
+from lowmem_rlhf.run.directory import RunDirectory
+
+ROWS = 16  # of data that are looked at
+SENTENCES = (
+    "The capital of France is Paris, and the river that runs through it is the Seine.",
+    "Water boils at 100 degrees Celsius at sea level; on a mountain it boils at a lower temperature.",
+    "To add 27 and 15, first add 20 and 10, then 7 and 5, and put both results together: 42.",
+    "def mean(numbers):\n    return sum(numbers) / len(numbers)\n",
+)
+
+
+def sequences(
+    run: RunDirectory, recipe: Recipe, tokenizer: Any, stop_ids: frozenset[int]
+) -> tuple[list[list[int]], str]:
+    """Return token sequences, and where they are from.
+
+    They are the run's latest samples; where it drew none, held-out data; where that is out of reach, some sentences.
+    """
+    for source, found in (("samples of the run", _samples), ("held-out data", _held_out)):
+        try:
+            kept = _cut(found(run, recipe, tokenizer, stop_ids))
+        except (UserError, OSError):
+            continue  # data that is gone is no reason to refuse an export
+        if sum(map(len, kept)) >= COMPARED_TOKENS // 4:
+            return kept, source
+    texts = (tokenizer(text)["input_ids"] for text in SENTENCES)
+    return _cut(texts), "built-in sentences"
+
+
+def _samples(run: RunDirectory, recipe: Recipe, tokenizer: Any, stop_ids: frozenset[int]) -> Iterator[list[int]]:
+    data = recipe.data
+    template = ChatTemplate(tokenizer, data.chat_template_kwargs) if tokenizer.chat_template else None
+    for row in reversed(run.samples()):
+        prompt, completion = row.get("prompt"), row.get("completion")
+        if not isinstance(completion, str) or not isinstance(prompt, str | list):
+            continue
+        if isinstance(prompt, list):
+            if template is None:
+                continue
+            ids = tokenizer(template.prompt(prompt), add_special_tokens=False)["input_ids"]
+        else:
+            ids = text_ids(tokenizer, prompt, stop_ids)
+        yield [*ids, *tokenizer(completion, add_special_tokens=False)["input_ids"]]
+
+
+def _held_out(run: RunDirectory, recipe: Recipe, tokenizer: Any, stop_ids: frozenset[int]) -> Iterator[list[int]]:
+    from lowmem_rlhf.data.sources import load_rows
+    from lowmem_rlhf.data.supervised import build_pairs, build_supervised
+
+    rows = load_rows(recipe.data, "eval", recipe.training.seed)[:ROWS]
+    if recipe.algorithm == "sft":
+        for example in build_supervised(rows, recipe.data, recipe.sft, tokenizer, stop_ids):
+            yield [*example.prompt_ids, *example.completion_ids]
+    elif recipe.algorithm == "reward_model":
+        for pair in build_pairs(rows, recipe.data, recipe.reward_model.max_length, tokenizer, stop_ids):
+            yield [*pair.prompt_ids, *pair.chosen_ids]
+    else:
+        for prompt in build_examples(rows, recipe.data, tokenizer, stop_ids):
+            yield prompt.prompt_ids
+
+
+def _cut(found: Any) -> list[list[int]]:
+    """Return sequences of 2 to `COMPARED_LENGTH` tokens, `COMPARED_TOKENS` in all; of a longer one its end."""
+    kept: list[list[int]] = []
+    room = COMPARED_TOKENS
+    for ids in found:
+        part = list(ids)[-min(COMPARED_LENGTH, room) :]
+        if len(part) > 1 and part not in kept:
+            kept.append(part)
+            room -= len(part)
+        if room < 2:
+            break
+    return kept

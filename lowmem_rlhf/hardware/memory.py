@@ -1,0 +1,107 @@
+"""Peak memory of the device, and the ladder that a step climbs down when memory runs out."""
+
+import gc
+import time
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import psutil
+import torch
+
+from lowmem_rlhf.errors import RunError
+from lowmem_rlhf.hardware import cpu_process
+
+T = TypeVar("T")
+
+
+def reset_peak(device: torch.device) -> None:
+    """Start measuring a new peak: on a device that counts, of what is allocated; on the CPU, of the process."""
+    if device.type == "cpu":
+        cpu_process.reset_peak()
+    elif reset := device_counter(device, "reset_peak_memory_stats"):
+        reset(device)
+
+
+def peak_bytes(device: torch.device) -> int:
+    """Return the peak since `reset_peak`: of allocated bytes where the device counts, else of what the process shows.
+
+    Where the system cannot tell a process's peak, it is what the process shows now.
+    """
+    if count := device_counter(device, "max_memory_allocated"):
+        return int(count(device))
+    peak = cpu_process.peak_bytes() if device.type == "cpu" else None
+    return peak or int(psutil.Process().memory_info().rss)
+
+
+def release(device: torch.device) -> None:
+    """Give back what is no longer used, so that other programs and the next model find it."""
+    gc.collect()
+    if device.type == "cpu":
+        cpu_process.trim_heap()
+    if empty := device_counter(device, "empty_cache"):
+        empty()
+
+
+def free_bytes(device: torch.device) -> int:
+    """Return the bytes that are free now: of the device where it can be asked, otherwise of the machine."""
+    if ask := device_counter(device, "mem_get_info"):
+        return int(ask(device)[0])
+    return int(psutil.virtual_memory().available)
+
+
+def clock(device: torch.device) -> float:
+    """Return seconds, once the device has done what it was given."""
+    if wait := device_counter(device, "synchronize"):
+        wait(device) if device.index else wait()  # not every kind of device takes an argument
+    return time.perf_counter()
+
+
+def device_counter(device: torch.device, name: str) -> Callable[..., Any] | None:
+    """Return a function of the device's module (``max_memory_allocated``, ...); None on a CPU and where it has none."""
+    return None if device.type == "cpu" else getattr(torch.get_device_module(device), name, None)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that memory ran out; cuBLAS, bitsandbytes and the CPU have no type of their own for it."""
+    if isinstance(error, torch.OutOfMemoryError):
+        return True
+    signs = ("out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "can't allocate memory")
+    return isinstance(error, RuntimeError) and any(sign in str(error) for sign in signs)
+
+
+def retry_with_smaller(
+    work: Callable[[int], T],
+    size: int,
+    least: int,
+    key: str,
+    device: torch.device,
+    say: Callable[[str], None],
+) -> tuple[T, int]:
+    """Run ``work(size)``; when the device's memory runs out, halve the size and try again.
+
+    Args:
+        work: must leave nothing behind when it fails.
+        least: the smallest size worth trying.
+        key: the recipe's key that pins the size, for messages.
+
+    Returns:
+        The result, and the size that fitted.
+
+    Raises:
+        RunError: not even the least size fits.
+    """
+    while True:
+        try:
+            return work(size), size
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+            if size <= least:
+                raise RunError(
+                    f"the device's memory ran out even with {key}={size}; shorten generation.max_completion_length, "
+                    "take a smaller model or hardware.quantization=nf4"
+                ) from error
+        release(device)
+        smaller = max(least, size // 2)
+        say(f"the device's memory ran out with {key}={size}; going on with {smaller}")
+        size = smaller

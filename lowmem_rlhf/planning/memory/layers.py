@@ -1,0 +1,288 @@
+"""Bytes of activations: what a layer keeps for its backward pass, and what is there at once in either direction.
+
+Read from our own passes (`engine.grouped_lora`, `engine.fused`, `engine.attention`) and stock modules; `benchmarks/
+vram_measured.py` holds every term against the live tensors of a real step. Letters: T tokens, h hidden size, nh query
+heads, nkv key/value heads, d head size, f MLP size, b bytes of a compute-dtype number. Functions return bytes.
+"""
+
+from dataclasses import dataclass
+from functools import cached_property
+
+from lowmem_rlhf.architecture.dimensions import ModelDimensions
+from lowmem_rlhf.architecture.families import FAMILIES, Family
+from lowmem_rlhf.planning.limits import CAPPED_SCORES, EXPLICIT_KEYS
+from lowmem_rlhf.planning.shapes import PackedShape
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One decoder layer in a packed pass.
+
+    Attributes:
+        dims, shape: of the model and of the packed row.
+        width: b.
+        ranks: sum of the ranks of all adapters beside the layer's linear layers in the role that computes.
+        dense: bytes of the largest weight where it is quantized and made dense to be multiplied, else 0.
+        cpu: whether short attention is computed with explicit scores.
+    """
+
+    dims: ModelDimensions
+    shape: PackedShape
+    width: int
+    ranks: int
+    dense: int
+    cpu: bool
+
+    @cached_property
+    def family(self) -> Family:
+        """How the layer departs from Llama's."""
+        return FAMILIES.get(self.dims.model_type, Family(gated=self.dims.gated))
+
+    def of(self, numbers: float, tokens: int | None = None) -> int:
+        """Return the bytes of so many compute-dtype numbers for each token (of all tokens, or of so many)."""
+        return round(self.width * numbers * (self.shape.tokens if tokens is None else tokens))
+
+    @property
+    def queries(self) -> int:
+        """Numbers of one token's queries, ``nh d``."""
+        return self.dims.num_heads * self.dims.head_dim
+
+    @property
+    def keys(self) -> int:
+        """Numbers of one token's keys, ``nkv d``."""
+        return self.dims.num_kv_heads * self.dims.head_dim
+
+    @property
+    def grouped(self) -> bool:
+        """Whether there are fewer key heads than query heads."""
+        return self.dims.num_kv_heads < self.dims.num_heads
+
+    @property
+    def capped(self) -> bool:
+        """Whether attention scores have a soft cap (Gemma 2), for which no SDPA kernel exists."""
+        return bool(self.dims.attention_softcap)
+
+    def explicit(self, keys: int) -> bool:
+        """Whether scores over so many keys are computed outside SDPA."""
+        return self.cpu and not self.capped and keys <= EXPLICIT_KEYS
+
+    @property
+    def hidden(self) -> int:
+        """A hidden state, ``b T h``: also what a recomputed layer keeps."""
+        return self.of(self.dims.hidden_size)
+
+    # what the backward pass needs
+
+    def saved_attention(self) -> int:
+        """Everything from the layer's input to the attention's output, which the output product keeps.
+
+        The input and its norm (2h), ``x A^T`` of q, k and v, queries, keys and values as attention took them (see
+        `_saved_keys`), SDPA's result and its log-sum-exp, and the joined result; norms of heads keep q and k before
+        them.
+        """
+        kept = 2 * self.dims.hidden_size + self.ranks / 2 + self.queries
+        if self.family.qk_norm != "none":
+            kept += self.queries + self.keys
+        return self.of(kept) + self._saved_queries() + self._saved_keys() + self._saved_results()
+
+    def _saved_queries(self) -> int:
+        """Queries once; once more for the part whose scores are explicit, where they are scaled first."""
+        shape = self.shape
+        prompts, own = self.explicit(shape.prompt_keys), self.explicit(shape.own_keys)
+        stored = 0 if prompts and own else shape.tokens
+        return self.of(self.queries, stored + shape.prompt_tokens * prompts + shape.own_tokens * own)
+
+    def _saved_keys(self) -> int:
+        """Keys and values: the prompts' and, with the prompt before each, the completions'.
+
+        SDPA takes them with heads expanded to nh where there are fewer.
+        """
+        shape = self.shape
+        expand_own = self.grouped and not self.capped and not self.explicit(shape.own_keys)
+        return self._saved_prompt_keys() + self.of(2 * (self.queries if expand_own else self.keys), shape.attended)
+
+    def _saved_prompt_keys(self) -> int:
+        """The prompts' keys and values: expanded, or the whole row's where they lie in it, or a copy of them.
+
+        Explicit products copy the parts of several prompts; not of one, nor of one token each, whose heads lie side by
+        side in the row (partly rotated keys do not, nor values that one product gave with the queries). Where values
+        come from one product with the queries, they keep all of it; GPT-2's queries keep it themselves in SDPA.
+        """
+        shape, fused, rotated = self.shape, self.family.fused, self.dims.rotary_dim
+        explicit, one = self.explicit(shape.prompt_keys), shape.prompt_tokens <= shape.prompt_keys
+        if self.grouped and not self.capped and not explicit:
+            return self.of(2 * self.queries, shape.prompt_tokens)
+        if explicit and not one and (shape.prompt_keys > 1 or fused):
+            by_queries = fused and not rotated and not self.explicit(shape.own_keys)
+            return self.of(2 * self.keys, None if by_queries else shape.prompt_tokens)
+        if fused:
+            own_queries = rotated or self.explicit(shape.own_keys)
+            return self.of(2 * self.keys + (self.queries if own_queries else 0) + (self.keys if rotated else 0))
+        return self.of(self.keys if explicit and not one and rotated < self.dims.head_dim else 2 * self.keys)
+
+    def _saved_results(self) -> int:
+        """SDPA's result and log-sum-exp (fp32 a head); explicit scores keep their softmax; a soft cap keeps nothing."""
+        if self.capped:
+            return 0
+        total = 0
+        for tokens, scores, keys in (
+            (self.shape.prompt_tokens, self.shape.prompt_scores, self.shape.prompt_keys),
+            (self.shape.own_tokens, self.shape.own_scores, self.shape.own_keys),
+        ):
+            if self.explicit(keys):
+                total += self.of(self.dims.num_heads, scores)
+            else:
+                total += self.of(self.queries, tokens) + 4 * self.dims.num_heads * tokens
+        return total
+
+    def saved_mlp(self) -> int:
+        """Everything from the attention's output product to the layer's output.
+
+        Its input and norm (2h; two more where the results of attention and MLP have norms, none where both run beside
+        each other), gate, up and their product (3f; one more where gate and up are one product, 2f without a gate).
+        """
+        h, f = self.dims.hidden_size, self.dims.intermediate_size
+        norms = {1: 0, 2: 2, 4: 4}.get(self.family.norms, 2)
+        return self.of(norms * h + self._mlp_numbers() * f + self.ranks / 2)
+
+    def _mlp_numbers(self) -> int:
+        if not self.family.gated:
+            return 2
+        return 4 if self.family.fused else 3
+
+    def saved(self) -> int:
+        """All that a layer keeps that is not recomputed; its input is counted with it."""
+        statistics = 8 * self.family.norms * self.shape.tokens if self.family.norm_bias else 0  # LayerNorm's, fp32
+        return self.saved_attention() + self.saved_mlp() + statistics
+
+    # what there is at once in the backward pass, of one layer
+
+    def backward_peak(self, recomputed: bool = False) -> int:
+        """The most that a layer and its gradients take: in its MLP, or in its attention."""
+        return max(self.saved() + self._mlp_gradients(recomputed), self._attention_gradients())
+
+    def _mlp_gradients(self, recomputed: bool) -> int:
+        """The gradients at the last product of the MLP, with all of the layer still there.
+
+        Of the layer's output (h, twice where a norm follows) and, twice, of the product's input (2f): by the weight and
+        by the adapter. Or once, with the weight made dense. A layer is recomputed only after the gradient by the
+        weight, unless a norm follows; then a weight is made dense beside it for gate and up, before what comes of them.
+        """
+        h, f = self.dims.hidden_size, self.dims.intermediate_size
+        dense = self.of(f) + self.dense
+        if recomputed and self.dims.norm_place == "before":
+            products = 2 if self.family.gated else 1
+            dense -= self.of((self._mlp_numbers() - products) * f)
+        return self.of(2 * h if self.family.norms == 4 else h) + max(self.of(2 * f), dense)
+
+    def _attention_gradients(self) -> int:
+        """Attention's own backward pass: the MLP is gone; gradients of output, queries, expanded keys and values."""
+        shape = self.shape
+        held = self.saved_attention() - self.of(self.queries)  # the product behind attention is done with its result
+        held += self.of(self.dims.hidden_size + self.queries)
+        if self.capped:
+            return held + max(self._capped_gradients(), self._capped_prompt_gradients())
+        of_keys = self.queries if self.grouped and not self.explicit(shape.own_keys) else self.keys
+        gradients = self.of(self.queries, shape.own_tokens) + self.of(2 * of_keys, shape.attended)
+        if self.explicit(shape.own_keys):
+            gradients += self.of(2 * self.dims.num_heads, shape.own_scores)
+        return held + gradients
+
+    def _capped_gradients(self) -> int:
+        """Of the completions, made again in parts: scores four times in fp32, and a part's gradients."""
+        shape, scores = self.shape, self._scores_at_once()
+        part = min(1, scores / max(1, self.dims.num_heads * shape.own_scores))
+        gradients = self.of(self.queries, shape.own_tokens) + self.of(2 * self.keys, shape.attended)
+        return gradients + 16 * scores + round(part * gradients)
+
+    def _capped_prompt_gradients(self) -> int:
+        """Of the prompts, after the completions: these have freed their keys, and added to the prompts' gradients."""
+        shape, scores = self.shape, self._scores_at_once(prompts=True)
+        part = min(1, scores / max(1, self.dims.num_heads * shape.prompt_scores))
+        own = self.of(self.queries + 2 * self.keys, shape.own_tokens) + self.of(2 * self.keys, shape.prompt_tokens)
+        gradients = self.of(self.queries + 2 * self.keys, shape.prompt_tokens)
+        return own + gradients + 16 * scores + round(part * gradients) - self.of(2 * self.keys, shape.attended)
+
+    def _scores_at_once(self, prompts: bool = False) -> int:
+        """Scores of capped attention at once: of as many completions (or prompts) as the bound allows, or of one."""
+        heads, shape = self.dims.num_heads, self.shape
+        each = shape.prompt_keys**2 if prompts else shape.row_scores
+        rows = max(1, CAPPED_SCORES // max(1, heads * each))
+        return heads * min(shape.prompt_scores if prompts else shape.own_scores, rows * each)
+
+    def norm_gradients(self) -> int:
+        """A norm's backward pass beside its input and gradient: three fp32 numbers (LayerNorm: one more gradient)."""
+        h = self.dims.hidden_size
+        return self.of(h) if self.family.norm_bias else 12 * h * self.shape.tokens
+
+    # what there is at once in a pass without gradients
+
+    def forward_peak(self, keeps_keys: bool = False) -> int:
+        """The most that one layer of a pass without gradients takes, the embeddings included.
+
+        Args:
+            keeps_keys: its keys and values are counted elsewhere, with those of the other layers.
+        """
+        embeddings = self.of(self.dims.hidden_size) * (2 if not self.dims.rotary_dim else 1)  # of positions, too
+        attention = max(self._attention_forward(), self._head_norm_forward())
+        return embeddings + max(self._mlp_forward(), attention - self.of(2 * self.keys) * keeps_keys)
+
+    def _mlp_forward(self) -> int:
+        """Input, attention's sum, its norm, the MLP's parts (3f; 2f without a gate) and result, a dense weight.
+
+        Or, where gate and up are one product, no result and weight yet, but the activated gate as well.
+        """
+        h, f, parts = self.dims.hidden_size, self.dims.intermediate_size, self._mlp_numbers()
+        return max(self.of(4 * h + min(parts, 3) * f) + self.dense, self.of(3 * h + parts * f))
+
+    def _head_norm_forward(self) -> int:
+        """The norm of queries: input and its norm, q, k and v, and two fp32 copies of the queries (Gemma: three)."""
+        if self.family.qk_norm == "none":
+            return 0
+        copies = 3 if self.family.embedding_scale else 2  # Gemma's weights, 1 + w, are fp32
+        fp32 = 4 * copies * self.queries * self.shape.tokens
+        return self.of(2 * self.dims.hidden_size + self.queries + 2 * self.keys) + fp32
+
+    def _attention_forward(self) -> int:
+        """Input and norm, q, k and v, the completions' keys and values before and after their heads are expanded.
+
+        Queries and keys of which a part is turned are there before and after (Phi).
+        """
+        shape, heads = self.shape, self.dims.num_heads
+        total = self.of(2 * self.dims.hidden_size + self.queries + 2 * self.keys)
+        if not self.family.fused and 0 < (turned := self.dims.rotary_dim) < self.dims.head_dim:
+            total += self.of((self.queries + self.keys) * (1 + turned / self.dims.head_dim))
+        results = self.of(self.queries)  # of both parts; joined, they are there twice
+        if self.capped:
+            prompts = self._scores_at_once(prompts=True) * (8 + self.width)
+            own = self.of(2 * self.keys, shape.attended) + max(results, self._scores_at_once() * (8 + self.width))
+            return total + results + max(prompts, own)
+        total += self.of(2 * self.keys, shape.attended)
+        keys, scores, tokens = shape.own_keys, shape.own_scores, shape.own_tokens
+        if not shape.attended:
+            keys, scores, tokens = shape.prompt_keys, shape.prompt_scores, shape.tokens
+        if self.explicit(keys):  # queries are scaled first
+            return total + max(2 * results, results + self.of(2 * heads, scores) + self.of(self.queries, tokens))
+        expanded = self.of(2 * self.queries, shape.attended or shape.tokens) if self.grouped else 0
+        return total + results + max(expanded, results if shape.attended else 0)
+
+    def kept_keys(self, together: bool = False) -> int:
+        """What a prefill pass keeps of a layer until the cache is made: the storages in which keys and values lie.
+
+        Values lie in their own product's result, or in that of queries, keys and values together; keys do as well where
+        no rotary positions turn them.
+        """
+        joined = self.queries + 2 * self.keys if self.family.fused or together else self.keys
+        return self.of(joined if not self.dims.rotary_dim else joined + self.keys)
+
+    def positions(self) -> int:
+        """What all layers share: cosines and sines of rotary positions, ids and positions (int64), masks.
+
+        Gemma 3 has rotary positions of two kinds, for layers with a window and for those without.
+        """
+        shape, kinds = self.shape, 2 if self.dims.model_type.startswith("gemma3") else 1
+        rotary = self.of(2 * kinds * self.dims.rotary_dim)
+        masks = shape.row_scores if shape.attended else 0
+        if self.capped or self.explicit(shape.prompt_keys):
+            masks += shape.prompt_keys**2
+        return rotary + 16 * shape.tokens + self.width * masks

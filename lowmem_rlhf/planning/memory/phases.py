@@ -1,0 +1,40 @@
+"""How much memory a run takes, phase by phase: pure arithmetic in bytes, without torch.
+
+A phase has moments (a layer's backward pass, the loss, ...); its need is that of the largest one, and a moment is the
+sum of its components. What a pass holds in tokens stands in `shapes`, what a layer holds in `layers`, the moments of a
+rollout in `rollout`. Letters: T tokens, h hidden size, V vocabulary, b bytes of a compute-dtype number.
+"""
+
+from lowmem_rlhf.architecture.dimensions import ModelDimensions
+from lowmem_rlhf.hardware.device import Device
+from lowmem_rlhf.planning.memory.resident import ALLOCATOR_FACTOR, Components, Memory, Settings, total
+from lowmem_rlhf.planning.shapes import samples_completions
+from lowmem_rlhf.recipe.schema import Recipe
+
+
+def phases(dims: ModelDimensions, recipe: Recipe, settings: Settings, device: Device) -> dict[str, Components]:
+    """Return bytes by component for rollout (where the run samples), scoring, update, optimizer and export.
+
+    On a GPU every phase ends with what the caching allocator holds beyond what is in use (factor 1.125).
+    """
+    from lowmem_rlhf.planning.memory.rollout import rollout
+
+    memory = Memory(dims, recipe, settings, device)
+    resident = memory.resident()
+    sampled = {"rollout": resident | rollout(memory)} if samples_completions(recipe) else {}
+    result = {
+        **sampled,
+        "scoring": resident | memory.scoring(),
+        "update": resident | memory.update(),
+        "optimizer": resident | memory.optimizer(),
+        "export": memory.export(),
+    }
+    factor = 1.0 if memory.on_cpu else ALLOCATOR_FACTOR
+    for components in result.values():
+        components["allocator"] = round(total(components) * (factor - 1))
+    return result
+
+
+def peak_phase(by_phase: dict[str, Components]) -> tuple[str, int]:
+    """Return the largest phase and its bytes."""
+    return max(((name, total(components)) for name, components in by_phase.items()), key=lambda item: item[1])

@@ -1,0 +1,313 @@
+"""What a run holds in memory, and what its passes take beside it: pure arithmetic in bytes, without torch."""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+from lowmem_rlhf.architecture.dimensions import ModelDimensions
+from lowmem_rlhf.architecture.families import Linear
+from lowmem_rlhf.hardware.device import Device
+from lowmem_rlhf.planning.limits import ENOUGH_POSITIONS, VOCABULARY_CHUNK
+from lowmem_rlhf.planning.memory.layers import Layer
+from lowmem_rlhf.planning.shapes import PackedShape, adapters_of, starts_from_adapter, step_shape
+from lowmem_rlhf.recipe.schema import ONLINE, Recipe
+from lowmem_rlhf.recipe.sections import REWARD_ADAPTER
+
+KIB = 1024
+MIB = 1024**2
+
+
+GIB = 1024**3
+
+
+CUDA_CONTEXT_BYTES = 141 * MIB  # measured on a T4; a process has it before its first tensor
+
+
+CPU_PROCESS_BYTES = 768 * MIB  # Python with torch, transformers and peft imported
+
+
+ALLOCATOR_FACTOR = 1.125  # reserved / allocated in CUDA's caching allocator, the median of public measurements
+
+
+ALLOCATOR_HIGH = 1.25  # the same, its 90th percentile with SDPA
+
+
+NF4_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)  # 4 bits, an 8-bit scale per 64 weights, a 4-byte one per 256 of those
+
+
+COMPARED_TOKENS, COMPARED_LENGTH = 384, 96  # tokens that an export is compared on, and of one text among them
+
+
+LOGITS_BYTES = 4 * 2**25  # of one model on these, at most
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The memory settings of a run.
+
+    Attributes:
+        quantization: ``nf4``, ``int8`` or ``none`` (weights in the compute dtype).
+        compute_dtype: ``bfloat16``, ``float16`` or ``float32``.
+        gradient_checkpointing: layers that are recomputed in the backward pass: all (True), none (False) or the first
+            so many.
+        offload_checkpoints: the inputs of recomputed layers wait in host memory.
+        micro_batch_tokens: packed tokens of one forward and backward pass, and of one prefill pass.
+        score_batch_tokens: packed tokens of one pass without gradients.
+        rollout_batch_size: completions generated at once.
+        rollout_weights: ``dequantized``: a 16-bit copy of the NF4 weights exists while sampling; else ``quantized``.
+        logits_tile_tokens: positions whose logits exist at once.
+        optim: ``adamw`` or ``adamw_8bit``.
+        lora: ``r``, ``lora_alpha`` and ``target_modules`` of the policy adapter.
+        offload_embeddings: the token embedding lies in host memory.
+    """
+
+    quantization: str
+    compute_dtype: str
+    gradient_checkpointing: bool | int
+    offload_checkpoints: bool
+    micro_batch_tokens: int
+    score_batch_tokens: int
+    rollout_batch_size: int
+    rollout_weights: str
+    logits_tile_tokens: int
+    optim: str
+    lora: dict[str, Any]
+    offload_embeddings: bool = False
+
+    @property
+    def width(self) -> int:
+        """Bytes of a number in the compute dtype."""
+        return 4 if self.compute_dtype == "float32" else 2
+
+
+Components = dict[str, int]
+
+
+def total(components: Components) -> int:
+    """Return the sum of a moment's or a phase's components."""
+    return sum(components.values())
+
+
+def cublas_workspace(compute_capability: tuple[int, int] | None) -> int:
+    """Return the bytes that torch takes from the allocator, and keeps, for each thread that multiplies with cuBLAS.
+
+    ``parseChosenWorkspaceSize`` of ``aten/src/ATen/cuda/CublasHandlePool.cpp``: ":4096:2:16:8", and 32 MiB on Hopper
+    and on data-centre Blackwell. The backward pass multiplies in a thread of its own.
+    """
+    return 32 * MIB if compute_capability and compute_capability[0] in (9, 10) else 2 * 4096 * KIB + 8 * 16 * KIB
+
+
+def block_weight_bytes(dims: ModelDimensions, quantization: str, width: int) -> int:
+    """Bytes of the linear layers of the blocks.
+
+    NF4 with double quantization: 0.5 byte + 0.127 bit a weight. int8: 1 byte, and a 4-byte scale for each output row.
+    """
+    if quantization == "nf4":
+        return math.ceil(dims.linear_parameters * NF4_BYTES)
+    if quantization == "int8":
+        return dims.linear_parameters + 4 * sum(linear.outputs * many for linear, many in dims.quantizable)
+    return dims.linear_parameters * width
+
+
+def embedding_bytes(dims: ModelDimensions, width: int, offloaded: bool = False) -> int:
+    """Bytes of embedding, head, norms and biases: never quantized; a tied head is the embedding itself.
+
+    Args:
+        offloaded: the embedding lies in host memory (an untied one: a tied one is the head).
+    """
+    away = dims.token_embedding if offloaded and not dims.tied else 0
+    return (dims.embedding_parameters - away + dims.other_parameters) * width
+
+
+def optimizer_state_bytes(parameters: int, optim: str) -> int:
+    """Bytes of AdamW's two moments: fp32, or 8-bit with a 4-byte scale for each block of 256 numbers.
+
+    With the fp32 weight and gradient this makes 16 bytes an adapter parameter (8-bit: 10.03).
+    """
+    return 8 * parameters if optim == "adamw" else math.ceil(parameters * 2 * (1 + 4 / 256))
+
+
+def dense_bytes(dims: ModelDimensions, quantization: str, width: int) -> int:
+    """Bytes of the largest linear layer in the compute dtype, where a quantized weight is expanded to be multiplied."""
+    return 0 if quantization == "none" else dims.largest_linear * width
+
+
+def recomputed_layers(dims: ModelDimensions, checkpointing: bool | int) -> int:
+    """Return how many layers ``gradient_checkpointing`` stands for."""
+    return dims.num_layers if checkpointing is True else int(checkpointing)
+
+
+def logits_tile_bytes(dims: ModelDimensions, positions: int, tile: int, width: int, gradient: bool) -> int:
+    """Bytes of a tile in the log-probs: K positions by C of the vocabulary, one in the compute dtype and two in fp32.
+
+    ``K C (b + 8)``, with K C at most ``tile * V``; with gradients, and a soft cap, its slope (4 K C), and the mean of
+    the head's rows, ``K h (b + 4)``. K and C as `engine.logprobs.Head.shape_of_tiles` has them.
+    """
+    chunk = min(dims.vocab_size, VOCABULARY_CHUNK)
+    most = min(positions, max(1, min(ENOUGH_POSITIONS, tile * dims.vocab_size // chunk)))
+    rows = math.ceil(positions / math.ceil(positions / most)) if positions else 0
+    slope = 4 if gradient and dims.logit_softcap else 0
+    return rows * chunk * (width + 8 + slope) + (rows * dims.hidden_size * (width + 4) if gradient else 0)
+
+
+class Memory:
+    """The memory of one run with given settings.
+
+    Args:
+        dims, recipe, settings, device: of the run.
+    """
+
+    def __init__(self, dims: ModelDimensions, recipe: Recipe, settings: Settings, device: Device) -> None:
+        self.dims, self.recipe, self.settings = dims, recipe, settings
+        self.width = settings.width
+        self.on_cpu = device.torch_device.startswith("cpu")
+        on_cuda = device.torch_device.startswith("cuda")
+        self.workspace = cublas_workspace(device.compute_capability) if on_cuda else 0
+        self.four_bit_product = device.avx512_bf16 and settings.compute_dtype == "bfloat16"
+        self.four_bit_in_place = self.four_bit_product and device.compiler is not None  # `engine.decode.native`
+        self.one_adapter = dims.lora_parameters(settings.lora["r"], settings.lora["target_modules"])
+        self.trained, self.frozen = adapters_of(recipe)
+        self.dense = dense_bytes(dims, settings.quantization, self.width)
+
+    def has_adapter(self, linear: Linear) -> bool:
+        """Say whether a linear layer that can take an adapter has one."""
+        targets = self.settings.lora["target_modules"]
+        if targets == "all-linear":
+            return True
+        names = {targets} if isinstance(targets, str) else {target.rsplit(".", 1)[-1] for target in targets}
+        return linear.name in names
+
+    @property
+    def adapted(self) -> list[Linear]:
+        """The linear layers of a block that have adapters."""
+        return [linear for linear in self.dims.linears if self.has_adapter(linear)]
+
+    def resident(self) -> Components:
+        """Return what lies on the device in every phase.
+
+        Trained adapters are fp32 masters, frozen ones the numbers they multiply with. On CUDA cuBLAS keeps a workspace
+        for each of two threads, autograd's being the second.
+        """
+        settings, trained = self.settings, self.one_adapter * self.trained
+        return {
+            "weights": block_weight_bytes(self.dims, settings.quantization, self.width),
+            "embeddings": embedding_bytes(self.dims, self.width, settings.offload_embeddings),
+            "adapters": 4 * trained + self.width * self.one_adapter * self.frozen,
+            "optimizer_state": optimizer_state_bytes(trained, settings.optim),
+            "workspaces": 2 * self.workspace,
+        }
+
+    def adapter_copies(self, adapters: int = 1) -> Components:
+        """Return the copies in the compute dtype of the adapters of the role that computes."""
+        return {"adapter_copies": self.width * self.one_adapter * adapters}
+
+    def layer(self, shape: PackedShape, adapters: int = 1) -> Layer:
+        """Return a layer in a pass over a packed row, in a role with so many adapters."""
+        ranks = self.settings.lora["r"] * len(self.adapted) * adapters
+        dense = self.dense
+        if self.settings.quantization == "int8" and not self.on_cpu:  # int8 inputs, int32 results
+            dense = max(dense, *(shape.tokens * (x.inputs + 4 * x.outputs) for x, _ in self.dims.quantizable))
+        return Layer(self.dims, shape, self.width, ranks, dense, self.on_cpu)
+
+    def scoring(self) -> Components:
+        """Return the largest moment of all roles' passes without gradients: a layer, or what is read of the states."""
+        moments = []
+        for adapters, language in self._scoring_roles():
+            copies = self.adapter_copies(adapters)
+            moments += [copies | moment for moment in self._scoring_moments(adapters, language)]
+        return max(moments, key=total)
+
+    def _scoring_roles(self) -> set[tuple[int, bool]]:
+        """Return of each role that scores its adapters, and whether it gives log-probs (else a number a position)."""
+        recipe, start = self.recipe, starts_from_adapter(self.recipe)
+        roles = {(1, False)} if any(reward.function == REWARD_ADAPTER for reward in recipe.rewards) else set()
+        if recipe.algorithm in ONLINE:
+            roles.add((int(start), True))  # the reference
+        if recipe.algorithm not in ("grpo", "reward_model"):
+            roles.add((1, True))  # the policy
+        if recipe.algorithm == "reward_model":
+            roles.add((1, False))
+        if recipe.algorithm == "ppo":
+            roles.add((self._critic_adapters(), False))
+        return roles
+
+    def _critic_adapters(self) -> int:
+        """Return how many adapters the critic computes with: its own, and the start's below."""
+        return 1 + (self.recipe.ppo.critic == "adapter" and starts_from_adapter(self.recipe))
+
+    def _scoring_moments(self, adapters: int, language: bool) -> list[Components]:
+        shape = step_shape(self.recipe, self.settings.score_batch_tokens)
+        layer = self.layer(shape, adapters)
+        loss = {"scored_states": layer.of(self.dims.hidden_size, shape.scored)}
+        if language:
+            tile = self.settings.logits_tile_tokens
+            loss["logits_tile"] = logits_tile_bytes(self.dims, shape.scored, tile, self.width, gradient=False)
+        else:
+            loss["scored_states"] += 4 * self.dims.hidden_size * shape.scored  # in fp32 for the head
+        return [{"layer_activations": layer.forward_peak() + layer.positions()}, loss]
+
+    def update(self) -> Components:
+        """Return the largest moment of the policy's and the critic's passes with gradients."""
+        moments = []
+        if self.recipe.algorithm != "reward_model":
+            moments += [self.adapter_copies() | moment for moment in self._pass_moments(self.layer_in_step(1), True)]
+        if self.recipe.algorithm in ("ppo", "reward_model"):
+            adapters = self._critic_adapters() if self.recipe.algorithm == "ppo" else 1
+            head = self._pass_moments(self.layer_in_step(adapters), False)
+            moments += [self.adapter_copies(adapters) | moment for moment in head]
+        return {"gradients": 4 * self.one_adapter * self.trained} | max(moments, key=total)
+
+    def layer_in_step(self, adapters: int) -> Layer:
+        """Return a layer in the passes of the update."""
+        return self.layer(step_shape(self.recipe, self.settings.micro_batch_tokens), adapters)
+
+    def _pass_moments(self, layer: Layer, language: bool) -> list[Components]:
+        """Return the moments of a pass with gradients: the loss, the last norm, and a layer of each kind.
+
+        The layers that keep their activations come first in the backward pass and have freed them when the recomputed
+        ones are reached. Each of these has its input, and all of itself again when its turn comes.
+
+        Args:
+            language: the loss is of log-probs; otherwise of one number a position (value, score).
+        """
+        layers, hidden, scored = self.dims.num_layers, layer.hidden, layer.shape.scored
+        count = recomputed_layers(self.dims, self.settings.gradient_checkpointing)
+        inputs = hidden * (min(count, 1) if self.settings.offload_checkpoints else count)
+        kept = (layers - count) * layer.saved()
+        states = layer.of(self.dims.hidden_size, scored)
+        held = states if self.recipe.algorithm in ("ppo", "rloo", "reinforce_plus_plus") else 0  # by the loop
+        both = {"positions": layer.positions(), "stored_activations": inputs + kept}
+        loss: Components = {"final_states": hidden, "scored_states": 2 * states}
+        if language:
+            tile = self.settings.logits_tile_tokens
+            loss["logits_tile"] = logits_tile_bytes(self.dims, scored, tile, self.width, gradient=True)
+        else:
+            loss["scored_states"] = states + 4 * self.dims.hidden_size * scored
+        norm = {"final_states": 2 * hidden + layer.norm_gradients(), "scored_states": held}
+        moments = [both | loss, both | norm]
+        if count < layers:
+            extra = layer.backward_peak() - layer.saved()
+            moments.append(both | {"layer_gradients": max(0, extra), "scored_states": held})
+        if count:
+            again = {"positions": layer.positions(), "stored_activations": inputs, "scored_states": held}
+            moments.append(again | {"layer_activations": layer.backward_peak(recomputed=True) - hidden})
+        return moments
+
+    def optimizer(self) -> Components:
+        """Return the optimizer step: gradients, and on a GPU one more number a parameter inside AdamW."""
+        parameters = self.one_adapter * self.trained
+        inside = 4 * parameters if self.settings.optim == "adamw" and not self.on_cpu else 0
+        return {"gradients": 4 * parameters, "update_buffers": inside} | self.adapter_copies()
+
+    def export(self) -> Components:
+        """Return what an export has on the device: the live policy that it is compared with, and a text's logits.
+
+        On a CPU the logits of all texts stay there, the policy's and its base's. The merge itself works in host memory,
+        before (see `planning.memory.export`).
+        """
+        policy = {key: self.resident()[key] for key in ("weights", "embeddings")}
+        policy |= {"adapters": 4 * self.one_adapter, "workspaces": self.workspace}
+        logits = COMPARED_LENGTH * self.dims.vocab_size * (self.width + 4)
+        if self.on_cpu:
+            logits += 2 * min(LOGITS_BYTES, 4 * COMPARED_TOKENS * self.dims.vocab_size)
+        return policy | self.adapter_copies() | {"compared_logits": logits}

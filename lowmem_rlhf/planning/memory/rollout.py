@@ -1,0 +1,118 @@
+"""Bytes of a rollout: prefill of the prompts, their cache, and decoding. Letters as in `memory`; R rows at once."""
+
+import math
+from dataclasses import replace
+
+from lowmem_rlhf.architecture.dimensions import ModelDimensions
+from lowmem_rlhf.planning.limits import COMPLETION_BLOCK, FOUR_BIT_ROWS, KERNEL_ROWS
+from lowmem_rlhf.planning.memory.resident import Components, Memory, total
+from lowmem_rlhf.planning.shapes import prompts_at_once, prompts_shape, rollout_rows
+
+
+def kv_bytes_per_token(dims: ModelDimensions, width: int) -> int:
+    """Bytes of the keys and values of one token in all layers: ``2 * layers * nkv * d * b``."""
+    return 2 * dims.num_layers * dims.num_kv_heads * dims.head_dim * width
+
+
+def sampling_logits_bytes(dims: ModelDimensions, rows: int, width: int, temperature: float = 1.0) -> int:
+    """Bytes of the last token's logits while sampling: the model's, log-probs and probabilities in fp32.
+
+    At a temperature other than 1 the logits over the temperature are there in fp32 as well.
+    """
+    return rows * dims.vocab_size * (width + 8 + (4 if temperature != 1.0 else 0))
+
+
+def decode_scores_bytes(dims: ModelDimensions, rows: int, keys: int, width: int) -> int:
+    """Bytes of one layer's attention scores while decoding: ``R * nh * keys``, four times in the compute dtype.
+
+    Of the prompt and of the completion, both side by side, their softmax, and its part for the prompt in one piece; in
+    fp32 where scores have a soft cap.
+    """
+    return 4 * rows * dims.num_heads * keys * (4 if dims.attention_softcap else width)
+
+
+def rollout_copy_bytes(memory: Memory) -> int:
+    """Bytes of what NF4 weights beside adapters are read from while decoding, if not from the weights themselves.
+
+    A copy in the compute dtype where the settings want one. On a CPU whose instructions suit, 4-bit weights are
+    multiplied: our own product reads them as they lie and needs the scales, one for 64 weights, in fp32; bitsandbytes'
+    kernel the codes in its order and 16-bit scales.
+    """
+    settings = memory.settings
+    if settings.quantization != "nf4":
+        return 0
+    adapted = [(linear, many) for linear, many in memory.dims.adaptable if memory.has_adapter(linear)]
+    if settings.rollout_weights == "dequantized":
+        return memory.width * sum(x.inputs * x.outputs * many for x, many in adapted)
+    if not (memory.on_cpu and memory.four_bit_product):
+        return 0
+    rows, each = (1, 4 / 64) if memory.four_bit_in_place else (32, 0.5 + 2 / 64)
+    fits = sum(x.inputs * x.outputs * n for x, n in adapted if x.outputs % rows == 0 and x.inputs % 64 == 0)
+    return round(fits * each)
+
+
+def joined_adapter_bytes(memory: Memory) -> int:
+    """Bytes of each group of layers' B in one block matrix, ``(sum of ranks) * (sum of outputs)``.
+
+    Made where the weights of such layers are multiplied at once: q, k and v; gate and up.
+    """
+    if not rollout_copy_bytes(memory):
+        return 0
+    together = dict.fromkeys(("q_proj", "k_proj", "v_proj"), "qkv") | dict.fromkeys(("gate_proj", "up_proj"), "gate")
+    groups: dict[str, list[int]] = {}
+    for place, linear in enumerate(memory.adapted):
+        groups.setdefault(together.get(linear.name, str(place)), []).append(linear.outputs)
+    blocks = sum(memory.settings.lora["r"] * len(outs) * sum(outs) for outs in groups.values())
+    return memory.dims.num_layers * memory.width * blocks
+
+
+def rollout(memory: Memory) -> Components:
+    """Return the largest moment: the prefill of prompts, the making of their cache, or the last tokens of the wave."""
+    recipe, dims, width = memory.recipe, memory.dims, memory.width
+    length, prompt = recipe.generation.max_completion_length, recipe.data.max_prompt_length
+    rows = rollout_rows(recipe, memory.settings.rollout_batch_size)
+    prompts = prompts_at_once(recipe, rows)
+    at_once = min(prompts, max(1, memory.settings.micro_batch_tokens // prompt))
+    token = kv_bytes_per_token(dims, width)
+    layer, lent = memory.layer(prompts_shape(prompt, at_once * prompt)), _lent(memory, at_once * prompt)
+    if lent and len(memory.adapted) == len(dims.linears):
+        layer = replace(layer, dense=0)
+    kept = dims.num_layers * layer.kept_keys(together=lent)
+    earlier, cache = (prompts - at_once) * prompt * token, prompts * prompt * token
+    own = rows * (length - 1) * token  # the last token of each is not fed
+    moments: list[Components] = [
+        {"kv_cache": earlier + kept, "prefill_activations": layer.forward_peak(keeps_keys=True) + layer.positions()},
+        {"kv_cache": kept + cache},
+        {"kv_cache": cache + round(1.5 * cache / dims.num_layers)},
+        {"kv_cache": cache + own + round(rows * _room_before(length - 1) * token / dims.num_layers)},
+        {"kv_cache": cache + own} | _decoding(memory, rows, prompt + length),
+    ]
+    copies = {"rollout_copy": rollout_copy_bytes(memory) + joined_adapter_bytes(memory)}
+    return memory.adapter_copies() | copies | max(moments, key=total)
+
+
+def _room_before(limit: int) -> int:
+    """Return the completion tokens for which a layer had room before the last growth; old and new are there at once."""
+    step = COMPLETION_BLOCK * max(1, limit // (8 * COMPLETION_BLOCK))
+    return max(0, limit - 1) // step * step
+
+
+def _lent(memory: Memory, rows: int) -> bool:
+    """Whether a prefill pass with so many tokens multiplies with the copy: then q, k and v come from one product."""
+    most = FOUR_BIT_ROWS if memory.four_bit_in_place else KERNEL_ROWS
+    return bool(rollout_copy_bytes(memory)) and (memory.settings.rollout_weights == "dequantized" or rows <= most)
+
+
+def _decoding(memory: Memory, rows: int, keys: int) -> Components:
+    """Return one token's pass: the draw, or a layer's scores, or a quantized weight made dense."""
+    dims, width = memory.dims, memory.width
+    tile = memory.settings.logits_tile_tokens
+    drawn = math.ceil(rows / math.ceil(rows / tile))
+    temperature = memory.recipe.generation.temperature
+    moments = [
+        {"sampling_logits": sampling_logits_bytes(dims, drawn, width, temperature)},
+        {"attention_scores": decode_scores_bytes(dims, rows, keys, width)},
+    ]
+    if not rollout_copy_bytes(memory) or len(memory.adapted) < len(dims.linears):
+        moments.append({"dequantized_weight": memory.dense})
+    return max(moments, key=total)

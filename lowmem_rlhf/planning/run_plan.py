@@ -1,0 +1,81 @@
+"""The plan of a recipe on the device that it names or that is here. No torch here."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+from lowmem_rlhf.hardware.detect import detect
+from lowmem_rlhf.hardware.device import Device
+from lowmem_rlhf.hardware.profiles import find_profile, match_profile, parse_bytes, profile_device
+from lowmem_rlhf.planning.plan import Plan, make_plan
+from lowmem_rlhf.recipe.schema import Recipe
+from lowmem_rlhf.recipe.trl import TRL_TRAINERS
+from lowmem_rlhf.run.directory import RunDirectory
+
+
+def planned_device(recipe: Recipe) -> tuple[Device, str]:
+    """Return the device to plan for and its profile's name, without touching it.
+
+    A named profile (or ``vram``) stands for a card that need not be here.
+
+    Raises:
+        UserError: no such device or profile, or an unusable amount of memory.
+    """
+    hardware = recipe.hardware
+    if hardware.profile != "auto":
+        profile = find_profile(hardware.profile)
+        return profile_device(profile, hardware.vram), profile.key
+    device = detect(hardware.device)
+    profile = match_profile(device)
+    return _limited(device, hardware.vram), profile.key
+
+
+def _limited(device: Device, vram: str | None) -> Device:
+    if vram is None:
+        return device
+    limit = parse_bytes(vram)
+    note = f"planned for {vram} as hardware.vram says"
+    return replace(device, total_bytes=limit, free_bytes=min(limit, device.free_bytes), notes=(*device.notes, note))
+
+
+def plan_recipe(recipe: Recipe) -> Plan:
+    """Choose every setting of a recipe for its device (see `planned_device`)."""
+    device, profile = planned_device(recipe)
+    return _planner(recipe)(recipe, device, profile)
+
+
+def _planner(recipe: Recipe) -> Callable[[Recipe, Device, str], Plan]:
+    if recipe.algorithm in TRL_TRAINERS:
+        from lowmem_rlhf.planning.trl import plan_trl
+
+        return plan_trl
+    return make_plan
+
+
+def running_plan(recipe: Recipe) -> Plan:
+    """Plan for a run on this machine: a named profile lends its memory, the device that is here computes."""
+    device, profile = planned_device(recipe)
+    if device.source == "profile":
+        here = detect(recipe.hardware.device)
+        free = min(device.free_bytes, here.free_bytes)
+        device = replace(here, total_bytes=device.total_bytes, free_bytes=free, bf16=device.bf16 and here.bf16)
+    return _planner(recipe)(recipe, device, profile)
+
+
+KEPT = ("quantization", "compute_dtype", "optim")  # a resumed run keeps them, whatever memory is free today
+
+
+def resumed_plan(recipe: Recipe, path: Path) -> Plan:
+    """Plan as `running_plan`, with the settings of the run in ``path`` that would change what is computed."""
+    began = RunDirectory(path).plan().get("settings", {})
+    kept = {key: began[key] for key in KEPT if getattr(recipe.hardware, key) == "auto" and key in began}
+    shape = {key: began["lora"][key] for key in ("r", "lora_alpha") if began and getattr(recipe.lora, key) == "auto"}
+    update = {"hardware": recipe.hardware.model_copy(update=kept), "lora": recipe.lora.model_copy(update=shape)}
+    plan = running_plan(recipe.model_copy(update=update))
+    return replace(plan, reasons={**plan.reasons, **dict.fromkeys(kept, "as the run began")})
+
+
+def planned(recipe: Recipe, plan: Plan) -> Recipe:
+    """Return the recipe with the adapter's shape that the plan chose: a part of what is learned, so of the run."""
+    shape = {key: plan.settings.lora[key] for key in ("r", "lora_alpha")}
+    return recipe.model_copy(update={"lora": recipe.lora.model_copy(update=shape)})

@@ -1,0 +1,211 @@
+"""A recipe: what a run is, in one YAML file. Loads without torch.
+
+Hyper-parameters carry TRL's names. ``auto`` leaves a setting to the plan. Unknown keys are refused with a suggestion
+and every error of a recipe is shown at once.
+"""
+
+import codecs
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from lowmem_rlhf.errors import UserError
+from lowmem_rlhf.recipe.errors import explain
+from lowmem_rlhf.recipe.overrides import apply_override
+from lowmem_rlhf.recipe.schema import ONLINE, Recipe
+from lowmem_rlhf.recipe.sections import (
+    LEARNED_REWARDS,
+    REWARD_ADAPTER,
+    REWARD_OPTIONS,
+    AdapterRewardConfig,
+    Auto,
+    ClassifierReward,
+    DataConfig,
+    EvaluationConfig,
+    GenerationConfig,
+    HardwareConfig,
+    LearnedReward,
+    LoraSettings,
+    RewardConfig,
+    SimilarityReward,
+    TrainingConfig,
+)
+from lowmem_rlhf.recipe.settings import (
+    ClassifierSettings,
+    GRPOSettings,
+    PPOSettings,
+    RewardModelSettings,
+    Section,
+    SFTSettings,
+)
+from lowmem_rlhf.recipe.values import read_values
+from lowmem_rlhf.recipe.yaml_tree import BadYAML, Scalar, Tree, read_yaml
+from lowmem_rlhf.resources import shipped
+from lowmem_rlhf.suggest import did_you_mean
+
+__all__ = [
+    "LEARNED_REWARDS",
+    "ONLINE",
+    "REWARD_ADAPTER",
+    "REWARD_OPTIONS",
+    "AdapterRewardConfig",
+    "Auto",
+    "ClassifierReward",
+    "ClassifierSettings",
+    "DataConfig",
+    "EvaluationConfig",
+    "GRPOSettings",
+    "GenerationConfig",
+    "HardwareConfig",
+    "LearnedReward",
+    "LoraSettings",
+    "PPOSettings",
+    "Recipe",
+    "RewardConfig",
+    "RewardModelSettings",
+    "SFTSettings",
+    "Section",
+    "SimilarityReward",
+    "TrainingConfig",
+    "find_recipe",
+    "load_recipe",
+    "shipped_recipes",
+    "validate_recipe",
+]
+
+
+_ROWS = (".jsonl", ".ndjson", ".csv", ".tsv", ".parquet", ".arrow", ".gz", ".bz2", ".xz", ".zst")  # files of data
+
+
+def shipped_recipes() -> dict[str, Path]:
+    """Return the shipped recipes by name."""
+    return {path.stem: path for path in sorted(shipped("recipes").glob("*.yaml"))}
+
+
+def find_recipe(recipe: str) -> Path:
+    """Return the file of a recipe given by path or by the name of a shipped one.
+
+    Raises:
+        UserError: there is no such recipe.
+    """
+    if recipe in (known := shipped_recipes()):
+        return known[recipe]
+    path = Path(recipe)
+    if path.name.lower().endswith(_ROWS):
+        raise UserError(
+            f"recipe {recipe!r} has the ending of a data file; give a recipe (a shipped one: {', '.join(known)}), and "
+            f"the file as data.train={recipe}"
+        )
+    if path.is_file():
+        return path
+    if path.is_dir():
+        inside = [file for file in sorted(path.iterdir()) if file.suffix in (".yaml", ".yml")]
+        hint = f"; did you mean {inside[0]}?" if len(inside) == 1 else ""
+        raise UserError(f"recipe {recipe!r} is a folder; give the recipe's file, or the name of a shipped one{hint}")
+    near = [path.parent / f"{stem}{ending}" for stem in (path.stem, path.name) for ending in (".yaml", ".yml")]
+    hint = next((f"; did you mean {str(file)!r}?" for file in near if file.is_file()), "")
+    raise UserError(
+        f"recipe {recipe!r} is neither a file nor a shipped recipe ({', '.join(known)})"
+        f"{hint or did_you_mean(path.stem, known)}"
+    )
+
+
+def load_recipe(recipe: str, overrides: list[str] | None = None, quiet: bool = False) -> Recipe:
+    """Load a recipe and apply dotted overrides such as ``training.learning_rate=1e-5`` or ``rewards[0].weight=2``.
+
+    What may not be meant (a backslash and an n in a template) is said on standard error, unless ``quiet``.
+
+    Raises:
+        UserError: no such recipe, not YAML, or values the schema refuses (all of them in one message).
+    """
+    path = find_recipe(recipe)
+    tree = _read(path)
+    in_file = _lengths(("training",), tree.get("training"))
+    given: _Given = {}
+    for override in overrides or []:
+        for key, there in _lengths(*apply_override(tree, override, Recipe)).items():
+            given.pop(key, None)  # the order is that of the last time
+            given[key] = there
+    reading = read_values(tree, Recipe)
+    reading.problems |= _one_length(reading.values, in_file, given, _is_run(path))
+    if not quiet:
+        for note in reading.notes:
+            print(f"note: {note}", file=sys.stderr)
+    reading.values["name"] = reading.values.get("name") or path.stem
+    return _checked(reading.values, str(recipe), reading.problems)
+
+
+def _read(path: Path) -> dict[str, Tree]:
+    try:
+        data = path.read_bytes()
+        wide = data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))  # as PowerShell writes
+        tree = read_yaml(data.decode("utf-16" if wide else "utf-8-sig"))
+    except (BadYAML, UnicodeDecodeError, OSError) as error:
+        raise UserError(f"recipe {path} cannot be read as YAML: {' '.join(str(error).split())}") from error
+    if isinstance(tree, Scalar) and tree.is_null:
+        return {}
+    if not isinstance(tree, dict):
+        raise UserError(f"recipe {path} is not a mapping of keys to values")
+    return tree
+
+
+_LENGTHS = ("max_steps", "num_train_epochs")
+_Given = dict[str, bool]  # which of them are given; False: as null
+
+
+def _lengths(place: Sequence[str | int], value: Tree | None) -> _Given:
+    """Return which of the two lengths of a run are given at a place."""
+    if tuple(place[:1]) != ("training",):
+        return {}
+    inside = {place[1]: value} if len(place) == 2 else value
+    if not isinstance(inside, dict):
+        return {}
+    found = {str(key): one for key, one in inside.items() if key in _LENGTHS and one is not None}
+    return {key: not (isinstance(one, Scalar) and one.is_null) for key, one in found.items()}
+
+
+def _one_length(values: dict[str, Any], in_file: _Given, given: _Given, of_a_run: bool) -> dict[str, str]:
+    """Leave the length that was given later in the values; return what is wrong where a file gives two.
+
+    Args:
+        values: of the recipe.
+        in_file: what its file gives.
+        given: what the overrides give, in their order.
+        of_a_run: it is a run's own recipe; older ones hold epochs and the steps that came of them.
+    """
+    last = next((key for key in reversed(given) if given[key]), None)
+    there = [key for key in _LENGTHS if in_file.get(key)]
+    if last is None and len(there) > 1 and not of_a_run:
+        return {"training.max_steps, training.num_train_epochs": "got both; a run has one length, leave one out"}
+    kept = last or ("num_train_epochs" if "num_train_epochs" in there else next(iter(there), None))
+    if kept is not None and isinstance(section := values.get("training"), dict):
+        section.pop(next(key for key in _LENGTHS if key != kept), None)
+    return {}
+
+
+def _is_run(path: Path) -> bool:
+    return path.name == "recipe.yaml" and (path.parent / "plan.json").is_file()
+
+
+def validate_recipe(values: dict[str, Any], source: str = "recipe") -> Recipe:
+    """Check plain values against the schema.
+
+    Raises:
+        UserError: one message with every error.
+    """
+    return _checked(values, source, {})
+
+
+def _checked(values: dict[str, Any], source: str, problems: dict[str, str]) -> Recipe:
+    lines = [f"{key}: {problem}" for key, problem in problems.items()]
+    try:
+        recipe = Recipe.model_validate(values)
+    except ValidationError as error:
+        lines += [line for line in explain(error.errors(), Recipe) if line.split(": ")[0] not in problems]
+    if not lines:
+        return recipe
+    head = f"recipe {source} has {'an error' if len(lines) == 1 else f'{len(lines)} errors'}:"
+    raise UserError("\n".join([head, *(f"  {line}" for line in lines)]))

@@ -1,0 +1,266 @@
+"""The sections of a recipe that all algorithms share: hardware, adapters, data, generation, rewards, training.
+
+Loads without torch. `recipe` holds the whole, and says how the sections go together.
+"""
+
+from collections.abc import Mapping
+from keyword import iskeyword
+from typing import Annotated, Any, Literal
+
+from pydantic import (
+    AfterValidator,
+    Field,
+    StrictInt,
+    StrictStr,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
+
+from lowmem_rlhf.recipe.errors import OptionErrors, explain
+from lowmem_rlhf.recipe.settings import Section
+
+Auto = Literal["auto"]
+
+# what `apply_chat_template` is given by this package itself
+OWN_TEMPLATE_KWARGS = frozenset(
+    {
+        "conversation",
+        "messages",
+        "chat_template",
+        "add_generation_prompt",
+        "continue_final_message",
+        "tokenize",
+        "padding",
+        "truncation",
+        "max_length",
+        "return_tensors",
+        "return_dict",
+        "return_assistant_tokens_mask",
+        "tokenizer_kwargs",
+    }
+)
+
+
+def _named(text: str) -> str:
+    if not text.strip():
+        raise ValueError(f"got {text!r}; it should not be empty")
+    return text
+
+
+def _named_or_null(text: str) -> str:
+    if not text.strip():
+        raise ValueError(f"got {text!r}; write null for none")
+    return text
+
+
+Name = Annotated[str, AfterValidator(_named)]  # of a file, a column, a split: never an empty text
+NameOrNull = Annotated[str, AfterValidator(_named_or_null)] | None
+
+
+class HardwareConfig(Section):
+    """Which device to use, and settings the plan otherwise chooses."""
+
+    device: Name = "auto"  # "auto" or any torch device string: cpu, cuda, cuda:1, ...
+    profile: Name = "auto"  # a name from `lowmem-rlhf profiles`
+    vram: NameOrNull = None  # plan for this much memory instead of what is free, for example 11GB
+    quantization: Literal["auto", "nf4", "int8", "none"] = "auto"
+    compute_dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
+    gradient_checkpointing: bool | Annotated[int, Field(ge=0)] | Auto = "auto"  # a number: the first so many layers
+    offload_checkpoints: bool | Auto = "auto"  # to host memory, between forward and backward pass
+    offload_embeddings: bool | Auto = "auto"  # the token embedding lies in host memory (where it is not the head too)
+    micro_batch_tokens: Annotated[int, Field(ge=1)] | Auto = "auto"
+    score_batch_tokens: Annotated[int, Field(ge=1)] | Auto = "auto"  # of passes without gradients
+    rollout_batch_size: Annotated[int, Field(ge=1)] | Auto = "auto"  # completions generated at once
+    rollout_weights: Literal["auto", "quantized", "dequantized"] = "auto"  # of an NF4 base while it samples
+    logits_tile_tokens: Annotated[int, Field(ge=1)] | Auto = "auto"
+    optim: Literal["auto", "adamw", "adamw_8bit"] = "auto"
+    check: Literal["auto", "always"] = "auto"  # hold the model against stock transformers; auto: not tested types
+    probe: bool | Auto = "auto"  # try the largest planned shapes before step 1; auto: not on a CPU
+
+    @field_validator("vram", mode="before")
+    @classmethod
+    def _with_unit(cls, value: Any) -> Any:
+        number = str(value).strip()
+        if value is not None and number.replace(".", "", 1).isdecimal():
+            raise ValueError(f"got {number}, a number without its unit; write {number}GB")
+        return value
+
+
+class LoraSettings(Section):
+    """The adapters (peft's names). There is no dropout: the sampling policy must be the trained policy."""
+
+    r: Annotated[int, Field(ge=1)] | Auto = "auto"
+    lora_alpha: Annotated[float, Field(gt=0)] | Auto = "auto"  # auto: twice the rank
+    target_modules: Literal["all-linear"] | list[str] = "all-linear"
+
+    def alpha(self, r: int) -> float:
+        """Return lora_alpha at a rank."""
+        return 2.0 * r if self.lora_alpha == "auto" else self.lora_alpha
+
+    @property
+    def rank(self) -> int:
+        """The rank, once it is known (a run's recipe has it from the plan).
+
+        Raises:
+            ValueError: it is left to the plan.
+        """
+        if self.r == "auto":
+            raise ValueError("lora.r is auto; the plan of the run decides it")
+        return self.r
+
+
+class DataConfig(Section):
+    """Where prompts come from and how a row becomes a prompt."""
+
+    train: Name  # a file (.jsonl, .json, .csv, .tsv, .parquet), a folder, a Hub id, "arithmetic", "reasoning_gym/TASK"
+    eval: NameOrNull = None  # held-out data; absent: the source's eval split, or rows taken out of train
+    config: NameOrNull = None  # the Hub data set's configuration, for example "main"
+    train_split: Name = "train"
+    eval_split: Name = "test"
+    train_size: int | None = Field(None, ge=1)
+    eval_size: int = Field(128, ge=0)
+    field: NameOrNull = None  # of a .json file: the key that its rows lie under; absent: found where only one can be
+    options: dict[str, Any] = Field(default_factory=dict)  # options of a generated task
+    prompt: Name | None = "question"  # column: text or messages; a.b: part b of a; null: what a pair shares
+    answer: NameOrNull = "answer"  # column with the reference answer, given to rewards as `answer`
+    completion: NameOrNull = None  # sft: the column that is learned; absent: `answer`
+    messages: NameOrNull = None  # sft: a column of whole conversations, in place of prompt and completion
+    text: NameOrNull = None  # sft, classifier: a column of plain text, in place of prompt and completion
+    label: NameOrNull = None  # classifier: the column with the class; trl/kto: whether `completion` is a good answer
+    chosen: NameOrNull = None  # reward_model, trl/...: the column with the better answer (its default there: chosen)
+    rejected: NameOrNull = None  # reward_model, trl/...: the column with the worse answer (its default: rejected)
+    margin: NameOrNull = None  # reward_model: a column with how much better it is
+    system: str | None = None  # system message of a chat prompt, or a text put before a plain one
+    template: str | None = None  # the user's turn, with {column} place-holders; {column?} may be empty
+    prompt_words: int | None = Field(None, ge=1)  # only so many first words of the prompt column: a text to go on with
+    chat: bool | Auto = "auto"  # apply the tokenizer's chat template; auto: when it has one
+    chat_template_kwargs: dict[str, Any] = Field(default_factory=dict)  # given to the template: enable_thinking, ...
+    max_prompt_length: int = Field(512, ge=1)  # tokens
+    long_prompts: Literal["error", "drop"] = "error"
+    bad_rows: Literal["error", "drop"] = "error"  # rows that cannot be learned from, for any reason; long ones included
+
+    @field_validator("chat_template_kwargs")
+    @classmethod
+    def _of_the_template(cls, value: dict[str, Any]) -> dict[str, Any]:
+        if own := sorted(OWN_TEMPLATE_KWARGS.intersection(value)):
+            raise ValueError(
+                f"got {', '.join(own)}, which this package sets itself; give what the chat template asks for, such as "
+                "enable_thinking"
+            )
+        constants = ("true", "false", "none")
+        if bad := [key for key in value if not key.isidentifier() or iskeyword(key) or key in constants]:
+            raise ValueError(
+                f"got {bad[0]!r}, which no chat template can read; give a name of letters, digits and underscores, "
+                "such as enable_thinking"
+            )
+        return value
+
+
+class GenerationConfig(Section):
+    """How completions are sampled."""
+
+    num_generations: int = Field(8, ge=1)
+    max_completion_length: int = Field(256, ge=1)
+    temperature: float = Field(1.0, gt=0)
+    top_p: float = Field(1.0, gt=0, le=1)
+    top_k: int = Field(0, ge=0)  # 0: off
+    min_p: float = Field(0.0, ge=0, lt=1)
+
+
+class LearnedReward(Section):
+    """The options that every learned reward has."""
+
+    model: Name  # a Hub id, a local folder, or package:PACKAGE/FOLDER, with safetensors weights
+    revision: NameOrNull = None
+    device: str = "auto"  # auto: the policy's, where the plan leaves room for it, else the CPU; or any torch device
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    max_length: Annotated[int, Field(ge=1)] | None = None  # tokens read of a text; absent: all that the model can read
+    batch_tokens: int = Field(4096, ge=1)  # tokens of one pass, padding included
+
+
+class ClassifierReward(LearnedReward):
+    """How sure a sequence classifier (BERT and the like) is of one class."""
+
+    label: StrictInt | StrictStr | None = None  # the class, by name or index; a model with one logit needs none
+    output: Literal["probability", "logit", "log_probability"] = "probability"
+    text: Literal["completion", "prompt_and_completion"] = "completion"
+
+
+class SimilarityReward(LearnedReward):
+    """Cosine similarity of the completion's sentence embedding to that of a reference answer."""
+
+    model: str = "sentence-transformers/all-MiniLM-L6-v2"
+    column: str = "answer"  # the reference answer
+
+
+class AdapterRewardConfig(Section):
+    """The score of a reward model's adapter on the policy's own base."""
+
+    adapter: str  # a run of algorithm reward_model, or its adapter folder
+
+
+LEARNED_REWARDS: dict[str, type[LearnedReward]] = {"classifier": ClassifierReward, "similarity": SimilarityReward}
+REWARD_ADAPTER = "reward_adapter"
+REWARD_OPTIONS: dict[str, type[Section]] = {**LEARNED_REWARDS, REWARD_ADAPTER: AdapterRewardConfig}
+
+
+class RewardConfig(Section):
+    """One reward with its weight."""
+
+    function: str  # a shipped function or learned reward by name, or path.py:function
+    name: str = ""  # the metric's name; default: the function's
+    weight: float = 1.0
+    options: dict[str, Any] = Field(default_factory=dict)  # of a function: extra keyword arguments
+
+    @classmethod
+    def kind_of(cls, key: str, given: Mapping[str, Any]) -> Any:
+        """Return a field's annotation; the options of a learned reward have a schema of their own."""
+        learned = REWARD_OPTIONS.get(str(given.get("function")))
+        return learned if key == "options" and learned else super().kind_of(key, given)
+
+    @model_validator(mode="after")
+    def _resolved(self) -> "RewardConfig":
+        self.name = self.name or self.function.rsplit(":", 1)[-1]
+        if section := REWARD_OPTIONS.get(self.function):
+            try:
+                self.options = section.model_validate(self.options).model_dump()
+            except ValidationError as error:
+                raise OptionErrors(explain(error.errors(), section)) from None
+        return self
+
+
+class TrainingConfig(Section):
+    """The loop around the algorithm."""
+
+    max_steps: int = Field(100, ge=0)
+    num_train_epochs: int | None = None  # in place of max_steps: passes over all examples
+    prompts_per_step: int = Field(8, ge=1)
+    learning_rate: float = Field(1e-5, gt=0)
+    lr_scheduler_type: Literal["constant", "constant_with_warmup", "linear", "cosine"] = "linear"
+    warmup_steps: int = Field(0, ge=0)
+    weight_decay: float = Field(0.0, ge=0)
+    max_grad_norm: float = Field(1.0, gt=0)
+    seed: int = Field(0, ge=0)
+    save_steps: int = Field(50, ge=1)
+    save_total_limit: int = Field(2, ge=1)
+    log_completions: int = Field(4, ge=0)  # completions a step written to samples.jsonl
+    report_to: list[Literal["tensorboard", "wandb", "trackio", "mlflow"]] = Field(default_factory=list)
+
+    @field_validator("num_train_epochs", mode="before")
+    @classmethod
+    def _whole(cls, value: Any) -> Any:
+        if isinstance(value, int | float) and not isinstance(value, bool) and not (value >= 1 and value % 1 == 0):
+            raise ValueError(
+                f"got {value!r}; it should be a whole number of at least 1; for a part of the data set "
+                "training.max_steps instead"
+            )
+        return value
+
+
+class EvaluationConfig(Section):
+    """Held-out evaluation before and after training."""
+
+    accuracy: str = ""  # the reward whose value of at least 1 counts as correct; default: the first
+    temperature: float | None = Field(None, ge=0)  # 0: greedy; absent: as in training
+    num_samples: int = Field(1, ge=1)  # completions a problem

@@ -1,0 +1,49 @@
+"""Runs that begin with another run: how to get the one that is not there, or is not finished. No torch here."""
+
+import shlex
+from pathlib import Path
+
+RUNS = "runs"  # where runs are by default
+
+
+def first_stage(reference: str) -> str:
+    """Return what makes the run that a path lies in, to be put behind a sentence; nothing where no recipe is known.
+
+    Args:
+        reference: a path of a run, or of something in it, such as ``runs/NAME/model``.
+    """
+    from lowmem_rlhf.recipe.loading import shipped_recipes
+
+    parts = Path(reference).parts
+    places = [index for index, part in enumerate(parts[:-1]) if part == RUNS]
+    if not places or parts[places[-1] + 1] not in shipped_recipes():
+        return ""
+    end = places[-1] + 2
+    name, run = parts[end - 1], Path(*parts[:end])
+    if (opened := run_of(run)) is not None:
+        return f"; the run in {run} is not finished: {to_finish(opened)}"
+    there = "" if parts[: end - 1] == (RUNS,) else f" --output {shlex.quote(str(run))}"
+    return f"; run the recipe {name} first: lowmem-rlhf train {name}{there}"
+
+
+def to_finish(run: Path) -> str:
+    """Return what finishes the run in a folder: the command where its recipe ships with this package."""
+    from lowmem_rlhf.recipe.loading import shipped_recipes
+    from lowmem_rlhf.run.directory import RunDirectory
+
+    values = RunDirectory(run).recipe_values()
+    name, place = str(values.get("name", "")), shlex.quote(str(run))
+    known = name in shipped_recipes()
+    if values.get("algorithm") == "classifier":
+        again = f": lowmem-rlhf train {name} --output OTHER" if known else " with another --output"
+        return f"a classifier's run cannot be continued, start it anew{again}"
+    if known:
+        return f"let it finish first: lowmem-rlhf train {name} --output {place} --resume"
+    return f"let it finish first (the `train` that began it, with --output {place} --resume, goes on)"
+
+
+def run_of(folder: Path) -> Path | None:
+    """Return a folder if it is a run directory; an export has a recipe too, beside a model or an adapter."""
+    others = ("config.json", "adapter_config.json", "export.json")
+    is_run = (folder / "recipe.yaml").is_file() and not any((folder / name).is_file() for name in others)
+    return folder if is_run else None

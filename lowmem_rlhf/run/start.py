@@ -1,0 +1,166 @@
+"""Where a run was started: its recipe's paths are relative to that folder, from wherever it is opened. No torch here.
+
+``local.json`` of the run directory holds the folder. It is of this machine alone: no export and no card takes it along.
+"""
+
+import json
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path, PureWindowsPath
+from typing import Any
+
+from lowmem_rlhf.errors import UserError
+from lowmem_rlhf.files import atomic_write, dumps
+from lowmem_rlhf.recipe.data_sources import is_file, is_generated
+from lowmem_rlhf.recipe.schema import Recipe
+from lowmem_rlhf.recipe.sections import RewardConfig
+
+LOCAL = "local.json"
+PATH_OPTIONS = ("model", "adapter")  # of rewards
+
+
+def write_start(run: Path, recipe: Recipe) -> None:
+    """Write the current folder into a run's local.json, unless the folder that stands there is not gone.
+
+    Args:
+        run: the run directory.
+        recipe: as it was written.
+    """
+    if start_folder(run) is not None:
+        return
+    here = Path.cwd()
+    try:
+        between = os.path.relpath(here, run.resolve())
+    except ValueError:  # another drive of Windows
+        between = None
+    paths = [text for text in dict.fromkeys(_paths(recipe)) if _is_relative(text) and (here / text).exists()]
+    values = {"start": str(here), "from_run": between, "paths": paths}
+    atomic_write(run / LOCAL, dumps(values, indent=2) + "\n")
+
+
+def _values(run: Path) -> dict[str, Any]:
+    try:
+        values = json.loads((run / LOCAL).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    if not isinstance(values, dict):
+        return {}
+    found = {key: values[key] for key in ("start", "from_run") if isinstance(values.get(key), str)}
+    paths = values.get("paths")
+    if isinstance(paths, list) and all(isinstance(one, str) for one in paths):
+        found["paths"] = paths
+    return found
+
+
+def start_folder(run: Path) -> Path | None:
+    """Return the folder that a run was started in, or where it has come to with the run; None where it is gone."""
+    values = _values(run)
+    if (start := values.get("start")) and Path(start).is_dir():
+        return Path(start).resolve()
+    if values.get("from_run"):
+        moved = (run.resolve() / str(values["from_run"])).resolve()
+        if any((moved / text).exists() for text in values.get("paths") or ()):
+            return moved
+    return None
+
+
+def map_paths(recipe: Recipe, change: Callable[[str], str]) -> Recipe:
+    """Return a recipe with every value that may be a path changed: models, adapters, data and files of rewards."""
+    update: dict[str, Any] = {"model": change(recipe.model)}
+    if recipe.adapter is not None:
+        update["adapter"] = change(recipe.adapter)
+    sources = {key: change(value) for key in ("train", "eval") if (value := getattr(recipe.data, key)) is not None}
+    update["data"] = recipe.data.model_copy(update=sources)
+    update["rewards"] = [_mapped(reward, change) for reward in recipe.rewards]
+    return recipe.model_copy(update=update)
+
+
+def _mapped(reward: RewardConfig, change: Callable[[str], str]) -> RewardConfig:
+    function, colon, name = reward.function.rpartition(":")
+    paths = {key: reward.options[key] for key in PATH_OPTIONS if isinstance(reward.options.get(key), str)}
+    update: dict[str, Any] = {"options": {**reward.options, **{key: change(path) for key, path in paths.items()}}}
+    if colon and function.endswith(".py"):
+        update["function"] = f"{change(function)}:{name}"
+    return reward.model_copy(update=update)
+
+
+def located(recipe: Recipe, run: Path, written: Recipe | None = None) -> Recipe:
+    """Return a run's recipe as it is to be opened from the current folder: a path of the start folder made absolute.
+
+    Args:
+        recipe: the run's, perhaps with changes of this command, whose paths are relative to the current folder.
+        run: the run directory.
+        written: the run's recipe without the changes; absent: there are none.
+    """
+    start = start_folder(run)
+    if start is None or start == Path.cwd().resolve():
+        return recipe
+    unchanged = set(_paths(written)) if written else None
+
+    def place(text: str) -> str:
+        if not _is_relative(text) or (unchanged is not None and text not in unchanged):
+            return text
+        there = [path for path in (start / text, start / text.replace("\\", "/")) if path.exists()]
+        return str(there[0]) if there else text
+
+    return map_paths(recipe, place)
+
+
+def as_written(recipe: Recipe, written: Recipe, run: Path) -> Recipe:
+    """Return a recipe with the paths that `located` made absolute as they were written."""
+    names = dict(zip(_paths(located(written, run)), _paths(written), strict=True))
+    return map_paths(recipe, lambda text: names.get(text, text))
+
+
+def _paths(recipe: Recipe) -> list[str]:
+    found: list[str] = []
+
+    def note(text: str) -> str:
+        found.append(text)
+        return text
+
+    map_paths(recipe, note)
+    return found
+
+
+def _is_relative(text: str) -> bool:
+    if is_generated(text) or text.startswith(("package:", "~")):
+        return False
+    return not Path(text).is_absolute() and not PureWindowsPath(text).drive
+
+
+@contextmanager
+def paths_explained(run: Path, recipe: Recipe) -> Iterator[None]:
+    """Add to an error about a path that is not there, which folder the run's paths are relative to.
+
+    Args:
+        run: the run directory.
+        recipe: as it was written.
+    """
+    try:
+        yield
+    except UserError as error:
+        if note := _explanation(run, recipe, str(error)):
+            error.add_note(note)
+        raise
+
+
+def _explanation(run: Path, recipe: Recipe, message: str) -> str:
+    start, values = start_folder(run), _values(run)
+    if start == Path.cwd().resolve():
+        return ""
+    paths = values.get("paths") or [text for text in _paths(recipe) if _is_relative(text) and _names_file(text)]
+    gone = [text for text in paths if not Path(text).exists() and not (start and (start / text).exists())]
+    if not any(text in message for text in gone):
+        return ""
+    if start is not None:
+        return f"the run was started in {start}; paths are relative to it"
+    if recorded := values.get("start"):
+        return f"the run was started in {recorded}, which is not there any more; paths are relative to it"
+    return "paths of a run are relative to the folder that it was started in; go there"
+
+
+def _names_file(text: str) -> bool:
+    """Whether a text cannot be an id of the Hub, which has the form owner/name."""
+    return text.startswith(".") or is_file(text) or text.endswith((".py", ".gguf")) or text.count("/") > 1

@@ -1,0 +1,80 @@
+"""From a loaded base to its trainer, with the roles that a recipe needs."""
+
+from collections.abc import Sequence
+
+from lowmem_rlhf.architecture.adapters import saved_adapter
+from lowmem_rlhf.engine.base import SharedBase
+from lowmem_rlhf.engine.lora import SharedLoraLinear
+from lowmem_rlhf.engine.passes import BatchLimits
+from lowmem_rlhf.engine.roles import CRITIC, INITIAL, POLICY, REWARD
+from lowmem_rlhf.errors import UserError
+from lowmem_rlhf.planning.plan import Plan
+from lowmem_rlhf.recipe.schema import ONLINE, Recipe
+from lowmem_rlhf.recipe.sections import REWARD_ADAPTER
+from lowmem_rlhf.rewards.adapter import AdapterReward
+from lowmem_rlhf.rewards.loading import Reward
+
+
+def add_roles(base: SharedBase, recipe: Recipe, plan: Plan, rewards: Sequence[Reward]) -> None:
+    """Put on the base what a recipe needs besides the policy: its start, PPO's critic, reward adapters.
+
+    Raises:
+        UserError: an adapter does not fit the base.
+    """
+    if recipe.adapter:
+        saved = saved_adapter(recipe.adapter, recipe.model, recipe.revision)
+        if recipe.algorithm in ONLINE:
+            base.start_from(saved)
+        else:
+            base.load_adapter(saved.folder)
+    bind_rewards(base, rewards, BatchLimits(1.0, plan.settings.score_batch_tokens, plan.settings.logits_tile_tokens))
+    if recipe.algorithm == "ppo":
+        _add_critic(base, recipe)
+
+
+def bind_rewards(base: SharedBase, rewards: Sequence[Reward], passes: BatchLimits) -> None:
+    """Put the reward adapters on the base; their passes are cut as the settings say.
+
+    Raises:
+        UserError: an adapter does not fit the base.
+    """
+    for number, one in enumerate(r.function for r in rewards if isinstance(r.function, AdapterReward)):
+        one.bind(base, f"{REWARD}_{number}" if number else REWARD, passes)
+        _check_layers(base, one)
+
+
+def _check_layers(base: SharedBase, reward: AdapterReward) -> None:
+    """The layers of a base carry the adapters of all its roles."""
+    layers = {name: m for name, m in base.model.named_modules() if isinstance(m, SharedLoraLinear)}
+    other = [name for name, layer in layers.items() if (POLICY in layer.lora_A) != (reward.role in layer.lora_A)]
+    if other:
+        names = ", ".join(sorted({name.rsplit(".", 1)[-1] for name in other}))
+        raise UserError(
+            f"rewards: {reward.name}: the adapter in {reward.saved.folder} and the policy's are not beside the same "
+            f"layers ({names}); set lora.target_modules to {reward.saved.target_modules}"
+        )
+
+
+def _add_critic(base: SharedBase, recipe: Recipe) -> None:
+    """Add the critic: its own adapter above the start, one that begins as the reward model, or a head on the policy."""
+    lora, kind = recipe.lora, recipe.ppo.critic
+    if kind == "policy":
+        base.roles[CRITIC] = base.roles[POLICY]
+        base.add_head(CRITIC, bias=True)
+        return
+    if kind == "reward":
+        adapter = next(r.options["adapter"] for r in recipe.rewards if r.function == REWARD_ADAPTER)
+        saved = saved_adapter(adapter, recipe.model, recipe.revision)
+        base.add_role(CRITIC, saved.r, saved.lora_alpha, saved.target_modules, use_rslora=saved.use_rslora)
+        base.load_adapter(saved.folder, CRITIC)
+        base.add_head(CRITIC)
+        base.load_head(saved.folder, CRITIC)
+        return
+    start = INITIAL if INITIAL in base.roles else ""
+    targets = (
+        saved_adapter(recipe.adapter, recipe.model, recipe.revision).target_modules
+        if recipe.adapter
+        else lora.target_modules
+    )
+    base.add_role(CRITIC, lora.rank, lora.alpha(lora.rank), targets, seed=recipe.training.seed + 1, below=start)
+    base.add_head(CRITIC, bias=True)
