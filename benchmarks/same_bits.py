@@ -105,7 +105,8 @@ def make_side(name: str, given: Path, python: Path | None, folder: Path) -> Side
         raise SystemExit(f"{side.folder} is there already; give a new --folder")
     side.folder.mkdir(parents=True)
     done = side.run("-c", "import lowmem_rlhf; print(lowmem_rlhf.__file__)")
-    if done.returncode or not Path(done.stdout.strip()).resolve().is_relative_to(at):
+    elsewhere = side.checkout and not Path(done.stdout.strip()).resolve().is_relative_to(at)
+    if done.returncode or elsewhere:
         raise SystemExit(f"{name}: {side.python} does not import the package of {given}: {done.stdout}{done.stderr}")
     return side
 
