@@ -15,13 +15,13 @@ from meter import Meter
 from work import ALPHA, BETA, LEARNING_RATE, RANK, hash_reward
 
 from lowmem_rlhf.algorithms.grpo.math import group_advantages
+from lowmem_rlhf.algorithms.grpo.settings import GRPOSettings
 from lowmem_rlhf.algorithms.grpo.update import rows_to_train, update
 from lowmem_rlhf.data.prompts import build_examples
 from lowmem_rlhf.engine.base import SharedBase
 from lowmem_rlhf.engine.passes import BatchLimits, completion_logprobs
 from lowmem_rlhf.hardware.live_bytes import LiveBytes
 from lowmem_rlhf.recipe.sections import DataConfig, TrainingConfig
-from lowmem_rlhf.recipe.settings import GRPOSettings
 from lowmem_rlhf.rollout.rollout import Batch, Completion
 from lowmem_rlhf.rollout.sampling import Sampling
 from lowmem_rlhf.rollout.shared_prompt import Limits, generate

@@ -17,6 +17,7 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 from work import ALPHA, BETA, RANK
 
+from lowmem_rlhf.algorithms.grpo.settings import GRPOSettings
 from lowmem_rlhf.engine import attention, fused, logprobs
 from lowmem_rlhf.engine.attention import PackedContext
 from lowmem_rlhf.engine.base import SharedBase
@@ -28,7 +29,6 @@ from lowmem_rlhf.engine.logprobs import Head, tiled_logprobs
 from lowmem_rlhf.engine.packing import pack
 from lowmem_rlhf.engine.passes import BatchLimits
 from lowmem_rlhf.engine.roles import POLICY
-from lowmem_rlhf.recipe.settings import GRPOSettings
 from lowmem_rlhf.rollout.rollout import Batch, Completion
 from lowmem_rlhf.rollout.sampling import Sampling
 from lowmem_rlhf.rollout.shared_prompt import Limits

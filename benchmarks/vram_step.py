@@ -24,7 +24,7 @@ from lowmem_rlhf.engine.base import SharedBase
 from lowmem_rlhf.hardware.live_bytes import LiveBytes
 from lowmem_rlhf.planning.plan import Plan
 from lowmem_rlhf.planning.run_plan import planned
-from lowmem_rlhf.recipe.schema import ONLINE, Recipe
+from lowmem_rlhf.recipe.schema import Recipe
 from lowmem_rlhf.rewards.loading import Reward
 from lowmem_rlhf.run.directory import RunDirectory
 from lowmem_rlhf.training.loop import Loop
@@ -64,7 +64,7 @@ def start_adapter(recipe: Recipe, plan: Plan, folder: Path) -> Path:
 def trainer_of(recipe: Recipe, plan: Plan, folder: Path) -> Loop:
     """Return the trainer of a recipe with random data of the recipe's maximal lengths."""
     base, recipe = load(recipe, plan), planned(recipe, plan)
-    rewards = [Reward("hash", hash_reward)] if recipe.algorithm in ONLINE else []
+    rewards = [Reward("hash", hash_reward)] if recipe.spec.samples else []
     add_roles(base, recipe, plan, rewards)
     columns = ("prompt", "question", "answer", "completion", "text", "chosen", "rejected")
     row = dict.fromkeys(columns, "a") | {"rejected": "b"}

@@ -248,7 +248,7 @@ def train(
     except KeyboardInterrupt as stop:
         print(with_notes("interrupted", stop), file=sys.stderr)
         raise typer.Exit(1) from None
-    result = "model" if resolved.algorithm == "classifier" else "adapter"
+    result = resolved.spec.leaves
     print(f"{result + ':':8} {run.path / result}\nreport:  {run.path / 'report.html'}")
 
 

@@ -20,7 +20,6 @@ _SHORT = {
     "float": "float32",
     "adamw_torch": "adamw",
     "adamw_bnb_8bit": "adamw_8bit",
-    "reinforce++": "reinforce_plus_plus",
 }
 
 

@@ -5,10 +5,13 @@ from pathlib import Path
 
 from typer.testing import CliRunner
 
+from lowmem_rlhf.algorithms.common.ppo_family import PPOSettings
+from lowmem_rlhf.algorithms.grpo.settings import GRPOSettings
+from lowmem_rlhf.algorithms.reward_model.settings import RewardModelSettings
+from lowmem_rlhf.algorithms.sft.settings import SFTSettings
 from lowmem_rlhf.cli import app
 from lowmem_rlhf.recipe.loading import load_recipe, shipped_recipes
 from lowmem_rlhf.recipe.sections import LEARNED_REWARDS, REWARD_OPTIONS, GenerationConfig
-from lowmem_rlhf.recipe.settings import GRPOSettings, PPOSettings, RewardModelSettings, SFTSettings
 from lowmem_rlhf.rewards.functions import SHIPPED
 
 ROOT = Path(__file__).parents[1]

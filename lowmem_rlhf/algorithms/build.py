@@ -2,9 +2,7 @@
 
 from collections.abc import Callable, Sequence
 
-from lowmem_rlhf.algorithms.common.epochs import with_epochs
-from lowmem_rlhf.algorithms.reward_model.update import RewardModel
-from lowmem_rlhf.algorithms.sft.update import SFT
+from lowmem_rlhf.algorithms.spec import resolve
 from lowmem_rlhf.data.examples import TrainingData
 from lowmem_rlhf.engine.base import SharedBase
 from lowmem_rlhf.planning.plan import Plan
@@ -12,7 +10,7 @@ from lowmem_rlhf.recipe.schema import Recipe
 from lowmem_rlhf.rewards.loading import Reward
 from lowmem_rlhf.run.directory import RunDirectory
 from lowmem_rlhf.training.loop import Loop
-from lowmem_rlhf.training.online import Algorithm, CompletionEvaluator, Trainer
+from lowmem_rlhf.training.online import Trainer
 
 
 def make_trainer(
@@ -23,14 +21,30 @@ def make_trainer(
     data: TrainingData,
     run_directory: Callable[[Recipe], RunDirectory],
 ) -> Loop:
-    """Return the trainer of a recipe, with its run directory begun."""
-    if recipe.algorithm == "sft":
-        recipe = with_epochs(recipe, len(data.train))
-        judge = CompletionEvaluator(recipe, plan, base, rewards, data.prompts).evaluate if data.prompts else None
-        return SFT(recipe, plan, base, data.train, data.held_out, run_directory(recipe), judge)
-    if recipe.algorithm == "reward_model":
-        recipe = with_epochs(recipe, len(data.train))
-        return RewardModel(recipe, plan, base, data.train, data.held_out, run_directory(recipe))
+    """Return the trainer of a recipe, with its run directory begun.
+
+    Args:
+        run_directory: makes it, given the recipe with the steps that its epochs are.
+
+    Raises:
+        UserError: the data or the settings do not suit.
+    """
+    trainer: Loop = resolve(recipe.spec.build)(recipe, plan, base, rewards, data, run_directory)
+    return trainer
+
+
+def online(
+    recipe: Recipe,
+    plan: Plan,
+    base: SharedBase,
+    rewards: Sequence[Reward],
+    data: TrainingData,
+    run_directory: Callable[[Recipe], RunDirectory],
+) -> Trainer:
+    """Return the trainer of an algorithm that samples and scores what its learner learns from."""
+    spec = recipe.spec
+    if spec.learner is None:
+        raise TypeError(f"the spec of {spec.name} has neither a learner nor a build of its own")
     return Trainer(
         recipe,
         plan,
@@ -39,24 +53,6 @@ def make_trainer(
         data.train,
         data.held_out,
         run_directory(recipe),
-        algorithm_of(recipe),
-        updates_of(recipe),
+        resolve(spec.learner)(recipe),
+        spec.updates(recipe),
     )
-
-
-def algorithm_of(recipe: Recipe) -> Algorithm:
-    """Return the algorithm that a recipe names."""
-    if recipe.algorithm == "grpo":
-        from lowmem_rlhf.algorithms.grpo.trainer import GRPO
-
-        return GRPO(recipe)
-    from lowmem_rlhf.algorithms.ppo.trainer import PPO
-
-    return PPO(recipe)
-
-
-def updates_of(recipe: Recipe) -> int:
-    """Return the optimizer steps of each step."""
-    if recipe.algorithm == "grpo":
-        return recipe.grpo.num_iterations
-    return recipe.ppo.num_ppo_epochs * recipe.ppo.num_mini_batches

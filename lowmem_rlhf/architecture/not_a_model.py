@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+from lowmem_rlhf.algorithms.registry import find_spec
 from lowmem_rlhf.run.base_file import full_precision
 from lowmem_rlhf.run.stages import run_of, to_finish
 
@@ -43,10 +44,11 @@ def _run(path: Path) -> str:
     from lowmem_rlhf.run.directory import ADAPTER, MODEL, RunDirectory
 
     values = RunDirectory(path).recipe_values()
-    if values.get("algorithm") == "classifier":
+    spec = find_spec(values.get("algorithm"))
+    if spec is not None and spec.leaves == MODEL:
         if (path / MODEL / CONFIG).is_file():
-            return f"is a classifier's run; its model is {path / MODEL}"
-        return f"is a classifier's run without a finished model; {to_finish(path)}"
+            return f"is a {spec.title}'s run; its model is {path / MODEL}"
+        return f"is a {spec.title}'s run without a finished model; {to_finish(path)}"
     merged = path / "export" / "merged"
     if not (path / ADAPTER).is_dir():
         return f"is a run that is not finished; {to_finish(path)}"

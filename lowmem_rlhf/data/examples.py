@@ -6,14 +6,13 @@ from typing import Any
 
 from lowmem_rlhf.architecture.vocabulary import check_ids
 from lowmem_rlhf.data.bad_rows import RowReport
-from lowmem_rlhf.data.labelled import check_both_kinds, read_examples
+from lowmem_rlhf.data.labelled import check_both_kinds, read_answers
 from lowmem_rlhf.data.prompts import Example, build_examples
 from lowmem_rlhf.data.supervised import Rows, build_pairs, build_supervised, labelled_texts
 from lowmem_rlhf.engine.tokenizer import Tokens
 from lowmem_rlhf.errors import UserError
 from lowmem_rlhf.progress import ProgressCallback
-from lowmem_rlhf.recipe.schema import ONLINE, Recipe
-from lowmem_rlhf.recipe.trl import TRL_TRAINERS
+from lowmem_rlhf.recipe.schema import Recipe
 
 _IDS = ("prompt_ids", "completion_ids", "chosen_ids", "rejected_ids")
 
@@ -51,7 +50,7 @@ def read_data(
     train = examples_of(recipe, rows, tokens, report)
     check_both_kinds(train)
     held_out = examples_of(recipe, held, tokens, other) if held else []
-    if held and recipe.rewards and recipe.algorithm not in ONLINE:
+    if held and recipe.rewards and not recipe.spec.samples:
         prompts = build_examples(held, recipe.data, tokens.tokenizer, tokens.stop_ids, other.again())
     if tokens.rows is not None:
         check_ids(tokens.tokenizer, tokens.rows, (ids for one in (*train, *held_out) for ids in ids_of(one)))
@@ -66,16 +65,18 @@ def examples_of(recipe: Recipe, rows: Rows, tokens: Tokens, report: RowReport | 
     """
     data, tokenizer, stops = recipe.data, tokens.tokenizer, tokens.stop_ids
     report = report or RowReport(data)
-    if recipe.algorithm == "sft":
-        return list(build_supervised(rows, data, recipe.sft, tokenizer, stops, report))
-    if recipe.algorithm == "reward_model":
-        length = recipe.reward_model.max_length
-        return list(build_pairs(rows, data, length, tokenizer, stops, report=report))
-    if recipe.algorithm in TRL_TRAINERS:
-        return list(read_examples(rows, recipe, tokenizer, stops, report))
-    if recipe.algorithm == "classifier":
+    spec = recipe.spec
+    if spec.rows == "prompts":
+        return list(build_examples(rows, data, tokenizer, stops, report))
+    if spec.rows == "texts":
         return list(zip(*labelled_texts(rows, data, report), strict=True))
-    return list(build_examples(rows, data, tokenizer, stops, report))
+    if spec.rows == "completions":
+        (key,) = spec.lengths(recipe)
+        return list(build_supervised(rows, data, spec.own(recipe), tokenizer, stops, report, key))
+    if spec.rows == "answers":
+        return list(read_answers(rows, recipe, tokenizer, stops, report))
+    ((key, length),) = spec.lengths(recipe).items()
+    return list(build_pairs(rows, data, length, tokenizer, stops, key, report))
 
 
 def classes_of(train: Sequence[str], held_out: Sequence[str]) -> list[str]:

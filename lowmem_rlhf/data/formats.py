@@ -6,9 +6,8 @@ from typing import Any
 from lowmem_rlhf.data.columns import used_columns
 from lowmem_rlhf.data.messages import conversation_of, is_conversation, role_of
 from lowmem_rlhf.data.values import Row
-from lowmem_rlhf.recipe.schema import ONLINE, Recipe
+from lowmem_rlhf.recipe.schema import Recipe
 from lowmem_rlhf.recipe.sections import DataConfig
-from lowmem_rlhf.recipe.trl import TRL_TRAINERS
 
 _CONVERSATIONS = ("messages", "conversations", "conversation", "dialogue", "chat")
 _PROMPTS = ("prompt", "question", "instruction", "problem", "query")
@@ -38,15 +37,13 @@ def _changes(recipe: Recipe, names: set[str], rows: list[Row], given: set[str]) 
     own = {"prompt", "template", "messages", "text"} & given
     if own and all(name.split(".")[0] in names for name in used_columns(data)) and not _is_pair(recipe):
         return {}, ""
-    if recipe.algorithm in TRL_TRAINERS and TRL_TRAINERS[recipe.algorithm].labelled and _may_be_labelled(data, names):
+    if recipe.spec.rows == "answers" and _may_be_labelled(data, names):
         return _labelled(data, names, given)
     if _is_pair(recipe):
         return _pair(data, names, rows, given)
-    if own or recipe.algorithm in ("classifier", "reward_model"):
-        return {}, ""
-    if recipe.algorithm == "sft":
+    if recipe.spec.rows == "completions" and not own:
         return _supervised(data, names, rows)
-    return _online(data, names, rows, given) if recipe.algorithm in ONLINE else ({}, "")
+    return _online(data, names, rows, given) if recipe.spec.samples and not own else ({}, "")
 
 
 def _is_pair(recipe: Recipe) -> bool:

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from lowmem_rlhf.algorithms.sft.settings import SFTSettings
 from lowmem_rlhf.data.bad_rows import RowError, RowReport
 from lowmem_rlhf.data.columns import cell
 from lowmem_rlhf.data.supervised import Pair, Rows, build_pairs, supervised_rows
@@ -15,10 +16,6 @@ from lowmem_rlhf.data.values import Row, text_of
 from lowmem_rlhf.errors import UserError
 from lowmem_rlhf.recipe.schema import Recipe
 from lowmem_rlhf.recipe.sections import DataConfig
-from lowmem_rlhf.recipe.settings import SFTSettings
-from lowmem_rlhf.recipe.trl import TRL_TRAINERS, max_length
-
-LENGTH = "trl.max_length"
 
 
 @dataclass(frozen=True)
@@ -33,22 +30,21 @@ class Answer:
 Example = Pair | Answer
 
 
-def read_examples(
+def read_answers(
     rows: Rows, recipe: Recipe, tokenizer: Any, stop_ids: frozenset[int], report: RowReport | None = None
-) -> list[Example]:
-    """Return what a recipe's trainer learns from: pairs, or for KTO labelled answers, of which a pair makes two.
+) -> list[Answer]:
+    """Return answers with their labels; of pairs each makes two.
 
     Raises:
         UserError: those of `build_pairs`; of labelled answers those of `build_supervised`, or a label that is neither
             true nor false.
     """
-    length, report = max_length(recipe.trl), report or RowReport(recipe.data)
+    report = report or RowReport(recipe.data)
+    ((key, length),) = recipe.spec.lengths(recipe).items()
     if recipe.data.label is not None:
-        return _labelled(rows, recipe.data, length, tokenizer, stop_ids, report)
-    pairs = build_pairs(rows, recipe.data, length, tokenizer, stop_ids, LENGTH, report)
-    if not TRL_TRAINERS[recipe.algorithm].labelled:
-        return list(pairs)
-    good: list[Example] = [Answer(pair.prompt_ids, pair.chosen_ids, True) for pair in pairs]
+        return _labelled(rows, recipe.data, length, key, tokenizer, stop_ids, report)
+    pairs = build_pairs(rows, recipe.data, length, tokenizer, stop_ids, key, report)
+    good = [Answer(pair.prompt_ids, pair.chosen_ids, True) for pair in pairs]
     return good + [Answer(pair.prompt_ids, pair.rejected_ids, False) for pair in pairs]
 
 
@@ -66,16 +62,16 @@ def check_both_kinds(examples: Sequence[Any]) -> None:
 
 
 def _labelled(
-    rows: Rows, data: DataConfig, length: int, tokenizer: Any, stop_ids: frozenset[int], report: RowReport
-) -> list[Example]:
+    rows: Rows, data: DataConfig, length: int, key: str, tokenizer: Any, stop_ids: frozenset[int], report: RowReport
+) -> list[Answer]:
     column = str(data.label)
     made = supervised_rows(
         rows, data, SFTSettings(), tokenizer, stop_ids, report, check=lambda row: _label(row, column)
     )
-    kept: list[Example] = []
+    kept: list[Answer] = []
     for row, one in made:
         tokens = len(one.prompt_ids) + len(one.completion_ids)
-        if report.fits(row.number, tokens, length, LENGTH, "example"):
+        if report.fits(row.number, tokens, length, key, "example"):
             kept.append(Answer(one.prompt_ids, one.completion_ids, _label(row, column)))
     report.finish(len(kept))
     return kept

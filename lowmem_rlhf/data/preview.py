@@ -127,7 +127,7 @@ def preview_split(
     found.kept_lengths = [one for one in found.lengths if report.long is None or one <= report.long.limit]
     found.learned = [_learned(one) for one in made]
     found.left_out, found.dropped, found.said = report.left_out(), report.left_out_lines(), report.said()
-    if recipe.algorithm == "classifier":
+    if recipe.spec.rows == "texts":
         found.classes = sorted({label for _, label in made})
     if tokens.rows is not None:
         check_ids(tokens.tokenizer, tokens.rows, (ids for one in made for ids in ids_of(one)))

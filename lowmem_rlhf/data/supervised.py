@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from lowmem_rlhf.algorithms.sft.settings import SFTSettings
 from lowmem_rlhf.data.bad_rows import RowError, RowReport
 from lowmem_rlhf.data.columns import cell
 from lowmem_rlhf.data.messages import Message
@@ -16,7 +17,6 @@ from lowmem_rlhf.data.prompt_writer import Prompt, PromptWriter
 from lowmem_rlhf.data.turns import Segments, TurnWriter, ended, seams
 from lowmem_rlhf.data.values import Row, text_of
 from lowmem_rlhf.recipe.sections import DataConfig
-from lowmem_rlhf.recipe.settings import SFTSettings
 
 Rows = Iterable[Mapping[str, Any]]
 
@@ -65,6 +65,7 @@ def build_supervised(
     tokenizer: Any,
     stop_ids: frozenset[int],
     report: RowReport | None = None,
+    length_key: str = "sft.max_length",
 ) -> list[Supervised]:
     """Turn rows into examples for SFT.
 
@@ -79,6 +80,7 @@ def build_supervised(
         settings: with ``completion_only_loss`` false all of an example is learned but its first token.
         stop_ids: the tokens that end a completion when the model samples.
         report: collects what is wrong with rows and what is said of them; absent: one of this call's own.
+        length_key: the recipe key of ``settings.max_length``, for messages.
 
     Returns:
         One example a row, or one an answer where the chat template writes earlier answers differently from the last.
@@ -93,7 +95,7 @@ def build_supervised(
     kept = []
     for number, one in made:
         length = len(one.prompt_ids) + len(one.completion_ids)
-        if report.fits(number, length, settings.max_length, "sft.max_length", "example"):
+        if report.fits(number, length, settings.max_length, length_key, "example"):
             kept.append(one)
     report.finish(len(kept))
     return kept

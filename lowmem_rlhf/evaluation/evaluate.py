@@ -57,7 +57,7 @@ def evaluate_models(models: Sequence[str], recipe: Recipe, given: list[str], dev
     Raises:
         UserError, RunError: as `open_model_subject` and `measure`; or the two were left different problems.
     """
-    if not recipe.rewards and recipe.algorithm != "sft":
+    if not recipe.rewards and recipe.spec.rows != "completions":
         raise UserError(f"--recipe {recipe.name}: it has no rewards to judge a model's answers with")
     found: list[Measured] = []
     for name, model in zip(_names(models), models, strict=True):

@@ -9,8 +9,9 @@ import torch
 
 from lowmem_rlhf.algorithms.reward_model.update import pair_groups
 from lowmem_rlhf.data.bad_rows import RowReport
+from lowmem_rlhf.data.examples import examples_of
 from lowmem_rlhf.data.prompts import build_examples
-from lowmem_rlhf.data.supervised import Pair, Supervised, build_pairs, build_supervised
+from lowmem_rlhf.data.supervised import Pair, Supervised
 from lowmem_rlhf.display.bars import progress_bar
 from lowmem_rlhf.engine.passes import LEAST_TOKENS, BatchLimits, completion_logprobs, head_outputs
 from lowmem_rlhf.engine.roles import POLICY
@@ -20,7 +21,6 @@ from lowmem_rlhf.evaluation.quantities import of_completions, of_losses, of_pair
 from lowmem_rlhf.evaluation.subject import EvalTarget
 from lowmem_rlhf.hardware.memory import retry_with_smaller
 from lowmem_rlhf.inference.opening import memory_explained
-from lowmem_rlhf.recipe.trl import TRL_TRAINERS
 from lowmem_rlhf.rollout.rollout import Batch, Completion
 from lowmem_rlhf.training.evaluate import TrainerState, sample
 
@@ -52,10 +52,11 @@ def measure(subject: EvalTarget) -> list[Measured]:
         RunError: a reward failed, or the device's memory ran out.
     """
     with memory_explained(subject.recipe):
-        if subject.recipe.algorithm == "reward_model":
+        spec = subject.recipe.spec
+        if spec.output == "scores":
             return [_pairs(subject)]
-        found = [_losses(subject)] if subject.recipe.algorithm == "sft" else []
-        if subject.recipe.algorithm in TRL_TRAINERS:
+        found = [_losses(subject)] if spec.rows == "completions" else []
+        if spec.rows in ("pairs", "answers"):
             found = [_preferred(subject)]
         return found + ([_answers(subject)] if subject.rewards else [])
 
@@ -96,7 +97,7 @@ def _check_positions(subject: EvalTarget, longest: int) -> None:
 def _losses(subject: EvalTarget) -> Measured:
     base, recipe = subject.base, subject.recipe
     report = _report(subject)
-    examples = build_supervised(subject.rows, recipe.data, recipe.sft, base.tokenizer, base.stop_ids, report)
+    examples: list[Supervised] = examples_of(recipe, subject.rows, base.tokens, report)
     columns = {name: _loss(subject, role, examples, name) for name, role in subject.roles.items()}
     return Measured("example", len(examples), columns)
 
@@ -120,9 +121,7 @@ def _loss(subject: EvalTarget, role: str, examples: list[Supervised], name: str)
 
 def _pairs(subject: EvalTarget) -> Measured:
     base, recipe = subject.base, subject.recipe
-    length = recipe.reward_model.max_length
-    report = _report(subject)
-    pairs: list[Pair] = build_pairs(subject.rows, recipe.data, length, base.tokenizer, base.stop_ids, report=report)
+    pairs: list[Pair] = examples_of(recipe, subject.rows, base.tokens, _report(subject))
 
     def work(passes: BatchLimits, shown: Shown) -> dict[int, torch.Tensor]:
         return head_outputs(base, POLICY, pair_groups(pairs), passes, shown)
@@ -135,10 +134,9 @@ def _pairs(subject: EvalTarget) -> Measured:
 def _preferred(subject: EvalTarget) -> Measured:
     """Which answer of each pair a role finds likelier: accuracy and margin of the mean log-probs of a token."""
     from lowmem_rlhf.algorithms.trl.data import pairs_among
-    from lowmem_rlhf.data.labelled import read_examples
 
     base, recipe = subject.base, subject.recipe
-    pairs = pairs_among(read_examples(subject.rows, recipe, base.tokenizer, base.stop_ids, _report(subject)))
+    pairs = pairs_among(examples_of(recipe, subject.rows, base.tokens, _report(subject)))
     if not pairs:
         raise UserError(f"the held-out data of {recipe.name!r} has no pair of a good and a bad answer to measure")
     answers = [Completion(ids, [], False) for pair in pairs for ids in (pair.chosen_ids, pair.rejected_ids)]

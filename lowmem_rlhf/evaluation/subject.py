@@ -103,10 +103,10 @@ def _open_run(
     device: str | None,
     judged: bool,
 ) -> EvalTarget:
-    if recipe.algorithm == "classifier":
+    if recipe.spec.output == "classes":
         raise UserError(
-            f"the run in {run.path} trained a classifier; its held-out results stand in evaluation.json, and it can be "
-            "used as a reward"
+            f"the run in {run.path} trained a {recipe.spec.title}; its held-out results stand in evaluation.json, "
+            "and it can be used as a reward"
         )
     say_base(run, recipe)
     _say_learned(run, recipe)
@@ -121,7 +121,7 @@ def _open_run(
     rewards = _rewards(recipe, rows, found, free) if judged else []
     base, _ = open_trained(run, step, device)
     roles = {POLICY: POLICY}
-    if recipe.algorithm != "reward_model":  # a score head that has not learned says nothing
+    if recipe.spec.output == "text":  # a score head that has not learned says nothing
         add_start(base, recipe)
         roles = {REFERENCE: REFERENCE, POLICY: POLICY}
     last = max((int(row["step"]) for row in run.metrics() if "step" in row), default=0)
@@ -144,7 +144,7 @@ def open_model_subject(
         UserError: it cannot be loaded, the recipe judges no answers, or nothing is held out.
         RunError: the device's memory ran out.
     """
-    if recipe.algorithm in ("reward_model", "classifier"):
+    if recipe.spec.output != "text":
         raise UserError(
             f"--recipe {recipe.name}: {recipe.algorithm} judges texts and has nothing to evaluate of a model"
         )

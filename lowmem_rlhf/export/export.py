@@ -174,7 +174,7 @@ class Export:
         copy_adapter(self.adapter, folder, (WEIGHTS, CONFIG))
         heads = self._heads(folder)
         live = live_policy(self.run, self.wish.step, self.wish.device)
-        if self.recipe.algorithm == "reward_model":
+        if self.recipe.spec.output == "scores":
             proof = proof_of_scores(folder, live, self.device, self.settings)
         else:
             proof = proof_of_adapter(folder, live, self.device, self.settings)
@@ -233,7 +233,7 @@ class Export:
         if not (critic / HEAD).is_file():
             raise UserError(f"--heads: the run in {self.run.path} trained no value or score head; leave it out")
         parts = {CRITIC: critic}
-        if self.recipe.adapter and self.recipe.ppo.critic == "adapter":  # it lies above the adapter of the start
+        if self.recipe.adapter and self.recipe.spec.critic(self.recipe) == "adapter":  # it lies above the start's
             check_learned(self.run, self.recipe)
             parts[START] = adapter_folder(self.recipe.adapter)
         copied = []

@@ -60,10 +60,12 @@ def check_wish(wish: Wish, recipe: Recipe, run: RunDirectory) -> Wish:
         value = getattr(wish, name)
         if value is not None and value not in allowed:
             raise UserError(f"--{name}: got {value!r}; give {', '.join(allowed)}{did_you_mean(value, allowed)}")
-    judges = recipe.algorithm == "reward_model"
+    judges = recipe.spec.output == "scores"
     wish = replace(wish, format=wish.format or (ADAPTER if judges else MERGED))
-    if recipe.algorithm == "classifier":
-        raise UserError(f"the run in {run.path} trained a classifier whole: {run.path / MODEL} is the model itself")
+    if recipe.spec.leaves == MODEL:
+        raise UserError(
+            f"the run in {run.path} trained a {recipe.spec.title} whole: {run.path / MODEL} is the model itself"
+        )
     if judges and wish.format != ADAPTER:
         raise UserError(
             f"--format {wish.format}: the run in {run.path} trained a reward model, whose scores come from an adapter "

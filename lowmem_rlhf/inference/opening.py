@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lowmem_rlhf.algorithms.registry import find_spec
 from lowmem_rlhf.data.provenance import check_base, check_learned
 from lowmem_rlhf.errors import RunError, UserError
 from lowmem_rlhf.hardware.detect import detect, torch_reaches
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-JUDGES = {"reward_model": "a reward model, which gives scores", "classifier": "a classifier, which names classes"}
+JUDGES = {"scores": "which gives scores", "classes": "which names classes"}  # by what an algorithm's model gives
 
 
 @contextmanager
@@ -56,9 +57,11 @@ def open_policy(run: RunDirectory, step: int | None = None, device: str | None =
         UserError: the run has no such adapter or no policy, or this machine cannot compute what the run did.
         RunError: the device's memory ran out.
     """
-    kind = JUDGES.get(str(run.recipe_values().get("algorithm")))
-    if kind:
-        raise UserError(f"the run in {run.path} trained {kind} and no answers; give the run of a policy")
+    spec = find_spec(run.recipe_values().get("algorithm"))
+    if spec is not None and (gives := JUDGES.get(spec.output)):
+        raise UserError(
+            f"the run in {run.path} trained a {spec.title}, {gives} and no answers; give the run of a policy"
+        )
     return open_trained(run, step, device)
 
 
@@ -107,7 +110,7 @@ def _open(run: RunDirectory, recipe: Recipe, step: int | None, device: str | Non
     base.chat_template_kwargs = recipe.data.chat_template_kwargs
     check_base(run, recipe)  # once more: now a Hub's model is here
     try:
-        if recipe.algorithm == "reward_model":
+        if recipe.spec.output == "scores":
             base.add_head(POLICY)
         base.load_role(folder)
     except (OSError, SafetensorError) as error:

@@ -7,7 +7,6 @@ from lowmem_rlhf.errors import UserError
 from lowmem_rlhf.planning.inputs import PINNED, PlanInputs, gib
 from lowmem_rlhf.planning.memory.resident import MIB, Settings
 from lowmem_rlhf.planning.shapes import group_tokens, length_keys, row_tokens, samples_completions, step_tokens
-from lowmem_rlhf.recipe.schema import ONLINE
 
 MICRO_BATCH_CAP = {"cpu": 4096, "gpu": 16384}  # a CPU gains nothing from more: the activations fall out of its caches
 TILE_BYTES = 128 * MIB
@@ -129,7 +128,7 @@ def rollout_batch_size(case: PlanInputs, settings: Settings) -> tuple[int, str]:
     if not samples_completions(case.recipe):
         return 1, "nothing is sampled"
     group, prompts, whole = case.recipe.generation.num_generations, case.recipe.training.prompts_per_step, "a step"
-    if case.recipe.algorithm not in ONLINE:
+    if not case.recipe.spec.samples:
         group, prompts, whole = case.recipe.evaluation.num_samples, case.recipe.data.eval_size, "the evaluation"
     sizes = [group * count for count in range(prompts, 0, -1)] + list(range(group - 1, 0, -1))
 

@@ -8,6 +8,8 @@ from bisect import bisect_left
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+from lowmem_rlhf.algorithms.registry import specs
+from lowmem_rlhf.algorithms.spec import sampled_lengths
 from lowmem_rlhf.architecture import catalogue
 from lowmem_rlhf.architecture.dimensions import ModelDimensions
 from lowmem_rlhf.architecture.lookup import model_dimensions
@@ -18,11 +20,10 @@ from lowmem_rlhf.planning.inputs import PINNED, budget_bytes
 from lowmem_rlhf.planning.memory.phases import peak_phase
 from lowmem_rlhf.planning.plan import Plan, plan_for, shortage
 from lowmem_rlhf.planning.precision import RANK
-from lowmem_rlhf.planning.shapes import length_keys, sampled_keys, samples_completions
+from lowmem_rlhf.planning.shapes import length_keys, samples_completions
 from lowmem_rlhf.planning.verdicts import Verdict
 from lowmem_rlhf.recipe.schema import Recipe
 
-ALGORITHMS = ("sft", "grpo", "ppo")
 MODELS = (
     "HuggingFaceTB/SmolLM2-135M-Instruct",
     "Qwen/Qwen2.5-0.5B-Instruct",
@@ -180,8 +181,8 @@ def what_fits(recipe: Recipe, cards: tuple[Card, ...], models: dict[str, ModelDi
     is a cell that does not fit.
     """
     cells: dict[str, dict[str, list[Fit]]] = {}
-    runs = {algorithm: with_algorithm(recipe, algorithm) for algorithm in ALGORITHMS}
-    for algorithm in ALGORITHMS:
+    runs = {algorithm: with_algorithm(recipe, algorithm) for algorithm in _algorithms()}
+    for algorithm in runs:
         cells[algorithm] = {}
         for name, dims in models.items():
             run = runs[algorithm].model_copy(update={"model": name})
@@ -195,35 +196,38 @@ def what_fits(recipe: Recipe, cards: tuple[Card, ...], models: dict[str, ModelDi
         models=models,
         cells=cells,
         lengths={algorithm: length_keys(run) for algorithm, run in runs.items()},
-        generations={key: 1 if key == "sft" else run.generation.num_generations for key, run in runs.items()},
+        generations={key: run.spec.completions(run) for key, run in runs.items()},
         prompts_per_step=recipe.training.prompts_per_step,
     )
+
+
+def _algorithms() -> list[str]:
+    """Return the algorithms that have a table, those that sample after the others."""
+    return [spec.name for spec in sorted(specs(), key=lambda spec: spec.samples) if spec.in_fits]
 
 
 def with_algorithm(recipe: Recipe, algorithm: str) -> Recipe:
     """Return the recipe for another algorithm on the same prompts and completions.
 
-    For SFT an example is a prompt with one completion, and no rewards are asked: nothing is sampled. GRPO compares
-    completions, so it has two of a prompt where the recipe has one.
+    For SFT an example is a prompt with one completion, and no rewards are asked: nothing is sampled. What compares
+    completions, as GRPO does, has two of a prompt where the recipe has one.
     """
     if algorithm == recipe.algorithm:
         return recipe
     changed = recipe.model_copy(update={"algorithm": algorithm})
-    if algorithm != "sft":
-        least = 2 if algorithm == "grpo" else 1
+    if changed.spec.samples:
+        least = 2 if changed.spec.compares(changed) else 1
         count = max(least, recipe.generation.num_generations)
         return changed.model_copy(
             update={"generation": recipe.generation.model_copy(update={"num_generations": count})}
         )
-    return with_length(changed, sum(sampled_keys(recipe).values())).model_copy(update={"rewards": []})
+    return with_length(changed, sum(sampled_lengths(recipe).values())).model_copy(update={"rewards": []})
 
 
 def with_length(recipe: Recipe, tokens: int) -> Recipe:
     """Return the recipe with completions (SFT: examples) of so many tokens."""
-    if recipe.algorithm == "sft":
-        return recipe.model_copy(update={"sft": recipe.sft.model_copy(update={"max_length": tokens})})
-    lengths = recipe.generation.model_copy(update={"max_completion_length": tokens})
-    return recipe.model_copy(update={"generation": lengths})
+    section, _, key = list(length_keys(recipe))[-1].partition(".")
+    return recipe.model_copy(update={section: getattr(recipe, section).model_copy(update={key: tokens})})
 
 
 def fit(recipe: Recipe, device: Device, dims: ModelDimensions) -> Fit:

@@ -20,6 +20,7 @@ More memory never gives a lower precision. The memory model stands in `memory`; 
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+from lowmem_rlhf.algorithms.spec import sampled_lengths
 from lowmem_rlhf.architecture.dimensions import ModelDimensions
 from lowmem_rlhf.architecture.lookup import model_dimensions
 from lowmem_rlhf.errors import UserError
@@ -32,7 +33,6 @@ from lowmem_rlhf.planning.memory.resident import ALLOCATOR_HIGH, Components, Set
 from lowmem_rlhf.planning.shapes import (
     adapters_of,
     length_keys,
-    sampled_keys,
     samples_completions,
 )
 from lowmem_rlhf.planning.verdicts import Verdict, verdict_of
@@ -95,14 +95,10 @@ def make_plan(recipe: Recipe, device: Device, profile: str) -> Plan:
 
     Raises:
         UserError: the model cannot be read, or the recipe asks for what the model or the device cannot do; or it
-            trains a classifier, for which there is nothing to choose.
+            trains what nothing is chosen for, such as a classifier.
     """
-    if recipe.algorithm == "classifier":
-        raise UserError(
-            "algorithm: a classifier has no plan, as nothing is chosen for it: all of it trains in float32 (16 bytes a "
-            f"parameter), and a pass has at most classifier.batch_tokens ({recipe.classifier.batch_tokens}) tokens; "
-            "start it with train"
-        )
+    if why := recipe.spec.no_plan(recipe):
+        raise UserError(why)
     dims = model_dimensions(recipe.model, recipe.revision, recipe.trust_remote_code)
     return plan_for(recipe, device, profile, dims)
 
@@ -190,7 +186,7 @@ def check_positions(recipe: Recipe, limit: int | None, why: str) -> None:
     Raises:
         UserError: one is longer.
     """
-    rows = [length_keys(recipe), *([sampled_keys(recipe)] if samples_completions(recipe) else [])]
+    rows = [length_keys(recipe), *([sampled_lengths(recipe)] if samples_completions(recipe) else [])]
     for keys in rows:
         tokens = sum(keys.values())
         if limit is not None and tokens > limit:

@@ -4,12 +4,12 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+from lowmem_rlhf.algorithms.spec import resolve
 from lowmem_rlhf.hardware.detect import detect
 from lowmem_rlhf.hardware.device import Device
 from lowmem_rlhf.hardware.profiles import find_profile, match_profile, parse_bytes, profile_device
-from lowmem_rlhf.planning.plan import Plan, make_plan
+from lowmem_rlhf.planning.plan import Plan
 from lowmem_rlhf.recipe.schema import Recipe
-from lowmem_rlhf.recipe.trl import TRL_TRAINERS
 from lowmem_rlhf.run.directory import RunDirectory
 
 
@@ -45,11 +45,7 @@ def plan_recipe(recipe: Recipe) -> Plan:
 
 
 def _planner(recipe: Recipe) -> Callable[[Recipe, Device, str], Plan]:
-    if recipe.algorithm in TRL_TRAINERS:
-        from lowmem_rlhf.planning.trl import plan_trl
-
-        return plan_trl
-    return make_plan
+    return resolve(recipe.spec.planner)
 
 
 def running_plan(recipe: Recipe) -> Plan:

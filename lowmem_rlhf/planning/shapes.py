@@ -7,7 +7,7 @@ last one predicts nothing that is scored).
 from dataclasses import astuple, dataclass
 
 from lowmem_rlhf.planning.limits import ATTENDED_PER_TOKEN
-from lowmem_rlhf.recipe.schema import ONLINE, Recipe
+from lowmem_rlhf.recipe.schema import Recipe
 from lowmem_rlhf.recipe.sections import REWARD_ADAPTER
 
 
@@ -82,17 +82,15 @@ def prompts_shape(prompt: int, tokens: int) -> PackedShape:
 def step_shape(recipe: Recipe, tokens: int) -> PackedShape:
     """Return the largest row of a recipe's passes for scoring and updating with micro-batches of so many tokens."""
     groups = recipe.training.prompts_per_step
-    if recipe.algorithm == "sft":  # all of an example is learned but its first token
-        length = recipe.sft.max_length
+    if recipe.spec.rows in ("completions", "answers"):  # all of an example is learned but its first token
+        length = row_tokens(recipe)
         return packed_shape(1, length - 2, length - 1, 1, groups, tokens)
-    if recipe.algorithm == "reward_model":  # read to the last tokens; half of an example is taken to be the prompt
-        half = recipe.reward_model.max_length // 2
+    if recipe.spec.rows == "pairs":  # read to the last tokens; half of an example is taken to be the prompt
+        half = row_tokens(recipe) // 2
         return packed_shape(half, half, half + 1, 2, groups, tokens)
     lengths, prompt = recipe.generation, recipe.data.max_prompt_length
     length = lengths.max_completion_length
-    further = recipe.algorithm == "ppo" and (
-        recipe.ppo.bootstrap_truncated or recipe.ppo.score_position == "after_last"
-    )
+    further = recipe.spec.bootstrap(recipe)
     return packed_shape(prompt, length - 1 + further, length + further, lengths.num_generations, groups, tokens)
 
 
@@ -103,8 +101,8 @@ def step_tokens(recipe: Recipe) -> int:
 
 def group_tokens(recipe: Recipe) -> int:
     """Packed tokens of one group at full length: a prompt with its completions, an example, or a pair."""
-    if recipe.algorithm not in ONLINE:
-        return row_tokens(recipe) * (2 if recipe.algorithm == "reward_model" else 1)
+    if not recipe.spec.samples:
+        return row_tokens(recipe) * recipe.spec.completions(recipe)
     lengths = recipe.generation
     return recipe.data.max_prompt_length + lengths.num_generations * lengths.max_completion_length
 
@@ -116,38 +114,27 @@ def row_tokens(recipe: Recipe) -> int:
 
 def length_keys(recipe: Recipe) -> dict[str, int]:
     """Return the recipe's keys that bound a row's tokens, with their values."""
-    if recipe.algorithm == "sft":
-        return {"sft.max_length": recipe.sft.max_length}
-    if recipe.algorithm == "reward_model":
-        return {"reward_model.max_length": recipe.reward_model.max_length}
-    return sampled_keys(recipe)
-
-
-def sampled_keys(recipe: Recipe) -> dict[str, int]:
-    """Return the recipe's keys that bound a prompt with a sampled completion, with their values in tokens."""
-    return {
-        "data.max_prompt_length": recipe.data.max_prompt_length,
-        "generation.max_completion_length": recipe.generation.max_completion_length,
-    }
+    return recipe.spec.lengths(recipe)
 
 
 def samples_completions(recipe: Recipe) -> bool:
     """Whether the run writes completions: to learn from, or to judge held-out ones by the recipe's rewards."""
-    return recipe.algorithm in ONLINE or (recipe.algorithm == "sft" and bool(recipe.rewards and recipe.data.eval_size))
+    judges = recipe.spec.rewards == "optional" and bool(recipe.rewards and recipe.data.eval_size)
+    return recipe.spec.samples or judges
 
 
 def adapters_of(recipe: Recipe) -> tuple[int, int]:
-    """Return how many adapters train (policy, PPO's critic) and how many are frozen (start, reward models).
+    """Return how many adapters train (policy, critic) and how many are frozen (start, reward models).
 
     Each is taken to be of the policy's shape.
     """
-    trained = 2 if recipe.algorithm == "ppo" and recipe.ppo.critic != "policy" else 1
+    trained = 2 if recipe.spec.critic(recipe) in ("adapter", "reward") else 1
     return trained, starts_from_adapter(recipe) + sum(reward.function == REWARD_ADAPTER for reward in recipe.rewards)
 
 
 def starts_from_adapter(recipe: Recipe) -> bool:
-    """Whether a frozen adapter is the reference."""
-    return bool(recipe.adapter) and recipe.algorithm in ONLINE
+    """Whether a frozen adapter below the policy's is the reference."""
+    return bool(recipe.adapter) and recipe.spec.reference == "below"
 
 
 def prompts_at_once(recipe: Recipe, rows: int) -> int:
@@ -156,12 +143,12 @@ def prompts_at_once(recipe: Recipe, rows: int) -> int:
     Evaluation writes ``num_samples`` completions a prompt, so its rows may each have a prompt of their own.
     """
     training = min(rows // recipe.generation.num_generations, recipe.training.prompts_per_step)
-    training = training if recipe.algorithm in ONLINE else 0
+    training = training if recipe.spec.samples else 0
     evaluation = min(rows // recipe.evaluation.num_samples, recipe.data.eval_size)
     return max(training, evaluation, 1)  # a wave is of whole groups, or of a part of one
 
 
 def rollout_rows(recipe: Recipe, rollout_batch_size: int) -> int:
     """Completions at once: no more than a step, or the evaluation, has."""
-    step = recipe.training.prompts_per_step * recipe.generation.num_generations if recipe.algorithm in ONLINE else 0
+    step = recipe.training.prompts_per_step * recipe.generation.num_generations if recipe.spec.samples else 0
     return min(rollout_batch_size, max(step, recipe.data.eval_size * recipe.evaluation.num_samples))

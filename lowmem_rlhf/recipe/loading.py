@@ -12,10 +12,11 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from lowmem_rlhf.algorithms.registry import is_own, known_own, load_own
 from lowmem_rlhf.errors import UserError
 from lowmem_rlhf.recipe.errors import explain
 from lowmem_rlhf.recipe.overrides import apply_override
-from lowmem_rlhf.recipe.schema import ONLINE, Recipe
+from lowmem_rlhf.recipe.schema import Recipe
 from lowmem_rlhf.recipe.sections import (
     LEARNED_REWARDS,
     REWARD_ADAPTER,
@@ -33,14 +34,6 @@ from lowmem_rlhf.recipe.sections import (
     SimilarityReward,
     TrainingConfig,
 )
-from lowmem_rlhf.recipe.settings import (
-    ClassifierSettings,
-    GRPOSettings,
-    PPOSettings,
-    RewardModelSettings,
-    Section,
-    SFTSettings,
-)
 from lowmem_rlhf.recipe.values import read_values
 from lowmem_rlhf.recipe.yaml_tree import BadYAML, Scalar, Tree, read_yaml
 from lowmem_rlhf.resources import shipped
@@ -48,26 +41,19 @@ from lowmem_rlhf.suggest import did_you_mean
 
 __all__ = [
     "LEARNED_REWARDS",
-    "ONLINE",
     "REWARD_ADAPTER",
     "REWARD_OPTIONS",
     "AdapterRewardConfig",
     "Auto",
     "ClassifierReward",
-    "ClassifierSettings",
     "DataConfig",
     "EvaluationConfig",
-    "GRPOSettings",
     "GenerationConfig",
     "HardwareConfig",
     "LearnedReward",
     "LoraSettings",
-    "PPOSettings",
     "Recipe",
     "RewardConfig",
-    "RewardModelSettings",
-    "SFTSettings",
-    "Section",
     "SimilarityReward",
     "TrainingConfig",
     "find_recipe",
@@ -123,6 +109,7 @@ def load_recipe(recipe: str, overrides: list[str] | None = None, quiet: bool = F
     """
     path = find_recipe(recipe)
     tree = _read(path)
+    _know_algorithms(tree, overrides or [], path.parent if _is_run(path) else None)
     in_file = _lengths(("training",), tree.get("training"))
     given: _Given = {}
     for override in overrides or []:
@@ -136,6 +123,20 @@ def load_recipe(recipe: str, overrides: list[str] | None = None, quiet: bool = F
             print(f"note: {note}", file=sys.stderr)
     reading.values["name"] = reading.values.get("name") or path.stem
     return _checked(reading.values, str(recipe), reading.problems)
+
+
+def _know_algorithms(tree: dict[str, Tree], overrides: Sequence[str], run: Path | None) -> None:
+    """Register the user's own algorithms that are named, whose sections are keys of the recipe.
+
+    Args:
+        tree: of the recipe.
+        run: the run directory that the recipe lies in.
+    """
+    named = tree.get("algorithm")
+    given = [value for key, _, value in (one.partition("=") for one in overrides) if key.strip() == "algorithm"]
+    written = given[-1:] or ([named.text] if isinstance(named, Scalar) else [])
+    for name in filter(is_own, written):
+        load_own(name.strip(), run)
 
 
 def _read(path: Path) -> dict[str, Tree]:
@@ -196,6 +197,7 @@ def validate_recipe(values: dict[str, Any], source: str = "recipe") -> Recipe:
     Raises:
         UserError: one message with every error.
     """
+    known_own(values.get("algorithm"))
     return _checked(values, source, {})
 
 

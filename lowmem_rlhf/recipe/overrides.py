@@ -9,7 +9,7 @@ from typing import Any
 
 from lowmem_rlhf.errors import UserError
 from lowmem_rlhf.recipe.kinds import kinds_of
-from lowmem_rlhf.recipe.settings import Section
+from lowmem_rlhf.recipe.section import Section
 from lowmem_rlhf.recipe.values import part_of, section_of, takes_structure
 from lowmem_rlhf.recipe.yaml_tree import BadYAML, Scalar, Tree, read_yaml
 

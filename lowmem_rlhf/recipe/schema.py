@@ -1,11 +1,21 @@
 """The schema of a whole recipe, and how its sections go together. Loads without torch."""
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 from pydantic import BeforeValidator, Field, model_validator
+from pydantic.fields import FieldInfo
 
+from lowmem_rlhf.algorithms.classifier.settings import ClassifierSettings
+from lowmem_rlhf.algorithms.common.ppo_family import PPOSettings
+from lowmem_rlhf.algorithms.grpo.settings import GRPOSettings
+from lowmem_rlhf.algorithms.registry import DEFAULT, known, spec_of, specs
+from lowmem_rlhf.algorithms.reward_model.settings import RewardModelSettings
+from lowmem_rlhf.algorithms.sft.settings import SFTSettings
+from lowmem_rlhf.algorithms.spec import AlgorithmSpec
+from lowmem_rlhf.algorithms.trl.settings import check_trl_section
+from lowmem_rlhf.errors import UserError
+from lowmem_rlhf.recipe.section import Section
 from lowmem_rlhf.recipe.sections import (
-    REWARD_ADAPTER,
     DataConfig,
     EvaluationConfig,
     GenerationConfig,
@@ -16,22 +26,10 @@ from lowmem_rlhf.recipe.sections import (
     RewardConfig,
     TrainingConfig,
 )
-from lowmem_rlhf.recipe.settings import (
-    ClassifierSettings,
-    GRPOSettings,
-    PPOSettings,
-    RewardModelSettings,
-    Section,
-    SFTSettings,
-)
-from lowmem_rlhf.recipe.trl import TRL_TRAINERS, check_trl_section, fill_trl_data, known_algorithm
 from lowmem_rlhf.recipe.yaml_tree import write_yaml
 from lowmem_rlhf.suggest import did_you_mean
 
-Own = Literal["grpo", "ppo", "rloo", "reinforce_plus_plus", "sft", "reward_model", "classifier"]
-TRLs = Literal["trl/dpo", "trl/kto", "trl/orpo", "trl/cpo"]
-Algorithm = Annotated[Literal[Own, TRLs], BeforeValidator(known_algorithm)]
-ONLINE = ("grpo", "ppo", "rloo", "reinforce_plus_plus")  # algorithms that sample and score what they learn from
+Algorithm = Annotated[str, BeforeValidator(known)]
 
 
 class Recipe(Section):
@@ -39,7 +37,7 @@ class Recipe(Section):
 
     name: str = ""
     description: str = ""
-    algorithm: Algorithm = "grpo"
+    algorithm: Algorithm = DEFAULT  # of `algorithms.registry`, or a user's own: path.py:SPEC
     adapter: NameOrNull = None  # a run or adapter folder to continue from; the reference is then the model with it
     model: (
         Name  # a Hub id, a local folder, a .gguf file, or package:PACKAGE/FILE for a file inside an installed package
@@ -72,41 +70,35 @@ class Recipe(Section):
                 "hardware.offload_checkpoints: got true, but with hardware.gradient_checkpointing=false there are no "
                 "checkpoints; set only one of them"
             )
-        comparing = {
-            "grpo": self.grpo.scale_rewards != "none" and "GRPO",
-            "rloo": "RLOO",
-            "reinforce_plus_plus": self.ppo.group_baseline and "REINFORCE++ with ppo.group_baseline",
-        }.get(self.algorithm)
-        if self.generation.num_generations < 2 and comparing:
+        if self.generation.num_generations < 2 and (comparing := self.spec.compares(self)):
             raise ValueError(
                 f"generation.num_generations: got 1; {comparing} compares the completions of a prompt with each other "
                 "and needs at least 2"
             )
-        if self.training.num_train_epochs is not None and self.algorithm in ONLINE:
+        if self.training.num_train_epochs is not None and self.spec.samples:
             raise ValueError(
                 "training.num_train_epochs: is for sft, reward_model and classifier; set training.max_steps"
             )
-        if self.adapter is not None and self.algorithm == "classifier":
-            raise ValueError("adapter: a classifier trains whole and has none; leave it out")
+        if self.adapter is not None and self.spec.leaves == "model":
+            raise ValueError(f"adapter: a {self.spec.title} trains whole and has none; leave it out")
         return self
+
+    @property
+    def spec(self) -> AlgorithmSpec:
+        """The facts of the recipe's algorithm."""
+        return spec_of(self.algorithm)
 
     def _fill_data(self) -> None:
         """Set the columns that follow from the algorithm, and check that those it needs are named."""
         data = self.data
         if data.bad_rows == "drop":
             data.long_prompts = "drop"  # a long row is a bad one
-        if self.algorithm == "reward_model":
-            data.chosen, data.rejected = data.chosen or "chosen", data.rejected or "rejected"
-        if trainer := TRL_TRAINERS.get(self.algorithm):
-            fill_trl_data(data, trainer, self.training.prompts_per_step)
-        elif self.trl:
-            raise ValueError(f"trl: is for the algorithms {', '.join(TRL_TRAINERS)}; leave it out")
-        if self.algorithm == "classifier" and not (data.text and data.label):
-            raise ValueError("data.text, data.label: a classifier needs both, the columns with its text and its class")
+        self.spec.prepare(self)
+        if self.trl and self.spec.section != "trl":
+            there = ", ".join(spec.name for spec in specs() if spec.section == "trl")
+            raise ValueError(f"trl: is for the algorithms {there}; leave it out")
         if data.text and data.messages:
             raise ValueError("data.text, data.messages: got both; an example is one of them")
-        if data.text and self.sft.learn == "all":
-            raise ValueError("sft.learn: got all, which is for conversations; a text of data.text is learned whole")
         if data.prompt is None and not (data.chosen or data.template is not None or data.text or data.messages):
             raise ValueError(
                 "data.prompt: got null, which is for pairs of whole conversations; name the prompt's column"
@@ -115,10 +107,9 @@ class Recipe(Section):
             raise ValueError("data.prompt_words: is for data.prompt alone; leave it or template, text and messages out")
         if data.template is not None and (data.text or data.messages):
             raise ValueError("data.template: an example of data.text or data.messages is taken as it is; leave it out")
-        self._check_ppo()
-        if self.algorithm in ("reward_model", "classifier", *TRL_TRAINERS) or data.text or data.messages:
+        if self.spec.rows not in ("prompts", "completions") or data.text or data.messages:
             data.answer = data.answer if "answer" in data.model_fields_set else None
-        elif self.algorithm == "sft":
+        elif self.spec.rows == "completions":
             if data.completion and "answer" not in data.model_fields_set:
                 data.answer = None
             data.completion = data.completion or data.answer
@@ -127,22 +118,9 @@ class Recipe(Section):
                     "data.completion: missing; name the column that is learned (or data.messages, data.text)"
                 )
 
-    def _check_ppo(self) -> None:
-        ppo = self.ppo
-        if ppo.bootstrap_truncated and ppo.score_position != "last":
-            raise ValueError(
-                "ppo.bootstrap_truncated: is for ppo.score_position=last; after_last has that slot already"
-            )
-        completions = self.training.prompts_per_step * self.generation.num_generations
-        if self.algorithm in ONLINE[1:] and ppo.kl_target and completions > ppo.kl_horizon:
-            raise ValueError(f"ppo.kl_horizon: got {ppo.kl_horizon:g} for steps of {completions} completions; raise it")
-        adapters = [reward for reward in self.rewards if reward.function == REWARD_ADAPTER]
-        if self.algorithm == "ppo" and ppo.critic == "reward" and not adapters:
-            raise ValueError(f"ppo.critic: got reward, but no reward of this recipe is a {REWARD_ADAPTER}")
-
     def _check_rewards(self) -> None:
         names = [reward.name for reward in self.rewards]
-        if self.algorithm in ONLINE and not names:
+        if self.spec.rewards == "needed" and not names:
             raise ValueError(f"rewards: missing; {self.algorithm} needs at least one")
         if len(set(names)) < len(names):
             raise ValueError(f"rewards: two rewards have the same name ({', '.join(names)}); give one a `name:`")
@@ -158,7 +136,27 @@ class Recipe(Section):
             )
 
     def to_yaml(self) -> str:
-        """Return the resolved recipe as YAML; of ``max_steps`` and ``num_train_epochs`` the one that was given."""
-        values = self.model_dump()
+        """Return the resolved recipe as YAML; of ``max_steps`` and ``num_train_epochs`` the one that was given.
+
+        A section that was added belongs to its own algorithm's recipes alone, which other programs read as well.
+        """
+        values = self.model_dump(exclude=_added - {self.spec.section})
         del values["training"]["max_steps" if values["training"]["num_train_epochs"] else "num_train_epochs"]
         return write_yaml(values)
+
+
+_added: set[str] = set()  # sections of algorithms from outside
+
+
+def add_section(key: str, settings: type[Section]) -> None:
+    """Give recipes a section; one that was added before may be replaced.
+
+    Raises:
+        UserError: the key is one of every recipe.
+    """
+    if key in Recipe.model_fields and key not in _added:
+        raise UserError(f"algorithm: {key!r} is a key of every recipe; give the spec another section")
+    field = FieldInfo(annotation=settings, default_factory=settings)
+    Recipe.model_fields[key] = field
+    Recipe.model_rebuild(force=True)
+    _added.add(key)

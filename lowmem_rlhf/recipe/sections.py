@@ -18,7 +18,7 @@ from pydantic import (
 )
 
 from lowmem_rlhf.recipe.errors import OptionErrors, explain
-from lowmem_rlhf.recipe.settings import Section
+from lowmem_rlhf.recipe.section import Section
 
 Auto = Literal["auto"]
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any, get_origin
 
 from lowmem_rlhf.recipe.kinds import is_text, item_of, kinds_of
-from lowmem_rlhf.recipe.settings import Section
+from lowmem_rlhf.recipe.section import Section
 from lowmem_rlhf.recipe.yaml_tree import Scalar, Tree
 
 SAID = ("data.template", "data.system")  # texts in which a line break may be meant by a backslash and an n

@@ -7,6 +7,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from lowmem_rlhf.algorithms.registry import spec_of
 from lowmem_rlhf.display.format import format_bytes, format_number
 from lowmem_rlhf.display.live import plain_table
 from lowmem_rlhf.planning.fits import Fit, WhatFits
@@ -55,11 +56,12 @@ def title(fits: WhatFits, algorithm: str) -> str:
     """Return what a table is about: ``GRPO, prompts of 512 and 8 completions of 512 tokens, 8 prompts a step``."""
     *prompt, length = fits.lengths[algorithm].values()
     step = fits.prompts_per_step
-    if algorithm == "sft":
-        return f"SFT, examples of {length} tokens, {step} a step"
+    spec = spec_of(algorithm)
+    if not spec.samples:
+        return f"{spec.title}, examples of {length} tokens, {step} a step"
     count = fits.generations[algorithm]
     completions = f"{count} completions of {length} tokens" if count > 1 else f"a completion of {length} tokens"
-    return f"{algorithm.upper()}, prompts of {prompt[0]} and {completions}, {step} prompts a step"
+    return f"{spec.title}, prompts of {prompt[0]} and {completions}, {step} prompts a step"
 
 
 def short_name(model: str) -> str:
@@ -102,7 +104,7 @@ def _print_cards(fits: WhatFits, algorithm: str, console: Console) -> None:
 
 
 def _print_card(fits: WhatFits, algorithm: str, console: Console) -> None:
-    sampled = algorithm != "sft"
+    sampled = spec_of(algorithm).samples
     rows = [
         (
             short_name(model),

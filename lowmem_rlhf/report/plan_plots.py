@@ -7,6 +7,7 @@ import io
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lowmem_rlhf.algorithms.registry import spec_of
 from lowmem_rlhf.errors import UserError
 from lowmem_rlhf.files import atomic_write
 from lowmem_rlhf.planning.fits import Fit, WhatFits
@@ -196,7 +197,7 @@ def _column(fits: WhatFits, algorithm: str) -> str:
     *prompt, length = fits.lengths[algorithm].values()
     count = fits.generations[algorithm]
     parts = [*map(str, prompt), f"{count} x {length}" if count > 1 else str(length)]
-    return f"{algorithm.upper()}, {' + '.join(parts)} tokens"
+    return f"{spec_of(algorithm).title}, {' + '.join(parts)} tokens"
 
 
 def _heat_map(axes: "Axes", rows: dict[str, list[Fit]], columns: list[str], text: Any) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 
 from lowmem_rlhf.data.values import is_missing, numbered, text_of, value_at
 from lowmem_rlhf.errors import UserError
-from lowmem_rlhf.recipe.schema import ONLINE, Recipe
+from lowmem_rlhf.recipe.schema import Recipe
 from lowmem_rlhf.recipe.sections import DataConfig
 from lowmem_rlhf.rewards.functions import (
     SHIPPED,
@@ -103,7 +103,7 @@ def check_run_references(
         rows: trained on; judged only where training samples.
         held_out: judged always.
     """
-    said = check_references(rewards, rows, recipe.data) if recipe.algorithm in ONLINE else []
+    said = check_references(rewards, rows, recipe.data) if recipe.spec.samples else []
     return said + check_references(rewards, held_out, recipe.data, "held-out reference answers")
 
 

@@ -14,6 +14,7 @@ from typing import Any
 
 import yaml
 
+from lowmem_rlhf.algorithms.registry import is_own, load_own
 from lowmem_rlhf.errors import UserError
 from lowmem_rlhf.files import (
     append_lines,
@@ -247,7 +248,10 @@ class RunDirectory:
         Raises:
             UserError: there is no readable recipe.yaml, or it is not one of this version.
         """
-        return validate_recipe(self.recipe_values(), source=str(self.path / RECIPE))
+        values = self.recipe_values()
+        if is_own(algorithm := str(values.get("algorithm"))):
+            load_own(algorithm, self.path)
+        return validate_recipe(values, source=str(self.path / RECIPE))
 
     def recipe_values(self) -> dict[str, Any]:
         """Return the resolved recipe as plain values.

@@ -3,6 +3,8 @@
 import shlex
 from pathlib import Path
 
+from lowmem_rlhf.algorithms.registry import find_spec
+
 RUNS = "runs"  # where runs are by default
 
 
@@ -34,9 +36,10 @@ def to_finish(run: Path) -> str:
     values = RunDirectory(run).recipe_values()
     name, place = str(values.get("name", "")), shlex.quote(str(run))
     known = name in shipped_recipes()
-    if values.get("algorithm") == "classifier":
+    spec = find_spec(values.get("algorithm"))
+    if spec is not None and not spec.resumable:
         again = f": lowmem-rlhf train {name} --output OTHER" if known else " with another --output"
-        return f"a classifier's run cannot be continued, start it anew{again}"
+        return f"a {spec.title}'s run cannot be continued, start it anew{again}"
     if known:
         return f"let it finish first: lowmem-rlhf train {name} --output {place} --resume"
     return f"let it finish first (the `train` that began it, with --output {place} --resume, goes on)"

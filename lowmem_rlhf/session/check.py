@@ -18,7 +18,7 @@ from lowmem_rlhf.display.bars import progress_bar
 from lowmem_rlhf.engine.tokenizer import Tokens, load_tokens
 from lowmem_rlhf.errors import UserError
 from lowmem_rlhf.recipe.data_sources import is_generated
-from lowmem_rlhf.recipe.schema import ONLINE, Recipe
+from lowmem_rlhf.recipe.schema import Recipe
 from lowmem_rlhf.recipe.sections import LEARNED_REWARDS, REWARD_ADAPTER
 from lowmem_rlhf.rewards.loading import check_reward_columns, load_rewards
 from lowmem_rlhf.rewards.references import check_run_references
@@ -80,7 +80,7 @@ class Look:
         prompts = recipe.training.prompts_per_step
         mean = sum(train.kept_lengths) / len(train.kept_lengths)
         step: dict[str, Any] = {"examples": prompts, "steps_per_epoch": math.ceil(train.kept / prompts)}
-        if recipe.algorithm in ONLINE:
+        if recipe.spec.samples:
             completions = prompts * recipe.generation.num_generations
             most = completions * recipe.generation.max_completion_length
             return {
@@ -175,7 +175,7 @@ def _check_kinds(seen: Look) -> None:
         return
     if train.fault:
         seen.errors.append(train.fault)
-    if seen.recipe.algorithm == "classifier":
+    if seen.recipe.spec.rows == "texts":
         try:
             classes_of(train.classes, held_out.classes if held_out else ())
         except UserError as error:

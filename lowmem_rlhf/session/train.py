@@ -1,12 +1,12 @@
 """From a recipe to a finished run: device, plan, data, base, training, report. The command line calls nothing else."""
 
 import importlib.util
-from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from lowmem_rlhf.algorithms.spec import resolve
 from lowmem_rlhf.data.preview import with_format
 from lowmem_rlhf.data.provenance import check_base, check_learned, check_resumed_data, run_inputs
 from lowmem_rlhf.errors import UserError
@@ -18,12 +18,8 @@ from lowmem_rlhf.planning.plan import Plan, check_positions
 from lowmem_rlhf.planning.run_plan import planned, resumed_plan, running_plan
 from lowmem_rlhf.quiet import hush
 from lowmem_rlhf.recipe.schema import Recipe
-from lowmem_rlhf.recipe.trl import TRL_TRAINERS
 from lowmem_rlhf.run.directory import RunDirectory, default_output
 from lowmem_rlhf.run.start import as_written, located, paths_explained
-
-if TYPE_CHECKING:
-    from lowmem_rlhf.training.loop import Loop
 
 
 def train(recipe: Recipe, output: Path | None = None, resume: bool = False) -> RunDirectory:
@@ -46,17 +42,15 @@ def _train(recipe: Recipe, path: Path, resume: bool, written: Recipe) -> RunDire
     recipe, said = with_format(recipe)
     if said:
         print(said, flush=True)
-    if recipe.rewards and recipe.algorithm in ("reward_model", "classifier"):
+    spec = recipe.spec
+    if recipe.rewards and spec.rewards == "refused":
         raise UserError(f"rewards: {recipe.algorithm} learns from its data alone; leave them out (rewards=[])")
-    if recipe.algorithm == "classifier":
-        from lowmem_rlhf.algorithms.classifier.update import train_classifier_run
-
+    if spec.run is not None:
         check_computes(detect(recipe.hardware.device))
-        return train_classifier_run(recipe, path, resume)
-    if recipe.algorithm in TRL_TRAINERS:
-        from lowmem_rlhf.algorithms.trl.trainers import checked_arguments
-
-        checked_arguments(recipe)
+        run: RunDirectory = resolve(spec.run)(recipe, path, resume)
+        return run
+    if spec.check is not None:
+        resolve(spec.check)(recipe)
     recipe = _as_saved(recipe)
     plan = resumed_plan(recipe, path) if resume else running_plan(recipe)
     probes = _probes(recipe, plan)
@@ -131,10 +125,7 @@ def _train(recipe: Recipe, path: Path, resume: bool, written: Recipe) -> RunDire
         kept = as_written(resolved, written, path)
         return RunDirectory.create(path, kept, {**plan.to_dict(), **placed}, resume, inputs)
 
-    make: Callable[..., Loop] = make_trainer
-    if recipe.algorithm in TRL_TRAINERS:
-        from lowmem_rlhf.algorithms.trl.update import make_trl_loop as make
-    trainer = make(recipe, plan, base, rewards, data, run_directory)
+    trainer = make_trainer(recipe, plan, base, rewards, data, run_directory)
     if resume:
         trainer.resume()
     print(f"run directory: {trainer.run.path}", flush=True)
@@ -148,7 +139,7 @@ def _train(recipe: Recipe, path: Path, resume: bool, written: Recipe) -> RunDire
 
 def _probes(recipe: Recipe, plan: Plan) -> bool:
     """Whether the plan is tried out: on a CPU, where memory is not so short, only if asked to."""
-    if recipe.algorithm in TRL_TRAINERS:
+    if not recipe.spec.probed:
         return False
     wanted = recipe.hardware.probe
     return not plan.device.on_cpu if wanted == "auto" else wanted

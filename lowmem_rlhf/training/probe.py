@@ -21,8 +21,8 @@ from lowmem_rlhf.planning.inputs import MARGIN
 from lowmem_rlhf.planning.memory.phases import phases
 from lowmem_rlhf.planning.memory.resident import Components
 from lowmem_rlhf.planning.plan import Plan, make_plan
-from lowmem_rlhf.planning.shapes import prompts_at_once, rollout_rows, samples_completions
-from lowmem_rlhf.recipe.schema import ONLINE, Recipe
+from lowmem_rlhf.planning.shapes import prompts_at_once, rollout_rows, row_tokens, samples_completions
+from lowmem_rlhf.recipe.schema import Recipe
 from lowmem_rlhf.rollout.cache import SharedPromptCache
 from lowmem_rlhf.rollout.sampling import Sampling
 from lowmem_rlhf.rollout.shared_prompt import draw_tiled, start
@@ -198,8 +198,8 @@ def _phases(base: SharedBase, recipe: Recipe, plan: Plan) -> dict[str, Callable[
     found: dict[str, Callable[[], None]] = {}
     if samples_completions(recipe):
         found["rollout"] = lambda: _rollout(base, recipe, plan)
-    language = recipe.algorithm != "reward_model"
-    role = REFERENCE if recipe.algorithm in ONLINE else POLICY
+    language = recipe.spec.output == "text"
+    role = REFERENCE if recipe.spec.reference else POLICY
     found["scoring"] = lambda: _pass(base, _largest(base, recipe, settings.score_batch_tokens), role, plan, language)
     found["update"] = lambda: _update(base, recipe, plan, language)
     return found
@@ -212,10 +212,10 @@ def _ids(base: SharedBase, count: int) -> list[int]:
 def _largest(base: SharedBase, recipe: Recipe, tokens: int) -> list[Group]:
     """Return one micro-batch of at most so many tokens with prompts and completions of full length."""
     lengths, groups = recipe.generation, recipe.training.prompts_per_step
-    if recipe.algorithm == "sft":
-        whole = [Group(_ids(base, 1), [_ids(base, recipe.sft.max_length - 1)], [row]) for row in range(groups)]
-    elif recipe.algorithm == "reward_model":
-        half = recipe.reward_model.max_length // 2
+    if recipe.spec.rows in ("completions", "answers"):
+        whole = [Group(_ids(base, 1), [_ids(base, row_tokens(recipe) - 1)], [row]) for row in range(groups)]
+    elif recipe.spec.rows == "pairs":
+        half = row_tokens(recipe) // 2
         pair = [_ids(base, half), _ids(base, half)]
         whole = with_bootstrap_position(
             [Group(_ids(base, half), pair, [2 * row, 2 * row + 1]) for row in range(groups)]

@@ -9,27 +9,27 @@ from lowmem_rlhf.engine.passes import BatchLimits
 from lowmem_rlhf.engine.roles import CRITIC, INITIAL, POLICY, REWARD
 from lowmem_rlhf.errors import UserError
 from lowmem_rlhf.planning.plan import Plan
-from lowmem_rlhf.recipe.schema import ONLINE, Recipe
+from lowmem_rlhf.recipe.schema import Recipe
 from lowmem_rlhf.recipe.sections import REWARD_ADAPTER
 from lowmem_rlhf.rewards.adapter import AdapterReward
 from lowmem_rlhf.rewards.loading import Reward
 
 
 def add_roles(base: SharedBase, recipe: Recipe, plan: Plan, rewards: Sequence[Reward]) -> None:
-    """Put on the base what a recipe needs besides the policy: its start, PPO's critic, reward adapters.
+    """Put on the base what a recipe needs besides the policy: its start, a critic, reward adapters.
 
     Raises:
         UserError: an adapter does not fit the base.
     """
     if recipe.adapter:
         saved = saved_adapter(recipe.adapter, recipe.model, recipe.revision)
-        if recipe.algorithm in ONLINE:
+        if recipe.spec.reference == "below":
             base.start_from(saved)
         else:
             base.load_adapter(saved.folder)
     bind_rewards(base, rewards, BatchLimits(1.0, plan.settings.score_batch_tokens, plan.settings.logits_tile_tokens))
-    if recipe.algorithm == "ppo":
-        _add_critic(base, recipe)
+    if kind := recipe.spec.critic(recipe):
+        _add_critic(base, recipe, kind)
 
 
 def bind_rewards(base: SharedBase, rewards: Sequence[Reward], passes: BatchLimits) -> None:
@@ -55,9 +55,9 @@ def _check_layers(base: SharedBase, reward: AdapterReward) -> None:
         )
 
 
-def _add_critic(base: SharedBase, recipe: Recipe) -> None:
+def _add_critic(base: SharedBase, recipe: Recipe, kind: str) -> None:
     """Add the critic: its own adapter above the start, one that begins as the reward model, or a head on the policy."""
-    lora, kind = recipe.lora, recipe.ppo.critic
+    lora = recipe.lora
     if kind == "policy":
         base.roles[CRITIC] = base.roles[POLICY]
         base.add_head(CRITIC, bias=True)

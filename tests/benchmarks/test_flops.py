@@ -10,9 +10,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import DynamicCache
 
 from lowmem_rlhf.algorithms.grpo import update
+from lowmem_rlhf.algorithms.grpo.settings import GRPOSettings
 from lowmem_rlhf.architecture.dimensions import dimensions_from_config
 from lowmem_rlhf.planning.memory.rollout import kv_bytes_per_token
-from lowmem_rlhf.recipe.settings import GRPOSettings
 from lowmem_rlhf.rollout.sampling import Sampling
 from lowmem_rlhf.rollout.shared_prompt import Limits, generate
 

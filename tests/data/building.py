@@ -6,11 +6,11 @@ from typing import Any
 
 import pytest
 
+from lowmem_rlhf.algorithms.sft.settings import SFTSettings
 from lowmem_rlhf.data.prompts import Example, build_examples
 from lowmem_rlhf.data.supervised import Pair, Supervised, build_pairs, build_supervised
 from lowmem_rlhf.errors import UserError
 from lowmem_rlhf.recipe.sections import DataConfig
-from lowmem_rlhf.recipe.settings import SFTSettings
 
 Messages = list[dict[str, Any]]
 

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from lowmem_rlhf.algorithms.sft.settings import SFTSettings
 from lowmem_rlhf.data.prompts import build_examples
 from lowmem_rlhf.data.readers import read_file
 from lowmem_rlhf.data.sources import load_rows
@@ -11,7 +12,6 @@ from lowmem_rlhf.data.stream import PromptStream
 from lowmem_rlhf.data.supervised import Supervised, build_pairs, build_supervised, labelled_texts
 from lowmem_rlhf.errors import UserError
 from lowmem_rlhf.recipe.sections import DataConfig
-from lowmem_rlhf.recipe.settings import SFTSettings
 
 ROWS = [{"question": "2 + 3", "answer": "It is 5."}, {"question": "4 + 5", "answer": "It is 9."}]
 USER = {"role": "user", "content": "2 + 3"}

@@ -19,6 +19,7 @@ from safetensors.torch import save_file
 from tiny_models import as_batch, fill_adapter, ragged_groups, tiny_model, tiny_tokenizer
 
 from lowmem_rlhf.algorithms.grpo.math import token_loss, token_weights
+from lowmem_rlhf.algorithms.grpo.settings import GRPOSettings
 from lowmem_rlhf.algorithms.grpo.update import backward
 from lowmem_rlhf.engine import attention
 from lowmem_rlhf.engine.base import SharedBase
@@ -27,7 +28,6 @@ from lowmem_rlhf.engine.logprobs import tiled_logprobs
 from lowmem_rlhf.engine.passes import BatchLimits, completion_logprobs
 from lowmem_rlhf.engine.roles import POLICY
 from lowmem_rlhf.hardware.live_bytes import LiveBytes
-from lowmem_rlhf.recipe.settings import GRPOSettings
 from lowmem_rlhf.rollout.rollout import Batch
 from lowmem_rlhf.rollout.sampling import Sampling
 from lowmem_rlhf.rollout.shared_prompt import Limits, generate

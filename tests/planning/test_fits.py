@@ -11,7 +11,6 @@ from lowmem_rlhf.architecture.catalogue import catalogue, find
 from lowmem_rlhf.errors import UserError
 from lowmem_rlhf.hardware.profiles import find_profile, load_profiles, profile_device
 from lowmem_rlhf.planning.fits import (
-    ALGORITHMS,
     LENGTHS,
     chosen_models,
     fit,
@@ -26,6 +25,7 @@ from lowmem_rlhf.planning.inputs import budget_bytes
 from lowmem_rlhf.planning.plan import plan_for
 from lowmem_rlhf.recipe.loading import load_recipe
 
+ALGORITHMS = ("sft", "grpo", "ppo")
 PRECISION = {"nf4": 0, "int8": 1, "16-bit": 2}
 SMALL, LARGE = "Qwen/Qwen2.5-1.5B-Instruct", "meta-llama/Llama-3.1-8B-Instruct"
 

@@ -7,11 +7,11 @@ import torch
 from tiny_models import fill_adapter, tiny_base
 from training_cases import LIMIT, logps_of, passes_of, ragged_batch, shifted
 
+from lowmem_rlhf.algorithms.common.ppo_family import PPOSettings
 from lowmem_rlhf.algorithms.ppo.update import Rows, Targets, backward
 from lowmem_rlhf.engine.base import SharedBase
 from lowmem_rlhf.engine.passes import BatchLimits, head_outputs, with_bootstrap_position
 from lowmem_rlhf.engine.roles import CRITIC, INITIAL, POLICY
-from lowmem_rlhf.recipe.settings import PPOSettings
 from lowmem_rlhf.rollout.rollout import Batch
 
 PROMPTS = (5, 2, 9, 30)

@@ -11,8 +11,8 @@ from training_cases import close, make_tokenizer, save_model
 from transformers import AutoModelForCausalLM
 from trl_cases import LABELLED, PAIRS, loop_of, step, trl_recipe, write_rows
 
+from lowmem_rlhf.algorithms.trl.spec import TRL_TRAINERS
 from lowmem_rlhf.data.stream import PromptStream
-from lowmem_rlhf.recipe.trl import TRL_TRAINERS
 
 RATE = 1e-2
 

@@ -17,13 +17,14 @@ from transformers import AutoModelForCausalLM, TrainingArguments
 from trl_cases import LABELLED, PAIRS, loop_of, trl_recipe, write_rows
 
 from lowmem_rlhf import cli
+from lowmem_rlhf.algorithms.trl.plan import LOGITS_BYTES, PINNABLE, plan_trl
+from lowmem_rlhf.algorithms.trl.spec import TRL_TRAINERS
 from lowmem_rlhf.algorithms.trl.update import TRLLoop
 from lowmem_rlhf.display.format import evaluation_rows
 from lowmem_rlhf.errors import UserError
 from lowmem_rlhf.planning.run_plan import plan_recipe
-from lowmem_rlhf.planning.trl import LOGITS_BYTES, PINNABLE, plan_trl
 from lowmem_rlhf.recipe.loading import validate_recipe
-from lowmem_rlhf.recipe.trl import DECIDED, TRL_TRAINERS
+from lowmem_rlhf.recipe.names import DECIDED
 from lowmem_rlhf.run.directory import RunDirectory
 from lowmem_rlhf.session.train import train
 

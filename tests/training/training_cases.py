@@ -14,6 +14,7 @@ from rich.console import Console
 from tiny_models import EOS, VOCAB, fill_adapter, tiny_model
 
 from lowmem_rlhf.algorithms.build import make_trainer
+from lowmem_rlhf.algorithms.grpo.settings import GRPOSettings
 from lowmem_rlhf.algorithms.grpo.update import UpdateStats, backward
 from lowmem_rlhf.data.examples import TrainingData
 from lowmem_rlhf.data.prompts import build_examples
@@ -26,7 +27,6 @@ from lowmem_rlhf.planning.run_plan import running_plan
 from lowmem_rlhf.recipe.loading import validate_recipe
 from lowmem_rlhf.recipe.schema import Recipe
 from lowmem_rlhf.recipe.sections import TrainingConfig
-from lowmem_rlhf.recipe.settings import GRPOSettings
 from lowmem_rlhf.rewards.loading import Reward
 from lowmem_rlhf.rollout.rollout import Batch, Completion
 from lowmem_rlhf.run.directory import RunDirectory

@@ -4,8 +4,8 @@ from typing import Any
 
 import torch
 
+from lowmem_rlhf.algorithms.grpo.settings import GRPOSettings
 from lowmem_rlhf.algorithms.grpo.update import UpdateStats, sampling_correction
-from lowmem_rlhf.recipe.settings import GRPOSettings
 from lowmem_rlhf.rollout.rollout import Batch
 from lowmem_rlhf.training.metrics import sampling_difference
 

@@ -11,13 +11,13 @@ import torch
 
 from lowmem_rlhf.algorithms.common.kl import k3
 from lowmem_rlhf.algorithms.grpo.math import importance_weights, token_loss, token_weights
+from lowmem_rlhf.algorithms.grpo.settings import GRPOSettings
 from lowmem_rlhf.engine.base import SharedBase
 from lowmem_rlhf.engine.packing import PackedBatch
 from lowmem_rlhf.engine.passes import LEAST_TOKENS, BatchLimits, micro_batches, packed_logprobs
 from lowmem_rlhf.engine.roles import POLICY
 from lowmem_rlhf.hardware.memory import retry_with_smaller
 from lowmem_rlhf.progress import ProgressCallback
-from lowmem_rlhf.recipe.settings import GRPOSettings
 from lowmem_rlhf.rollout.rollout import Batch
 from lowmem_rlhf.training.optimizer import Optimizer
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field, replace
 
 import torch
 
+from lowmem_rlhf.algorithms.common.ppo_family import PPOSettings
 from lowmem_rlhf.algorithms.ppo.math import policy_loss, value_loss
 from lowmem_rlhf.algorithms.ppo.stats import PPOStatistics
 from lowmem_rlhf.engine.base import SharedBase
@@ -22,7 +23,6 @@ from lowmem_rlhf.engine.passes import LEAST_TOKENS, BatchLimits, micro_batches, 
 from lowmem_rlhf.engine.roles import CRITIC, POLICY
 from lowmem_rlhf.hardware.memory import retry_with_smaller
 from lowmem_rlhf.progress import ProgressCallback
-from lowmem_rlhf.recipe.settings import PPOSettings
 from lowmem_rlhf.rollout.rollout import Batch
 from lowmem_rlhf.training.optimizer import Optimizer
 

@@ -4,9 +4,9 @@ from collections.abc import Sequence
 from typing import Any
 
 from lowmem_rlhf.algorithms.trl.model import IGNORED
+from lowmem_rlhf.algorithms.trl.spec import TRLTrainer
 from lowmem_rlhf.data.labelled import Answer, Example
 from lowmem_rlhf.data.supervised import Pair
-from lowmem_rlhf.recipe.trl import TRLTrainer
 
 
 def pairs_among(examples: Sequence[Example]) -> list[Pair]:

@@ -22,13 +22,15 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError
 from transformers import PrinterCallback, TrainingArguments
 
 from lowmem_rlhf.algorithms.trl.model import RoleModel
+from lowmem_rlhf.algorithms.trl.settings import max_length
+from lowmem_rlhf.algorithms.trl.spec import TRL_TRAINERS
 from lowmem_rlhf.engine.base import SharedBase
 from lowmem_rlhf.engine.load import first_sentence
 from lowmem_rlhf.engine.roles import POLICY, REFERENCE
 from lowmem_rlhf.errors import UserError
 from lowmem_rlhf.hardware.capabilities import capabilities
+from lowmem_rlhf.recipe.names import DECIDED
 from lowmem_rlhf.recipe.schema import Recipe
-from lowmem_rlhf.recipe.trl import DECIDED, TRL_TRAINERS, max_length
 from lowmem_rlhf.suggest import did_you_mean
 
 

@@ -17,6 +17,7 @@ import torch
 
 from lowmem_rlhf.algorithms.common.epochs import with_epochs
 from lowmem_rlhf.algorithms.trl.data import answer_tokens, batch_rows, pairs_among, tokens_of
+from lowmem_rlhf.algorithms.trl.spec import TRL_TRAINERS
 from lowmem_rlhf.algorithms.trl.trainers import make_trainer
 from lowmem_rlhf.architecture.adapters import saved_adapter
 from lowmem_rlhf.data.examples import TrainingData
@@ -32,7 +33,6 @@ from lowmem_rlhf.errors import UserError
 from lowmem_rlhf.planning.plan import Plan
 from lowmem_rlhf.progress import Progress
 from lowmem_rlhf.recipe.schema import Recipe
-from lowmem_rlhf.recipe.trl import TRL_TRAINERS
 from lowmem_rlhf.rewards.loading import Reward
 from lowmem_rlhf.run.directory import RunDirectory
 from lowmem_rlhf.training.loop import Loop, StepResult

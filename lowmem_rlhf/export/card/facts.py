@@ -17,7 +17,7 @@ from lowmem_rlhf.errors import UserError
 from lowmem_rlhf.recipe.data_sources import is_file, is_folder, is_generated
 
 LIBRARIES = ("torch", "transformers", "peft", "bitsandbytes", "accelerate", "datasets")
-PATH_KEYS = ("model", "adapter", "train", "eval", "function")  # of a recipe, whose values may be paths
+PATH_KEYS = ("model", "adapter", "algorithm", "train", "eval", "function")  # of a recipe, whose values may be paths
 
 
 def is_hub_id(model: str) -> bool:

@@ -8,6 +8,7 @@ import shlex
 from pathlib import Path
 from typing import Any
 
+from lowmem_rlhf.algorithms.registry import find_spec
 from lowmem_rlhf.display.format import evaluation_rows, format_bytes, format_number, format_value, number
 from lowmem_rlhf.display.outcome import about, outcome_rows
 from lowmem_rlhf.export.card.facts import (
@@ -76,14 +77,16 @@ def write_card(folder: Path, run: RunDirectory, export: dict[str, Any]) -> None:
 
 def _front_matter(original: dict[str, Any], recipe: dict[str, Any], export: dict[str, Any]) -> dict[str, Any]:
     """Return the metadata that the Hub reads; a base that is no Hub id has no place in it."""
-    model, kind, algorithm = str(original.get("model", "")), str(export.get("format", "")), str(recipe.get("algorithm"))
+    model, kind = str(original.get("model", "")), str(export.get("format", ""))
+    spec = find_spec(original.get("algorithm"))
+    algorithm = spec.name if spec else str(recipe.get("algorithm"))
     found: dict[str, Any] = {"license": license_of(model)}
     if is_hub_id(model):
         found["base_model"] = model
         found["base_model_relation"] = "adapter" if kind == "adapter" else "finetune"
     if kind in LIBRARY:
         found["library_name"] = LIBRARY[kind]
-    if algorithm != "reward_model":
+    if spec is None or spec.output == "text":
         found["pipeline_tag"] = "text-generation"
     found["tags"] = [
         *("lowmem-rlhf", algorithm.replace("_", "-").replace("/", "-")),
@@ -115,6 +118,7 @@ def _summary(original: dict[str, Any], recipe: dict[str, Any], export: dict[str,
 
 def _use(folder: Path, original: dict[str, Any], export: dict[str, Any], name: str) -> str:
     kind, model = export.get("format"), str(original.get("model", ""))
+    spec = find_spec(original.get("algorithm"))
     base = model if is_hub_id(model) else f"PATH/TO/{model_name(model)}"
     if kind == "merged":
         return (
@@ -123,7 +127,7 @@ def _use(folder: Path, original: dict[str, Any], export: dict[str, Any], name: s
             'model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto")\n'
             "tokenizer = AutoTokenizer.from_pretrained(folder)\n```"
         )
-    if original.get("algorithm") == "reward_model":
+    if spec is not None and spec.output == "scores":
         return "```yaml\nrewards:\n- function: reward_adapter\n  options: {adapter: .}  # this folder\n```"
     if kind == "adapter":
         return (

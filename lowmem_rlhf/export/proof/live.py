@@ -71,7 +71,7 @@ def live_policy(run: RunDirectory, step: int | None, device: str | None) -> Live
     base, recipe = open_trained(run, step, device)
     ids, source = sequences(run, recipe, base.tokenizer, base.stop_ids)
     settings = plan_settings(run)
-    dtype, judges = settings["compute_dtype"], recipe.algorithm == "reward_model"
+    dtype, judges = settings["compute_dtype"], recipe.spec.output == "scores"
     if not judges:
         ids = _within(ids, base.head.vocabulary)
     say: Callable[[SharedBase, Sequence[Sequence[int]]], Any] = _scores if judges else _said

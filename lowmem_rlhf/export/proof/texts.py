@@ -59,11 +59,13 @@ def _held_out(run: RunDirectory, recipe: Recipe, tokenizer: Any, stop_ids: froze
     from lowmem_rlhf.data.supervised import build_pairs, build_supervised
 
     rows = load_rows(recipe.data, "eval", recipe.training.seed)[:ROWS]
-    if recipe.algorithm == "sft":
-        for example in build_supervised(rows, recipe.data, recipe.sft, tokenizer, stop_ids):
+    spec = recipe.spec
+    if spec.rows == "completions":
+        for example in build_supervised(rows, recipe.data, spec.own(recipe), tokenizer, stop_ids):
             yield [*example.prompt_ids, *example.completion_ids]
-    elif recipe.algorithm == "reward_model":
-        for pair in build_pairs(rows, recipe.data, recipe.reward_model.max_length, tokenizer, stop_ids):
+    elif spec.output == "scores":
+        ((key, length),) = spec.lengths(recipe).items()
+        for pair in build_pairs(rows, recipe.data, length, tokenizer, stop_ids, key):
             yield [*pair.prompt_ids, *pair.chosen_ids]
     else:
         for prompt in build_examples(rows, recipe.data, tokenizer, stop_ids):

@@ -10,7 +10,7 @@ from lowmem_rlhf.hardware.device import Device
 from lowmem_rlhf.planning.limits import ENOUGH_POSITIONS, VOCABULARY_CHUNK
 from lowmem_rlhf.planning.memory.layers import Layer
 from lowmem_rlhf.planning.shapes import PackedShape, adapters_of, starts_from_adapter, step_shape
-from lowmem_rlhf.recipe.schema import ONLINE, Recipe
+from lowmem_rlhf.recipe.schema import Recipe
 from lowmem_rlhf.recipe.sections import REWARD_ADAPTER
 
 KIB = 1024
@@ -204,29 +204,27 @@ class Memory:
 
     def scoring(self) -> Components:
         """Return the largest moment of all roles' passes without gradients: a layer, or what is read of the states."""
-        moments = []
+        moments: list[Components] = []
         for adapters, language in self._scoring_roles():
             copies = self.adapter_copies(adapters)
             moments += [copies | moment for moment in self._scoring_moments(adapters, language)]
-        return max(moments, key=total)
+        return max(moments, key=total, default={})
 
     def _scoring_roles(self) -> set[tuple[int, bool]]:
         """Return of each role that scores its adapters, and whether it gives log-probs (else a number a position)."""
-        recipe, start = self.recipe, starts_from_adapter(self.recipe)
+        recipe, spec, start = self.recipe, self.recipe.spec, starts_from_adapter(self.recipe)
         roles = {(1, False)} if any(reward.function == REWARD_ADAPTER for reward in recipe.rewards) else set()
-        if recipe.algorithm in ONLINE:
-            roles.add((int(start), True))  # the reference
-        if recipe.algorithm not in ("grpo", "reward_model"):
-            roles.add((1, True))  # the policy
-        if recipe.algorithm == "reward_model":
-            roles.add((1, False))
-        if recipe.algorithm == "ppo":
+        if spec.reference:
+            roles.add((int(start), True))
+        if spec.scores_policy:
+            roles.add((1, spec.output == "text"))
+        if spec.critic(recipe):
             roles.add((self._critic_adapters(), False))
         return roles
 
     def _critic_adapters(self) -> int:
         """Return how many adapters the critic computes with: its own, and the start's below."""
-        return 1 + (self.recipe.ppo.critic == "adapter" and starts_from_adapter(self.recipe))
+        return 1 + (self.recipe.spec.critic(self.recipe) == "adapter" and starts_from_adapter(self.recipe))
 
     def _scoring_moments(self, adapters: int, language: bool) -> list[Components]:
         shape = step_shape(self.recipe, self.settings.score_batch_tokens)
@@ -241,11 +239,12 @@ class Memory:
 
     def update(self) -> Components:
         """Return the largest moment of the policy's and the critic's passes with gradients."""
-        moments = []
-        if self.recipe.algorithm != "reward_model":
+        moments, spec = [], self.recipe.spec
+        critic = spec.critic(self.recipe)
+        if spec.output == "text":
             moments += [self.adapter_copies() | moment for moment in self._pass_moments(self.layer_in_step(1), True)]
-        if self.recipe.algorithm in ("ppo", "reward_model"):
-            adapters = self._critic_adapters() if self.recipe.algorithm == "ppo" else 1
+        if critic or spec.output == "scores":
+            adapters = self._critic_adapters() if critic else 1
             head = self._pass_moments(self.layer_in_step(adapters), False)
             moments += [self.adapter_copies(adapters) | moment for moment in head]
         return {"gradients": 4 * self.one_adapter * self.trained} | max(moments, key=total)
@@ -268,7 +267,7 @@ class Memory:
         inputs = hidden * (min(count, 1) if self.settings.offload_checkpoints else count)
         kept = (layers - count) * layer.saved()
         states = layer.of(self.dims.hidden_size, scored)
-        held = states if self.recipe.algorithm in ("ppo", "rloo", "reinforce_plus_plus") else 0  # by the loop
+        held = states if self.recipe.spec.keeps_states else 0
         both = {"positions": layer.positions(), "stored_activations": inputs + kept}
         loss: Components = {"final_states": hidden, "scored_states": 2 * states}
         if language:

@@ -87,7 +87,7 @@ def test_the_columns_of_rows_that_are_kept_stay_with_them(tokenizer):
 
 
 def labelled(tokenizer, labels, **data):
-    from lowmem_rlhf.data.labelled import read_examples
+    from lowmem_rlhf.data.labelled import read_answers
 
     recipe = validate_recipe(
         {
@@ -97,7 +97,7 @@ def labelled(tokenizer, labels, **data):
         }
     )
     rows = [{"prompt": f"Is {n} even?", "completion": f"It is {n}.", "label": one} for n, one in enumerate(labels)]
-    return read_examples(rows, recipe, tokenizer, stops_of(tokenizer))
+    return read_answers(rows, recipe, tokenizer, stops_of(tokenizer))
 
 
 @pytest.mark.parametrize(

@@ -21,7 +21,7 @@ from lowmem_rlhf.recipe.loading import find_recipe, load_recipe, validate_recipe
 from lowmem_rlhf.recipe.names import ALIASES
 from lowmem_rlhf.recipe.overrides import apply_override
 from lowmem_rlhf.recipe.schema import Recipe
-from lowmem_rlhf.recipe.settings import Section
+from lowmem_rlhf.recipe.section import Section
 from lowmem_rlhf.recipe.values import read_values
 from lowmem_rlhf.recipe.yaml_tree import read_yaml, write_yaml
 from lowmem_rlhf.run.directory import RunDirectory

@@ -7,6 +7,7 @@ import torch
 import trl
 from tiny_models import CPU, byte_tokenizer, tiny_model
 
+from lowmem_rlhf.algorithms.sft.settings import SFTSettings
 from lowmem_rlhf.architecture.stops import stop_ids_of, text_ids, turn_end, written_text
 from lowmem_rlhf.architecture.vocabulary import check_ids, missing_rows
 from lowmem_rlhf.data.supervised import build_supervised
@@ -15,7 +16,6 @@ from lowmem_rlhf.engine.packing import Group
 from lowmem_rlhf.engine.roles import POLICY
 from lowmem_rlhf.errors import UserError
 from lowmem_rlhf.recipe.sections import DataConfig
-from lowmem_rlhf.recipe.settings import SFTSettings
 from lowmem_rlhf.rollout.sampling import Sampling, draw
 from lowmem_rlhf.rollout.shared_prompt import Limits, generate
 from lowmem_rlhf.rollout.stream import stream

@@ -1,19 +1,20 @@
-"""TRL's own trainers as algorithms of a recipe: which there are, and what their ``trl:`` section may not hold.
+"""TRL's own trainers as algorithms of a recipe: which there are, and what is said of those that are not here.
 
-Loads without torch. That a key of the section is one of TRL's is checked where TRL may be imported, before a run
-begins (`algorithms.trl.trainers`).
+Loads without torch. That a key of the ``trl:`` section is one of TRL's is checked where TRL may be imported, before a
+run begins (`algorithms.trl.trainers`).
 """
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from lowmem_rlhf.recipe.errors import OptionErrors
-from lowmem_rlhf.recipe.names import DECIDED
+from lowmem_rlhf.algorithms.spec import AlgorithmSpec
+from lowmem_rlhf.algorithms.trl.settings import max_length
 from lowmem_rlhf.suggest import did_you_mean
 
+if TYPE_CHECKING:
+    from lowmem_rlhf.recipe.schema import Recipe
+
 PREFIX = "trl/"
-MAX_LENGTH = 1024  # tokens of a prompt with one answer where ``trl.max_length`` is absent; TRL's default too
 
 
 @dataclass(frozen=True)
@@ -61,7 +62,7 @@ _OTHERS = {
 }
 
 
-def known_algorithm(name: Any) -> Any:
+def check_name(name: Any) -> Any:
     """Return an algorithm's name as it is, unless it names a trainer of TRL's that this package does not run.
 
     Raises:
@@ -83,29 +84,7 @@ def known_algorithm(name: Any) -> Any:
     raise ValueError(f"got {name!r}; TRL has no such trainer that learns from given answers{hint} (there are {there})")
 
 
-def check_trl_section(values: Any) -> Any:
-    """Return the ``trl:`` section as it is.
-
-    Raises:
-        OptionErrors: a key that the recipe says elsewhere, or a ``max_length`` that is no number of tokens.
-    """
-    if not isinstance(values, Mapping):
-        return values
-    lines = [f"{key}: is decided elsewhere; {DECIDED[key]}" for key in values if key in DECIDED]
-    length = values.get("max_length", MAX_LENGTH)
-    if not isinstance(length, int) or isinstance(length, bool) or length < 2:
-        lines.append(f"max_length: got {length!r}; it should be a whole number of at least 2 (tokens of an example)")
-    if lines:
-        raise OptionErrors(lines, below="")
-    return values
-
-
-def max_length(section: Mapping[str, Any]) -> int:
-    """Return the most tokens that a prompt with one answer may have."""
-    return int(section.get("max_length", MAX_LENGTH))
-
-
-def fill_trl_data(data: Any, trainer: TRLTrainer, examples_per_step: int) -> None:
+def _prepare(recipe: "Recipe") -> None:
     """Set the columns of a recipe's ``data`` that follow from the trainer.
 
     They are ``chosen`` and ``rejected``; where the trainer takes labelled answers and one of their columns is named,
@@ -114,6 +93,7 @@ def fill_trl_data(data: Any, trainer: TRLTrainer, examples_per_step: int) -> Non
     Raises:
         ValueError: a column that the trainer does not read, or too few examples in a step.
     """
+    data, trainer = recipe.data, TRL_TRAINERS[recipe.algorithm]
     if data.margin is not None:
         raise ValueError("data.margin: is for reward_model; TRL's losses know none, leave it out")
     if data.text:
@@ -127,8 +107,28 @@ def fill_trl_data(data: Any, trainer: TRLTrainer, examples_per_step: int) -> Non
         data.completion, data.label = data.completion or "completion", data.label or "label"
     else:
         data.chosen, data.rejected = data.chosen or "chosen", data.rejected or "rejected"
-    if trainer.labelled and examples_per_step < 2:
+    if trainer.labelled and recipe.training.prompts_per_step < 2:
         raise ValueError(
             "training.prompts_per_step: got 1; trl/kto compares the answers of a step with each other's prompts and "
             "needs at least 2"
         )
+
+
+def _spec(name: str, trainer: TRLTrainer) -> AlgorithmSpec:
+    return AlgorithmSpec(
+        name=name,
+        title=f"TRL's {trainer.trainer.removesuffix('Trainer')}",
+        section="trl",
+        rows="answers" if trainer.labelled else "pairs",
+        rewards="optional",
+        reference="beside" if trainer.reference else None,
+        lengths=lambda recipe: {"trl.max_length": max_length(recipe.trl)},
+        prepare=_prepare,
+        planner="lowmem_rlhf.algorithms.trl.plan:plan_trl",
+        probed=False,  # its passes are TRL's
+        check="lowmem_rlhf.algorithms.trl.trainers:checked_arguments",
+        build="lowmem_rlhf.algorithms.trl.update:make_trl_loop",
+    )
+
+
+SPECS = tuple(_spec(name, trainer) for name, trainer in TRL_TRAINERS.items())

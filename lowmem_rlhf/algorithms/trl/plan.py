@@ -3,6 +3,8 @@
 from dataclasses import replace
 from typing import Any
 
+from lowmem_rlhf.algorithms.trl.settings import max_length
+from lowmem_rlhf.algorithms.trl.spec import TRL_TRAINERS
 from lowmem_rlhf.architecture.lookup import model_dimensions
 from lowmem_rlhf.errors import UserError
 from lowmem_rlhf.hardware.cpu_process import process_bytes
@@ -13,7 +15,6 @@ from lowmem_rlhf.planning.memory.phases import peak_phase
 from lowmem_rlhf.planning.plan import Plan, make_plan, shortage
 from lowmem_rlhf.planning.precision import RANK
 from lowmem_rlhf.recipe.schema import Recipe
-from lowmem_rlhf.recipe.trl import TRL_TRAINERS, max_length
 
 LOGITS_BYTES = 17  # of one logit: about four copies in fp32; live tensors of an ORPO step on SmolLM2-135M say 16.9
 

@@ -1,0 +1,59 @@
+"""What PPO, RLOO and REINFORCE++ share besides their trainer: the recipe's section `ppo`. Loads without torch."""
+
+from typing import TYPE_CHECKING, Literal
+
+from pydantic import Field
+
+from lowmem_rlhf.recipe.section import Section
+
+if TYPE_CHECKING:
+    from lowmem_rlhf.recipe.schema import Recipe
+
+
+class PPOSettings(Section):
+    """PPO's hyper-parameters, under the names of TRL's last PPO; RLOO and REINFORCE++ have those that fit them."""
+
+    kl_coef: float = Field(0.05, ge=0)
+    kl_estimator: Literal["k1", "k3"] = "k1"
+    kl_target: float | None = Field(None, gt=0)  # nats a completion that an adaptive kl_coef aims at; absent: fixed
+    kl_horizon: float = Field(10_000, gt=0)  # completions over which the adaptive coefficient changes
+    num_ppo_epochs: int = Field(4, ge=1)
+    num_mini_batches: int = Field(1, ge=1)
+    cliprange: float = Field(0.2, gt=0)
+    entropy_coef: float = Field(0.0, ge=0)
+    target_kl: float | None = Field(None, gt=0)  # the epochs end once approx_kl is above 1.5 times this
+    gamma: float = Field(1.0, gt=0, le=1)
+    missing_eos_penalty: float | None = Field(None, ge=0)  # subtracted from the score of an answer that was cut
+    normalize_scores: Literal["none", "batch", "running"] = "none"
+    cliprange_reward: float | None = Field(None, gt=0)
+    # PPO alone
+    critic: Literal["adapter", "reward", "policy"] = "adapter"  # its own; its own, from the reward adapter; a head only
+    lam: float = Field(0.95, ge=0, le=1)
+    vf_coef: float = Field(0.1, gt=0)
+    cliprange_value: float | None = Field(0.2, gt=0)
+    whiten_rewards: bool = False
+    bootstrap_truncated: bool = False  # an answer that was cut is worth what the critic expects from there
+    score_position: Literal["last", "after_last"] = "last"  # after_last: one slot later, as TRL's PPO had it
+    # RLOO alone
+    normalize_advantages: bool = False
+    # REINFORCE++ alone
+    group_baseline: bool = False  # scores less their prompt's mean
+
+
+def updates(recipe: "Recipe") -> int:
+    """Return the optimizer steps of a step: every epoch's mini-batches."""
+    return recipe.ppo.num_ppo_epochs * recipe.ppo.num_mini_batches
+
+
+def check_section(recipe: "Recipe") -> None:
+    """Check the settings that the whole family reads.
+
+    Raises:
+        ValueError: two of them do not go together.
+    """
+    ppo = recipe.ppo
+    if ppo.bootstrap_truncated and ppo.score_position != "last":
+        raise ValueError("ppo.bootstrap_truncated: is for ppo.score_position=last; after_last has that slot already")
+    completions = recipe.training.prompts_per_step * recipe.generation.num_generations
+    if ppo.kl_target and completions > ppo.kl_horizon:
+        raise ValueError(f"ppo.kl_horizon: got {ppo.kl_horizon:g} for steps of {completions} completions; raise it")

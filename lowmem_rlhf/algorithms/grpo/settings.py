@@ -1,0 +1,41 @@
+"""The recipe's section `grpo`. Loads without torch."""
+
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from lowmem_rlhf.recipe.section import Section
+
+
+class GRPOSettings(Section):
+    """GRPO's hyper-parameters under TRL's names."""
+
+    beta: float = Field(0.0, ge=0)
+    epsilon: float = Field(0.2, gt=0, lt=1)
+    epsilon_high: float | None = Field(None, gt=0)
+    loss_type: Literal["grpo", "bnpo", "dr_grpo", "dapo"] = "dapo"
+    scale_rewards: Literal["group", "batch", "none"] = "group"
+    num_iterations: int = Field(1, ge=1)
+    mask_truncated_completions: bool = False
+    # TRL's vllm_importance_sampling_*: weigh tokens by how far sampling and the training pass differ in log-probs
+    importance_sampling_correction: bool = False
+    importance_sampling_mode: Literal["token_truncate", "token_mask", "sequence_truncate", "sequence_mask"] = (
+        "sequence_mask"
+    )
+    importance_sampling_clip_max: float | None = Field(3.0, gt=0)
+    importance_sampling_clip_min: float | None = Field(None, gt=0)
+
+    @model_validator(mode="after")
+    def _ordered_bounds(self) -> "GRPOSettings":
+        low, high = self.importance_sampling_clip_min, self.importance_sampling_clip_max
+        if low is not None and high is not None and low >= high:
+            raise ValueError(
+                f"importance_sampling_clip_min: got {low:g}; it should be less than importance_sampling_clip_max, "
+                f"which is {high:g}"
+            )
+        if self.importance_sampling_correction and low is None and high is None:
+            raise ValueError(
+                "importance_sampling_correction: a bound is missing; give importance_sampling_clip_max or "
+                "importance_sampling_clip_min"
+            )
+        return self

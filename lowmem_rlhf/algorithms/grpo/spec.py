@@ -1,0 +1,27 @@
+"""GRPO: group-relative policy optimisation. Loads without torch."""
+
+from typing import TYPE_CHECKING
+
+from lowmem_rlhf.algorithms.grpo.settings import GRPOSettings
+from lowmem_rlhf.algorithms.spec import AlgorithmSpec
+
+if TYPE_CHECKING:
+    from lowmem_rlhf.recipe.schema import Recipe
+
+
+def _compares(recipe: "Recipe") -> str:
+    return "" if recipe.grpo.scale_rewards == "none" else "GRPO"
+
+
+SPEC = AlgorithmSpec(
+    name="grpo",
+    title="GRPO",
+    section="grpo",
+    settings=GRPOSettings,
+    reference="below",
+    scores_policy=False,  # the first update's own pass has the log-probs
+    updates=lambda recipe: recipe.grpo.num_iterations,
+    compares=_compares,
+    in_fits=True,
+    learner="lowmem_rlhf.algorithms.grpo.trainer:GRPO",
+)

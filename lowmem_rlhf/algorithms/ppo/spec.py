@@ -1,0 +1,37 @@
+"""PPO: clipped policy optimisation with a critic. Loads without torch."""
+
+from typing import TYPE_CHECKING
+
+from lowmem_rlhf.algorithms.common.ppo_family import PPOSettings, check_section, updates
+from lowmem_rlhf.algorithms.spec import AlgorithmSpec
+from lowmem_rlhf.recipe.sections import REWARD_ADAPTER
+
+if TYPE_CHECKING:
+    from lowmem_rlhf.recipe.schema import Recipe
+
+
+def _prepare(recipe: "Recipe") -> None:
+    check_section(recipe)
+    adapters = [reward for reward in recipe.rewards if reward.function == REWARD_ADAPTER]
+    if recipe.ppo.critic == "reward" and not adapters:
+        raise ValueError(f"ppo.critic: got reward, but no reward of this recipe is a {REWARD_ADAPTER}")
+
+
+def _bootstrap(recipe: "Recipe") -> bool:
+    return recipe.ppo.bootstrap_truncated or recipe.ppo.score_position == "after_last"
+
+
+SPEC = AlgorithmSpec(
+    name="ppo",
+    title="PPO",
+    section="ppo",
+    settings=PPOSettings,
+    reference="below",
+    critic=lambda recipe: recipe.ppo.critic,
+    bootstrap=_bootstrap,
+    keeps_states=True,
+    updates=updates,
+    prepare=_prepare,
+    in_fits=True,
+    learner="lowmem_rlhf.algorithms.ppo.trainer:PPO",
+)

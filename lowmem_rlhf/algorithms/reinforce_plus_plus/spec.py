@@ -1,0 +1,27 @@
+"""REINFORCE++: PPO's tokens and clipping without a critic. Loads without torch."""
+
+from typing import TYPE_CHECKING
+
+from lowmem_rlhf.algorithms.common.ppo_family import PPOSettings, check_section, updates
+from lowmem_rlhf.algorithms.spec import AlgorithmSpec
+
+if TYPE_CHECKING:
+    from lowmem_rlhf.recipe.schema import Recipe
+
+
+def _compares(recipe: "Recipe") -> str:
+    return "REINFORCE++ with ppo.group_baseline" if recipe.ppo.group_baseline else ""
+
+
+SPEC = AlgorithmSpec(
+    name="reinforce_plus_plus",
+    title="REINFORCE++",
+    section="ppo",
+    settings=PPOSettings,
+    reference="below",
+    keeps_states=True,
+    updates=updates,
+    compares=_compares,
+    prepare=check_section,
+    learner="lowmem_rlhf.algorithms.ppo.trainer:PPO",
+)

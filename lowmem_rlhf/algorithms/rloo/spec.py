@@ -1,0 +1,17 @@
+"""RLOO: REINFORCE whose baseline is the mean of a prompt's other completions. Loads without torch."""
+
+from lowmem_rlhf.algorithms.common.ppo_family import PPOSettings, check_section, updates
+from lowmem_rlhf.algorithms.spec import AlgorithmSpec
+
+SPEC = AlgorithmSpec(
+    name="rloo",
+    title="RLOO",
+    section="ppo",
+    settings=PPOSettings,
+    reference="below",
+    keeps_states=True,
+    updates=updates,
+    compares=lambda recipe: "RLOO",
+    prepare=check_section,
+    learner="lowmem_rlhf.algorithms.ppo.trainer:PPO",
+)
