@@ -1,9 +1,9 @@
 """The algorithms' sections of a recipe, and what every section is. Loads without torch."""
 
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidatorFunctionWrapHandler, WrapValidator, model_validator
 
 from lowmem_rlhf.recipe.kinds import choices_of
 from lowmem_rlhf.suggest import spelled
@@ -39,13 +39,19 @@ def _chosen(value: Any, annotation: Any) -> Any:
     return spelled(value, choices_of(annotation)) if isinstance(value, str) else value
 
 
+def _own_function(value: Any, chosen: ValidatorFunctionWrapHandler) -> Any:
+    """Let a ``path.py:function`` pass beside the choices."""
+    return value if isinstance(value, str) and ":" in value else chosen(value)
+
+
 class GRPOSettings(Section):
     """GRPO's hyper-parameters under TRL's names."""
 
     beta: float = Field(0.0, ge=0)
     epsilon: float = Field(0.2, gt=0, lt=1)
     epsilon_high: float | None = Field(None, gt=0)
-    loss_type: Literal["grpo", "bnpo", "dr_grpo", "dapo"] = "dapo"
+    # or a loss of one's own as path.py:function, see `algorithms.grpo.losses`
+    loss_type: Annotated[Literal["grpo", "bnpo", "dr_grpo", "dapo"], WrapValidator(_own_function)] = "dapo"
     scale_rewards: Literal["group", "batch", "none"] = "group"
     num_iterations: int = Field(1, ge=1)
     mask_truncated_completions: bool = False

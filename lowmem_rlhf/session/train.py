@@ -63,9 +63,11 @@ def _train(recipe: Recipe, path: Path, resume: bool, written: Recipe) -> RunDire
     if not plan.fits and not (plan.verdict == "unknown" and probes):
         raise UserError(why_not(plan, recipe))
     recipe = planned(recipe, plan)
+    from lowmem_rlhf.algorithms.build import check_algorithm, make_trainer
     from lowmem_rlhf.rewards.loading import check_reward_columns, load_rewards, placements
     from lowmem_rlhf.rewards.references import check_run_references
 
+    check_algorithm(recipe)
     free_bytes = plan.memory["budget_bytes"] - plan.memory["peak_bytes"]
     rewards = load_rewards(recipe.rewards, plan.device.torch_device, free_bytes, recipe.model, recipe.revision)
     placed: dict[str, Any] = {"rewards": placements(rewards)}
@@ -89,7 +91,6 @@ def _train(recipe: Recipe, path: Path, resume: bool, written: Recipe) -> RunDire
         for said in check_run_references(rewards, recipe, rows, held_out_rows):
             print(said, flush=True)
 
-    from lowmem_rlhf.algorithms.build import make_trainer
     from lowmem_rlhf.display.bars import progress_bar
     from lowmem_rlhf.display.live import LiveView, print_evaluation, print_plan
     from lowmem_rlhf.report.html import write_report
@@ -116,7 +117,7 @@ def _train(recipe: Recipe, path: Path, resume: bool, written: Recipe) -> RunDire
         print(base.note, flush=True)
         key = "micro_batch_tokens"
         plan = replace(plan, reasons={**plan.reasons, key: f"{plan.reasons[key]}; {base.note}"})
-    add_roles(base, recipe, plan, rewards)
+    add_roles(base, recipe, rewards)
     if probes:
         from lowmem_rlhf.training.probe import probe
 
