@@ -173,12 +173,13 @@ def sampled(base: SharedBase, groups: Sequence[Group], dequantize: bool = False)
 
     Each is kept up to a token that stands for a picture or a sound, which stock forwards of such models replace.
     """
+    from lowmem_rlhf.engine.ladder import RolloutLimits
+    from lowmem_rlhf.rollout.engine import wave_engine
     from lowmem_rlhf.rollout.sampling import Sampling
-    from lowmem_rlhf.rollout.shared_prompt import Limits, generate
 
     prompts = [list(group.prompt) for group in groups]
     with base.role(POLICY), base.decoding(dequantize):
-        completions = generate(base, prompts, 3, 16, Sampling(1.0), Limits(4, 16, TILE), seed=3)
+        completions = wave_engine(base).generate(prompts, 3, 16, Sampling(1.0), RolloutLimits(4, 16, TILE), seed=3)
     found, logps = [], {}
     for prompt, of_prompt in zip(prompts, completions, strict=True):
         first = len(logps)

@@ -13,8 +13,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from io import StringIO
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from meter import Meter
@@ -25,21 +24,17 @@ from work import ALPHA, LEARNING_RATE, RANK
 
 from lowmem_rlhf.algorithms.ppo.trainer import PPO
 from lowmem_rlhf.architecture.adapters import HEAD, WEIGHTS
-from lowmem_rlhf.data.prompts import Example
 from lowmem_rlhf.display.live import LiveView
 from lowmem_rlhf.engine.base import SharedBase
-from lowmem_rlhf.engine.passes import BatchLimits
+from lowmem_rlhf.engine.ladder import Ladder
 from lowmem_rlhf.engine.roles import CRITIC, REWARD
 from lowmem_rlhf.recipe.loading import validate_recipe
 from lowmem_rlhf.recipe.schema import Recipe
 from lowmem_rlhf.rewards.adapter import AdapterReward, load_adapter_reward
 from lowmem_rlhf.rewards.loading import Reward
-from lowmem_rlhf.rewards.scoring import Scores
-from lowmem_rlhf.training.metrics import Rollout
+from lowmem_rlhf.rollout.rollout import Rollout, Scores
 from lowmem_rlhf.training.optimizer import Optimizer
 from lowmem_rlhf.training.roles import add_roles
-
-T = TypeVar("T")
 
 
 @dataclass
@@ -48,12 +43,9 @@ class _Loop:
 
     base: SharedBase
     optimizer: Optimizer
-    passes: BatchLimits
+    ladder: Ladder
     step: int
     timed: Callable[[str], AbstractContextManager[None]]
-
-    def scored(self, work: Callable[[BatchLimits], T], view: LiveView) -> T:
-        return work(self.passes)
 
 
 class OurPPOStep(OurStep):
@@ -69,23 +61,19 @@ class OurPPOStep(OurStep):
             write_reward_adapter(self.base, Path(folder))
             recipe = _recipe(work, folder)
             self.reward: AdapterReward = load_adapter_reward("reward", folder, work.model)
-            plan: Any = SimpleNamespace(
-                settings=SimpleNamespace(score_batch_tokens=work.micro_batch_tokens, logits_tile_tokens=work.tile)
-            )
-            add_roles(self.base, recipe, plan, [Reward("reward", self.reward)])
+            add_roles(self.base, recipe, [Reward("reward", self.reward)])
         self.ppo, self.view = PPO(recipe), LiveView(1, console=Console(file=StringIO()))
         self.optimizer = Optimizer(self.base.trainable(), recipe.training, "adamw", 100, device, scale_loss=False)
 
     def _step(self, meter: Meter, prompts: Prompts, generations: int, length: int, cut: Cut) -> tuple[list[int], int]:
-        passes = BatchLimits(1.0, cut.micro_batch_tokens, cut.tile)
+        ladder = self.reward.ladder = cut.ladder(self.device)
         with meter.phase("rollout"):
             completions = self._rollout(prompts, generations, length, cut)
         with meter.phase("score"):
             repeated = [prompt for prompt in prompts for _ in range(generations)]
             rewards = self.reward(repeated, [completion.ids for completion in completions])
-        examples = [Example("", list(prompt), {}) for prompt in prompts]
-        rollout = Rollout(examples, completions, [], Scores({"reward": list(rewards)}, rewards))
-        loop: Any = _Loop(self.base, self.optimizer, passes, self.taken, meter.phase)
+        rollout = Rollout(prompts, completions, generations, scores=Scores({"reward": list(rewards)}, rewards))
+        loop: Any = _Loop(self.base, self.optimizer, ladder, self.taken, meter.phase)
         metrics = self.ppo.learn(rollout, loop, self.view).metrics
         self.taken += 1
         return [len(completion.ids) for completion in completions], metrics["tokens/trained"]

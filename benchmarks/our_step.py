@@ -16,15 +16,17 @@ from work import ALPHA, BETA, LEARNING_RATE, RANK, hash_reward
 
 from lowmem_rlhf.algorithms.grpo.math import group_advantages
 from lowmem_rlhf.algorithms.grpo.settings import GRPOSettings
-from lowmem_rlhf.algorithms.grpo.update import rows_to_train, update
+from lowmem_rlhf.algorithms.grpo.update import Objective, rows_to_train, update
 from lowmem_rlhf.data.prompts import build_examples
 from lowmem_rlhf.engine.base import SharedBase
+from lowmem_rlhf.engine.ladder import Ladder, RolloutLimits
 from lowmem_rlhf.engine.passes import BatchLimits, completion_logprobs
 from lowmem_rlhf.hardware.live_bytes import LiveBytes
+from lowmem_rlhf.progress import Silence
 from lowmem_rlhf.recipe.sections import DataConfig, TrainingConfig
-from lowmem_rlhf.rollout.rollout import Batch, Completion
+from lowmem_rlhf.rollout.engine import wave_engine
+from lowmem_rlhf.rollout.rollout import Completion, Rollout
 from lowmem_rlhf.rollout.sampling import Sampling
-from lowmem_rlhf.rollout.shared_prompt import Limits, generate
 from lowmem_rlhf.training.optimizer import Optimizer
 
 Prompts = Sequence[Sequence[int]]
@@ -47,6 +49,16 @@ class Cut:
     tile: int
     checkpointing: bool | int = True
     dequantized: bool = True
+
+    def ladder(self, device: torch.device) -> Ladder:
+        """Return the sizes as the engine takes them."""
+        return Ladder(
+            device,
+            rollout_batch_size=self.rows,
+            micro_batch_tokens=self.micro_batch_tokens,
+            score_batch_tokens=self.micro_batch_tokens,
+            logits_tile_tokens=self.tile,
+        )
 
 
 def cut_of(work: argparse.Namespace) -> Cut:
@@ -111,24 +123,23 @@ class OurStep:
         with meter.phase("rollout"):
             completions = self._rollout(prompts, generations, length, cut)
         with meter.phase("other"):
-            batch = self._batch(prompts, completions, generations)
-            rows = rows_to_train(batch, self.grpo)
+            batch, objective = self._batch(prompts, completions, generations), Objective.of(self.grpo, length)
+            rows = rows_to_train(batch, objective)
         with meter.phase("score"), self.base.role("reference"):
             reference = completion_logprobs(self.base, batch.groups(rows), passes)
         with meter.phase("update"):
-            done, _ = update(
-                self.base, self.optimizer, batch, self.grpo, length, passes, reference, lambda message: None
-            )
+            done = update(self.base, self.optimizer, batch, objective, cut.ladder(self.device), reference, Silence())
         self.taken += 1
         return [len(completion.ids) for completion in completions], done.tokens
 
     def _rollout(self, prompts: Prompts, generations: int, length: int, cut: Cut) -> list[Completion]:
-        limits = Limits(cut.rows, cut.micro_batch_tokens, cut.tile)
+        limits = RolloutLimits(cut.rows, cut.micro_batch_tokens, cut.tile)
         with self.base.role("policy"), self.base.decoding(cut.dequantized):
-            groups = generate(self.base, prompts, generations, length, Sampling(), limits, seed=self.taken)
+            groups = wave_engine(self.base).generate(prompts, generations, length, Sampling(), limits, seed=self.taken)
         return [completion for group in groups for completion in group]
 
-    def _batch(self, prompts: Prompts, completions: Sequence[Completion], generations: int) -> Batch:
+    def _batch(self, prompts: Prompts, completions: Sequence[Completion], generations: int) -> Rollout:
         texts = self.base.tokenizer.batch_decode([c.ids for c in completions], skip_special_tokens=True)
         rewards = torch.tensor([hash_reward(text) for text in texts]).view(-1, generations)
-        return Batch(prompts, completions, group_advantages(rewards, "group").flatten().tolist(), generations)
+        advantages = group_advantages(rewards, "group").flatten().tolist()
+        return Rollout(prompts, completions, generations, advantages=advantages)

@@ -65,7 +65,7 @@ def trainer_of(recipe: Recipe, plan: Plan, folder: Path) -> Loop:
     """Return the trainer of a recipe with random data of the recipe's maximal lengths."""
     base, recipe = load(recipe, plan), planned(recipe, plan)
     rewards = [Reward("hash", hash_reward)] if recipe.spec.samples else []
-    add_roles(base, recipe, plan, rewards)
+    add_roles(base, recipe, rewards)
     columns = ("prompt", "question", "answer", "completion", "text", "chosen", "rejected")
     row = dict.fromkeys(columns, "a") | {"rejected": "b"}
     rows = [row] * max(recipe.training.prompts_per_step, 2)

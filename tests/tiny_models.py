@@ -11,12 +11,13 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from lowmem_rlhf.engine.base import SharedBase
+from lowmem_rlhf.engine.ladder import RolloutLimits
 from lowmem_rlhf.engine.packing import Group
 from lowmem_rlhf.engine.passes import BatchLimits, completion_logprobs
 from lowmem_rlhf.engine.roles import POLICY
-from lowmem_rlhf.rollout.rollout import Batch, Completion
+from lowmem_rlhf.rollout.engine import wave_engine
+from lowmem_rlhf.rollout.rollout import Completion, Rollout
 from lowmem_rlhf.rollout.sampling import Sampling
-from lowmem_rlhf.rollout.shared_prompt import Limits, generate
 
 VOCAB = 97
 EOS = 3
@@ -183,10 +184,10 @@ def ragged_groups(seed: int = 0, shapes: Sequence[tuple[int, Sequence[int]]] = (
     return groups
 
 
-def as_batch(groups: Sequence[Group]) -> Batch:
+def as_batch(groups: Sequence[Group]) -> Rollout:
     """Return the whole batch of groups that all have the same number of completions."""
     completions = [Completion(list(c), [0.0] * len(c), False) for g in groups for c in g.completions]
-    return Batch([list(g.prompt) for g in groups], completions, [1.0] * len(completions), len(groups[0].completions))
+    return Rollout([list(g.prompt) for g in groups], completions, len(groups[0].completions))
 
 
 def sampled_difference(base: SharedBase) -> float:
@@ -198,11 +199,13 @@ def sampled_difference(base: SharedBase) -> float:
     prompts = [group.prompt for group in groups]
     with pytest.MonkeyPatch.context() as patch, base.role(POLICY), base.decoding(False):
         patch.setattr(base, "tokenizer", tiny_tokenizer(list(range(EOS, VOCAB, 10))))
-        drawn = [c for own in generate(base, prompts, 3, 30, Sampling(), Limits(6, 64, 16), seed=0) for c in own]
+        drawn = [
+            c
+            for own in wave_engine(base).generate(prompts, 3, 30, Sampling(), RolloutLimits(6, 64, 16), seed=0)
+            for c in own
+        ]
     with base.role(POLICY):
-        trained = completion_logprobs(
-            base, Batch(prompts, drawn, [1.0] * 6, 3).groups(range(6)), BatchLimits(1.0, 512, 64)
-        )
+        trained = completion_logprobs(base, Rollout(prompts, drawn, 3).groups(range(6)), BatchLimits(1.0, 512, 64))
     return float(torch.cat([(trained[row] - torch.tensor(drawn[row].logps)).abs() for row in trained]).mean())
 
 

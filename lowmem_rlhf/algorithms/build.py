@@ -1,4 +1,4 @@
-"""From a loaded base to the trainer of a recipe."""
+"""From a loaded base to the trainer of a recipe, as the spec of its algorithm says."""
 
 from collections.abc import Callable, Sequence
 
@@ -12,6 +12,8 @@ from lowmem_rlhf.run.directory import RunDirectory
 from lowmem_rlhf.training.loop import Loop
 from lowmem_rlhf.training.online import Trainer
 
+RunDirectoryOf = Callable[[Recipe], RunDirectory]
+
 
 def make_trainer(
     recipe: Recipe,
@@ -19,7 +21,7 @@ def make_trainer(
     base: SharedBase,
     rewards: Sequence[Reward],
     data: TrainingData,
-    run_directory: Callable[[Recipe], RunDirectory],
+    run_directory: RunDirectoryOf,
 ) -> Loop:
     """Return the trainer of a recipe, with its run directory begun.
 
@@ -39,20 +41,11 @@ def online(
     base: SharedBase,
     rewards: Sequence[Reward],
     data: TrainingData,
-    run_directory: Callable[[Recipe], RunDirectory],
+    run_directory: RunDirectoryOf,
 ) -> Trainer:
     """Return the trainer of an algorithm that samples and scores what its learner learns from."""
     spec = recipe.spec
     if spec.learner is None:
         raise TypeError(f"the spec of {spec.name} has neither a learner nor a build of its own")
-    return Trainer(
-        recipe,
-        plan,
-        base,
-        rewards,
-        data.train,
-        data.held_out,
-        run_directory(recipe),
-        resolve(spec.learner)(recipe),
-        spec.updates(recipe),
-    )
+    learner, updates = resolve(spec.learner)(recipe), spec.updates(recipe)
+    return Trainer(recipe, plan, base, rewards, data.train, data.held_out, run_directory(recipe), learner, updates)

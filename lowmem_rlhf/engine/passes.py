@@ -17,8 +17,6 @@ from lowmem_rlhf.engine.logprobs import Entropy, tiled_logprobs
 from lowmem_rlhf.engine.packing import Group, PackedBatch
 from lowmem_rlhf.progress import ProgressCallback
 
-LEAST_TOKENS = 64  # a micro-batch never gets smaller; it holds one completion then
-
 
 @dataclass(frozen=True)
 class BatchLimits:

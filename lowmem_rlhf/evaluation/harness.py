@@ -7,7 +7,6 @@ which gives the same).
 
 import sys
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,16 +19,15 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from lowmem_rlhf.architecture.stops import text_ids, written_text
 from lowmem_rlhf.display.bars import progress_bar
+from lowmem_rlhf.engine.ladder import RolloutLimits
 from lowmem_rlhf.engine.logprobs import tiles
 from lowmem_rlhf.engine.packing import Group, PackedBatch
-from lowmem_rlhf.engine.passes import LEAST_TOKENS, micro_batches
+from lowmem_rlhf.engine.passes import BatchLimits, micro_batches
 from lowmem_rlhf.errors import UserError
 from lowmem_rlhf.evaluation.intervals import Column, Estimate, Z, differences, estimates
 from lowmem_rlhf.evaluation.subject import EvalTarget
-from lowmem_rlhf.hardware.memory import retry_with_smaller
 from lowmem_rlhf.inference.opening import memory_explained
 from lowmem_rlhf.rollout.sampling import Sampling
-from lowmem_rlhf.rollout.shared_prompt import generate
 from lowmem_rlhf.suggest import did_you_mean
 
 POSITIONS = 2048  # where a model does not say how many it has; lm-eval's own default
@@ -90,14 +88,13 @@ class SharedBaseLM(TemplateLM):  # type: ignore[misc]
         groups = self._grouped([(context, continuation) for _, context, continuation in requests])
         found: dict[int, tuple[float, bool]] = dict.fromkeys(range(len(requests)), (0.0, True))
 
-        def work(tokens: int) -> None:
+        def work(limits: BatchLimits) -> None:
             with progress_bar(f"{self._name}, log-probs") as shown:
-                for packed in micro_batches(self._base, groups, tokens, shown):
+                for packed in micro_batches(self._base, groups, limits.micro_batch_tokens, shown):
                     found.update(self._scored(packed))
 
-        key, tokens = "hardware.score_batch_tokens", self._subject.passes.micro_batch_tokens
         with self._base.role(self._role):
-            retry_with_smaller(work, tokens, LEAST_TOKENS, key, self._base.device, _say)
+            self._subject.ladder.score(work, _say)
         return [found[row] for row in range(len(requests))]
 
     def _grouped(self, pairs: Sequence[tuple[list[int], list[int]]]) -> list[Group]:
@@ -113,7 +110,7 @@ class SharedBaseLM(TemplateLM):  # type: ignore[misc]
     def _scored(self, packed: PackedBatch) -> dict[int, tuple[float, bool]]:
         states = self._base.states(packed).index_select(0, packed.predict)  # (S, H)
         logps, greedy = [], []
-        for tile in tiles(len(states), self._subject.passes.tile):
+        for tile in tiles(len(states), self._subject.ladder.tile):
             every = torch.log_softmax(self._base.head.logits(states[tile]), dim=-1, dtype=torch.float32)  # (tile, V)
             targets = packed.targets[tile]
             logps.append(every.gather(-1, targets[:, None])[:, 0])
@@ -153,19 +150,14 @@ class SharedBaseLM(TemplateLM):  # type: ignore[misc]
     def _sampled(self, prompts: Sequence[list[int]], most: int, temperature: float) -> list[str]:
         base, seed = self._base, self._subject.recipe.training.seed
 
-        def work(rows: int) -> list[str]:
-            limits = replace(self._subject.limits, rows=rows)
-            with (
-                base.role(self._role),
-                base.decoding(self._subject.dequantize),
-                progress_bar(f"{self._name}, answers") as shown,
-            ):
-                groups = generate(base, prompts, 1, most, Sampling(temperature), limits, seed, shown)
+        def work(limits: RolloutLimits) -> list[str]:
+            engine = self._subject.engine
+            with base.role(self._role), progress_bar(f"{self._name}, answers") as shown:
+                engine.sync()
+                groups = engine.generate(prompts, 1, most, Sampling(temperature), limits, seed, shown)
             return [written_text(base.tokenizer, one.ids, base.stop_ids) for [one] in groups]
 
-        return retry_with_smaller(work, self._subject.limits.rows, 1, "hardware.rollout_batch_size", base.device, _say)[
-            0
-        ]
+        return self._subject.ladder.rollout(work, _say)
 
 
 def run_tasks(

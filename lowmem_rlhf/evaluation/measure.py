@@ -2,7 +2,7 @@
 
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TypeVar
 
 import torch
@@ -13,15 +13,15 @@ from lowmem_rlhf.data.examples import examples_of
 from lowmem_rlhf.data.prompts import build_examples
 from lowmem_rlhf.data.supervised import Pair, Supervised
 from lowmem_rlhf.display.bars import progress_bar
-from lowmem_rlhf.engine.passes import LEAST_TOKENS, BatchLimits, completion_logprobs, head_outputs
+from lowmem_rlhf.engine.ladder import RolloutLimits
+from lowmem_rlhf.engine.passes import BatchLimits, completion_logprobs, head_outputs
 from lowmem_rlhf.engine.roles import POLICY
 from lowmem_rlhf.errors import UserError
 from lowmem_rlhf.evaluation.intervals import Column
 from lowmem_rlhf.evaluation.quantities import of_completions, of_losses, of_pairs
 from lowmem_rlhf.evaluation.subject import EvalTarget
-from lowmem_rlhf.hardware.memory import retry_with_smaller
 from lowmem_rlhf.inference.opening import memory_explained
-from lowmem_rlhf.rollout.rollout import Batch, Completion
+from lowmem_rlhf.rollout.rollout import Completion, Rollout
 from lowmem_rlhf.training.evaluate import TrainerState, sample
 
 Columns = dict[str, Column]
@@ -71,16 +71,14 @@ def _answers(subject: EvalTarget) -> Measured:
     _check_positions(subject, max(len(one.prompt_ids) for one in examples))
     state = TrainerState(subject.steps or 0, recipe.training.max_steps)
     columns: dict[str, Columns] = {}
-    rows = subject.limits.rows
     for name, role in subject.roles.items():
 
-        def work(rows: int, name: str = name, role: str = role) -> Columns:
-            limits = replace(subject.limits, rows=rows)
-            with base.role(role), base.decoding(subject.dequantize), progress_bar(name) as shown:
-                done = sample(base, examples, recipe, subject.rewards, limits, state, shown)
+        def work(limits: RolloutLimits, name: str = name, role: str = role) -> Columns:
+            with base.role(role), progress_bar(name) as shown:
+                done = sample(base, subject.engine, examples, recipe, subject.rewards, limits, state, shown)
             return of_completions(done, recipe.evaluation.accuracy)
 
-        columns[name], rows = retry_with_smaller(work, rows, 1, "hardware.rollout_batch_size", base.device, _say)
+        columns[name] = subject.ladder.rollout(work, _say)
     return Measured("problem", len(examples), columns)
 
 
@@ -104,7 +102,7 @@ def _losses(subject: EvalTarget) -> Measured:
 
 def _loss(subject: EvalTarget, role: str, examples: list[Supervised], name: str) -> Columns:
     completions = [Completion(one.completion_ids, [], False) for one in examples]
-    batch = Batch([one.prompt_ids for one in examples], completions, [0.0] * len(examples), 1)
+    batch = Rollout([one.prompt_ids for one in examples], completions, 1)
 
     def work(passes: BatchLimits, shown: Shown) -> dict[int, torch.Tensor]:
         with subject.base.role(role):
@@ -140,7 +138,7 @@ def _preferred(subject: EvalTarget) -> Measured:
     if not pairs:
         raise UserError(f"the held-out data of {recipe.name!r} has no pair of a good and a bad answer to measure")
     answers = [Completion(ids, [], False) for pair in pairs for ids in (pair.chosen_ids, pair.rejected_ids)]
-    batch = Batch([pair.prompt_ids for pair in pairs], answers, [0.0] * len(answers), 2)
+    batch = Rollout([pair.prompt_ids for pair in pairs], answers, 2)
     columns: dict[str, Columns] = {}
     for name, role in subject.roles.items():
 
@@ -157,12 +155,11 @@ def _preferred(subject: EvalTarget) -> Measured:
 def _fitted(subject: EvalTarget, work: Callable[[BatchLimits, Shown], T], name: str) -> T:
     """Run passes over a batch, in smaller micro-batches where memory runs out."""
 
-    def sized(tokens: int) -> T:
+    def shown_work(limits: BatchLimits) -> T:
         with progress_bar(name) as shown:
-            return work(replace(subject.passes, micro_batch_tokens=tokens), shown)
+            return work(limits, shown)
 
-    key, tokens = "hardware.score_batch_tokens", subject.passes.micro_batch_tokens
-    return retry_with_smaller(sized, tokens, LEAST_TOKENS, key, subject.base.device, _say)[0]
+    return subject.ladder.score(shown_work, _say)
 
 
 def _say(text: str) -> None:

@@ -16,8 +16,8 @@ from lowmem_rlhf.architecture.source import resolve_model
 from lowmem_rlhf.data.preview import with_format
 from lowmem_rlhf.data.provenance import check_learned, other_learned
 from lowmem_rlhf.engine.base import SharedBase
+from lowmem_rlhf.engine.ladder import Ladder
 from lowmem_rlhf.engine.load import quiet
-from lowmem_rlhf.engine.passes import BatchLimits
 from lowmem_rlhf.engine.roles import POLICY, REFERENCE
 from lowmem_rlhf.errors import UserError
 from lowmem_rlhf.evaluation.problems import check_overrides, held_out_rows
@@ -38,10 +38,10 @@ from lowmem_rlhf.recipe.loading import load_recipe
 from lowmem_rlhf.recipe.schema import Recipe
 from lowmem_rlhf.rewards.loading import Reward, check_reward_columns, load_rewards
 from lowmem_rlhf.rewards.references import check_references
-from lowmem_rlhf.rollout.shared_prompt import Limits
+from lowmem_rlhf.rollout.engine import Engine, engine_for
 from lowmem_rlhf.run.directory import RECIPE, RunDirectory
 from lowmem_rlhf.run.start import located, paths_explained
-from lowmem_rlhf.training.roles import bind_rewards
+from lowmem_rlhf.training.roles import bind_rewards, share_ladder
 
 logger = logging.getLogger(__name__)
 
@@ -57,7 +57,8 @@ class EvalTarget:
     Attributes:
         roles: role on the base by the name that results have.
         rows: held-out rows of the data.
-        limits, passes, dequantize: how passes are cut, and whether NF4 weights are unpacked while sampling.
+        ladder: how passes and rollouts are cut.
+        engine: what samples answers.
         steps: that the policy was trained for; None: a model.
     """
 
@@ -66,9 +67,8 @@ class EvalTarget:
     rewards: Sequence[Reward]
     rows: Rows
     roles: dict[str, str]
-    limits: Limits
-    passes: BatchLimits
-    dequantize: bool
+    ladder: Ladder
+    engine: Engine
     steps: int | None = None
 
 
@@ -196,11 +196,11 @@ def _subject(
 ) -> EvalTarget:
     pinned = {key: value for key in CUTS if (value := getattr(recipe.hardware, key)) != "auto"}
     cut = {"score_batch_tokens": settings["micro_batch_tokens"], **settings, **pinned}  # older plans have the one only
-    passes = BatchLimits(1.0, cut["score_batch_tokens"], cut["logits_tile_tokens"])
-    bind_rewards(base, rewards, passes)
-    limits = Limits(cut["rollout_batch_size"], cut["micro_batch_tokens"], passes.tile)
-    dequantize = settings.get("rollout_weights") == "dequantized"
-    return EvalTarget(base, recipe, rewards, rows, roles, limits, passes, dequantize, steps)
+    ladder = Ladder(base.device, **{key: cut[key] for key in CUTS})
+    bind_rewards(base, rewards)
+    share_ladder(rewards, ladder)
+    engine = engine_for(base, recipe.generation.engine, settings.get("rollout_weights") == "dequantized")
+    return EvalTarget(base, recipe, rewards, rows, roles, ladder, engine, steps)
 
 
 def _say_learned(run: RunDirectory, recipe: Recipe) -> None:

@@ -166,6 +166,7 @@ class GenerationConfig(Section):
     top_p: float = Field(1.0, gt=0, le=1)
     top_k: int = Field(0, ge=0)  # 0: off
     min_p: float = Field(0.0, ge=0, lt=1)
+    engine: Name = "auto"  # what samples rollouts: auto, or an engine that was registered (`rollout.engine.register`)
 
 
 class LearnedReward(Section):

@@ -4,16 +4,15 @@ It reads the very tokens of the rollout, so no text is tokenized again, and each
 """
 
 from collections.abc import Sequence
-from dataclasses import replace
 from itertools import groupby
 from typing import Any
 
 from lowmem_rlhf.architecture.adapters import HEAD, SavedAdapter, saved_adapter
 from lowmem_rlhf.engine.base import SharedBase
+from lowmem_rlhf.engine.ladder import Ladder
 from lowmem_rlhf.engine.packing import Group
-from lowmem_rlhf.engine.passes import LEAST_TOKENS, BatchLimits, head_outputs, with_bootstrap_position
+from lowmem_rlhf.engine.passes import BatchLimits, head_outputs, with_bootstrap_position
 from lowmem_rlhf.errors import UserError
-from lowmem_rlhf.hardware.memory import retry_with_smaller
 
 
 class AdapterReward:
@@ -29,27 +28,25 @@ class AdapterReward:
     def __init__(self, name: str, saved: SavedAdapter) -> None:
         self.name, self.saved = name, saved
         self.base: SharedBase | None = None
+        self.ladder: Ladder | None = None  # of the work on that base, which the reward's passes are a part of
 
-    def bind(self, base: SharedBase, role: str, passes: BatchLimits) -> None:
-        """Lie down on the base as this role; passes over texts are cut as these settings say."""
+    def bind(self, base: SharedBase, role: str) -> None:
+        """Put the adapter and its head on the base as this role."""
         base.add_saved_role(role, self.saved)
-        self.base, self.role, self.passes = base, role, passes
+        self.base, self.role = base, role
 
     def __call__(
         self, prompt_ids: Sequence[Sequence[int]], completion_ids: Sequence[Sequence[int]], **columns: Any
     ) -> list[float]:
         """Return the scores of N completions, given as token ids; completions of one prompt stand together."""
-        assert self.base is not None, "an adapter reward was called before it was bound to a base"
+        assert self.base is not None and self.ladder is not None, "an adapter reward was called before it was bound"
         base, groups = self.base, with_bootstrap_position(_grouped(prompt_ids, completion_ids))
 
-        def work(tokens: int) -> list[float]:
-            found = head_outputs(base, self.role, groups, replace(self.passes, micro_batch_tokens=tokens))
-            return [float(found[row][-1]) for row in range(len(completion_ids))]
+        def work(limits: BatchLimits) -> list[float]:
+            scores = head_outputs(base, self.role, groups, limits)
+            return [float(scores[row][-1]) for row in range(len(completion_ids))]
 
-        key, tokens = "hardware.micro_batch_tokens", self.passes.micro_batch_tokens
-        values, tokens = retry_with_smaller(work, tokens, LEAST_TOKENS, key, base.device, print)
-        self.passes = replace(self.passes, micro_batch_tokens=tokens)
-        return values
+        return self.ladder.score(work, print)
 
 
 def load_adapter_reward(name: str, adapter: str, model: str, revision: str | None = None) -> AdapterReward:

@@ -4,7 +4,7 @@ import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from safetensors import SafetensorError
@@ -18,6 +18,8 @@ from lowmem_rlhf.errors import RunError, UserError
 from lowmem_rlhf.hardware.memory import is_out_of_memory, retry_with_smaller
 from lowmem_rlhf.planning.placement import encoder_pass_bytes
 from lowmem_rlhf.recipe.sections import LearnedReward
+
+T = TypeVar("T")
 
 _UNBOUNDED = 10**6  # transformers writes 10^30 for a tokenizer that knows no limit
 
@@ -99,16 +101,8 @@ class Encoder:
             for batch in batches_by_tokens([len(one) for one in ids], batch_tokens):
                 found.update(zip(batch, self._pass([ids[i] for i in batch], head), strict=True))
 
-        least = max((len(one) for one in ids), default=1)
-        _, fitted = retry_with_smaller(
-            work,
-            max(least, self.batch_tokens),
-            least,
-            "the reward's batch_tokens",
-            self.model.device,
-            logging.getLogger(__name__).warning,
-        )
-        self.batch_tokens = min(self.batch_tokens, fitted)
+        longest = max((len(one) for one in ids), default=1)
+        self.within_memory(work, longest, "the reward's batch_tokens", logging.getLogger(__name__).warning)
         rows = [found[index] for index in range(len(ids))]
         for text, row in zip(texts, rows, strict=True):
             if not bool(torch.isfinite(row).all()):
@@ -121,6 +115,23 @@ class Encoder:
                     )
                 )
         return torch.stack(rows) if rows else torch.empty(0, 0, dtype=torch.float32, device="cpu")
+
+    def within_memory(self, work: Callable[[int], T], longest: int, key: str, say: Callable[[str], None]) -> T:
+        """Run work in passes of ``batch_tokens``, or of the longest text; of less from then on when memory runs out.
+
+        Args:
+            work: is given the tokens of a pass; it must leave nothing behind when it fails.
+            longest: tokens of the longest text.
+            key: what the tokens of a pass are called in messages.
+            say: is given the sentence that they were halved.
+
+        Raises:
+            RunError: not even the longest text fits into the device's memory.
+        """
+        size = max(longest, self.batch_tokens)
+        result, fitted = retry_with_smaller(work, size, longest, key, self.model.device, say)
+        self.batch_tokens = min(self.batch_tokens, fitted)
+        return result
 
     def _pass(self, ids: list[list[int]], head: Callable[[Any, torch.Tensor], torch.Tensor]) -> torch.Tensor:
         output, mask = self.forward(ids)

@@ -128,7 +128,7 @@ def _load(config: RewardConfig, room: "Room | None", model: str, revision: str |
         adapter = load_adapter_reward(config.name, config.options["adapter"], model, revision)
         return Reward(config.name, adapter, config.weight)
     if ".py" in config.function or ":" in config.function:
-        function = _from_file(config.function)
+        function = function_from_file(config.function)
     elif config.function in SHIPPED:
         function = SHIPPED[config.function]
     else:
@@ -151,29 +151,41 @@ def _learned(config: RewardConfig, room: "Room | None") -> Reward:
     return Reward(config.name, function, config.weight, columns=function.columns, placement=placement)
 
 
-def _from_file(reference: str) -> Callable[..., Any]:
+def function_from_file(
+    reference: str,
+    key: str = "rewards",
+    kind: str = "a reward function",
+    call: str = "(prompts, completions, **columns)",
+) -> Callable[..., Any]:
+    """Return the user's own function that a recipe names; its file is executed.
+
+    Args:
+        reference: ``path.py:function``.
+        key: where the recipe names it, for messages.
+        kind, call: what it should be, and how it is called.
+
+    Raises:
+        UserError: it is not written so; the file is absent or fails; or it has no such function.
+    """
     source, _, name = reference.rpartition(":")
     if not source.endswith(".py") or not name.isidentifier():
-        raise UserError(f"rewards: got {reference!r}; a function of your own is written path.py:function")
+        raise UserError(f"{key}: got {reference!r}; a function of your own is written path.py:function")
     path = Path(source).expanduser()
     if not path.is_file():
-        raise UserError(f"rewards: there is no file {source}; give its path from the current folder")
-    module = _import(path.resolve(), source)
+        raise UserError(f"{key}: there is no file {source}; give its path from the current folder")
+    module = _import(path.resolve(), source, key)
     own = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
     if not hasattr(module, name):
         known = ", ".join(own) or "no function"
-        raise UserError(f"rewards: {source} defines no {name!r}{did_you_mean(name, own)} (it has: {known})")
+        raise UserError(f"{key}: {source} defines no {name!r}{did_you_mean(name, own)} (it has: {known})")
     function = getattr(module, name)
     if not callable(function) or inspect.isclass(function) or not _has_signature(function):
-        kind = "class" if inspect.isclass(function) else type(function).__name__
-        raise UserError(
-            f"rewards: {reference} is a {kind}, not a reward function; name something that is called with "
-            "(prompts, completions, **columns)"
-        )
+        found = "class" if inspect.isclass(function) else type(function).__name__
+        raise UserError(f"{key}: {reference} is a {found}, not {kind}; name something that is called with {call}")
     return function
 
 
-def _import(path: Path, source: str) -> ModuleType:
+def _import(path: Path, source: str, key: str) -> ModuleType:
     name = f"lowmem_rlhf_user_{path.stem}_{abs(hash(path))}"
     spec = importlib.util.spec_from_file_location(name, path)
     assert spec is not None and spec.loader is not None
@@ -187,7 +199,7 @@ def _import(path: Path, source: str) -> ModuleType:
         reason = " ".join(str(error).split()) or "no message"
         line = line_in(error, source)
         place = source if line is None else f"{source}, line {line},"
-        raise UserError(f"rewards: {place} cannot be imported: {type(error).__name__}: {reason}") from error
+        raise UserError(f"{key}: {place} cannot be imported: {type(error).__name__}: {reason}") from error
     finally:
         sys.path.remove(str(path.parent))
     return module

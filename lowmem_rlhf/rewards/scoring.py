@@ -5,22 +5,12 @@ import copy
 import inspect
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 from lowmem_rlhf.errors import LowmemError, RunError
 from lowmem_rlhf.rewards.functions import Completion
 from lowmem_rlhf.rewards.loading import GIVEN, Reward, accepted, line_in
-
-
-@dataclass(frozen=True)
-class Scores:
-    """The rewards of N completions."""
-
-    by_name: dict[str, list[float | None]]  # per function, N values; None: it does not apply to that completion
-    total: list[float]  # (N,) weighted sums; NaN where no function applies
-    metrics: dict[str, float] = field(default_factory=dict)  # means of what functions reported with TRL's log_metric
-    extra: dict[str, list[Any]] = field(default_factory=dict)  # columns they reported with TRL's log_extra
+from lowmem_rlhf.rollout.rollout import Scores
 
 
 def score(

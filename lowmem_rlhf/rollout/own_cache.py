@@ -15,8 +15,24 @@ from transformers import Cache, DynamicCache
 from lowmem_rlhf.engine.base import SharedBase
 from lowmem_rlhf.engine.packing import Group
 from lowmem_rlhf.engine.passes import micro_batches
+from lowmem_rlhf.rollout.wave import DecodingState, Job, WaveEngine
 
-Job = tuple[int, int]  # the number of a prompt, and of a completion of it
+
+class OwnCacheEngine(WaveEngine):
+    """Every completion has a cache of the model's own kind, its prompt's state included."""
+
+    def waves(
+        self, prompts: Sequence[Sequence[int]], num_generations: int, max_completion_length: int, rows: int
+    ) -> list[list[Job]]:
+        """See `own_cache_waves`."""
+        jobs = [(b, b * num_generations + g) for b in range(len(prompts)) for g in range(num_generations)]
+        return own_cache_waves(self.base, prompts, jobs, max_completion_length, rows)
+
+    def start(
+        self, prompts: Sequence[Sequence[int]], row_prompt: Sequence[int], limit: int, max_tokens: int
+    ) -> tuple[DecodingState, torch.Tensor]:
+        """See `own_cache_prefill`; the caches grow by themselves, whatever the limit."""
+        return own_cache_prefill(self.base, prompts, row_prompt, max_tokens)
 
 
 @dataclass
@@ -86,12 +102,9 @@ class WholeRows:
         self._texts = [self._texts[row] for row in rows]
 
 
-UnsharedRows = OwnCaches | WholeRows
-
-
-def start_unshared(
+def own_cache_prefill(
     base: SharedBase, prompts: Sequence[Sequence[int]], row_prompt: Sequence[int], max_tokens: int
-) -> tuple[UnsharedRows, torch.Tensor]:
+) -> tuple[DecodingState, torch.Tensor]:
     """Run the prompts once, those of one length in passes of at most ``max_tokens`` (or one prompt).
 
     Returns:
@@ -121,7 +134,7 @@ def start_unshared(
     return OwnCaches(parts, base.device), torch.stack([last[b] for b in row_prompt])
 
 
-def unshared_waves(
+def own_cache_waves(
     base: SharedBase, prompts: Sequence[Sequence[int]], jobs: Sequence[Job], max_completion_length: int, rows: int
 ) -> list[list[Job]]:
     """Cut jobs into waves, prompts of similar length together.

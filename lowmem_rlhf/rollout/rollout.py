@@ -1,7 +1,14 @@
-"""Completions of prompts, sampled or given: what every algorithm learns from."""
+"""A rollout: completions of prompts, sampled or given, and what becomes of them on the way to an update.
+
+Every online algorithm takes the same value: sampling fills in the completions, the rewards their texts and scores, the
+algorithm the advantages. What is not known yet is None.
+
+Shapes: B prompts, G completions a prompt, N = B * G completions.
+"""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 from lowmem_rlhf.engine.packing import Group
 
@@ -22,20 +29,49 @@ class Completion:
 
 
 @dataclass(frozen=True)
-class Batch:
-    """The whole batch of a step: B prompts, N = B * G completions, row n belongs to prompt n // G.
+class Scores:
+    """The rewards of N completions."""
+
+    by_name: dict[str, list[float | None]]  # per function, N values; None: it does not apply to that completion
+    total: list[float]  # (N,) weighted sums; NaN where no function applies
+    metrics: dict[str, float] = field(default_factory=dict)  # means of what functions reported with TRL's log_metric
+    extra: dict[str, list[Any]] = field(default_factory=dict)  # columns they reported with TRL's log_extra
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """The rollout of a step; row n belongs to prompt n // G.
 
     Attributes:
         prompts: token ids of the B prompts.
         completions: the N completions.
-        advantages: N numbers.
         num_generations: G.
+        questions: (B,) the prompts as the data has them, messages or texts.
+        texts: (N,) what rewards read of the completions.
+        scores: of the completions.
+        advantages: (N,) of the completions; where every token has its own, their mean. A completion that no reward
+            applies to has 0.
     """
 
     prompts: Sequence[Sequence[int]]
     completions: Sequence[Completion]
-    advantages: Sequence[float]
     num_generations: int
+    questions: Sequence[Any] | None = None
+    texts: Sequence[str] | None = None
+    scores: Scores | None = None
+    advantages: Sequence[float] | None = None
+
+    @property
+    def scored(self) -> Scores:
+        """The scores of a rollout that has been scored."""
+        assert self.scores is not None, "the rollout has not been scored yet"
+        return self.scores
+
+    @property
+    def known_advantages(self) -> Sequence[float]:
+        """The advantages of a rollout that has them."""
+        assert self.advantages is not None, "the rollout has no advantages yet"
+        return self.advantages
 
     def groups(self, rows: Sequence[int]) -> list[Group]:
         """Return the groups of these completions, each prompt once."""

@@ -24,7 +24,7 @@ from lowmem_rlhf.engine.roles import POLICY
 from lowmem_rlhf.engine.stock import stock_forwards
 from lowmem_rlhf.engine.trial import nudged_layers
 from lowmem_rlhf.errors import UserError
-from lowmem_rlhf.rollout.shared_prompt import start
+from lowmem_rlhf.rollout.engine import wave_engine
 
 TESTED_WITH = "5.23.0"  # the release of transformers that the tests hold tested families against
 MEAN_NOISE, MOST_NOISE = 4.0, 8.0  # times stock's distance from itself, of the mean (or median) and of one token
@@ -243,7 +243,9 @@ def _decoded(base: SharedBase, groups: Sequence[Group], dequantize: bool) -> Log
     found: list[list[torch.Tensor]] = [[] for _ in completions]
     longest = max(map(len, completions))
     with base.decoding(dequantize):
-        state, hidden = start(base, [group.prompt for group in groups], row_prompt, longest - 1, 4 * MOST_TOKENS)
+        state, hidden = wave_engine(base).start(
+            [group.prompt for group in groups], row_prompt, longest - 1, 4 * MOST_TOKENS
+        )
         if hidden.shape[0] != len(completions):
             hidden = hidden[torch.tensor(row_prompt, dtype=torch.long, device=base.device)]
         live = list(range(len(completions)))

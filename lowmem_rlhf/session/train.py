@@ -83,7 +83,6 @@ def _train(recipe: Recipe, path: Path, resume: bool, written: Recipe) -> RunDire
         for said in check_run_references(rewards, recipe, rows, held_out_rows):
             print(said, flush=True)
 
-    from lowmem_rlhf.algorithms.build import make_trainer
     from lowmem_rlhf.display.bars import progress_bar
     from lowmem_rlhf.display.live import LiveView, print_evaluation, print_plan
     from lowmem_rlhf.report.html import write_report
@@ -110,7 +109,7 @@ def _train(recipe: Recipe, path: Path, resume: bool, written: Recipe) -> RunDire
         print(base.note, flush=True)
         key = "micro_batch_tokens"
         plan = replace(plan, reasons={**plan.reasons, key: f"{plan.reasons[key]}; {base.note}"})
-    add_roles(base, recipe, plan, rewards)
+    add_roles(base, recipe, rewards)
     if probes:
         from lowmem_rlhf.training.probe import probe
 

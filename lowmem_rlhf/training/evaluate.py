@@ -7,12 +7,13 @@ from typing import Any
 from lowmem_rlhf.architecture.stops import written_text
 from lowmem_rlhf.data.prompts import Example
 from lowmem_rlhf.engine.base import SharedBase
+from lowmem_rlhf.engine.ladder import RolloutLimits
 from lowmem_rlhf.recipe.schema import Recipe
 from lowmem_rlhf.rewards.loading import Reward
-from lowmem_rlhf.rewards.scoring import Scores, score
-from lowmem_rlhf.rollout.rollout import Completion
+from lowmem_rlhf.rewards.scoring import score
+from lowmem_rlhf.rollout.engine import Engine
+from lowmem_rlhf.rollout.rollout import Completion, Scores
 from lowmem_rlhf.rollout.sampling import Sampling
-from lowmem_rlhf.rollout.shared_prompt import Limits, generate
 
 CORRECT = 1.0  # the accuracy reward's value from which a completion counts as correct
 
@@ -41,7 +42,7 @@ def reward_completions(
     """
     stops = base.stop_ids
     texts = [written_text(base.tokenizer, c.ids, stops) for c in completions]
-    given = [
+    messages = [
         text if isinstance(example.prompt, str) else [{"role": "assistant", "content": text}]
         for example, text in zip(examples, texts, strict=True)
     ]
@@ -50,7 +51,7 @@ def reward_completions(
     scores = score(
         rewards,
         [e.prompt for e in examples],
-        given,
+        messages,
         [c.ids for c in completions],
         columns,
         state,
@@ -87,10 +88,11 @@ class Sampled:
 
 def sample(
     base: SharedBase,
+    engine: Engine,
     examples: Sequence[Example],
     recipe: Recipe,
     rewards: Sequence[Reward],
-    limits: Limits,
+    limits: RolloutLimits,
     state: TrainerState,
     progress: Callable[[int, int], None] | None = None,
 ) -> Sampled:
@@ -106,8 +108,8 @@ def sample(
             if settings.temperature == 0
             else Sampling(settings.temperature, sampling.top_p, sampling.top_k, sampling.min_p)
         )
-    groups = generate(
-        base,
+    engine.sync()
+    groups = engine.generate(
         [example.prompt_ids for example in examples],
         settings.num_samples,
         recipe.generation.max_completion_length,
@@ -124,29 +126,30 @@ def sample(
 
 def evaluate(
     base: SharedBase,
+    engine: Engine,
     examples: Sequence[Example],
     recipe: Recipe,
     rewards: Sequence[Reward],
-    limits: Limits,
+    limits: RolloutLimits,
     state: TrainerState,
     progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, Any]:
     """Return accuracy and the mean of every reward on held-out examples (see `sample`)."""
-    done = sample(base, examples, recipe, rewards, limits, state, progress)
-    means = {f"reward/{name}": mean(values) for name, values in done.scores.by_name.items()}
+    sampled = sample(base, engine, examples, recipe, rewards, limits, state, progress)
+    means = {f"reward/{name}": mean(values) for name, values in sampled.scores.by_name.items()}
     return {
-        "accuracy": mean(done.correct(recipe.evaluation.accuracy)),
-        "reward/mean": mean([t for t in done.scores.total if t == t]),
+        "accuracy": mean(sampled.correct(recipe.evaluation.accuracy)),
+        "reward/mean": mean([t for t in sampled.scores.total if t == t]),
         **means,
-        "completion/mean_length": mean([float(len(c.ids)) for c in done.completions]),
-        "completion/truncated": mean([float(c.truncated) for c in done.completions]),
+        "completion/mean_length": mean([float(len(c.ids)) for c in sampled.completions]),
+        "completion/truncated": mean([float(c.truncated) for c in sampled.completions]),
         "problems": len(examples),
-        "samples": done.samples,
-        "temperature": done.temperature,
+        "samples": sampled.samples,
+        "temperature": sampled.temperature,
     }
 
 
 def mean(values: Sequence[float | None]) -> float | None:
-    """Return the mean of the values that are there, None when there are none."""
-    there = [value for value in values if value is not None]
-    return sum(there) / len(there) if there else None
+    """Return the mean of the values that are not None; None when there are none."""
+    known = [value for value in values if value is not None]
+    return sum(known) / len(known) if known else None

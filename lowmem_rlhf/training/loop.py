@@ -10,40 +10,42 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field, replace
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
 
 from lowmem_rlhf.engine.base import SharedBase
-from lowmem_rlhf.engine.passes import LEAST_TOKENS, BatchLimits
+from lowmem_rlhf.engine.ladder import Ladder
 from lowmem_rlhf.engine.roles import CRITIC, POLICY
 from lowmem_rlhf.errors import RunError
-from lowmem_rlhf.hardware.memory import clock, is_out_of_memory, peak_bytes, reset_peak, retry_with_smaller
+from lowmem_rlhf.hardware.memory import clock, is_out_of_memory, peak_bytes, reset_peak
 from lowmem_rlhf.planning.plan import Plan
 from lowmem_rlhf.progress import Progress
 from lowmem_rlhf.recipe.schema import Recipe
+from lowmem_rlhf.rollout.rollout import Rollout
 from lowmem_rlhf.run.directory import RunDirectory
 from lowmem_rlhf.training.checkpoint import load_checkpoint, save_checkpoint
 from lowmem_rlhf.training.optimizer import Optimizer
 
-T = TypeVar("T")
-
 
 @dataclass(frozen=True)
-class StepResult:
-    """What one step did.
+class StepOutput:
+    """What one training step did; ``for step in trainer`` gives one for every finished step.
 
     Attributes:
-        metrics: what it measured, without what `Loop` adds.
-        learned_tokens: tokens that taught something.
-        samples: rows for samples.jsonl.
+        metrics: the step's row of metrics.jsonl: ``step``, ``loss``, ``grad_norm``, ``learning_rate``, ``reward/mean``,
+            ``time/step`` (seconds), ``memory/peak_bytes`` and more; None is a number that there is none of.
+        learned_tokens: tokens whose loss had a gradient in this step.
+        samples: the step's rows of samples.jsonl, a completion each; empty where nothing is sampled.
+        rollout: the completions with their scores and advantages; None where nothing is sampled.
     """
 
     metrics: dict[str, Any]
     learned_tokens: int
     samples: Sequence[dict[str, Any]] = field(default_factory=tuple)
+    rollout: Rollout | None = None
 
 
 class Loop(ABC):
@@ -54,17 +56,23 @@ class Loop(ABC):
         base: the shared base with the adapters that train.
         run: where everything is written.
         updates: optimizer steps of each step, for the schedule.
+        ladder: the sizes that shrink when memory runs out; None: made from the plan's.
     """
 
     nothing_learned = "nothing was learned: no token of the run had anything to teach"
 
-    def __init__(self, recipe: Recipe, plan: Plan, base: SharedBase, run: RunDirectory, updates: int = 1) -> None:
+    def __init__(
+        self,
+        recipe: Recipe,
+        plan: Plan,
+        base: SharedBase,
+        run: RunDirectory,
+        updates: int = 1,
+        ladder: Ladder | None = None,
+    ) -> None:
         self.recipe, self.base, self.run = recipe, base, run
         settings = plan.settings
-        self.passes = BatchLimits(
-            recipe.generation.temperature, settings.micro_batch_tokens, settings.logits_tile_tokens
-        )
-        self.score_passes = replace(self.passes, micro_batch_tokens=settings.score_batch_tokens)
+        self.ladder = ladder or Ladder.of(settings, base.device, recipe.generation.temperature)
         self.accelerator = _accelerator(base.device, recipe, run)
         set_seed(recipe.training.seed)
         base.set_gradient_checkpointing(settings.gradient_checkpointing, settings.offload_checkpoints)
@@ -82,7 +90,7 @@ class Loop(ABC):
         self._times: dict[str, float] = {}
 
     @abstractmethod
-    def one_step(self, progress: Progress) -> StepResult:
+    def one_step(self, progress: Progress) -> StepOutput:
         """Take the step after ``self.step``; its optimizer steps go through ``self.optimizer``."""
 
     @abstractmethod
@@ -133,7 +141,7 @@ class Loop(ABC):
             raise
         return self.run.evaluation()
 
-    def steps(self, progress: Progress) -> Iterator[StepResult]:
+    def steps(self, progress: Progress) -> Iterator[StepOutput]:
         """Yield every finished step with all its metrics; both evaluations and the end of the run are a part of it.
 
         Whoever stops early leaves a checkpoint of the last finished step, from which `resume` goes on.
@@ -147,7 +155,7 @@ class Loop(ABC):
             error.add_note(self._keep())
             raise
 
-    def _steps(self, progress: Progress) -> Generator[StepResult, None, None]:
+    def _steps(self, progress: Progress) -> Generator[StepOutput, None, None]:
         evaluation = self.run.evaluation()
         if "before" not in evaluation:
             self._evaluate("before", evaluation, progress)
@@ -194,14 +202,14 @@ class Loop(ABC):
             except BaseException as error:  # what ended the run is told, and not this
                 lost_as = f"they could not be saved ({' '.join(str(error).split()) or type(error).__name__})"
         latest = self.run.latest_checkpoint()
-        kept = latest[0] if latest else 0
-        said = f"step {kept} is kept, --resume goes on from it" if latest else "no step is kept, --resume starts over"
-        lost = f"step {self.step} is" if self.step == kept + 1 else f"steps {kept + 1} to {self.step} are"
-        return f"{said}; {lost} lost, as {lost_as}" if kept < self.step else said
+        saved = latest[0] if latest else 0
+        note = f"step {saved} is kept, --resume goes on from it" if latest else "no step is kept, --resume starts over"
+        lost = f"step {self.step} is" if self.step == saved + 1 else f"steps {saved + 1} to {self.step} are"
+        return f"{note}; {lost} lost, as {lost_as}" if saved < self.step else note
 
     def _evaluate(self, when: str, evaluation: dict[str, Any], progress: Progress) -> None:
-        if found := self.evaluate(when, progress):
-            evaluation[when] = found
+        if results := self.evaluate(when, progress):
+            evaluation[when] = results
             self.run.write_evaluation(evaluation)
 
     @contextmanager
@@ -211,42 +219,22 @@ class Loop(ABC):
         yield
         self._times[name] = clock(self.base.device) - began
 
-    def with_fewer_tokens(self, work: Callable[[BatchLimits], T], progress: Progress) -> T:
-        """Run passes over a batch; when memory runs out, cut them into smaller micro-batches from then on."""
-        result, self.passes = self._cut(work, self.passes, "hardware.micro_batch_tokens", progress)
-        return result
-
-    def scored(self, work: Callable[[BatchLimits], T], progress: Progress) -> T:
-        """Run passes without gradients; as `with_fewer_tokens`, with the larger micro-batches that such passes take."""
-        result, self.score_passes = self._cut(work, self.score_passes, "hardware.score_batch_tokens", progress)
-        return result
-
-    def _cut(
-        self, work: Callable[[BatchLimits], T], passes: BatchLimits, key: str, progress: Progress
-    ) -> tuple[T, BatchLimits]:
-        def sized(tokens: int) -> T:
-            return work(replace(passes, micro_batch_tokens=tokens))
-
-        least, device = LEAST_TOKENS, self.base.device
-        result, tokens = retry_with_smaller(sized, passes.micro_batch_tokens, least, key, device, progress.message)
-        return result, replace(passes, micro_batch_tokens=tokens)
-
-    def _train_step(self, progress: Progress) -> StepResult:
+    def _train_step(self, progress: Progress) -> StepOutput:
         reset_peak(self.base.device)
         learning_rate, skipped = self.optimizer.learning_rate, self.optimizer.skipped
         before = None if self.learned_tokens else self._adapter_sum()
         self._times = {}
-        done = self.one_step(progress)
+        output = self.one_step(progress)
         # a warm-up begins with a learning rate of zero; float16 may have left the update out
-        if done.learned_tokens and learning_rate and self.optimizer.skipped == skipped:
+        if output.learned_tokens and learning_rate and self.optimizer.skipped == skipped:
             if before is not None and before == self._adapter_sum():
                 raise RunError("the first optimizer step did not change the adapter: nothing would be learned")
-            self.learned_tokens += done.learned_tokens
+            self.learned_tokens += output.learned_tokens
         self.step += 1
         self._taken = self.optimizer.taken
         metrics = {
             "step": self.step,
-            **done.metrics,
+            **output.metrics,
             "learning_rate": learning_rate,
             "loss_scale/skipped_steps": self.optimizer.skipped,
             **{f"time/{name}": seconds for name, seconds in self._times.items()},
@@ -254,9 +242,9 @@ class Loop(ABC):
             "memory/peak_bytes": peak_bytes(self.base.device),
         }
         self.run.log_metrics(metrics)
-        self.run.log_samples(self.step, done.samples)
+        self.run.log_samples(self.step, output.samples)
         self.accelerator.log({k: v for k, v in metrics.items() if v is not None}, step=self.step)
-        return replace(done, metrics=metrics)
+        return replace(output, metrics=metrics)
 
     def _adapter_sum(self) -> float:
         """A number that any change of the policy's adapter (or its head) changes; a critic's does not count."""

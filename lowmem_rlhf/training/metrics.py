@@ -1,25 +1,12 @@
 """What a step tells: the rows of metrics.jsonl and samples.jsonl."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from lowmem_rlhf.data.prompts import Example
-from lowmem_rlhf.rewards.scoring import Scores
-from lowmem_rlhf.rollout.rollout import Batch, Completion
+from lowmem_rlhf.rollout.rollout import Rollout
 from lowmem_rlhf.training.evaluate import mean
-
-
-@dataclass(frozen=True)
-class Rollout:
-    """A step's rollout: N = B * G completions with their scores, row n of prompt n // G."""
-
-    examples: Sequence[Example]
-    completions: Sequence[Completion]
-    texts: Sequence[str]
-    scores: Scores
 
 
 @dataclass(frozen=True)
@@ -36,7 +23,7 @@ class Seen:
         return Seen(
             self.completions + len(rollout.completions),
             self.ended + sum(not one.truncated for one in rollout.completions),
-            self.rewarded + sum(total == total for total in rollout.scores.total),
+            self.rewarded + sum(total == total for total in rollout.scored.total),
             self.unlike + sum(not alike for alike in all_alike(rollout)),
         )
 
@@ -63,12 +50,12 @@ def all_alike(rollout: Rollout) -> list[bool]:
 
     Whatever their rewards: advantages of a group that sum to zero then cancel in the gradient.
     """
-    group = len(rollout.completions) // len(rollout.examples)
-    found: list[bool] = []
+    group = rollout.num_generations
+    alike: list[bool] = []
     for start in range(0, len(rollout.completions), group):
         first, *others = (one.ids for one in rollout.completions[start : start + group])
-        found += [bool(others) and all(ids == first for ids in others)] * group
-    return found
+        alike += [bool(others) and all(ids == first for ids in others)] * group
+    return alike
 
 
 def silent_rewards(rollout: Rollout) -> list[str]:
@@ -76,50 +63,52 @@ def silent_rewards(rollout: Rollout) -> list[str]:
     return [
         f"reward {name} gave None for all {len(values)} completions of step 1, so it applied to none; look at what "
         "the function returns and at the columns that it reads"
-        for name, values in rollout.scores.by_name.items()
+        for name, values in rollout.scored.by_name.items()
         if values and all(value is None for value in values)
     ]
 
 
-def rollout_metrics(rollout: Rollout, batch: Batch) -> dict[str, Any]:
+def rollout_metrics(rollout: Rollout) -> dict[str, Any]:
     """Return rewards, lengths, and the share of groups whose completions all got the same reward."""
-    totals = torch.tensor([t for t in rollout.scores.total if t == t], dtype=torch.float32, device="cpu")
-    lengths = [len(c.ids) for c in batch.completions]
-    with_signal = {row // batch.num_generations for row, advantage in enumerate(batch.advantages) if advantage}
+    scores, completions = rollout.scored, rollout.completions
+    totals = torch.tensor([t for t in scores.total if t == t], dtype=torch.float32, device="cpu")
+    lengths = [len(c.ids) for c in completions]
+    with_signal = {row // rollout.num_generations for row, value in enumerate(rollout.known_advantages) if value}
     return {
         "reward/mean": float(totals.mean()) if len(totals) else None,
         "reward/std": float(totals.std()) if len(totals) > 1 else 0.0,
-        **{f"reward/{name}": mean(values) for name, values in rollout.scores.by_name.items()},
-        **rollout.scores.metrics,
+        **{f"reward/{name}": mean(values) for name, values in scores.by_name.items()},
+        **scores.metrics,
         "completion/mean_length": sum(lengths) / len(lengths),
-        "completion/truncated": sum(c.truncated for c in batch.completions) / len(lengths),
-        "groups/without_signal": 1 - len(with_signal) / len(batch.prompts),
+        "completion/truncated": sum(c.truncated for c in completions) / len(lengths),
+        "groups/without_signal": 1 - len(with_signal) / len(rollout.prompts),
         "tokens/generated": sum(lengths),
     }
 
 
-def sampling_difference(batch: Batch, logps: dict[int, torch.Tensor]) -> float | None:
+def sampling_difference(rollout: Rollout, logps: dict[int, torch.Tensor]) -> float | None:
     """Mean absolute difference of the tokens' log-probs between sampling and the training pass."""
     total, count = 0.0, 0
     for row, trained in logps.items():
-        sampled = torch.tensor(batch.completions[row].logps, dtype=torch.float32, device=trained.device)
+        sampled = torch.tensor(rollout.completions[row].logps, dtype=torch.float32, device=trained.device)
         total += float((trained - sampled).abs().sum())
         count += len(sampled)
     return total / count if count else None
 
 
-def samples(rollout: Rollout, batch: Batch, prompts: int) -> list[dict[str, Any]]:
+def samples(rollout: Rollout, prompts: int) -> list[dict[str, Any]]:
     """Return the first completion of each of the first few prompts, with its numbers."""
-    group = batch.num_generations
+    assert rollout.questions is not None and rollout.texts is not None
+    group, scores = rollout.num_generations, rollout.scored
     return [
         {
-            "prompt": rollout.examples[row // group].prompt,
+            "prompt": rollout.questions[row // group],
             "completion": rollout.texts[row],
-            "rewards": {name: values[row] for name, values in rollout.scores.by_name.items()},
-            "advantage": batch.advantages[row],
-            "tokens": len(batch.completions[row].ids),
-            "truncated": batch.completions[row].truncated,
-            **{name: values[row] for name, values in rollout.scores.extra.items() if len(values) == len(rollout.texts)},
+            "rewards": {name: values[row] for name, values in scores.by_name.items()},
+            "advantage": rollout.known_advantages[row],
+            "tokens": len(rollout.completions[row].ids),
+            "truncated": rollout.completions[row].truncated,
+            **{name: values[row] for name, values in scores.extra.items() if len(values) == len(rollout.texts)},
         }
-        for row in range(0, len(batch.completions), group)[:prompts]
+        for row in range(0, len(rollout.completions), group)[:prompts]
     ]

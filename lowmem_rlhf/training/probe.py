@@ -24,8 +24,9 @@ from lowmem_rlhf.planning.plan import Plan, make_plan
 from lowmem_rlhf.planning.shapes import prompts_at_once, rollout_rows, row_tokens, samples_completions
 from lowmem_rlhf.recipe.schema import Recipe
 from lowmem_rlhf.rollout.cache import SharedPromptCache
+from lowmem_rlhf.rollout.engine import wave_engine
 from lowmem_rlhf.rollout.sampling import Sampling
-from lowmem_rlhf.rollout.shared_prompt import draw_tiled, start
+from lowmem_rlhf.rollout.wave import draw_tiled
 
 TIGHTEN, RELAX = 1 + MARGIN, 0.90  # of what was planned: beyond these the plan is made once more
 FAILED = 1.25  # taken for the ratio where a phase ran out of memory
@@ -262,7 +263,7 @@ def _rollout(base: SharedBase, recipe: Recipe, plan: Plan) -> None:
     row_prompt = [b for b in range(prompts) for _ in range(each)]
     sampling = Sampling(recipe.generation.temperature)
     with base.role(POLICY), base.decoding(settings.rollout_weights == "dequantized"):
-        state, _ = start(base, [prompt] * prompts, row_prompt, length - 1, settings.micro_batch_tokens)
+        state, _ = wave_engine(base).start([prompt] * prompts, row_prompt, length - 1, settings.micro_batch_tokens)
         tokens = torch.zeros(len(row_prompt), dtype=torch.long, device=base.device)
         if isinstance(state, SharedPromptCache):
             state.skip_to(length - 2)

@@ -4,18 +4,17 @@ from collections.abc import Sequence
 
 from lowmem_rlhf.architecture.adapters import saved_adapter
 from lowmem_rlhf.engine.base import SharedBase
+from lowmem_rlhf.engine.ladder import Ladder
 from lowmem_rlhf.engine.lora import SharedLoraLinear
-from lowmem_rlhf.engine.passes import BatchLimits
 from lowmem_rlhf.engine.roles import CRITIC, INITIAL, POLICY, REWARD
 from lowmem_rlhf.errors import UserError
-from lowmem_rlhf.planning.plan import Plan
 from lowmem_rlhf.recipe.schema import Recipe
 from lowmem_rlhf.recipe.sections import REWARD_ADAPTER
 from lowmem_rlhf.rewards.adapter import AdapterReward
 from lowmem_rlhf.rewards.loading import Reward
 
 
-def add_roles(base: SharedBase, recipe: Recipe, plan: Plan, rewards: Sequence[Reward]) -> None:
+def add_roles(base: SharedBase, recipe: Recipe, rewards: Sequence[Reward]) -> None:
     """Put on the base what a recipe needs besides the policy: its start, a critic, reward adapters.
 
     Raises:
@@ -27,20 +26,30 @@ def add_roles(base: SharedBase, recipe: Recipe, plan: Plan, rewards: Sequence[Re
             base.start_from(saved)
         else:
             base.load_adapter(saved.folder)
-    bind_rewards(base, rewards, BatchLimits(1.0, plan.settings.score_batch_tokens, plan.settings.logits_tile_tokens))
+    bind_rewards(base, rewards)
     if kind := recipe.spec.critic(recipe):
         _add_critic(base, recipe, kind)
 
 
-def bind_rewards(base: SharedBase, rewards: Sequence[Reward], passes: BatchLimits) -> None:
-    """Put the reward adapters on the base; their passes are cut as the settings say.
+def bind_rewards(base: SharedBase, rewards: Sequence[Reward]) -> None:
+    """Put the reward adapters on the base.
 
     Raises:
         UserError: an adapter does not fit the base.
     """
-    for number, one in enumerate(r.function for r in rewards if isinstance(r.function, AdapterReward)):
-        one.bind(base, f"{REWARD}_{number}" if number else REWARD, passes)
+    for number, one in enumerate(_adapters(rewards)):
+        one.bind(base, f"{REWARD}_{number}" if number else REWARD)
         _check_layers(base, one)
+
+
+def share_ladder(rewards: Sequence[Reward], ladder: Ladder) -> None:
+    """Let the passes of the reward adapters be cut as all passes over the base are."""
+    for one in _adapters(rewards):
+        one.ladder = ladder
+
+
+def _adapters(rewards: Sequence[Reward]) -> list[AdapterReward]:
+    return [reward.function for reward in rewards if isinstance(reward.function, AdapterReward)]
 
 
 def _check_layers(base: SharedBase, reward: AdapterReward) -> None:

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from lowmem_rlhf.algorithms.grpo.math import group_advantages, importance_weights, token_loss, token_weights
+from lowmem_rlhf.algorithms.grpo.math import group_advantages, importance_weights, measured_tokens, token_loss
 
 NAN = float("nan")
 
@@ -52,46 +52,17 @@ def test_an_unknown_scale_is_refused():
         advantages([[1.0, 2.0]], "std")
 
 
-LENGTHS = [2, 5, 3]
-WEIGHTS = {
-    "grpo": [1 / 6, 1 / 15, 1 / 9],
-    "bnpo": [1 / 10] * 3,
-    "dapo": [1 / 10] * 3,
-    "dr_grpo": [1 / 24] * 3,
-}
-MASKED = {
-    "grpo": [1 / 6, 0, 1 / 9],  # the masked completion still counts as a completion
-    "bnpo": [1 / 5, 0, 1 / 5],  # its tokens do not
-    "dapo": [1 / 5, 0, 1 / 5],
-    "dr_grpo": [1 / 24, 0, 1 / 24],
-}
-
-
-@pytest.mark.parametrize("loss_type", WEIGHTS)
-def test_token_weights(loss_type):
-    assert token_weights(LENGTHS, [True] * 3, loss_type, 8) == pytest.approx(WEIGHTS[loss_type])
-    assert token_weights(LENGTHS, [True, False, True], loss_type, 8) == pytest.approx(MASKED[loss_type])
-
-
-@pytest.mark.parametrize("loss_type", WEIGHTS)
-def test_weights_of_a_wholly_masked_batch_are_zero(loss_type):
-    assert token_weights(LENGTHS, [False] * 3, loss_type, 8) == [0.0] * 3
-
-
-def test_an_unknown_loss_type_and_unequal_lists_are_refused():
-    with pytest.raises(ValueError, match=r"loss_type: got 'ppo'; allowed are grpo, bnpo, dr_grpo and dapo"):
-        token_weights(LENGTHS, [True] * 3, "ppo", 8)
-    with pytest.raises(ValueError, match="argument"):
-        token_weights(LENGTHS, [True] * 2, "grpo", 8)
-
-
 def loss_of(ratio: float, advantage: float, ref: float = 0.0, beta: float = 0.0):
-    """The loss of one token with log-prob -1, by its ratio to the old policy and its reference's log-prob less 1."""
+    """The loss of one token with log-prob -1, by its ratio to the old policy and its reference's log-prob less 1.
+
+    Returns:
+        The loss, its gradient, and what is measured.
+    """
     logps = torch.tensor([-1.0], requires_grad=True)
-    old = logps.detach() - math.log(ratio)
-    result = token_loss(logps, old, torch.tensor([advantage]), 0.2, 0.3, torch.tensor([-1.0 + ref]), beta)
-    (gradient,) = torch.autograd.grad(result.loss.sum(), logps)
-    return result, gradient.item()
+    inputs = (logps, logps.detach() - math.log(ratio), torch.tensor([advantage]), 0.2, 0.3, torch.tensor([-1.0 + ref]))
+    loss = token_loss(*inputs, beta)
+    (gradient,) = torch.autograd.grad(loss.sum(), logps)
+    return loss.item(), gradient.item(), measured_tokens(*inputs)
 
 
 # ratio, advantage, loss, gradient with respect to the log-prob, clipped low, clipped high (range 0.8 to 1.3)
@@ -109,27 +80,27 @@ CASES = [
 
 @pytest.mark.parametrize(("ratio", "advantage", "loss", "gradient", "low", "high"), CASES)
 def test_the_clipped_surrogate(ratio, advantage, loss, gradient, low, high):
-    result, got = loss_of(ratio, advantage)
-    assert result.loss.item() == pytest.approx(loss, abs=1e-6)
-    assert got == pytest.approx(gradient, abs=1e-6)
-    assert (result.clipped_low.item(), result.clipped_high.item()) == (low, high)
+    got, slope, (_, *clipped) = loss_of(ratio, advantage)
+    assert got == pytest.approx(loss, abs=1e-6)
+    assert slope == pytest.approx(gradient, abs=1e-6)
+    assert [one.item() for one in clipped] == [low, high]
 
 
 @pytest.mark.parametrize("ratio", [1.0, 1.25])
 def test_the_kl_term_is_schulmans_k3_times_the_ratio(ratio):
     k3 = math.exp(0.5) - 0.5 - 1  # ref - logp = 0.5
-    result, gradient = loss_of(ratio, 2.0, ref=0.5, beta=0.04)
-    assert result.kl.item() == pytest.approx(ratio * k3)
-    assert result.loss.item() == pytest.approx(ratio * (-2 + 0.04 * k3))
+    loss, gradient, (kl, _, _) = loss_of(ratio, 2.0, ref=0.5, beta=0.04)
+    assert kl.item() == pytest.approx(ratio * k3)
+    assert loss == pytest.approx(ratio * (-2 + 0.04 * k3))
     # the ratio's derivative is itself: r (k3 + k3') = r (exp(0.5) - 0.5 - 1 + 1 - exp(0.5)) = -0.5 r
     assert gradient == pytest.approx(ratio * (-2 + 0.04 * -0.5), rel=1e-5)
-    assert not result.kl.requires_grad
+    assert not kl.requires_grad
 
 
 def test_without_beta_the_reference_is_only_measured():
-    result, gradient = loss_of(1.0, 2.0, ref=0.5, beta=0.0)
-    assert result.kl.item() == pytest.approx(math.exp(0.5) - 1.5)
-    assert (result.loss.item(), gradient) == (-2.0, -2.0)
+    loss, gradient, (kl, _, _) = loss_of(1.0, 2.0, ref=0.5, beta=0.0)
+    assert kl.item() == pytest.approx(math.exp(0.5) - 1.5)
+    assert (loss, gradient) == (-2.0, -2.0)
 
 
 # two completions of two and three tokens: how much likelier the training pass finds each token than the sampler did
@@ -171,7 +142,7 @@ def test_an_unknown_importance_mode_is_refused():
 def test_importance_weights_leave_the_kl_term_alone():
     def gradient(weight, advantage, beta):
         logps = torch.tensor([-1.0], requires_grad=True)
-        result = token_loss(
+        loss = token_loss(
             logps,
             torch.tensor([-1.0]),
             torch.tensor([advantage]),
@@ -181,7 +152,7 @@ def test_importance_weights_leave_the_kl_term_alone():
             beta,
             torch.tensor([weight]),
         )
-        return torch.autograd.grad(result.loss.sum(), logps)[0].item()
+        return torch.autograd.grad(loss.sum(), logps)[0].item()
 
     assert gradient(0.5, 2.0, 0.0) == pytest.approx(-1.0)
     assert gradient(0.0, 2.0, 0.04) == pytest.approx(0.04 * -0.5)

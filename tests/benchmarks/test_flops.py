@@ -12,15 +12,17 @@ from transformers import DynamicCache
 from lowmem_rlhf.algorithms.grpo import update
 from lowmem_rlhf.algorithms.grpo.settings import GRPOSettings
 from lowmem_rlhf.architecture.dimensions import dimensions_from_config
+from lowmem_rlhf.engine.ladder import RolloutLimits
 from lowmem_rlhf.planning.memory.rollout import kv_bytes_per_token
+from lowmem_rlhf.rollout.engine import wave_engine
 from lowmem_rlhf.rollout.sampling import Sampling
-from lowmem_rlhf.rollout.shared_prompt import Limits, generate
 
 RANK = 4  # of tiny_base
 SHAPES = [(7, [6, 6, 6]), (5, [6, 6, 6])]
 TOKENS = Tokens([7, 5], [6] * 6)
 RECTANGLES = 7 * 7 + 5 * 5 + 3 * 5 * (7 + 5) + 3 * 5 * (5 + 5)  # what attention computes: it masks half of a square
 WHOLE = update.BatchLimits(1.0, 10_000, 64)
+OBJECTIVE = update.Objective.of(GRPOSettings(beta=0.0), 6)
 FAMILIES = ("llama", "llama-tied-biased", "qwen3", "gemma2", "phi", "gpt2")
 
 
@@ -74,7 +76,7 @@ def test_forward_and_backward_take_the_flops_of_the_formula(case, checkpointing)
     base, dims, batch = case
     base.set_gradient_checkpointing(checkpointing)
     with base.role("policy"):
-        found = counted(lambda: update.backward(base, batch, GRPOSettings(beta=0.0), 6, WHOLE, {}))
+        found = counted(lambda: update.backward(base, batch, OBJECTIVE, WHOLE, {}))
     sizes = (dims, RANK, TOKENS.packed, RECTANGLES, TOKENS.scored)
     expected = forward(*sizes) + recomputed(*sizes[:-1], checkpointing) + backward(*sizes)
     assert found == {"products": products(expected), "attention": expected.attention}
@@ -84,7 +86,9 @@ def test_a_rollout_takes_the_flops_of_prefill_and_decoding(case, monkeypatch):
     base, dims, batch = case
     monkeypatch.setattr(type(base), "stop_ids", frozenset())
     with base.role("policy"):
-        found = counted(lambda: generate(base, batch.prompts, 3, 6, Sampling(), Limits(6, 100, 64), 0))
+        found = counted(
+            lambda: wave_engine(base).generate(batch.prompts, 3, 6, Sampling(), RolloutLimits(6, 100, 64), 0)
+        )
     needed = {p.name: p.flops for p in parts(dims, TOKENS, Layout("none", 4, RANK, False), 6, 100, False)}
     expected = needed["prefill"] + needed["decode"]
     assert found["products"] == products(expected)

@@ -13,11 +13,12 @@ from lowmem_rlhf.engine.decode import products as decoding
 from lowmem_rlhf.engine.decode.native import FOUR_BIT_ROWS, NativeProduct, library
 from lowmem_rlhf.engine.decode.products import KERNEL_ROWS, four_bit_layout
 from lowmem_rlhf.engine.grouped_lora import dense_weight
+from lowmem_rlhf.engine.ladder import RolloutLimits
 from lowmem_rlhf.engine.packing import Group, pack
 from lowmem_rlhf.engine.passes import packed_logprobs
 from lowmem_rlhf.engine.roles import POLICY
+from lowmem_rlhf.rollout.engine import wave_engine
 from lowmem_rlhf.rollout.sampling import Sampling
-from lowmem_rlhf.rollout.shared_prompt import Limits, generate
 
 FORMS = [
     "16-bit copy",
@@ -167,7 +168,7 @@ def test_sampling_logps_are_those_of_the_training_pass(base, form):
     prompts = [[5, 6, 7, 8, 9, 10], [20, 21, 22]]
     with base.role(POLICY):
         with lent(base, form):
-            rollout = generate(base, prompts, 8, 24, Sampling(), Limits(16, 64, 16), seed=2)
+            rollout = wave_engine(base).generate(prompts, 8, 24, Sampling(), RolloutLimits(16, 64, 16), seed=2)
         groups, row = [], 0
         for prompt, completions in zip(prompts, rollout, strict=True):
             groups.append(Group(prompt, [c.ids for c in completions], range(row, row + len(completions))))

@@ -13,11 +13,13 @@ from lowmem_rlhf.engine.decode import fast_decoder as lean
 from lowmem_rlhf.engine.decode import native
 from lowmem_rlhf.engine.decode.native import FEW_ROWS, FOUR_BIT_ROWS, NativeDecoder, NativeProduct, few_rows, library
 from lowmem_rlhf.engine.grouped_lora import dense_weight
+from lowmem_rlhf.engine.ladder import RolloutLimits
 from lowmem_rlhf.engine.logprobs import Head
 from lowmem_rlhf.engine.lora import SharedLoraLinear
 from lowmem_rlhf.engine.roles import POLICY, REFERENCE
+from lowmem_rlhf.rollout.engine import wave_engine
 from lowmem_rlhf.rollout.sampling import Sampling
-from lowmem_rlhf.rollout.shared_prompt import Limits, generate, prefill
+from lowmem_rlhf.rollout.shared_prompt import prefill
 
 pytestmark = pytest.mark.skipif(library() is None, reason="no AVX512-bf16 here, or no C compiler")
 HALF = torch.finfo(torch.bfloat16).eps / 2  # the largest relative error of one rounding
@@ -124,7 +126,8 @@ def test_changed_adapters_are_taken(base):
 def test_completions_do_not_depend_on_how_many_are_written_at_once(base):
     with base.role(POLICY), base.decoding(False):
         found = [
-            generate(base, PROMPTS, 5, 24, Sampling(), Limits(rows, 64, 16), seed=3) for rows in (15, 5, 2)
+            wave_engine(base).generate(PROMPTS, 5, 24, Sampling(), RolloutLimits(rows, 64, 16), seed=3)
+            for rows in (15, 5, 2)
         ]  # all of the output head's rows are few
     assert found[0] == found[1] == found[2]
     assert base.lean._natively is True

@@ -28,17 +28,18 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from lowmem_rlhf.engine import base as base_module
 from lowmem_rlhf.engine.base import SharedBase
+from lowmem_rlhf.engine.ladder import RolloutLimits
 from lowmem_rlhf.engine.packing import Group
 from lowmem_rlhf.engine.padded import pad, split_padded
 from lowmem_rlhf.engine.passes import BatchLimits, completion_logprobs, packed_logprobs
 from lowmem_rlhf.engine.roles import POLICY
 from lowmem_rlhf.errors import UserError
+from lowmem_rlhf.rollout.engine import wave_engine
 from lowmem_rlhf.rollout.own_cache import unshared_waves
-from lowmem_rlhf.rollout.rollout import Batch
+from lowmem_rlhf.rollout.rollout import Rollout
 from lowmem_rlhf.rollout.sampling import Sampling
-from lowmem_rlhf.rollout.shared_prompt import Limits, generate
 
-LIMITS = Limits(rows=64, prefill_tokens=24, tile=5)
+LIMITS = RolloutLimits(rows=64, prefill_tokens=24, tile=5)
 
 
 def logprobs(base, groups, max_tokens, weights=None):
@@ -113,10 +114,10 @@ def test_sampling_log_probs_are_those_of_the_training_pass(family, checkpointing
     base.set_gradient_checkpointing(checkpointing)
     prompts = ragged_prompts()
     with base.role(POLICY):
-        rollout = generate(base, prompts, 4, 30, Sampling(1.6), LIMITS, seed=3)
+        rollout = wave_engine(base).generate(prompts, 4, 30, Sampling(1.6), LIMITS, seed=3)
         flat = [c for group in rollout for c in group]
         scored = completion_logprobs(
-            base, Batch(prompts, flat, [1.0] * len(flat), 4).groups(range(len(flat))), BatchLimits(1.6, 200, 16)
+            base, Rollout(prompts, flat, 4).groups(range(len(flat))), BatchLimits(1.6, 200, 16)
         )
     assert len({len(c.ids) for c in flat}) > 4
     for row, completion in enumerate(flat):
@@ -137,11 +138,11 @@ def test_the_same_seed_gives_the_same_completions_however_they_are_batched(famil
     base.model.generation_config.eos_token_id = [EOS, *range(20, 29)]
     prompts = ragged_prompts()
     with base.role(POLICY):
-        want = generate(base, prompts, 4, 24, Sampling(0.9), LIMITS, 3)
-        for limits in (Limits(1, 24, 5), Limits(3, 1, 1), Limits(7, 1000, 1000)):
-            got = generate(base, prompts, 4, 24, Sampling(0.9), limits, 3)
+        want = wave_engine(base).generate(prompts, 4, 24, Sampling(0.9), LIMITS, 3)
+        for limits in (RolloutLimits(1, 24, 5), RolloutLimits(3, 1, 1), RolloutLimits(7, 1000, 1000)):
+            got = wave_engine(base).generate(prompts, 4, 24, Sampling(0.9), limits, 3)
             assert [[(c.ids, c.truncated) for c in g] for g in got] == [[(c.ids, c.truncated) for c in g] for g in want]
-        other = generate(base, prompts, 4, 24, Sampling(0.9), LIMITS, 4)
+        other = wave_engine(base).generate(prompts, 4, 24, Sampling(0.9), LIMITS, 4)
     assert [[c.ids for c in g] for g in other] != [[c.ids for c in g] for g in want]
     assert len({tuple(c.ids) for c in want[0]}) > 1
 
@@ -153,7 +154,7 @@ def test_a_rollout_is_the_same_on_both_paths(family, monkeypatch):
         monkeypatch.setattr(base_module, "why_not_packed", lambda model, reason=reason: reason)
         base, _ = tiny_base(family)
         with base.role(POLICY):
-            results.append(generate(base, ragged_prompts(), 4, 20, Sampling(), LIMITS, 3))
+            results.append(wave_engine(base).generate(ragged_prompts(), 4, 20, Sampling(), LIMITS, 3))
     packed, padded = ([[(c.ids, c.truncated) for c in group] for group in result] for result in results)
     assert packed == padded
 

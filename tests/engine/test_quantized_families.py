@@ -8,10 +8,11 @@ from transformers.pytorch_utils import Conv1D
 from lowmem_rlhf.engine.attention import PackedContext
 from lowmem_rlhf.engine.base import SharedBase
 from lowmem_rlhf.engine.grouped_lora import dense_weight
+from lowmem_rlhf.engine.ladder import RolloutLimits
 from lowmem_rlhf.engine.logprobs import tiled_logprobs
 from lowmem_rlhf.engine.packing import pack
+from lowmem_rlhf.rollout.engine import wave_engine
 from lowmem_rlhf.rollout.sampling import Sampling
-from lowmem_rlhf.rollout.shared_prompt import Limits, generate
 
 FAMILIES = ["llama", "qwen2", "phi", "gpt2"]
 
@@ -58,7 +59,7 @@ def test_a_step_runs_and_equals_that_of_the_same_numbers_in_16_bits(folder, quan
 def test_sampling_runs_on_it(folder, quantization, dequantize):
     base = load(folder, quantization)
     with base.role("policy"), base.decoding(dequantize):
-        groups = generate(base, [[5, 6, 7], [8, 9]], 3, 5, Sampling(), Limits(8, 64, 8), seed=0)
+        groups = wave_engine(base).generate([[5, 6, 7], [8, 9]], 3, 5, Sampling(), RolloutLimits(8, 64, 8), seed=0)
     assert [len(group) for group in groups] == [3, 3]
 
 

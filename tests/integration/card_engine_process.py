@@ -18,19 +18,20 @@ from peft import PeftModel
 from safetensors.torch import save_file
 from tiny_models import as_batch, fill_adapter, ragged_groups, tiny_model, tiny_tokenizer
 
-from lowmem_rlhf.algorithms.grpo.math import token_loss, token_weights
+from lowmem_rlhf.algorithms.grpo.math import token_loss
 from lowmem_rlhf.algorithms.grpo.settings import GRPOSettings
-from lowmem_rlhf.algorithms.grpo.update import backward
+from lowmem_rlhf.algorithms.grpo.update import Objective, backward
 from lowmem_rlhf.engine import attention
 from lowmem_rlhf.engine.base import SharedBase
 from lowmem_rlhf.engine.host_embedding import embeddings_to_host
+from lowmem_rlhf.engine.ladder import RolloutLimits
 from lowmem_rlhf.engine.logprobs import tiled_logprobs
 from lowmem_rlhf.engine.passes import BatchLimits, completion_logprobs
 from lowmem_rlhf.engine.roles import POLICY
 from lowmem_rlhf.hardware.live_bytes import LiveBytes
-from lowmem_rlhf.rollout.rollout import Batch
+from lowmem_rlhf.rollout.engine import wave_engine
+from lowmem_rlhf.rollout.rollout import Rollout
 from lowmem_rlhf.rollout.sampling import Sampling
-from lowmem_rlhf.rollout.shared_prompt import Limits, generate
 
 OUTPUT = Path(sys.argv[2])
 CARD, DEVICE = card_of(sys.argv[1])
@@ -53,10 +54,11 @@ def base_on(device: str, family: str, **changes: Any) -> SharedBase:
     return base
 
 
-def the_batch() -> Batch:
+def the_batch() -> Rollout:
     groups = ragged_groups(shapes=[(7, [6, 1, 9]), (3, [4, 4, 2]), (7, [1, 1, 12])])
     batch = as_batch(groups)
-    return Batch(batch.prompts, batch.completions, [1.2, -0.7, 0.4, -0.5, 0.9, -1.1, 0.3, -0.2, 1.5], 3)
+    advantages = [1.2, -0.7, 0.4, -0.5, 0.9, -1.1, 0.3, -0.2, 1.5]
+    return Rollout(batch.prompts, batch.completions, 3, advantages=advantages)
 
 
 def joined(by_row: dict[int, torch.Tensor]) -> torch.Tensor:
@@ -70,7 +72,7 @@ def gradient(module: torch.nn.Module) -> torch.Tensor:
     return flat
 
 
-def engine(base: SharedBase, batch: Batch) -> Numbers:
+def engine(base: SharedBase, batch: Rollout) -> Numbers:
     """Return log-probs of both roles and the gradient of the update, however it is cut."""
     numbers: Numbers = {}
     rows = range(len(batch.completions))
@@ -83,12 +85,12 @@ def engine(base: SharedBase, batch: Batch) -> Numbers:
         for checkpointing in (False, True):
             base.set_gradient_checkpointing(checkpointing)
             with base.role(POLICY):
-                backward(base, batch, SETTINGS, LIMIT, passes, logps)
+                backward(base, batch, Objective.of(SETTINGS, LIMIT), passes, logps)
             numbers[f"update/{'recomputed' if checkpointing else 'kept'}/{cut}"] = gradient(base.peft)
     return numbers
 
 
-def stock(base: SharedBase, batch: Batch, family: str, device: str) -> Numbers:
+def stock(base: SharedBase, batch: Rollout, family: str, device: str) -> Numbers:
     """Return the same from stock transformers with stock peft, each sequence alone."""
     folder = OUTPUT / f"{family}-{device}-adapter"
     base.save_adapter(folder)
@@ -104,15 +106,15 @@ def stock(base: SharedBase, batch: Batch, family: str, device: str) -> Numbers:
     with model.disable_adapter(), torch.no_grad():
         reference = {row: logps_of(row) for row in rows}
     policy = {row: logps_of(row) for row in rows}
-    lengths = [len(c.ids) for c in batch.completions]
-    weights = token_weights(lengths, [True] * len(lengths), SETTINGS.loss_type, LIMIT)
+    assert SETTINGS.loss_type == "dapo"
+    tokens_of_all = sum(len(c.ids) for c in batch.completions)
     total = torch.zeros((), device=device)
     for row in rows:
         own = policy[row]
-        advantages = torch.full_like(own, batch.advantages[row], requires_grad=False)
+        advantages = torch.full_like(own, batch.known_advantages[row], requires_grad=False)
         epsilon = SETTINGS.epsilon
-        result = token_loss(own, own.detach(), advantages, epsilon, epsilon, reference[row], SETTINGS.beta)
-        total = total + (result.loss * weights[row]).sum()
+        losses = token_loss(own, own.detach(), advantages, epsilon, epsilon, reference[row], SETTINGS.beta)
+        total = total + losses.sum() / tokens_of_all
     total.backward()
     return {
         "stock/policy": joined(policy),
@@ -153,7 +155,7 @@ def sampled(base: SharedBase) -> Numbers:
     numbers: Numbers = {}
     for cut, rows in {"at once": 64, "in waves": 5}.items():
         with base.role(POLICY):
-            groups = generate(base, prompts, 4, 16, Sampling(0.9), Limits(rows, 16, 7), seed=1)
+            groups = wave_engine(base).generate(prompts, 4, 16, Sampling(0.9), RolloutLimits(rows, 16, 7), seed=1)
         flat = [c for group in groups for c in group]
         numbers[f"lengths/{cut}"] = torch.tensor([len(c.ids) for c in flat])
         numbers[f"tokens/{cut}"] = torch.tensor([token for c in flat for token in c.ids])
@@ -161,7 +163,7 @@ def sampled(base: SharedBase) -> Numbers:
     return numbers
 
 
-def without_embeddings(base: SharedBase, batch: Batch) -> Numbers:
+def without_embeddings(base: SharedBase, batch: Rollout) -> Numbers:
     """Return the policy's log-probs with the token embedding in host memory, and the bytes that the card has more."""
     gc.collect()
     before = CARD.live()
@@ -213,10 +215,12 @@ def peaks(device: str, dtype: torch.dtype, counted: bool) -> dict[str, int]:
     passes, found = BatchLimits(1.0, TOKENS, 64), {}
     for _ in range(2):  # the first time makes what stays
         with base.role(POLICY), Peak(device, counted) as peak:
-            groups = generate(base, prompts, GENERATIONS, LENGTH, Sampling(), Limits(16, TOKENS, 64), seed=0)
+            groups = wave_engine(base).generate(
+                prompts, GENERATIONS, LENGTH, Sampling(), RolloutLimits(16, TOKENS, 64), seed=0
+            )
         found["rollout"] = peak.bytes
         completions = [c for group in groups for c in group]
-        batch = Batch(prompts, completions, [(-1.0) ** n for n in range(len(completions))], GENERATIONS)
+        batch = Rollout(prompts, completions, GENERATIONS, advantages=[(-1.0) ** n for n in range(len(completions))])
         with base.role("reference"), Peak(device, counted) as peak:
             reference = completion_logprobs(base, batch.groups(range(len(completions))), passes)
         found["score"] = peak.bytes
@@ -224,7 +228,7 @@ def peaks(device: str, dtype: torch.dtype, counted: bool) -> dict[str, int]:
             base.set_gradient_checkpointing(checkpointing)
             base.peft.zero_grad(set_to_none=True)
             with base.role(POLICY), Peak(device, counted) as peak:
-                backward(base, batch, SETTINGS, LENGTH, passes, reference)
+                backward(base, batch, Objective.of(SETTINGS, LENGTH), passes, reference)
             found[name] = peak.bytes
     return found
 

@@ -18,14 +18,15 @@ from tiny_runs import SYMBOLS, tiny_recipe
 
 from lowmem_rlhf.architecture.stops import written_text
 from lowmem_rlhf.engine.base import SharedBase
+from lowmem_rlhf.engine.ladder import RolloutLimits
 from lowmem_rlhf.hardware.device import Device
 from lowmem_rlhf.inference import opening
 from lowmem_rlhf.inference.chat.show import interact, show
 from lowmem_rlhf.inference.chat.talk import Prompts, Reply, Talk, TextStream, Wish
 from lowmem_rlhf.recipe.sections import DataConfig
 from lowmem_rlhf.rollout import stream as stream_module
+from lowmem_rlhf.rollout.engine import wave_engine
 from lowmem_rlhf.rollout.sampling import Sampling
-from lowmem_rlhf.rollout.shared_prompt import Limits, generate
 from lowmem_rlhf.run.directory import RunDirectory
 from lowmem_rlhf.session.train import train
 
@@ -62,7 +63,9 @@ def expected(base: SharedBase, role: str, prompt: str, sampling: Sampling | None
     """Return the text that a rollout of a prompt has."""
     ids = base.tokenizer(prompt)["input_ids"]
     with base.role(role):
-        [[completion]] = generate(base, [ids], 1, length, sampling or Sampling(0.0), Limits(1, 64, 4), seed)
+        [[completion]] = wave_engine(base).generate(
+            [ids], 1, length, sampling or Sampling(0.0), RolloutLimits(1, 64, 4), seed
+        )
     return written_text(base.tokenizer, completion.ids, base.stop_ids)
 
 

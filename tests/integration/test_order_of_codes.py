@@ -10,13 +10,14 @@ from transformers import AutoModelForCausalLM
 
 from lowmem_rlhf.algorithms.trl.model import RoleModel
 from lowmem_rlhf.engine.base import SharedBase
+from lowmem_rlhf.engine.ladder import RolloutLimits
 from lowmem_rlhf.engine.load import load_base, quantization_settings
 from lowmem_rlhf.engine.logprobs import tiled_logprobs
 from lowmem_rlhf.engine.roles import POLICY, REFERENCE
 from lowmem_rlhf.export.proof.live import role_logits
 from lowmem_rlhf.inference.chat.talk import Talk, Wish
+from lowmem_rlhf.rollout.engine import wave_engine
 from lowmem_rlhf.rollout.sampling import Sampling
-from lowmem_rlhf.rollout.shared_prompt import Limits, generate
 
 IDS = torch.tensor([[5, 9, 60, 7, 8, 30], [5, 9, 61, 7, 20, 4]])
 
@@ -24,7 +25,7 @@ IDS = torch.tensor([[5, 9, 60, 7, 8, 30], [5, 9, 61, 7, 20, 4]])
 def evaluation(base):
     for dequantize in (False, True):
         with torch.no_grad(), base.role(POLICY), base.decoding(dequantize):
-            generate(base, [[5, 6, 7], [8]], 2, 6, Sampling(1.0), Limits(4, 4096, 64), seed=1)
+            wave_engine(base).generate([[5, 6, 7], [8]], 2, 6, Sampling(1.0), RolloutLimits(4, 4096, 64), seed=1)
 
 
 def chat(base):

@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from tiny_runs import learned, tiny_recipe, write_jsonl
 
 from lowmem_rlhf.algorithms.grpo.trainer import GRPO
+from lowmem_rlhf.algorithms.ppo import policy_gradient
 from lowmem_rlhf.algorithms.ppo import trainer as ppo
 from lowmem_rlhf.algorithms.ppo import update as ppo_update
 from lowmem_rlhf.algorithms.ppo.trainer import PPO
@@ -25,7 +26,7 @@ from lowmem_rlhf.planning.run_plan import running_plan
 from lowmem_rlhf.recipe.schema import Recipe
 from lowmem_rlhf.report import html
 from lowmem_rlhf.rewards.loading import load_rewards
-from lowmem_rlhf.rollout.rollout import Batch, Completion
+from lowmem_rlhf.rollout.rollout import Completion, Rollout
 from lowmem_rlhf.run.directory import RunDirectory
 from lowmem_rlhf.session import train as session
 from lowmem_rlhf.session.train import train
@@ -111,17 +112,17 @@ def roles_of(recipe: Recipe) -> SharedBase:
     recipe = session._as_saved(recipe)
     plan = running_plan(recipe)
     base = session.open_base(recipe, plan)
-    build.add_roles(base, recipe, plan, load_rewards(recipe.rewards, "cpu", 0, recipe.model))
+    build.add_roles(base, recipe, load_rewards(recipe.rewards, "cpu", 0, recipe.model))
     return base
 
 
-def some_batch() -> Batch:
+def some_batch() -> Rollout:
     """Return two prompts with two completions each, of the tiny model's tokens."""
     texts = [[5, 6, 7, 1], [8], [4, 9, 12, 10, 3, 1], [11, 5]]
-    return Batch([[3, 21, 4, 25], [9, 21]], [Completion(ids, [], False) for ids in texts], [0.0] * 4, 2)
+    return Rollout([[3, 21, 4, 25], [9, 21]], [Completion(ids, [], False) for ids in texts], 2)
 
 
-def logps_in(base: SharedBase, role: str, batch: Batch | None = None) -> torch.Tensor:
+def logps_in(base: SharedBase, role: str, batch: Rollout | None = None) -> torch.Tensor:
     """Return all log-probs of a batch in a role."""
     batch = batch or some_batch()
     with base.role(role):
@@ -292,7 +293,7 @@ def test_all_roles_lie_on_one_copy_of_the_base(with_all_roles, quantization, dty
     base = session.open_base(recipe, plan)
     logps_in(base, POLICY)
     before, alive = storages(base), weights_alive(base)
-    build.add_roles(base, recipe, plan, load_rewards(recipe.rewards, "cpu", 0, recipe.model))
+    build.add_roles(base, recipe, load_rewards(recipe.rewards, "cpu", 0, recipe.model))
     assert base.roles == {REFERENCE: (INITIAL,), POLICY: (POLICY,), INITIAL: (INITIAL,), REWARD: (REWARD,)} | {
         CRITIC: (INITIAL, CRITIC)
     }
@@ -358,9 +359,8 @@ def rollouts_of(monkeypatch, algorithm: type) -> list[Any]:
 def own_scores(model: Path, reward_model: Path, rollout: Any, group: int = 2) -> list[float]:
     """Return what the reward model as it was trained, with its adapter as the policy, says of a rollout."""
     base = policy_with(model, reward_model)
-    prompts = [example.prompt_ids for example in rollout.examples]
-    batch = Batch(prompts, rollout.completions, [0.0] * len(rollout.completions), group)
-    found = head_outputs(base, POLICY, with_bootstrap_position(batch.groups(range(len(rollout.completions)))), PASSES)
+    groups = rollout.groups(range(len(rollout.completions)))
+    found = head_outputs(base, POLICY, with_bootstrap_position(groups), PASSES)
     return [float(found[row][-1]) for row in range(len(rollout.completions))]
 
 
@@ -384,11 +384,11 @@ def test_a_critic_from_the_reward_says_its_score_at_the_last_token(with_all_role
     monkeypatch.setattr(PPO, "_score", lambda *a: scored.append(original(*a)) or scored[-1])
     train(with_all_roles(ppo={"critic": "reward", "bootstrap_truncated": True}), tmp_path / "run")
     (first, second), (before, after) = rollouts, scored
-    for rollout, (logps, _, values, beyond), equal in ((first, before, True), (second, after, False)):
+    for rollout, roles, equal in ((first, before, True), (second, after, False)):
         wanted = rollout.scores.by_name["reward_adapter"]
-        got = [float(beyond[row]) for row in range(8)]
+        got = [float(roles.critic.bootstrap[row]) for row in range(8)]
         assert (got == pytest.approx(wanted, rel=1e-5, abs=1e-6)) == equal
-        assert all(len(values[row]) == len(logps[row]) for row in range(8))
+        assert all(len(roles.critic.values[row]) == len(roles.logps[row]) for row in range(8))
 
 
 # Completions that no reward applies to
@@ -460,7 +460,7 @@ def test_equal_rewards_teach_rloo_nothing(tiny_model, tmp_path):
 OUT = {
     "the update": (ppo_update, "backward", lambda base, batch, rows, targets, settings, passes, *_: passes),
     "the critic's passes": (ppo, "head_outputs", lambda base, role, groups, passes, *_: passes),
-    "the scoring": (ppo, "score", lambda base, batch, rows, passes, *_: passes),
+    "the scoring": (policy_gradient, "completion_logprobs", lambda base, groups, passes, *_: passes),
 }
 
 
@@ -483,7 +483,8 @@ def test_a_step_goes_on_with_less_memory_and_the_same_result(
     key = "micro_batch_tokens" if where == "the update" else "score_batch_tokens"
     assert f"memory ran out with hardware.{key}=96; going on with 64" in said
     assert said.count("memory ran out") == 1  # from then on it is 64
-    assert (trainer.passes if where == "the update" else trainer.score_passes).micro_batch_tokens == 64
+    tokens = trainer.ladder.micro_batch_tokens if where == "the update" else trainer.ladder.score_batch_tokens
+    assert tokens == 64
     got, want = everything(trainer.run), everything(whole)
     for mine, theirs in zip(got["metrics"], want["metrics"], strict=True):
         for key in ("reward/mean", "completion/mean_length", "loss", "kl", "entropy", "grad_norm", "value/loss"):

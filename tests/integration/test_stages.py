@@ -132,7 +132,7 @@ def test_sft_is_judged_by_its_loss_and_by_its_rewards(sft):
 
 
 def test_sft_without_rewards_samples_nothing_and_counts_epochs(tiny_model, tmp_path, monkeypatch):
-    monkeypatch.setattr("lowmem_rlhf.training.evaluate.generate", lambda *args, **settings: 1 / 0)
+    monkeypatch.setattr("lowmem_rlhf.rollout.wave.WaveEngine.generate", lambda *args, **settings: 1 / 0)
     training = {"num_train_epochs": 2, "prompts_per_step": 5}
     recipe = tiny_recipe(tiny_model, algorithm="sft", rewards=[], sft={"max_length": 32}, training=training)
     run = train(recipe, tmp_path / "run")

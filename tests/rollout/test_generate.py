@@ -7,16 +7,18 @@ import torch
 from tiny_models import CPU, EOS, FAMILIES, VOCAB, fill_adapter, tiny_base, tiny_model, tiny_tokenizer
 
 from lowmem_rlhf.engine.base import SharedBase
+from lowmem_rlhf.engine.ladder import RolloutLimits
 from lowmem_rlhf.engine.passes import BatchLimits, completion_logprobs
 from lowmem_rlhf.engine.roles import POLICY
 from lowmem_rlhf.errors import RunError
 from lowmem_rlhf.rollout import shared_prompt as rollout_module
 from lowmem_rlhf.rollout.cache import SharedPromptCache
-from lowmem_rlhf.rollout.rollout import Batch
+from lowmem_rlhf.rollout.engine import wave_engine
+from lowmem_rlhf.rollout.rollout import Rollout
 from lowmem_rlhf.rollout.sampling import Sampling
-from lowmem_rlhf.rollout.shared_prompt import Limits, generate, waves
+from lowmem_rlhf.rollout.shared_prompt import waves
 
-LIMITS = Limits(rows=64, prefill_tokens=24, tile=5)
+LIMITS = RolloutLimits(rows=64, prefill_tokens=24, tile=5)
 
 
 def ragged_prompts(seed=0, lengths=(7, 3, 1, 12, 7)):
@@ -42,9 +44,9 @@ def test_sampling_log_probs_are_those_of_the_training_pass(family):
     base, _ = stopping_base(family, stops=(EOS, 20, 21, 22))
     prompts, temperature, groups = ragged_prompts(), 1.6, 4
     with base.role(POLICY):
-        rollout = generate(base, prompts, groups, 40, Sampling(temperature), LIMITS, seed=3)
+        rollout = wave_engine(base).generate(prompts, groups, 40, Sampling(temperature), LIMITS, seed=3)
         flat = [c for group in rollout for c in group]
-        batch = Batch(prompts, flat, [1.0] * len(flat), groups)
+        batch = Rollout(prompts, flat, groups)
         scored = completion_logprobs(base, batch.groups(range(len(flat))), BatchLimits(temperature, 200, 16))
     with base.role("reference"):
         other = completion_logprobs(base, batch.groups(range(len(flat))), BatchLimits(temperature, 200, 16))
@@ -63,7 +65,7 @@ def test_greedy_equals_transformers_generate(family):
     base.model.generation_config.eos_token_id = EOS
     prompts = ragged_prompts()
     with base.role(POLICY):
-        got = generate(base, prompts, 1, 24, Sampling(temperature=0.0), LIMITS, seed=0)
+        got = wave_engine(base).generate(prompts, 1, 24, Sampling(temperature=0.0), LIMITS, seed=0)
     stock.generation_config.eos_token_id = EOS
     for prompt, [completion] in zip(prompts, got, strict=True):
         want = stock.generate(
@@ -83,7 +85,9 @@ def test_the_same_seed_gives_the_same_completions_however_they_are_batched(famil
 
     def run(rows, prefill=24, tile=5, seed=3):
         with base.role(POLICY):
-            return generate(base, prompts, 4, 24, Sampling(0.9, top_p=0.95), Limits(rows, prefill, tile), seed)
+            return wave_engine(base).generate(
+                prompts, 4, 24, Sampling(0.9, top_p=0.95), RolloutLimits(rows, prefill, tile), seed
+            )
 
     want = run(64)
     assert [len(group) for group in want] == [4] * len(prompts)
@@ -140,7 +144,7 @@ def test_the_rollout_begins_with_its_longest_prompts(monkeypatch):
 
     monkeypatch.setattr(rollout_module, "prefill", noted)
     with base.role(POLICY):
-        rollout = generate(base, prompts, 2, 4, Sampling(), Limits(4, 24, 5), seed=1)
+        rollout = wave_engine(base).generate(prompts, 2, 4, Sampling(), RolloutLimits(4, 24, 5), seed=1)
     assert filled == [[7, 12], [3, 7], [1]]
     assert [len(group) for group in rollout] == [2] * 5
 
@@ -152,7 +156,7 @@ def test_the_first_logits_are_made_once_a_prompt(length, monkeypatch):
     prompts, groups, positions = ragged_prompts(), 6, []
     hook = base.head.module.register_forward_hook(lambda module, args, out: positions.append(args[0].shape[0]))
     with base.role(POLICY):
-        rollout = generate(base, prompts, groups, length, Sampling(), LIMITS, seed=5)
+        rollout = wave_engine(base).generate(prompts, groups, length, Sampling(), LIMITS, seed=5)
     hook.remove()
     assert sum(positions) == len(prompts) + len(prompts) * groups * (length - 1)
     assert max(positions) <= LIMITS.tile
@@ -164,14 +168,14 @@ def test_a_role_decides_what_is_sampled():
     results = []
     for role in (POLICY, "reference"):
         with base.role(role):
-            results.append(tokens_of(generate(base, ragged_prompts(), 2, 8, Sampling(), LIMITS, seed=1)))
+            results.append(tokens_of(wave_engine(base).generate(ragged_prompts(), 2, 8, Sampling(), LIMITS, seed=1)))
     assert results[0] != results[1]
 
 
 def test_completions_stop_at_any_stop_id_and_say_when_they_were_cut():
     base, _ = stopping_base()
     with base.role(POLICY):
-        rollout = generate(base, ragged_prompts(), 16, 12, Sampling(), LIMITS, seed=5)
+        rollout = wave_engine(base).generate(ragged_prompts(), 16, 12, Sampling(), LIMITS, seed=5)
     flat = [c for group in rollout for c in group]
     ended = [c for c in flat if not c.truncated]
     assert len({c.ids[-1] for c in ended}) > 2  # several different stop ids
@@ -187,7 +191,7 @@ def test_a_stop_token_at_the_very_limit_is_not_truncated():
     base, _ = tiny_base("llama")
     base.model.generation_config.eos_token_id = list(range(VOCAB))
     with base.role(POLICY):
-        rollout = generate(base, ragged_prompts(), 3, 1, Sampling(), LIMITS, seed=5)
+        rollout = wave_engine(base).generate(ragged_prompts(), 3, 1, Sampling(), LIMITS, seed=5)
     assert all(len(c.ids) == 1 and not c.truncated for group in rollout for c in group)
 
 
@@ -195,7 +199,7 @@ def test_a_stop_token_at_the_very_limit_is_not_truncated():
 def test_a_maximum_length_of_one(rows):
     base, _ = tiny_base("llama")
     with base.role(POLICY):
-        rollout = generate(base, ragged_prompts(), 3, 1, Sampling(), Limits(rows, 24, 5), seed=5)
+        rollout = wave_engine(base).generate(ragged_prompts(), 3, 1, Sampling(), RolloutLimits(rows, 24, 5), seed=5)
     flat = [c for group in rollout for c in group]
     assert len(flat) == 15
     assert all(len(c.ids) == len(c.logps) == 1 for c in flat)
@@ -206,7 +210,7 @@ def test_without_any_stop_id_everything_is_truncated():
     base = SharedBase(tiny_model("llama", eos_token_id=None), tiny_tokenizer(None), "tiny", r=4)
     base.model.generation_config.eos_token_id = None
     with base.role(POLICY):
-        rollout = generate(base, ragged_prompts(), 2, 5, Sampling(), LIMITS, seed=5)
+        rollout = wave_engine(base).generate(ragged_prompts(), 2, 5, Sampling(), LIMITS, seed=5)
     assert all(c.truncated and len(c.ids) == 5 for group in rollout for c in group)
 
 
@@ -214,7 +218,9 @@ def test_progress_ends_at_all_completions():
     base, _ = stopping_base()
     calls = []
     with base.role(POLICY):
-        generate(base, ragged_prompts(), 4, 12, Sampling(), Limits(7, 24, 5), 1, lambda *call: calls.append(call))
+        wave_engine(base).generate(
+            ragged_prompts(), 4, 12, Sampling(), RolloutLimits(7, 24, 5), 1, lambda *call: calls.append(call)
+        )
     assert calls[-1] == (20, 20)
     assert [done for done, _ in calls] == sorted({done for done, _ in calls})
 
@@ -224,7 +230,7 @@ def test_sampling_leaves_no_graph_and_changes_nothing():
     before = {name: p.clone() for name, p in base.peft.named_parameters()}
     base.set_gradient_checkpointing(True)
     with base.role(POLICY):
-        generate(base, ragged_prompts(), 2, 5, Sampling(), LIMITS, seed=5)
+        wave_engine(base).generate(ragged_prompts(), 2, 5, Sampling(), LIMITS, seed=5)
     assert all(torch.equal(before[name], p) and p.grad is None for name, p in base.peft.named_parameters())
 
 
@@ -254,7 +260,7 @@ def test_two_token_texts_have_their_exact_probabilities(rows):
     n = 3000 if rows > 100 else 1000
     with base.role(POLICY):
         # three tokens are written, so that the second one comes from a batch that was compacted or not
-        rollout = generate(base, prompts, n, 3, Sampling(), Limits(rows, 64, 512), seed=9)
+        rollout = wave_engine(base).generate(prompts, n, 3, Sampling(), RolloutLimits(rows, 64, 512), seed=9)
     shares = []
     for prompt, completions in zip(prompts, rollout, strict=True):
         counts = {}
@@ -285,7 +291,7 @@ def test_greedy_on_the_real_model_equals_transformers_generate(smollm2_float32):
         for q in questions
     ]
     with base.role("reference"):
-        got = generate(base, prompts, 1, 16, Sampling(temperature=0.0), Limits(8, 512, 8), seed=0)
+        got = wave_engine(base).generate(prompts, 1, 16, Sampling(temperature=0.0), RolloutLimits(8, 512, 8), seed=0)
     for prompt, [completion] in zip(prompts, got, strict=True):
         want = stock.generate(
             input_ids=torch.tensor([prompt]),
@@ -325,7 +331,7 @@ def test_logits_that_are_not_finite_end_the_rollout_with_a_sentence():
     with torch.no_grad():
         base.head.module.weight.fill_(float("nan"))
     with base.role("policy"), pytest.raises(RunError, match="logits are not finite"):
-        generate(base, [[5, 6, 7]], 2, 4, Sampling(), Limits(8, 64, 8), seed=0)
+        wave_engine(base).generate([[5, 6, 7]], 2, 4, Sampling(), RolloutLimits(8, 64, 8), seed=0)
 
 
 def test_large_queries_and_keys_do_not_overflow_float16_while_decoding():

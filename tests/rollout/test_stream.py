@@ -4,10 +4,11 @@ import pytest
 import torch
 from tiny_models import EOS, UNPACKABLE, tiny_base
 
+from lowmem_rlhf.engine.ladder import RolloutLimits
 from lowmem_rlhf.engine.roles import POLICY
 from lowmem_rlhf.errors import RunError
+from lowmem_rlhf.rollout.engine import wave_engine
 from lowmem_rlhf.rollout.sampling import Sampling
-from lowmem_rlhf.rollout.shared_prompt import Limits, generate
 from lowmem_rlhf.rollout.stream import stream
 
 PROMPT = [5, 17, 33, 8, 60, 41, 9]
@@ -17,7 +18,7 @@ FAMILIES = ["llama", "mistral", "gemma2", "gpt2", *UNPACKABLE]  # packable ones 
 
 
 def rollout_of(base, sampling, seed, length=LENGTH):
-    [[completion]] = generate(base, [PROMPT], 1, length, sampling, Limits(1, 64, 4), seed)
+    [[completion]] = wave_engine(base).generate([PROMPT], 1, length, sampling, RolloutLimits(1, 64, 4), seed)
     return completion
 
 

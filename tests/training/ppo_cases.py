@@ -5,19 +5,19 @@ from typing import Any
 
 import torch
 from tiny_models import fill_adapter, tiny_base
-from training_cases import LIMIT, logps_of, passes_of, ragged_batch, shifted
+from training_cases import LIMIT, limits_of, logps_of, ragged_batch, shifted
 
 from lowmem_rlhf.algorithms.common.ppo_family import PPOSettings
 from lowmem_rlhf.algorithms.ppo.update import Rows, Targets, backward
 from lowmem_rlhf.engine.base import SharedBase
 from lowmem_rlhf.engine.passes import BatchLimits, head_outputs, with_bootstrap_position
 from lowmem_rlhf.engine.roles import CRITIC, INITIAL, POLICY
-from lowmem_rlhf.rollout.rollout import Batch
+from lowmem_rlhf.rollout.rollout import Rollout
 
 PROMPTS = (5, 2, 9, 30)
 
 
-def ppo_batch(prompts: Sequence[int] = PROMPTS) -> Batch:
+def ppo_batch(prompts: Sequence[int] = PROMPTS) -> Rollout:
     """Return `ragged_batch` for PPO, which has its advantages in the targets."""
     return ragged_batch([0.0] * 4 * len(prompts), prompts=prompts)
 
@@ -58,7 +58,7 @@ def rows_of(lengths: Sequence[int], seed: int, size: float = 1.0) -> Rows:
 
 def targets_of(
     base: SharedBase,
-    batch: Batch,
+    batch: Rollout,
     temperature: float = 1.0,
     by_sequence: bool = False,
     bootstrap_position: bool = False,
@@ -73,7 +73,7 @@ def targets_of(
     if CRITIC not in base.heads:
         return Targets(old, advantages)
     groups = batch.groups(range(len(lengths)))
-    values = head_outputs(base, CRITIC, with_bootstrap_position(groups) if bootstrap_position else groups, passes_of())
+    values = head_outputs(base, CRITIC, with_bootstrap_position(groups) if bootstrap_position else groups, limits_of())
     old_values = {row: values[row][: len(noise)] + noise for row, noise in rows_of(valued, 2, 0.3).items()}
     returns = {row: old_values[row] + noise for row, noise in rows_of(valued, 3).items()}
     return Targets(old, advantages, old_values, returns, bootstrap_position=bootstrap_position)
@@ -87,10 +87,10 @@ def equal(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
 
 def ppo_gradients(
     base: SharedBase,
-    batch: Batch,
+    batch: Rollout,
     targets: Targets,
     settings: PPOSettings,
-    passes: BatchLimits,
+    limits: BatchLimits,
     rows: Sequence[int] | None = None,
     loss_scale: float = 1.0,
 ) -> tuple[Any, dict[str, torch.Tensor]]:
@@ -98,5 +98,5 @@ def ppo_gradients(
     for p in base.trainable().values():
         p.grad = torch.zeros_like(p)
     rows = range(len(batch.completions)) if rows is None else rows
-    part = backward(base, batch, list(rows), targets, settings, passes, loss_scale)
+    part = backward(base, batch, list(rows), targets, settings, limits, loss_scale)
     return part, {name: p.grad.clone() for name, p in base.trainable().items()}  # type: ignore[union-attr]

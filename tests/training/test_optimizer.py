@@ -8,11 +8,13 @@ import torch
 from torch import nn
 from training_cases import (
     ADVANTAGES,
-    LIMIT,
+    Heard,
     base_of,
     close,
     gradients,
-    passes_of,
+    ladder_of,
+    limits_of,
+    objective_of,
     ragged_batch,
     settings_of,
     stepper_of,
@@ -153,7 +155,7 @@ def test_a_step_without_a_loss_is_still_a_step():
 
 def small_update(base, optimizer, size: float = 1.0, **training):
     batch = ragged_batch([a * size for a in ADVANTAGES])
-    return update(base, optimizer, batch, settings_of(), LIMIT, passes_of(), {}, print)[0]
+    return update(base, optimizer, batch, objective_of(settings_of()), ladder_of(), {}, Heard())
 
 
 def float16(adapter: float = 0.1, **training):
@@ -207,9 +209,9 @@ def test_small_gradients_survive_float16_by_the_scale():
     tiny = 1e-5  # gradients of this size are below the smallest numbers of float16
     base, _ = float16()
     batch = ragged_batch([a * tiny for a in ADVANTAGES])
-    _, lost = gradients(base, batch, settings_of(), passes_of())
-    _, kept = gradients(base, batch, settings_of(), passes_of(), loss_scale=INITIAL_LOSS_SCALE)
-    _, want = gradients(base_of(), batch, settings_of(), passes_of())
+    _, lost = gradients(base, batch, settings_of(), limits_of())
+    _, kept = gradients(base, batch, settings_of(), limits_of(), loss_scale=INITIAL_LOSS_SCALE)
+    _, want = gradients(base_of(), batch, settings_of(), limits_of())
     for name, gradient in kept.items():
         assert close(gradient / INITIAL_LOSS_SCALE, want[name]) < 0.05, name
         assert close(lost[name], want[name]) > 0.3, name

@@ -2,19 +2,21 @@
 
 import pytest
 from tiny_models import tiny_base
-from training_cases import settings_of, stepper_of
+from training_cases import ladder_of, limits_of, objective_of, settings_of, stepper_of
 
 from lowmem_rlhf.algorithms.grpo.update import update
 from lowmem_rlhf.architecture.dimensions import dimensions_from_config
 from lowmem_rlhf.engine.base import SharedBase
-from lowmem_rlhf.engine.passes import BatchLimits, completion_logprobs
+from lowmem_rlhf.engine.ladder import RolloutLimits
+from lowmem_rlhf.engine.passes import completion_logprobs
 from lowmem_rlhf.hardware.live_bytes import LiveBytes
 from lowmem_rlhf.planning.memory.layers import Layer
 from lowmem_rlhf.planning.memory.rollout import decode_scores_bytes, kv_bytes_per_token
 from lowmem_rlhf.planning.shapes import packed_shape
-from lowmem_rlhf.rollout.rollout import Batch
+from lowmem_rlhf.progress import Silence
+from lowmem_rlhf.rollout.engine import wave_engine
+from lowmem_rlhf.rollout.rollout import Rollout
 from lowmem_rlhf.rollout.sampling import Sampling
-from lowmem_rlhf.rollout.shared_prompt import Limits, generate
 
 SIZES = {
     "vocab_size": 256,
@@ -40,9 +42,9 @@ class Step:
 
     def peaks(self, generations: int, length: int, tokens: int, prompts: int = 1) -> dict[str, int]:
         """Return each phase's peak bytes on top of what was live before it, with ``tokens`` a micro-batch."""
-        base, passes, found = self.base, BatchLimits(1.0, tokens, TILE), {}
+        base, found = self.base, {}
         ids = [[(7 * b + i) % SIZES["vocab_size"] for i in range(PROMPT)] for b in range(prompts)]
-        limits = Limits(ROWS, tokens, TILE)
+        limits = RolloutLimits(ROWS, tokens, TILE)
 
         def measured(name, work):
             before = self.counter.current
@@ -53,16 +55,17 @@ class Step:
             return result
 
         with base.role("policy"):
-            groups = measured("rollout", lambda: generate(base, ids, generations, length, Sampling(), limits, 0))
+            groups = measured(
+                "rollout", lambda: wave_engine(base).generate(ids, generations, length, Sampling(), limits, 0)
+            )
         completions = [c for group in groups for c in group]
         assert {len(c.ids) for c in completions} == {length}
-        batch = Batch(ids, completions, [(-1.0) ** n for n in range(len(completions))], generations)
+        batch = Rollout(ids, completions, generations, advantages=[(-1.0) ** n for n in range(len(completions))])
+        rows = batch.groups(range(len(completions)))
         with base.role("reference"):
-            reference = measured(
-                "score", lambda: completion_logprobs(base, batch.groups(range(len(completions))), passes)
-            )
-        settings = settings_of(beta=0.04)
-        measured("update", lambda: update(base, self.optimizer, batch, settings, length, passes, reference, print))
+            reference = measured("score", lambda: completion_logprobs(base, rows, limits_of(tokens, TILE)))
+        objective, ladder = objective_of(settings_of(beta=0.04), length), ladder_of(tokens, TILE)
+        measured("update", lambda: update(base, self.optimizer, batch, objective, ladder, reference, Silence()))
         return found
 
 

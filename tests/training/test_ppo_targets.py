@@ -7,10 +7,11 @@ import pytest
 import torch
 from ppo_cases import rows_of
 
+from lowmem_rlhf.algorithms.build import ALGORITHMS
 from lowmem_rlhf.algorithms.common.padded import unpad_rows
-from lowmem_rlhf.algorithms.ppo.trainer import PPO
+from lowmem_rlhf.algorithms.ppo.policy_gradient import CriticValues, ScoredRollout
 from lowmem_rlhf.recipe.loading import validate_recipe
-from lowmem_rlhf.rollout.rollout import Batch, Completion
+from lowmem_rlhf.rollout.rollout import Completion, Rollout
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "algorithms"))
 from test_ppo_parity import CASES, recording
@@ -20,13 +21,20 @@ def ppo_of(algorithm, settings, generations=1, length=10):
     """Return the algorithm of a recipe with these settings."""
     values = {"model": "none", "algorithm": algorithm, "data": {"train": "arithmetic"}, "rewards": ["length"]}
     generation = {"num_generations": generations, "max_completion_length": length}
-    return PPO(validate_recipe({**values, "generation": generation, "ppo": settings}))
+    return ALGORITHMS[algorithm](validate_recipe({**values, "generation": generation, "ppo": settings}))
 
 
 def answers_of(lengths, cut=(), generations=1):
     """Return the batch of completions of these lengths; rows in ``cut`` did not end."""
     completions = [Completion([5] * n, [0.0] * n, row in cut) for row, n in enumerate(lengths)]
-    return Batch([[7]] * (len(lengths) // generations), completions, [0.0] * len(lengths), generations)
+    return Rollout([[7]] * (len(lengths) // generations), completions, generations)
+
+
+def targets_of(algorithm, rollout, rows, logps, refs, scores, values=None, bootstrap=None):
+    """Return what an algorithm makes of a rollout that has been scored so, and what it measures."""
+    critic = CriticValues(values or {}, bootstrap or {})
+    estimator = algorithm.settings.kl_estimator
+    return algorithm.penalized(ScoredRollout(rollout, list(rows), logps, refs, scores, estimator, critic))
 
 
 # TRL's recorded rollouts
@@ -44,7 +52,7 @@ def targets_from(case, rows):
     beyond = {row: value[-1] for row, value in values.items()}
     batch = answers_of(lengths.tolist())
     algorithm = ppo_of("ppo", settings, length=case.width)
-    return algorithm._targets(batch, range(len(rows)), logps, refs, values, beyond, rollout.scores[rows])
+    return targets_of(algorithm, batch, range(len(rows)), logps, refs, rollout.scores[rows], values, beyond)
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -92,7 +100,7 @@ def test_a_completion_without_a_reward_makes_its_group_smaller():
     def others(row):
         return [answers[other] for other in rows if other // 3 == row // 3 and other != row]
 
-    made, metrics = ppo_of("rloo", settings, 3)._targets(batch, rows, logps, refs, {}, {}, scores)
+    made, metrics = targets_of(ppo_of("rloo", settings, 3), batch, rows, logps, refs, scores)
     for row in rows:
         want = answers[row] - sum(others(row)) / len(others(row)) if others(row) else 0.0
         assert made.advantages[row].tolist() == pytest.approx([want], abs=1e-5)
@@ -101,7 +109,7 @@ def test_a_completion_without_a_reward_makes_its_group_smaller():
     assert metrics["objective/kl"] == pytest.approx(sum(float(k.sum()) for k in kl.values()) / len(rows), abs=1e-6)
 
     baseline = ppo_of("reinforce_plus_plus", {**settings, "group_baseline": True}, 3)
-    made, _ = baseline._targets(batch, rows, logps, refs, {}, {}, scores)
+    made, _ = targets_of(baseline, batch, rows, logps, refs, scores)
     means = {0: (1 + 0.5 - 0.25) / 3, 1: 1.0, 2: 3.0}
     following = {}
     for row, score in zip(rows, scores.tolist(), strict=True):
@@ -121,7 +129,7 @@ def test_an_answer_that_was_cut_is_worth_what_the_critic_expects_from_there():
     beyond = {0: torch.tensor(7.0), 1: torch.tensor(7.0)}
     scores = torch.tensor([1.0, 1.0])
     ppo = ppo_of("ppo", {"bootstrap_truncated": True, "lam": 1.0, "gamma": 0.5})
-    made, _ = ppo._targets(batch, [0, 1], logps, logps, values, beyond, scores)
+    made, _ = targets_of(ppo, batch, [0, 1], logps, logps, scores, values, beyond)
     assert made.returns[0].tolist() == [0.5, 1.0]
     assert made.returns[1].tolist() == [0.25 * 7 + 0.5, 0.5 * 7 + 1.0]
 
@@ -130,7 +138,7 @@ def test_the_coefficient_adapts_after_it_was_used():
     batch = answers_of((2, 2))
     logps, refs = ({0: torch.full((2,), v), 1: torch.full((2,), v)} for v in (-1.0, -3.0))
     ppo = ppo_of("reinforce_plus_plus", {"kl_coef": 0.1, "kl_target": 2.0, "kl_horizon": 10})
-    _, metrics = ppo._targets(batch, [0, 1], logps, refs, {}, {}, torch.tensor([1.0, 0.0]))
+    _, metrics = targets_of(ppo, batch, [0, 1], logps, refs, torch.tensor([1.0, 0.0]))
     assert metrics["objective/kl"] == 4.0
     assert metrics["objective/kl_coef"] == 0.1
     assert metrics["objective/non_score_reward"] == pytest.approx(-0.4)

@@ -7,15 +7,15 @@ import torch
 from peft import LoraConfig, get_peft_model
 from ppo_cases import add_critic, base_with, equal, ppo_batch, ppo_gradients, ppo_settings, targets_of
 from tiny_models import tiny_base
-from training_cases import LIMIT, close, logps_of, passes_of, recipe_of, shifted, stepper_of, weights
+from training_cases import LIMIT, Heard, close, ladder_of, limits_of, logps_of, recipe_of, shifted, stepper_of, weights
 
-from lowmem_rlhf.algorithms.ppo import trainer as ppo
+from lowmem_rlhf.algorithms.ppo import policy_gradient
 from lowmem_rlhf.algorithms.ppo import update as ppo_update
 from lowmem_rlhf.algorithms.ppo.update import Targets, mini_batches, update
 from lowmem_rlhf.engine.roles import CRITIC, INITIAL, POLICY
 from lowmem_rlhf.recipe.loading import validate_recipe
 from lowmem_rlhf.report import html
-from lowmem_rlhf.rollout.rollout import Batch
+from lowmem_rlhf.rollout.rollout import Rollout
 from lowmem_rlhf.session.train import train
 
 CLOSE = 1e-5
@@ -34,11 +34,11 @@ PLAIN = [("critic on the policy", 0.0), ("whole completions", 0.0)]  # without a
 
 def check_splits(base, batch, targets, settings, splits):
     """Compare splits with the whole mini-batch: loss, every gradient, every metric."""
-    whole, want = ppo_gradients(base, batch, targets, settings, passes_of(1_000_000))
+    whole, want = ppo_gradients(base, batch, targets, settings, limits_of(1_000_000))
     assert all(gradient.norm() > 0 for gradient in want.values()), "every parameter has a gradient"
     fed = set()
     for tokens, tile in splits:
-        part, got = ppo_gradients(base, batch, targets, settings, passes_of(tokens, tile))
+        part, got = ppo_gradients(base, batch, targets, settings, limits_of(tokens, tile))
         fed.add(part.tokens)
         assert part.loss == pytest.approx(whole.loss, rel=CLOSE, abs=1e-6)
         assert part.entropy == pytest.approx(whole.entropy, rel=CLOSE)
@@ -74,9 +74,9 @@ def test_recomputed_layers_have_the_same_gradients(kind):
     critic, how = KINDS[kind]
     base, batch, settings = base_with(critic), ppo_batch(), ppo_settings(entropy_coef=0.01)
     targets = targets_of(base, batch, **how)
-    _, want = ppo_gradients(base, batch, targets, settings, passes_of())
+    _, want = ppo_gradients(base, batch, targets, settings, limits_of())
     base.set_gradient_checkpointing(True)
-    part, got = ppo_gradients(base, batch, targets, settings, passes_of(40, 5))
+    part, got = ppo_gradients(base, batch, targets, settings, limits_of(40, 5))
     assert all(close(got[name], want[name]) < CLOSE for name in want)
     assert part.tokens > 0
 
@@ -92,15 +92,15 @@ def test_splits_of_padded_rows_agree_too(family, kind):
 def test_a_mini_batch_is_normalised_by_itself_and_gradients_scale_with_the_loss():
     base, batch, settings = base_with("adapter"), ppo_batch(), ppo_settings()
     targets, rows = targets_of(base, batch), [0, 3, 7, 8, 14]
-    part, want = ppo_gradients(base, batch, targets, settings, passes_of(), rows)
-    alone = Batch([batch.prompts[row // 4] for row in rows], [batch.completions[row] for row in rows], [0.0] * 5, 1)
+    part, want = ppo_gradients(base, batch, targets, settings, limits_of(), rows)
+    alone = Rollout([batch.prompts[row // 4] for row in rows], [batch.completions[row] for row in rows], 1)
     fields = (targets.old_logps, targets.advantages, targets.old_values, targets.returns)
     other, got = ppo_gradients(
-        base, alone, Targets(*({i: f[row] for i, row in enumerate(rows)} for f in fields)), settings, passes_of()
+        base, alone, Targets(*({i: f[row] for i, row in enumerate(rows)} for f in fields)), settings, limits_of()
     )
     assert part.loss == pytest.approx(other.loss, rel=CLOSE)
     assert part.scored == sum(len(batch.completions[row].ids) for row in rows)
-    _, scaled = ppo_gradients(base, batch, targets, settings, passes_of(), rows, loss_scale=4096.0)
+    _, scaled = ppo_gradients(base, batch, targets, settings, limits_of(), rows, loss_scale=4096.0)
     for name in want:
         assert close(got[name], want[name]) < CLOSE, name
         assert close(scaled[name], want[name] * 4096) < CLOSE, name
@@ -204,7 +204,7 @@ def test_the_gradient_is_plain_autograds(kind, entropy_coef):
     add_critic(base, critic)
     batch, settings = ppo_batch(), ppo_settings(entropy_coef=entropy_coef, vf_coef=0.3)
     targets = targets_of(base, batch, temperature=0.7, **how)
-    part, got = ppo_gradients(base, batch, targets, settings, passes_of(60, 7, temperature=0.7))
+    part, got = ppo_gradients(base, batch, targets, settings, limits_of(60, 7, temperature=0.7))
     loss, want = plain_gradients(base, stock, batch, targets, settings, temperature=0.7)
     assert part.loss == pytest.approx(loss, rel=CLOSE, abs=1e-6)
     assert got.keys() == want.keys()
@@ -234,14 +234,13 @@ def run_update(drift=0.0, **changes):
     rows = [row for row in range(12) if row != 6]
     targets = targets_of(base, batch)
     old = shifted(logps_of(base, batch, POLICY), by=drift)
-    targets = Targets(old, targets.advantages, targets.old_values, targets.returns)
+    fields = (old, targets.advantages, targets.old_values, targets.returns)
+    targets = Targets(*({row: field[row] for row in rows} for field in fields))
     optimizer = stepper_of(base.trainable(), total=100, learning_rate=0.05)
-    said: list[str] = []
-    shown: list[tuple[int, int]] = []
-    result, tokens = update(
-        base, optimizer, batch, rows, targets, settings, passes_of(70), "seed", said.append, lambda *n: shown.append(n)
-    )
-    return SimpleNamespace(base=base, optimizer=optimizer, result=result, tokens=tokens, said=said, shown=shown)
+    ladder, heard = ladder_of(70), Heard()
+    result = update(base, optimizer, batch, targets, settings, ladder, "seed", heard)
+    tokens = ladder.micro_batch_tokens
+    return SimpleNamespace(base=base, optimizer=optimizer, result=result, tokens=tokens, **vars(heard))
 
 
 def test_all_epochs_are_taken_and_counted():
@@ -311,10 +310,10 @@ def test_the_first_epoch_is_on_the_policy_that_sampled(
     results = []
 
     def recorded(*args):
-        results.append(update(*args)[0])
-        return results[-1], args[6].micro_batch_tokens
+        results.append(update(*args))
+        return results[-1]
 
-    monkeypatch.setattr(ppo, "update", recorded)
+    monkeypatch.setattr(policy_gradient, "update", recorded)
     monkeypatch.setattr(html, "write_report", lambda run: None)  # the most of a tiny run's time
     hardware = {"quantization": quantization, "compute_dtype": dtype, "micro_batch_tokens": 60}
     small = recipe_of(

@@ -61,7 +61,7 @@ def case(folder, algorithm="grpo", **hardware):
     recipe = planned(recipe, plan)
     settings = plan.settings
     base = SharedBase.load(str(folder), torch.device("cpu"), settings.quantization, settings.compute_dtype)
-    add_roles(base, recipe, plan, [])
+    add_roles(base, recipe, [])
     if algorithm == "reward_model":
         base.add_head("policy", std=0.1)
     return base, recipe, plan

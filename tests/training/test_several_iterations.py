@@ -3,11 +3,13 @@
 import pytest
 import torch
 from training_cases import (
-    LIMIT,
+    Heard,
     base_of,
     gradients,
+    ladder_of,
+    limits_of,
     logps_of,
-    passes_of,
+    objective_of,
     ragged_batch,
     settings_of,
     stepper_of,
@@ -20,7 +22,7 @@ from lowmem_rlhf.algorithms.grpo.update import update
 def updated(lr: float = 1e-3, tokens: int = 40, **settings):
     base, batch = base_of(), ragged_batch()
     optimizer = stepper_of(base.trainable(), learning_rate=lr, lr_scheduler_type="constant")
-    stats, _ = update(base, optimizer, batch, settings_of(**settings), LIMIT, passes_of(tokens), {}, print)
+    stats = update(base, optimizer, batch, objective_of(settings_of(**settings)), ladder_of(tokens), {}, Heard())
     return base, stats, optimizer
 
 
@@ -49,12 +51,12 @@ def test_every_iteration_takes_the_log_probs_from_before_the_first(iterations):
 
     by_hand, batch = base_of(), ragged_batch()
     own = stepper_of(by_hand.trainable(), learning_rate=0.02, lr_scheduler_type="constant")
-    first, _ = gradients(by_hand, batch, settings_of(), passes_of(40))
+    first, _ = gradients(by_hand, batch, settings_of(), limits_of(40))
     norms = [own.step()]
     tokens = first.tokens
     for _ in range(iterations - 1):
         by_hand.adapters_changed()
-        again, _ = gradients(by_hand, batch, settings_of(), passes_of(40), old_logps=first.logps)
+        again, _ = gradients(by_hand, batch, settings_of(), limits_of(40), old_logps=first.logps)
         tokens += again.tokens
         norms.append(own.step())
 
@@ -66,5 +68,5 @@ def test_every_iteration_takes_the_log_probs_from_before_the_first(iterations):
 def test_the_learning_rate_schedule_counts_iterations():
     base = base_of()
     optimizer = stepper_of(base.trainable(), total=4, learning_rate=1.0, lr_scheduler_type="linear")
-    update(base, optimizer, ragged_batch(), settings_of(num_iterations=3), LIMIT, passes_of(), {}, print)
+    update(base, optimizer, ragged_batch(), objective_of(settings_of(num_iterations=3)), ladder_of(), {}, Heard())
     assert optimizer.learning_rate == pytest.approx(0.25)

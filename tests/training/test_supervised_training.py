@@ -2,7 +2,6 @@
 
 import math
 from collections import Counter, defaultdict
-from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -11,7 +10,7 @@ import torch.nn.functional as F
 from peft import PeftModel
 from safetensors.torch import load_file
 from tiny_models import CPU, EOS, VOCAB, tiny_base
-from training_cases import Talk, close, make_tokenizer, recipe_of
+from training_cases import Talk, close, ladder_of, make_tokenizer, recipe_of
 
 from lowmem_rlhf.algorithms.build import make_trainer
 from lowmem_rlhf.algorithms.common.epochs import with_epochs
@@ -70,7 +69,7 @@ def make(model_folder, tmp_path):
         plan = running_plan(recipe)
         run = RunDirectory.create(tmp_path / f"run-{len(list(tmp_path.iterdir()))}", recipe, plan.to_dict(), False)
         made = kind(recipe, plan, base, train, held_out, run)
-        made.passes = replace(made.passes, micro_batch_tokens=tokens)
+        made.ladder.micro_batch_tokens = tokens
         return made
 
     return trainer
@@ -316,7 +315,8 @@ def test_the_reward_scores_what_the_reward_model_scored(make, tmp_path):
     base.save_adapter(tmp_path / "adapter")
     reward = load_adapter_reward("liking", str(tmp_path / "adapter"), "tiny/llama")
     other, _ = tiny_base("llama", adapter=0.3)
-    reward.bind(other, "reward", BatchLimits(1.0, 16, 64))
+    reward.bind(other, "reward")
+    reward.ladder = ladder_of(16)
     held_out = pairs(seed=7)
     prompts = [pair.prompt_ids for pair in held_out for _ in range(2)]
     answers = [ids for pair in held_out for ids in (pair.chosen_ids, pair.rejected_ids)]
@@ -450,7 +450,7 @@ def test_a_step_goes_on_with_less_memory_and_the_same_result(algorithm, model_fo
     monkeypatch.setattr(supervised, name, limited)
     trainer = built(model_folder, algorithm, tmp_path / "less", prompts_per_step=10)
     metrics, mine = one_step(trainer)
-    assert trainer.passes.micro_batch_tokens == 64 < whole.passes.micro_batch_tokens
+    assert trainer.ladder.micro_batch_tokens == 64 < whole.ladder.micro_batch_tokens
     assert metrics["loss"] == pytest.approx(wanted["loss"], abs=1e-6)
     assert all(close(mine[key], gradients[key]) < 1e-4 for key in gradients)
 

@@ -13,6 +13,7 @@ from lowmem_rlhf.algorithms.grpo import trainer as grpo
 from lowmem_rlhf.algorithms.grpo import update as update_module
 from lowmem_rlhf.engine.decode import fast_decoder as lean
 from lowmem_rlhf.errors import RunError
+from lowmem_rlhf.rollout.shared_prompt import SharedPromptEngine
 from lowmem_rlhf.training import online
 from lowmem_rlhf.training.optimizer import Optimizer
 
@@ -153,8 +154,14 @@ def test_samples_are_written_with_their_numbers(whole):
 
 def test_every_step_has_random_numbers_of_its_own_and_every_seed_others(model_folder, tmp_path, monkeypatch):
     seeds = []
-    original = online.generate
-    monkeypatch.setattr(online, "generate", lambda *a, **kw: seeds.append(kw["seed"]) or original(*a, **kw))
+    original = SharedPromptEngine.generate
+
+    def generate(engine, prompts, count, *args, seed, **kwargs):
+        if count == 4:  # of a step; the evaluation has the same numbers every time
+            seeds.append(seed)
+        return original(engine, prompts, count, *args, seed=seed, **kwargs)
+
+    monkeypatch.setattr(SharedPromptEngine, "generate", generate)
     for seed in (0, 1):
         train(trainer_of(recipe_of(model_folder, training={"seed": seed}), tmp_path / str(seed)))
     assert len(set(seeds)) == len(seeds) == 8
@@ -297,8 +304,20 @@ def fed(base, batch, *_):
 
 # what runs out, its limit, the sizes after the run: completions at once, tokens in a micro-batch
 OUT = {
-    "rollout": (online, "generate", lambda base, prompts, count, length, sampling, limits: limits.rows, 5, (4, 4096)),
-    "evaluation": (online, "evaluate", lambda base, examples, recipe, rewards, limits, *_: limits.rows, 8, (8, 4096)),
+    "rollout": (
+        SharedPromptEngine,
+        "generate",
+        lambda engine, prompts, count, length, sampling, limits: limits.rows,
+        5,
+        (4, 4096),
+    ),
+    "evaluation": (
+        online,
+        "evaluate",
+        lambda base, engine, examples, recipe, rewards, limits, *_: limits.rows,
+        8,
+        (8, 4096),
+    ),
     "scoring": (
         grpo,
         "completion_logprobs",
@@ -309,7 +328,7 @@ OUT = {
     "update": (
         update_module,
         "backward",
-        lambda base, batch, settings, length, passes, *_: passes.micro_batch_tokens,
+        lambda base, batch, objective, passes, *_: passes.micro_batch_tokens,
         200,
         (16, 128),
     ),
@@ -325,8 +344,9 @@ def test_a_step_goes_on_with_less_memory_and_the_same_result(model_folder, tmp_p
     _, said = train(trainer)
     assert said
     assert all("the device's memory ran out with hardware." in line for line in said)
-    passes = trainer.score_passes if where == "scoring" else trainer.passes
-    assert (trainer.limits.rows, passes.micro_batch_tokens) == sizes
+    ladder = trainer.ladder
+    tokens = ladder.score_batch_tokens if where == "scoring" else ladder.micro_batch_tokens
+    assert (ladder.rollout_batch_size, tokens) == sizes
     for mine, theirs in zip(trainer.run.metrics(), whole[0].metrics(), strict=True):
         for key in ("reward/mean", "completion/mean_length", "loss", "kl", "entropy", "grad_norm"):
             assert mine[key] == pytest.approx(theirs[key], rel=1e-3, abs=1e-5), key

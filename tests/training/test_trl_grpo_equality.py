@@ -18,12 +18,15 @@ from training_cases import (
     LIMIT,
     LOSS_TYPES,
     REWARDS,
+    Heard,
     base_of,
     close,
     drawn_with,
     gradients,
+    ladder_of,
+    limits_of,
     logps_of,
-    passes_of,
+    objective_of,
     ragged_batch,
     settings_of,
     shifted,
@@ -36,7 +39,7 @@ from lowmem_rlhf.algorithms.grpo.math import group_advantages
 from lowmem_rlhf.algorithms.grpo.metrics import update_metrics
 from lowmem_rlhf.algorithms.grpo.update import update
 from lowmem_rlhf.engine.base import SharedBase
-from lowmem_rlhf.rollout.rollout import Batch
+from lowmem_rlhf.rollout.rollout import Rollout
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 TOLERANCE = 1e-4
@@ -59,7 +62,7 @@ class Oracle:
     def __init__(
         self,
         base: SharedBase,
-        batches: list[Batch],
+        batches: list[Rollout],
         rewards: list[list[list[float]]],
         folder: Path,
         tokenizer: Any,
@@ -214,7 +217,7 @@ def test_loss_and_gradients(loss_type, beta, off_policy, changes, other, tmp_pat
     loss, theirs = oracle.gradients(inputs)
 
     stats, ours = gradients(
-        base, batch, settings_of(**settings), passes_of(tokens=40, temperature=temperature), ref=ref, old_logps=old
+        base, batch, settings_of(**settings), limits_of(tokens=40, temperature=temperature), ref=ref, old_logps=old
     )
 
     assert abs(loss) > 1e-3 or not (off_policy or beta)  # on the policy and without KL the loss is a mean advantage
@@ -269,8 +272,8 @@ def test_importance_correction(mode, loss_type, beta, off_policy, masked, tmp_pa
     loss, theirs = oracle.gradients(inputs)
 
     asked = settings_of(**settings, **own)
-    stats, ours = gradients(base, batch, asked, passes_of(tokens=40), ref=ref, old_logps=old)
-    _, without = gradients(base, batch, settings_of(**settings), passes_of(), ref=ref, old_logps=old)
+    stats, ours = gradients(base, batch, asked, limits_of(tokens=40), ref=ref, old_logps=old)
+    _, without = gradients(base, batch, settings_of(**settings), limits_of(), ref=ref, old_logps=old)
 
     assert stats.loss == pytest.approx(loss, rel=TOLERANCE, abs=1e-7)
     for name, gradient in ours.items():
@@ -340,7 +343,7 @@ def test_optimizer_steps_of_trls_own_loop(loss_type, beta, accumulate, iteration
     settings = settings_of(loss_type=loss_type, beta=beta, num_iterations=iterations)
     for batch in batches:
         ref = logps_of(base, batch, "reference") if beta else {}
-        stats, _ = update(base, optimizer, batch, settings, LIMIT, passes_of(tokens=40), ref, print)
+        stats = update(base, optimizer, batch, objective_of(settings), ladder_of(tokens=40), ref, Heard())
     assert oracle.calls == 2
     assert logged[-1]["grad_norm"] > norm  # so that clipping took part
     assert stats.grad_norm == pytest.approx(logged[-1]["grad_norm"], rel=1e-3)

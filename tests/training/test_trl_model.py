@@ -193,7 +193,7 @@ def test_the_gradient_does_not_depend_on_how_a_step_is_cut(model, tmp_path, chec
         hardware = {"micro_batch_tokens": tokens, "gradient_checkpointing": checkpointing}
         loop = loop_of(trl_recipe(model, "trl/dpo", file, hardware=hardware), tmp_path)
         if tokens == 64:  # less than what the plan allows, as after memory ran out
-            loop.passes = loop.passes.__class__(1.0, 20, 64)
+            loop.ladder.micro_batch_tokens = 20
         calls, compute = [], loop.trainer.compute_loss
 
         def counted(*args, calls=calls, compute=compute, **kwargs):
@@ -226,7 +226,7 @@ def test_a_step_that_runs_out_of_memory_goes_on_with_less(model, tmp_path, monke
     monkeypatch.setattr(loop.trainer, "compute_loss", short)
     got, gradients = step(loop)
     assert seen[0] == 24 and sum(rows for rows in seen if rows <= 12) == 24
-    assert loop.passes.micro_batch_tokens < 4096 and policy.fed == got["tokens/trained"]
+    assert loop.ladder.micro_batch_tokens < 4096 and policy.fed == got["tokens/trained"]
     shared = {key: value for key, value in whole.items() if key != "tokens/trained"}
     assert {key: got[key] for key in shared} == pytest.approx(shared, rel=1e-4, abs=1e-5)
     assert all(close(gradients[n], g) < 1e-5 for n, g in want.items() if float(g.norm()) > 1e-6)

@@ -11,8 +11,9 @@ from training_cases import (
     close,
     drawn_with,
     gradients,
+    limits_of,
     logps_of,
-    passes_of,
+    objective_of,
     ragged_batch,
     settings_of,
     shifted,
@@ -41,12 +42,12 @@ def batch():
 def test_any_split_gives_the_whole_batches_gradient(base, batch, loss_type, beta):
     settings = settings_of(loss_type=loss_type, beta=beta, mask_truncated_completions=loss_type == "bnpo")
     logps = {"ref": logps_of(base, batch, "reference"), "old_logps": shifted(logps_of(base, batch, "policy"))}
-    whole, want = gradients(base, batch, settings, passes_of(1_000_000), **dict(logps))
-    groups = batch.groups(rows_to_train(batch, settings))
+    whole, want = gradients(base, batch, settings, limits_of(1_000_000), **dict(logps))
+    groups = batch.groups(rows_to_train(batch, objective_of(settings)))
     counts = set()
     for tokens, tile in [(1, 1), (9, 1000), (17, 7), (40, 3), (90, 64)]:
         counts.add(len(split_groups(groups, tokens)))
-        stats, got = gradients(base, batch, settings, passes_of(tokens, tile), **dict(logps))
+        stats, got = gradients(base, batch, settings, limits_of(tokens, tile), **dict(logps))
         assert stats.loss == pytest.approx(whole.loss, rel=TOLERANCE, abs=1e-6)  # terms of size 1 that nearly cancel
         assert (stats.kl_tokens, stats.scored) == (whole.kl_tokens, whole.scored)
         assert stats.entropy == pytest.approx(whole.entropy, rel=TOLERANCE)
@@ -56,7 +57,7 @@ def test_any_split_gives_the_whole_batches_gradient(base, batch, loss_type, beta
             assert want[name].norm() > 0, name
             assert close(gradient, want[name]) < TOLERANCE, (name, tokens)
     assert len(counts) >= 4  # the splits differ, from one completion a micro-batch on
-    assert max(counts) == len(rows_to_train(batch, settings))
+    assert max(counts) == len(rows_to_train(batch, objective_of(settings)))
 
 
 @pytest.mark.parametrize("mode", ["token_truncate", "token_mask", "sequence_truncate", "sequence_mask"])
@@ -70,9 +71,9 @@ def test_any_split_gives_the_same_corrected_gradient(base, batch, mode):
         importance_sampling_clip_max=1.25,
     )
     logps = {"ref": logps_of(base, batch, "reference"), "old_logps": shifted(policy)}
-    whole, want = gradients(base, drawn, settings, passes_of(1_000_000), **dict(logps))
+    whole, want = gradients(base, drawn, settings, limits_of(1_000_000), **dict(logps))
     for tokens, tile in [(1, 1), (17, 7), (90, 64)]:
-        stats, got = gradients(base, drawn, settings, passes_of(tokens, tile), **dict(logps))
+        stats, got = gradients(base, drawn, settings, limits_of(tokens, tile), **dict(logps))
         assert stats.loss == pytest.approx(whole.loss, rel=TOLERANCE, abs=1e-6)
         for name, gradient in got.items():
             assert close(gradient, want[name]) < TOLERANCE, (name, tokens)
@@ -80,8 +81,8 @@ def test_any_split_gives_the_same_corrected_gradient(base, batch, mode):
 
 def test_a_correction_of_equal_log_probs_changes_nothing(base, batch):
     drawn = drawn_with(batch, logps_of(base, batch, "policy"))
-    _, plain = gradients(base, drawn, settings_of(), passes_of())
-    _, corrected = gradients(base, drawn, settings_of(importance_sampling_correction=True), passes_of())
+    _, plain = gradients(base, drawn, settings_of(), limits_of())
+    _, corrected = gradients(base, drawn, settings_of(importance_sampling_correction=True), limits_of())
     for name, gradient in corrected.items():
         assert close(gradient, plain[name]) < TOLERANCE, name
 
@@ -89,9 +90,9 @@ def test_a_correction_of_equal_log_probs_changes_nothing(base, batch):
 @pytest.mark.parametrize("loss_type", LOSS_TYPES)
 def test_leaving_out_completions_without_advantage_is_exact(base, batch, loss_type, monkeypatch):
     settings = settings_of(loss_type=loss_type)
-    skipped, got = gradients(base, batch, settings, passes_of())
+    skipped, got = gradients(base, batch, settings, limits_of())
     monkeypatch.setattr(update, "rows_to_train", lambda batch, settings: list(range(len(batch.completions))))
-    full, want = gradients(base, batch, settings, passes_of())
+    full, want = gradients(base, batch, settings, limits_of())
     assert skipped.tokens < full.tokens - 30  # the last prompt is not run at all
     assert len(skipped.logps) == len(batch.completions) - 9
     assert skipped.loss == pytest.approx(full.loss, rel=TOLERANCE, abs=1e-6)
@@ -102,18 +103,18 @@ def test_leaving_out_completions_without_advantage_is_exact(base, batch, loss_ty
 def test_which_completions_are_trained(batch):
     without = [2, 5, 10, 13, 15, 16, 17, 18, 19]
     rows = list(range(20))
-    assert rows_to_train(batch, settings_of(beta=0.04)) == rows
-    assert rows_to_train(batch, settings_of()) == [n for n in rows if n not in without]
+    assert rows_to_train(batch, objective_of(settings_of(beta=0.04))) == rows
+    assert rows_to_train(batch, objective_of(settings_of())) == [n for n in rows if n not in without]
     masked = settings_of(beta=0.04, mask_truncated_completions=True)
-    assert rows_to_train(batch, masked) == [n for n in rows if n not in (4, 9)]
+    assert rows_to_train(batch, objective_of(masked)) == [n for n in rows if n not in (4, 9)]
 
 
 def test_gradients_add_up_over_calls_and_scale_with_the_loss_scale(base, batch):
     settings = settings_of()
-    _, once = gradients(base, batch, settings, passes_of())
-    _, scaled = gradients(base, batch, settings, passes_of(), loss_scale=4096.0)
+    _, once = gradients(base, batch, settings, limits_of())
+    _, scaled = gradients(base, batch, settings, limits_of(), loss_scale=4096.0)
     with base.role("policy"):
-        update.backward(base, batch, settings, 12, passes_of(), {})
+        update.backward(base, batch, objective_of(settings, 12), limits_of(), {})
     for name, parameter in base.trainable().items():
         torch.testing.assert_close(scaled[name], once[name] * 4096)
         assert close(parameter.grad, once[name] * 4097) < TOLERANCE
@@ -121,7 +122,7 @@ def test_gradients_add_up_over_calls_and_scale_with_the_loss_scale(base, batch):
 
 def test_a_batch_without_any_signal_has_no_gradient(base):
     batch = ragged_batch([0.0] * 12)
-    stats, got = gradients(base, batch, settings_of(), passes_of())
+    stats, got = gradients(base, batch, settings_of(), limits_of())
     assert (stats.loss, stats.scored, stats.tokens, stats.logps) == (0.0, 0, 0, {})
     assert all(not g.any() for g in got.values())
 
@@ -129,8 +130,8 @@ def test_a_batch_without_any_signal_has_no_gradient(base):
 def test_bfloat16_splits_agree_as_far_as_bfloat16_does(batch):
     base = base_of(dtype=torch.bfloat16)
     assert base.device == CPU
-    _, want = gradients(base, batch, settings_of(), passes_of())
-    _, got = gradients(base, batch, settings_of(), passes_of(9, 3))
+    _, want = gradients(base, batch, settings_of(), limits_of())
+    _, got = gradients(base, batch, settings_of(), limits_of(9, 3))
     for name, gradient in got.items():
         assert gradient.dtype == torch.float32
         assert close(gradient, want[name]) < 0.05, name

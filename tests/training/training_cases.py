@@ -15,12 +15,13 @@ from tiny_models import EOS, VOCAB, fill_adapter, tiny_model
 
 from lowmem_rlhf.algorithms.build import make_trainer
 from lowmem_rlhf.algorithms.grpo.settings import GRPOSettings
-from lowmem_rlhf.algorithms.grpo.update import UpdateStats, backward
+from lowmem_rlhf.algorithms.grpo.update import Objective, UpdateStats, backward
 from lowmem_rlhf.data.examples import TrainingData
 from lowmem_rlhf.data.prompts import build_examples
 from lowmem_rlhf.data.sources import load_rows
 from lowmem_rlhf.display.live import LiveView
 from lowmem_rlhf.engine.base import SharedBase
+from lowmem_rlhf.engine.ladder import Ladder
 from lowmem_rlhf.engine.passes import BatchLimits, completion_logprobs
 from lowmem_rlhf.engine.roles import POLICY
 from lowmem_rlhf.planning.run_plan import running_plan
@@ -28,7 +29,7 @@ from lowmem_rlhf.recipe.loading import validate_recipe
 from lowmem_rlhf.recipe.schema import Recipe
 from lowmem_rlhf.recipe.sections import TrainingConfig
 from lowmem_rlhf.rewards.loading import Reward
-from lowmem_rlhf.rollout.rollout import Batch, Completion
+from lowmem_rlhf.rollout.rollout import Completion, Rollout
 from lowmem_rlhf.run.directory import RunDirectory
 from lowmem_rlhf.training.online import Trainer
 from lowmem_rlhf.training.optimizer import Optimizer
@@ -52,7 +53,7 @@ def close(a: torch.Tensor, b: torch.Tensor) -> float:
 
 def ragged_batch(
     advantages: Sequence[float] = ADVANTAGES, seed: int = 0, prompts: Sequence[int] = (5, 2, 9), vocab: int = VOCAB
-) -> Batch:
+) -> Rollout:
     """Return prompts with four completions each; all end with the end token but the `TRUNCATED`, at the limit."""
     draw = random.Random(seed)
 
@@ -66,7 +67,7 @@ def ragged_batch(
         else:
             length = draw.randrange(0, LIMIT - 1)
             completions.append(Completion([*tokens(length), EOS], [0.0] * (length + 1), False))
-    return Batch([tokens(n) for n in prompts], completions, list(advantages), 4)
+    return Rollout([tokens(n) for n in prompts], completions, 4, advantages=list(advantages))
 
 
 def base_of(tie: bool = False, adapter: float = 0.1, dtype: torch.dtype = torch.float32, **changes: Any) -> SharedBase:
@@ -83,9 +84,34 @@ def settings_of(**changes: Any) -> GRPOSettings:
     return GRPOSettings.model_validate(changes)
 
 
-def passes_of(tokens: int = 10_000, tile: int = 64, temperature: float = 1.0) -> BatchLimits:
+def objective_of(settings: GRPOSettings, length: int = LIMIT) -> Objective:
+    """Return what GRPO minimises with these settings."""
+    return Objective.of(settings, length)
+
+
+def limits_of(tokens: int = 10_000, tile: int = 64, temperature: float = 1.0) -> BatchLimits:
     """Return how passes are cut; by default not at all."""
     return BatchLimits(temperature, tokens, tile)
+
+
+def ladder_of(tokens: int = 10_000, tile: int = 64, temperature: float = 1.0) -> Ladder:
+    """Return a ladder whose passes are cut as those of `limits_of`."""
+    sizes = {"micro_batch_tokens": tokens, "score_batch_tokens": tokens, "logits_tile_tokens": tile}
+    return Ladder(CPU, rollout_batch_size=16, temperature=temperature, **sizes)
+
+
+class Heard:
+    """A display that keeps what was said, and how far each phase was."""
+
+    def __init__(self) -> None:
+        self.said: list[str] = []
+        self.shown: list[tuple[int, int | None]] = []
+
+    def phase(self, name: str, done: int = 0, total: int | None = None) -> None:
+        self.shown.append((done, total))
+
+    def message(self, text: str) -> None:
+        self.said.append(text)
 
 
 def stepper_of(
@@ -95,15 +121,15 @@ def stepper_of(
     scale_loss: bool = False,
     **training: Any,
 ) -> Optimizer:
-    """Return a optimizer; ``training`` are keys of the recipe's section."""
+    """Return an optimizer; ``training`` are keys of the recipe's section."""
     return Optimizer(parameters, TrainingConfig.model_validate(training), optim, total, CPU, scale_loss)
 
 
-def logps_of(base: SharedBase, batch: Batch, role: str, temperature: float = 1.0) -> dict[int, torch.Tensor]:
+def logps_of(base: SharedBase, batch: Rollout, role: str, temperature: float = 1.0) -> dict[int, torch.Tensor]:
     """Return the log-probs of all completions in a role."""
     with base.role(role):
         return completion_logprobs(
-            base, batch.groups(range(len(batch.completions))), passes_of(temperature=temperature)
+            base, batch.groups(range(len(batch.completions))), limits_of(temperature=temperature)
         )
 
 
@@ -113,20 +139,20 @@ def shifted(logps: dict[int, torch.Tensor], by: float = 0.5, seed: int = 5) -> d
     return {row: v + (2 * torch.rand(v.shape, generator=generator) - 1) * by for row, v in sorted(logps.items())}
 
 
-def drawn_with(batch: Batch, logps: dict[int, torch.Tensor]) -> Batch:
+def drawn_with(batch: Rollout, logps: dict[int, torch.Tensor]) -> Rollout:
     """Return the batch as if its tokens had been sampled with these log-probs."""
     drawn = [replace(c, logps=logps[row].tolist()) for row, c in enumerate(batch.completions)]
     return replace(batch, completions=drawn)
 
 
 def gradients(
-    base: SharedBase, batch: Batch, settings: GRPOSettings, passes: BatchLimits, **logps: Any
+    base: SharedBase, batch: Rollout, settings: GRPOSettings, limits: BatchLimits, **logps: Any
 ) -> tuple[UpdateStats, dict[str, torch.Tensor]]:
     """Return what `backward` gives, and every adapter parameter's gradient."""
     for p in base.trainable().values():
         p.grad = torch.zeros_like(p)
     with base.role(POLICY):
-        stats = backward(base, batch, settings, LIMIT, passes, logps.pop("ref", {}), **logps)
+        stats = backward(base, batch, objective_of(settings), limits, logps.pop("ref", {}), **logps)
     return stats, {name: p.grad.clone() for name, p in base.trainable().items()}  # type: ignore[union-attr]
 
 

@@ -60,7 +60,7 @@ def loop_of(recipe: Recipe, folder: Path) -> TRLLoop:
         lora_alpha=8,
         seed=recipe.training.seed,
     )
-    add_roles(base, recipe, plan, [])
+    add_roles(base, recipe, [])
     rows = load_rows(recipe.data, "train", recipe.training.seed)
     held_out = load_rows(recipe.data, "eval", recipe.training.seed) if recipe.data.eval_size else []
     path = folder / f"run-{len(list(folder.iterdir()))}"

@@ -19,7 +19,6 @@ from lowmem_rlhf.engine.whole import in_body
 from lowmem_rlhf.errors import UserError
 from lowmem_rlhf.files import begin_folder, finish_folder
 from lowmem_rlhf.hardware.detect import detect
-from lowmem_rlhf.hardware.memory import retry_with_smaller
 from lowmem_rlhf.recipe.sections import LearnedReward, TrainingConfig
 from lowmem_rlhf.rewards.encoder import Encoder, batches_by_tokens, load_encoder
 from lowmem_rlhf.training.optimizer import Optimizer
@@ -159,10 +158,7 @@ def _gradient(encoder: Encoder, optimizer: Optimizer, ids: list[list[int]], targ
         return total
 
     longest = max(len(one) for one in ids)
-    size = max(longest, encoder.batch_tokens)
-    loss, fitted = retry_with_smaller(work, size, longest, "batch_tokens", encoder.model.device, print)
-    encoder.batch_tokens = min(encoder.batch_tokens, fitted)
-    return loss
+    return encoder.within_memory(work, longest, "batch_tokens", print)
 
 
 def _measure(encoder: Encoder, held_out: LabelledTexts, labels: list[str]) -> dict[str, float]:

@@ -1,17 +1,15 @@
 """GRPO: the mathematics alone, on numbers and vectors, without a model.
 
-Group-relative advantages (DeepSeekMath, arXiv 2402.03300), the loss normalisations of GRPO, BNPO, Dr. GRPO
-(arXiv 2503.20783) and DAPO (arXiv 2503.14476), asymmetric clipping (DAPO), the k3 estimate of the KL divergence, and
-bounded importance weights for the difference between sampling and training pass (TIS, "Your Efficient RL Framework
-Secretly Brings You Off-Policy RL Training", Yao et al. 2025).
-Names and numbers agree with TRL 1.16, which is the oracle in the tests.
+Group-relative advantages (DeepSeekMath, arXiv 2402.03300), asymmetric clipping (DAPO, arXiv 2503.14476), the k3
+estimate of the KL divergence, and bounded importance weights for the difference between sampling and training pass
+(TIS, "Your Efficient RL Framework Secretly Brings You Off-Policy RL Training", Yao et al. 2025). `losses` normalises
+them. Names and numbers agree with TRL 1.16, which is the oracle in the tests.
 
 Shapes: B prompts, G completions a prompt, N = B * G, S scored tokens of a micro-batch.
 """
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 
@@ -41,41 +39,6 @@ def _nanstd(x: torch.Tensor, dim: int) -> torch.Tensor:
     count = (~x.isnan()).sum(dim, keepdim=True)
     squares = (x - x.nanmean(dim, keepdim=True)).square().nansum(dim, keepdim=True)
     return (squares / (count - 1).clamp(min=1)).sqrt()
-
-
-def token_weights(lengths: Sequence[int], counted: Sequence[bool], loss_type: str, max_length: int) -> list[float]:
-    """Return for each completion the weight of one of its tokens in the loss: the loss is the weighted sum.
-
-    The weights are those of the whole batch, so any split into micro-batches adds up to the same loss.
-
-    Args:
-        lengths: tokens of each of the N completions.
-        counted: whether the completion takes part (False: truncated and masked).
-        loss_type: ``grpo`` (mean over a completion, then over completions), ``bnpo`` and ``dapo`` (mean over all
-            tokens; TRL's differ only in which batch that is), ``dr_grpo`` (sum over N * max_length).
-        max_length: the limit on completion tokens, for ``dr_grpo``.
-    """
-    count = len(lengths)
-    total = max(sum(n for n, c in zip(lengths, counted, strict=True) if c), 1)
-    if loss_type == "grpo":
-        weights = [1.0 / (count * n) for n in lengths]
-    elif loss_type in ("bnpo", "dapo"):
-        weights = [1.0 / total] * count
-    elif loss_type == "dr_grpo":
-        weights = [1.0 / (count * max_length)] * count
-    else:
-        raise ValueError(f"loss_type: got {loss_type!r}; allowed are grpo, bnpo, dr_grpo and dapo")
-    return [w if c else 0.0 for w, c in zip(weights, counted, strict=True)]
-
-
-@dataclass(frozen=True)
-class TokenLoss:
-    """Per-token results, all (S,): the loss, the divergence from the reference (r * k3), and clip indicators."""
-
-    loss: torch.Tensor
-    kl: torch.Tensor
-    clipped_low: torch.Tensor
-    clipped_high: torch.Tensor
 
 
 @torch.no_grad()
@@ -122,8 +85,8 @@ def token_loss(
     ref_logps: torch.Tensor,
     beta: float,
     weights: torch.Tensor | None = None,
-) -> TokenLoss:
-    """Return the clipped surrogate ``-w min(r A, clip(r, 1 - low, 1 + high) A) + beta * r * k3`` for each token.
+) -> torch.Tensor:
+    """Return the clipped surrogate ``-w min(r A, clip(r, 1 - low, 1 + high) A) + beta * r * k3`` for each token (S,).
 
     The ratio r makes the KL term's gradient the unbiased one of the reverse KL, on the policy too, where r is 1 but
     not its gradient (DeepSeek-V3.2, arXiv 2512.02556; TRL's ``use_bias_correction_kl``, its default).
@@ -132,7 +95,7 @@ def token_loss(
         logps: (S,) of the policy, differentiable.
         old_logps: (S,) of the policy that sampled; its own detached values in the first iteration.
         advantages: (S,) of each token's completion.
-        ref_logps: (S,) of the reference; only measured when beta is 0.
+        ref_logps: (S,) of the reference; not read when beta is 0.
         beta: weight of the `k3` term.
         weights: (S,) w, see `importance_weights`; None: 1. They weigh the surrogate alone, as in TRL.
     """
@@ -141,10 +104,27 @@ def token_loss(
     loss = -torch.minimum(ratio * advantages, clipped * advantages)
     if weights is not None:
         loss = loss * weights
-    kl = ratio * k3(logps, ref_logps)
     if beta:
-        loss = loss + beta * kl
-    with torch.no_grad():
-        low = (ratio < 1 - epsilon_low) & (advantages < 0)
-        high = (ratio > 1 + epsilon_high) & (advantages > 0)
-    return TokenLoss(loss, kl.detach(), low, high)
+        loss = loss + beta * (ratio * k3(logps, ref_logps))
+    return loss
+
+
+@torch.no_grad()
+def measured_tokens(
+    logps: torch.Tensor,
+    old_logps: torch.Tensor,
+    advantages: torch.Tensor,
+    epsilon_low: float,
+    epsilon_high: float,
+    ref_logps: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return what is measured of each token, all (S,), whatever the loss; see `token_loss` for the arguments.
+
+    Returns:
+        The divergence from the reference (r * k3), and whether the token is outside of the clip range, below and above,
+        where its advantage would take it further out.
+    """
+    ratio = (logps - old_logps).exp()
+    low = (ratio < 1 - epsilon_low) & (advantages < 0)
+    high = (ratio > 1 + epsilon_high) & (advantages > 0)
+    return ratio * k3(logps, ref_logps), low, high

@@ -6,11 +6,11 @@ import torch
 
 from lowmem_rlhf.algorithms.grpo.settings import GRPOSettings
 from lowmem_rlhf.algorithms.grpo.update import UpdateStats, sampling_correction
-from lowmem_rlhf.rollout.rollout import Batch
+from lowmem_rlhf.rollout.rollout import Rollout
 from lowmem_rlhf.training.metrics import sampling_difference
 
 
-def update_metrics(batch: Batch, stats: UpdateStats, settings: GRPOSettings) -> dict[str, Any]:
+def update_metrics(rollout: Rollout, stats: UpdateStats, settings: GRPOSettings) -> dict[str, Any]:
     """Return what the update measured; KL, entropy and difference are means over tokens, before the update."""
     return {
         "kl": stats.kl / stats.kl_tokens if stats.kl_tokens else None,
@@ -20,22 +20,22 @@ def update_metrics(batch: Batch, stats: UpdateStats, settings: GRPOSettings) -> 
         "clip_ratio/low": stats.clipped_low / max(stats.clip_tokens, 1),
         "clip_ratio/high": stats.clipped_high / max(stats.clip_tokens, 1),
         "tokens/trained": stats.tokens,
-        "sampling/logp_difference": sampling_difference(batch, stats.logps),
-        **_correction(batch, stats.logps, settings),
+        "sampling/logp_difference": sampling_difference(rollout, stats.logps),
+        **_correction(rollout, stats.logps, settings),
     }
 
 
-def _correction(batch: Batch, logps: dict[int, torch.Tensor], settings: GRPOSettings) -> dict[str, float | None]:
+def _correction(rollout: Rollout, logps: dict[int, torch.Tensor], settings: GRPOSettings) -> dict[str, float | None]:
     """Return mean and extremes of the importance weights over tokens (completions with a mode of sequences), if any."""
     if not settings.importance_sampling_correction:
         return {}
     by_sequence = settings.importance_sampling_mode.startswith("sequence")
-    found = [sampling_correction(batch, [row], old, settings) for row, old in logps.items()]
-    kept = [values[:1] if by_sequence else values for values in found if values is not None]
+    by_row = [sampling_correction(rollout, [row], old, settings) for row, old in logps.items()]
+    weighed = [values[:1] if by_sequence else values for values in by_row if values is not None]
     name = "sampling/importance_sampling_ratio"
-    if not kept:
+    if not weighed:
         return {f"{name}/{kind}": None for kind in ("min", "mean", "max")}
-    weights = torch.cat(kept)
+    weights = torch.cat(weighed)
     return {
         f"{name}/{kind}": float(value)
         for kind, value in (("min", weights.min()), ("mean", weights.mean()), ("max", weights.max()))

@@ -1,10 +1,15 @@
 """The recipe's section `grpo`. Loads without torch."""
 
-from typing import Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, ValidatorFunctionWrapHandler, WrapValidator, model_validator
 
 from lowmem_rlhf.recipe.section import Section
+
+
+def _own_function(value: Any, chosen: ValidatorFunctionWrapHandler) -> Any:
+    """Let a ``path.py:function`` pass beside the choices."""
+    return value if isinstance(value, str) and ":" in value else chosen(value)
 
 
 class GRPOSettings(Section):
@@ -13,7 +18,8 @@ class GRPOSettings(Section):
     beta: float = Field(0.0, ge=0)
     epsilon: float = Field(0.2, gt=0, lt=1)
     epsilon_high: float | None = Field(None, gt=0)
-    loss_type: Literal["grpo", "bnpo", "dr_grpo", "dapo"] = "dapo"
+    # or a loss of one's own as path.py:function, see `algorithms.grpo.losses`
+    loss_type: Annotated[Literal["grpo", "bnpo", "dr_grpo", "dapo"], WrapValidator(_own_function)] = "dapo"
     scale_rewards: Literal["group", "batch", "none"] = "group"
     num_iterations: int = Field(1, ge=1)
     mask_truncated_completions: bool = False

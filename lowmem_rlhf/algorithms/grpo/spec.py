@@ -23,5 +23,6 @@ SPEC = AlgorithmSpec(
     updates=lambda recipe: recipe.grpo.num_iterations,
     compares=_compares,
     in_fits=True,
+    check="lowmem_rlhf.algorithms.grpo.losses:check_loss",
     learner="lowmem_rlhf.algorithms.grpo.trainer:GRPO",
 )

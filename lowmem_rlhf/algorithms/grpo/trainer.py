@@ -7,56 +7,45 @@ import torch
 
 from lowmem_rlhf.algorithms.grpo.math import group_advantages
 from lowmem_rlhf.algorithms.grpo.metrics import update_metrics
-from lowmem_rlhf.algorithms.grpo.update import measure, rows_to_train, update
+from lowmem_rlhf.algorithms.grpo.update import Objective, UpdateStats, measure, rows_to_train, update
 from lowmem_rlhf.engine.passes import BatchLimits, completion_logprobs
 from lowmem_rlhf.engine.roles import POLICY, REFERENCE
 from lowmem_rlhf.progress import Progress
 from lowmem_rlhf.recipe.schema import Recipe
-from lowmem_rlhf.rollout.rollout import Batch
-from lowmem_rlhf.training.metrics import Rollout, all_alike
-from lowmem_rlhf.training.online import Learned
+from lowmem_rlhf.rollout.rollout import Rollout
+from lowmem_rlhf.training.loop import StepOutput
+from lowmem_rlhf.training.metrics import all_alike
 
 if TYPE_CHECKING:
     from lowmem_rlhf.training.online import Trainer
 
 
 class GRPO:
-    """Group-relative policy optimisation with a recipe's settings."""
+    """Group-relative policy optimisation with a recipe's settings.
+
+    Raises:
+        UserError: the loss of ``grpo.loss_type`` cannot be used.
+    """
 
     def __init__(self, recipe: Recipe) -> None:
-        self.settings, self.group = recipe.grpo, recipe.generation.num_generations
-        self.max_length = recipe.generation.max_completion_length
+        self.objective = Objective.of(recipe.grpo, recipe.generation.max_completion_length)
+        self.settings = recipe.grpo
 
-    def learn(self, rollout: Rollout, trainer: "Trainer", progress: Progress) -> Learned:
+    def learn(self, rollout: Rollout, trainer: "Trainer", progress: Progress) -> StepOutput:
         """Take the optimizer steps on one rollout."""
-        base, settings = trainer.base, self.settings
         with trainer.timed("score"):
-            batch = self._batch(rollout)
-            rows = rows_to_train(batch, settings)
-            ref_logps = self._reference(batch, rows, trainer, progress)
-            quiet = None
-            if not rows:  # what the metrics tell of the policy in a step that trains nothing
-                with base.role(POLICY):
-                    quiet = measure(base, batch, trainer.score_passes, ref_logps)
+            rollout = replace(rollout, advantages=self._advantages(rollout))
+            rows = rows_to_train(rollout, self.objective)
+            ref_logps = self._reference(rollout, rows, trainer, progress)
+            quiet = None if rows else self._measured(rollout, ref_logps, trainer, progress)
         with trainer.timed("update"):
-            stats, tokens = update(
-                base,
-                trainer.optimizer,
-                batch,
-                settings,
-                self.max_length,
-                trainer.passes,
-                ref_logps,
-                progress.message,
-                lambda done, total: progress.phase("update", done, total),
+            stats = update(
+                trainer.base, trainer.optimizer, rollout, self.objective, trainer.ladder, ref_logps, progress
             )
-        trainer.passes = replace(trainer.passes, micro_batch_tokens=tokens)
         if quiet:
             stats = replace(quiet, loss=stats.loss, grad_norm=stats.grad_norm)
-        # without an advantage there is no signal: the KL term's gradient is zero while policy and reference agree
-        alike = all_alike(rollout)
-        signal = [row for row in rows if batch.advantages[row] and not alike[row]]
-        return Learned(batch, update_metrics(batch, stats, settings), signal)
+        learned = sum(len(rollout.completions[row].ids) for row in self._with_signal(rollout, rows))
+        return StepOutput(update_metrics(rollout, stats, self.settings), learned, rollout=rollout)
 
     def state(self) -> dict[str, Any]:
         """GRPO keeps nothing between steps."""
@@ -65,27 +54,43 @@ class GRPO:
     def load_state(self, state: dict[str, Any]) -> None:
         """GRPO keeps nothing between steps."""
 
-    def _batch(self, rollout: Rollout) -> Batch:
-        rewards = torch.tensor(rollout.scores.total, dtype=torch.float32, device="cpu").view(-1, self.group)
-        advantages = group_advantages(rewards, self.settings.scale_rewards)
-        prompts = [example.prompt_ids for example in rollout.examples]
-        return Batch(prompts, rollout.completions, advantages.flatten().tolist(), self.group)
+    def _advantages(self, rollout: Rollout) -> list[float]:
+        rewards = torch.tensor(rollout.scored.total, dtype=torch.float32, device="cpu")
+        grouped = rewards.view(-1, rollout.num_generations)
+        return group_advantages(grouped, self.settings.scale_rewards).flatten().tolist()
+
+    def _with_signal(self, rollout: Rollout, rows: list[int]) -> list[int]:
+        """Return the trained rows that teach something.
+
+        Without an advantage there is no signal: the KL term's gradient is zero while policy and reference agree.
+        """
+        if not self.objective.loss.needs_advantage:
+            return rows
+        alike, advantages = all_alike(rollout), rollout.known_advantages
+        return [row for row in rows if advantages[row] and not alike[row]]
+
+    def _measured(
+        self, rollout: Rollout, ref_logps: dict[int, torch.Tensor], trainer: "Trainer", progress: Progress
+    ) -> UpdateStats:
+        """Return what the metrics tell of the policy in a step that trains nothing."""
+        with trainer.base.role(POLICY):
+            return trainer.ladder.score(
+                lambda limits: measure(trainer.base, rollout, limits, ref_logps), progress.message
+            )
 
     def _reference(
-        self, batch: Batch, rows: list[int], trainer: "Trainer", progress: Progress
+        self, rollout: Rollout, rows: list[int], trainer: "Trainer", progress: Progress
     ) -> dict[int, torch.Tensor]:
         """Score the reference: on all trained rows with beta, otherwise on one a group, to measure the KL."""
         if not self.settings.beta:
-            rows = list({row // batch.num_generations: row for row in rows}.values())
-        rows = rows or list(range(0, len(batch.completions), batch.num_generations))
+            rows = list({row // rollout.num_generations: row for row in rows}.values())
+        rows = rows or list(range(0, len(rollout.completions), rollout.num_generations))
 
         def shown(done: int, total: int) -> None:
             progress.phase("score", done, total)
 
-        def work(passes: BatchLimits) -> dict[int, torch.Tensor]:
+        def work(limits: BatchLimits) -> dict[int, torch.Tensor]:
             with trainer.base.role(REFERENCE):
-                return completion_logprobs(
-                    trainer.base, batch.groups(rows), passes, lambda done, total: progress.phase("score", done, total)
-                )
+                return completion_logprobs(trainer.base, rollout.groups(rows), limits, shown)
 
-        return trainer.scored(work, progress)
+        return trainer.ladder.score(work, progress.message)

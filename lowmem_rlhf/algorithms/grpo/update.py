@@ -4,22 +4,47 @@ What is left out: nothing of GRPO. A completion whose advantage is zero has a gr
 KL term; it is not run through the model then, but it counts in every mean of the loss.
 """
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 
 import torch
 
 from lowmem_rlhf.algorithms.common.kl import k3
-from lowmem_rlhf.algorithms.grpo.math import importance_weights, token_loss, token_weights
+from lowmem_rlhf.algorithms.grpo.losses import Loss, LossInputs, load_loss
+from lowmem_rlhf.algorithms.grpo.math import importance_weights, measured_tokens
 from lowmem_rlhf.algorithms.grpo.settings import GRPOSettings
 from lowmem_rlhf.engine.base import SharedBase
+from lowmem_rlhf.engine.ladder import Ladder
 from lowmem_rlhf.engine.packing import PackedBatch
-from lowmem_rlhf.engine.passes import LEAST_TOKENS, BatchLimits, micro_batches, packed_logprobs
+from lowmem_rlhf.engine.passes import BatchLimits, micro_batches, packed_logprobs
 from lowmem_rlhf.engine.roles import POLICY
-from lowmem_rlhf.hardware.memory import retry_with_smaller
-from lowmem_rlhf.progress import ProgressCallback
-from lowmem_rlhf.rollout.rollout import Batch
+from lowmem_rlhf.progress import Progress, ProgressCallback
+from lowmem_rlhf.rollout.rollout import Rollout
 from lowmem_rlhf.training.optimizer import Optimizer
+
+
+@dataclass(frozen=True)
+class Objective:
+    """What an update minimises.
+
+    Attributes:
+        settings: the recipe's section.
+        max_completion_length: the limit on the tokens of a completion.
+        loss: of ``settings.loss_type``.
+    """
+
+    settings: GRPOSettings
+    max_completion_length: int
+    loss: Loss
+
+    @classmethod
+    def of(cls, settings: GRPOSettings, max_completion_length: int) -> "Objective":
+        """Return the objective of a recipe's settings.
+
+        Raises:
+            UserError: see `load_loss`.
+        """
+        return cls(settings, max_completion_length, load_loss(settings.loss_type))
 
 
 @dataclass
@@ -49,22 +74,22 @@ class UpdateStats:
     logps: dict[int, torch.Tensor] = field(default_factory=dict)
 
 
-def rows_to_train(batch: Batch, settings: GRPOSettings) -> list[int]:
-    """Return the completions that have any gradient: all that count, less those of zero advantage when beta is 0."""
-    counted = _counted(batch, settings)
-    return [n for n, counts in enumerate(counted) if counts and (settings.beta or batch.advantages[n])]
+def rows_to_train(rollout: Rollout, objective: Objective) -> list[int]:
+    """Return the completions that have any gradient: of those that count all, or those with an advantage."""
+    counted, advantages = _counted(rollout, objective.settings), rollout.known_advantages
+    every = objective.settings.beta or not objective.loss.needs_advantage
+    return [n for n, counts in enumerate(counted) if counts and (every or advantages[n])]
 
 
-def _counted(batch: Batch, settings: GRPOSettings) -> list[bool]:
-    return [not (settings.mask_truncated_completions and c.truncated) for c in batch.completions]
+def _counted(rollout: Rollout, settings: GRPOSettings) -> list[bool]:
+    return [not (settings.mask_truncated_completions and c.truncated) for c in rollout.completions]
 
 
 def backward(
     base: SharedBase,
-    batch: Batch,
-    settings: GRPOSettings,
-    max_completion_length: int,
-    passes: BatchLimits,
+    rollout: Rollout,
+    objective: Objective,
+    limits: BatchLimits,
     ref_logps: dict[int, torch.Tensor],
     old_logps: dict[int, torch.Tensor] | None = None,
     loss_scale: float = 1.0,
@@ -79,42 +104,76 @@ def backward(
         old_logps: of the policy before the first iteration, by row; None: it is the policy as it is now.
         loss_scale: multiplies the loss (float16).
     """
-    stats = UpdateStats()
-    lengths = [len(c.ids) for c in batch.completions]
-    weights = token_weights(lengths, _counted(batch, settings), settings.loss_type, max_completion_length)
-    groups = batch.groups(rows_to_train(batch, settings))
-    for packed in micro_batches(base, groups, passes.micro_batch_tokens, progress):
-        logps, entropies = packed_logprobs(base, packed, passes.temperature, passes.tile)
+    stats, inputs_of = UpdateStats(), _Inputs(rollout, objective)
+    groups = rollout.groups(rows_to_train(rollout, objective))
+    for packed in micro_batches(base, groups, limits.micro_batch_tokens, progress):
+        logps, entropies = packed_logprobs(base, packed, limits.temperature, limits.tile)
         own = dict(zip(packed.rows, logps.detach().split(packed.lengths), strict=True))
         old = torch.cat([(old_logps or own)[row] for row in packed.rows])
-        ref, measured = _reference(packed, ref_logps, own)
-        row_values = [(batch.advantages[row], weights[row]) for row in packed.rows]
-        per_token = torch.tensor(row_values, dtype=torch.float32, device=base.device).index_select(0, packed.row_index)
-        high = settings.epsilon if settings.epsilon_high is None else settings.epsilon_high
-        correction = sampling_correction(batch, packed.rows, old, settings)
-        result = token_loss(logps, old, per_token[:, 0], settings.epsilon, high, ref, settings.beta, correction)
-        loss = (result.loss * per_token[:, 1]).sum()
+        ref, scored = _reference(packed, ref_logps, own)
+        inputs = inputs_of(packed, logps, old, ref)
+        loss = objective.loss.function(inputs).sum()
         (loss * loss_scale).backward()
         stats.loss += float(loss.detach())
         stats.tokens += packed.input_ids.numel()
-        stats.scored += packed.targets.numel()
         stats.entropy += float(entropies.detach().sum())
-        stats.kl += float((result.kl * measured).sum())
-        stats.kl_tokens += int(measured.sum())
-        stats.clipped_low += float(result.clipped_low.sum())
-        stats.clipped_high += float(result.clipped_high.sum())
-        stats.clip_tokens += packed.targets.numel()
         stats.logps.update(own)
+        _measure(stats, inputs, scored)
     return stats
 
 
+class _Inputs:
+    """Makes the loss's inputs of each micro-batch; what is the whole batch's is made once."""
+
+    def __init__(self, rollout: Rollout, objective: Objective) -> None:
+        self.rollout, self.objective = rollout, objective
+        settings = objective.settings
+        self.lengths = [len(c.ids) for c in rollout.completions]
+        self.tokens = max(sum(n for n, c in zip(self.lengths, _counted(rollout, settings), strict=True) if c), 1)
+        self.epsilon_high = settings.epsilon if settings.epsilon_high is None else settings.epsilon_high
+
+    def __call__(
+        self, packed: PackedBatch, logps: torch.Tensor, old_logps: torch.Tensor, ref_logps: torch.Tensor
+    ) -> LossInputs:
+        settings, advantages = self.objective.settings, self.rollout.known_advantages
+        row_values = [(advantages[row], self.lengths[row]) for row in packed.rows]
+        per_token = torch.tensor(row_values, dtype=torch.float32, device=logps.device).index_select(0, packed.row_index)
+        return LossInputs(
+            logps,
+            old_logps,
+            ref_logps,
+            advantages=per_token[:, 0],
+            lengths=per_token[:, 1],
+            sampling_weights=sampling_correction(self.rollout, packed.rows, old_logps, settings),
+            completions=len(self.lengths),
+            tokens=self.tokens,
+            max_completion_length=self.objective.max_completion_length,
+            epsilon_low=settings.epsilon,
+            epsilon_high=self.epsilon_high,
+            beta=settings.beta,
+        )
+
+
+def _measure(stats: UpdateStats, inputs: LossInputs, scored: torch.Tensor) -> None:
+    """Add to the statistics what does not depend on the loss; ``scored`` (S,) is 1 where the reference has scored."""
+    kl, low, high = measured_tokens(
+        inputs.logps, inputs.old_logps, inputs.advantages, inputs.epsilon_low, inputs.epsilon_high, inputs.ref_logps
+    )
+    stats.scored += len(kl)
+    stats.kl += float((kl * scored).sum())
+    stats.kl_tokens += int(scored.sum())
+    stats.clipped_low += float(low.sum())
+    stats.clipped_high += float(high.sum())
+    stats.clip_tokens += len(kl)
+
+
 def sampling_correction(
-    batch: Batch, rows: Sequence[int], old_logps: torch.Tensor, settings: GRPOSettings
+    rollout: Rollout, rows: Sequence[int], old_logps: torch.Tensor, settings: GRPOSettings
 ) -> torch.Tensor | None:
     """Return the weights (S,) that correct for the sampler's log-probs of these completions; None: not asked for."""
     if not settings.importance_sampling_correction:
         return None
-    drawn = [batch.completions[row].logps for row in rows]
+    drawn = [rollout.completions[row].logps for row in rows]
     return importance_weights(
         old_logps,
         torch.tensor([logp for logps in drawn for logp in logps], dtype=torch.float32, device=old_logps.device),
@@ -126,11 +185,11 @@ def sampling_correction(
 
 
 @torch.no_grad()
-def measure(base: SharedBase, batch: Batch, passes: BatchLimits, ref_logps: dict[int, torch.Tensor]) -> UpdateStats:
+def measure(base: SharedBase, rollout: Rollout, limits: BatchLimits, ref_logps: dict[int, torch.Tensor]) -> UpdateStats:
     """Return log-probs, entropy and KL of the policy on the rows that the reference has scored, without an update."""
     stats = UpdateStats()
-    for packed in micro_batches(base, batch.groups(list(ref_logps)), passes.micro_batch_tokens):
-        logps, entropies = packed_logprobs(base, packed, passes.temperature, passes.tile)
+    for packed in micro_batches(base, rollout.groups(list(ref_logps)), limits.micro_batch_tokens):
+        logps, entropies = packed_logprobs(base, packed, limits.temperature, limits.tile)
         own = dict(zip(packed.rows, logps.split(packed.lengths), strict=True))
         ref, _ = _reference(packed, ref_logps, own)
         stats.kl += float(k3(logps, ref).sum())
@@ -153,38 +212,31 @@ def _reference(
 def update(
     base: SharedBase,
     optimizer: Optimizer,
-    batch: Batch,
-    settings: GRPOSettings,
-    max_completion_length: int,
-    passes: BatchLimits,
+    rollout: Rollout,
+    objective: Objective,
+    ladder: Ladder,
     ref_logps: dict[int, torch.Tensor],
-    say: Callable[[str], None],
-    progress: ProgressCallback | None = None,
-) -> tuple[UpdateStats, int]:
+    progress: Progress,
+) -> UpdateStats:
     """Take ``num_iterations`` optimizer steps on one rollout.
-
-    Returns:
-        The statistics, and the micro-batch size that fitted into memory.
 
     Raises:
         RunError: memory runs out whatever the micro-batch size; the optimizer step in question was not taken.
     """
     first: UpdateStats | None = None
-    tokens = passes.micro_batch_tokens
-    for _ in range(settings.num_iterations):
+
+    def shown(done: int, total: int) -> None:
+        progress.phase("update", done, total)
+
+    for _ in range(objective.settings.num_iterations):
         old = first.logps if first else None
 
-        def gradient(size: int, old: dict[int, torch.Tensor] | None = old) -> UpdateStats:
+        def gradient(limits: BatchLimits, old: dict[int, torch.Tensor] | None = old) -> UpdateStats:
             optimizer.zero_grad()
-            sized = replace(passes, micro_batch_tokens=size)
             with base.role(POLICY):
-                return backward(
-                    base, batch, settings, max_completion_length, sized, ref_logps, old, optimizer.loss_scale, progress
-                )
+                return backward(base, rollout, objective, limits, ref_logps, old, optimizer.loss_scale, shown)
 
-        stats, tokens = retry_with_smaller(
-            gradient, tokens, LEAST_TOKENS, "hardware.micro_batch_tokens", base.device, say
-        )
+        stats = ladder.update(gradient, progress.message)
         norm = optimizer.step()
         base.adapters_changed()
         if first is None:
@@ -197,4 +249,4 @@ def update(
         first.grad_norm = norm
     optimizer.drop_gradients()
     assert first is not None
-    return first, tokens
+    return first

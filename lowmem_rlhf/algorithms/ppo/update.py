@@ -8,8 +8,8 @@ Shapes: S scored tokens of a micro-batch, S' its positions with a value.
 """
 
 import random
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 
 import torch
 
@@ -17,13 +17,13 @@ from lowmem_rlhf.algorithms.common.ppo_family import PPOSettings
 from lowmem_rlhf.algorithms.ppo.math import policy_loss, value_loss
 from lowmem_rlhf.algorithms.ppo.stats import PPOStatistics
 from lowmem_rlhf.engine.base import SharedBase
+from lowmem_rlhf.engine.ladder import Ladder
 from lowmem_rlhf.engine.logprobs import Entropy, tiled_logprobs
 from lowmem_rlhf.engine.packing import PackedBatch
-from lowmem_rlhf.engine.passes import LEAST_TOKENS, BatchLimits, micro_batches, with_bootstrap_position
+from lowmem_rlhf.engine.passes import BatchLimits, micro_batches, with_bootstrap_position
 from lowmem_rlhf.engine.roles import CRITIC, POLICY
-from lowmem_rlhf.hardware.memory import retry_with_smaller
-from lowmem_rlhf.progress import ProgressCallback
-from lowmem_rlhf.rollout.rollout import Batch
+from lowmem_rlhf.progress import Progress
+from lowmem_rlhf.rollout.rollout import Rollout
 from lowmem_rlhf.training.optimizer import Optimizer
 
 Rows = dict[int, torch.Tensor]  # by row of the batch: one number a token
@@ -31,7 +31,7 @@ Rows = dict[int, torch.Tensor]  # by row of the batch: one number a token
 
 @dataclass(frozen=True)
 class Targets:
-    """What a rollout says to policy and critic, by row.
+    """What policy and critic are to learn from a rollout, by row.
 
     Attributes:
         old_logps: of the policy that sampled.
@@ -75,8 +75,8 @@ class UpdateResult:
 
 
 @dataclass
-class _Part:
-    """What the passes over one mini-batch add up to."""
+class MiniBatchResult:
+    """What the passes over one mini-batch add up to; see `UpdateResult`."""
 
     stats: PPOStatistics = field(default_factory=PPOStatistics)
     entropy: float = 0.0
@@ -96,51 +96,46 @@ def mini_batches(rows: Sequence[int], count: int, seed: str) -> list[list[int]]:
 def update(
     base: SharedBase,
     optimizer: Optimizer,
-    batch: Batch,
-    rows: Sequence[int],
+    rollout: Rollout,
     targets: Targets,
     settings: PPOSettings,
-    passes: BatchLimits,
+    ladder: Ladder,
     seed: str,
-    say: Callable[[str], None],
-    progress: ProgressCallback | None = None,
-) -> tuple[UpdateResult, int]:
+    progress: Progress,
+) -> UpdateResult:
     """Take ``num_ppo_epochs * num_mini_batches`` optimizer steps on one rollout, fewer after an early stop.
 
-    Returns:
-        What was done, and the micro-batch size that fitted into memory.
+    Args:
+        targets: of the rows that are learned from.
+        seed: of the order in which rows come into mini-batches.
 
     Raises:
         RunError: memory runs out whatever the micro-batch size; the optimizer step in question was not taken.
     """
-    result, tokens = UpdateResult(), passes.micro_batch_tokens
+    result, rows = UpdateResult(), list(targets.advantages)
     epochs = range(settings.num_ppo_epochs)
     minis = [(e, mini) for e in epochs for mini in mini_batches(rows, settings.num_mini_batches, f"{seed}/{e}")]
     done = 0
     for done, (epoch, mini) in enumerate(minis, 1):
 
-        def gradient(size: int, mini: list[int] = mini) -> _Part:
+        def gradient(limits: BatchLimits, mini: list[int] = mini) -> MiniBatchResult:
             optimizer.zero_grad()
-            sized = replace(passes, micro_batch_tokens=size)
-            return backward(base, batch, mini, targets, settings, sized, optimizer.loss_scale)
+            return backward(base, rollout, mini, targets, settings, limits, optimizer.loss_scale)
 
-        part, tokens = retry_with_smaller(
-            gradient, tokens, LEAST_TOKENS, "hardware.micro_batch_tokens", base.device, say
-        )
+        part = ladder.update(gradient, progress.message)
         _take_in(result, part, epoch)
         if done > 1 and settings.target_kl and part.stats.metrics()["policy/approx_kl"] > 1.5 * settings.target_kl:
-            say(f"epoch {epoch + 1}: approx_kl is above 1.5 times ppo.target_kl; the step ends here")
+            progress.message(f"epoch {epoch + 1}: approx_kl is above 1.5 times ppo.target_kl; the step ends here")
             break
         result.grad_norm = optimizer.step()
         base.adapters_changed()
-        if progress:
-            progress(done, len(minis))
+        progress.phase("update", done, len(minis))
     result.loss /= done
     optimizer.drop_gradients()
-    return result, tokens
+    return result
 
 
-def _take_in(result: UpdateResult, part: _Part, epoch: int) -> None:
+def _take_in(result: UpdateResult, part: MiniBatchResult, epoch: int) -> None:
     result.stats.merge(part.stats)
     result.first = result.first or part.stats
     result.loss += part.loss
@@ -153,103 +148,102 @@ def _take_in(result: UpdateResult, part: _Part, epoch: int) -> None:
 
 def backward(
     base: SharedBase,
-    batch: Batch,
+    rollout: Rollout,
     rows: Sequence[int],
     targets: Targets,
     settings: PPOSettings,
-    passes: BatchLimits,
+    limits: BatchLimits,
     loss_scale: float = 1.0,
-) -> _Part:
+) -> MiniBatchResult:
     """Add the gradient of a mini-batch's loss to the adapters': policy, value and entropy terms.
 
     ``policy / its tokens + vf_coef * value / its positions - entropy_coef * entropy / its tokens``.
     """
-    part = _Part()
-    lengths = sum(len(batch.completions[row].ids) for row in rows)
-    shared = base.roles.get(CRITIC) == base.roles[POLICY] and targets.returns is not None
-    one_pass = shared and not targets.bootstrap_position
-    with base.role(POLICY):
-        for packed in micro_batches(base, batch.groups(rows), passes.micro_batch_tokens):
-            states = base.states(packed).index_select(0, packed.predict)
-            loss = _policy_term(base, states, packed, targets, settings, passes, len(rows), lengths, part)
-            if one_pass:
-                loss = loss + _value_term(base, states, packed, targets, settings, lengths, part)
-            (loss * loss_scale).backward()
-            part.tokens += packed.input_ids.numel()
-            del states, loss  # they hold the policy's 16-bit adapters, which the critic's pass has no use for
-    if targets.returns is not None and not one_pass:
-        _critic_backward(base, batch, rows, targets, settings, passes, loss_scale, part)
-    return part
+    return _MiniBatch(base, rollout, rows, targets, settings, limits, loss_scale).backward()
 
 
-def _critic_backward(
-    base: SharedBase,
-    batch: Batch,
-    rows: Sequence[int],
-    targets: Targets,
-    settings: PPOSettings,
-    passes: BatchLimits,
-    loss_scale: float,
-    part: _Part,
-) -> None:
-    assert targets.returns is not None
-    valued = sum(len(targets.returns[row]) for row in rows)
-    groups = with_bootstrap_position(batch.groups(rows)) if targets.bootstrap_position else batch.groups(rows)
-    with base.role(CRITIC):
-        for packed in micro_batches(base, groups, passes.micro_batch_tokens):
-            states = base.states(packed).index_select(0, packed.predict)
-            loss = _value_term(base, states, packed, targets, settings, valued, part)
-            (loss * loss_scale).backward()
-            part.tokens += packed.input_ids.numel()
+class _MiniBatch:
+    """One mini-batch's passes; see `backward` for the arguments."""
 
+    def __init__(
+        self,
+        base: SharedBase,
+        rollout: Rollout,
+        rows: Sequence[int],
+        targets: Targets,
+        settings: PPOSettings,
+        limits: BatchLimits,
+        loss_scale: float,
+    ) -> None:
+        self.base, self.targets, self.settings = base, targets, settings
+        self.limits, self.loss_scale = limits, loss_scale
+        self.groups, self.completions = rollout.groups(rows), len(rows)
+        self.tokens = sum(len(rollout.completions[row].ids) for row in rows)
+        self.positions = 0 if targets.returns is None else sum(len(targets.returns[row]) for row in rows)
+        self.result = MiniBatchResult()
 
-def _policy_term(
-    base: SharedBase,
-    states: torch.Tensor,
-    packed: PackedBatch,
-    targets: Targets,
-    settings: PPOSettings,
-    passes: BatchLimits,
-    rows: int,
-    tokens: int,
-    part: _Part,
-) -> torch.Tensor:
-    kind: Entropy = "gradient" if settings.entropy_coef else "value"
-    logps, entropies = tiled_logprobs(states, packed.targets, base.head, passes.temperature, passes.tile, kind)  # (S,)
-    old = torch.cat([targets.old_logps[row] for row in packed.rows])
-    advantages = torch.cat([targets.advantages[row] for row in packed.rows])
-    if targets.by_sequence:
-        logps, old = _sums(logps, packed), _sums(old, packed)
-    result = policy_loss(logps, old, advantages, settings.cliprange)
-    loss = result.loss.sum() / (rows if targets.by_sequence else tokens)
-    if settings.entropy_coef:
-        loss = loss - settings.entropy_coef * entropies.sum() / tokens
-    part.stats.add(result)
-    part.entropy += float(entropies.detach().sum())
-    part.scored += packed.targets.numel()
-    part.loss += float(loss.detach())
-    return loss
+    def backward(self) -> MiniBatchResult:
+        base, targets = self.base, self.targets
+        shared = base.roles.get(CRITIC) == base.roles[POLICY] and targets.returns is not None
+        one_pass = shared and not targets.bootstrap_position
+        with base.role(POLICY):
+            for packed in micro_batches(base, self.groups, self.limits.micro_batch_tokens):
+                states = base.states(packed).index_select(0, packed.predict)
+                loss = self._policy_term(states, packed)
+                if one_pass:
+                    loss = loss + self._value_term(states, packed)
+                self._accumulate(loss, packed)
+                del states, loss  # they hold the policy's 16-bit adapters, which the critic's pass has no use for
+        if targets.returns is not None and not one_pass:
+            self._critic_passes()
+        return self.result
 
+    def _critic_passes(self) -> None:
+        base = self.base
+        groups = with_bootstrap_position(self.groups) if self.targets.bootstrap_position else self.groups
+        with base.role(CRITIC):
+            for packed in micro_batches(base, groups, self.limits.micro_batch_tokens):
+                states = base.states(packed).index_select(0, packed.predict)
+                self._accumulate(self._value_term(states, packed), packed)
 
-def _value_term(
-    base: SharedBase,
-    states: torch.Tensor,
-    packed: PackedBatch,
-    targets: Targets,
-    settings: PPOSettings,
-    positions: int,
-    part: _Part,
-) -> torch.Tensor:
-    assert targets.returns is not None and targets.old_values is not None
-    values = base.outputs(CRITIC, states).split(packed.lengths)
-    wanted = [targets.returns[row] for row in packed.rows]
-    values = torch.cat([value[: len(one)] for value, one in zip(values, wanted, strict=True)])  # (S',)
-    old = torch.cat([targets.old_values[row] for row in packed.rows])
-    result = value_loss(values, old, torch.cat(wanted), settings.cliprange_value)
-    loss = settings.vf_coef * result.loss.sum() / positions
-    part.stats.add_value(result)
-    part.loss += float(loss.detach())
-    return loss
+    def _accumulate(self, loss: torch.Tensor, packed: PackedBatch) -> None:
+        (loss * self.loss_scale).backward()
+        self.result.tokens += packed.input_ids.numel()
+
+    def _policy_term(self, states: torch.Tensor, packed: PackedBatch) -> torch.Tensor:
+        """Return the micro-batch's share of the policy's loss, and of the entropy's."""
+        targets, result, coefficient = self.targets, self.result, self.settings.entropy_coef
+        kind: Entropy = "gradient" if coefficient else "value"
+        logps, entropies = tiled_logprobs(
+            states, packed.targets, self.base.head, self.limits.temperature, self.limits.tile, kind
+        )  # (S,)
+        old = torch.cat([targets.old_logps[row] for row in packed.rows])
+        advantages = torch.cat([targets.advantages[row] for row in packed.rows])
+        if targets.by_sequence:
+            logps, old = _sums(logps, packed), _sums(old, packed)
+        clipped = policy_loss(logps, old, advantages, self.settings.cliprange)
+        loss = clipped.loss.sum() / (self.completions if targets.by_sequence else self.tokens)
+        if coefficient:
+            loss = loss - coefficient * entropies.sum() / self.tokens
+        result.stats.add(clipped)
+        result.entropy += float(entropies.detach().sum())
+        result.scored += packed.targets.numel()
+        result.loss += float(loss.detach())
+        return loss
+
+    def _value_term(self, states: torch.Tensor, packed: PackedBatch) -> torch.Tensor:
+        """Return the micro-batch's share of the critic's loss."""
+        targets = self.targets
+        assert targets.returns is not None and targets.old_values is not None
+        values = self.base.outputs(CRITIC, states).split(packed.lengths)
+        returns = [targets.returns[row] for row in packed.rows]
+        valued = torch.cat([value[: len(one)] for value, one in zip(values, returns, strict=True)])  # (S',)
+        old = torch.cat([targets.old_values[row] for row in packed.rows])
+        clipped = value_loss(valued, old, torch.cat(returns), self.settings.cliprange_value)
+        loss = self.settings.vf_coef * clipped.loss.sum() / self.positions
+        self.result.stats.add_value(clipped)
+        self.result.loss += float(loss.detach())
+        return loss
 
 
 def _sums(values: torch.Tensor, packed: PackedBatch) -> torch.Tensor:

@@ -23,5 +23,5 @@ SPEC = AlgorithmSpec(
     updates=updates,
     compares=_compares,
     prepare=check_section,
-    learner="lowmem_rlhf.algorithms.ppo.trainer:PPO",
+    learner="lowmem_rlhf.algorithms.reinforce_plus_plus.trainer:ReinforcePlusPlus",
 )

@@ -30,7 +30,7 @@ from lowmem_rlhf.planning.plan import Plan
 from lowmem_rlhf.progress import Progress
 from lowmem_rlhf.recipe.schema import Recipe
 from lowmem_rlhf.run.directory import RunDirectory
-from lowmem_rlhf.training.loop import Loop, StepResult
+from lowmem_rlhf.training.loop import Loop, StepOutput
 
 
 class RewardModel(Loop):
@@ -58,20 +58,20 @@ class RewardModel(Loop):
         self.stream = PromptStream(train, recipe.training.prompts_per_step, recipe.training.seed)
         self.held_out = held_out
 
-    def one_step(self, progress: Progress) -> StepResult:
+    def one_step(self, progress: Progress) -> StepOutput:
         """Learn from the next pairs."""
         pairs = self.stream.batch(self.step)
         groups = pair_groups(pairs)
 
-        def work(passes: BatchLimits) -> tuple[float, torch.Tensor, int]:
+        def work(limits: BatchLimits) -> tuple[float, torch.Tensor, int]:
             self.optimizer.zero_grad()
-            scores = head_outputs(self.base, POLICY, groups, passes)
+            scores = head_outputs(self.base, POLICY, groups, limits)
             ends = torch.stack([scores[row][-1] for row in range(2 * len(pairs))]).requires_grad_()  # (N,)
             loss = self._loss(ends, pairs)
             (slope,) = torch.autograd.grad(loss, ends)  # so the pairs may be cut anywhere
             fed = 0
             with self.base.role(POLICY):
-                for packed in micro_batches(self.base, groups, passes.micro_batch_tokens):
+                for packed in micro_batches(self.base, groups, limits.micro_batch_tokens):
                     values = last_of_each(packed_outputs(self.base, POLICY, packed), packed)
                     rows = torch.tensor(packed.rows, dtype=torch.long, device=values.device)
                     ((values * slope.index_select(0, rows)).sum() * self.optimizer.loss_scale).backward()
@@ -80,7 +80,7 @@ class RewardModel(Loop):
             return float(loss.detach()), ends.detach(), fed
 
         with self.timed("update"):
-            loss, ends, fed = self.with_fewer_tokens(work, progress)
+            loss, ends, fed = self.ladder.update(work, progress.message)
             norm = self.optimizer.step()
             self.base.adapters_changed()
             self.optimizer.drop_gradients()
@@ -88,7 +88,7 @@ class RewardModel(Loop):
         every = self.recipe.reward_model.eval_steps
         if every and self.held_out and (self.step + 1) % every == 0:
             metrics |= {f"eval/{name}": value for name, value in self._measure(progress).items()}
-        return StepResult(metrics, sum(len(p.chosen_ids) + len(p.rejected_ids) for p in pairs))
+        return StepOutput(metrics, sum(len(p.chosen_ids) + len(p.rejected_ids) for p in pairs))
 
     def _loss(self, ends: torch.Tensor, pairs: Sequence[Pair]) -> torch.Tensor:
         margins = torch.tensor([pair.margin for pair in pairs], dtype=torch.float32, device=ends.device)
@@ -100,8 +100,10 @@ class RewardModel(Loop):
         def shown(done: int, total: int) -> None:
             progress.phase("evaluation", done, total)
 
-        found = self.scored(lambda passes: head_outputs(self.base, POLICY, groups, passes, shown), progress)
-        ends = torch.stack([found[row][-1] for row in range(2 * len(self.held_out))])
+        scores = self.ladder.score(
+            lambda limits: head_outputs(self.base, POLICY, groups, limits, shown), progress.message
+        )
+        ends = torch.stack([scores[row][-1] for row in range(2 * len(self.held_out))])
         return {"loss": float(self._loss(ends, self.held_out)), **_pair_metrics(ends, self.held_out)}
 
     def evaluate(self, when: str, progress: Progress) -> dict[str, Any]:

@@ -13,5 +13,5 @@ SPEC = AlgorithmSpec(
     updates=updates,
     compares=lambda recipe: "RLOO",
     prepare=check_section,
-    learner="lowmem_rlhf.algorithms.ppo.trainer:PPO",
+    learner="lowmem_rlhf.algorithms.rloo.trainer:RLOO",
 )

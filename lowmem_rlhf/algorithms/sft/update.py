@@ -7,7 +7,7 @@ Shapes: S scored tokens of a micro-batch.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -15,18 +15,16 @@ import torch
 from lowmem_rlhf.data.stream import PromptStream
 from lowmem_rlhf.data.supervised import Supervised
 from lowmem_rlhf.engine.base import SharedBase
+from lowmem_rlhf.engine.ladder import Ladder
 from lowmem_rlhf.engine.packing import Group, scored_only
-from lowmem_rlhf.engine.passes import (
-    BatchLimits,
-    micro_batches,
-    packed_logprobs,
-)
+from lowmem_rlhf.engine.passes import BatchLimits, micro_batches, packed_logprobs
 from lowmem_rlhf.engine.roles import POLICY
 from lowmem_rlhf.planning.plan import Plan
 from lowmem_rlhf.progress import Progress
 from lowmem_rlhf.recipe.schema import Recipe
 from lowmem_rlhf.run.directory import RunDirectory
-from lowmem_rlhf.training.loop import Loop, StepResult
+from lowmem_rlhf.training.loop import Loop, StepOutput
+from lowmem_rlhf.training.online import CompletionEvaluator
 
 
 class SFT(Loop):
@@ -35,7 +33,8 @@ class SFT(Loop):
     Args:
         recipe, plan, base, run: see `Loop`.
         train, held_out: examples to learn from, and to measure the loss on.
-        judge: returns results of held-out completions (accuracy, rewards), where the recipe has rewards.
+        evaluator: samples and scores held-out completions, where the recipe has rewards.
+        ladder: see `Loop`.
     """
 
     def __init__(
@@ -46,25 +45,26 @@ class SFT(Loop):
         train: Sequence[Supervised],
         held_out: Sequence[Supervised],
         run: RunDirectory,
-        judge: Callable[[str, Progress], dict[str, Any]] | None = None,
+        evaluator: CompletionEvaluator | None = None,
+        ladder: Ladder | None = None,
     ) -> None:
-        super().__init__(recipe, plan, base, run)
+        super().__init__(recipe, plan, base, run, ladder=ladder)
         self.stream = PromptStream(train, recipe.training.prompts_per_step, recipe.training.seed)
-        self.held_out, self.judge = held_out, judge
+        self.held_out, self.evaluator = held_out, evaluator
 
-    def one_step(self, progress: Progress) -> StepResult:
+    def one_step(self, progress: Progress) -> StepOutput:
         """Learn from the next examples."""
         examples = self.stream.batch(self.step)
         groups, masks = _groups(examples), _masks(examples)
         learned = sum(one.learned_tokens for one in examples)
 
-        def work(passes: BatchLimits) -> tuple[float, float, int]:
+        def work(limits: BatchLimits) -> tuple[float, float, int]:
             self.optimizer.zero_grad()
             loss, entropy, fed = 0.0, 0.0, 0
             with self.base.role(POLICY):
-                for packed in micro_batches(self.base, groups, passes.micro_batch_tokens):
+                for packed in micro_batches(self.base, groups, limits.micro_batch_tokens):
                     packed = scored_only(packed, masks)
-                    logps, entropies = packed_logprobs(self.base, packed, 1.0, passes.tile)
+                    logps, entropies = packed_logprobs(self.base, packed, 1.0, limits.tile)
                     share = -logps.sum() / learned
                     (share * self.optimizer.loss_scale).backward()
                     loss, entropy = loss + float(share.detach()), entropy + float(entropies.sum())
@@ -73,12 +73,12 @@ class SFT(Loop):
             return loss, entropy, fed
 
         with self.timed("update"):
-            loss, entropy, fed = self.with_fewer_tokens(work, progress)
+            loss, entropy, fed = self.ladder.update(work, progress.message)
             norm = self.optimizer.step()
             self.base.adapters_changed()
             self.optimizer.drop_gradients()
         metrics = {"loss": loss, "entropy": entropy / learned, "grad_norm": norm, "tokens/trained": fed}
-        return StepResult({**metrics, "tokens/learned": learned, **self._held_out_loss(progress)}, learned)
+        return StepOutput({**metrics, "tokens/learned": learned, **self._held_out_loss(progress)}, learned)
 
     def _held_out_loss(self, progress: Progress) -> dict[str, float]:
         every = self.recipe.sft.eval_steps
@@ -94,24 +94,24 @@ class SFT(Loop):
         def shown(done: int, total: int) -> None:
             progress.phase("evaluation", done, total)
 
-        def work(passes: BatchLimits) -> float:
+        def work(limits: BatchLimits) -> float:
             total = 0.0
             with self.base.role(POLICY):
-                for packed in micro_batches(self.base, groups, passes.micro_batch_tokens, shown):
+                for packed in micro_batches(self.base, groups, limits.micro_batch_tokens, shown):
                     packed = scored_only(packed, masks)
-                    logps, _ = packed_logprobs(self.base, packed, 1.0, passes.tile, entropy="none")
+                    logps, _ = packed_logprobs(self.base, packed, 1.0, limits.tile, entropy="none")
                     total -= float(logps.sum())
             return total
 
-        return self.scored(work, progress) / sum(one.learned_tokens for one in examples)
+        return self.ladder.score(work, progress.message) / sum(one.learned_tokens for one in examples)
 
     def evaluate(self, when: str, progress: Progress) -> dict[str, Any]:
         """Return the held-out loss, and what is said of sampled completions where the recipe has rewards."""
         if not self.held_out:
             return {}
         loss = self.loss(self.held_out, progress)
-        judged = self.judge(when, progress) if self.judge else {"accuracy": None}
-        return {"loss": loss, "perplexity": math.exp(min(loss, 700.0)), **judged, "problems": len(self.held_out)}
+        sampled = self.evaluator.evaluate(when, progress) if self.evaluator else {"accuracy": None}
+        return {"loss": loss, "perplexity": math.exp(min(loss, 700.0)), **sampled, "problems": len(self.held_out)}
 
 
 def _groups(examples: Sequence[Supervised]) -> list[Group]:

@@ -25,6 +25,7 @@ from lowmem_rlhf.data.labelled import Example
 from lowmem_rlhf.data.stream import PromptStream
 from lowmem_rlhf.data.supervised import Pair
 from lowmem_rlhf.engine.base import SharedBase
+from lowmem_rlhf.engine.ladder import Ladder
 from lowmem_rlhf.engine.load import first_sentence
 from lowmem_rlhf.engine.packing import Group
 from lowmem_rlhf.engine.passes import BatchLimits, micro_batches, packed_logprobs
@@ -35,7 +36,7 @@ from lowmem_rlhf.progress import Progress
 from lowmem_rlhf.recipe.schema import Recipe
 from lowmem_rlhf.rewards.loading import Reward
 from lowmem_rlhf.run.directory import RunDirectory
-from lowmem_rlhf.training.loop import Loop, StepResult
+from lowmem_rlhf.training.loop import Loop, StepOutput
 from lowmem_rlhf.training.online import CompletionEvaluator
 
 # what TRL measures on all logits, which are not there
@@ -49,7 +50,8 @@ class TRLLoop(Loop):
         recipe, plan, base, run: see `Loop`.
         trainer: of `make_trainer`.
         train, held_out: examples to learn from, and to measure on.
-        judge: returns results of held-out completions (accuracy, rewards), where the recipe has rewards.
+        evaluator: samples and scores held-out completions, where the recipe has rewards.
+        ladder: see `Loop`.
     """
 
     nothing_learned = "nothing was learned: no example was trained on"
@@ -63,25 +65,26 @@ class TRLLoop(Loop):
         train: Sequence[Example],
         held_out: Sequence[Example],
         run: RunDirectory,
-        judge: Callable[[str, Progress], dict[str, Any]] | None = None,
+        evaluator: CompletionEvaluator | None = None,
+        ladder: Ladder | None = None,
     ) -> None:
-        super().__init__(recipe, plan, base, run)
+        super().__init__(recipe, plan, base, run, ladder=ladder)
         self.trainer, self.kind = trainer, TRL_TRAINERS[recipe.algorithm]
         self.stream = PromptStream(train, recipe.training.prompts_per_step, recipe.training.seed)
-        self.held_out, self.judge = held_out, judge
+        self.held_out, self.evaluator = held_out, evaluator
 
-    def one_step(self, progress: Progress) -> StepResult:
+    def one_step(self, progress: Progress) -> StepOutput:
         """Learn from the next examples."""
         examples = self.stream.batch(self.step)
         rows, model = batch_rows(examples, self.kind), self.trainer.model
 
-        def work(passes: BatchLimits) -> tuple[dict[str, float], int]:
+        def work(limits: BatchLimits) -> tuple[dict[str, float], int]:
             self.optimizer.zero_grad()
             model.train()
             self._logged({"loss": 0.0})  # what a try that ran out of memory has left
             model.fed, means, done = 0, _Means(), 0
             with self.base.role(POLICY):  # for the backward pass, where layers may be computed again
-                for part in self._cut_rows(examples, passes.micro_batch_tokens):
+                for part in self._cut_rows(examples, limits.micro_batch_tokens):
                     loss = self.trainer.compute_loss(model, self._collated([rows[i] for i in part]))
                     (loss * (len(part) / len(rows) * self.optimizer.loss_scale)).backward()
                     means.add(self._logged({"loss": float(loss.detach())}), [examples[i] for i in part])
@@ -90,35 +93,36 @@ class TRLLoop(Loop):
             return means.result(), model.fed
 
         with self.timed("update"):
-            measured, fed = self.with_fewer_tokens(work, progress)
+            measured, fed = self.ladder.update(work, progress.message)
             norm = self.optimizer.step()
             self.base.adapters_changed()
             self.optimizer.drop_gradients()
         metrics = {**_named(measured), "grad_norm": norm, "tokens/trained": fed}
-        return StepResult(metrics, sum(map(answer_tokens, examples)))
+        return StepOutput(metrics, sum(map(answer_tokens, examples)))
 
     def evaluate(self, when: str, progress: Progress) -> dict[str, Any]:
-        """Return TRL's metrics on held-out examples, how often the better answer is the likelier one, and the judge's.
+        """Return TRL's metrics on held-out examples, how often the better answer is the likelier, and the evaluator's.
 
-        ``accuracy`` is the judge's, or else the share of pairs whose better answer has the higher reward in the
+        ``accuracy`` is the evaluator's, or else the share of pairs whose better answer has the higher reward in the
         trainer's sense. With a reference there is no such share before training: every reward is 0.
         """
         if not self.held_out:
             return {}
-        found = _named(self.scored(lambda passes: self._measured(passes, progress), progress))
-        if self.kind.reference and not (found.get("rewards/chosen") or found.get("rewards/rejected")):
-            found["accuracy"] = None
+        score, say = self.ladder.score, progress.message
+        results = _named(score(lambda limits: self._measured(limits, progress), say))
+        if self.kind.reference and not (results.get("rewards/chosen") or results.get("rewards/rejected")):
+            results["accuracy"] = None
         if pairs := pairs_among(self.held_out):
-            found["logps/accuracy"] = self.scored(lambda passes: self._likelier(pairs, passes, progress), progress)
-        judged = self.judge(when, progress) if self.judge else {}
-        return {**found, **judged, "problems": len(self.held_out)}
+            results["logps/accuracy"] = score(lambda limits: self._likelier(pairs, limits, progress), say)
+        sampled = self.evaluator.evaluate(when, progress) if self.evaluator else {}
+        return {**results, **sampled, "problems": len(self.held_out)}
 
     @torch.no_grad()
-    def _measured(self, passes: BatchLimits, progress: Progress) -> dict[str, float]:
+    def _measured(self, limits: BatchLimits, progress: Progress) -> dict[str, float]:
         rows, model, means = batch_rows(self.held_out, self.kind), self.trainer.model, _Means()
         model.eval()
         done = 0
-        for part in self._cut_rows(self.held_out, passes.micro_batch_tokens):
+        for part in self._cut_rows(self.held_out, limits.micro_batch_tokens):
             inputs = self._collated([rows[i] for i in part])
             loss = self.trainer.prediction_step(model, inputs, prediction_loss_only=True)[0]
             logged = self._logged({"eval_loss": float(loss)})
@@ -129,7 +133,7 @@ class TRLLoop(Loop):
         return means.result()
 
     @torch.no_grad()
-    def _likelier(self, pairs: Sequence[Pair], passes: BatchLimits, progress: Progress) -> float:
+    def _likelier(self, pairs: Sequence[Pair], limits: BatchLimits, progress: Progress) -> float:
         """Return the share of pairs whose better answer has the higher mean log-prob of a token."""
         groups = [Group(p.prompt_ids, [p.chosen_ids, p.rejected_ids], [2 * i, 2 * i + 1]) for i, p in enumerate(pairs)]
         means: dict[int, float] = {}
@@ -138,8 +142,8 @@ class TRLLoop(Loop):
             progress.phase("evaluation", done, total)
 
         with self.base.role(POLICY):
-            for packed in micro_batches(self.base, groups, passes.micro_batch_tokens, shown):
-                logps, _ = packed_logprobs(self.base, packed, 1.0, passes.tile, entropy="none")
+            for packed in micro_batches(self.base, groups, limits.micro_batch_tokens, shown):
+                logps, _ = packed_logprobs(self.base, packed, 1.0, limits.tile, entropy="none")
                 each = [float(one.mean()) for one in logps.split(packed.lengths)]
                 means.update(zip(packed.rows, each, strict=True))
         return sum(means[2 * i] > means[2 * i + 1] for i in range(len(pairs))) / len(pairs)
@@ -236,5 +240,6 @@ def make_trl_loop(
         base.refer_to(saved_adapter(recipe.adapter, recipe.model, recipe.revision))
     trainer = make_trainer(recipe, base, batch_rows(train[:2], kind), plan.settings.logits_tile_tokens)
     _try_out(trainer, base, batch_rows(train[:2], kind))
-    judge = CompletionEvaluator(recipe, plan, base, rewards, data.prompts).evaluate if data.prompts else None
-    return TRLLoop(recipe, plan, base, trainer, train, data.held_out, run_directory(recipe), judge)
+    ladder = Ladder.of(plan.settings, base.device, recipe.generation.temperature)
+    evaluator = CompletionEvaluator(recipe, plan, base, rewards, data.prompts, ladder) if data.prompts else None
+    return TRLLoop(recipe, plan, base, trainer, train, data.held_out, run_directory(recipe), evaluator, ladder)

@@ -1,12 +1,15 @@
 """Bytes of a rollout: prefill of the prompts, their cache, and decoding. Letters as in `memory`; R rows at once."""
 
 import math
+from collections.abc import Callable
 from dataclasses import replace
 
 from lowmem_rlhf.architecture.dimensions import ModelDimensions
+from lowmem_rlhf.errors import UserError
 from lowmem_rlhf.planning.limits import COMPLETION_BLOCK, FOUR_BIT_ROWS, KERNEL_ROWS
 from lowmem_rlhf.planning.memory.resident import Components, Memory, total
 from lowmem_rlhf.planning.shapes import prompts_at_once, prompts_shape, rollout_rows
+from lowmem_rlhf.suggest import did_you_mean
 
 
 def kv_bytes_per_token(dims: ModelDimensions, width: int) -> int:
@@ -66,7 +69,7 @@ def joined_adapter_bytes(memory: Memory) -> int:
     return memory.dims.num_layers * memory.width * blocks
 
 
-def rollout(memory: Memory) -> Components:
+def shared_base_bytes(memory: Memory) -> Components:
     """Return the largest moment: the prefill of prompts, the making of their cache, or the last tokens of the wave."""
     recipe, dims, width = memory.recipe, memory.dims, memory.width
     length, prompt = recipe.generation.max_completion_length, recipe.data.max_prompt_length
@@ -116,3 +119,33 @@ def _decoding(memory: Memory, rows: int, keys: int) -> Components:
     if not rollout_copy_bytes(memory) or len(memory.adapted) < len(dims.linears):
         moments.append({"dequantized_weight": memory.dense})
     return max(moments, key=total)
+
+
+RolloutBytes = Callable[[Memory], Components]
+
+# by the engine that samples (`rollout.engine.ENGINES`)
+ROLLOUT_BYTES: dict[str, RolloutBytes] = dict.fromkeys(("auto", "shared_prompt", "own_cache"), shared_base_bytes)
+
+
+def check_engine(name: str) -> None:
+    """Check that there is an engine of this name.
+
+    Raises:
+        UserError: there is none.
+    """
+    if name not in ROLLOUT_BYTES:
+        raise UserError(
+            f"generation.engine: got {name!r}; the engines are {', '.join(ROLLOUT_BYTES)}"
+            f"{did_you_mean(name, ROLLOUT_BYTES)}"
+        )
+
+
+def rollout(memory: Memory) -> Components:
+    """Return what a rollout takes with the recipe's engine, at its largest moment.
+
+    Raises:
+        UserError: there is no such engine.
+    """
+    engine = memory.recipe.generation.engine
+    check_engine(engine)
+    return ROLLOUT_BYTES[engine](memory)

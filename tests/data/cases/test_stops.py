@@ -12,12 +12,13 @@ from lowmem_rlhf.architecture.stops import stop_ids_of, text_ids, turn_end, writ
 from lowmem_rlhf.architecture.vocabulary import check_ids, missing_rows
 from lowmem_rlhf.data.supervised import build_supervised
 from lowmem_rlhf.engine.base import SharedBase
+from lowmem_rlhf.engine.ladder import RolloutLimits
 from lowmem_rlhf.engine.packing import Group
 from lowmem_rlhf.engine.roles import POLICY
 from lowmem_rlhf.errors import UserError
 from lowmem_rlhf.recipe.sections import DataConfig
+from lowmem_rlhf.rollout.engine import wave_engine
 from lowmem_rlhf.rollout.sampling import Sampling, draw
-from lowmem_rlhf.rollout.shared_prompt import Limits, generate
 from lowmem_rlhf.rollout.stream import stream
 
 TEMPLATES = Path(trl.__file__).parent / "chat_templates"
@@ -25,7 +26,7 @@ CHATML = (
     "{% for m in messages %}{{ '<|im_start|>' + m.role + '\\n' + m.content + '<|im_end|>\\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
 )
-LIMITS = Limits(64, 64, 16)
+LIMITS = RolloutLimits(64, 64, 16)
 
 
 def with_template(template, *tokens, **special):
@@ -151,7 +152,7 @@ def test_rollouts_and_what_sft_learns_end_at_the_token_that_ends_a_turn():
     )
     answer_with(base, end, prompt)
     with base.role(POLICY):
-        [drawn] = generate(base, [prompt], 4, 6, Sampling(), LIMITS, seed=0)
+        [drawn] = wave_engine(base).generate([prompt], 4, 6, Sampling(), LIMITS, seed=0)
         assert list(stream(base, prompt, 6, Sampling(), 0, 16)) == []
     assert [(one.ids, one.truncated) for one in drawn] == [([end], False)] * 4
     data = DataConfig(train="-", prompt="q", completion="a", answer=None)
@@ -190,7 +191,7 @@ def test_rows_without_a_token_are_never_drawn(case, sampling, monkeypatch):
         base.head.module.weight[sorted(without)] *= 300.0
     prompts = [[40, 41, 42], [50, 51]]
     with base.role(POLICY):
-        drawn = [one for own in generate(base, prompts, 8, 5, sampling, LIMITS, seed=1) for one in own]
+        drawn = [one for own in wave_engine(base).generate(prompts, 8, 5, sampling, LIMITS, seed=1) for one in own]
         assert not set(stream(base, prompts[0], 5, sampling, 1, 16)) & without
         whole = full_logps(base, prompts, drawn, sampling.temperature or 1.0)
     assert not {index for one in drawn for index in one.ids} & without

@@ -1,0 +1,117 @@
+"""The table of GRPO's losses: normalisers by hand, any split, and losses from a user's file."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from lowmem_rlhf.algorithms.grpo.losses import LOSSES, LossInputs, clipped_surrogate, load_loss
+from lowmem_rlhf.errors import UserError
+from lowmem_rlhf.recipe.loading import validate_recipe
+
+LENGTHS = [2, 5, 3]
+WEIGHTS = {
+    "grpo": [1 / 6, 1 / 15, 1 / 9],
+    "bnpo": [1 / 10] * 3,
+    "dapo": [1 / 10] * 3,
+    "dr_grpo": [1 / 24] * 3,
+}
+MASKED = {
+    "grpo": [1 / 6, 1 / 9],  # the masked completion still counts as a completion
+    "bnpo": [1 / 5] * 2,  # its tokens do not
+    "dapo": [1 / 5] * 2,
+    "dr_grpo": [1 / 24] * 2,
+}
+
+
+def inputs_of(lengths=(2, 5, 3), tokens: int = 10, beta: float = 0.0) -> LossInputs:
+    """Return inputs of completions of these lengths out of three, with a limit of 8 tokens."""
+    count = sum(lengths)
+    logps, old, ref = torch.randn((3, count), generator=torch.Generator().manual_seed(0)).mul(0.3).sub(1)
+    each = torch.tensor([float(n) for n in lengths for _ in range(n)])
+    return LossInputs(logps.requires_grad_(), old, ref, each - 3.5, each, None, 3, tokens, 8, 0.2, 0.3, beta)
+
+
+def weights_of(loss_type: str, inputs: LossInputs, lengths) -> list[float]:
+    """Return by completion what the clipped surrogate of its tokens is multiplied with."""
+    ratios = (LOSSES[loss_type](inputs) / clipped_surrogate(inputs)).detach().split(list(lengths))
+    assert all(torch.allclose(one, one[0].expand_as(one)) for one in ratios)
+    return [one[0].item() for one in ratios]
+
+
+@pytest.mark.parametrize("loss_type", WEIGHTS)
+def test_a_token_counts_by_the_whole_batch(loss_type):
+    assert weights_of(loss_type, inputs_of(), LENGTHS) == pytest.approx(WEIGHTS[loss_type])
+    rest = (2, 3)  # the second is masked
+    assert weights_of(loss_type, inputs_of(rest, tokens=5), rest) == pytest.approx(MASKED[loss_type])
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.04])
+@pytest.mark.parametrize("loss_type", LOSSES)
+def test_any_split_adds_up_to_the_same_bits(loss_type, beta):
+    inputs = inputs_of(beta=beta)
+    whole = LOSSES[loss_type](inputs)
+    names = ("logps", "old_logps", "ref_logps", "advantages", "lengths")
+    for cut in (1, 4, 7):
+        parts = [
+            replace(inputs, **{n: getattr(inputs, n)[part] for n in names}) for part in (slice(0, cut), slice(cut, 10))
+        ]
+        assert torch.equal(torch.cat([LOSSES[loss_type](part) for part in parts]), whole)
+
+
+# Losses of one's own
+
+
+def load(tmp_path, text: str, name: str = "mine"):
+    (tmp_path / "losses.py").write_text("import torch\n" + text, encoding="utf-8")
+    return load_loss(f"{tmp_path}/losses.py:{name}")
+
+
+def test_a_loss_from_a_file_is_called_as_it_is(tmp_path):
+    loss = load(tmp_path, "def mine(inputs):\n    return -inputs.logps * inputs.advantages / inputs.tokens\n")
+    inputs = inputs_of()
+    assert torch.equal(loss.function(inputs), -inputs.logps * inputs.advantages / 10)
+    assert loss.needs_advantage
+
+
+def test_a_loss_that_needs_no_advantage_trains_on_all_completions(tmp_path):
+    loss = load(tmp_path, "def mine(inputs):\n    return -inputs.logps / inputs.completions / inputs.lengths\n")
+    assert not loss.needs_advantage
+    assert all(load_loss(name).needs_advantage for name in LOSSES)
+
+
+REFUSED = {
+    "def mine(inputs, other):\n    return inputs.logps": "fails on a trial: TypeError: mine() missing 1 required",
+    "def mine(inputs):\n    return inputs.logprobs": "mine, line 3 fails on a trial: AttributeError: 'LossInputs'",
+    "def mine(inputs):\n    return inputs.logps.sum()": "gave a tensor of shape () for inputs.logps of shape (9,)",
+    "def mine(inputs):\n    return 1.0": "gave a float for inputs.logps",
+    "def mine(inputs):\n    return inputs.advantages": "gave a loss without a gradient; compute it from inputs.logps",
+    "def mine(inputs):\n    return inputs.logps * inputs.advantages / len(inputs.logps)": "is cut into micro-batches",
+    "mine = 3": "losses.py:mine is a int, not a loss; name something that is called with (inputs)",
+    "def other(inputs):\n    return 1": "losses.py defines no 'mine'",
+    "def mine(": "losses.py, line 2, cannot be imported: SyntaxError",
+}
+
+
+@pytest.mark.parametrize("text", REFUSED)
+def test_what_is_no_loss_is_refused_in_one_sentence(tmp_path, text):
+    with pytest.raises(UserError) as error:
+        load(tmp_path, text + "\n")
+    message = str(error.value)
+    assert message.startswith("grpo.loss_type: ") and REFUSED[text] in message and "\n" not in message
+
+
+def recipe_with(loss_type: str):
+    values = {"model": "none", "data": {"train": "arithmetic"}, "rewards": ["length"]}
+    return validate_recipe({**values, "grpo": {"loss_type": loss_type}})
+
+
+def test_a_recipe_takes_a_known_loss_or_a_function_of_a_file():
+    assert recipe_with("DAPO").grpo.loss_type == "dapo"
+    assert recipe_with("mine.py:loss").grpo.loss_type == "mine.py:loss"
+    with pytest.raises(UserError, match=r"grpo\.loss_type: got 'dapoo'.*dapo"):
+        recipe_with("dapoo")
+    with pytest.raises(UserError, match=r"grpo\.loss_type: there is no file absent\.py"):
+        load_loss("absent.py:loss")
+    with pytest.raises(UserError, match=r"grpo\.loss_type: got 'a:b'; a function of your own is written path"):
+        load_loss("a:b")
