@@ -119,6 +119,7 @@ class Bench:
         """
         from work import RANK
 
+        from lowmem_rlhf.hardware.capabilities import capabilities
         from lowmem_rlhf.planning.memory.layers import Layer
         from lowmem_rlhf.planning.memory.resident import dense_bytes, recomputed_layers
         from lowmem_rlhf.planning.memory.rollout import kv_bytes_per_token
@@ -131,7 +132,8 @@ class Bench:
         length = point.completion_length
         shape = packed_shape(point.prompt_length, length - 1, length, point.generations, point.prompts, tokens)
         dense = dense_bytes(dims, self.work.quantization, width)
-        layer = Layer(dims, shape, width, RANK * len(dims.linears), dense, self.device.type == "cpu")
+        explicit = capabilities(self.device).explicit_scores
+        layer = Layer(dims, shape, width, RANK * len(dims.linears), dense, explicit)
         again = recomputed_layers(dims, self.work.checkpointing)
         kept = again * layer.hidden + (point.layers - again) * layer.saved()
         return {"kv_bytes": cached * kv_bytes_per_token(dims, width), "row_bytes": kept + layer.backward_peak()}

@@ -113,7 +113,7 @@ def measure(given: argparse.Namespace, name: str, algorithm: str) -> dict[str, A
     import torch
     from vram_step import Measured
 
-    from lowmem_rlhf.planning.memory.resident import CUDA_CONTEXT_BYTES
+    from lowmem_rlhf.hardware.capabilities import CUDA_CONTEXT_BYTES
     from lowmem_rlhf.planning.run_plan import running_plan
     from lowmem_rlhf.quiet import hush
 

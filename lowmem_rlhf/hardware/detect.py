@@ -16,6 +16,7 @@ from typing import Any
 import psutil
 
 from lowmem_rlhf.errors import UserError
+from lowmem_rlhf.hardware.capabilities import kind_of
 from lowmem_rlhf.hardware.device import Device
 from lowmem_rlhf.hardware.nvml import Card, Inventory, NvmlUnavailable, order_is_uncertain, read_nvml, visible_cards
 from lowmem_rlhf.suggest import did_you_mean
@@ -181,6 +182,12 @@ def _torch_has(kind: str) -> bool:
 
     module = getattr(torch, kind, None)
     return module is not None and module.is_available()
+
+
+def torch_reaches(device: str) -> bool:
+    """Tell whether this torch can use a device that `detect` found: NVML knows cards that a CPU build cannot reach."""
+    kind = kind_of(device)
+    return kind != "cuda" or _torch_has(kind)
 
 
 def _from_torch(kind: str, index: int | None, notes: tuple[str, ...] = ()) -> Device:

@@ -3,6 +3,8 @@
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from lowmem_rlhf.hardware.capabilities import Capabilities, capabilities, kind_of
+
 
 @dataclass(frozen=True)
 class Device:
@@ -39,6 +41,48 @@ class Device:
     notes: tuple[str, ...] = field(default=())
     avx512_bf16: bool = False
     compiler: str | None = None
+
+    @property
+    def kind(self) -> str:
+        """The first part of torch's device string, for example ``cuda``."""
+        return kind_of(self.torch_device)
+
+    @property
+    def capabilities(self) -> Capabilities:
+        """What holds for every device of this kind."""
+        return capabilities(self.torch_device)
+
+    @property
+    def on_cpu(self) -> bool:
+        """Whether the CPU computes, with the RAM as the budget."""
+        return self.capabilities.on_cpu
+
+    @property
+    def half_dtype(self) -> str:
+        """The 16-bit dtype to compute in: ``bfloat16`` (any CPU: float16 is slow there), or ``float16`` without it."""
+        return "bfloat16" if self.bf16 or self.on_cpu else "float16"
+
+    @property
+    def int8_dtype(self) -> str:
+        """The dtype that LLM.int8's weights compute in: ``float16`` where bitsandbytes has a kernel for them."""
+        return "float16" if self.capabilities.int8_kernel else self.half_dtype
+
+    def multiplies_four_bit(self, compute_dtype: str) -> bool:
+        """Whether a CPU has a product with 4-bit weights as they lie, which AVX-512 has for bfloat16 only."""
+        return self.avx512_bf16 and compute_dtype == "bfloat16"
+
+    @property
+    def process_bytes(self) -> int:
+        """Bytes of ``free_bytes`` that a process takes before its first tensor.
+
+        Zero where torch measured what is free: this process held them already.
+        """
+        return 0 if self.source == "torch" else self.capabilities.process_bytes
+
+    @property
+    def is_present(self) -> bool:
+        """Whether the device was found in this machine; else a profile stands for it."""
+        return self.source != "profile"
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain values for ``--json``."""

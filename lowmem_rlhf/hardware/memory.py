@@ -10,13 +10,14 @@ import torch
 
 from lowmem_rlhf.errors import RunError
 from lowmem_rlhf.hardware import cpu_process
+from lowmem_rlhf.hardware.capabilities import capabilities
 
 T = TypeVar("T")
 
 
 def reset_peak(device: torch.device) -> None:
     """Start measuring a new peak: on a device that counts, of what is allocated; on the CPU, of the process."""
-    if device.type == "cpu":
+    if capabilities(device).on_cpu:
         cpu_process.reset_peak()
     elif reset := device_counter(device, "reset_peak_memory_stats"):
         reset(device)
@@ -29,14 +30,14 @@ def peak_bytes(device: torch.device) -> int:
     """
     if count := device_counter(device, "max_memory_allocated"):
         return int(count(device))
-    peak = cpu_process.peak_bytes() if device.type == "cpu" else None
+    peak = cpu_process.peak_bytes() if capabilities(device).on_cpu else None
     return peak or int(psutil.Process().memory_info().rss)
 
 
 def release(device: torch.device) -> None:
     """Give back what is no longer used, so that other programs and the next model find it."""
     gc.collect()
-    if device.type == "cpu":
+    if capabilities(device).on_cpu:
         cpu_process.trim_heap()
     if empty := device_counter(device, "empty_cache"):
         empty()
@@ -58,7 +59,7 @@ def clock(device: torch.device) -> float:
 
 def device_counter(device: torch.device, name: str) -> Callable[..., Any] | None:
     """Return a function of the device's module (``max_memory_allocated``, ...); None on a CPU and where it has none."""
-    return None if device.type == "cpu" else getattr(torch.get_device_module(device), name, None)
+    return None if capabilities(device).on_cpu else getattr(torch.get_device_module(device), name, None)
 
 
 def is_out_of_memory(error: BaseException) -> bool:

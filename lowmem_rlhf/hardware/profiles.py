@@ -84,7 +84,7 @@ def match_profile(device: Device) -> Profile:
     the desktop card.
     """
     profiles = load_profiles()
-    if device.torch_device.startswith("cpu"):
+    if device.on_cpu:
         return profiles["cpu"].model_copy(update={"reason": "the run is on the CPU"})
     name = re.sub(r"^NVIDIA\s+", "", device.name.strip(), flags=re.IGNORECASE)
     same_name = [

@@ -159,7 +159,7 @@ def rollout_weights(case: PlanInputs, settings: Settings) -> tuple[str, str]:
         return "quantized", "the weights are not 4-bit" if settings.quantization != "nf4" else "nothing is sampled"
     if not case.on_cpu:
         return "quantized", "a GPU multiplies 4-bit weights directly"
-    fast = case.device.avx512_bf16 and settings.compute_dtype == "bfloat16"
+    fast = case.device.multiplies_four_bit(settings.compute_dtype)
     if fast and case.device.compiler:
         return "quantized", "this CPU multiplies 4-bit weights as they lie, faster than a 16-bit copy"
     if fast and settings.rollout_batch_size <= FASTER_ROWS:

@@ -6,7 +6,7 @@ from typing import Any
 from lowmem_rlhf.architecture.dimensions import ModelDimensions
 from lowmem_rlhf.hardware.device import Device
 from lowmem_rlhf.planning.memory.phases import peak_phase, phases
-from lowmem_rlhf.planning.memory.resident import CPU_PROCESS_BYTES, CUDA_CONTEXT_BYTES, GIB, Components, Settings
+from lowmem_rlhf.planning.memory.resident import GIB, Components, Settings
 from lowmem_rlhf.recipe.schema import Recipe
 
 PINNED = "set in the recipe"
@@ -27,7 +27,7 @@ class PlanInputs:
     @property
     def on_cpu(self) -> bool:
         """Whether the run computes on the CPU, with the RAM as its budget."""
-        return self.device.torch_device.startswith("cpu")
+        return self.device.on_cpu
 
     def pinned(self, key: str) -> Any:
         """Return the recipe's value of a setting, or None when it is left to the plan."""
@@ -55,8 +55,4 @@ def budget_bytes(device: Device) -> int:
     That is the CUDA context (141 MiB; not when torch measured free memory, as it is open then), or on the CPU about
     768 MiB of Python and libraries.
     """
-    if device.torch_device.startswith("cpu"):
-        process = CPU_PROCESS_BYTES
-    else:
-        process = 0 if device.source == "torch" else CUDA_CONTEXT_BYTES
-    return max(0, int(device.free_bytes * (1 - MARGIN)) - process)
+    return max(0, int(device.free_bytes * (1 - MARGIN)) - device.process_bytes)

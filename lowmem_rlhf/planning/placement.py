@@ -4,6 +4,7 @@ A reward's need is its weights, which stay, and the largest pass over a batch of
 first and keeps its settings: a reward gets what the plan's largest phase leaves of the budget.
 """
 
+from lowmem_rlhf.hardware.capabilities import capabilities
 from lowmem_rlhf.planning.inputs import gib
 from lowmem_rlhf.planning.memory.resident import ALLOCATOR_FACTOR
 
@@ -19,8 +20,8 @@ def encoder_pass_bytes(hidden_size: int, intermediate_size: int, tokens: int, lo
 
 
 def reward_bytes(weights: int, work: int, device: str) -> int:
-    """Bytes that a learned reward takes of a device: its weights, its largest pass, and what CUDA's allocator holds."""
-    return round((weights + work) * (ALLOCATOR_FACTOR if device.startswith("cuda") else 1.0))
+    """Bytes that a learned reward takes of a device: weights, the largest pass, and what a caching allocator holds."""
+    return round((weights + work) * (ALLOCATOR_FACTOR if capabilities(device).caching_allocator else 1.0))
 
 
 def reward_device(weights: int, work: int, policy_device: str, free_bytes: int) -> tuple[str, str]:
@@ -32,7 +33,7 @@ def reward_device(weights: int, work: int, policy_device: str, free_bytes: int) 
         policy_device: the torch device that the run computes on.
         free_bytes: what the plan's largest phase and the rewards placed before leave of that device's budget.
     """
-    if policy_device.startswith("cpu"):
+    if capabilities(policy_device).on_cpu:
         return "cpu", "the policy computes on the CPU, too"
     need = reward_bytes(weights, work, policy_device)
     place = f"beside the policy, where the plan leaves {gib(max(0, free_bytes))}"

@@ -22,16 +22,16 @@ def compute_dtype(case: PlanInputs, quantization: str) -> tuple[str, str]:
         UserError: the device or the quantization cannot compute in the pinned dtype, or the model overflows float16.
     """
     pinned, device, family = case.pinned("compute_dtype"), case.device, case.dims.model_type
-    has_bf16 = device.bf16 or case.on_cpu
+    has_bf16 = device.half_dtype == "bfloat16"
     if pinned == "bfloat16" and not has_bf16:
         raise UserError(
             f"hardware.compute_dtype: got bfloat16, which {device.name} does not compute; take float16 or auto"
         )
     if pinned == "float32" and quantization == "int8":
         raise UserError("hardware.compute_dtype: got float32 with int8 weights, which compute in 16 bits; take nf4")
-    int8_on_gpu = quantization == "int8" and not case.on_cpu
-    chosen = pinned or ("bfloat16" if has_bf16 and not int8_on_gpu else "float16")
-    if case.dims.overflows_float16 and (chosen == "float16" or int8_on_gpu):
+    int8_in_float16 = quantization == "int8" and device.int8_dtype == "float16"
+    chosen = pinned or (device.int8_dtype if quantization == "int8" else device.half_dtype)
+    if case.dims.overflows_float16 and (chosen == "float16" or int8_in_float16):
         raise UserError(
             f"model {case.recipe.model!r} ({family}) overflows float16"
             + ("" if has_bf16 else f" and {device.name} has no bfloat16")
@@ -39,7 +39,7 @@ def compute_dtype(case: PlanInputs, quantization: str) -> tuple[str, str]:
         )
     if pinned:
         return pinned, PINNED
-    if int8_on_gpu:
+    if int8_in_float16:
         return chosen, "int8 weights (LLM.int8) are multiplied in float16"
     if chosen == "float16":
         return chosen, f"{device.name} has no bfloat16; the update scales the loss"

@@ -55,7 +55,7 @@ def _planner(recipe: Recipe) -> Callable[[Recipe, Device, str], Plan]:
 def running_plan(recipe: Recipe) -> Plan:
     """Plan for a run on this machine: a named profile lends its memory, the device that is here computes."""
     device, profile = planned_device(recipe)
-    if device.source == "profile":
+    if not device.is_present:
         here = detect(recipe.hardware.device)
         free = min(device.free_bytes, here.free_bytes)
         device = replace(here, total_bytes=device.total_bytes, free_bytes=free, bf16=device.bf16 and here.bf16)

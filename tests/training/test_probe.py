@@ -9,9 +9,9 @@ from tiny_models import save_tiny
 
 from lowmem_rlhf.engine.base import SharedBase
 from lowmem_rlhf.errors import UserError
+from lowmem_rlhf.hardware.capabilities import CPU_PROCESS_BYTES
 from lowmem_rlhf.hardware.detect import cpu_device
 from lowmem_rlhf.planning.inputs import MARGIN
-from lowmem_rlhf.planning.memory.resident import CPU_PROCESS_BYTES
 from lowmem_rlhf.planning.plan import make_plan
 from lowmem_rlhf.planning.run_plan import planned
 from lowmem_rlhf.recipe.loading import validate_recipe

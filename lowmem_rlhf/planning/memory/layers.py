@@ -23,7 +23,7 @@ class Layer:
         width: b.
         ranks: sum of the ranks of all adapters beside the layer's linear layers in the role that computes.
         dense: bytes of the largest weight where it is quantized and made dense to be multiplied, else 0.
-        cpu: whether short attention is computed with explicit scores.
+        explicit_scores: the device takes explicit scores for short attention.
     """
 
     dims: ModelDimensions
@@ -31,7 +31,7 @@ class Layer:
     width: int
     ranks: int
     dense: int
-    cpu: bool
+    explicit_scores: bool
 
     @cached_property
     def family(self) -> Family:
@@ -64,7 +64,7 @@ class Layer:
 
     def explicit(self, keys: int) -> bool:
         """Whether scores over so many keys are computed outside SDPA."""
-        return self.cpu and not self.capped and keys <= EXPLICIT_KEYS
+        return self.explicit_scores and not self.capped and keys <= EXPLICIT_KEYS
 
     @property
     def hidden(self) -> int:

@@ -29,7 +29,7 @@ def phases(dims: ModelDimensions, recipe: Recipe, settings: Settings, device: De
         "optimizer": resident | memory.optimizer(),
         "export": memory.export(),
     }
-    factor = 1.0 if memory.on_cpu else ALLOCATOR_FACTOR
+    factor = ALLOCATOR_FACTOR if memory.capabilities.caching_allocator else 1.0
     for components in result.values():
         components["allocator"] = round(total(components) * (factor - 1))
     return result

@@ -20,12 +20,6 @@ MIB = 1024**2
 GIB = 1024**3
 
 
-CUDA_CONTEXT_BYTES = 141 * MIB  # measured on a T4; a process has it before its first tensor
-
-
-CPU_PROCESS_BYTES = 768 * MIB  # Python with torch, transformers and peft imported
-
-
 ALLOCATOR_FACTOR = 1.125  # reserved / allocated in CUDA's caching allocator, the median of public measurements
 
 
@@ -160,10 +154,9 @@ class Memory:
     def __init__(self, dims: ModelDimensions, recipe: Recipe, settings: Settings, device: Device) -> None:
         self.dims, self.recipe, self.settings = dims, recipe, settings
         self.width = settings.width
-        self.on_cpu = device.torch_device.startswith("cpu")
-        on_cuda = device.torch_device.startswith("cuda")
-        self.workspace = cublas_workspace(device.compute_capability) if on_cuda else 0
-        self.four_bit_product = device.avx512_bf16 and settings.compute_dtype == "bfloat16"
+        self.on_cpu, self.capabilities = device.on_cpu, device.capabilities
+        self.workspace = cublas_workspace(device.compute_capability) if self.capabilities.blas_workspace else 0
+        self.four_bit_product = device.multiplies_four_bit(settings.compute_dtype)
         self.four_bit_in_place = self.four_bit_product and device.compiler is not None  # `engine.decode.native`
         self.one_adapter = dims.lora_parameters(settings.lora["r"], settings.lora["target_modules"])
         self.trained, self.frozen = adapters_of(recipe)
@@ -205,9 +198,9 @@ class Memory:
         """Return a layer in a pass over a packed row, in a role with so many adapters."""
         ranks = self.settings.lora["r"] * len(self.adapted) * adapters
         dense = self.dense
-        if self.settings.quantization == "int8" and not self.on_cpu:  # int8 inputs, int32 results
+        if self.settings.quantization == "int8" and self.capabilities.int8_kernel:  # int8 inputs, int32 results
             dense = max(dense, *(shape.tokens * (x.inputs + 4 * x.outputs) for x, _ in self.dims.quantizable))
-        return Layer(self.dims, shape, self.width, ranks, dense, self.on_cpu)
+        return Layer(self.dims, shape, self.width, ranks, dense, self.capabilities.explicit_scores)
 
     def scoring(self) -> Components:
         """Return the largest moment of all roles' passes without gradients: a layer, or what is read of the states."""
