@@ -18,10 +18,12 @@ from torch import nn
 from transformers import AttentionInterface
 
 from lowmem_rlhf.engine.packing import Bucket
+from lowmem_rlhf.hardware.capabilities import CAPABILITIES
 from lowmem_rlhf.planning.limits import CAPPED_SCORES, EXPLICIT_KEYS
 
 NAME = "lowmem"
-EXPLICIT_ON = {"cpu"}  # where up to `EXPLICIT_KEYS` keys explicit scores are faster
+# kinds of devices on which explicit scores are faster, up to `EXPLICIT_KEYS` keys
+EXPLICIT_ON = {kind for kind, can in CAPABILITIES.items() if can.explicit_scores}
 
 
 # what stock models hand to an attention function beside what it computes with, and what it need not read

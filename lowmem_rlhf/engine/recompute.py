@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from lowmem_rlhf.errors import UserError
+from lowmem_rlhf.hardware.capabilities import capabilities
 
 Waiting = torch.Tensor | tuple[torch.device, torch.Tensor]  # where a tensor came from, and its copy in host memory
 
@@ -36,7 +37,7 @@ def recompute_layers(model: PreTrainedModel, layers: bool | int, offload: bool) 
             f"hardware.gradient_checkpointing: got {count}, but the model has {len(found)} layers; give at most "
             f"{len(found)}, or true for all of them"
         )
-    away = offload and model.device.type != "cpu"
+    away = offload and not capabilities(model.device).on_cpu
     for index, layer in enumerate(found):
         layer.gradient_checkpointing = index < count
         layer._gradient_checkpointing_func = _recomputed_from_host if away else _recomputed  # type: ignore[assignment]
@@ -56,19 +57,18 @@ def _recomputed_from_host(function: Callable[..., Any], *args: Any) -> Any:
 def _to_host(x: torch.Tensor) -> Waiting:
     """Copy a tensor to host memory.
 
-    On CUDA the copy goes into pinned memory and nobody waits for it: the copy back and the next owner of the tensor's
-    device memory stand in the same stream behind it, and torch hands pinned memory out anew only when its copies are
-    done.
+    Where the device has pinned copies nobody waits for it: the copy back and the next owner of the tensor's device
+    memory stand in the same stream behind it, and torch hands pinned memory out anew only when its copies are done.
     """
-    if x.device.type == "cpu":
+    if capabilities(x.device).on_cpu:
         return x
-    cuda = x.device.type == "cuda"
-    host = torch.empty_like(x, device="cpu", pin_memory=cuda, requires_grad=False)
-    return x.device, host.copy_(x.detach(), non_blocking=cuda)
+    pinned = capabilities(x.device).pinned_copies
+    host = torch.empty_like(x, device="cpu", pin_memory=pinned, requires_grad=False)
+    return x.device, host.copy_(x.detach(), non_blocking=pinned)
 
 
 def _from_host(waiting: Waiting) -> torch.Tensor:
     if isinstance(waiting, torch.Tensor):
         return waiting
     device, host = waiting
-    return host.to(device, non_blocking=device.type == "cuda")
+    return host.to(device, non_blocking=capabilities(device).pinned_copies)

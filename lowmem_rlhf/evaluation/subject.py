@@ -239,7 +239,7 @@ def _stored_dtype(model: str, recipe: Recipe, device: Device) -> str:
             raise UserError(f"model {model!r} cannot be loaded: {' '.join(str(error).split())[:300]}") from error
         stored = getattr(config.get_text_config(), "dtype", None) or torch.float32
     if stored == torch.float16:  # a CPU takes ten times longer for it than for float32, which holds the same numbers
-        return "float32" if device.torch_device == "cpu" else "float16"
+        return "float16" if device.capabilities.fast_float16 else "float32"
     if stored == torch.bfloat16:
         return "bfloat16" if device.bf16 else "float32"
     return "float32"

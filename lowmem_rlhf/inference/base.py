@@ -4,6 +4,7 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 from lowmem_rlhf.errors import RunError, UserError
+from lowmem_rlhf.hardware.detect import torch_reaches
 from lowmem_rlhf.hardware.device import Device
 from lowmem_rlhf.planning.plan import Plan
 from lowmem_rlhf.recipe.schema import Recipe
@@ -79,7 +80,7 @@ def held_against_stock(base: "SharedBase", recipe: Recipe, dequantize: bool) -> 
 def check_computes(device: Device) -> None:
     import torch
 
-    if device.torch_device.startswith("cuda") and not torch.cuda.is_available():
+    if not torch_reaches(device.torch_device):
         raise UserError(
             f"{device.name} is here, but this torch ({torch.__version__}) cannot use it; install a CUDA build of "
             "torch, or set hardware.device=cpu"

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from lowmem_rlhf.data.provenance import check_base, check_learned
 from lowmem_rlhf.errors import RunError, UserError
-from lowmem_rlhf.hardware.detect import detect
+from lowmem_rlhf.hardware.detect import detect, torch_reaches
 from lowmem_rlhf.hardware.device import Device
 from lowmem_rlhf.inference.chat.talk import Talk, Wish
 from lowmem_rlhf.quiet import hush
@@ -98,7 +98,7 @@ def _open(run: RunDirectory, recipe: Recipe, step: int | None, device: str | Non
             settings["compute_dtype"],
             recipe.revision,
             recipe.trust_remote_code,
-            bool(settings.get("offload_embeddings")) and found.torch_device != "cpu",
+            bool(settings.get("offload_embeddings")) and not found.on_cpu,
             r=saved.r,
             lora_alpha=saved.lora_alpha,
             target_modules=saved.target_modules,
@@ -179,7 +179,7 @@ def check_device(device: Device, dtype: str) -> None:
     """
     import torch
 
-    if device.torch_device.startswith("cuda") and not torch.cuda.is_available():
+    if not torch_reaches(device.torch_device):
         raise UserError(
             f"{device.name} is here, but this torch ({torch.__version__}) cannot use it; take --device cpu, or install "
             "a CUDA build of torch"

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 from lowmem_rlhf.errors import LowmemError, UserError
-from lowmem_rlhf.hardware.detect import detect
+from lowmem_rlhf.hardware.detect import detect, torch_reaches
 from lowmem_rlhf.planning.inputs import PINNED
 from lowmem_rlhf.planning.placement import reward_bytes, reward_device
 from lowmem_rlhf.recipe.sections import LEARNED_REWARDS, ClassifierReward, RewardConfig, SimilarityReward
@@ -50,17 +50,13 @@ def _placed(reward: Classifier | Similarity, wanted: str, room: Room) -> tuple[s
     """Return the device and why: what the recipe says, else the policy's where the room is large enough."""
     if wanted != "auto":
         device, reason = detect(wanted).torch_device, PINNED
-        if not _computes(device):
+        if not torch_reaches(device):
             raise UserError(f"device: got {wanted!r}, which this torch ({torch.__version__}) cannot use; take cpu")
     else:
         encoder = reward.encoder
         device, reason = reward_device(encoder.weight_bytes, encoder.work_bytes, room.device, room.free_bytes)
-        if not _computes(device):
+        if not torch_reaches(device):
             device, reason = "cpu", f"this torch ({torch.__version__}) cannot use {device}"
     if device == room.device:
         room.free_bytes -= reward_bytes(reward.encoder.weight_bytes, reward.encoder.work_bytes, device)
     return device, reason
-
-
-def _computes(device: str) -> bool:
-    return not device.startswith("cuda") or torch.cuda.is_available()

@@ -151,7 +151,7 @@ def _probes(recipe: Recipe, plan: Plan) -> bool:
     if recipe.algorithm in TRL_TRAINERS:
         return False
     wanted = recipe.hardware.probe
-    return not plan.device.torch_device.startswith("cpu") if wanted == "auto" else wanted
+    return not plan.device.on_cpu if wanted == "auto" else wanted
 
 
 def _as_saved(recipe: Recipe) -> Recipe:

@@ -26,6 +26,7 @@ from lowmem_rlhf.engine.base import SharedBase
 from lowmem_rlhf.engine.load import first_sentence
 from lowmem_rlhf.engine.roles import POLICY, REFERENCE
 from lowmem_rlhf.errors import UserError
+from lowmem_rlhf.hardware.capabilities import capabilities
 from lowmem_rlhf.recipe.schema import Recipe
 from lowmem_rlhf.recipe.trl import DECIDED, TRL_TRAINERS, max_length
 from lowmem_rlhf.suggest import did_you_mean
@@ -129,7 +130,7 @@ def configuration(recipe: Recipe, arguments: dict[str, Any], device: torch.devic
                 bf16=False,
                 fp16=False,
                 gradient_checkpointing=False,
-                use_cpu=device.type == "cpu",
+                use_cpu=capabilities(device).on_cpu,
                 report_to="none",
                 save_strategy="no",
                 remove_unused_columns=False,

@@ -20,6 +20,7 @@ import torch
 
 from lowmem_rlhf.architecture.source import cache_folder
 from lowmem_rlhf.engine.fused import SILU, gated_activation, norm_scale
+from lowmem_rlhf.hardware.capabilities import capabilities
 from lowmem_rlhf.hardware.detect import cpu_device
 
 SOURCE = Path(__file__).with_suffix(".c")
@@ -109,7 +110,7 @@ def few_rows(x: torch.Tensor, layer: Any) -> torch.Tensor | None:
     It reads the weights as they lie, once, as fast as memory gives them; torch sorts them anew for each product.
     """
     suits = (
-        x.device.type == "cpu"
+        capabilities(x.device).on_cpu
         and x.dtype == torch.bfloat16
         and x.dim() == 2
         and 0 < x.shape[0] <= FEW_ROWS

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from lowmem_rlhf.engine.decode.native import PARTS, NativeProduct, block_scales, library
 from lowmem_rlhf.engine.grouped_lora import GroupedLoraLinear, Product, dense_weight
 from lowmem_rlhf.engine.trial import within_rounding
+from lowmem_rlhf.hardware.capabilities import capabilities
 from lowmem_rlhf.planning.limits import FOUR_BIT_ROWS, KERNEL_ROWS
 
 KERNEL = "gemv_4bit_inference_cpu_nf4_bf16"  # in bitsandbytes' library
@@ -58,7 +59,7 @@ def _four_bit_product(bases: Sequence[Any], dtype: torch.dtype) -> Product | Non
 
     weights, states = [base.weight for base in bases], [base.weight.quant_state for base in bases]
     fits = all((s.quant_type, s.blocksize) == ("nf4", BLOCK) and s.shape[1] % BLOCK == 0 for s in states)
-    if not fits or weights[0].device.type != "cpu" or dtype != torch.bfloat16 or not has_avx512bf16():
+    if not fits or not capabilities(weights[0].device).on_cpu or dtype != torch.bfloat16 or not has_avx512bf16():
         return None
     bias = _bias(bases, dtype, weights[0].device)
     if len(bases) <= PARTS and library() is not None:

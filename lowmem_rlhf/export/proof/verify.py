@@ -20,6 +20,7 @@ from lowmem_rlhf.export.proof.compare import compare
 from lowmem_rlhf.export.proof.live import ROOM, Live, Logits, in_float32
 from lowmem_rlhf.export.proof.stock import LIVE, Reference, hold, stock_logits
 from lowmem_rlhf.export.shards import read_tensors
+from lowmem_rlhf.hardware.capabilities import capabilities
 from lowmem_rlhf.hardware.memory import free_bytes, is_out_of_memory, release
 
 OTHER_MODEL = 3.0  # nats a token, where nothing else is known: no export of the same run is so far from its live policy
@@ -86,7 +87,7 @@ def proof_of_merged(
         RunError: it cannot be loaded, has lost the adapter, or is another model.
     """
     with stock_model(folder, device, live.recipe.trust_remote_code) as model:
-        if model.device.type != "cpu":
+        if not capabilities(model.device).on_cpu:
             in_float32(model, model.dtype, device)  # as the live policy, where there is room
         logits = stock_logits(model, live.ids)
         arithmetic = str(model.dtype).removeprefix("torch.")
@@ -125,7 +126,7 @@ def placement(folder: Path, device: torch.device, offload: Path) -> dict[str, An
     tensors = list(read_tensors(folder).values())
     stored = sum(one.end - one.begin for one in tensors)
     wide = 4 * sum(one.elements for one in tensors)
-    if device.type != "cpu" and stored < ROOM * free_bytes(device):
+    if not capabilities(device).on_cpu and stored < ROOM * free_bytes(device):
         return {"dtype": "auto", "device_map": {"": str(device)}}
     host = int(ROOM * free_bytes(torch.device("cpu")))
     if stored > host:
