@@ -61,9 +61,9 @@ def chosen(given: argparse.Namespace) -> list[str]:
         raise SystemExit(f"not a type of AutoModelForCausalLM: {', '.join(unknown)}")
     if given.types or not given.quick:
         return given.types or known
-    from lowmem_rlhf.architecture.families import FAMILIES
+    from lowmem_rlhf.architecture.families import types_with_terms
 
-    return [name for name in FAMILIES if name in known]
+    return [name for name in types_with_terms() if name in known]
 
 
 def code() -> str:

@@ -23,8 +23,6 @@ from lowmem_rlhf.planning.memory.rollout import kv_bytes_per_token
 
 QKV = {"q_proj", "k_proj", "v_proj", "qkv_proj", "c_attn", "query_key_value"}
 MLP_INPUT = {"gate_proj", "up_proj", "gate_up_proj", "fc1", "dense_h_to_4h"}
-POST_NORM = {"gemma2", "gemma3", "gemma3_text", "olmo2", "olmo3"}  # families with a norm behind the MLP
-PARALLEL = {"phi", "gpt_neox", "cohere", "cohere2"}  # families whose attention and MLP have the same input
 OPTIMIZER_BYTES = 28  # AdamW on fp32: weight, gradient and two moments are read, all but the gradient are written
 
 
@@ -105,7 +103,7 @@ def recomputed(dims: ModelDimensions, rank: int, tokens: int, pairs: int, checkp
     """Return the FLOPs that the backward pass spends on what the forward pass did not keep."""
     once, layers = forward(dims, rank, tokens, pairs, 0), recomputed_layers(dims, checkpointing)
     last = dims.linears[-1]
-    skipped = 0 if dims.model_type in POST_NORM else layers * 2 * tokens * last.outputs
+    skipped = 0 if dims.norm_place != "before" else layers * 2 * tokens * last.outputs
     linears, adapters, attention = (
         layers * part // dims.num_layers for part in (once.linears, once.adapters, once.attention)
     )
@@ -115,7 +113,7 @@ def recomputed(dims: ModelDimensions, rank: int, tokens: int, pairs: int, checkp
 def backward(dims: ModelDimensions, rank: int, tokens: int, pairs: int, scored: int) -> Flops:
     """Return the FLOPs of the gradients: of all inputs but the embedding, and of the adapter's weights."""
     once = forward(dims, rank, tokens, pairs, scored)
-    fed = QKV | MLP_INPUT if dims.model_type in PARALLEL else QKV
+    fed = QKV | MLP_INPUT if dims.parallel else QKV
     first = [linear for linear in dims.linears if linear.name in fed]
     return Flops(
         linears=once.linears - 2 * tokens * sum(linear.inputs * linear.outputs for linear in first),

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from lowmem_rlhf.architecture.dimensions import ModelDimensions
-from lowmem_rlhf.architecture.families import Linear
+from lowmem_rlhf.architecture.families.block import Linear
 
 
 @dataclass(frozen=True)

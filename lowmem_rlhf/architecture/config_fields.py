@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from lowmem_rlhf.architecture.families import Family, activation_of
+from lowmem_rlhf.architecture.families.block import Block, activation_of
 from lowmem_rlhf.errors import UserError
 
 # the most of each that is no sign of a damaged file: far above the largest dense model
@@ -56,20 +56,20 @@ def positive(value: Any, key: str, model: str) -> int:
     return value
 
 
-def heads_of(fields: Mapping[str, Any], family: Family, numbers: Mapping[str, int], model: str) -> tuple[int, int, int]:
+def heads_of(fields: Mapping[str, Any], block: Block, numbers: Mapping[str, int], model: str) -> tuple[int, int, int]:
     """Return query heads, key/value heads and the dimension of one.
 
     Raises:
         UserError: they do not divide, or the embeddings are not as wide as the layers.
     """
     hidden, heads = numbers["hidden_size"], numbers["num_attention_heads"]
-    given_kv_heads = fields.get("num_key_value_heads", heads) if family.grouped else heads
+    given_kv_heads = fields.get("num_key_value_heads", heads) if block.grouped else heads
     kv_heads = positive(given_kv_heads, "num_key_value_heads", model)
     if heads % kv_heads:
         raise UserError(
             f"model {model!r}: num_attention_heads {heads} is no multiple of num_key_value_heads {kv_heads}"
         )
-    given = fields.get("head_dim", family.head_dim)
+    given = fields.get("head_dim", block.head_dim)
     if given is None and hidden % heads:
         raise UserError(
             f"model {model!r}: hidden_size {hidden} is no multiple of num_attention_heads {heads}, and its config.json "
@@ -83,48 +83,48 @@ def heads_of(fields: Mapping[str, Any], family: Family, numbers: Mapping[str, in
     return heads, kv_heads, positive(hidden // heads if given is None else given, "head_dim", model)
 
 
-def block_traits(family: Family, config: Mapping[str, Any], dim: int) -> dict[str, Any]:
+def block_traits(block: Block, config: Mapping[str, Any], dim: int) -> dict[str, Any]:
     """Return what decides the memory of a block beside its sizes, under the names of `ModelDimensions`.
 
     Raises:
         TypeError, ValueError, OverflowError: a field is of the wrong kind.
     """
-    window, windowed = sliding_layers(family, config)
-    attention_cap, logit_cap = family.softcaps
+    window, windowed = sliding_layers(block, config)
+    attention_cap, logit_cap = block.softcaps
     return {
-        "norm": family.norm,
-        "norms": family.norms,
-        "norm_place": family.norm_place,
-        "qk_norm": family.qk_norm,
-        "parallel": family.parallel,
-        "activation": activation_of(config) or family.activation,
-        "rotary_dim": 0 if family.learned_positions else int(dim * _rotary_part(family, config)),
+        "norm": block.norm,
+        "norms": block.norms,
+        "norm_place": block.norm_place,
+        "qk_norm": block.qk_norm,
+        "parallel": block.parallel,
+        "activation": activation_of(config) or block.activation,
+        "rotary_dim": 0 if block.learned_positions else int(dim * _rotary_part(block, config)),
         "attention_softcap": _cap(config.get("attn_logit_softcapping", attention_cap)),
         "logit_softcap": _cap(config.get("final_logit_softcapping", logit_cap)),
-        "embedding_scale": family.embedding_scale,
+        "embedding_scale": block.embedding_scale,
         "sliding_window": window,
         "sliding_layers": windowed,
     }
 
 
-def sliding_layers(family: Family, config: Mapping[str, Any]) -> tuple[int | None, int]:
+def sliding_layers(block: Block, config: Mapping[str, Any]) -> tuple[int | None, int]:
     """Return the window in tokens and the number of layers that have it; (None, 0) where all attend to everything.
 
     A field that is null means no window; one that is missing means the family's default.
     """
-    window = int(config.get("sliding_window", family.window) or 0)
+    window = int(config.get("sliding_window", block.window) or 0)
     layers = int(config["num_hidden_layers"])
     if window < 0:
         raise ValueError(f"sliding_window {window}")
-    if not window or (family.window_opt_in and not config.get("use_sliding_window")):
+    if not window or (block.window_opt_in and not config.get("use_sliding_window")):
         return None, 0
     if kinds := config.get("layer_types"):
         count = list(kinds).count("sliding_attention")
-    elif family.window_opt_in:
+    elif block.window_opt_in:
         first = config.get("max_window_layers")
         count = max(0, layers - (28 if first is None else int(first)))
     else:
-        every = int(config.get("sliding_window_pattern") or family.full_every)
+        every = int(config.get("sliding_window_pattern") or block.full_every)
         if every < 0:
             raise ValueError(f"sliding_window_pattern {every}")
         count = layers - layers // every if every else layers
@@ -135,7 +135,7 @@ def _cap(value: Any) -> float | None:
     return float(value) if value else None
 
 
-def _rotary_part(family: Family, config: Mapping[str, Any]) -> float:
+def _rotary_part(block: Block, config: Mapping[str, Any]) -> float:
     for place in (config, config.get("rope_parameters"), config.get("rope_scaling")):
         for name in ("partial_rotary_factor", "rotary_pct"):
             if isinstance(place, Mapping) and place.get(name) is not None:
@@ -143,4 +143,4 @@ def _rotary_part(family: Family, config: Mapping[str, Any]) -> float:
                 if not 0 <= part <= 1:
                     raise ValueError(f"{name} {part}")
                 return part
-    return family.rotary
+    return block.rotary

@@ -77,7 +77,7 @@ def _linears(model: Any, head: Any, model_type: str) -> list[list[Any]]:
     from transformers.quantizers.base import get_keys_to_not_convert
     from transformers.quantizers.quantizers_utils import should_convert_module
 
-    from lowmem_rlhf.architecture.families import BYPASSED
+    from lowmem_rlhf.architecture.families import family_of
 
     skipped = [*get_keys_to_not_convert(model), *(getattr(model, "_keep_in_fp32_modules", None) or ())]
     found = []
@@ -87,7 +87,7 @@ def _linears(model: Any, head: Any, model_type: str) -> list[list[Any]]:
         outputs, inputs = module.weight.shape[::-1] if isinstance(module, Conv1D) else module.weight.shape
         plain = isinstance(module, Conv1D) or type(module) is nn.Linear
         quantized = plain and should_convert_module(name, skipped)
-        adapted = name.rsplit(".", 1)[-1] not in BYPASSED.get(model_type, ())
+        adapted = name.rsplit(".", 1)[-1] not in family_of(model_type).bypassed
         found.append([name, inputs, outputs, module.bias is not None, quantized, adapted])
     return found
 

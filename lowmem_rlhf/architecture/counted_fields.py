@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from lowmem_rlhf.architecture.counting import Counted
-from lowmem_rlhf.architecture.families import Linear
+from lowmem_rlhf.architecture.families.block import Linear
 
 _KEYS = ("k_proj", "key", "key_proj")
 _FUSED = ("query_key_value", "Wqkv", "qkv_proj", "c_attn", "qkv")

@@ -19,7 +19,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from lowmem_rlhf.architecture.families import Linear
+from lowmem_rlhf.architecture.families.block import Linear
 from lowmem_rlhf.architecture.source import cache_folder
 
 FORMAT = 1  # of the cached files; raised when `count_class` counts otherwise

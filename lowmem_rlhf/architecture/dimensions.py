@@ -9,7 +9,8 @@ from typing import Any, Literal
 from lowmem_rlhf.architecture.config_fields import LIMITS, block_traits, common_fields, heads_of, positive
 from lowmem_rlhf.architecture.counted_fields import counted_fields, is_gated
 from lowmem_rlhf.architecture.counting import CannotCount, Counted, Linears, count, weights_of
-from lowmem_rlhf.architecture.families import FAMILIES, Linear, block_linears, family_of, other_parameters
+from lowmem_rlhf.architecture.families import block_of, family_of
+from lowmem_rlhf.architecture.families.block import Linear, block_linears, other_parameters
 from lowmem_rlhf.architecture.kinds import check_dense, check_kind
 from lowmem_rlhf.errors import UserError
 from lowmem_rlhf.suggest import did_you_mean
@@ -78,7 +79,7 @@ class ModelDimensions:
     @property
     def known(self) -> bool:
         """Whether the terms of this model type stand in the table of families; otherwise activations are estimated."""
-        return self.model_type in FAMILIES
+        return family_of(self.model_type).block is not None
 
     @property
     def quantizable(self) -> Linears:
@@ -120,7 +121,7 @@ class ModelDimensions:
     @property
     def overflows_float16(self) -> bool:
         """Whether the family's activations are known to exceed float16 (Gemma 3)."""
-        return self.model_type in FAMILIES and FAMILIES[self.model_type].overflows_float16
+        return family_of(self.model_type).overflows_float16
 
     def lora_parameters(self, r: int, target_modules: Literal["all-linear"] | Iterable[str] = "all-linear") -> int:
         """Adapter parameters at rank r: ``r * (inputs + outputs)`` for every adapted layer (LoRA, arXiv 2106.09685).
@@ -161,33 +162,33 @@ def dimensions_from_config(config: Mapping[str, Any], model: str, trust_remote_c
         UserError: a field is missing, is no plausible number, or the model is of an unsupported kind.
     """
     model_type = check_kind(model, config, trust_remote_code)
-    counted, counted_sizes, why_not = (None, {}, "") if model_type in FAMILIES else _count(config)
+    counted, counted_sizes, why_not = (None, {}, "") if family_of(model_type).block else _count(config)
     check_dense(model, config, counted)
     fields = {**common_fields(config), **counted_sizes}
     if missing := [key for key in LIMITS if key not in fields]:
         raise UserError(_lacking(model, model_type, missing, counted, why_not))
     numbers = {key: positive(fields[key], key, model) for key in LIMITS}
-    family = family_of(model_type, fields)
+    block = block_of(model_type, fields)
     if counted:
-        family = replace(family, gated=is_gated(counted, numbers["hidden_size"], numbers["intermediate_size"]))
-    heads, kv_heads, dim = heads_of(fields, family, numbers, model)
+        block = replace(block, gated=is_gated(counted, numbers["hidden_size"], numbers["intermediate_size"]))
+    heads, kv_heads, dim = heads_of(fields, block, numbers, model)
     positions = fields.get("max_position_embeddings")
-    if family.learned_positions and positions is None:
+    if block.learned_positions and positions is None:
         raise UserError(f"model {model!r}: its config.json lacks n_positions or max_position_embeddings")
     if positions is not None:
         positions = positive(positions, "max_position_embeddings", model)
-    tied = not counted.head if counted else fields.get("tie_word_embeddings", family.tied)
+    tied = not counted.head if counted else fields.get("tie_word_embeddings", block.tied)
     if not isinstance(tied, bool):
         raise UserError(f"model {model!r}: its config gives tie_word_embeddings = {tied!r}; true or false is expected")
     try:
-        traits = block_traits(family, {**config, **fields}, dim)
+        traits = block_traits(block, {**config, **fields}, dim)
     except (TypeError, ValueError, OverflowError) as error:
         raise UserError(
             f"model {model!r}: its config.json has a sliding_window, layer_types, soft cap or partial_rotary_factor of "
             f"the wrong kind ({error}); fetch it again"
         ) from error
-    linears = block_linears(family, fields, heads=heads, kv_heads=kv_heads, dim=dim)
-    others = other_parameters(family, fields, linears, heads=heads, kv_heads=kv_heads, dim=dim)
+    linears = block_linears(block, fields, heads=heads, kv_heads=kv_heads, dim=dim)
+    others = other_parameters(block, fields, linears, heads=heads, kv_heads=kv_heads, dim=dim)
     dtype = fields.get("dtype", fields.get("torch_dtype"))
     return ModelDimensions(
         model_type=model_type,
@@ -200,7 +201,7 @@ def dimensions_from_config(config: Mapping[str, Any], model: str, trust_remote_c
         vocab_size=numbers["vocab_size"],
         tied=tied,
         attention_bias=linears[0].bias,
-        gated=family.gated,
+        gated=block.gated,
         max_positions=positions,
         torch_dtype=None if dtype is None else str(dtype).removeprefix("torch."),
         linears=counted.block if counted else tuple(linears),
@@ -236,7 +237,7 @@ def _lacking(model: str, model_type: str, missing: list[str], counted: Counted |
 
 def _doubts(model_type: str, fields: Mapping[str, Any], counted: Counted | None, why_not: str) -> str:
     """Return what is not certain about the sizes of a model; an empty string for a family that is known."""
-    if model_type in FAMILIES:
+    if family_of(model_type).block:
         return ""
     kinds = sorted(set(fields.get("layer_types") or ()) - {"full_attention", "sliding_attention"})
     others = f"; its layers of the kind {' and '.join(map(str, kinds))} are taken for attention" if kinds else ""

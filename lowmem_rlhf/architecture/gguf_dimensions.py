@@ -7,13 +7,15 @@ from typing import Any
 
 from lowmem_rlhf.architecture.config_fields import block_traits, positive
 from lowmem_rlhf.architecture.dimensions import ModelDimensions
-from lowmem_rlhf.architecture.families import FAMILIES, Linear, family_of
+from lowmem_rlhf.architecture.families import block_of, family_of_gguf
+from lowmem_rlhf.architecture.families.block import Linear
+from lowmem_rlhf.architecture.families.row import Family
 from lowmem_rlhf.architecture.gguf_header import read_gguf_header
 from lowmem_rlhf.architecture.kinds import check_dense, check_kind
 from lowmem_rlhf.errors import UserError
 
-_MODEL_TYPES = {"phi2": "phi", "gptneox": "gpt_neox", "command-r": "cohere"}  # where GGUF has another name
-_NAMES = {
+# of Llama's linear layers, llama.cpp's names -> transformers'
+_LAYER_NAMES = {
     "attn_q": "q_proj",
     "attn_k": "k_proj",
     "attn_v": "v_proj",
@@ -22,11 +24,6 @@ _NAMES = {
     "ffn_gate": "gate_proj",
     "ffn_up": "up_proj",
     "ffn_down": "down_proj",
-}
-_NAMES_OF = {
-    "gpt2": {"attn_qkv": "c_attn", "attn_output": "c_proj", "ffn_up": "c_fc", "ffn_down": "c_proj"},
-    "phi3": {"ffn_up": "gate_up_proj"},
-    "starcoder2": {"ffn_up": "c_fc", "ffn_down": "c_proj"},
 }
 
 
@@ -38,11 +35,11 @@ def from_gguf(path: Path, model: str) -> ModelDimensions:
     """
     header = read_gguf_header(path)
     arch = str(header.fields.get("general.architecture", ""))
-    model_type = _MODEL_TYPES.get(arch, arch)
+    model_type, family = family_of_gguf(arch)
     check_kind(model, {"model_type": model_type})
     check_dense(model, {"num_experts": header.fields.get(f"{arch}.expert_count")})
     embedding = header.shapes.get("token_embd.weight")
-    linears = _linears(model_type, header.shapes)
+    linears = _linears(family, header.shapes)
     if embedding is None or len(embedding) != 2 or not linears:
         raise UserError(f"model {model!r} is a GGUF without token_embd.weight or blocks; is it only a part of a model?")
 
@@ -78,22 +75,23 @@ def from_gguf(path: Path, model: str) -> ModelDimensions:
         linears=tuple(linears),
         other_parameters=sum(map(math.prod, counted.values())) - in_linears - in_embeddings,
         **block_traits(
-            family_of(model_type, {"hidden_act": "silu" if gated else "gelu"}),
+            block_of(model_type, {"hidden_act": "silu" if gated else "gelu"}),
             _config(header.fields, arch, layers, dim),
             dim,
         ),
-        note="" if model_type in FAMILIES else f"the architecture {arch!r} is not known here: taken for Llama's",
+        note="" if family.block else f"the architecture {arch!r} is not known here: taken for Llama's",
     )
 
 
-def _linears(model_type: str, shapes: Mapping[str, tuple[int, ...]]) -> list[Linear]:
-    names = {**_NAMES, **_NAMES_OF.get(model_type, {})}
-    found = {}
+def _linears(family: Family, shapes: Mapping[str, tuple[int, ...]]) -> list[Linear]:
+    """Return the linear layers of the first block, as peft names them."""
+    names = {**_LAYER_NAMES, **(family.gguf.layer_names if family.gguf else {})}
+    linears = []
     for tensor, name in names.items():
         shape = shapes.get(f"blk.0.{tensor}.weight")
         if shape is not None and len(shape) == 2:
-            found[tensor] = Linear(name, shape[0], shape[1], f"blk.0.{tensor}.bias" in shapes)
-    return list(found.values())
+            linears.append(Linear(name, shape[0], shape[1], f"blk.0.{tensor}.bias" in shapes))
+    return linears
 
 
 def _config(fields: Mapping[str, Any], arch: str, layers: int, dim: int) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from lowmem_rlhf.architecture.counting import Counted
-from lowmem_rlhf.architecture.families import FAMILIES
+from lowmem_rlhf.architecture.families import family_of
 from lowmem_rlhf.errors import UserError
 
 ENCODERS = {
@@ -116,7 +116,7 @@ def already_quantized(model: str, settings: Any) -> str:
 
 def has_class(model_type: str) -> bool:
     """Say whether transformers has a class of its own for a model type."""
-    if model_type in FAMILIES:
+    if family_of(model_type).block:
         return True
     spec = importlib.util.find_spec("transformers")
     folder = Path(spec.origin).parent / "models" if spec and spec.origin else Path()

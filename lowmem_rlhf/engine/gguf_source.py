@@ -12,11 +12,11 @@ from typing import Any
 
 import gguf
 
+from lowmem_rlhf.architecture.families import family_of_gguf
 from lowmem_rlhf.architecture.gguf_header import GGUFHeader, read_gguf_header
 from lowmem_rlhf.engine.whole import few
 from lowmem_rlhf.errors import UserError
 
-BIG_GEMMA_LAYERS = {"gemma2": 46, "gemma3": 62}  # 27B, whose attention scale comes from hidden_size / heads
 # numbers that change what is computed -> their names in a configuration
 _STATED = {
     "attention.sliding_window": "sliding_window",
@@ -34,9 +34,10 @@ def complete_config(config: Any, file: Path) -> Any:
     """Put into a configuration that transformers read of a GGUF what that says further (of Gemma 2 and 3)."""
     fields = read_gguf_header(file).fields
     arch = str(fields.get("general.architecture"))
-    if arch not in BIG_GEMMA_LAYERS:
+    layout = family_of_gguf(arch)[1].gguf
+    if layout is None or not layout.wide_scale_layers:
         return config
-    big = config.num_hidden_layers == BIG_GEMMA_LAYERS[arch]
+    big = config.num_hidden_layers == layout.wide_scale_layers
     config.query_pre_attn_scalar = config.hidden_size // config.num_attention_heads if big else config.head_dim
     for name in ("attn_logit_softcapping", "final_logit_softcapping"):
         if (cap := fields.get(f"{arch}.{name}")) is not None:

@@ -15,7 +15,7 @@ from peft.tuners.lora.layer import LoraLayer
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from lowmem_rlhf.architecture.families import BYPASSED
+from lowmem_rlhf.architecture.families import family_of
 from lowmem_rlhf.engine.grouped_lora import GroupedLoraLinear
 
 LINEAR = 0.02  # of the largest result: rounding moves a product by less
@@ -90,7 +90,7 @@ def lora_config(
     bypassed = [name for name, module in model.named_modules() if only_looks_linear(module)]
     if target_modules == "all-linear":
         config: Any = model.config
-        bypassed += BYPASSED.get(config.model_type, ())
+        bypassed += family_of(config.model_type).bypassed
     lora = LoraConfig(
         r=r,
         lora_alpha=lora_alpha,  # type: ignore[arg-type]

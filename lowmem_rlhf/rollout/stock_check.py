@@ -16,6 +16,7 @@ from typing import Any
 import torch
 import transformers
 
+from lowmem_rlhf.architecture.families import family_of
 from lowmem_rlhf.engine.base import SharedBase
 from lowmem_rlhf.engine.logprobs import tiled_logprobs
 from lowmem_rlhf.engine.packing import Group
@@ -25,14 +26,7 @@ from lowmem_rlhf.engine.trial import nudged_layers
 from lowmem_rlhf.errors import UserError
 from lowmem_rlhf.rollout.shared_prompt import start
 
-# The types that the tests hold against stock transformers, and the release that they do it with.
-TESTED_WITH = "5.23.0"
-TESTED = frozenset(
-    (
-        *("llama", "qwen2", "qwen3", "mistral", "gemma", "gemma2", "gemma3_text", "phi", "phi3", "gpt2", "olmo2"),
-        *("granite", "cohere", "gpt_neox", "starcoder2"),
-    )
-)
+TESTED_WITH = "5.23.0"  # the release of transformers that the tests hold tested families against
 MEAN_NOISE, MOST_NOISE = 4.0, 8.0  # times stock's distance from itself, of the mean (or median) and of one token
 INT8_FACTOR = 3.0  # LLM.int8 rounds by the largest number of a row, and picks outliers from the whole batch
 NUDGES = 2  # draws, the larger of which counts
@@ -136,7 +130,7 @@ class StockCheck:
 def is_tested(model: Any) -> bool:
     """Say whether the tests hold a model's class against stock: one of the tested release, and not of its own code."""
     own = type(model).__module__.startswith("transformers.models.")
-    return own and model.config.model_type in TESTED and transformers.__version__ == TESTED_WITH
+    return own and family_of(model.config.model_type).tested and transformers.__version__ == TESTED_WITH
 
 
 def checked(base: SharedBase, dequantize: bool = False) -> StockCheck:

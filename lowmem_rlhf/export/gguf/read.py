@@ -16,7 +16,7 @@ from gguf.quants import dequantize
 
 from lowmem_rlhf.engine.whole import load_whole
 from lowmem_rlhf.errors import RunError
-from lowmem_rlhf.export.gguf.families import describe
+from lowmem_rlhf.export.gguf.metadata import describe
 from lowmem_rlhf.export.gguf.tensors import Tensor, plan_tensors
 from lowmem_rlhf.export.proof.storage import furthest_row
 from lowmem_rlhf.export.shards import read_tensors

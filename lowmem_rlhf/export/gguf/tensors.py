@@ -16,8 +16,8 @@ from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 from gguf.quants import quantize
 
 from lowmem_rlhf.errors import RunError, UserError
-from lowmem_rlhf.export.gguf.families import Architecture
 from lowmem_rlhf.export.gguf.kquants import quantize_q4_k, quantize_q6_k
+from lowmem_rlhf.export.gguf.metadata import GGUFMetadata
 from lowmem_rlhf.export.shards import Stored
 from lowmem_rlhf.export.tokenizer import WAY_OUT
 
@@ -122,7 +122,7 @@ def _paired(weights: torch.Tensor, heads: int) -> torch.Tensor:
 
 
 def plan_tensors(
-    stored: Mapping[str, Stored], config: Any, architecture: Architecture, kind: str, vocabulary: int
+    stored: Mapping[str, Stored], config: Any, metadata: GGUFMetadata, kind: str, vocabulary: int
 ) -> list[Tensor]:
     """Return a GGUF's tensors.
 
@@ -134,16 +134,16 @@ def plan_tensors(
     Raises:
         UserError: a tensor has no place in llama.cpp's model.
     """
-    family, layers = architecture.family, int(config.num_hidden_layers)
-    names = get_tensor_name_map(next(a for a, name in MODEL_ARCH_NAMES.items() if name == family.arch), layers)
+    layout, layers = metadata.layout, int(config.num_hidden_layers)
+    names = get_tensor_name_map(next(a for a, name in MODEL_ARCH_NAMES.items() if name == layout.name), layers)
     used = {name: one for name, one in stored.items() if not _left_out(name, one, config)}
     tied = not any(name == "lm_head.weight" for name in used)
     found = []
     for name, one in used.items():
         gguf_name = _gguf_name(names, name)
         if gguf_name is None:
-            raise UserError(f"{name} has no place in llama.cpp's {family.arch} model; {WAY_OUT}")
-        transposed = family.transposed and len(one.shape) == 2 and re.search(r"\.c_(attn|proj|fc)\.", name) is not None
+            raise UserError(f"{name} has no place in llama.cpp's {layout.name} model; {WAY_OUT}")
+        transposed = layout.transposed and len(one.shape) == 2 and re.search(r"\.c_(attn|proj|fc)\.", name) is not None
         shape = one.shape[::-1] if transposed else one.shape
         if gguf_name in ("token_embd.weight", "output.weight"):
             shape = (min(vocabulary, shape[0]), *shape[1:])
@@ -154,12 +154,12 @@ def plan_tensors(
                 choose_type(gguf_name, shape, kind, layers, tied),
                 one,
                 origin=name,
-                heads=_rotated_heads(name, config) if family.pairs_rows else 0,
+                heads=_rotated_heads(name, config) if layout.pairs_rows else 0,
                 transposed=transposed,
-                shift=1.0 if family.shifts_norms and name.endswith("norm.weight") else 0.0,
+                shift=1.0 if layout.shifts_norms and name.endswith("norm.weight") else 0.0,
             )
         )
-    for name, factors in architecture.factors.items():
+    for name, factors in metadata.factors.items():
         found.append(Tensor(name, (len(factors),), F32, None, factors=tuple(factors)))
     return found
 

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     import torch
     from gguf import GGUFWriter
 
-    from lowmem_rlhf.export.gguf.families import Architecture
+    from lowmem_rlhf.export.gguf.metadata import GGUFMetadata
     from lowmem_rlhf.export.gguf.tensors import Tensor
 
 _FILE_TYPES = {"f32": 0, "f16": 1, "q8_0": 7, "q4_k_m": 15, "bf16": 32}  # gguf.LlamaFileType
@@ -95,7 +95,7 @@ def _write(
     from gguf import GGUFWriter
     from transformers import AutoConfig
 
-    from lowmem_rlhf.export.gguf.families import describe
+    from lowmem_rlhf.export.gguf.metadata import describe
     from lowmem_rlhf.export.gguf.tensors import plan_tensors
     from lowmem_rlhf.export.gguf.tokenizer import describe_tokenizer
     from lowmem_rlhf.export.shards import read_tensors
@@ -103,16 +103,16 @@ def _write(
 
     stored = read_tensors(folder)
     config = AutoConfig.from_pretrained(folder)
-    architecture = describe(config)
+    metadata = describe(config)
     tokenizer = load_tokenizer(folder)
     keys = describe_tokenizer(tokenizer, config.vocab_size, second_stop(folder, config, tokenizer), add_bos)
-    tensors = plan_tensors(stored, config, architecture, kind, config.vocab_size)
+    tensors = plan_tensors(stored, config, metadata, kind, config.vocab_size)
     total = sum(tensor.nbytes for tensor in tensors)
     check_disk(total + _HEADER_BYTES, target)
-    for note in architecture.notes:
+    for note in metadata.notes:
         print(note, file=sys.stderr, flush=True)
-    writer = GGUFWriter(target, architecture.family.arch)
-    _add_keys(writer, name, architecture, keys, kind)
+    writer = GGUFWriter(target, metadata.layout.name)
+    _add_keys(writer, name, metadata, keys, kind)
     for tensor in tensors:
         _add_info(writer, tensor)
     try:
@@ -138,11 +138,9 @@ def second_stop(folder: Path, config: Any, tokenizer: Any) -> int | None:
     return next((one for one in (stops if isinstance(stops, list) else [stops]) if one != eos), None)
 
 
-def _add_keys(
-    writer: "GGUFWriter", name: str, architecture: "Architecture", tokenizer: dict[str, Any], kind: str
-) -> None:
+def _add_keys(writer: "GGUFWriter", name: str, metadata: "GGUFMetadata", tokenizer: dict[str, Any], kind: str) -> None:
     """Add the metadata, each value in the type that llama.cpp reads it as."""
-    arch = architecture.family.arch
+    arch = metadata.layout.name
     general: dict[str, Any] = {
         "general.type": "model",
         "general.name": name,
@@ -156,7 +154,7 @@ def _add_keys(
         str: writer.add_string,
         list: writer.add_array,
     }
-    for key, value in (general | {f"{arch}.{k}": v for k, v in architecture.keys.items()} | tokenizer).items():
+    for key, value in (general | {f"{arch}.{k}": v for k, v in metadata.keys.items()} | tokenizer).items():
         add[type(value)](key, value)
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lowmem_rlhf.architecture.adapters import saved_adapter
-from lowmem_rlhf.architecture.families import FAMILIES
+from lowmem_rlhf.architecture.families import family_of
 from lowmem_rlhf.errors import RunError
 from lowmem_rlhf.export.bar import bar
 from lowmem_rlhf.export.framing import end_turns, keep_template_options
@@ -89,8 +89,7 @@ def merge_run(export: "Export", folder: Path, wanted: str | None) -> Merged:
     model = skeleton(source, quantization, settings["compute_dtype"], recipe.trust_remote_code)
     adapter = LoraFile(saved_adapter(str(export.adapter), recipe.model, recipe.revision))
     merge = Merge(read_shards(source), model, adapter, settings["compute_dtype"], export.device)
-    family = FAMILIES.get(model.model_type)
-    dtype, reason = choose_dtype(merge, wanted, family is not None and family.overflows_float16)
+    dtype, reason = choose_dtype(merge, wanted, family_of(model.model_type).overflows_float16)
     live = live_policy(export.run, export.wish.step, export.wish.device)
     judged, reference = _references(live, export, dtype)
     try:

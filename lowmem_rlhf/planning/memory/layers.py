@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from lowmem_rlhf.architecture.dimensions import ModelDimensions
-from lowmem_rlhf.architecture.families import FAMILIES, Family
+from lowmem_rlhf.architecture.families import family_of
+from lowmem_rlhf.architecture.families.block import Block
 from lowmem_rlhf.planning.limits import CAPPED_SCORES, EXPLICIT_KEYS
 from lowmem_rlhf.planning.shapes import PackedShape
 
@@ -34,9 +35,9 @@ class Layer:
     cpu: bool
 
     @cached_property
-    def family(self) -> Family:
+    def block(self) -> Block:
         """How the layer departs from Llama's."""
-        return FAMILIES.get(self.dims.model_type, Family(gated=self.dims.gated))
+        return family_of(self.dims.model_type).block or Block(gated=self.dims.gated)
 
     def of(self, numbers: float, tokens: int | None = None) -> int:
         """Return the bytes of so many compute-dtype numbers for each token (of all tokens, or of so many)."""
@@ -81,7 +82,7 @@ class Layer:
         them.
         """
         kept = 2 * self.dims.hidden_size + self.ranks / 2 + self.queries
-        if self.family.qk_norm != "none":
+        if self.block.qk_norm != "none":
             kept += self.queries + self.keys
         return self.of(kept) + self._saved_queries() + self._saved_keys() + self._saved_results()
 
@@ -108,7 +109,7 @@ class Layer:
         side in the row (partly rotated keys do not, nor values that one product gave with the queries). Where values
         come from one product with the queries, they keep all of it; GPT-2's queries keep it themselves in SDPA.
         """
-        shape, fused, rotated = self.shape, self.family.fused, self.dims.rotary_dim
+        shape, fused, rotated = self.shape, self.block.fused, self.dims.rotary_dim
         explicit, one = self.explicit(shape.prompt_keys), shape.prompt_tokens <= shape.prompt_keys
         if self.grouped and not self.capped and not explicit:
             return self.of(2 * self.queries, shape.prompt_tokens)
@@ -142,17 +143,17 @@ class Layer:
         each other), gate, up and their product (3f; one more where gate and up are one product, 2f without a gate).
         """
         h, f = self.dims.hidden_size, self.dims.intermediate_size
-        norms = {1: 0, 2: 2, 4: 4}.get(self.family.norms, 2)
+        norms = {1: 0, 2: 2, 4: 4}.get(self.block.norms, 2)
         return self.of(norms * h + self._mlp_numbers() * f + self.ranks / 2)
 
     def _mlp_numbers(self) -> int:
-        if not self.family.gated:
+        if not self.block.gated:
             return 2
-        return 4 if self.family.fused else 3
+        return 4 if self.block.fused else 3
 
     def saved(self) -> int:
         """All that a layer keeps that is not recomputed; its input is counted with it."""
-        statistics = 8 * self.family.norms * self.shape.tokens if self.family.norm_bias else 0  # LayerNorm's, fp32
+        statistics = 8 * self.block.norms * self.shape.tokens if self.block.norm_bias else 0  # LayerNorm's, fp32
         return self.saved_attention() + self.saved_mlp() + statistics
 
     # what there is at once in the backward pass, of one layer
@@ -171,9 +172,9 @@ class Layer:
         h, f = self.dims.hidden_size, self.dims.intermediate_size
         dense = self.of(f) + self.dense
         if recomputed and self.dims.norm_place == "before":
-            products = 2 if self.family.gated else 1
+            products = 2 if self.block.gated else 1
             dense -= self.of((self._mlp_numbers() - products) * f)
-        return self.of(2 * h if self.family.norms == 4 else h) + max(self.of(2 * f), dense)
+        return self.of(2 * h if self.block.norms == 4 else h) + max(self.of(2 * f), dense)
 
     def _attention_gradients(self) -> int:
         """Attention's own backward pass: the MLP is gone; gradients of output, queries, expanded keys and values."""
@@ -213,7 +214,7 @@ class Layer:
     def norm_gradients(self) -> int:
         """A norm's backward pass beside its input and gradient: three fp32 numbers (LayerNorm: one more gradient)."""
         h = self.dims.hidden_size
-        return self.of(h) if self.family.norm_bias else 12 * h * self.shape.tokens
+        return self.of(h) if self.block.norm_bias else 12 * h * self.shape.tokens
 
     # what there is at once in a pass without gradients
 
@@ -237,9 +238,9 @@ class Layer:
 
     def _head_norm_forward(self) -> int:
         """The norm of queries: input and its norm, q, k and v, and two fp32 copies of the queries (Gemma: three)."""
-        if self.family.qk_norm == "none":
+        if self.block.qk_norm == "none":
             return 0
-        copies = 3 if self.family.embedding_scale else 2  # Gemma's weights, 1 + w, are fp32
+        copies = 3 if self.block.embedding_scale else 2  # Gemma's weights, 1 + w, are fp32
         fp32 = 4 * copies * self.queries * self.shape.tokens
         return self.of(2 * self.dims.hidden_size + self.queries + 2 * self.keys) + fp32
 
@@ -250,7 +251,7 @@ class Layer:
         """
         shape, heads = self.shape, self.dims.num_heads
         total = self.of(2 * self.dims.hidden_size + self.queries + 2 * self.keys)
-        if not self.family.fused and 0 < (turned := self.dims.rotary_dim) < self.dims.head_dim:
+        if not self.block.fused and 0 < (turned := self.dims.rotary_dim) < self.dims.head_dim:
             total += self.of((self.queries + self.keys) * (1 + turned / self.dims.head_dim))
         results = self.of(self.queries)  # of both parts; joined, they are there twice
         if self.capped:
@@ -272,16 +273,13 @@ class Layer:
         Values lie in their own product's result, or in that of queries, keys and values together; keys do as well where
         no rotary positions turn them.
         """
-        joined = self.queries + 2 * self.keys if self.family.fused or together else self.keys
+        joined = self.queries + 2 * self.keys if self.block.fused or together else self.keys
         return self.of(joined if not self.dims.rotary_dim else joined + self.keys)
 
     def positions(self) -> int:
-        """What all layers share: cosines and sines of rotary positions, ids and positions (int64), masks.
-
-        Gemma 3 has rotary positions of two kinds, for layers with a window and for those without.
-        """
-        shape, kinds = self.shape, 2 if self.dims.model_type.startswith("gemma3") else 1
-        rotary = self.of(2 * kinds * self.dims.rotary_dim)
+        """What all layers share: cosines and sines of rotary positions, ids and positions (int64), masks."""
+        shape, tables = self.shape, family_of(self.dims.model_type).rotary_tables
+        rotary = self.of(2 * tables * self.dims.rotary_dim)
         masks = shape.row_scores if shape.attended else 0
         if self.capped or self.explicit(shape.prompt_keys):
             masks += shape.prompt_keys**2

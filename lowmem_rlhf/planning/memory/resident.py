@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from lowmem_rlhf.architecture.dimensions import ModelDimensions
-from lowmem_rlhf.architecture.families import Linear
+from lowmem_rlhf.architecture.families.block import Linear
 from lowmem_rlhf.hardware.device import Device
 from lowmem_rlhf.planning.limits import ENOUGH_POSITIONS, VOCABULARY_CHUNK
 from lowmem_rlhf.planning.memory.layers import Layer

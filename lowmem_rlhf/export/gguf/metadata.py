@@ -1,93 +1,57 @@
 """What GGUF says of a model's architecture: llama.cpp's metadata, from a transformers configuration.
 
 Where llama.cpp computes otherwise than the model, the model is refused, or a sentence says from where on they differ.
-Sources: llama.cpp's src/models/*.cpp (what is read and computed) and gguf.constants (the names).
+How llama.cpp has a family stands in the family's row (`architecture.families`).
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from lowmem_rlhf.engine.gguf_source import BIG_GEMMA_LAYERS
+from lowmem_rlhf.architecture.families import FAMILIES, family_of
+from lowmem_rlhf.architecture.families.row import GGUFArchitecture
 from lowmem_rlhf.errors import UserError
 from lowmem_rlhf.export.tokenizer import WAY_OUT
 
 Value = bool | int | float | str | list[bool]
-_SILU, _GELU = ("silu", "swish"), ("gelu_pytorch_tanh", "gelu_new")
-
-
-@dataclass(frozen=True)
-class Family:
-    """How a transformers model type is laid out in a GGUF.
-
-    Attributes:
-        arch: llama.cpp's name.
-        activations: the ones that llama.cpp computes.
-        pairs_rows: rows of the query and key weights are ordered so that the two halves of a rotation lie together.
-        shifts_norms: norms are stored as weight + 1.
-        transposed: linear layers are stored as (inputs, outputs), as GPT-2 has them.
-        window_every: one layer in so many attends to all tokens where the others have a window; 0: llama.cpp knows no
-            window here.
-    """
-
-    arch: str
-    activations: tuple[str, ...] = _SILU
-    pairs_rows: bool = False
-    shifts_norms: bool = False
-    transposed: bool = False
-    window_every: int = 0
-
-
-FAMILIES = {
-    "llama": Family("llama", pairs_rows=True),
-    "mistral": Family("llama", pairs_rows=True),
-    "qwen2": Family("qwen2"),
-    "qwen3": Family("qwen3"),
-    "gemma": Family("gemma", _GELU, shifts_norms=True),
-    "gemma2": Family("gemma2", _GELU, shifts_norms=True, window_every=2),
-    "gemma3_text": Family("gemma3", _GELU, shifts_norms=True, window_every=6),
-    "phi3": Family("phi3"),
-    "gpt2": Family("gpt2", ("gelu_new",), transposed=True),
-}
 
 
 @dataclass
-class Architecture:
+class GGUFMetadata:
     """A model in llama.cpp's words.
 
     Attributes:
-        keys: metadata; names without the leading architecture.
+        layout: how llama.cpp has its family.
+        keys: names without the leading architecture.
         factors: small fp32 tensors that scale the rotary frequencies, by GGUF name.
         notes: sentences on where llama.cpp computes otherwise.
     """
 
-    family: Family
+    layout: GGUFArchitecture
     keys: dict[str, Value] = field(default_factory=dict)
     factors: dict[str, list[float]] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
 
 
-def describe(config: Any) -> Architecture:
+def describe(config: Any) -> GGUFMetadata:
     """Return the metadata of a transformers configuration.
 
     Raises:
         UserError: our writer does not know the family, or llama.cpp does not compute what the model does.
     """
-    family = FAMILIES.get(config.model_type)
-    if family is None:
-        known = ", ".join(sorted(FAMILIES))
-        raise UserError(f"no GGUF is written here of the model type {config.model_type}, only of {known}; {WAY_OUT}")
-    result = Architecture(family)
+    layout = family_of(config.model_type).gguf
+    if layout is None or layout.metadata is None:
+        known = sorted(name for name, family in FAMILIES.items() if family.gguf and family.gguf.metadata)
+        raise UserError(
+            f"no GGUF is written here of the model type {config.model_type}, only of {', '.join(known)}; {WAY_OUT}"
+        )
+    metadata = GGUFMetadata(layout)
     activation = getattr(config, "hidden_activation", None) or getattr(config, "hidden_act", None)
-    if (activation or config.activation_function) not in family.activations:
+    if (activation or config.activation_function) not in layout.activations:
         raise _otherwise(f"{activation or config.activation_function} in its feed-forward layers")
-    if family.arch == "gpt2":
-        _gpt2(config, result)
-    else:
-        _decoder(config, result)
-        _rope(config, result)
-        _windows(config, result)
-    return result
+    _DESCRIBE[layout.metadata](config, metadata)
+    return metadata
 
 
 def _otherwise(what: str) -> UserError:
@@ -99,10 +63,10 @@ def head_dim(config: Any) -> int:
     return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
 
 
-def _gpt2(config: Any, result: Architecture) -> None:
+def _gpt2(config: Any, metadata: GGUFMetadata) -> None:
     if config.scale_attn_by_inverse_layer_idx or not config.scale_attn_weights:
         raise _otherwise("attention scaled by layer, or not at all")
-    result.keys |= {
+    metadata.keys |= {
         "block_count": config.n_layer,
         "context_length": config.n_positions,
         "embedding_length": config.n_embd,
@@ -112,9 +76,9 @@ def _gpt2(config: Any, result: Architecture) -> None:
     }
 
 
-def _decoder(config: Any, result: Architecture) -> None:
-    arch, dim = result.family.arch, head_dim(config)
-    result.keys |= {
+def _decoder(config: Any, metadata: GGUFMetadata) -> None:
+    layout, dim = metadata.layout, head_dim(config)
+    metadata.keys |= {
         "block_count": config.num_hidden_layers,
         "context_length": config.max_position_embeddings,
         "embedding_length": config.hidden_size,
@@ -127,18 +91,20 @@ def _decoder(config: Any, result: Architecture) -> None:
         "rope.dimension_count": int(dim * _rope_parameters(config).get("partial_rotary_factor", 1.0)),
         "vocab_size": config.vocab_size,
     }
-    for name, allowed in (("attn_logit_softcapping", ("gemma2",)), ("final_logit_softcapping", ("gemma2", "gemma3"))):
+    for name in ("attn_logit_softcapping", "final_logit_softcapping"):
         if cap := getattr(config, name, None):
-            if arch not in allowed:
+            if name not in layout.softcaps:
                 raise _otherwise(f"{name}={cap}")
-            result.keys[name] = float(cap)
-    if getattr(config, "attention_bias", False) and arch != "llama":
+            metadata.keys[name] = float(cap)
+    if getattr(config, "attention_bias", False) and not layout.output_bias:
         raise _otherwise("biases in its attention's output")
     if (scalar := getattr(config, "query_pre_attn_scalar", None)) is not None:
-        big = config.num_hidden_layers == BIG_GEMMA_LAYERS.get(arch)
-        computed = config.hidden_size // config.num_attention_heads if big else dim
+        wide = config.num_hidden_layers == layout.wide_scale_layers
+        computed = config.hidden_size // config.num_attention_heads if wide else dim
         if scalar != computed:
             raise _otherwise(f"query_pre_attn_scalar={scalar}, and llama.cpp takes {computed}")
+    _rope(config, metadata)
+    _windows(config, metadata)
 
 
 def _rope_parameters(config: Any) -> dict[str, Any]:
@@ -147,41 +113,41 @@ def _rope_parameters(config: Any) -> dict[str, Any]:
     return dict(parameters.get("full_attention", parameters))
 
 
-def _rope(config: Any, result: Architecture) -> None:
+def _rope(config: Any, metadata: GGUFMetadata) -> None:
     """Add the rotary frequencies and how they are stretched."""
     rope = _rope_parameters(config)
     kind = rope.get("rope_type", "default")
-    result.keys["rope.freq_base"] = float(rope["rope_theta"])
+    metadata.keys["rope.freq_base"] = float(rope["rope_theta"])
     local = (getattr(config, "rope_parameters", None) or {}).get("sliding_attention")
-    if local and result.family.arch == "gemma3":
-        result.keys["rope.freq_base_swa"] = float(local["rope_theta"])
+    if local and metadata.layout.window_rope:
+        metadata.keys["rope.freq_base_swa"] = float(local["rope_theta"])
     original = rope.get("original_max_position_embeddings") or getattr(
         config, "original_max_position_embeddings", config.max_position_embeddings
     )
     if kind == "linear":
-        result.keys |= {"rope.scaling.type": "linear", "rope.scaling.factor": float(rope["factor"])}
-    elif kind == "llama3" and result.family.arch == "llama":
-        result.factors["rope_freqs.weight"] = _llama3_factors(rope, head_dim(config), original)
+        metadata.keys |= {"rope.scaling.type": "linear", "rope.scaling.factor": float(rope["factor"])}
+    elif kind == "llama3" and kind in metadata.layout.rope_types:
+        metadata.factors["rope_freqs.weight"] = _llama3_factors(rope, head_dim(config), original)
     elif kind == "yarn":
-        if given := [name for name in ("attention_factor", "mscale", "mscale_all_dim") if rope.get(name) is not None]:
-            raise _otherwise(f"YaRN with {given[0]} of its own")
-        result.keys |= {
+        if own := [name for name in ("attention_factor", "mscale", "mscale_all_dim") if rope.get(name) is not None]:
+            raise _otherwise(f"YaRN with {own[0]} of its own")
+        metadata.keys |= {
             "rope.scaling.type": "yarn",
             "rope.scaling.factor": float(rope["factor"]),
             "rope.scaling.original_context_length": int(original),
         }
         for name in ("beta_fast", "beta_slow"):
             if rope.get(name) is not None:
-                result.keys[f"rope.scaling.yarn_{name}"] = float(rope[name])
-    elif kind == "longrope" and result.family.arch == "phi3":
+                metadata.keys[f"rope.scaling.yarn_{name}"] = float(rope[name])
+    elif kind == "longrope" and kind in metadata.layout.rope_types:
         scale = config.max_position_embeddings / original
-        result.keys |= {
+        metadata.keys |= {
             "rope.scaling.type": "longrope",
             "rope.scaling.original_context_length": int(original),
             "rope.scaling.attn_factor": math.sqrt(1 + math.log(scale) / math.log(original)) if scale > 1 else 1.0,
         }
-        result.factors["rope_factors_long.weight"] = list(map(float, rope["long_factor"]))
-        result.factors["rope_factors_short.weight"] = list(map(float, rope["short_factor"]))
+        metadata.factors["rope_factors_long.weight"] = list(map(float, rope["long_factor"]))
+        metadata.factors["rope_factors_short.weight"] = list(map(float, rope["short_factor"]))
     elif kind != "default":
         raise _otherwise(f"rotary positions of the type {kind}")
 
@@ -197,7 +163,7 @@ def _llama3_factors(rope: dict[str, Any], dim: int, original: int) -> list[float
     return factors
 
 
-def _windows(config: Any, result: Architecture) -> None:
+def _windows(config: Any, metadata: GGUFMetadata) -> None:
     """Add the window of layers that attend to the latest tokens only, or a sentence where llama.cpp has none."""
     window = getattr(config, "sliding_window", None)
     if not getattr(config, "use_sliding_window", True):
@@ -205,15 +171,19 @@ def _windows(config: Any, result: Architecture) -> None:
     kinds = getattr(config, "layer_types", None) or ["sliding_attention"] * config.num_hidden_layers
     windowed = [kind == "sliding_attention" for kind in kinds]
     if not window or not any(windowed):
-        if result.family.arch == "phi3":
-            result.keys["attention.sliding_window"] = 0
+        if metadata.layout.states_no_window:
+            metadata.keys["attention.sliding_window"] = 0
         return
-    if every := result.family.window_every:
-        result.keys["attention.sliding_window"] = int(window)
+    if every := metadata.layout.window_every:
+        metadata.keys["attention.sliding_window"] = int(window)
         if windowed != [(index + 1) % every != 0 for index in range(len(windowed))]:
-            result.keys["attention.sliding_window_pattern"] = windowed
+            metadata.keys["attention.sliding_window_pattern"] = windowed
     elif window < config.max_position_embeddings:
-        result.notes.append(
+        metadata.notes.append(
             f"llama.cpp attends to all tokens where this model attends to the latest {window}: on texts longer than "
             "that its answers differ"
         )
+
+
+# a family's row names one
+_DESCRIBE: dict[str, Callable[[Any, GGUFMetadata], None]] = {"decoder": _decoder, "gpt2": _gpt2}

@@ -1,0 +1,38 @@
+"""Llama, and the families whose blocks are Llama's but for a bias, a norm or a window. No torch here."""
+
+from dataclasses import replace
+
+from lowmem_rlhf.architecture.families.block import Block
+from lowmem_rlhf.architecture.families.row import Family, GGUFArchitecture
+
+ATTENTION_BIASED = Block(qkv_bias=("attention_bias", False), out_bias=("attention_bias", False))
+LLAMA = replace(ATTENTION_BIASED, mlp_bias=("mlp_bias", False))
+_GGUF = GGUFArchitecture("llama", metadata="decoder", output_bias=True, rope_types=("llama3",), pairs_rows=True)
+
+ROWS = {
+    "llama": Family(LLAMA, tested=True, gguf=_GGUF),
+    "mistral": Family(Block(window=4096), tested=True, gguf=_GGUF),
+    "qwen2": Family(
+        Block(qkv_bias=True, window=4096, window_opt_in=True),
+        tested=True,
+        gguf=GGUFArchitecture("qwen2", metadata="decoder"),
+    ),
+    "qwen3": Family(
+        replace(ATTENTION_BIASED, qk_norm="head", head_dim=128, window=4096, window_opt_in=True),
+        tested=True,
+        gguf=GGUFArchitecture("qwen3", metadata="decoder"),
+    ),
+    "phi3": Family(
+        Block(fused=True, names=("o_proj", "gate_up_proj", "down_proj")),
+        tested=True,
+        gguf=GGUFArchitecture(
+            "phi3",
+            layer_names={"ffn_up": "gate_up_proj"},
+            metadata="decoder",
+            rope_types=("longrope",),
+            states_no_window=True,
+        ),
+    ),
+    "granite": Family(replace(LLAMA, embedding_scale=True), tested=True),
+    "smollm3": Family(replace(LLAMA, tied=True, window_opt_in=True)),
+}
