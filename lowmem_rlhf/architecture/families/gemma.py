@@ -9,7 +9,7 @@ _GEMMA = replace(ATTENTION_BIASED, tied=True, head_dim=256, activation="gelu_pyt
 _GEMMA2 = replace(_GEMMA, norms=4, norm_place="both", softcaps=(50.0, 30.0), window=4096, full_every=2)
 _GEMMA3 = replace(_GEMMA2, qk_norm="head", softcaps=(None, None), full_every=6)
 
-_GGUF = GGUFArchitecture("gemma", metadata="decoder", activations=GELU, shifts_norms=True)
+_GGUF = GGUFArchitecture("gemma", metadata="rotary", activations=GELU, shifts_norms=True)
 _GGUF2 = replace(
     _GGUF,
     name="gemma2",

@@ -66,7 +66,7 @@ ROWS = {
         gguf=GGUFArchitecture(
             "gpt2",
             layer_names={"attn_qkv": "c_attn", "attn_output": "c_proj", "ffn_up": "c_fc", "ffn_down": "c_proj"},
-            metadata="gpt2",
+            metadata="learned",
             activations=("gelu_new",),
             transposed=True,
         ),

@@ -7,7 +7,7 @@ from lowmem_rlhf.architecture.families.row import Family, GGUFArchitecture
 
 ATTENTION_BIASED = Block(qkv_bias=("attention_bias", False), out_bias=("attention_bias", False))
 LLAMA = replace(ATTENTION_BIASED, mlp_bias=("mlp_bias", False))
-_GGUF = GGUFArchitecture("llama", metadata="decoder", output_bias=True, rope_types=("llama3",), pairs_rows=True)
+_GGUF = GGUFArchitecture("llama", metadata="rotary", output_bias=True, rope_types=("llama3",), pairs_rows=True)
 
 ROWS = {
     "llama": Family(LLAMA, tested=True, gguf=_GGUF),
@@ -15,12 +15,12 @@ ROWS = {
     "qwen2": Family(
         Block(qkv_bias=True, window=4096, window_opt_in=True),
         tested=True,
-        gguf=GGUFArchitecture("qwen2", metadata="decoder"),
+        gguf=GGUFArchitecture("qwen2", metadata="rotary"),
     ),
     "qwen3": Family(
         replace(ATTENTION_BIASED, qk_norm="head", head_dim=128, window=4096, window_opt_in=True),
         tested=True,
-        gguf=GGUFArchitecture("qwen3", metadata="decoder"),
+        gguf=GGUFArchitecture("qwen3", metadata="rotary"),
     ),
     "phi3": Family(
         Block(fused=True, names=("o_proj", "gate_up_proj", "down_proj")),
@@ -28,7 +28,7 @@ ROWS = {
         gguf=GGUFArchitecture(
             "phi3",
             layer_names={"ffn_up": "gate_up_proj"},
-            metadata="decoder",
+            metadata="rotary",
             rope_types=("longrope",),
             states_no_window=True,
         ),

@@ -18,7 +18,8 @@ class GGUFArchitecture:
     Attributes:
         name: llama.cpp's.
         layer_names: a block's linear layers that are not called as Llama's, llama.cpp's name -> transformers'.
-        metadata: which function of `export.gguf.metadata` describes a model; None: no GGUF is written here, only read.
+        metadata: which function of `export.gguf.metadata` describes a model, by its kind of positions; None: no GGUF is
+            written here, only read.
         activations: the ones that llama.cpp computes.
         softcaps: the soft caps that it computes, as config fields.
         output_bias: it adds a bias to attention's output.
@@ -35,7 +36,7 @@ class GGUFArchitecture:
 
     name: str
     layer_names: Mapping[str, str] = field(default_factory=dict)
-    metadata: Literal["decoder", "gpt2"] | None = None
+    metadata: Literal["rotary", "learned"] | None = None
     activations: tuple[str, ...] = SILU
     softcaps: tuple[str, ...] = ()
     output_bias: bool = False

@@ -63,7 +63,8 @@ def head_dim(config: Any) -> int:
     return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
 
 
-def _gpt2(config: Any, metadata: GGUFMetadata) -> None:
+def _with_learned_positions(config: Any, metadata: GGUFMetadata) -> None:
+    """Add the metadata of GPT-2."""
     if config.scale_attn_by_inverse_layer_idx or not config.scale_attn_weights:
         raise _otherwise("attention scaled by layer, or not at all")
     metadata.keys |= {
@@ -76,7 +77,8 @@ def _gpt2(config: Any, metadata: GGUFMetadata) -> None:
     }
 
 
-def _decoder(config: Any, metadata: GGUFMetadata) -> None:
+def _with_rotary_positions(config: Any, metadata: GGUFMetadata) -> None:
+    """Add the metadata of a model whose config has Llama's names."""
     layout, dim = metadata.layout, head_dim(config)
     metadata.keys |= {
         "block_count": config.num_hidden_layers,
@@ -185,5 +187,8 @@ def _windows(config: Any, metadata: GGUFMetadata) -> None:
         )
 
 
-# a family's row names one
-_DESCRIBE: dict[str, Callable[[Any, GGUFMetadata], None]] = {"decoder": _decoder, "gpt2": _gpt2}
+# a family's row names one, by its kind of positions
+_DESCRIBE: dict[str, Callable[[Any, GGUFMetadata], None]] = {
+    "rotary": _with_rotary_positions,
+    "learned": _with_learned_positions,
+}
