@@ -23,58 +23,57 @@ SHOWN = 12
 def check_adapter_base(
     reference: str, folder: Path, base: str, base_revision: str | None, model: str, revision: str | None
 ) -> None:
-    """Check that an adapter was trained on this model; what is not known for certain is said, once.
+    """Check that an adapter was trained on this model; say once what is not known for certain.
 
     Args:
-        reference: of the adapter, for messages.
-        folder: that its files are in.
-        base, base_revision: the name of its base, as adapter_config.json has it; may be empty.
+        reference: the adapter's, for messages.
+        folder: where its files are.
+        base, base_revision: the name of its base as adapter_config.json has it; may be empty.
         model, revision: as in a recipe.
 
     Raises:
         UserError: it was trained on another one.
     """
-    now, kept = fingerprint(model, revision), read_base(folder)
-    if kept is None and (not base or same_place(base, model)):
+    current, recorded = fingerprint(model, revision), read_base(folder)
+    if recorded is None and (not base or same_place(base, model)):
         return
-    name, its = kept or (base, fingerprint(base, base_revision) if now else None)
-    if now and its and its.kind == now.kind:
-        _compare(reference, folder, name, base, its, model, now)
+    base_name, trained_on = recorded or (base, fingerprint(base, base_revision) if current else None)
+    if current and trained_on and trained_on.kind == current.kind:
+        _compare(reference, folder, base_name, base, trained_on, model, current)
     elif base and not same_place(base, model):
         _check_name(reference, folder, base, model)
 
 
 def _compare(
-    reference: str, folder: Path, base: str, named: str, its: Fingerprint, model: str, now: Fingerprint
+    reference: str, folder: Path, base: str, named: str, trained_on: Fingerprint, model: str, current: Fingerprint
 ) -> None:
-    parts = its.differing(now)
-    if "weights" in parts:
-        there = named and not same_place(named, model)
-        remedy = f"give model={full_precision(named)}" if there else "give the model that it was trained on"
+    differing = trained_on.differing(current)
+    if "weights" in differing:
+        elsewhere = named and not same_place(named, model)
+        remedy = f"give model={full_precision(named)}" if elsewhere else "give the model that it was trained on"
         beside = f"{folder / BASE} tells" if (folder / BASE).is_file() else f"{folder / CONFIG} names"
         raise UserError(
             f"adapter {reference!r} was trained on other weights than the recipe's model has: on {base!r} "
-            f"({its.weights[:SHOWN]}, as {beside}), and {model!r} has {now.weights[:SHOWN]}; {remedy}"
+            f"({trained_on.weights[:SHOWN]}, as {beside}), and {model!r} has {current.weights[:SHOWN]}; {remedy}"
         )
-    if "config" in parts:
+    if "config" in differing:
         _say(f"adapter {reference} was trained on the weights of {model}, but with another config.json")
 
 
 def _check_name(reference: str, folder: Path, base: str, model: str) -> None:
-    mine, its = _short(model), _short(base)
-    twin = full_precision(base)
-    if mine == its:
+    model_name, base_name, unquantized = _short(model), _short(base), full_precision(base)
+    if model_name == base_name:
         resolve_model(model)  # a model that is not there is the trouble then
         _say(
             f"adapter {reference} was trained on {base}, and the model is {model}: only the names agree, whether the "
             "weights do is not known"
         )
-    elif mine == _short(twin):
-        _say(f"adapter {reference} was trained on {base}, a quantized copy of {twin}; it is put on {model}")
-    elif its != _short(twin):
+    elif model_name == _short(unquantized):
+        _say(f"adapter {reference} was trained on {base}, a quantized copy of {unquantized}; it is put on {model}")
+    elif base_name != _short(unquantized):
         raise UserError(
             f"adapter {reference!r} belongs to {base!r}, a quantized copy, and the recipe's model is {model!r}; give "
-            f"its 16-bit model, {twin} or the same of its first owner (model={twin})"
+            f"its 16-bit model, {unquantized} or the same of its first owner (model={unquantized})"
         )
     else:
         raise UserError(
@@ -87,8 +86,8 @@ def same_place(base: str, model: str) -> bool:
     """Whether two names of models are the same one, or lead to the same folder or file."""
     if base == model:
         return True
-    here, there = Path(model).expanduser(), Path(base).expanduser()
-    return here.exists() and there.exists() and here.samefile(there)
+    model_path, base_path = Path(model).expanduser(), Path(base).expanduser()
+    return model_path.exists() and base_path.exists() and model_path.samefile(base_path)
 
 
 def _short(model: str) -> str:

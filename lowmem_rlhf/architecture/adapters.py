@@ -206,8 +206,8 @@ def _is_every_layer(value: Any, model: str, revision: str | None) -> bool:
 def _patterns(config: dict[str, Any], folder: Path) -> list[str]:
     """Return which of peft's patterns of other ranks and scalings fit a layer of the adapter; most fit none.
 
-    So with adapters of parameters without a linear layer: peft names them for whole families of models, and they are
-    there where a layer of the file is none of the target modules.
+    The same goes for adapters of parameters without a linear layer: peft names them for whole families of models, and
+    the adapter has some only where a layer in its file is none of the target modules.
     """
     kinds = [kind for kind in ("rank_pattern", "alpha_pattern") if config.get(kind)]
     parameters, targets = config.get("target_parameters"), config.get("target_modules")

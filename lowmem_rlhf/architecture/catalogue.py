@@ -34,13 +34,13 @@ def _models() -> list[dict[str, Any]]:
 @cache
 def entries() -> dict[str, Entry]:
     """Return the config of every Hub id that the catalogue knows, in the order of the file."""
-    found: dict[str, Entry] = {}
+    by_name: dict[str, Entry] = {}
     for model in _models():
         same = dict.fromkeys(model["names"], model["config"])
         others = {name: {**model["config"], **changes} for name, changes in model.get("variants", {}).items()}
         for name, config in {**same, **others}.items():
-            found[name] = Entry(model["series"], model["parameters"], config)
-    return found
+            by_name[name] = Entry(model["series"], model["parameters"], config)
+    return by_name
 
 
 @cache
@@ -77,5 +77,5 @@ def smaller_than(dims: ModelDimensions) -> list[tuple[str, ModelDimensions]]:
 
 def _alike(one: ModelDimensions, other: ModelDimensions) -> bool:
     """Whether two models differ in nothing but the length of their sequences and how they are stored."""
-    kept: dict[str, Any] = {"max_positions": None, "torch_dtype": None, "sliding_window": None, "sliding_layers": 0}
-    return replace(one, **kept) == replace(other, **kept)
+    ignored: dict[str, Any] = {"max_positions": None, "torch_dtype": None, "sliding_window": None, "sliding_layers": 0}
+    return replace(one, **ignored) == replace(other, **ignored)

@@ -63,14 +63,14 @@ def heads_of(fields: Mapping[str, Any], block: Block, numbers: Mapping[str, int]
         UserError: they do not divide, or the embeddings are not as wide as the layers.
     """
     hidden, heads = numbers["hidden_size"], numbers["num_attention_heads"]
-    given_kv_heads = fields.get("num_key_value_heads", heads) if block.grouped else heads
-    kv_heads = positive(given_kv_heads, "num_key_value_heads", model)
+    stated_kv_heads = fields.get("num_key_value_heads", heads) if block.grouped else heads
+    kv_heads = positive(stated_kv_heads, "num_key_value_heads", model)
     if heads % kv_heads:
         raise UserError(
             f"model {model!r}: num_attention_heads {heads} is no multiple of num_key_value_heads {kv_heads}"
         )
-    given = fields.get("head_dim", block.head_dim)
-    if given is None and hidden % heads:
+    head_dim = fields.get("head_dim", block.head_dim)
+    if head_dim is None and hidden % heads:
         raise UserError(
             f"model {model!r}: hidden_size {hidden} is no multiple of num_attention_heads {heads}, and its config.json "
             "has no head_dim"
@@ -80,7 +80,7 @@ def heads_of(fields: Mapping[str, Any], block: Block, numbers: Mapping[str, int]
             f"model {model!r}: its embeddings are {width} wide and its layers {hidden} (word_embed_proj_dim); take a "
             "model where both are the same"
         )
-    return heads, kv_heads, positive(hidden // heads if given is None else given, "head_dim", model)
+    return heads, kv_heads, positive(hidden // heads if head_dim is None else head_dim, "head_dim", model)
 
 
 def block_traits(block: Block, config: Mapping[str, Any], dim: int) -> dict[str, Any]:
@@ -136,10 +136,10 @@ def _cap(value: Any) -> float | None:
 
 
 def _rotary_part(block: Block, config: Mapping[str, Any]) -> float:
-    for place in (config, config.get("rope_parameters"), config.get("rope_scaling")):
+    for section in (config, config.get("rope_parameters"), config.get("rope_scaling")):
         for name in ("partial_rotary_factor", "rotary_pct"):
-            if isinstance(place, Mapping) and place.get(name) is not None:
-                part = float(place[name])
+            if isinstance(section, Mapping) and section.get(name) is not None:
+                part = float(section[name])
                 if not 0 <= part <= 1:
                     raise ValueError(f"{name} {part}")
                 return part

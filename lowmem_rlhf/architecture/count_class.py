@@ -39,8 +39,8 @@ def count_class(config: Mapping[str, Any]) -> dict[str, Any]:
     if config["model_type"] not in CONFIG_MAPPING:
         raise LookupError("transformers has no class for it")
     with tempfile.TemporaryDirectory() as folder:  # read as a model's own, with what JSON cannot say decoded
-        own = {key: value for key, value in config.items() if key != "auto_map"}
-        Path(folder, "config.json").write_text(json.dumps(own), encoding="utf-8")
+        fields = {key: value for key, value in config.items() if key != "auto_map"}
+        Path(folder, "config.json").write_text(json.dumps(fields), encoding="utf-8")
         resolved = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(resolved, trust_remote_code=False)
@@ -57,14 +57,14 @@ def count_class(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _fields(config: Any) -> dict[str, Any]:
-    """Return the sizes of a config under their common names; of one number for each layer, the largest."""
-    found = {}
+    """Return the sizes of a config under their common names; the largest where each layer has its own."""
+    sizes = {}
     for key in FIELDS:
         with suppress(Exception):  # a config may refuse to tell one that differs from layer to layer
             value = getattr(config, key)
             numbers = isinstance(value, (list, tuple)) and bool(value) and all(isinstance(one, int) for one in value)
-            found[key] = max(value) if numbers else value
-    return {key: value for key, value in found.items() if isinstance(value, (int, list)) and value}
+            sizes[key] = max(value) if numbers else value
+    return {key: value for key, value in sizes.items() if isinstance(value, (int, list)) and value}
 
 
 def _linears(model: Any, head: Any, model_type: str) -> list[list[Any]]:
@@ -80,7 +80,7 @@ def _linears(model: Any, head: Any, model_type: str) -> list[list[Any]]:
     from lowmem_rlhf.architecture.families import family_of
 
     skipped = [*get_keys_to_not_convert(model), *(getattr(model, "_keep_in_fp32_modules", None) or ())]
-    found = []
+    linears = []
     for name, module in model.named_modules():
         if not isinstance(module, (nn.Linear, Conv1D)) or module is head:
             continue
@@ -88,8 +88,8 @@ def _linears(model: Any, head: Any, model_type: str) -> list[list[Any]]:
         plain = isinstance(module, Conv1D) or type(module) is nn.Linear
         quantized = plain and should_convert_module(name, skipped)
         adapted = name.rsplit(".", 1)[-1] not in family_of(model_type).bypassed
-        found.append([name, inputs, outputs, module.bias is not None, quantized, adapted])
-    return found
+        linears.append([name, inputs, outputs, module.bias is not None, quantized, adapted])
+    return linears
 
 
 def layer_of(name: str) -> str:
@@ -104,5 +104,5 @@ if __name__ == "__main__":
     except LookupError as error:
         sys.exit(str(error))
     except Exception as error:
-        said = " ".join(str(error).split()) or type(error).__name__
-        sys.exit(f"its class in transformers refuses this config: {said}")
+        reason = " ".join(str(error).split()) or type(error).__name__
+        sys.exit(f"its class in transformers refuses this config: {reason}")

@@ -35,11 +35,11 @@ class Counted:
     Attributes:
         quantized: the linear layers that bitsandbytes quantizes.
         adapted: those that ``all-linear`` adapts.
-        block: those of the layer with the most weights that are adapted.
+        block: the adapted ones of one decoder layer, of the one with the most weights in them.
         embedding, head: parameters of the token embedding and of an output head of its own.
         other: parameters that are neither these nor quantized weights: norms, biases, stacked experts, convolutions,
             further embeddings. They keep 16 bits, or 32 as the compute dtype is.
-        stacked: those of them that have three dimensions, as experts have.
+        stacked: those among ``other`` that have three dimensions, as experts have.
     """
 
     quantized: Linears
@@ -83,15 +83,15 @@ def _of(config: str) -> tuple[Counted, dict[str, Any]]:
     key = hashlib.sha256(f"{FORMAT}|{version}|{config}".encode()).hexdigest()[:24]
     path = cache_folder() / "counts" / f"{key}.json"
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-        return _counted(found), found["fields"]
+        measured = json.loads(path.read_text(encoding="utf-8"))
+        return _counted(measured), measured["fields"]
     except (OSError, ValueError, KeyError, TypeError):  # not there yet, or damaged
-        found = _ask(config)
-    result = _counted(found), found["fields"]
+        measured = _ask(config)
+    result = _counted(measured), measured["fields"]
     with suppress(OSError):  # without a folder that can be written to it is counted each time
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_suffix(f".{os.getpid()}")
-        temporary.write_text(json.dumps(found), encoding="utf-8")
+        temporary.write_text(json.dumps(measured), encoding="utf-8")
         temporary.replace(path)
     return result
 
@@ -118,17 +118,17 @@ def _ask(config: str) -> dict[str, Any]:
     if run.returncode:
         last = (run.stderr.strip().splitlines() or [f"exit code {run.returncode}"])[-1]
         raise CannotCount(last[:300].rstrip("."))
-    found: dict[str, Any] = json.loads(run.stdout.strip().splitlines()[-1])
-    return found
+    measured: dict[str, Any] = json.loads(run.stdout.strip().splitlines()[-1])
+    return measured
 
 
-def _counted(found: Mapping[str, Any]) -> Counted:
+def _counted(measured: Mapping[str, Any]) -> Counted:
     from lowmem_rlhf.architecture.count_class import layer_of
 
     quantized: Counter[Linear] = Counter()
     adapted: Counter[Linear] = Counter()
     layers: dict[str, list[Linear]] = {}
-    for name, inputs, outputs, bias, is_quantized, is_adapted in found["linears"]:
+    for name, inputs, outputs, bias, is_quantized, is_adapted in measured["linears"]:
         linear = Linear(name.rsplit(".", 1)[-1], inputs, outputs, bias)
         quantized[linear] += is_quantized
         adapted[linear] += is_adapted
@@ -141,8 +141,8 @@ def _counted(found: Mapping[str, Any]) -> Counted:
         quantized=converted,
         adapted=tuple((linear, many) for linear, many in adapted.items() if many),
         block=tuple(block),
-        embedding=found["embedding"],
-        head=found["head"],
-        other=found["total"] - weights_of(converted) - found["embedding"] - found["head"],
-        stacked=found["stacked"],
+        embedding=measured["embedding"],
+        head=measured["head"],
+        other=measured["total"] - weights_of(converted) - measured["embedding"] - measured["head"],
+        stacked=measured["stacked"],
     )

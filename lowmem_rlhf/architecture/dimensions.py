@@ -1,4 +1,7 @@
-"""The sizes of a model, as its config.json tells them: no weights are read and no torch is imported."""
+"""What sizes of a model memory is planned with, and how they follow from the fields of its config.json. No torch here.
+
+`lookup` finds the config.json, or the GGUF header, that a recipe's model leads to.
+"""
 
 import json
 from collections.abc import Iterable, Mapping
@@ -42,8 +45,8 @@ class ModelDimensions:
         sliding_layers: how many layers have it. A packed rollout only masks what lies outside (`rollout.cache`): its
             key-value cache is as long for them as for the others.
         note: what is not certain about these sizes, as a sentence; empty when nothing.
-        counted: of a type that has no terms of its own here, what its real class has; None for the others, and where
-            it could not be counted.
+        counted: what the real class has, for a type without terms in the table of families; None for other types, and
+            where it could not be counted.
     """
 
     model_type: str

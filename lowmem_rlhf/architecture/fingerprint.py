@@ -1,6 +1,6 @@
 """What a model is by the content of its files, told in a second for gigabytes. No torch here.
 
-Of each tensor some blocks are read, spread evenly over it: weights that training changed differ in nearly every one,
+Some blocks of each tensor are read, spread evenly over it: weights that training changed differ in nearly every one,
 and a copy is the same however it is cut into files. Two models whose fingerprints differ are different; two that agree
 were not changed by any training of all their weights or of whole layers.
 """
@@ -94,15 +94,15 @@ def _safetensors(files: tuple[tuple[Path, int, int], ...]) -> str:
     if len(set(names)) < len(names) or any(end > size for end, (_, size, _) in zip(ends, files, strict=True)):
         raise ValueError("files that were mixed up or cut off")
     many = max(1, PLACES // max(1, sum(len(tensors) for _, _, tensors in headers)))
-    found: dict[str, str] = {}
+    digests: dict[str, str] = {}
     for path, data, tensors in headers:
         with path.open("rb") as file:
             for name, told in sorted(tensors.items(), key=lambda item: item[1]["data_offsets"]):
                 begin, end = told["data_offsets"]
                 digest = hashlib.sha256(json.dumps([name, told["dtype"], told["shape"]]).encode())
                 _sample(file, digest, data + begin, data + end, many, BLOCK)
-                found[name] = digest.hexdigest()
-    return hashlib.sha256("".join(f"{name}:{found[name]}\n" for name in sorted(found)).encode()).hexdigest()
+                digests[name] = digest.hexdigest()
+    return hashlib.sha256("".join(f"{name}:{digests[name]}\n" for name in sorted(digests)).encode()).hexdigest()
 
 
 def _header(path: Path) -> tuple[int, dict[str, Any]]:

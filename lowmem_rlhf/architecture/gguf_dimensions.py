@@ -54,7 +54,7 @@ def from_gguf(path: Path, model: str) -> ModelDimensions:
     hidden, vocabulary = embedding
     dim = number("attention.key_length", hidden // heads)
     tied = "output.weight" not in header.shapes
-    counted = {name: shape for name, shape in header.shapes.items() if not name.startswith("rope_")}
+    tensors = {name: shape for name, shape in header.shapes.items() if not name.startswith("rope_")}
     in_linears = layers * sum(linear.inputs * linear.outputs for linear in linears)
     in_embeddings = hidden * vocabulary * (1 if tied else 2)
     gated = any(linear.name in ("gate_proj", "gate_up_proj") for linear in linears)
@@ -73,7 +73,7 @@ def from_gguf(path: Path, model: str) -> ModelDimensions:
         max_positions=number("context_length") if f"{arch}.context_length" in header.fields else None,
         torch_dtype=None,
         linears=tuple(linears),
-        other_parameters=sum(map(math.prod, counted.values())) - in_linears - in_embeddings,
+        other_parameters=sum(map(math.prod, tensors.values())) - in_linears - in_embeddings,
         **block_traits(
             block_of(model_type, {"hidden_act": "silu" if gated else "gelu"}),
             _config(header.fields, arch, layers, dim),

@@ -35,7 +35,7 @@ class GGUFHeader:
     """What stands before the tensors.
 
     Attributes:
-        fields: metadata by key; of a number array its values, of an array of texts only the count.
+        fields: metadata by key; arrays of numbers as their values, arrays of texts as their length.
         shapes: tensor shapes by name, in GGUF's order (the contiguous dimension first: ``[inputs, outputs]``).
     """
 

@@ -42,7 +42,7 @@ _METHODS = {
 def check_kind(model: str, config: Mapping[str, Any], trust_remote_code: bool = True) -> str:
     """Return the model type of a config of a text-only, decoder-only model with attention, in 16 or 32 bits.
 
-    Whether it is dense, `check_dense` tells.
+    `check_dense` tells whether it is dense.
 
     Raises:
         UserError: it is anything else, names no type, or needs code of its own that may not be run.
@@ -85,13 +85,13 @@ def check_dense(model: str, config: Mapping[str, Any], counted: Counted | None =
     """Refuse a mixture of experts.
 
     Args:
-        counted: of the model's class, where it could be asked: a config may name experts of which the model has none.
+        counted: on the model's class, where it could be asked: a config may name experts that the model does not have.
 
     Raises:
         UserError: it has experts.
     """
-    places = [config, *(config[key] for key in ("ffn_config",) if isinstance(config.get(key), Mapping))]
-    named = ((key, place[key]) for place in places for key in EXPERTS if place.get(key) not in (None, 0, 1))
+    sections = [config, *(config[key] for key in ("ffn_config",) if isinstance(config.get(key), Mapping))]
+    named = ((key, section[key]) for section in sections for key in EXPERTS if section.get(key) not in (None, 0, 1))
     name, number = next(named, ("", 0))
     if not name or (counted is not None and not counted.stacked):
         return

@@ -1,4 +1,7 @@
-"""The sizes of a model, from its config.json or its GGUF header: no weights are read and no torch is imported."""
+"""Looking up the sizes of a recipe's model, wherever it lies: on this machine, in the catalogue, on the Hub.
+
+No weights are read and no torch is imported.
+"""
 
 from dataclasses import replace
 from pathlib import Path

@@ -77,7 +77,7 @@ def _inside_package(model: str) -> Path:
         raise UserError(f"model {model!r}: {file} leads out of the package {package}")
     if not path.exists():
         models = [*root.rglob("*.gguf"), *(config.parent for config in root.rglob("config.json"))]
-        near = [found.relative_to(root).as_posix() for found in models]
+        near = [candidate.relative_to(root).as_posix() for candidate in models]
         raise UserError(f"model {model!r}: the package {package} has no file {file}{did_you_mean(file, near)}")
     return path
 

@@ -1,7 +1,7 @@
 """The tokens that end a turn, and a completion's text without them. No torch here.
 
-What ends an answer is what stands behind one in a conversation: the chat template's token there, whatever the tokenizer
-calls its end (a base model's ends documents), beside the ends that the model's configurations name.
+An answer ends with the token that the chat template writes after one in a conversation, whatever the tokenizer calls
+its EOS (a base model's ends documents), or with one of the ends that the model's configurations name.
 """
 
 from collections.abc import Collection, Iterator, Sequence
@@ -19,7 +19,7 @@ def stop_ids_of(
     """Return every token id at which a model ends a text or a turn.
 
     Args:
-        config: the model's; of one that reads more than text, its text part is looked at.
+        config: the model's; its text part counts where it reads more than text.
         generation_config: the model's; may be None.
         turn_ends: what `turn_end` gives, where that is known.
     """
@@ -54,8 +54,8 @@ def turn_end(tokenizer: Any, **chat_template_kwargs: Any) -> frozenset[int]:
 
 def written_text(tokenizer: Any, ids: Sequence[int], stops: frozenset[int]) -> str:
     """Return what a model wrote: the text of its tokens, special ones included, less the stop at the end."""
-    kept = ids[:-1] if ids and ids[-1] in stops else ids
-    return str(tokenizer.decode(list(kept), skip_special_tokens=False, clean_up_tokenization_spaces=False))
+    written = ids[:-1] if ids and ids[-1] in stops else ids
+    return str(tokenizer.decode(list(written), skip_special_tokens=False, clean_up_tokenization_spaces=False))
 
 
 def text_ids(tokenizer: Any, text: str, stops: frozenset[int]) -> list[int]:
@@ -74,10 +74,10 @@ def without_end(ids: Sequence[int], bare: Sequence[int], ends: Collection[int]) 
         bare: of the text alone.
         ends: what may stand behind it.
     """
-    kept, bare = list(ids), list(bare)
-    while len(kept) > len(bare) and kept[-1] in ends and kept[len(kept) - len(bare) :] != bare:
-        kept.pop()
-    return kept
+    shortened, bare = list(ids), list(bare)
+    while len(shortened) > len(bare) and shortened[-1] in ends and shortened[len(shortened) - len(bare) :] != bare:
+        shortened.pop()
+    return shortened
 
 
 def _conversations() -> Iterator[list[dict[str, Any]]]:
@@ -105,21 +105,21 @@ def _end_in(text: str, tokenizer: Any) -> int | None:
     special = set(tokenizer.all_special_ids)
     special |= {index for index, token in tokenizer.added_tokens_decoder.items() if str(token).strip(" \n\r\t▁")}
     special.discard(tokenizer.unk_token_id)  # stands for any text that has no token
-    start = next((place for place, index in enumerate(ids) if index in special), None)
+    start = next((position for position, index in enumerate(ids) if index in special), None)
     if start is None:
         return None
-    end = next((place for place in range(start, len(ids)) if ids[place] not in special), len(ids))
+    end = next((position for position in range(start, len(ids)) if ids[position] not in special), len(ids))
     eos = tokenizer.eos_token_id
-    found = eos if eos in ids[start:end] else ids[start]
-    return None if found == tokenizer.bos_token_id and found != eos else int(found)
+    turn_end_id = eos if eos in ids[start:end] else ids[start]
+    return None if turn_end_id == tokenizer.bos_token_id and turn_end_id != eos else int(turn_end_id)
 
 
 def _inside_turns(tokenizer: Any, messages: list[dict[str, Any]], kwargs: dict[str, Any]) -> set[int]:
     """Return the tokens that stand between the reasoning and the answer of one turn."""
-    found: set[int] = set()
+    tokens: set[int] = set()
     for name in _REASONING:
         with suppress(Exception):  # no template has to know it
             text = _rendered(tokenizer, [*messages[:-1], {**messages[-1], name: _THOUGHT}], kwargs)
             between = text[text.rindex(_THOUGHT) + len(_THOUGHT) : text.rindex(_LAST)]
-            found.update(tokenizer(between, add_special_tokens=False)["input_ids"])
-    return found
+            tokens.update(tokenizer(between, add_special_tokens=False)["input_ids"])
+    return tokens

@@ -1,7 +1,7 @@
 """The table of model families: what is known of a model type, one row each. No torch here.
 
-This is the only place that tells model types apart by their names: what another room does differently for a family it
-reads from the family's row. A type without a row is counted on its class and tried out.
+What another room does differently for a family it reads from the family's row; no other room compares a model type with
+a name. A type without a row is counted on its class, and what it computes is tried out.
 
 Read from the model classes of transformers 5; a test holds every family against the parameter count, the linear layers
 and the sliding windows of the real class.
