@@ -9,18 +9,14 @@ from lowmem_rlhf.data.provenance import rows_differ
 from lowmem_rlhf.data.sources import has_splits, load_rows
 from lowmem_rlhf.data.values import Row
 from lowmem_rlhf.errors import UserError
+from lowmem_rlhf.recipe.field_roles import keys_with
 from lowmem_rlhf.recipe.schema import Recipe
 from lowmem_rlhf.recipe.sections import DataConfig
 
 logger = logging.getLogger(__name__)
 
 # What of a run's recipe an evaluation may change: how and on what it is measured, never what was learned.
-MAY_CHANGE = (
-    *("evaluation.", "generation.", "rewards", "data.eval", "data.eval_size"),
-    *("data.max_prompt_length", "data.long_prompts"),
-    *("hardware.rollout_batch_size", "hardware.micro_batch_tokens"),
-    *("hardware.score_batch_tokens", "hardware.logits_tile_tokens"),
-)
+MAY_CHANGE = keys_with(Recipe, may_change_in_evaluation=True)
 
 
 def check_overrides(overrides: list[str]) -> None:
@@ -32,9 +28,8 @@ def check_overrides(overrides: list[str]) -> None:
     for override in overrides:
         key = override.partition("=")[0].strip()
         section = key.partition("[")[0].partition(".")[0]
-        if key not in MAY_CHANGE and f"{section}." not in MAY_CHANGE and section != "rewards":
-            may = ", ".join(f"{one}*" if one.endswith(".") else one for one in MAY_CHANGE)
-            raise UserError(f"override {override!r}: an evaluation of a run may change {may}")
+        if not {key, f"{section}.*", section}.intersection(MAY_CHANGE):
+            raise UserError(f"override {override!r}: an evaluation of a run may change {', '.join(MAY_CHANGE)}")
 
 
 def held_out_rows(trained: Recipe | None, wanted: Recipe, kept: Any = None, other: bool = False) -> list[Row]:

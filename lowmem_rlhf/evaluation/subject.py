@@ -34,8 +34,10 @@ from lowmem_rlhf.inference.opening import (
 )
 from lowmem_rlhf.planning.run_plan import running_plan
 from lowmem_rlhf.quiet import hush
+from lowmem_rlhf.recipe.field_roles import fields_with
 from lowmem_rlhf.recipe.loading import load_recipe
 from lowmem_rlhf.recipe.schema import Recipe
+from lowmem_rlhf.recipe.sections import HardwareConfig
 from lowmem_rlhf.rewards.loading import Reward, check_reward_columns, load_rewards
 from lowmem_rlhf.rewards.references import check_references
 from lowmem_rlhf.rollout.shared_prompt import Limits
@@ -46,8 +48,6 @@ from lowmem_rlhf.training.roles import bind_rewards
 logger = logging.getLogger(__name__)
 
 Rows = Sequence[dict[str, Any]]
-# settings that change no result
-CUTS = ("rollout_batch_size", "micro_batch_tokens", "score_batch_tokens", "logits_tile_tokens")
 
 
 @dataclass(frozen=True)
@@ -194,7 +194,8 @@ def _subject(
     settings: dict[str, Any],
     steps: int | None,
 ) -> EvalTarget:
-    pinned = {key: value for key in CUTS if (value := getattr(recipe.hardware, key)) != "auto"}
+    batching = fields_with(HardwareConfig, only_batching=True)
+    pinned = {key: value for key in batching if (value := getattr(recipe.hardware, key)) != "auto"}
     cut = {"score_batch_tokens": settings["micro_batch_tokens"], **settings, **pinned}  # older plans have the one only
     passes = BatchLimits(1.0, cut["score_batch_tokens"], cut["logits_tile_tokens"])
     bind_rewards(base, rewards, passes)

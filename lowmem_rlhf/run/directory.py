@@ -26,6 +26,7 @@ from lowmem_rlhf.files import (
     read_lines,
     temp_path,
 )
+from lowmem_rlhf.recipe.field_roles import keys_with
 from lowmem_rlhf.recipe.loading import validate_recipe
 from lowmem_rlhf.recipe.schema import Recipe
 from lowmem_rlhf.run.base_file import write_base
@@ -37,10 +38,7 @@ INPUTS = "inputs.json"
 MODEL = "model"  # of a classifier's run, in place of the adapter
 
 # What a resume may change: how long, how often and where, never what is learned.
-MAY_CHANGE = tuple(
-    f"training.{key}"
-    for key in ("max_steps", "num_train_epochs", "save_steps", "save_total_limit", "log_completions", "report_to")
-)
+MAY_CHANGE = keys_with(Recipe, may_change_on_resume=True)
 _DESKTOP_FILES = {".DS_Store", "Thumbs.db", "desktop.ini"}
 
 
@@ -140,13 +138,15 @@ class RunDirectory:
         lines = [
             f"  {key}: was {saved.get(key, 'absent')!r}, is now {wanted.get(key, 'absent')!r}"
             for key in dict.fromkeys([*saved, *wanted])
-            if saved.get(key) != wanted.get(key) and key not in MAY_CHANGE and not key.startswith("hardware.")
+            if saved.get(key) != wanted.get(key) and not {key, f"{key.partition('.')[0]}.*"}.intersection(MAY_CHANGE)
         ]
         if lines:
             head = f"--resume: the recipe differs from the one that the run in {self.path} began with:"
+            whole = [key for key in MAY_CHANGE if key.endswith(".*")]
+            single = [key for key in MAY_CHANGE if key not in whole]
             tail = (
                 "Undo these changes, or start a new run with another --output (a resume may change "
-                f"{', '.join(MAY_CHANGE)} and hardware.*)."
+                f"{', '.join(single)} and {', '.join(whole)})."
             )
             raise UserError("\n".join([head, *lines, tail]))
 

@@ -21,6 +21,8 @@ from lowmem_rlhf.export.card.facts import (
 )
 from lowmem_rlhf.export.show import judged_rows
 from lowmem_rlhf.files import atomic_write
+from lowmem_rlhf.recipe.field_roles import fields_with
+from lowmem_rlhf.recipe.sections import HardwareConfig
 from lowmem_rlhf.recipe.yaml_tree import write_yaml
 from lowmem_rlhf.report.plots import plot_reward
 from lowmem_rlhf.run.directory import RECIPE, RunDirectory
@@ -29,7 +31,7 @@ from lowmem_rlhf.run.start import start_folder
 
 README, CURVE = "README.md", "curve.png"
 LIBRARY = {"adapter": "peft", "merged": "transformers"}  # of a GGUF none that the Hub knows loads it
-NUMERIC = ("quantization", "compute_dtype", "optim")  # settings of the plan that change what is computed
+NUMERIC = fields_with(HardwareConfig, changes_numbers=True)
 PROOF = {
     "mean_kl": "mean KL to the live policy (nats a token)",
     "top1_agreement": "same likeliest token",
