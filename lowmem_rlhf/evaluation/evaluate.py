@@ -12,17 +12,16 @@ from lowmem_rlhf import __version__
 from lowmem_rlhf.engine.roles import REFERENCE
 from lowmem_rlhf.errors import UserError
 from lowmem_rlhf.evaluation.intervals import METHOD, Estimate, differences, estimates
-from lowmem_rlhf.evaluation.measure import Measured, measure
-from lowmem_rlhf.evaluation.subject import EvalTarget, open_model_subject, open_run_subject
+from lowmem_rlhf.evaluation.measure import Measured, measure_target
+from lowmem_rlhf.evaluation.target import EvalTarget, open_model_target, open_run_target
+from lowmem_rlhf.inference.open_run import OpenRun
 from lowmem_rlhf.recipe.schema import Recipe
-from lowmem_rlhf.run.directory import RunDirectory
 from lowmem_rlhf.run.start import as_written
 
 
 def evaluate_run(
-    run: RunDirectory,
+    opened: OpenRun,
     overrides: list[str],
-    step: int | None = None,
     device: str | None = None,
     tasks: Sequence[str] = (),
     limit: int | None = None,
@@ -31,19 +30,19 @@ def evaluate_run(
     """Return the outcome (see `run.evaluations`) of a run's policy beside its reference, from one base.
 
     Args:
-        overrides, step, device: as `open_run_subject`'s.
+        overrides, device: as `open_run_target`'s.
         tasks, limit, chat: of lm-eval, in place of the held-out data; see `run_tasks`.
 
     Raises:
-        UserError, RunError: as `open_run_subject` and `measure`.
+        UserError, RunError: as `open_run_target` and `measure_target`.
     """
     if tasks:
         check_harness()
-    subject = open_run_subject(run, overrides, step, device, judged=not tasks)
+    target = open_run_target(opened, overrides, device, judged=not tasks)
     if tasks:
-        return _task_outcome(subject, tasks, limit, chat)
-    recipe = as_written(subject.recipe, run.recipe(), run.path)
-    return outcome(recipe, measure(subject), subject.steps)
+        return _task_outcome(target, tasks, limit, chat)
+    recipe = as_written(target.recipe, opened.written, opened.directory.path)
+    return outcome(recipe, measure_target(target), target.steps)
 
 
 def evaluate_models(models: Sequence[str], recipe: Recipe, given: list[str], device: str | None) -> dict[str, Any]:
@@ -55,7 +54,7 @@ def evaluate_models(models: Sequence[str], recipe: Recipe, given: list[str], dev
         given: the overrides that are in it.
 
     Raises:
-        UserError, RunError: as `open_model_subject` and `measure`; or the two were left different problems.
+        UserError, RunError: as `open_model_target` and `measure_target`; or the two were left different problems.
     """
     if not recipe.rewards and recipe.algorithm != "sft":
         raise UserError(f"--recipe {recipe.name}: it has no rewards to judge a model's answers with")
@@ -78,11 +77,11 @@ def evaluate_model_tasks(
     """Return the outcome of a model on lm-eval's tasks; of the recipe only ``hardware`` is read.
 
     Raises:
-        UserError, RunError: as `open_model_subject` and `run_tasks`; or lm-eval is not installed.
+        UserError, RunError: as `open_model_target` and `run_tasks`; or lm-eval is not installed.
     """
     check_harness()
-    subject = open_model_subject(model, recipe, given, device, judged=False)
-    return _task_outcome(replace(subject, roles={_names([model])[0]: REFERENCE}), tasks, limit, chat)
+    target = open_model_target(model, recipe, given, device, judged=False)
+    return _task_outcome(replace(target, roles={_names([model])[0]: REFERENCE}), tasks, limit, chat)
 
 
 def check_harness() -> None:
@@ -95,18 +94,18 @@ def check_harness() -> None:
         raise UserError("--lm-eval: EleutherAI's lm-eval is not installed; `pip install lm-eval`, or leave it out")
 
 
-def _task_outcome(subject: EvalTarget, tasks: Sequence[str], limit: int | None, chat: bool) -> dict[str, Any]:
+def _task_outcome(target: EvalTarget, tasks: Sequence[str], limit: int | None, chat: bool) -> dict[str, Any]:
     from lowmem_rlhf.evaluation.harness import run_tasks
 
-    found = run_tasks(subject, tasks, limit, chat)
+    found = run_tasks(target, tasks, limit, chat)
     how = {"data": "lm-eval", "tasks": list(tasks), "chat": chat}
-    return {**_about(subject.recipe, subject.steps), **how, **found, "method": METHOD}
+    return {**_about(target.recipe, target.steps), **how, **found, "method": METHOD}
 
 
 def _measured(name: str, model: str, recipe: Recipe, given: list[str], device: str | None) -> list[Measured]:
     """Measure one model; it is gone from memory when this returns."""
-    subject = open_model_subject(model, recipe, given, device)
-    return measure(replace(subject, roles={name: REFERENCE}))
+    target = open_model_target(model, recipe, given, device)
+    return measure_target(replace(target, roles={name: REFERENCE}))
 
 
 def _joined(first: list[Measured], second: list[Measured]) -> list[Measured]:
@@ -129,7 +128,7 @@ def _names(models: Sequence[str]) -> list[str]:
 
 
 def outcome(recipe: Recipe, found: Sequence[Measured], steps: int | None = None) -> dict[str, Any]:
-    """Return estimates of all that was measured, and by how much the second of two subjects is above the first."""
+    """Return estimates of all that was measured, and by how much the second of two targets is above the first."""
     results: dict[str, Any] = {}
     difference: dict[str, Any] = {}
     for part in found:

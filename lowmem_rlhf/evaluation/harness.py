@@ -5,7 +5,6 @@ out: lm-eval's own batching and caching, and stopping at a string while sampling
 which gives the same).
 """
 
-import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -25,9 +24,10 @@ from lowmem_rlhf.engine.packing import Group, PackedBatch
 from lowmem_rlhf.engine.passes import LEAST_TOKENS, micro_batches
 from lowmem_rlhf.errors import UserError
 from lowmem_rlhf.evaluation.intervals import Column, Estimate, Z, differences, estimates
-from lowmem_rlhf.evaluation.subject import EvalTarget
+from lowmem_rlhf.evaluation.target import EvalTarget
 from lowmem_rlhf.hardware.memory import retry_with_smaller
 from lowmem_rlhf.inference.opening import memory_explained
+from lowmem_rlhf.progress import message
 from lowmem_rlhf.rollout.sampling import Sampling
 from lowmem_rlhf.rollout.shared_prompt import generate
 from lowmem_rlhf.suggest import did_you_mean
@@ -38,14 +38,14 @@ BOOTSTRAPS = 1000  # for the standard errors of metrics that are no means; lm-ev
 
 
 class SharedBaseLM(TemplateLM):  # type: ignore[misc]
-    """lm-eval's view of a subject in one role."""
+    """lm-eval's view of a target in one role."""
 
-    def __init__(self, subject: EvalTarget, role: str, name: str) -> None:
+    def __init__(self, target: EvalTarget, role: str, name: str) -> None:
         super().__init__()
-        self._subject, self._role, self._name = subject, role, name
-        self._base = subject.base
-        self.tokenizer = subject.base.tokenizer
-        positions = getattr(subject.base.model.config.get_text_config(), "max_position_embeddings", None)
+        self._target, self._role, self._name = target, role, name
+        self._base = target.base
+        self.tokenizer = target.base.tokenizer
+        positions = getattr(target.base.model.config.get_text_config(), "max_position_embeddings", None)
         self.max_length = positions if isinstance(positions, int) else POSITIONS
 
     @property
@@ -79,7 +79,7 @@ class SharedBaseLM(TemplateLM):  # type: ignore[misc]
             tokenize=False,
             add_generation_prompt=add_generation_prompt,
             continue_final_message=not add_generation_prompt,
-            **self._subject.recipe.data.chat_template_kwargs,
+            **self._target.recipe.data.chat_template_kwargs,
         )
         return str(text)
 
@@ -95,9 +95,9 @@ class SharedBaseLM(TemplateLM):  # type: ignore[misc]
                 for packed in micro_batches(self._base, groups, tokens, shown):
                     found.update(self._scored(packed))
 
-        key, tokens = "hardware.score_batch_tokens", self._subject.passes.micro_batch_tokens
+        key, tokens = "hardware.score_batch_tokens", self._target.passes.micro_batch_tokens
         with self._base.role(self._role):
-            retry_with_smaller(work, tokens, LEAST_TOKENS, key, self._base.device, _say)
+            retry_with_smaller(work, tokens, LEAST_TOKENS, key, self._base.device, message)
         return [found[row] for row in range(len(requests))]
 
     def _grouped(self, pairs: Sequence[tuple[list[int], list[int]]]) -> list[Group]:
@@ -113,7 +113,7 @@ class SharedBaseLM(TemplateLM):  # type: ignore[misc]
     def _scored(self, packed: PackedBatch) -> dict[int, tuple[float, bool]]:
         states = self._base.states(packed).index_select(0, packed.predict)  # (S, H)
         logps, greedy = [], []
-        for tile in tiles(len(states), self._subject.passes.tile):
+        for tile in tiles(len(states), self._target.passes.tile):
             every = torch.log_softmax(self._base.head.logits(states[tile]), dim=-1, dtype=torch.float32)  # (tile, V)
             targets = packed.targets[tile]
             logps.append(every.gather(-1, targets[:, None])[:, 0])
@@ -151,26 +151,24 @@ class SharedBaseLM(TemplateLM):  # type: ignore[misc]
         return texts
 
     def _sampled(self, prompts: Sequence[list[int]], most: int, temperature: float) -> list[str]:
-        base, seed = self._base, self._subject.recipe.training.seed
+        base, seed = self._base, self._target.recipe.training.seed
 
         def work(rows: int) -> list[str]:
-            limits = replace(self._subject.limits, rows=rows)
+            limits = replace(self._target.limits, rows=rows)
             with (
                 base.role(self._role),
-                base.decoding(self._subject.dequantize),
+                base.decoding(self._target.dequantize),
                 progress_bar(f"{self._name}, answers") as shown,
             ):
                 groups = generate(base, prompts, 1, most, Sampling(temperature), limits, seed, shown)
             return [written_text(base.tokenizer, one.ids, base.stop_ids) for [one] in groups]
 
-        return retry_with_smaller(work, self._subject.limits.rows, 1, "hardware.rollout_batch_size", base.device, _say)[
-            0
-        ]
+        return retry_with_smaller(
+            work, self._target.limits.rows, 1, "hardware.rollout_batch_size", base.device, message
+        )[0]
 
 
-def run_tasks(
-    subject: EvalTarget, tasks: Sequence[str], limit: int | None = None, chat: bool = False
-) -> dict[str, Any]:
+def run_tasks(target: EvalTarget, tasks: Sequence[str], limit: int | None = None, chat: bool = False) -> dict[str, Any]:
     """Return ``results``, ``difference`` and ``counts`` (see `run.evaluations`) of lm-eval's tasks for every role.
 
     A metric is named TASK/METRIC. Where it is a mean over the task's problems its interval is that of `intervals`, and
@@ -184,8 +182,8 @@ def run_tasks(
     Raises:
         UserError: there is no such task, its data cannot be had, or there is no chat template.
     """
-    if chat and not subject.base.tokenizer.chat_template:
-        raise UserError(f"--chat: the tokenizer of {subject.base.model_id!r} has no chat template; leave it out")
+    if chat and not target.base.tokenizer.chat_template:
+        raise UserError(f"--chat: the tokenizer of {target.base.model_id!r} has no chat template; leave it out")
     files = [Path(task) for task in tasks if task.endswith((".yaml", ".yml"))]
     names = [_task_name(Path(task)) if Path(task) in files else task for task in tasks]
     manager = TaskManager(include_path=[str(file.parent) for file in files] or None)
@@ -195,11 +193,11 @@ def run_tasks(
     results: dict[str, Any] = {}
     columns: list[dict[str, Column]] = []
     counts: dict[str, int] = {}
-    for name, role in subject.roles.items():
+    for name, role in target.roles.items():
         try:
-            with memory_explained(subject.recipe):
+            with memory_explained(target.recipe):
                 got = simple_evaluate(
-                    SharedBaseLM(subject, role, name),
+                    SharedBaseLM(target, role, name),
                     tasks=list(names),
                     task_manager=manager,
                     limit=limit,
@@ -272,7 +270,3 @@ def _key(task: str, metric: str, chosen: str) -> str:
 def _cut(text: str, until: Any) -> str:
     stops = [until] if isinstance(until, str) else list(until or [])
     return text[: min((at for stop in stops if stop and (at := text.find(stop)) >= 0), default=len(text))]
-
-
-def _say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)

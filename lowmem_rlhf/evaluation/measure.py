@@ -1,6 +1,5 @@
-"""What the roles of a subject do on its held-out problems, each role with the same prompts and random numbers."""
+"""What the roles of a target do on its held-out problems, each role with the same prompts and random numbers."""
 
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import TypeVar
@@ -17,9 +16,10 @@ from lowmem_rlhf.engine.roles import POLICY
 from lowmem_rlhf.errors import UserError
 from lowmem_rlhf.evaluation.intervals import Column
 from lowmem_rlhf.evaluation.quantities import of_completions, of_losses, of_pairs
-from lowmem_rlhf.evaluation.subject import EvalTarget
+from lowmem_rlhf.evaluation.target import EvalTarget
 from lowmem_rlhf.hardware.memory import retry_with_smaller
 from lowmem_rlhf.inference.opening import memory_explained
+from lowmem_rlhf.progress import message
 from lowmem_rlhf.recipe.trl import TRL_TRAINERS
 from lowmem_rlhf.rollout.rollout import Batch, Completion
 from lowmem_rlhf.training.evaluate import TrainerState, sample
@@ -36,7 +36,7 @@ class Measured:
     Attributes:
         noun: what a problem is: problem, example, pair.
         problems: how many there are.
-        columns: quantities by subject.
+        columns: quantities by target.
     """
 
     noun: str
@@ -44,72 +44,72 @@ class Measured:
     columns: dict[str, Columns]
 
 
-def measure(subject: EvalTarget) -> list[Measured]:
-    """Return what there is to say of a subject: held-out loss (sft), pairs in order, judged answers.
+def measure_target(target: EvalTarget) -> list[Measured]:
+    """Return what there is to say of a target: held-out loss (sft), pairs in order, judged answers.
 
     Raises:
         UserError: the held-out rows do not suit.
         RunError: a reward failed, or the device's memory ran out.
     """
-    with memory_explained(subject.recipe):
-        if subject.recipe.algorithm == "reward_model":
-            return [_pairs(subject)]
-        found = [_losses(subject)] if subject.recipe.algorithm == "sft" else []
-        if subject.recipe.algorithm in TRL_TRAINERS:
-            found = [_preferred(subject)]
-        return found + ([_answers(subject)] if subject.rewards else [])
+    with memory_explained(target.recipe):
+        if target.recipe.algorithm == "reward_model":
+            return [_pairs(target)]
+        found = [_losses(target)] if target.recipe.algorithm == "sft" else []
+        if target.recipe.algorithm in TRL_TRAINERS:
+            found = [_preferred(target)]
+        return found + ([_answers(target)] if target.rewards else [])
 
 
-def _report(subject: EvalTarget) -> RowReport:
-    return RowReport(subject.recipe.data, subject.recipe.data.eval or "")
+def _report(target: EvalTarget) -> RowReport:
+    return RowReport(target.recipe.data, target.recipe.data.eval or "")
 
 
-def _answers(subject: EvalTarget) -> Measured:
-    base, recipe = subject.base, subject.recipe
-    examples = build_examples(subject.rows, recipe.data, base.tokenizer, base.stop_ids, _report(subject))
-    _check_positions(subject, max(len(one.prompt_ids) for one in examples))
-    state = TrainerState(subject.steps or 0, recipe.training.max_steps)
+def _answers(target: EvalTarget) -> Measured:
+    base, recipe = target.base, target.recipe
+    examples = build_examples(target.rows, recipe.data, base.tokenizer, base.stop_ids, _report(target))
+    _check_positions(target, max(len(one.prompt_ids) for one in examples))
+    state = TrainerState(target.steps or 0, recipe.training.max_steps)
     columns: dict[str, Columns] = {}
-    rows = subject.limits.rows
-    for name, role in subject.roles.items():
+    rows = target.limits.rows
+    for name, role in target.roles.items():
 
         def work(rows: int, name: str = name, role: str = role) -> Columns:
-            limits = replace(subject.limits, rows=rows)
-            with base.role(role), base.decoding(subject.dequantize), progress_bar(name) as shown:
-                done = sample(base, examples, recipe, subject.rewards, limits, state, shown)
+            limits = replace(target.limits, rows=rows)
+            with base.role(role), base.decoding(target.dequantize), progress_bar(name) as shown:
+                done = sample(base, examples, recipe, target.rewards, limits, state, shown)
             return of_completions(done, recipe.evaluation.accuracy)
 
-        columns[name], rows = retry_with_smaller(work, rows, 1, "hardware.rollout_batch_size", base.device, _say)
+        columns[name], rows = retry_with_smaller(work, rows, 1, "hardware.rollout_batch_size", base.device, message)
     return Measured("problem", len(examples), columns)
 
 
-def _check_positions(subject: EvalTarget, longest: int) -> None:
-    positions = getattr(subject.base.model.config.get_text_config(), "max_position_embeddings", None)
-    tokens = longest + subject.recipe.generation.max_completion_length
+def _check_positions(target: EvalTarget, longest: int) -> None:
+    positions = getattr(target.base.model.config.get_text_config(), "max_position_embeddings", None)
+    tokens = longest + target.recipe.generation.max_completion_length
     if isinstance(positions, int) and tokens > positions:
         raise UserError(
             f"the longest prompt ({longest} tokens) and an answer of up to {tokens - longest} make {tokens}, but "
-            f"{subject.base.model_id!r} has only {positions} positions; lower --max-tokens"
+            f"{target.base.model_id!r} has only {positions} positions; lower --max-tokens"
         )
 
 
-def _losses(subject: EvalTarget) -> Measured:
-    base, recipe = subject.base, subject.recipe
-    report = _report(subject)
-    examples = build_supervised(subject.rows, recipe.data, recipe.sft, base.tokenizer, base.stop_ids, report)
-    columns = {name: _loss(subject, role, examples, name) for name, role in subject.roles.items()}
+def _losses(target: EvalTarget) -> Measured:
+    base, recipe = target.base, target.recipe
+    report = _report(target)
+    examples = build_supervised(target.rows, recipe.data, recipe.sft, base.tokenizer, base.stop_ids, report)
+    columns = {name: _loss(target, role, examples, name) for name, role in target.roles.items()}
     return Measured("example", len(examples), columns)
 
 
-def _loss(subject: EvalTarget, role: str, examples: list[Supervised], name: str) -> Columns:
+def _loss(target: EvalTarget, role: str, examples: list[Supervised], name: str) -> Columns:
     completions = [Completion(one.completion_ids, [], False) for one in examples]
     batch = Batch([one.prompt_ids for one in examples], completions, [0.0] * len(examples), 1)
 
     def work(passes: BatchLimits, shown: Shown) -> dict[int, torch.Tensor]:
-        with subject.base.role(role):
-            return completion_logprobs(subject.base, batch.groups(range(len(examples))), passes, shown)
+        with target.base.role(role):
+            return completion_logprobs(target.base, batch.groups(range(len(examples))), passes, shown)
 
-    logps = _fitted(subject, work, f"{name}, loss")
+    logps = _fitted(target, work, f"{name}, loss")
     losses = []
     for row, one in enumerate(examples):
         kept = one.learned or [True] * len(one.completion_ids)
@@ -118,54 +118,50 @@ def _loss(subject: EvalTarget, role: str, examples: list[Supervised], name: str)
     return of_losses(losses, [one.learned_tokens for one in examples])
 
 
-def _pairs(subject: EvalTarget) -> Measured:
-    base, recipe = subject.base, subject.recipe
+def _pairs(target: EvalTarget) -> Measured:
+    base, recipe = target.base, target.recipe
     length = recipe.reward_model.max_length
-    report = _report(subject)
-    pairs: list[Pair] = build_pairs(subject.rows, recipe.data, length, base.tokenizer, base.stop_ids, report=report)
+    report = _report(target)
+    pairs: list[Pair] = build_pairs(target.rows, recipe.data, length, base.tokenizer, base.stop_ids, report=report)
 
     def work(passes: BatchLimits, shown: Shown) -> dict[int, torch.Tensor]:
         return head_outputs(base, POLICY, pair_groups(pairs), passes, shown)
 
-    found = _fitted(subject, work, POLICY)
+    found = _fitted(target, work, POLICY)
     ends = torch.stack([found[row][-1] for row in range(2 * len(pairs))])
     return Measured("pair", len(pairs), {POLICY: of_pairs(ends[::2], ends[1::2])})
 
 
-def _preferred(subject: EvalTarget) -> Measured:
+def _preferred(target: EvalTarget) -> Measured:
     """Which answer of each pair a role finds likelier: accuracy and margin of the mean log-probs of a token."""
     from lowmem_rlhf.algorithms.trl.data import pairs_among
     from lowmem_rlhf.data.labelled import read_examples
 
-    base, recipe = subject.base, subject.recipe
-    pairs = pairs_among(read_examples(subject.rows, recipe, base.tokenizer, base.stop_ids, _report(subject)))
+    base, recipe = target.base, target.recipe
+    pairs = pairs_among(read_examples(target.rows, recipe, base.tokenizer, base.stop_ids, _report(target)))
     if not pairs:
         raise UserError(f"the held-out data of {recipe.name!r} has no pair of a good and a bad answer to measure")
     answers = [Completion(ids, [], False) for pair in pairs for ids in (pair.chosen_ids, pair.rejected_ids)]
     batch = Batch([pair.prompt_ids for pair in pairs], answers, [0.0] * len(answers), 2)
     columns: dict[str, Columns] = {}
-    for name, role in subject.roles.items():
+    for name, role in target.roles.items():
 
         def work(passes: BatchLimits, shown: Shown, role: str = role) -> dict[int, torch.Tensor]:
             with base.role(role):
                 return completion_logprobs(base, batch.groups(range(len(answers))), passes, shown)
 
-        logps = _fitted(subject, work, f"{name}, pairs")
+        logps = _fitted(target, work, f"{name}, pairs")
         means = torch.stack([logps[row].mean() for row in range(len(answers))])
         columns[name] = of_pairs(means[::2], means[1::2])
     return Measured("pair", len(pairs), columns)
 
 
-def _fitted(subject: EvalTarget, work: Callable[[BatchLimits, Shown], T], name: str) -> T:
+def _fitted(target: EvalTarget, work: Callable[[BatchLimits, Shown], T], name: str) -> T:
     """Run passes over a batch, in smaller micro-batches where memory runs out."""
 
     def sized(tokens: int) -> T:
         with progress_bar(name) as shown:
-            return work(replace(subject.passes, micro_batch_tokens=tokens), shown)
+            return work(replace(target.passes, micro_batch_tokens=tokens), shown)
 
-    key, tokens = "hardware.score_batch_tokens", subject.passes.micro_batch_tokens
-    return retry_with_smaller(sized, tokens, LEAST_TOKENS, key, subject.base.device, _say)[0]
-
-
-def _say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
+    key, tokens = "hardware.score_batch_tokens", target.passes.micro_batch_tokens
+    return retry_with_smaller(sized, tokens, LEAST_TOKENS, key, target.base.device, message)[0]

@@ -26,7 +26,7 @@ from lowmem_rlhf.recipe.sections import HardwareConfig
 from lowmem_rlhf.recipe.yaml_tree import write_yaml
 from lowmem_rlhf.report.plots import plot_reward
 from lowmem_rlhf.run.directory import RECIPE, RunDirectory
-from lowmem_rlhf.run.evaluations import kept
+from lowmem_rlhf.run.evaluations import read_evaluations
 from lowmem_rlhf.run.start import start_folder
 
 README, CURVE = "README.md", "curve.png"
@@ -142,7 +142,7 @@ def _use(folder: Path, original: dict[str, Any], export: dict[str, Any], name: s
 def _later(run: RunDirectory, metrics: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Return the newest outcome of `eval` on held-out data, and the newest of lm-eval, of the finished policy."""
     last = max((int(row["step"]) for row in metrics if "step" in row), default=None)
-    newest = {one.get("data") == "lm-eval": one for one in kept(run.path) if one.get("steps") == last}
+    newest = {one.get("data") == "lm-eval": one for one in read_evaluations(run.path) if one.get("steps") == last}
     return [newest[key] for key in (False, True) if key in newest]
 
 

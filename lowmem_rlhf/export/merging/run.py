@@ -91,7 +91,7 @@ def merge_run(export: "Export", folder: Path, wanted: str | None) -> Merged:
     merge = Merge(read_shards(source), model, adapter, settings["compute_dtype"], export.device)
     family = FAMILIES.get(model.model_type)
     dtype, reason = choose_dtype(merge, wanted, family is not None and family.overflows_float16)
-    live = live_policy(export.run, export.wish.step, export.wish.device)
+    live = live_policy(export.opened, export.wish.device)
     judged, reference = _references(live, export, dtype)
     try:
         kept = _write(merge, folder, dtype, export)

@@ -25,7 +25,7 @@ POLICY, REFERENCE = "policy", "reference"
 
 
 @dataclass(frozen=True)
-class Wish:
+class ChatOptions:
     """How to answer.
 
     Attributes:
@@ -136,15 +136,16 @@ class Reply:
 class Talk:
     """A conversation. Each role remembers what it answered itself; plain models remember nothing."""
 
-    def __init__(self, base: "SharedBase", recipe: Recipe, wish: Wish) -> None:
+    def __init__(self, base: "SharedBase", recipe: Recipe, options: ChatOptions) -> None:
         from lowmem_rlhf.rollout.sampling import Sampling
 
-        self.base, self.roles = base, [REFERENCE, POLICY] if wish.compare else [POLICY]
+        self.base, self.roles = base, [REFERENCE, POLICY] if options.compare else [POLICY]
         self.prompts = Prompts(recipe.data, base.tokenizer, base.stop_ids)
         g = recipe.generation
-        self._sampling = Sampling(wish.temperature, g.top_p, g.top_k, g.min_p) if wish.temperature else Sampling(0.0)
-        self._max_tokens = wish.max_tokens or g.max_completion_length
-        self._seed = wish.seed
+        t = options.temperature
+        self._sampling = Sampling(t, g.top_p, g.top_k, g.min_p) if t else Sampling(0.0)
+        self._max_tokens = options.max_tokens or g.max_completion_length
+        self._seed = options.seed
         self._model = recipe.model
         self._messages: dict[str, list[Message]] = {role: [] for role in self.roles}
 
