@@ -1,4 +1,4 @@
-"""What the roles of a target do on its held-out problems, each role with the same prompts and random numbers."""
+"""Measuring the roles of a target on its held-out problems: all roles get the same prompts and random numbers."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -31,7 +31,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Measured:
-    """Results of one kind, by the name of what they are of; all on the same problems.
+    """Results of one kind for each target, all on the same problems.
 
     Attributes:
         noun: what a problem is: problem, example, pair.
@@ -45,7 +45,7 @@ class Measured:
 
 
 def measure_target(target: EvalTarget) -> list[Measured]:
-    """Return what there is to say of a target: held-out loss (sft), pairs in order, judged answers.
+    """Return the results of a target: held-out loss (sft), pairs ranked correctly, judged answers.
 
     Raises:
         UserError: the held-out rows do not suit.
@@ -54,10 +54,10 @@ def measure_target(target: EvalTarget) -> list[Measured]:
     with memory_explained(target.recipe):
         if target.recipe.algorithm == "reward_model":
             return [_pairs(target)]
-        found = [_losses(target)] if target.recipe.algorithm == "sft" else []
+        measured = [_losses(target)] if target.recipe.algorithm == "sft" else []
         if target.recipe.algorithm in TRL_TRAINERS:
-            found = [_preferred(target)]
-        return found + ([_answers(target)] if target.rewards else [])
+            measured = [_preferred(target)]
+        return measured + ([_answers(target)] if target.rewards else [])
 
 
 def _report(target: EvalTarget) -> RowReport:
@@ -127,13 +127,13 @@ def _pairs(target: EvalTarget) -> Measured:
     def work(passes: BatchLimits, shown: Shown) -> dict[int, torch.Tensor]:
         return head_outputs(base, POLICY, pair_groups(pairs), passes, shown)
 
-    found = _fitted(target, work, POLICY)
-    ends = torch.stack([found[row][-1] for row in range(2 * len(pairs))])
+    scores = _fitted(target, work, POLICY)
+    ends = torch.stack([scores[row][-1] for row in range(2 * len(pairs))])
     return Measured("pair", len(pairs), {POLICY: of_pairs(ends[::2], ends[1::2])})
 
 
 def _preferred(target: EvalTarget) -> Measured:
-    """Which answer of each pair a role finds likelier: accuracy and margin of the mean log-probs of a token."""
+    """Measure which answer of each pair a role finds likelier, by its mean log-prob a token: accuracy and margin."""
     from lowmem_rlhf.algorithms.trl.data import pairs_among
     from lowmem_rlhf.data.labelled import read_examples
 
@@ -157,7 +157,7 @@ def _preferred(target: EvalTarget) -> Measured:
 
 
 def _fitted(target: EvalTarget, work: Callable[[BatchLimits, Shown], T], name: str) -> T:
-    """Run passes over a batch, in smaller micro-batches where memory runs out."""
+    """Run passes over a batch, with smaller micro-batches if memory runs out."""
 
     def sized(tokens: int) -> T:
         with progress_bar(name) as shown:

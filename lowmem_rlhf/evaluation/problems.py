@@ -32,14 +32,14 @@ def check_overrides(overrides: list[str]) -> None:
             raise UserError(f"override {override!r}: an evaluation of a run may change {', '.join(MAY_CHANGE)}")
 
 
-def held_out_rows(trained: Recipe | None, wanted: Recipe, kept: Any = None, other: bool = False) -> list[Row]:
+def held_out_rows(trained: Recipe | None, wanted: Recipe, fingerprint: Any = None, named: bool = False) -> list[Row]:
     """Return the rows to evaluate on.
 
     Args:
         trained: the recipe that the run was trained with; None: nothing was trained.
         wanted: the same with the changes of this evaluation.
-        kept: what the run's inputs.json says of its held-out rows, where it does.
-        other: held-out data are named for this evaluation.
+        fingerprint: what the run's inputs.json says of its held-out rows, where it does.
+        named: this evaluation names its own held-out data.
 
     Raises:
         UserError: there are none, or they would be rows that were trained on, or may have been.
@@ -55,11 +55,11 @@ def held_out_rows(trained: Recipe | None, wanted: Recipe, kept: Any = None, othe
         return load_rows(wanted.data, "eval", seed)
     if _apart(wanted.data):
         rows = load_rows(wanted.data, "eval", seed)
-        if other:
-            _say_other(kept, rows, wanted.data)
+        if named:
+            _warn_of_other_rows(fingerprint, rows, wanted.data)
         else:
             same = trained.data.eval_size == size
-            _check_kept(kept, rows if same else load_rows(trained.data, "eval", seed), trained)
+            _check_same_rows(fingerprint, rows if same else load_rows(trained.data, "eval", seed), trained)
         return rows
     if _apart(trained.data):
         raise UserError(
@@ -67,7 +67,7 @@ def held_out_rows(trained: Recipe | None, wanted: Recipe, kept: Any = None, othe
             f"data.eval out ({trained.data.eval}) or give other data"
         )
     rows = load_rows(trained.data, "eval", seed)
-    _check_kept(kept, rows, trained)
+    _check_same_rows(fingerprint, rows, trained)
     if size > len(rows):
         raise UserError(
             f"data.eval_size: got {size}, but the run held {len(rows)} problems out of {trained.data.train} and "
@@ -78,13 +78,13 @@ def held_out_rows(trained: Recipe | None, wanted: Recipe, kept: Any = None, othe
     return [rows[i] for i in sorted(random.Random(f"take/{seed}").sample(range(len(rows)), size))]
 
 
-def _check_kept(kept: Any, rows: Sequence[dict[str, Any]], trained: Recipe) -> None:
+def _check_same_rows(fingerprint: Any, rows: Sequence[dict[str, Any]], trained: Recipe) -> None:
     """Check that the settings of the run give the rows that it held out.
 
     Raises:
         UserError: they give others.
     """
-    if difference := rows_differ(kept, rows):
+    if difference := rows_differ(fingerprint, rows):
         source = trained.data.eval or trained.data.train
         raise UserError(
             f"the held-out rows of {source} are not those that the run held out ({difference}), so they may have been "
@@ -92,8 +92,8 @@ def _check_kept(kept: Any, rows: Sequence[dict[str, Any]], trained: Recipe) -> N
         )
 
 
-def _say_other(kept: Any, rows: Sequence[dict[str, Any]], data: DataConfig) -> None:
-    if difference := rows_differ(kept, rows):
+def _warn_of_other_rows(fingerprint: Any, rows: Sequence[dict[str, Any]], data: DataConfig) -> None:
+    if difference := rows_differ(fingerprint, rows):
         logger.warning(f"the held-out rows of {data.eval} are not those that the run held out ({difference})")
 
 

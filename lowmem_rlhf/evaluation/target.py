@@ -1,7 +1,7 @@
-"""What is evaluated: the policy of a run with its reference on one base, or a model by itself; and on which problems.
+"""The target of an evaluation: a run's policy and its reference on one base, or a model by itself, with the problems.
 
-A model is held in the precision that its weights are stored in, whatever the recipe says: quantizing a merged model to
-4 bits, or rounding it to bfloat16, would lose the change that training made.
+A model is loaded in the precision that its weights are stored in, whatever the recipe says: quantizing a merged model
+to 4 bits, or rounding it to bfloat16, would lose what training changed.
 """
 
 import logging
@@ -73,7 +73,7 @@ def open_run_target(
     """Open a run: its base once, with the trained policy and the reference that it is compared with.
 
     Args:
-        overrides: changes of the recipe, of what may change without touching what was learned.
+        overrides: changes of the recipe that leave what was learned alone.
         device: as in a recipe; None: that of the run's recipe.
         judged: read the held-out rows and the rewards.
 
@@ -98,9 +98,9 @@ def _open_run(opened: OpenRun, recipe: Recipe, overrides: list[str], device: str
         )
     opened.check_base()
     _check_learned(opened, recipe)
-    other = any(override.partition("=")[0].strip() == "data.eval" for override in overrides)
+    names_data = any(override.partition("=")[0].strip() == "data.eval" for override in overrides)
     fingerprint = (run.inputs().get("data") or {}).get("eval")
-    rows = held_out_rows(opened.recipe, recipe, fingerprint, other) if judged else []
+    rows = held_out_rows(opened.recipe, recipe, fingerprint, names_data) if judged else []
     hardware = detect(device or recipe.hardware.device)
     rewards = _rewards(recipe, rows, hardware, _spare_bytes(opened.plan, hardware)) if judged else []
     base = open_trained(opened, device)
@@ -123,13 +123,13 @@ def _spare_bytes(plan: Plan, hardware: Device) -> int:
 
 
 def open_model_target(
-    model: str, recipe: Recipe, given: list[str], device: str | None, judged: bool = True
+    model: str, recipe: Recipe, overrides: list[str], device: str | None, judged: bool = True
 ) -> EvalTarget:
     """Open a model by itself for the held-out data and the rewards of a recipe.
 
     Args:
         model: as in a recipe.
-        given: the overrides that were given, which may set the precision.
+        overrides: those that were applied to the recipe; only they may set another precision.
         judged: read the held-out rows and the rewards.
 
     Raises:
@@ -141,13 +141,13 @@ def open_model_target(
             f"--recipe {recipe.name}: {recipe.algorithm} judges texts and has nothing to evaluate of a model"
         )
     hush()
-    found = detect(device or recipe.hardware.device)
+    detected = detect(device or recipe.hardware.device)
     hardware: dict[str, Any] = {"device": device or recipe.hardware.device}
-    keys = {override.partition("=")[0].strip() for override in given}
+    keys = {override.partition("=")[0].strip() for override in overrides}
     if "hardware.quantization" not in keys:
         hardware["quantization"] = "none"
     if "hardware.compute_dtype" not in keys:
-        hardware["compute_dtype"] = _stored_dtype(model, recipe, found)
+        hardware["compute_dtype"] = _stored_dtype(model, recipe, detected)
     update = {"model": model, "adapter": None, "hardware": recipe.hardware.model_copy(update=hardware)}
     recipe = recipe.model_copy(update=update)
     if judged:
@@ -156,13 +156,13 @@ def open_model_target(
             message(note)
     plan = running_plan(recipe)
     settings = plan.settings
-    check_device(found, settings.compute_dtype)
+    check_device(detected, settings.compute_dtype)
     rows = held_out_rows(None, recipe) if judged else []
-    rewards = _rewards(recipe, rows, found, _spare_bytes(plan, found)) if judged else []
+    rewards = _rewards(recipe, rows, detected, _spare_bytes(plan, detected)) if judged else []
     precision = f"{settings.quantization.replace('none', 'unquantized')}, {settings.compute_dtype}"
     # the reference needs no adapter, so the one that every base has is as small as can be
     plain = recipe.model_copy(update={"lora": LoraSettings(r=1)})
-    base = open_base(plain, plan, where=f" on {found.name} ({precision})", remedy="take --device cpu")
+    base = open_base(plain, plan, where=f" on {detected.name} ({precision})", remedy="take --device cpu")
     held_against_stock(base, recipe, settings.rollout_weights == "dequantized")
     return _target(base, recipe, rewards, rows, {"model": REFERENCE}, settings, None)
 
@@ -199,8 +199,8 @@ def _check_learned(opened: OpenRun, recipe: Recipe) -> None:
 
 def _rewards(recipe: Recipe, rows: Rows, device: Device, free_bytes: int) -> list[Reward]:
     rewards = load_rewards(recipe.rewards, device.torch_device, max(0, free_bytes), recipe.model, recipe.revision)
-    given = ["answer"] if recipe.data.answer is not None else []
-    check_reward_columns(rewards, {name for row in rows for name in [*row, *given]})
+    answer = ["answer"] if recipe.data.answer is not None else []
+    check_reward_columns(rewards, {name for row in rows for name in [*row, *answer]})
     for note in check_references(rewards, rows, recipe.data, "held-out reference answers"):
         message(note)
     return rewards

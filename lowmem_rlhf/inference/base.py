@@ -95,7 +95,7 @@ def held_against_stock(base: "SharedBase", recipe: Recipe, dequantize: bool) -> 
             "said": f"{base.model.config.model_type} is held against transformers {TESTED_WITH} by this package's tests"
         }
     try:
-        found = checked(base, dequantize)
+        comparison = checked(base, dequantize)
     except RuntimeError as error:
         if not is_out_of_memory(error):
             raise
@@ -103,8 +103,8 @@ def held_against_stock(base: "SharedBase", recipe: Recipe, dequantize: bool) -> 
             f"the device's memory ran out while {recipe.model} was held against stock transformers; close other "
             "programs that use it, or set hardware.quantization=nf4"
         ) from error
-    message(found.said)
-    return found.to_dict()
+    message(comparison.said)
+    return comparison.to_dict()
 
 
 def check_computes(device: Device) -> None:

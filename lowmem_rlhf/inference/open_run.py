@@ -80,8 +80,8 @@ class OpenRun:
         steps = ", ".join(map(str, checkpoints))
         if self.step is not None:
             if self.step not in checkpoints:
-                others = f"there is {steps}" if checkpoints else "there is none; leave --step out"
-                raise UserError(f"--step {self.step}: the run in {path} holds no checkpoint of that step; {others}")
+                remedy = f"there is {steps}" if checkpoints else "there is none; leave --step out"
+                raise UserError(f"--step {self.step}: the run in {path} holds no checkpoint of that step; {remedy}")
             return checkpoints[self.step]
         if (path / ADAPTER).is_dir():
             return path / ADAPTER

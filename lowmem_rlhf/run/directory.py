@@ -179,8 +179,8 @@ class RunDirectory:
         for name in (METRICS, SAMPLES):
             file = self.path / name
             if file.exists():
-                kept = [line + b"\n" for line, row in read_lines(file) if row.get("step", 0) <= step]
-                atomic_write(file, b"".join(kept))
+                earlier = [line + b"\n" for line, row in read_lines(file) if row.get("step", 0) <= step]
+                atomic_write(file, b"".join(earlier))
         for later, folder in self.checkpoints():
             if later > step:
                 delete(folder)
@@ -213,13 +213,13 @@ class RunDirectory:
     def checkpoints(self) -> list[tuple[int, Path]]:
         """Return the finished checkpoints, oldest first."""
         folder = self.path / CHECKPOINTS
-        found = [] if not folder.is_dir() else [p for p in folder.iterdir() if p.is_dir()]
-        return sorted((int(m[1]), p) for p in found if (m := re.fullmatch(r"step-(\d+)", p.name)))
+        folders = [] if not folder.is_dir() else [p for p in folder.iterdir() if p.is_dir()]
+        return sorted((int(m[1]), p) for p in folders if (m := re.fullmatch(r"step-(\d+)", p.name)))
 
     def latest_checkpoint(self) -> tuple[int, Path] | None:
         """Return ``(step, folder)`` of the latest finished checkpoint."""
-        found = self.checkpoints()
-        return found[-1] if found else None
+        checkpoints = self.checkpoints()
+        return checkpoints[-1] if checkpoints else None
 
     def metrics(self) -> list[dict[str, Any]]:
         """Return the metrics, one row a step."""

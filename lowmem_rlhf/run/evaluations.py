@@ -1,4 +1,4 @@
-"""Results of evaluations as a run directory keeps them: ``evaluations.jsonl``, one object a line. No torch here.
+"""The evaluations of a run: ``evaluations.jsonl`` in its directory, one object a line. No torch here.
 
 One object: ``made`` (time, UTC), ``version``, ``steps`` the policy was trained for, ``data``, ``samples``,
 ``temperature``, ``max_completion_length``, ``seed``, ``counts`` (of problems, examples or pairs), ``results`` (quantity
