@@ -228,9 +228,11 @@ def train(
     ] = False,
 ) -> None:
     """Run a recipe."""
+    from lowmem_rlhf.display.lines import Lines
     from lowmem_rlhf.display.live import print_plan
     from lowmem_rlhf.planning.advice import why_not
     from lowmem_rlhf.planning.run_plan import running_plan
+    from lowmem_rlhf.progress import shown_by
     from lowmem_rlhf.recipe.loading import load_recipe
     from lowmem_rlhf.session.train import train as run_recipe
 
@@ -244,7 +246,8 @@ def train(
             print(why_not(made, resolved))
         return
     try:
-        run = run_recipe(resolved, output, resume)
+        with shown_by(Lines(sys.stdout)):
+            run = run_recipe(resolved, output, resume)
     except KeyboardInterrupt as stop:
         print(with_notes("interrupted", stop), file=sys.stderr)
         raise typer.Exit(1) from None
@@ -265,14 +268,18 @@ def chat(
     as_json: Json = False,
 ) -> None:
     """Talk to the policy that a run has trained."""
+    from lowmem_rlhf.display.lines import Lines
     from lowmem_rlhf.inference.chat.show import answer, interact, show
-    from lowmem_rlhf.inference.chat.talk import Wish
+    from lowmem_rlhf.inference.chat.talk import ChatOptions
+    from lowmem_rlhf.inference.open_run import OpenRun
     from lowmem_rlhf.inference.opening import conversation
+    from lowmem_rlhf.progress import shown_by
     from lowmem_rlhf.run.directory import open_run
 
     if as_json and prompt is None:
         raise UserError("--json prints one answer; give its prompt with --prompt TEXT")
-    with conversation(open_run(run), step, device, Wish(compare, max_tokens, temperature, seed)) as talk:
+    options = ChatOptions(compare, max_tokens, temperature, seed)
+    with shown_by(Lines(sys.stderr)), conversation(OpenRun(open_run(run), step), device, options) as talk:
         if prompt is None:
             interact(talk)
         elif as_json:
@@ -303,7 +310,11 @@ def evaluate(
     as_json: Json = False,
 ) -> None:
     """Measure a run's policy beside its reference, or a model, on held-out data, with intervals."""
+    from lowmem_rlhf.display.lines import Lines
+    from lowmem_rlhf.display.outcome import print_outcome
     from lowmem_rlhf.evaluation.command import Request, run_evaluation
+    from lowmem_rlhf.files import dumps
+    from lowmem_rlhf.progress import shown_by
 
     given = {
         "evaluation.num_samples": samples,
@@ -312,7 +323,15 @@ def evaluate(
     }
     asked = [f"{key}={value}" for key, value in given.items() if value is not None]
     tasks = [task for task in (lm_eval or "").split(",") if task]
-    run_evaluation(Request(what, overrides or [], asked, recipe, against, step, device, tasks, limit, chat), as_json)
+    request = Request(what, overrides or [], asked, recipe, against, step, device, tasks, limit, chat)
+    with shown_by(Lines(sys.stderr)):
+        outcome, path = run_evaluation(request)
+    if as_json:
+        print(dumps(outcome, indent=2))
+        return
+    print_outcome(outcome)
+    if path:
+        print(f"kept in {path}")
 
 
 @app.command()

@@ -12,7 +12,7 @@ WIDTH = 120  # columns of a table that goes to a file or another program
 
 
 def outcome_rows(outcome: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
-    """Return the head and the rows of an outcome's table: each quantity with its interval by subject."""
+    """Return the head and the rows of an outcome's table: each quantity with its interval by target."""
     results, difference = outcome.get("results") or {}, outcome.get("difference") or {}
     names = list(dict.fromkeys(name for one in results.values() for name in one))
     head = ["held-out", *results, *(["difference"] if difference else [])]

@@ -1,17 +1,16 @@
-"""What `eval` was asked for, checked before anything is loaded; then measured, kept and shown."""
+"""What `eval` was asked for, checked before anything is loaded; then measured and kept."""
 
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lowmem_rlhf.display.outcome import print_outcome
 from lowmem_rlhf.errors import UserError
-from lowmem_rlhf.files import dumps
+from lowmem_rlhf.inference.open_run import OpenRun
 from lowmem_rlhf.quiet import hush
 from lowmem_rlhf.recipe.loading import load_recipe, validate_recipe
 from lowmem_rlhf.recipe.schema import Recipe
 from lowmem_rlhf.run.directory import RECIPE, RunDirectory
-from lowmem_rlhf.run.evaluations import keep
+from lowmem_rlhf.run.evaluations import append_evaluation
 
 TASK_TOKENS = 128  # that the plan of a model on lm-eval's tasks counts with a text; a longer one is a pass of its own
 
@@ -41,29 +40,26 @@ class Request:
     chat: bool = False
 
 
-def run_evaluation(request: Request, as_json: bool) -> None:
-    """Evaluate and print; what a run gave is kept in its folder, and its report.html shows it.
+def run_evaluation(request: Request) -> tuple[dict[str, Any], Path | None]:
+    """Evaluate; the outcome of a run is kept in its folder, and its report.html shows it.
+
+    Returns:
+        The outcome (see `run.evaluations`), and the file that it is kept in (None: it is of a model).
 
     Raises:
         UserError: the request is wrong; RunError: it failed.
     """
     _check(request)
     hush()
-    if is_run(request.what):
-        run = RunDirectory(Path(request.what))
-        outcome = _of_run(run, request)
-        path = keep(run.path, outcome)
-        from lowmem_rlhf.report.html import write_report
+    if not is_run(request.what):
+        return _of_model(request), None
+    opened = OpenRun(RunDirectory(Path(request.what)), request.step)
+    outcome = _of_run(opened, request)
+    path = append_evaluation(opened.directory.path, outcome)
+    from lowmem_rlhf.report.html import write_report
 
-        write_report(run)
-    else:
-        outcome, path = _of_model(request), None
-    if as_json:
-        print(dumps(outcome, indent=2))
-        return
-    print_outcome(outcome)
-    if path:
-        print(f"kept in {path}")
+    write_report(opened.directory)
+    return outcome, path
 
 
 def is_run(what: str) -> bool:
@@ -89,8 +85,8 @@ def _check(request: Request) -> None:
     elif request.step is not None:
         raise UserError(f"--step: is for a RUN, and {request.what} holds no {RECIPE} of one; leave it out")
     if request.tasks:
-        for name, given in (("--against", request.against), ("--recipe", request.recipe), *_named(request)):
-            if given:
+        for name, is_set in (("--against", request.against), ("--recipe", request.recipe), *_named(request)):
+            if is_set:
                 raise UserError(f"--lm-eval: its tasks bring their own data and settings; leave {name} out")
     elif request.limit is not None:
         raise UserError("--limit: is for --lm-eval; set data.eval_size=N for held-out data")
@@ -104,14 +100,15 @@ def _named(request: Request) -> list[tuple[str, bool]]:
     return [(options[one.partition("=")[0]], True) for one in request.sampling]
 
 
-def _of_run(run: RunDirectory, request: Request) -> dict[str, Any]:
+def _of_run(opened: OpenRun, request: Request) -> dict[str, Any]:
     from lowmem_rlhf.evaluation.evaluate import evaluate_run
 
+    run = opened.directory
     if request.sampling and not (run.recipe_values().get("rewards") or any("rewards" in o for o in request.overrides)):
         name, _ = _named(request)[0]
         raise UserError(f"{name}: the run in {run.path} has no rewards, so no answers are sampled; leave it out")
     overrides = [*request.overrides, *request.sampling]
-    return evaluate_run(run, overrides, request.step, request.device, request.tasks, request.limit, request.chat)
+    return evaluate_run(opened, overrides, request.device, request.tasks, request.limit, request.chat)
 
 
 def _of_model(request: Request) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""From a run or a model to an outcome: opened, measured, estimated. The command line calls this."""
+"""From a run or a model to an outcome: open it, measure it, estimate intervals. The command line calls this."""
 
 import datetime
 import gc
@@ -12,17 +12,16 @@ from lowmem_rlhf import __version__
 from lowmem_rlhf.engine.roles import REFERENCE
 from lowmem_rlhf.errors import UserError
 from lowmem_rlhf.evaluation.intervals import METHOD, Estimate, differences, estimates
-from lowmem_rlhf.evaluation.measure import Measured, measure
-from lowmem_rlhf.evaluation.subject import EvalTarget, open_model_subject, open_run_subject
+from lowmem_rlhf.evaluation.measure import Measured, measure_target
+from lowmem_rlhf.evaluation.target import EvalTarget, open_model_target, open_run_target
+from lowmem_rlhf.inference.open_run import OpenRun
 from lowmem_rlhf.recipe.schema import Recipe
-from lowmem_rlhf.run.directory import RunDirectory
 from lowmem_rlhf.run.start import as_written
 
 
 def evaluate_run(
-    run: RunDirectory,
+    opened: OpenRun,
     overrides: list[str],
-    step: int | None = None,
     device: str | None = None,
     tasks: Sequence[str] = (),
     limit: int | None = None,
@@ -31,45 +30,45 @@ def evaluate_run(
     """Return the outcome (see `run.evaluations`) of a run's policy beside its reference, from one base.
 
     Args:
-        overrides, step, device: as `open_run_subject`'s.
+        overrides, device: as `open_run_target`'s.
         tasks, limit, chat: of lm-eval, in place of the held-out data; see `run_tasks`.
 
     Raises:
-        UserError, RunError: as `open_run_subject` and `measure`.
+        UserError, RunError: as `open_run_target` and `measure_target`.
     """
     if tasks:
         check_harness()
-    subject = open_run_subject(run, overrides, step, device, judged=not tasks)
+    target = open_run_target(opened, overrides, device, judged=not tasks)
     if tasks:
-        return _task_outcome(subject, tasks, limit, chat)
-    recipe = as_written(subject.recipe, run.recipe(), run.path)
-    return outcome(recipe, measure(subject), subject.steps)
+        return _task_outcome(target, tasks, limit, chat)
+    recipe = as_written(target.recipe, opened.written, opened.directory.path)
+    return outcome(recipe, measure_target(target), target.steps)
 
 
-def evaluate_models(models: Sequence[str], recipe: Recipe, given: list[str], device: str | None) -> dict[str, Any]:
-    """Return the outcome of one model, or of two, the second less the first; one at a time is in memory.
+def evaluate_models(models: Sequence[str], recipe: Recipe, overrides: list[str], device: str | None) -> dict[str, Any]:
+    """Return the outcome of one model, or of two with the second less the first; only one is in memory at a time.
 
     Args:
         models: as in a recipe.
         recipe: with the held-out data and the rewards.
-        given: the overrides that are in it.
+        overrides: those that were applied to the recipe.
 
     Raises:
-        UserError, RunError: as `open_model_subject` and `measure`; or the two were left different problems.
+        UserError, RunError: as `open_model_target` and `measure_target`; or the two kept different problems.
     """
     if not recipe.rewards and recipe.spec.rows != "completions":
         raise UserError(f"--recipe {recipe.name}: it has no rewards to judge a model's answers with")
-    found: list[Measured] = []
+    measured: list[Measured] = []
     for name, model in zip(_names(models), models, strict=True):
-        found = _joined(found, _measured(name, model, recipe, given, device))
+        measured = _joined(measured, _measured(name, model, recipe, overrides, device))
         gc.collect()
-    return outcome(recipe, found)
+    return outcome(recipe, measured)
 
 
 def evaluate_model_tasks(
     model: str,
     recipe: Recipe,
-    given: list[str],
+    overrides: list[str],
     device: str | None,
     tasks: Sequence[str],
     limit: int | None = None,
@@ -78,11 +77,11 @@ def evaluate_model_tasks(
     """Return the outcome of a model on lm-eval's tasks; of the recipe only ``hardware`` is read.
 
     Raises:
-        UserError, RunError: as `open_model_subject` and `run_tasks`; or lm-eval is not installed.
+        UserError, RunError: as `open_model_target` and `run_tasks`; or lm-eval is not installed.
     """
     check_harness()
-    subject = open_model_subject(model, recipe, given, device, judged=False)
-    return _task_outcome(replace(subject, roles={_names([model])[0]: REFERENCE}), tasks, limit, chat)
+    target = open_model_target(model, recipe, overrides, device, judged=False)
+    return _task_outcome(replace(target, roles={_names([model])[0]: REFERENCE}), tasks, limit, chat)
 
 
 def check_harness() -> None:
@@ -95,22 +94,22 @@ def check_harness() -> None:
         raise UserError("--lm-eval: EleutherAI's lm-eval is not installed; `pip install lm-eval`, or leave it out")
 
 
-def _task_outcome(subject: EvalTarget, tasks: Sequence[str], limit: int | None, chat: bool) -> dict[str, Any]:
+def _task_outcome(target: EvalTarget, tasks: Sequence[str], limit: int | None, chat: bool) -> dict[str, Any]:
     from lowmem_rlhf.evaluation.harness import run_tasks
 
-    found = run_tasks(subject, tasks, limit, chat)
+    results = run_tasks(target, tasks, limit, chat)
     how = {"data": "lm-eval", "tasks": list(tasks), "chat": chat}
-    return {**_about(subject.recipe, subject.steps), **how, **found, "method": METHOD}
+    return {**_about(target.recipe, target.steps), **how, **results, "method": METHOD}
 
 
-def _measured(name: str, model: str, recipe: Recipe, given: list[str], device: str | None) -> list[Measured]:
-    """Measure one model; it is gone from memory when this returns."""
-    subject = open_model_subject(model, recipe, given, device)
-    return measure(replace(subject, roles={name: REFERENCE}))
+def _measured(name: str, model: str, recipe: Recipe, overrides: list[str], device: str | None) -> list[Measured]:
+    """Measure one model; its memory is free again when this returns."""
+    target = open_model_target(model, recipe, overrides, device)
+    return measure_target(replace(target, roles={name: REFERENCE}))
 
 
 def _joined(first: list[Measured], second: list[Measured]) -> list[Measured]:
-    """Return what two models did, under the kinds of result that both have."""
+    """Return the results of two models side by side, for each kind of result."""
     if not first:
         return second
     for one, two in zip(first, second, strict=True):
@@ -128,14 +127,14 @@ def _names(models: Sequence[str]) -> list[str]:
     return short if len(set(short)) == len(short) else list(models)
 
 
-def outcome(recipe: Recipe, found: Sequence[Measured], steps: int | None = None) -> dict[str, Any]:
-    """Return estimates of all that was measured, and by how much the second of two subjects is above the first."""
+def outcome(recipe: Recipe, measured: Sequence[Measured], steps: int | None = None) -> dict[str, Any]:
+    """Return an estimate of every quantity, and by how much the second of two targets exceeds the first."""
     results: dict[str, Any] = {}
     difference: dict[str, Any] = {}
-    for part in found:
+    for part in measured:
         for name, columns in part.columns.items():
-            told = {key: one.to_dict() for key, one in _with_perplexity(estimates(columns)).items()}
-            results[name] = {**results.get(name, {}), **told}
+            estimated = {key: one.to_dict() for key, one in _with_perplexity(estimates(columns)).items()}
+            results[name] = {**results.get(name, {}), **estimated}
         if len(part.columns) == 2:
             first, second = part.columns.values()
             difference |= {key: one.to_dict() for key, one in differences(first, second).items()}
@@ -149,7 +148,7 @@ def outcome(recipe: Recipe, found: Sequence[Measured], steps: int | None = None)
         **_about(recipe, steps),
         "data": recipe.data.eval or recipe.data.train,
         **(answers if recipe.rewards else {}),
-        "counts": {part.noun: part.problems for part in found},
+        "counts": {part.noun: part.problems for part in measured},
         "results": results,
         **({"difference": difference} if difference else {}),
         "method": METHOD,
@@ -166,10 +165,10 @@ def _about(recipe: Recipe, steps: int | None) -> dict[str, Any]:
     }
 
 
-def _with_perplexity(found: dict[str, Estimate]) -> dict[str, Estimate]:
-    """Return the estimates with the exponential of the loss and of its interval."""
-    if (loss := found.get("loss")) is None:
-        return found
+def _with_perplexity(estimated: dict[str, Estimate]) -> dict[str, Estimate]:
+    """Return the estimates with the perplexity: the exponential of the loss and of its interval."""
+    if (loss := estimated.get("loss")) is None:
+        return estimated
     value, low, high = (None if x is None else math.exp(min(x, 700.0)) for x in (loss.value, loss.low, loss.high))
     assert value is not None
-    return {"loss": loss, "perplexity": Estimate(value, low, high), **found}
+    return {"loss": loss, "perplexity": Estimate(value, low, high), **estimated}

@@ -1,11 +1,10 @@
 """Tasks of EleutherAI's lm-eval on the live shared base, in any of its roles: no second copy of a model is loaded.
 
-Answers to one context share its tokens in a packed row, so a task with several choices reads its question once. Left
-out: lm-eval's own batching and caching, and stopping at a string while sampling (the text is cut at it afterwards,
-which gives the same).
+Answers to one context share its tokens in a packed row, so a task with several choices reads its question once. Not
+supported are lm-eval's own batching and caching, and stopping at a string while sampling: the text is cut at the string
+afterwards, which gives the same result.
 """
 
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -25,8 +24,9 @@ from lowmem_rlhf.engine.packing import Group, PackedBatch
 from lowmem_rlhf.engine.passes import BatchLimits, micro_batches
 from lowmem_rlhf.errors import UserError
 from lowmem_rlhf.evaluation.intervals import Column, Estimate, Z, differences, estimates
-from lowmem_rlhf.evaluation.subject import EvalTarget
+from lowmem_rlhf.evaluation.target import EvalTarget
 from lowmem_rlhf.inference.opening import memory_explained
+from lowmem_rlhf.progress import message
 from lowmem_rlhf.rollout.sampling import Sampling
 from lowmem_rlhf.suggest import did_you_mean
 
@@ -36,14 +36,14 @@ BOOTSTRAPS = 1000  # for the standard errors of metrics that are no means; lm-ev
 
 
 class SharedBaseLM(TemplateLM):  # type: ignore[misc]
-    """lm-eval's view of a subject in one role."""
+    """An `EvalTarget` in one role, as lm-eval sees a model."""
 
-    def __init__(self, subject: EvalTarget, role: str, name: str) -> None:
+    def __init__(self, target: EvalTarget, role: str, name: str) -> None:
         super().__init__()
-        self._subject, self._role, self._name = subject, role, name
-        self._base = subject.base
-        self.tokenizer = subject.base.tokenizer
-        positions = getattr(subject.base.model.config.get_text_config(), "max_position_embeddings", None)
+        self._target, self._role, self._name = target, role, name
+        self._base = target.base
+        self.tokenizer = target.base.tokenizer
+        positions = getattr(target.base.model.config.get_text_config(), "max_position_embeddings", None)
         self.max_length = positions if isinstance(positions, int) else POSITIONS
 
     @property
@@ -58,12 +58,12 @@ class SharedBaseLM(TemplateLM):  # type: ignore[misc]
 
     @property
     def prefix_token_id(self) -> int:
-        """What a text without a context follows."""
+        """The token that comes before a text without a context."""
         bos = self.tokenizer.bos_token_id
         return self.eot_token_id if bos is None else int(bos)
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
-        """Return token ids, begun as the tokenizer begins a text unless that stands in it already; never ended."""
+        """Return token ids, with the tokenizer's start token unless the text has it; never with an end token."""
         bos = self.tokenizer.bos_token
         add = not (bos and string.startswith(bos)) if add_special_tokens is None else add_special_tokens
         if add:
@@ -77,14 +77,14 @@ class SharedBaseLM(TemplateLM):  # type: ignore[misc]
             tokenize=False,
             add_generation_prompt=add_generation_prompt,
             continue_final_message=not add_generation_prompt,
-            **self._subject.recipe.data.chat_template_kwargs,
+            **self._target.recipe.data.chat_template_kwargs,
         )
         return str(text)
 
     def _loglikelihood_tokens(
         self, requests: Sequence[tuple[Any, list[int], list[int]]], disable_tqdm: bool = False, **kwargs: Any
     ) -> list[tuple[float, bool]]:
-        """Return for each continuation of a context its log-prob and whether greedy drawing would give it."""
+        """Return for each continuation of a context its log-prob and whether greedy decoding would produce it."""
         groups = self._grouped([(context, continuation) for _, context, continuation in requests])
         found: dict[int, tuple[float, bool]] = dict.fromkeys(range(len(requests)), (0.0, True))
 
@@ -94,11 +94,11 @@ class SharedBaseLM(TemplateLM):  # type: ignore[misc]
                     found.update(self._scored(packed))
 
         with self._base.role(self._role):
-            self._subject.ladder.score(work, _say)
+            self._target.ladder.score(work, message)
         return [found[row] for row in range(len(requests))]
 
     def _grouped(self, pairs: Sequence[tuple[list[int], list[int]]]) -> list[Group]:
-        """Return the continuations grouped by their context, which is cut at its start where both are too long."""
+        """Return the continuations grouped by context; a context that leaves too little room loses its first tokens."""
         members: dict[tuple[int, ...], list[int]] = {}
         for row, (context, continuation) in enumerate(pairs):
             room = max(1, self.max_length + 1 - len(continuation))  # the last token is never fed
@@ -110,7 +110,7 @@ class SharedBaseLM(TemplateLM):  # type: ignore[misc]
     def _scored(self, packed: PackedBatch) -> dict[int, tuple[float, bool]]:
         states = self._base.states(packed).index_select(0, packed.predict)  # (S, H)
         logps, greedy = [], []
-        for tile in tiles(len(states), self._subject.ladder.tile):
+        for tile in tiles(len(states), self._target.ladder.tile):
             every = torch.log_softmax(self._base.head.logits(states[tile]), dim=-1, dtype=torch.float32)  # (tile, V)
             targets = packed.targets[tile]
             logps.append(every.gather(-1, targets[:, None])[:, 0])
@@ -136,48 +136,46 @@ class SharedBaseLM(TemplateLM):  # type: ignore[misc]
         """Return the text that follows each context, up to the first of its stop strings."""
         same: dict[tuple[int, float], list[int]] = {}
         for row, request in enumerate(requests):
-            given = request.args[1]
-            most = int(given.get("max_gen_toks") or given.get("max_new_tokens") or MAX_GEN_TOKENS)
-            temperature = float(given.get("temperature") or 0.0) if given.get("do_sample") else 0.0
-            same.setdefault((most, temperature), []).append(row)
+            options = request.args[1]
+            max_tokens = int(options.get("max_gen_toks") or options.get("max_new_tokens") or MAX_GEN_TOKENS)
+            temperature = float(options.get("temperature") or 0.0) if options.get("do_sample") else 0.0
+            same.setdefault((max_tokens, temperature), []).append(row)
         texts = [""] * len(requests)
-        for (most, temperature), rows in same.items():
-            prompts = [self.tok_encode(requests[row].args[0])[-max(1, self.max_length - most) :] for row in rows]
-            for row, text in zip(rows, self._sampled(prompts, most, temperature), strict=True):
+        for (max_tokens, temperature), rows in same.items():
+            prompts = [self.tok_encode(requests[row].args[0])[-max(1, self.max_length - max_tokens) :] for row in rows]
+            for row, text in zip(rows, self._sampled(prompts, max_tokens, temperature), strict=True):
                 texts[row] = _cut(text, requests[row].args[1].get("until"))
         return texts
 
     def _sampled(self, prompts: Sequence[list[int]], most: int, temperature: float) -> list[str]:
-        base, seed = self._base, self._subject.recipe.training.seed
+        base, seed = self._base, self._target.recipe.training.seed
 
         def work(limits: RolloutLimits) -> list[str]:
-            engine = self._subject.engine
+            engine = self._target.engine
             with base.role(self._role), progress_bar(f"{self._name}, answers") as shown:
                 engine.sync()
                 groups = engine.generate(prompts, 1, most, Sampling(temperature), limits, seed, shown)
             return [written_text(base.tokenizer, one.ids, base.stop_ids) for [one] in groups]
 
-        return self._subject.ladder.rollout(work, _say)
+        return self._target.ladder.rollout(work, message)
 
 
-def run_tasks(
-    subject: EvalTarget, tasks: Sequence[str], limit: int | None = None, chat: bool = False
-) -> dict[str, Any]:
+def run_tasks(target: EvalTarget, tasks: Sequence[str], limit: int | None = None, chat: bool = False) -> dict[str, Any]:
     """Return ``results``, ``difference`` and ``counts`` (see `run.evaluations`) of lm-eval's tasks for every role.
 
-    A metric is named TASK/METRIC. Where it is a mean over the task's problems its interval is that of `intervals`, and
-    the difference is paired; otherwise the interval is from lm-eval's standard error.
+    A metric is named TASK/METRIC. A mean over the task's problems gets its interval from `intervals`, and a paired
+    difference; any other metric gets an interval from lm-eval's standard error.
 
     Args:
-        tasks: names, or YAML files of tasks of one's own.
+        tasks: names, or YAML files with your own tasks.
         limit: take only so many problems of each task.
         chat: write the prompts with the model's chat template.
 
     Raises:
         UserError: there is no such task, its data cannot be had, or there is no chat template.
     """
-    if chat and not subject.base.tokenizer.chat_template:
-        raise UserError(f"--chat: the tokenizer of {subject.base.model_id!r} has no chat template; leave it out")
+    if chat and not target.base.tokenizer.chat_template:
+        raise UserError(f"--chat: the tokenizer of {target.base.model_id!r} has no chat template; leave it out")
     files = [Path(task) for task in tasks if task.endswith((".yaml", ".yml"))]
     names = [_task_name(Path(task)) if Path(task) in files else task for task in tasks]
     manager = TaskManager(include_path=[str(file.parent) for file in files] or None)
@@ -187,11 +185,11 @@ def run_tasks(
     results: dict[str, Any] = {}
     columns: list[dict[str, Column]] = []
     counts: dict[str, int] = {}
-    for name, role in subject.roles.items():
+    for name, role in target.roles.items():
         try:
-            with memory_explained(subject.recipe):
-                got = simple_evaluate(
-                    SharedBaseLM(subject, role, name),
+            with memory_explained(target.recipe):
+                evaluated = simple_evaluate(
+                    SharedBaseLM(target, role, name),
                     tasks=list(names),
                     task_manager=manager,
                     limit=limit,
@@ -204,9 +202,9 @@ def run_tasks(
                 f"--lm-eval {','.join(tasks)}: the data of a task cannot be had ({reason}); it comes from the Hub, go "
                 "online once or name a local file in a task's YAML"
             ) from error
-        columns.append(_columns(got))
-        results[name] = {key: one.to_dict() for key, one in {**_told(got), **estimates(columns[-1])}.items()}
-        counts = {f"{task} problem": len(rows) for task, rows in got["samples"].items()}
+        columns.append(_columns(evaluated))
+        results[name] = {key: one.to_dict() for key, one in {**_reported(evaluated), **estimates(columns[-1])}.items()}
+        counts = {f"{task} problem": len(rows) for task, rows in evaluated["samples"].items()}
     difference = {key: one.to_dict() for key, one in differences(*columns).items()} if len(columns) == 2 else {}
     return {"counts": counts, "results": results, **({"difference": difference} if difference else {})}
 
@@ -225,27 +223,28 @@ def _task_name(file: Path) -> str:
     return name
 
 
-def _columns(got: dict[str, Any]) -> dict[str, Column]:
+def _columns(evaluated: dict[str, Any]) -> dict[str, Column]:
     """Return the metrics that are means over problems."""
-    found = {}
-    for task, metrics in got["results"].items():
+    columns = {}
+    for task, metrics in evaluated["results"].items():
         for key, value in metrics.items():
             metric, _, chosen = key.partition(",")
-            rows = [row for row in got["samples"].get(task, []) if not chosen or row.get("filter") in (chosen, None)]
+            samples = evaluated["samples"].get(task, [])
+            rows = [row for row in samples if not chosen or row.get("filter") in (chosen, None)]
             values = [row.get(metric) for row in rows]
             if not values or not all(isinstance(one, (int, float)) for one in values):
                 continue
             numbers = np.asarray(values, dtype=np.float64)
             if isinstance(value, float) and abs(numbers.mean() - value) < 1e-6:
                 share = bool(np.isin(numbers, (0.0, 1.0)).all())
-                found[_key(task, metric, chosen)] = Column(numbers, np.ones_like(numbers), share)
-    return found
+                columns[_key(task, metric, chosen)] = Column(numbers, np.ones_like(numbers), share)
+    return columns
 
 
-def _told(got: dict[str, Any]) -> dict[str, Estimate]:
-    """Return every metric as lm-eval tells it, with the interval of its standard error."""
-    found = {}
-    for task, metrics in {**got["results"], **got.get("groups", {})}.items():
+def _reported(evaluated: dict[str, Any]) -> dict[str, Estimate]:
+    """Return every metric as lm-eval reports it, with an interval from its standard error."""
+    reported = {}
+    for task, metrics in {**evaluated["results"], **evaluated.get("groups", {})}.items():
         for key, value in metrics.items():
             metric, _, chosen = key.partition(",")
             if metric.endswith("_stderr") or not isinstance(value, (int, float)) or not chosen:
@@ -253,8 +252,8 @@ def _told(got: dict[str, Any]) -> dict[str, Estimate]:
             error = metrics.get(f"{metric}_stderr,{chosen}")
             half = Z * error if isinstance(error, (int, float)) else None
             bounds = (None, None) if half is None else (value - half, value + half)
-            found[_key(task, metric, chosen)] = Estimate(float(value), *bounds)
-    return found
+            reported[_key(task, metric, chosen)] = Estimate(float(value), *bounds)
+    return reported
 
 
 def _key(task: str, metric: str, chosen: str) -> str:
@@ -264,7 +263,3 @@ def _key(task: str, metric: str, chosen: str) -> str:
 def _cut(text: str, until: Any) -> str:
     stops = [until] if isinstance(until, str) else list(until or [])
     return text[: min((at for stop in stops if stop and (at := text.find(stop)) >= 0), default=len(text))]
-
-
-def _say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)

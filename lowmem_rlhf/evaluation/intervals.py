@@ -89,9 +89,9 @@ def wilson(p: float, n: float) -> tuple[float, float]:
 def effective_trials(column: Column) -> float:
     """Return the trials n for which p (1 - p) / n is the variance of the share, estimated between problems."""
     weights = column.counts / column.counts.sum()
-    there = column.counts > 0
+    answered = column.counts > 0
     p = float(column.sums.sum() / column.counts.sum())
-    variance = float((weights[there] ** 2 * (column.means[there] - p) ** 2).sum())
+    variance = float((weights[answered] ** 2 * (column.means[answered] - p) ** 2).sum())
     least = 1.0 / float((weights**2).sum())  # as if all answers to a problem were one
     most = float(column.trials or column.counts.sum())
     if p * (1 - p) < 1e-12:
@@ -119,15 +119,15 @@ def differences(first: dict[str, Column], second: dict[str, Column]) -> dict[str
     shares = {name for name in names if first[name].share and second[name].share}
     one = resampled({name: first[name] for name in names if name not in shares})
     two = resampled({name: second[name] for name in names if name not in shares})
-    found = {}
+    compared = {}
     for name in names:
         a, b = first[name], second[name]
         if name in shares:
-            found[name] = _difference_of_shares(a, b)
+            compared[name] = _difference_of_shares(a, b)
         else:
             value = float(b.sums.sum() / b.counts.sum() - a.sums.sum() / a.counts.sum())
-            found[name] = Estimate(value, *_percentiles(two[name] - one[name], a))
-    return found
+            compared[name] = Estimate(value, *_percentiles(two[name] - one[name], a))
+    return compared
 
 
 def _difference_of_shares(first: Column, second: Column) -> Estimate:

@@ -1,6 +1,5 @@
-"""What the roles of a subject do on its held-out problems, each role with the same prompts and random numbers."""
+"""Measuring the roles of a target on its held-out problems: all roles get the same prompts and random numbers."""
 
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TypeVar
@@ -19,8 +18,9 @@ from lowmem_rlhf.engine.roles import POLICY
 from lowmem_rlhf.errors import UserError
 from lowmem_rlhf.evaluation.intervals import Column
 from lowmem_rlhf.evaluation.quantities import of_completions, of_losses, of_pairs
-from lowmem_rlhf.evaluation.subject import EvalTarget
+from lowmem_rlhf.evaluation.target import EvalTarget
 from lowmem_rlhf.inference.opening import memory_explained
+from lowmem_rlhf.progress import message
 from lowmem_rlhf.rollout.rollout import Completion, Rollout
 from lowmem_rlhf.training.evaluate import TrainerState, sample
 
@@ -31,12 +31,12 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Measured:
-    """Results of one kind, by the name of what they are of; all on the same problems.
+    """Results of one kind for each target, all on the same problems.
 
     Attributes:
         noun: what a problem is: problem, example, pair.
         problems: how many there are.
-        columns: quantities by subject.
+        columns: quantities by target.
     """
 
     noun: str
@@ -44,71 +44,71 @@ class Measured:
     columns: dict[str, Columns]
 
 
-def measure(subject: EvalTarget) -> list[Measured]:
-    """Return what there is to say of a subject: held-out loss (sft), pairs in order, judged answers.
+def measure_target(target: EvalTarget) -> list[Measured]:
+    """Return the results of a target: held-out loss (sft), pairs ranked correctly, judged answers.
 
     Raises:
         UserError: the held-out rows do not suit.
         RunError: a reward failed, or the device's memory ran out.
     """
-    with memory_explained(subject.recipe):
-        spec = subject.recipe.spec
+    with memory_explained(target.recipe):
+        spec = target.recipe.spec
         if spec.output == "scores":
-            return [_pairs(subject)]
-        found = [_losses(subject)] if spec.rows == "completions" else []
+            return [_pairs(target)]
+        measured = [_losses(target)] if spec.rows == "completions" else []
         if spec.rows in ("pairs", "answers"):
-            found = [_preferred(subject)]
-        return found + ([_answers(subject)] if subject.rewards else [])
+            measured = [_preferred(target)]
+        return measured + ([_answers(target)] if target.rewards else [])
 
 
-def _report(subject: EvalTarget) -> RowReport:
-    return RowReport(subject.recipe.data, subject.recipe.data.eval or "")
+def _report(target: EvalTarget) -> RowReport:
+    return RowReport(target.recipe.data, target.recipe.data.eval or "")
 
 
-def _answers(subject: EvalTarget) -> Measured:
-    base, recipe = subject.base, subject.recipe
-    examples = build_examples(subject.rows, recipe.data, base.tokenizer, base.stop_ids, _report(subject))
-    _check_positions(subject, max(len(one.prompt_ids) for one in examples))
-    state = TrainerState(subject.steps or 0, recipe.training.max_steps)
+def _answers(target: EvalTarget) -> Measured:
+    base, recipe = target.base, target.recipe
+    examples = build_examples(target.rows, recipe.data, base.tokenizer, base.stop_ids, _report(target))
+    _check_positions(target, max(len(one.prompt_ids) for one in examples))
+    state = TrainerState(target.steps or 0, recipe.training.max_steps)
     columns: dict[str, Columns] = {}
-    for name, role in subject.roles.items():
+    for name, role in target.roles.items():
 
         def work(limits: RolloutLimits, name: str = name, role: str = role) -> Columns:
             with base.role(role), progress_bar(name) as shown:
-                done = sample(base, subject.engine, examples, recipe, subject.rewards, limits, state, shown)
+                done = sample(base, target.engine, examples, recipe, target.rewards, limits, state, shown)
             return of_completions(done, recipe.evaluation.accuracy)
 
-        columns[name] = subject.ladder.rollout(work, _say)
+        columns[name] = target.ladder.rollout(work, message)
     return Measured("problem", len(examples), columns)
 
 
-def _check_positions(subject: EvalTarget, longest: int) -> None:
-    positions = getattr(subject.base.model.config.get_text_config(), "max_position_embeddings", None)
-    tokens = longest + subject.recipe.generation.max_completion_length
+def _check_positions(target: EvalTarget, longest: int) -> None:
+    positions = getattr(target.base.model.config.get_text_config(), "max_position_embeddings", None)
+    tokens = longest + target.recipe.generation.max_completion_length
     if isinstance(positions, int) and tokens > positions:
         raise UserError(
             f"the longest prompt ({longest} tokens) and an answer of up to {tokens - longest} make {tokens}, but "
-            f"{subject.base.model_id!r} has only {positions} positions; lower --max-tokens"
+            f"{target.base.model_id!r} has only {positions} positions; lower --max-tokens"
         )
 
 
-def _losses(subject: EvalTarget) -> Measured:
-    base, recipe = subject.base, subject.recipe
-    report = _report(subject)
-    examples: list[Supervised] = examples_of(recipe, subject.rows, base.tokens, report)
-    columns = {name: _loss(subject, role, examples, name) for name, role in subject.roles.items()}
+def _losses(target: EvalTarget) -> Measured:
+    base, recipe = target.base, target.recipe
+    report = _report(target)
+    examples: list[Supervised] = examples_of(recipe, target.rows, base.tokens, report)
+    columns = {name: _loss(target, role, examples, name) for name, role in target.roles.items()}
     return Measured("example", len(examples), columns)
 
 
-def _loss(subject: EvalTarget, role: str, examples: list[Supervised], name: str) -> Columns:
+def _loss(target: EvalTarget, role: str, examples: list[Supervised], name: str) -> Columns:
     completions = [Completion(one.completion_ids, [], False) for one in examples]
     batch = Rollout([one.prompt_ids for one in examples], completions, 1)
 
     def work(passes: BatchLimits, shown: Shown) -> dict[int, torch.Tensor]:
-        with subject.base.role(role):
-            return completion_logprobs(subject.base, batch.groups(range(len(examples))), passes, shown)
+        with target.base.role(role):
+            return completion_logprobs(target.base, batch.groups(range(len(examples))), passes, shown)
 
-    logps = _fitted(subject, work, f"{name}, loss")
+    logps = _fitted(target, work, f"{name}, loss")
     losses = []
     for row, one in enumerate(examples):
         kept = one.learned or [True] * len(one.completion_ids)
@@ -117,50 +117,46 @@ def _loss(subject: EvalTarget, role: str, examples: list[Supervised], name: str)
     return of_losses(losses, [one.learned_tokens for one in examples])
 
 
-def _pairs(subject: EvalTarget) -> Measured:
-    base, recipe = subject.base, subject.recipe
-    pairs: list[Pair] = examples_of(recipe, subject.rows, base.tokens, _report(subject))
+def _pairs(target: EvalTarget) -> Measured:
+    base, recipe = target.base, target.recipe
+    pairs: list[Pair] = examples_of(recipe, target.rows, base.tokens, _report(target))
 
     def work(passes: BatchLimits, shown: Shown) -> dict[int, torch.Tensor]:
         return head_outputs(base, POLICY, pair_groups(pairs), passes, shown)
 
-    found = _fitted(subject, work, POLICY)
-    ends = torch.stack([found[row][-1] for row in range(2 * len(pairs))])
+    scores = _fitted(target, work, POLICY)
+    ends = torch.stack([scores[row][-1] for row in range(2 * len(pairs))])
     return Measured("pair", len(pairs), {POLICY: of_pairs(ends[::2], ends[1::2])})
 
 
-def _preferred(subject: EvalTarget) -> Measured:
-    """Which answer of each pair a role finds likelier: accuracy and margin of the mean log-probs of a token."""
+def _preferred(target: EvalTarget) -> Measured:
+    """Measure which answer of each pair a role finds likelier, by its mean log-prob a token: accuracy and margin."""
     from lowmem_rlhf.algorithms.trl.data import pairs_among
 
-    base, recipe = subject.base, subject.recipe
-    pairs = pairs_among(examples_of(recipe, subject.rows, base.tokens, _report(subject)))
+    base, recipe = target.base, target.recipe
+    pairs = pairs_among(examples_of(recipe, target.rows, base.tokens, _report(target)))
     if not pairs:
         raise UserError(f"the held-out data of {recipe.name!r} has no pair of a good and a bad answer to measure")
     answers = [Completion(ids, [], False) for pair in pairs for ids in (pair.chosen_ids, pair.rejected_ids)]
     batch = Rollout([pair.prompt_ids for pair in pairs], answers, 2)
     columns: dict[str, Columns] = {}
-    for name, role in subject.roles.items():
+    for name, role in target.roles.items():
 
         def work(passes: BatchLimits, shown: Shown, role: str = role) -> dict[int, torch.Tensor]:
             with base.role(role):
                 return completion_logprobs(base, batch.groups(range(len(answers))), passes, shown)
 
-        logps = _fitted(subject, work, f"{name}, pairs")
+        logps = _fitted(target, work, f"{name}, pairs")
         means = torch.stack([logps[row].mean() for row in range(len(answers))])
         columns[name] = of_pairs(means[::2], means[1::2])
     return Measured("pair", len(pairs), columns)
 
 
-def _fitted(subject: EvalTarget, work: Callable[[BatchLimits, Shown], T], name: str) -> T:
-    """Run passes over a batch, in smaller micro-batches where memory runs out."""
+def _fitted(target: EvalTarget, work: Callable[[BatchLimits, Shown], T], name: str) -> T:
+    """Run passes over a batch, with smaller micro-batches if memory runs out."""
 
     def shown_work(limits: BatchLimits) -> T:
         with progress_bar(name) as shown:
             return work(limits, shown)
 
-    return subject.ladder.score(shown_work, _say)
-
-
-def _say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
+    return target.ladder.score(shown_work, message)

@@ -9,18 +9,14 @@ from lowmem_rlhf.data.provenance import rows_differ
 from lowmem_rlhf.data.sources import has_splits, load_rows
 from lowmem_rlhf.data.values import Row
 from lowmem_rlhf.errors import UserError
+from lowmem_rlhf.recipe.field_roles import keys_with
 from lowmem_rlhf.recipe.schema import Recipe
 from lowmem_rlhf.recipe.sections import DataConfig
 
 logger = logging.getLogger(__name__)
 
 # What of a run's recipe an evaluation may change: how and on what it is measured, never what was learned.
-MAY_CHANGE = (
-    *("evaluation.", "generation.", "rewards", "data.eval", "data.eval_size"),
-    *("data.max_prompt_length", "data.long_prompts"),
-    *("hardware.rollout_batch_size", "hardware.micro_batch_tokens"),
-    *("hardware.score_batch_tokens", "hardware.logits_tile_tokens"),
-)
+MAY_CHANGE = keys_with(Recipe, may_change_in_evaluation=True)
 
 
 def check_overrides(overrides: list[str]) -> None:
@@ -32,19 +28,18 @@ def check_overrides(overrides: list[str]) -> None:
     for override in overrides:
         key = override.partition("=")[0].strip()
         section = key.partition("[")[0].partition(".")[0]
-        if key not in MAY_CHANGE and f"{section}." not in MAY_CHANGE and section != "rewards":
-            may = ", ".join(f"{one}*" if one.endswith(".") else one for one in MAY_CHANGE)
-            raise UserError(f"override {override!r}: an evaluation of a run may change {may}")
+        if not {key, f"{section}.*", section}.intersection(MAY_CHANGE):
+            raise UserError(f"override {override!r}: an evaluation of a run may change {', '.join(MAY_CHANGE)}")
 
 
-def held_out_rows(trained: Recipe | None, wanted: Recipe, kept: Any = None, other: bool = False) -> list[Row]:
+def held_out_rows(trained: Recipe | None, wanted: Recipe, fingerprint: Any = None, named: bool = False) -> list[Row]:
     """Return the rows to evaluate on.
 
     Args:
         trained: the recipe that the run was trained with; None: nothing was trained.
         wanted: the same with the changes of this evaluation.
-        kept: what the run's inputs.json says of its held-out rows, where it does.
-        other: held-out data are named for this evaluation.
+        fingerprint: what the run's inputs.json says of its held-out rows, where it does.
+        named: this evaluation names its own held-out data.
 
     Raises:
         UserError: there are none, or they would be rows that were trained on, or may have been.
@@ -60,11 +55,11 @@ def held_out_rows(trained: Recipe | None, wanted: Recipe, kept: Any = None, othe
         return load_rows(wanted.data, "eval", seed)
     if _apart(wanted.data):
         rows = load_rows(wanted.data, "eval", seed)
-        if other:
-            _say_other(kept, rows, wanted.data)
+        if named:
+            _warn_of_other_rows(fingerprint, rows, wanted.data)
         else:
             same = trained.data.eval_size == size
-            _check_kept(kept, rows if same else load_rows(trained.data, "eval", seed), trained)
+            _check_same_rows(fingerprint, rows if same else load_rows(trained.data, "eval", seed), trained)
         return rows
     if _apart(trained.data):
         raise UserError(
@@ -72,7 +67,7 @@ def held_out_rows(trained: Recipe | None, wanted: Recipe, kept: Any = None, othe
             f"data.eval out ({trained.data.eval}) or give other data"
         )
     rows = load_rows(trained.data, "eval", seed)
-    _check_kept(kept, rows, trained)
+    _check_same_rows(fingerprint, rows, trained)
     if size > len(rows):
         raise UserError(
             f"data.eval_size: got {size}, but the run held {len(rows)} problems out of {trained.data.train} and "
@@ -83,13 +78,13 @@ def held_out_rows(trained: Recipe | None, wanted: Recipe, kept: Any = None, othe
     return [rows[i] for i in sorted(random.Random(f"take/{seed}").sample(range(len(rows)), size))]
 
 
-def _check_kept(kept: Any, rows: Sequence[dict[str, Any]], trained: Recipe) -> None:
+def _check_same_rows(fingerprint: Any, rows: Sequence[dict[str, Any]], trained: Recipe) -> None:
     """Check that the settings of the run give the rows that it held out.
 
     Raises:
         UserError: they give others.
     """
-    if difference := rows_differ(kept, rows):
+    if difference := rows_differ(fingerprint, rows):
         source = trained.data.eval or trained.data.train
         raise UserError(
             f"the held-out rows of {source} are not those that the run held out ({difference}), so they may have been "
@@ -97,8 +92,8 @@ def _check_kept(kept: Any, rows: Sequence[dict[str, Any]], trained: Recipe) -> N
         )
 
 
-def _say_other(kept: Any, rows: Sequence[dict[str, Any]], data: DataConfig) -> None:
-    if difference := rows_differ(kept, rows):
+def _warn_of_other_rows(fingerprint: Any, rows: Sequence[dict[str, Any]], data: DataConfig) -> None:
+    if difference := rows_differ(fingerprint, rows):
         logger.warning(f"the held-out rows of {data.eval} are not those that the run held out ({difference})")
 
 

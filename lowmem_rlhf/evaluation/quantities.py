@@ -56,18 +56,18 @@ def ks(samples: int) -> list[int]:
 def _pass_at(correct: Sequence[Value], g: int) -> dict[str, Column]:
     """Return pass@k over the problems that have k judged answers."""
     judged = [[one for one in correct[i : i + g] if one is not None] for i in range(0, len(correct), g)]
-    found = {}
+    columns = {}
     for k in ks(g):
         sums = [pass_at_k(len(one), int(sum(one)), k) if len(one) >= k else 0.0 for one in judged]
         counts = [float(len(one) >= k) for one in judged]
         trials = sum(len(one) // k for one in judged)
-        found[f"pass@{k}"] = Column(np.asarray(sums), np.asarray(counts), share=True, trials=trials)
-    return found
+        columns[f"pass@{k}"] = Column(np.asarray(sums), np.asarray(counts), share=True, trials=trials)
+    return columns
 
 
 def _column(values: Sequence[Value], g: int, share: bool | None = None) -> Column:
     """Return the column of P * G values; where it is not said, values that are all 0 or 1 make a share."""
-    there = np.asarray([one is not None for one in values], dtype=np.float64).reshape(-1, g)
+    counts = np.asarray([one is not None for one in values], dtype=np.float64).reshape(-1, g)
     numbers = np.asarray([one or 0.0 for one in values], dtype=np.float64).reshape(-1, g)
     share = bool(np.isin(numbers, (0.0, 1.0)).all()) if share is None else share
-    return Column(numbers.sum(axis=1), there.sum(axis=1), share)
+    return Column(numbers.sum(axis=1), counts.sum(axis=1), share)

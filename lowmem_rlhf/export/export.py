@@ -6,12 +6,12 @@ import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lowmem_rlhf.architecture.adapters import CONFIG, HEAD, WEIGHTS, adapter_folder, saved_adapter
+from lowmem_rlhf.architecture.adapters import CONFIG, HEAD, WEIGHTS, adapter_folder
 from lowmem_rlhf.architecture.lookup import model_dimensions
-from lowmem_rlhf.data.provenance import check_learned
 from lowmem_rlhf.errors import RunError, UserError
 from lowmem_rlhf.export.card.facts import without_folders
 from lowmem_rlhf.export.wish import (
@@ -31,12 +31,13 @@ from lowmem_rlhf.export.wish import (
 from lowmem_rlhf.files import begin_folder, delete, dumps, finish_folder
 from lowmem_rlhf.hardware.detect import detect
 from lowmem_rlhf.hardware.device import Device
-from lowmem_rlhf.inference.opening import check_device, plan_settings, policy_folder, say_base
+from lowmem_rlhf.inference.open_run import OpenRun
+from lowmem_rlhf.inference.opening import check_device
 from lowmem_rlhf.planning.memory.export import export_disk_bytes, export_memory_bytes
 from lowmem_rlhf.quiet import hush
 from lowmem_rlhf.run.base_file import BASE
 from lowmem_rlhf.run.directory import RunDirectory
-from lowmem_rlhf.run.start import located, paths_explained
+from lowmem_rlhf.run.start import paths_explained
 
 if TYPE_CHECKING:
     import torch
@@ -59,13 +60,13 @@ class Export:
 
     def __init__(self, run: RunDirectory, wish: Wish) -> None:
         self.run = run
-        self.written = run.recipe()
-        self.recipe = located(self.written, run.path)
+        self.opened = OpenRun(run, wish.step)
+        self.written, self.recipe = self.opened.written, self.opened.recipe
         self.wish = check_wish(wish, self.recipe, run)
         self.format = str(self.wish.format)
         self.target = wish.output or run.path / "export" / self.format
-        self.adapter = policy_folder(run, wish.step)
-        self.settings = plan_settings(run)
+        self.adapter = self.opened.adapter_folder
+        self.settings = asdict(self.opened.plan.settings)
         check_target(self.target)
 
     @property
@@ -109,8 +110,7 @@ class Export:
         found = detect(self.wish.device or self.recipe.hardware.device)
         check_device(found, self.settings["compute_dtype"])
         with paths_explained(self.run.path, self.written):
-            say_base(self.run, self.recipe)
-            saved_adapter(str(self.adapter), self.recipe.model, self.recipe.revision)
+            self.opened.check()
             return self._make(found)
 
     def _make(self, found: Device) -> dict[str, Any]:
@@ -173,7 +173,7 @@ class Export:
 
         copy_adapter(self.adapter, folder, (WEIGHTS, CONFIG))
         heads = self._heads(folder)
-        live = live_policy(self.run, self.wish.step, self.wish.device)
+        live = live_policy(self.opened, self.wish.device)
         if self.recipe.spec.output == "scores":
             proof = proof_of_scores(folder, live, self.device, self.settings)
         else:
@@ -233,8 +233,8 @@ class Export:
         if not (critic / HEAD).is_file():
             raise UserError(f"--heads: the run in {self.run.path} trained no value or score head; leave it out")
         parts = {CRITIC: critic}
-        if self.recipe.adapter and self.recipe.spec.critic(self.recipe) == "adapter":  # it lies above the start's
-            check_learned(self.run, self.recipe)
+        if self.recipe.adapter and self.recipe.spec.critic(self.recipe) == "adapter":  # it lies above the initial one
+            self.opened.check_initial_adapter()
             parts[START] = adapter_folder(self.recipe.adapter)
         copied = []
         for part, source in parts.items():

@@ -1,6 +1,7 @@
 """What is known of a device: the value that detection returns and the plan reads. No torch here."""
 
-from dataclasses import asdict, dataclass, field
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 from lowmem_rlhf.hardware.capabilities import Capabilities, capabilities, kind_of
@@ -87,3 +88,15 @@ class Device:
     def to_dict(self) -> dict[str, Any]:
         """Return plain values for ``--json``."""
         return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> "Device":
+        """Return the device that `to_dict` described; keys that are no fields are left out, lists become tuples.
+
+        Raises:
+            TypeError: a field without a default is missing.
+        """
+        known: dict[str, Any] = {}
+        for name in [one.name for one in fields(cls) if one.name in values]:
+            known[name] = tuple(values[name]) if isinstance(values[name], list) else values[name]
+        return cls(**known)

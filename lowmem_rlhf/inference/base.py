@@ -1,19 +1,38 @@
 """Opening a base: loaded as a plan says, and held against stock transformers."""
 
-import sys
 from typing import TYPE_CHECKING, Any
 
 from lowmem_rlhf.errors import RunError, UserError
 from lowmem_rlhf.hardware.detect import torch_reaches
 from lowmem_rlhf.hardware.device import Device
 from lowmem_rlhf.planning.plan import Plan
+from lowmem_rlhf.progress import message
 from lowmem_rlhf.recipe.schema import Recipe
 
 if TYPE_CHECKING:
+    from lowmem_rlhf.architecture.adapters import SavedAdapter
     from lowmem_rlhf.engine.base import SharedBase
 
 
-def open_base(recipe: Recipe, plan: Plan) -> "SharedBase":
+def open_base(
+    recipe: Recipe,
+    plan: Plan,
+    adapter: "SavedAdapter | None" = None,
+    where: str = "",
+    remedy: str = "set hardware.quantization=nf4",
+) -> "SharedBase":
+    """Load a base on the plan's device in the plan's precision, with an untrained policy adapter on it.
+
+    Args:
+        recipe: with the rank of `lora` known.
+        adapter: whose shape the policy's adapter gets; None: the one that training begins with, or the recipe's `lora`.
+        where: what the message about loading ends with.
+        remedy: what to do where memory runs out.
+
+    Raises:
+        UserError: torch does not reach the device, the model cannot be loaded, or an adapter does not suit it.
+        RunError: the device's memory ran out.
+    """
     import torch
 
     from lowmem_rlhf.architecture.adapters import saved_adapter
@@ -21,10 +40,11 @@ def open_base(recipe: Recipe, plan: Plan) -> "SharedBase":
     from lowmem_rlhf.hardware.memory import is_out_of_memory
 
     check_computes(plan.device)
-    saved = saved_adapter(recipe.adapter, recipe.model, recipe.revision) if recipe.adapter else None
-    print(f"loading {recipe.model}", flush=True)
+    if adapter is None and recipe.adapter:
+        adapter = saved_adapter(recipe.adapter, recipe.model, recipe.revision)
+    message(f"loading {recipe.model}{where}")
     try:
-        return SharedBase.load(
+        base = SharedBase.load(
             recipe.model,
             torch.device(plan.device.torch_device),
             plan.settings.quantization,
@@ -32,19 +52,30 @@ def open_base(recipe: Recipe, plan: Plan) -> "SharedBase":
             recipe.revision,
             recipe.trust_remote_code,
             plan.settings.offload_embeddings,
-            r=recipe.lora.rank,
-            lora_alpha=recipe.lora.alpha(recipe.lora.rank),
-            target_modules=saved.target_modules if saved else recipe.lora.target_modules,
-            use_rslora=saved.use_rslora if saved else False,
+            **_shape(recipe, adapter),
             seed=recipe.training.seed,
         )
     except RuntimeError as error:
         if not is_out_of_memory(error):
             raise
         raise RunError(
-            f"the device's memory ran out while loading {recipe.model}; close other programs that use it, or set "
-            "hardware.quantization=nf4"
+            f"the device's memory ran out while loading {recipe.model}; close other programs that use it, or {remedy}"
         ) from error
+    base.chat_template_kwargs = recipe.data.chat_template_kwargs
+    return base
+
+
+def _shape(recipe: Recipe, adapter: "SavedAdapter | None") -> dict[str, Any]:
+    """Return what `SharedBase.load` is told of the policy's adapter."""
+    if adapter is None:
+        lora = recipe.lora
+        return {"r": lora.rank, "lora_alpha": lora.alpha(lora.rank), "target_modules": lora.target_modules}
+    return {
+        "r": adapter.r,
+        "lora_alpha": adapter.lora_alpha,
+        "target_modules": adapter.target_modules,
+        "use_rslora": adapter.use_rslora,
+    }
 
 
 def held_against_stock(base: "SharedBase", recipe: Recipe, dequantize: bool) -> dict[str, Any]:
@@ -65,7 +96,7 @@ def held_against_stock(base: "SharedBase", recipe: Recipe, dequantize: bool) -> 
             "said": f"{base.model.config.model_type} is held against transformers {TESTED_WITH} by this package's tests"
         }
     try:
-        found = checked(base, dequantize)
+        comparison = checked(base, dequantize)
     except RuntimeError as error:
         if not is_out_of_memory(error):
             raise
@@ -73,8 +104,8 @@ def held_against_stock(base: "SharedBase", recipe: Recipe, dequantize: bool) -> 
             f"the device's memory ran out while {recipe.model} was held against stock transformers; close other "
             "programs that use it, or set hardware.quantization=nf4"
         ) from error
-    print(found.said, file=sys.stderr, flush=True)
-    return found.to_dict()
+    message(comparison.said)
+    return comparison.to_dict()
 
 
 def check_computes(device: Device) -> None:

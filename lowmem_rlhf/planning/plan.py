@@ -17,7 +17,8 @@ The rule, in this order (a value that the recipe pins is kept, and the others ad
 More memory never gives a lower precision. The memory model stands in `memory`; its figures are predictions.
 """
 
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
 from lowmem_rlhf.algorithms.spec import sampled_lengths
@@ -86,6 +87,41 @@ class Plan:
             "reasons": dict(self.reasons),
             "memory": dict(self.memory),
         }
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> "Plan":
+        """Return the plan that `to_dict` gave, or that an earlier version wrote; keys of others are left out.
+
+        Raises:
+            ValueError: it is no plan of a policy: a part is missing that every version writes.
+        """
+        try:
+            memory: dict[str, Any] = dict(values["memory"])
+            peak: int = memory["peak_bytes"]
+            low, high = values.get("peak_bytes_range", (memory.get("low_bytes", peak), memory.get("high_bytes", peak)))
+            return cls(
+                fits=values["fits"],
+                verdict=values.get("verdict") or ("yes" if values["fits"] else "no"),
+                peak_bytes_range=(low, high),
+                device=Device.from_dict(values["device"]),
+                profile=values["profile"],
+                settings=_saved_settings(values["settings"]),
+                reasons=dict(values["reasons"]),
+                memory=memory,
+            )
+        except (KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"no plan of a run: {type(error).__name__} {error}") from error
+
+
+def _saved_settings(values: Mapping[str, Any]) -> Settings:
+    """Return settings from plain values; those that earlier versions did not have are what these versions did."""
+    earlier = {
+        "offload_checkpoints": False,
+        "score_batch_tokens": values["micro_batch_tokens"],
+        "rollout_weights": "quantized",
+    }
+    known = {one.name: values[one.name] for one in fields(Settings) if one.name in values}
+    return Settings(**{**earlier, **known})
 
 
 def make_plan(recipe: Recipe, device: Device, profile: str) -> Plan:

@@ -9,7 +9,9 @@ from lowmem_rlhf.hardware.detect import detect
 from lowmem_rlhf.hardware.device import Device
 from lowmem_rlhf.hardware.profiles import find_profile, match_profile, parse_bytes, profile_device
 from lowmem_rlhf.planning.plan import Plan
+from lowmem_rlhf.recipe.field_roles import fields_with
 from lowmem_rlhf.recipe.schema import Recipe
+from lowmem_rlhf.recipe.sections import HardwareConfig
 from lowmem_rlhf.run.directory import RunDirectory
 
 
@@ -58,13 +60,11 @@ def running_plan(recipe: Recipe) -> Plan:
     return _planner(recipe)(recipe, device, profile)
 
 
-KEPT = ("quantization", "compute_dtype", "optim")  # a resumed run keeps them, whatever memory is free today
-
-
 def resumed_plan(recipe: Recipe, path: Path) -> Plan:
     """Plan as `running_plan`, with the settings of the run in ``path`` that would change what is computed."""
     began = RunDirectory(path).plan().get("settings", {})
-    kept = {key: began[key] for key in KEPT if getattr(recipe.hardware, key) == "auto" and key in began}
+    numeric = fields_with(HardwareConfig, changes_numbers=True)  # they stay, whatever memory is free today
+    kept = {key: began[key] for key in numeric if getattr(recipe.hardware, key) == "auto" and key in began}
     shape = {key: began["lora"][key] for key in ("r", "lora_alpha") if began and getattr(recipe.lora, key) == "auto"}
     update = {"hardware": recipe.hardware.model_copy(update=kept), "lora": recipe.lora.model_copy(update=shape)}
     plan = running_plan(recipe.model_copy(update=update))

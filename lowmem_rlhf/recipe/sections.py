@@ -18,9 +18,23 @@ from pydantic import (
 )
 
 from lowmem_rlhf.recipe.errors import OptionErrors, explain
+from lowmem_rlhf.recipe.field_roles import (
+    BATCHING,
+    LEARNED,
+    LEARNED_AND_MEASURED,
+    LENGTH,
+    MEASURED,
+    PLACEMENT,
+    PRECISION,
+    RECOMPUTING,
+    RECORDS,
+    TRAINING_BATCHING,
+    WHERE,
+)
 from lowmem_rlhf.recipe.section import Section
 
 Auto = Literal["auto"]
+CountOrAuto = Annotated[int, Field(ge=1)] | Auto
 
 # what `apply_chat_template` is given by this package itself
 OWN_TEMPLATE_KWARGS = frozenset(
@@ -61,22 +75,26 @@ NameOrNull = Annotated[str, AfterValidator(_named_or_null)] | None
 class HardwareConfig(Section):
     """Which device to use, and settings the plan otherwise chooses."""
 
-    device: Name = "auto"  # "auto" or any torch device string: cpu, cuda, cuda:1, ...
-    profile: Name = "auto"  # a name from `lowmem-rlhf profiles`
-    vram: NameOrNull = None  # plan for this much memory instead of what is free, for example 11GB
-    quantization: Literal["auto", "nf4", "int8", "none"] = "auto"
-    compute_dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
-    gradient_checkpointing: bool | Annotated[int, Field(ge=0)] | Auto = "auto"  # a number: the first so many layers
-    offload_checkpoints: bool | Auto = "auto"  # to host memory, between forward and backward pass
-    offload_embeddings: bool | Auto = "auto"  # the token embedding lies in host memory (where it is not the head too)
-    micro_batch_tokens: Annotated[int, Field(ge=1)] | Auto = "auto"
-    score_batch_tokens: Annotated[int, Field(ge=1)] | Auto = "auto"  # of passes without gradients
-    rollout_batch_size: Annotated[int, Field(ge=1)] | Auto = "auto"  # completions generated at once
-    rollout_weights: Literal["auto", "quantized", "dequantized"] = "auto"  # of an NF4 base while it samples
-    logits_tile_tokens: Annotated[int, Field(ge=1)] | Auto = "auto"
-    optim: Literal["auto", "adamw", "adamw_8bit"] = "auto"
-    check: Literal["auto", "always"] = "auto"  # hold the model against stock transformers; auto: not tested types
-    probe: bool | Auto = "auto"  # try the largest planned shapes before step 1; auto: not on a CPU
+    device: Annotated[Name, WHERE] = "auto"  # "auto" or any torch device string: cpu, cuda, cuda:1, ...
+    profile: Annotated[Name, WHERE] = "auto"  # a name from `lowmem-rlhf profiles`
+    vram: Annotated[NameOrNull, WHERE] = None  # plan for this much memory instead of what is free, for example 11GB
+    quantization: Annotated[Literal["auto", "nf4", "int8", "none"], PRECISION] = "auto"
+    compute_dtype: Annotated[Literal["auto", "bfloat16", "float16", "float32"], PRECISION] = "auto"
+    # a number: the first so many layers
+    gradient_checkpointing: Annotated[bool | Annotated[int, Field(ge=0)] | Auto, RECOMPUTING] = "auto"
+    offload_checkpoints: Annotated[bool | Auto, WHERE] = "auto"  # to host memory, between forward and backward pass
+    # the token embedding lies in host memory (where it is not the head too)
+    offload_embeddings: Annotated[bool | Auto, PLACEMENT] = "auto"
+    micro_batch_tokens: Annotated[CountOrAuto, TRAINING_BATCHING] = "auto"
+    score_batch_tokens: Annotated[CountOrAuto, BATCHING] = "auto"  # of passes without gradients
+    rollout_batch_size: Annotated[CountOrAuto, BATCHING] = "auto"  # completions generated at once
+    # of an NF4 base while it samples
+    rollout_weights: Annotated[Literal["auto", "quantized", "dequantized"], WHERE] = "auto"
+    logits_tile_tokens: Annotated[CountOrAuto, BATCHING] = "auto"
+    optim: Annotated[Literal["auto", "adamw", "adamw_8bit"], PRECISION] = "auto"
+    # hold the model against stock transformers; auto: not tested types
+    check: Annotated[Literal["auto", "always"], WHERE] = "auto"
+    probe: Annotated[bool | Auto, WHERE] = "auto"  # try the largest planned shapes before step 1; auto: not on a CPU
 
     @field_validator("vram", mode="before")
     @classmethod
@@ -114,12 +132,13 @@ class DataConfig(Section):
     """Where prompts come from and how a row becomes a prompt."""
 
     train: Name  # a file (.jsonl, .json, .csv, .tsv, .parquet), a folder, a Hub id, "arithmetic", "reasoning_gym/TASK"
-    eval: NameOrNull = None  # held-out data; absent: the source's eval split, or rows taken out of train
+    # held-out data; absent: the source's eval split, or rows taken out of train
+    eval: Annotated[NameOrNull, LEARNED_AND_MEASURED] = None
     config: NameOrNull = None  # the Hub data set's configuration, for example "main"
     train_split: Name = "train"
     eval_split: Name = "test"
     train_size: int | None = Field(None, ge=1)
-    eval_size: int = Field(128, ge=0)
+    eval_size: Annotated[int, LEARNED_AND_MEASURED] = Field(128, ge=0)
     field: NameOrNull = None  # of a .json file: the key that its rows lie under; absent: found where only one can be
     options: dict[str, Any] = Field(default_factory=dict)  # options of a generated task
     prompt: Name | None = "question"  # column: text or messages; a.b: part b of a; null: what a pair shares
@@ -136,8 +155,8 @@ class DataConfig(Section):
     prompt_words: int | None = Field(None, ge=1)  # only so many first words of the prompt column: a text to go on with
     chat: bool | Auto = "auto"  # apply the tokenizer's chat template; auto: when it has one
     chat_template_kwargs: dict[str, Any] = Field(default_factory=dict)  # given to the template: enable_thinking, ...
-    max_prompt_length: int = Field(512, ge=1)  # tokens
-    long_prompts: Literal["error", "drop"] = "error"
+    max_prompt_length: Annotated[int, LEARNED_AND_MEASURED] = Field(512, ge=1)  # tokens
+    long_prompts: Annotated[Literal["error", "drop"], LEARNED_AND_MEASURED] = "error"
     bad_rows: Literal["error", "drop"] = "error"  # rows that cannot be learned from, for any reason; long ones included
 
     @field_validator("chat_template_kwargs")
@@ -160,13 +179,14 @@ class DataConfig(Section):
 class GenerationConfig(Section):
     """How completions are sampled."""
 
-    num_generations: int = Field(8, ge=1)
-    max_completion_length: int = Field(256, ge=1)
-    temperature: float = Field(1.0, gt=0)
-    top_p: float = Field(1.0, gt=0, le=1)
-    top_k: int = Field(0, ge=0)  # 0: off
-    min_p: float = Field(0.0, ge=0, lt=1)
-    engine: Name = "auto"  # what samples rollouts: auto, or an engine that was registered (`rollout.engine.register`)
+    num_generations: Annotated[int, LEARNED_AND_MEASURED] = Field(8, ge=1)
+    max_completion_length: Annotated[int, LEARNED_AND_MEASURED] = Field(256, ge=1)
+    temperature: Annotated[float, LEARNED_AND_MEASURED] = Field(1.0, gt=0)
+    top_p: Annotated[float, LEARNED_AND_MEASURED] = Field(1.0, gt=0, le=1)
+    top_k: Annotated[int, LEARNED_AND_MEASURED] = Field(0, ge=0)  # 0: off
+    min_p: Annotated[float, LEARNED_AND_MEASURED] = Field(0.0, ge=0, lt=1)
+    # what samples rollouts: auto, or an engine that was registered (`rollout.engine.register`)
+    engine: Annotated[Name, LEARNED_AND_MEASURED] = "auto"
 
 
 class LearnedReward(Section):
@@ -209,10 +229,12 @@ REWARD_OPTIONS: dict[str, type[Section]] = {**LEARNED_REWARDS, REWARD_ADAPTER: A
 class RewardConfig(Section):
     """One reward with its weight."""
 
-    function: str  # a shipped function or learned reward by name, or path.py:function
-    name: str = ""  # the metric's name; default: the function's
-    weight: float = 1.0
-    options: dict[str, Any] = Field(default_factory=dict)  # of a function: extra keyword arguments
+    # a shipped function or learned reward by name, or path.py:function
+    function: Annotated[str, LEARNED_AND_MEASURED]
+    name: Annotated[str, LEARNED_AND_MEASURED] = ""  # the metric's name; default: the function's
+    weight: Annotated[float, LEARNED_AND_MEASURED] = 1.0
+    # of a function: extra keyword arguments
+    options: Annotated[dict[str, Any], LEARNED_AND_MEASURED] = Field(default_factory=dict)
 
     @classmethod
     def kind_of(cls, key: str, given: Mapping[str, Any]) -> Any:
@@ -234,19 +256,21 @@ class RewardConfig(Section):
 class TrainingConfig(Section):
     """The loop around the algorithm."""
 
-    max_steps: int = Field(100, ge=0)
-    num_train_epochs: int | None = None  # in place of max_steps: passes over all examples
-    prompts_per_step: int = Field(8, ge=1)
-    learning_rate: float = Field(1e-5, gt=0)
-    lr_scheduler_type: Literal["constant", "constant_with_warmup", "linear", "cosine"] = "linear"
-    warmup_steps: int = Field(0, ge=0)
-    weight_decay: float = Field(0.0, ge=0)
-    max_grad_norm: float = Field(1.0, gt=0)
-    seed: int = Field(0, ge=0)
-    save_steps: int = Field(50, ge=1)
-    save_total_limit: int = Field(2, ge=1)
-    log_completions: int = Field(4, ge=0)  # completions a step written to samples.jsonl
-    report_to: list[Literal["tensorboard", "wandb", "trackio", "mlflow"]] = Field(default_factory=list)
+    max_steps: Annotated[int, LENGTH] = Field(100, ge=0)
+    num_train_epochs: Annotated[int | None, LENGTH] = None  # in place of max_steps: passes over all examples
+    prompts_per_step: Annotated[int, LEARNED] = Field(8, ge=1)
+    learning_rate: Annotated[float, LEARNED] = Field(1e-5, gt=0)
+    lr_scheduler_type: Annotated[Literal["constant", "constant_with_warmup", "linear", "cosine"], LEARNED] = "linear"
+    warmup_steps: Annotated[int, LEARNED] = Field(0, ge=0)
+    weight_decay: Annotated[float, LEARNED] = Field(0.0, ge=0)
+    max_grad_norm: Annotated[float, LEARNED] = Field(1.0, gt=0)
+    seed: Annotated[int, LEARNED] = Field(0, ge=0)
+    save_steps: Annotated[int, RECORDS] = Field(50, ge=1)
+    save_total_limit: Annotated[int, RECORDS] = Field(2, ge=1)
+    log_completions: Annotated[int, RECORDS] = Field(4, ge=0)  # completions a step written to samples.jsonl
+    report_to: Annotated[list[Literal["tensorboard", "wandb", "trackio", "mlflow"]], RECORDS] = Field(
+        default_factory=list
+    )
 
     @field_validator("num_train_epochs", mode="before")
     @classmethod
@@ -262,6 +286,7 @@ class TrainingConfig(Section):
 class EvaluationConfig(Section):
     """Held-out evaluation before and after training."""
 
-    accuracy: str = ""  # the reward whose value of at least 1 counts as correct; default: the first
-    temperature: float | None = Field(None, ge=0)  # 0: greedy; absent: as in training
-    num_samples: int = Field(1, ge=1)  # completions a problem
+    # the reward whose value of at least 1 counts as correct; default: the first
+    accuracy: Annotated[str, MEASURED] = ""
+    temperature: Annotated[float | None, MEASURED] = Field(None, ge=0)  # 0: greedy; absent: as in training
+    num_samples: Annotated[int, MEASURED] = Field(1, ge=1)  # completions a problem

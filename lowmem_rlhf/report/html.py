@@ -20,7 +20,7 @@ from lowmem_rlhf.display.outcome import about, outcome_rows
 from lowmem_rlhf.files import atomic_write
 from lowmem_rlhf.report.plots import draw_run, to_png
 from lowmem_rlhf.run.directory import RECIPE, REPORT, RunDirectory
-from lowmem_rlhf.run.evaluations import kept
+from lowmem_rlhf.run.evaluations import read_evaluations
 
 _SAMPLES = 12  # the last ones shown
 _LATER = 3  # evaluations shown, the newest first
@@ -73,7 +73,7 @@ def write_report(run: RunDirectory) -> Path:
     image = base64.b64encode(to_png(draw_run(metrics, evaluation), dpi=130)).decode("ascii")
     sections = [
         _section("Held-out evaluation", _evaluation(evaluation)),
-        *(_section("Evaluated later", _later(one)) for one in kept(run.path)[: -_LATER - 1 : -1]),
+        *(_section("Evaluated later", _later(one)) for one in read_evaluations(run.path)[: -_LATER - 1 : -1]),
         _section("Training", f'<img alt="Curves of the run" src="data:image/png;base64,{image}">'),
         _section("Plan", _plan(plan)),
         _section("Memory", _memory(plan.get("memory") or {})),

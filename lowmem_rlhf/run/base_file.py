@@ -1,4 +1,4 @@
-"""What an adapter says of the model that it was trained on: its fingerprint and its name. No torch here."""
+"""What an adapter records about the model that it was trained on: its fingerprint and its name. No torch here."""
 
 import json
 import re
@@ -63,12 +63,12 @@ def write_base(folder: Path, values: Any) -> None:
         folder: of a checkpoint or of adapters.
         values: the base's fingerprint and its name under ``model``; nothing is written where it is none.
     """
-    found = read_fingerprint(values)
-    if found is None:
+    fingerprint = read_fingerprint(values)
+    if fingerprint is None:
         return
     model = str(values.get("model") or "")
-    name = model if found.commit else re.split(r"[/\\]", model.rstrip("/\\"))[-1]
-    text = json.dumps({"model": name, **found.to_dict()}, indent=2) + "\n"
+    name = model if fingerprint.commit else re.split(r"[/\\]", model.rstrip("/\\"))[-1]
+    text = json.dumps({"model": name, **fingerprint.to_dict()}, indent=2) + "\n"
     for config in folder.rglob("adapter_config.json"):
         (config.parent / BASE).write_text(text, encoding="utf-8")
 
@@ -79,8 +79,8 @@ def read_base(folder: Path) -> tuple[str, Fingerprint] | None:
         values = json.loads((folder / BASE).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
-    found = read_fingerprint(values)
-    return (str(values.get("model") or "another base"), found) if found else None
+    fingerprint = read_fingerprint(values)
+    return (str(values.get("model") or "another base"), fingerprint) if fingerprint else None
 
 
 def full_precision(base: str) -> str:

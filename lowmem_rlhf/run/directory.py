@@ -27,6 +27,7 @@ from lowmem_rlhf.files import (
     read_lines,
     temp_path,
 )
+from lowmem_rlhf.recipe.field_roles import keys_with
 from lowmem_rlhf.recipe.loading import validate_recipe
 from lowmem_rlhf.recipe.schema import Recipe
 from lowmem_rlhf.run.base_file import write_base
@@ -38,10 +39,7 @@ INPUTS = "inputs.json"
 MODEL = "model"  # of a classifier's run, in place of the adapter
 
 # What a resume may change: how long, how often and where, never what is learned.
-MAY_CHANGE = tuple(
-    f"training.{key}"
-    for key in ("max_steps", "num_train_epochs", "save_steps", "save_total_limit", "log_completions", "report_to")
-)
+MAY_CHANGE = keys_with(Recipe, may_change_on_resume=True)
 _DESKTOP_FILES = {".DS_Store", "Thumbs.db", "desktop.ini"}
 
 
@@ -141,13 +139,15 @@ class RunDirectory:
         lines = [
             f"  {key}: was {saved.get(key, 'absent')!r}, is now {wanted.get(key, 'absent')!r}"
             for key in dict.fromkeys([*saved, *wanted])
-            if saved.get(key) != wanted.get(key) and key not in MAY_CHANGE and not key.startswith("hardware.")
+            if saved.get(key) != wanted.get(key) and not {key, f"{key.partition('.')[0]}.*"}.intersection(MAY_CHANGE)
         ]
         if lines:
             head = f"--resume: the recipe differs from the one that the run in {self.path} began with:"
+            whole = [key for key in MAY_CHANGE if key.endswith(".*")]
+            single = [key for key in MAY_CHANGE if key not in whole]
             tail = (
                 "Undo these changes, or start a new run with another --output (a resume may change "
-                f"{', '.join(MAY_CHANGE)} and hardware.*)."
+                f"{', '.join(single)} and {', '.join(whole)})."
             )
             raise UserError("\n".join([head, *lines, tail]))
 
@@ -180,8 +180,8 @@ class RunDirectory:
         for name in (METRICS, SAMPLES):
             file = self.path / name
             if file.exists():
-                kept = [line + b"\n" for line, row in read_lines(file) if row.get("step", 0) <= step]
-                atomic_write(file, b"".join(kept))
+                earlier = [line + b"\n" for line, row in read_lines(file) if row.get("step", 0) <= step]
+                atomic_write(file, b"".join(earlier))
         for later, folder in self.checkpoints():
             if later > step:
                 delete(folder)
@@ -214,13 +214,13 @@ class RunDirectory:
     def checkpoints(self) -> list[tuple[int, Path]]:
         """Return the finished checkpoints, oldest first."""
         folder = self.path / CHECKPOINTS
-        found = [] if not folder.is_dir() else [p for p in folder.iterdir() if p.is_dir()]
-        return sorted((int(m[1]), p) for p in found if (m := re.fullmatch(r"step-(\d+)", p.name)))
+        folders = [] if not folder.is_dir() else [p for p in folder.iterdir() if p.is_dir()]
+        return sorted((int(m[1]), p) for p in folders if (m := re.fullmatch(r"step-(\d+)", p.name)))
 
     def latest_checkpoint(self) -> tuple[int, Path] | None:
         """Return ``(step, folder)`` of the latest finished checkpoint."""
-        found = self.checkpoints()
-        return found[-1] if found else None
+        checkpoints = self.checkpoints()
+        return checkpoints[-1] if checkpoints else None
 
     def metrics(self) -> list[dict[str, Any]]:
         """Return the metrics, one row a step."""

@@ -1,8 +1,8 @@
-"""Results of evaluations as a run directory keeps them: ``evaluations.jsonl``, one object a line. No torch here.
+"""The evaluations of a run: ``evaluations.jsonl`` in its directory, one object a line. No torch here.
 
 One object: ``made`` (time, UTC), ``version``, ``steps`` the policy was trained for, ``data``, ``samples``,
 ``temperature``, ``max_completion_length``, ``seed``, ``counts`` (of problems, examples or pairs), ``results`` (quantity
-by subject, each with ``value``, ``low`` and ``high``), ``difference`` (second subject less the first) and ``method``.
+by target, each with ``value``, ``low`` and ``high``), ``difference`` (second target less the first) and ``method``.
 """
 
 from pathlib import Path
@@ -14,7 +14,7 @@ from lowmem_rlhf.files import append_lines, read_lines
 EVALUATIONS = "evaluations.jsonl"
 
 
-def keep(folder: Path, outcome: dict[str, Any]) -> Path:
+def append_evaluation(folder: Path, outcome: dict[str, Any]) -> Path:
     """Append an evaluation to those of a run; return the file.
 
     Raises:
@@ -28,7 +28,7 @@ def keep(folder: Path, outcome: dict[str, Any]) -> Path:
     return path
 
 
-def kept(folder: Path) -> list[dict[str, Any]]:
+def read_evaluations(folder: Path) -> list[dict[str, Any]]:
     """Return the evaluations of a run, oldest first.
 
     Raises:

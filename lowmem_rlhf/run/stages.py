@@ -1,4 +1,4 @@
-"""Runs that begin with another run: how to get the one that is not there, or is not finished. No torch here."""
+"""Runs that continue another run: how to get one that is missing or not finished yet. No torch here."""
 
 import shlex
 from pathlib import Path
@@ -9,7 +9,7 @@ RUNS = "runs"  # where runs are by default
 
 
 def first_stage(reference: str) -> str:
-    """Return what makes the run that a path lies in, to be put behind a sentence; nothing where no recipe is known.
+    """Return how to make the run that a path lies in, as the end of a sentence; nothing if no recipe makes it.
 
     Args:
         reference: a path of a run, or of something in it, such as ``runs/NAME/model``.
@@ -24,12 +24,12 @@ def first_stage(reference: str) -> str:
     name, run = parts[end - 1], Path(*parts[:end])
     if (opened := run_of(run)) is not None:
         return f"; the run in {run} is not finished: {to_finish(opened)}"
-    there = "" if parts[: end - 1] == (RUNS,) else f" --output {shlex.quote(str(run))}"
-    return f"; run the recipe {name} first: lowmem-rlhf train {name}{there}"
+    option = "" if parts[: end - 1] == (RUNS,) else f" --output {shlex.quote(str(run))}"
+    return f"; run the recipe {name} first: lowmem-rlhf train {name}{option}"
 
 
 def to_finish(run: Path) -> str:
-    """Return what finishes the run in a folder: the command where its recipe ships with this package."""
+    """Return how to finish the run in a folder: with a command if its recipe ships with this package."""
     from lowmem_rlhf.recipe.loading import shipped_recipes
     from lowmem_rlhf.run.directory import RunDirectory
 

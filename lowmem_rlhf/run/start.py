@@ -1,6 +1,7 @@
-"""Where a run was started: its recipe's paths are relative to that folder, from wherever it is opened. No torch here.
+"""Where a run was started: its recipe's paths are relative to that folder, wherever the run is opened. No torch here.
 
-``local.json`` of the run directory holds the folder. It is of this machine alone: no export and no card takes it along.
+``local.json`` of the run directory holds the folder. It means something on this machine only, so no export and no model
+card includes it.
 """
 
 import json
@@ -21,7 +22,7 @@ PATH_OPTIONS = ("model", "adapter")  # of rewards
 
 
 def write_start(run: Path, recipe: Recipe) -> None:
-    """Write the current folder into a run's local.json, unless the folder that stands there is not gone.
+    """Write the current folder into a run's local.json, unless that names a folder that still exists.
 
     Args:
         run: the run directory.
@@ -46,15 +47,15 @@ def _values(run: Path) -> dict[str, Any]:
         return {}
     if not isinstance(values, dict):
         return {}
-    found = {key: values[key] for key in ("start", "from_run") if isinstance(values.get(key), str)}
+    known = {key: values[key] for key in ("start", "from_run") if isinstance(values.get(key), str)}
     paths = values.get("paths")
     if isinstance(paths, list) and all(isinstance(one, str) for one in paths):
-        found["paths"] = paths
-    return found
+        known["paths"] = paths
+    return known
 
 
 def start_folder(run: Path) -> Path | None:
-    """Return the folder that a run was started in, or where it has come to with the run; None where it is gone."""
+    """Return the folder that a run was started in, also if both have been moved together; None if it is gone."""
     values = _values(run)
     if (start := values.get("start")) and Path(start).is_dir():
         return Path(start).resolve()
@@ -66,7 +67,7 @@ def start_folder(run: Path) -> Path | None:
 
 
 def map_paths(recipe: Recipe, change: Callable[[str], str]) -> Recipe:
-    """Return a recipe with every value that may be a path changed: models, adapters, data and files of rewards."""
+    """Return a recipe with `change` applied to every value that may be a path: models, adapters, data, reward files."""
     update: dict[str, Any] = {"model": change(recipe.model)}
     if recipe.adapter is not None:
         update["adapter"] = change(recipe.adapter)
@@ -86,7 +87,7 @@ def _mapped(reward: RewardConfig, change: Callable[[str], str]) -> RewardConfig:
 
 
 def located(recipe: Recipe, run: Path, written: Recipe | None = None) -> Recipe:
-    """Return a run's recipe as it is to be opened from the current folder: a path of the start folder made absolute.
+    """Return a run's recipe with paths that work from the current folder: those below the start folder made absolute.
 
     Args:
         recipe: the run's, perhaps with changes of this command, whose paths are relative to the current folder.
@@ -101,8 +102,8 @@ def located(recipe: Recipe, run: Path, written: Recipe | None = None) -> Recipe:
     def place(text: str) -> str:
         if not _is_relative(text) or (unchanged is not None and text not in unchanged):
             return text
-        there = [path for path in (start / text, start / text.replace("\\", "/")) if path.exists()]
-        return str(there[0]) if there else text
+        existing = [path for path in (start / text, start / text.replace("\\", "/")) if path.exists()]
+        return str(existing[0]) if existing else text
 
     return map_paths(recipe, place)
 
@@ -114,14 +115,14 @@ def as_written(recipe: Recipe, written: Recipe, run: Path) -> Recipe:
 
 
 def _paths(recipe: Recipe) -> list[str]:
-    found: list[str] = []
+    paths: list[str] = []
 
-    def note(text: str) -> str:
-        found.append(text)
+    def record(text: str) -> str:
+        paths.append(text)
         return text
 
-    map_paths(recipe, note)
-    return found
+    map_paths(recipe, record)
+    return paths
 
 
 def _is_relative(text: str) -> bool:
@@ -132,7 +133,7 @@ def _is_relative(text: str) -> bool:
 
 @contextmanager
 def paths_explained(run: Path, recipe: Recipe) -> Iterator[None]:
-    """Add to an error about a path that is not there, which folder the run's paths are relative to.
+    """Add a note to an error about a missing path: which folder the run's paths are relative to.
 
     Args:
         run: the run directory.

@@ -22,7 +22,9 @@ from lowmem_rlhf.planning.memory.phases import phases
 from lowmem_rlhf.planning.memory.resident import Components
 from lowmem_rlhf.planning.plan import Plan, make_plan
 from lowmem_rlhf.planning.shapes import prompts_at_once, rollout_rows, row_tokens, samples_completions
+from lowmem_rlhf.recipe.field_roles import fields_with
 from lowmem_rlhf.recipe.schema import Recipe
+from lowmem_rlhf.recipe.sections import HardwareConfig
 from lowmem_rlhf.rollout.cache import SharedPromptCache
 from lowmem_rlhf.rollout.engine import wave_engine
 from lowmem_rlhf.rollout.sampling import Sampling
@@ -30,7 +32,7 @@ from lowmem_rlhf.rollout.wave import draw_tiled
 
 TIGHTEN, RELAX = 1 + MARGIN, 0.90  # of what was planned: beyond these the plan is made once more
 FAILED = 1.25  # taken for the ratio where a phase ran out of memory
-PINNED_BY_NOW = ("quantization", "compute_dtype", "optim", "offload_embeddings")  # what is loaded stays as it is
+FIXED = fields_with(HardwareConfig, fixed_once_loaded=True)
 
 
 @dataclass(frozen=True)
@@ -118,7 +120,7 @@ def _planned_phases(base: SharedBase, recipe: Recipe, plan: Plan) -> dict[str, C
 def _again(recipe: Recipe, plan: Plan, found: dict[str, dict[str, int | None]], ratio: float) -> tuple[Plan, Probed]:
     """Plan once more, as if the device had as much less memory as the phases took more."""
     settings = plan.settings
-    kept = {key: getattr(settings, key) for key in PINNED_BY_NOW if key != "offload_embeddings"}
+    kept = {key: getattr(settings, key) for key in FIXED if key != "offload_embeddings"}
     if settings.offload_embeddings:
         kept["offload_embeddings"] = True
     shape = {key: settings.lora[key] for key in ("r", "lora_alpha")}
@@ -130,7 +132,7 @@ def _again(recipe: Recipe, plan: Plan, found: dict[str, dict[str, int | None]], 
     )
     free = plan.device.free_bytes
     made = make_plan(pinned, replace(plan.device, free_bytes=int(free / ratio)), plan.profile)
-    reasons = {**made.reasons, **{key: plan.reasons[key] for key in (*PINNED_BY_NOW, "lora")}}
+    reasons = {**made.reasons, **{key: plan.reasons[key] for key in (*FIXED, "lora")}}
     changed = [
         f"{key} {getattr(settings, key)} -> {getattr(made.settings, key)}"
         for key in ("gradient_checkpointing", "micro_batch_tokens", "score_batch_tokens", "rollout_batch_size")

@@ -21,7 +21,7 @@ from lowmem_rlhf.evaluation.problems import held_out_rows
 from lowmem_rlhf.recipe.loading import load_recipe
 from lowmem_rlhf.report.html import write_report
 from lowmem_rlhf.run.directory import RunDirectory
-from lowmem_rlhf.run.evaluations import kept
+from lowmem_rlhf.run.evaluations import read_evaluations
 from lowmem_rlhf.session.train import train
 
 REWARDS = (
@@ -112,7 +112,7 @@ def test_a_larger_change_is_seen_and_a_checkpoint_can_be_measured(lowmem_rlhf, g
     assert moved["results"]["policy"] != before["results"]["policy"]
     at_two = outcome(lowmem_rlhf("eval", copy.path, "--step", 2, "--json"))
     assert at_two["steps"] == 2 and at_two["results"]["policy"] != moved["results"]["policy"]
-    assert [one["steps"] for one in kept(copy.path)][-2:] == [3, 2]
+    assert [one["steps"] for one in read_evaluations(copy.path)][-2:] == [3, 2]
 
 
 def test_results_are_kept_beside_evaluation_json_and_shown(lowmem_rlhf, grpo, tmp_path):
@@ -121,7 +121,7 @@ def test_results_are_kept_beside_evaluation_json_and_shown(lowmem_rlhf, grpo, tm
     done = lowmem_rlhf("eval", copy.path, "--max-tokens", 5)
     assert done.code == 0, done.err
     assert copy.evaluation() == grpo.evaluation()
-    [one] = kept(copy.path)
+    [one] = read_evaluations(copy.path)
     assert one["max_completion_length"] == 5 and "Wilson" in one["method"]
     assert "reference" in done.out and "difference" in done.out and "24 held-out problems" in done.out
     assert str(copy.path / "evaluations.jsonl") in done.out

@@ -16,9 +16,10 @@ from lm_eval.models.huggingface import HFLM
 
 from lowmem_rlhf.engine.base import SharedBase
 from lowmem_rlhf.evaluation.harness import SharedBaseLM
-from lowmem_rlhf.evaluation.subject import EvalTarget, open_run_subject
+from lowmem_rlhf.evaluation.target import EvalTarget, open_run_target
+from lowmem_rlhf.inference.open_run import OpenRun
 from lowmem_rlhf.run.directory import RunDirectory
-from lowmem_rlhf.run.evaluations import kept
+from lowmem_rlhf.run.evaluations import read_evaluations
 from lowmem_rlhf.session.train import train
 
 CHOICES = """task: tiny_sums
@@ -53,8 +54,8 @@ def run(eval_model, tmp_path_factory, no_report) -> RunDirectory:
 
 
 @pytest.fixture(scope="module")
-def subject(run) -> EvalTarget:
-    return open_run_subject(run, [], None, None, judged=False)
+def target(run) -> EvalTarget:
+    return open_run_target(OpenRun(run), [], judged=False)
 
 
 @pytest.fixture(scope="module")
@@ -82,7 +83,7 @@ def requests(*arguments: tuple) -> list:
     return [SimpleNamespace(args=one) for one in arguments]
 
 
-def test_log_probs_and_greediness_are_those_of_lm_eval_s_own_wrapper(subject, stock):
+def test_log_probs_and_greediness_are_those_of_lm_eval_s_own_wrapper(target, stock):
     pairs = [
         ("3+4=", "7"),
         ("3+4=", "12"),
@@ -92,11 +93,11 @@ def test_log_probs_and_greediness_are_those_of_lm_eval_s_own_wrapper(subject, st
         ("9" * 300, "ab"),
         ("a", "b" * 40),
     ]
-    ours = SharedBaseLM(subject, "reference", "r").loglikelihood(requests(*pairs))
+    ours = SharedBaseLM(target, "reference", "r").loglikelihood(requests(*pairs))
     theirs = stock.loglikelihood(requests_of_lm_eval(pairs, "loglikelihood"))
     for (a, greedy), (b, likewise) in zip(ours, theirs, strict=True):
         assert a == pytest.approx(b, abs=2e-4) and greedy == likewise
-    policy = SharedBaseLM(subject, "policy", "p")
+    policy = SharedBaseLM(target, "policy", "p")
     [text] = policy.generate_until(requests(("3+4=", {"max_gen_toks": 1})))
     other = "a" if text != "a" else "b"
     assert [greedy for _, greedy in policy.loglikelihood(requests(("3+4=", text), ("3+4=", other)))] == [True, False]
@@ -108,20 +109,20 @@ def requests_of_lm_eval(arguments: list[tuple], kind: str) -> list:
     return [Instance(kind, {}, one, i) for i, one in enumerate(arguments)]
 
 
-def test_whole_texts_are_scored_in_windows_as_lm_eval_does(subject, stock):
+def test_whole_texts_are_scored_in_windows_as_lm_eval_does(target, stock):
     texts = [("1+2=3 a",), ("ab" * 400,)]
-    ours = SharedBaseLM(subject, "reference", "r").loglikelihood_rolling(requests(*texts))
+    ours = SharedBaseLM(target, "reference", "r").loglikelihood_rolling(requests(*texts))
     theirs = stock.loglikelihood_rolling(requests_of_lm_eval(texts, "loglikelihood_rolling"))
     assert ours == pytest.approx(theirs, rel=1e-4)
 
 
-def test_answers_stop_where_lm_eval_s_own_do(subject, stock):
+def test_answers_stop_where_lm_eval_s_own_do(target, stock):
     contexts = ["3+4=", "5-2=", "1", "a b", "7 7"]
     given = [(text, {"until": ["a", "7"], "max_gen_toks": 8, "do_sample": False}) for text in contexts]
-    ours = SharedBaseLM(subject, "reference", "r").generate_until(requests(*given))
+    ours = SharedBaseLM(target, "reference", "r").generate_until(requests(*given))
     assert ours == stock.generate_until(requests_of_lm_eval(given, "generate_until"))
     free = [(text, {"until": [], "max_gen_toks": 8, "do_sample": False}) for text in contexts]
-    longer = SharedBaseLM(subject, "reference", "r").generate_until(requests(*free))
+    longer = SharedBaseLM(target, "reference", "r").generate_until(requests(*free))
     assert any(len(a) < len(b) for a, b in zip(ours, longer, strict=True))
 
 
@@ -133,7 +134,7 @@ def test_tasks_run_on_both_roles_of_one_base_and_are_kept(lowmem_rlhf, run, task
     assert done.code == 0, done.err
     got = json.loads(done.out[done.out.index("{\n") :])
     assert len(loads) == 1
-    assert kept(run.path)[-1]["results"] == got["results"]
+    assert read_evaluations(run.path)[-1]["results"] == got["results"]
     assert got["counts"] == {"tiny_sums problem": 35, "tiny_answers problem": 35}
     from lm_eval import simple_evaluate
     from lm_eval.tasks import TaskManager
@@ -158,7 +159,7 @@ def test_a_model_needs_no_recipe_for_tasks_and_a_limit_is_kept(lowmem_rlhf, eval
     assert got["counts"] == {"tiny_sums problem": 4} and list(got["results"]) == [eval_model.name]
 
 
-def test_prompts_can_be_written_as_chats(lowmem_rlhf, run, eval_model, task, tmp_path, subject):
+def test_prompts_can_be_written_as_chats(lowmem_rlhf, run, eval_model, task, tmp_path, target):
     done = lowmem_rlhf("eval", run.path, "--lm-eval", task["choices"], "--chat")
     assert done.code == 2 and "--chat" in done.err and "no chat template" in done.err
     folder = Path(shutil.copytree(eval_model, tmp_path / "chat"))
@@ -171,7 +172,7 @@ def test_prompts_can_be_written_as_chats(lowmem_rlhf, run, eval_model, task, tmp
         )
     )
     wanted = []
-    lm = SharedBaseLM(subject, "reference", "r")
+    lm = SharedBaseLM(target, "reference", "r")
     for row in map(json.loads, (task["choices"].parent / "sums.jsonl").read_text().splitlines()):
         pairs = [(f"a{row['question']}=.b", choice) for choice in row["choices"]]
         wanted.append(max(range(3), key=[logp for logp, _ in lm.loglikelihood(requests(*pairs))].__getitem__) == 0)

@@ -11,6 +11,8 @@ from tiny_runs import tiny_recipe
 
 from lowmem_rlhf.engine.base import SharedBase
 from lowmem_rlhf.engine.grouped_lora import dense_weight
+from lowmem_rlhf.hardware.device import Device
+from lowmem_rlhf.planning.plan import Plan, Settings
 from lowmem_rlhf.run.directory import RunDirectory
 
 CPU = torch.device("cpu")
@@ -37,6 +39,26 @@ def size_adapter(base: SharedBase, relative: float, seed: int = 0) -> None:
     base.adapters_changed()
 
 
+def plan_of(quantization: str, compute_dtype: str) -> Plan:
+    """Return the plan of a run on a CPU that loaded its base this way."""
+    settings = Settings(
+        quantization=quantization,
+        compute_dtype=compute_dtype,
+        gradient_checkpointing=False,
+        offload_checkpoints=False,
+        micro_batch_tokens=256,
+        score_batch_tokens=256,
+        rollout_batch_size=4,
+        rollout_weights="quantized",
+        logits_tile_tokens=64,
+        optim="adamw",
+        lora={"r": 4, "lora_alpha": 8.0, "target_modules": "all-linear"},
+    )
+    memory = {"budget_bytes": 8 << 30, "peak_bytes": 1 << 30, "phases": {}}
+    device = Device("cpu", "CPU", 8 << 30, 8 << 30, None, bf16=True)
+    return Plan(True, "yes", (1 << 30, 1 << 30), device, "cpu", settings, {}, memory)
+
+
 def make_run(
     folder: Path,
     model: Path | str,
@@ -49,8 +71,7 @@ def make_run(
 ) -> RunDirectory:
     """Write a finished run whose adapter changes the weights by ``relative``."""
     recipe = tiny_recipe(model, **changes)
-    settings = {"quantization": quantization, "compute_dtype": compute_dtype}
-    run = RunDirectory.create(folder, recipe, {"settings": settings}, resume=False)
+    run = RunDirectory.create(folder, recipe, plan_of(quantization, compute_dtype).to_dict(), resume=False)
     if base is None:
         base = SharedBase.load(str(model), CPU, quantization, compute_dtype, r=4, lora_alpha=8)
     size_adapter(base, relative)

@@ -14,7 +14,7 @@ from lowmem_rlhf.export.card.write import write_card
 from lowmem_rlhf.recipe.loading import load_recipe, validate_recipe
 from lowmem_rlhf.recipe.schema import Recipe
 from lowmem_rlhf.run.directory import RunDirectory
-from lowmem_rlhf.run.evaluations import keep
+from lowmem_rlhf.run.evaluations import append_evaluation
 
 PROOF = {"mean_kl": 0.000123456, "top1_agreement": 0.9971, "kept_share": 0.9954, "prompts": 8}
 EXPORT = {"format": "merged", "onto": "quantized", "dtype": "float16", "proof": PROOF, "files": ["model.safetensors"]}
@@ -94,7 +94,9 @@ def test_the_card_tells_what_was_measured(run, tmp_path):
 
 
 def test_no_folder_of_this_machine_is_in_it(run, tmp_path):
-    keep(run.path, {"steps": 3, "data": str(tmp_path / "own.jsonl"), "results": {"policy": {}}, "counts": {}})
+    append_evaluation(
+        run.path, {"steps": 3, "data": str(tmp_path / "own.jsonl"), "results": {"policy": {}}, "counts": {}}
+    )
     written(run, tmp_path)
     for file in ("README.md", "recipe.yaml"):
         text = (tmp_path / "export" / file).read_text(encoding="utf-8")
@@ -186,7 +188,9 @@ def test_later_evaluations_of_the_finished_policy_stand_with_their_intervals(run
     common = {"data": "arithmetic", "counts": {"problem": 64}, "samples": 8, "temperature": 1.0, "method": "Wilson"}
     for steps, value in ((3, 0.5), (3, 0.75), (2, 0.99)):
         policy = {"accuracy": {"value": value, "low": value - 0.1, "high": value + 0.1}}
-        keep(run.path, {**common, "steps": steps, "results": {"reference": one, "policy": policy}, "difference": {}})
+        append_evaluation(
+            run.path, {**common, "steps": steps, "results": {"reference": one, "policy": policy}, "difference": {}}
+        )
     text, _, _ = written(run, tmp_path)
     assert "| accuracy | 0.25 [0.21, 0.29] | 0.75 [0.65, 0.85] |" in text
     assert "64 held-out problems, 8 answers each at temperature 1, policy after 3 steps" in text

@@ -141,9 +141,9 @@ def break_live(monkeypatch, fault):
     opened = live.open_trained
 
     def broken(*args):
-        base, recipe = opened(*args)
+        base = opened(*args)
         fault(base)
-        return base, recipe
+        return base
 
     monkeypatch.setattr(live, "open_trained", broken)
 

@@ -135,7 +135,7 @@ def test_an_8b_export_is_planned_and_refused_without_its_weights(run, monkeypatc
     shutil.rmtree(model_of(run))
     config.save_pretrained(model_of(run))
     plan = json.loads((run.path / "plan.json").read_text())
-    plan["settings"] = {"quantization": "nf4", "compute_dtype": "float16"}
+    plan["settings"] |= {"quantization": "nf4", "compute_dtype": "float16"}
     (run.path / "plan.json").write_text(json.dumps(plan))
     monkeypatch.setattr(wish.shutil, "disk_usage", lambda path: Usage(2**40, 0, 10 * 2**30))
     found = Export(run, Wish()).plan()

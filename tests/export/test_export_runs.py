@@ -24,6 +24,7 @@ from lowmem_rlhf.export.proof.live import in_float32, live_policy
 from lowmem_rlhf.export.proof.stock import stock_logits
 from lowmem_rlhf.export.proof.verify import placement, stock_model
 from lowmem_rlhf.export.wish import Wish
+from lowmem_rlhf.inference.open_run import OpenRun
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +51,7 @@ def export(run, **wish):
 
 def test_the_merged_folder_is_the_live_policy_in_stock_transformers(plain, tmp_path):
     facts = export(plain, output=tmp_path / "out", dtype="float32")
-    live = live_policy(plain, None, None)
+    live = live_policy(OpenRun(plain), None)
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype="auto").eval()
     for ids, want in zip(live.ids, live.said.policy, strict=True):
         with torch.no_grad():
@@ -94,7 +95,7 @@ def test_onto_quantized_is_the_policy_and_onto_original_its_adapter_on_16_bits(m
 
 
 def test_peft_s_merge_into_nf4_does_not_pass_the_same_check(quantized, model):
-    live = live_policy(quantized, None, None)
+    live = live_policy(OpenRun(quantized), None)
     base, _ = load_base(str(model), "nf4", "bfloat16", CPU)
     merged = PeftModel.from_pretrained(base, str(quantized.path / "adapter")).merge_and_unload()
     assert live.exact and in_float32(merged, torch.bfloat16, CPU)
@@ -105,7 +106,7 @@ def test_peft_s_merge_into_nf4_does_not_pass_the_same_check(quantized, model):
 
 def test_the_adapter_loads_in_stock_peft(plain, tmp_path):
     facts = export(plain, format="adapter", output=tmp_path / "out")
-    live = live_policy(plain, None, None)
+    live = live_policy(OpenRun(plain), None)
     stock = AutoModelForCausalLM.from_pretrained(plain.recipe_values()["model"], dtype=torch.float32)
     loaded = PeftModel.from_pretrained(stock, str(tmp_path / "out")).eval()
     for got, want in zip(stock_logits(loaded, live.ids), live.said.policy, strict=True):
@@ -218,7 +219,7 @@ def test_a_model_with_no_room_is_read_from_the_disk(plain, tmp_path, monkeypatch
     from lowmem_rlhf.export.proof import verify
 
     folder = export(plain, output=tmp_path / "out")["folder"]
-    live = live_policy(plain, None, None)
+    live = live_policy(OpenRun(plain), None)
     with stock_model(tmp_path / "out", CPU, False) as loaded:
         want = stock_logits(loaded, live.ids)
     monkeypatch.setattr(verify, "free_bytes", lambda device: 150_000)  # of 290 kB

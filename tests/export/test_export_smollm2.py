@@ -13,6 +13,7 @@ from lowmem_rlhf.export.proof.compare import Bound, compare
 from lowmem_rlhf.export.proof.live import in_float32, live_policy
 from lowmem_rlhf.export.proof.stock import stock_logits
 from lowmem_rlhf.export.wish import Wish
+from lowmem_rlhf.inference.open_run import OpenRun
 
 TEXTS = [
     "Question: What is 12 + 30? Answer: First add the tens, 10 and 30, which gives 40, then add 2: 42.",
@@ -38,7 +39,7 @@ def test_float16_onto_quantized_is_the_live_policy(base, smollm2, tmp_path, rela
 
 def test_peft_s_merge_into_nf4_fails_the_check_that_ours_passes(base, smollm2, tmp_path):
     run = make_run(tmp_path / "run", smollm2, 4e-3, "nf4", "bfloat16", samples=TEXTS, base=base)
-    live = live_policy(run, None, None)
+    live = live_policy(OpenRun(run), None)
     stock, _ = load_base(smollm2, "nf4", "bfloat16", CPU)
     merged = PeftModel.from_pretrained(stock, str(run.path / "adapter")).merge_and_unload().eval()
     assert live.exact and in_float32(merged, torch.bfloat16, CPU)

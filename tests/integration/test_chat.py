@@ -22,7 +22,8 @@ from lowmem_rlhf.engine.ladder import RolloutLimits
 from lowmem_rlhf.hardware.device import Device
 from lowmem_rlhf.inference import opening
 from lowmem_rlhf.inference.chat.show import interact, show
-from lowmem_rlhf.inference.chat.talk import Prompts, Reply, Talk, TextStream, Wish
+from lowmem_rlhf.inference.chat.talk import ChatOptions, Prompts, Reply, Talk, TextStream
+from lowmem_rlhf.inference.open_run import OpenRun
 from lowmem_rlhf.recipe.sections import DataConfig
 from lowmem_rlhf.rollout import stream as stream_module
 from lowmem_rlhf.rollout.engine import wave_engine
@@ -56,7 +57,8 @@ def chat(lowmem_rlhf) -> Callable[..., Any]:
 
 @pytest.fixture(scope="module")
 def opened(trained):
-    return opening.open_policy(trained)
+    run = OpenRun(trained)
+    return opening.open_policy(run), run.recipe
 
 
 def expected(base: SharedBase, role: str, prompt: str, sampling: Sampling | None = None, length=12, seed=0) -> str:
@@ -119,7 +121,8 @@ def test_lines_on_the_standard_input_are_answered_until_an_empty_one(chat, train
 
 def test_a_checkpoint_answers_instead_of_the_finished_adapter(trained):
     for step in (2, 3):
-        base, recipe = opening.open_policy(trained, step)
+        run = OpenRun(trained, step)
+        base, recipe = opening.open_policy(run), run.recipe
         saved = load_file(trained.path / "checkpoints" / f"step-{step}" / "adapter_model.safetensors")
         state = base.adapter_state()
         assert state.keys() == saved.keys() and all(torch.equal(state[name], saved[name]) for name in saved)
@@ -208,7 +211,7 @@ def test_a_device_without_the_run_s_dtype_is_refused(chat, trained, tmp_path, mo
 
 def test_the_room_for_an_answer_ends_with_the_model_s_positions(opened):
     base, recipe = opened
-    [reply] = Talk(base, recipe, Wish(max_tokens=100)).ask("1" * 250)
+    [reply] = Talk(base, recipe, ChatOptions(max_tokens=100)).ask("1" * 250)
     list(reply.pieces())
     assert reply.prompt_tokens == 251 and reply.tokens <= 5
 
@@ -224,7 +227,7 @@ def talk(opened, monkeypatch) -> Callable[..., Talk]:
     data = recipe.data.model_copy(update={"system": "de"})
 
     def make(**wish) -> Talk:
-        return Talk(base, recipe.model_copy(update={"data": data}), Wish(**wish))
+        return Talk(base, recipe.model_copy(update={"data": data}), ChatOptions(**wish))
 
     return make
 

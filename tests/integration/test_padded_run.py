@@ -1,12 +1,16 @@
 """A whole run of a model that cannot be packed."""
 
+import sys
+
 import pytest
 import torch
 from safetensors.torch import load_file
 from tiny_runs import save_tiny_model, tiny_recipe
 
+from lowmem_rlhf.display.lines import Lines
 from lowmem_rlhf.engine.base import SharedBase
 from lowmem_rlhf.errors import UserError
+from lowmem_rlhf.progress import shown_by
 from lowmem_rlhf.session.train import train
 
 UNPACKABLE = {
@@ -18,7 +22,8 @@ UNPACKABLE = {
 @pytest.mark.parametrize("model_type", UNPACKABLE)
 def test_a_model_that_cannot_be_packed_trains_and_the_run_says_how(model_type, tmp_path, capsys):
     model = save_tiny_model(tmp_path / "model", 0, model_type, **UNPACKABLE[model_type])
-    run = train(tiny_recipe(model), tmp_path / "run")
+    with shown_by(Lines(sys.stderr)):
+        run = train(tiny_recipe(model), tmp_path / "run")
     printed, said = capsys.readouterr()
     assert "cannot be packed" in printed
     assert "rows are padded" in printed
@@ -39,7 +44,8 @@ def test_a_tested_type_is_checked_on_request_only(tmp_path, capsys):
     run = train(tiny_recipe(model), tmp_path / "run")
     assert "by this package's tests" in run.plan()["check"]["said"]
     asked = tiny_recipe(model, hardware={"device": "cpu", "compute_dtype": "float32", "check": "always"})
-    run = train(asked, tmp_path / "asked")
+    with shown_by(Lines(sys.stderr)):
+        run = train(asked, tmp_path / "asked")
     assert run.plan()["check"]["exact"] and run.plan()["check"]["said"] in capsys.readouterr().err
 
 

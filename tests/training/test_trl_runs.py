@@ -17,14 +17,16 @@ from transformers import AutoModelForCausalLM, TrainingArguments
 from trl_cases import LABELLED, PAIRS, loop_of, trl_recipe, write_rows
 
 from lowmem_rlhf import cli
-from lowmem_rlhf.algorithms.trl.plan import LOGITS_BYTES, PINNABLE, plan_trl
+from lowmem_rlhf.algorithms.trl.plan import LOGITS_BYTES, plan_trl
 from lowmem_rlhf.algorithms.trl.spec import TRL_TRAINERS
 from lowmem_rlhf.algorithms.trl.update import TRLLoop
 from lowmem_rlhf.display.format import evaluation_rows
 from lowmem_rlhf.errors import UserError
 from lowmem_rlhf.planning.run_plan import plan_recipe
+from lowmem_rlhf.recipe.field_roles import fields_with
 from lowmem_rlhf.recipe.loading import validate_recipe
 from lowmem_rlhf.recipe.names import DECIDED
+from lowmem_rlhf.recipe.sections import HardwareConfig
 from lowmem_rlhf.run.directory import RunDirectory
 from lowmem_rlhf.session.train import train
 
@@ -179,7 +181,8 @@ def test_the_plan_counts_both_answers_and_full_logits(model, tmp_path):
     assert logits == LOGITS_BYTES * plans["trl/orpo"].settings.micro_batch_tokens * vocabulary
     assert plans["trl/orpo"].memory["budget_bytes"] == plans["trl/dpo"].memory["budget_bytes"]
     # what is said to help does, on a card that is just too small for one pair
-    left = {**sections, "hardware": {**hardware, **dict.fromkeys(PINNABLE, "auto")}}
+    freed = dict.fromkeys(fields_with(HardwareConfig, trl_advises_auto=True), "auto")
+    left = {**sections, "hardware": {**hardware, **freed}}
     recipe, budget = run_recipe(model, tmp_path, "trl/orpo", **left), plans["trl/orpo"].memory["peak_bytes"]
     error = ""
     while not error:

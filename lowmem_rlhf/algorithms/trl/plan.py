@@ -14,12 +14,11 @@ from lowmem_rlhf.planning.inputs import MARGIN, budget_bytes, gib
 from lowmem_rlhf.planning.memory.phases import peak_phase
 from lowmem_rlhf.planning.plan import Plan, make_plan, shortage
 from lowmem_rlhf.planning.precision import RANK
+from lowmem_rlhf.recipe.field_roles import fields_with
 from lowmem_rlhf.recipe.schema import Recipe
+from lowmem_rlhf.recipe.sections import HardwareConfig
 
 LOGITS_BYTES = 17  # of one logit: about four copies in fp32; live tensors of an ORPO step on SmolLM2-135M say 16.9
-
-
-PINNABLE = ("quantization", "compute_dtype", "gradient_checkpointing", "micro_batch_tokens", "optim")
 
 
 def plan_trl(recipe: Recipe, device: Device, profile: str) -> Plan:
@@ -45,7 +44,8 @@ def _change(recipe: Recipe, device: Device, profile: str) -> str:
         except UserError:
             return False
 
-    pinned = [key for key in PINNABLE if getattr(recipe.hardware, key) != "auto"]
+    advised = fields_with(HardwareConfig, trl_advises_auto=True)
+    pinned = [key for key in advised if getattr(recipe.hardware, key) != "auto"]
     said = " ".join(f"hardware.{key}=auto" for key in pinned)
     free = recipe.model_copy(update={"hardware": recipe.hardware.model_copy(update=dict.fromkeys(pinned, "auto"))})
     if pinned and fits(free):

@@ -22,15 +22,17 @@ from lowmem_rlhf.export.card.facts import (
 )
 from lowmem_rlhf.export.show import judged_rows
 from lowmem_rlhf.files import atomic_write
+from lowmem_rlhf.recipe.field_roles import fields_with
+from lowmem_rlhf.recipe.sections import HardwareConfig
 from lowmem_rlhf.recipe.yaml_tree import write_yaml
 from lowmem_rlhf.report.plots import plot_reward
 from lowmem_rlhf.run.directory import RECIPE, RunDirectory
-from lowmem_rlhf.run.evaluations import kept
+from lowmem_rlhf.run.evaluations import read_evaluations
 from lowmem_rlhf.run.start import start_folder
 
 README, CURVE = "README.md", "curve.png"
 LIBRARY = {"adapter": "peft", "merged": "transformers"}  # of a GGUF none that the Hub knows loads it
-NUMERIC = ("quantization", "compute_dtype", "optim")  # settings of the plan that change what is computed
+NUMERIC = fields_with(HardwareConfig, changes_numbers=True)
 PROOF = {
     "mean_kl": "mean KL to the live policy (nats a token)",
     "top1_agreement": "same likeliest token",
@@ -144,7 +146,7 @@ def _use(folder: Path, original: dict[str, Any], export: dict[str, Any], name: s
 def _later(run: RunDirectory, metrics: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Return the newest outcome of `eval` on held-out data, and the newest of lm-eval, of the finished policy."""
     last = max((int(row["step"]) for row in metrics if "step" in row), default=None)
-    newest = {one.get("data") == "lm-eval": one for one in kept(run.path) if one.get("steps") == last}
+    newest = {one.get("data") == "lm-eval": one for one in read_evaluations(run.path) if one.get("steps") == last}
     return [newest[key] for key in (False, True) if key in newest]
 
 

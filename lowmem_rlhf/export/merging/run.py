@@ -90,7 +90,7 @@ def merge_run(export: "Export", folder: Path, wanted: str | None) -> Merged:
     adapter = LoraFile(saved_adapter(str(export.adapter), recipe.model, recipe.revision))
     merge = Merge(read_shards(source), model, adapter, settings["compute_dtype"], export.device)
     dtype, reason = choose_dtype(merge, wanted, family_of(model.model_type).overflows_float16)
-    live = live_policy(export.run, export.wish.step, export.wish.device)
+    live = live_policy(export.opened, export.wish.device)
     judged, reference = _references(live, export, dtype)
     try:
         kept = _write(merge, folder, dtype, export)

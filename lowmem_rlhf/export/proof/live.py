@@ -5,7 +5,7 @@ Shapes: L tokens of a sequence, V vocabulary.
 
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
 
@@ -20,10 +20,10 @@ from lowmem_rlhf.engine.passes import BatchLimits, head_outputs, with_bootstrap_
 from lowmem_rlhf.engine.roles import POLICY, REFERENCE
 from lowmem_rlhf.export.proof.texts import sequences
 from lowmem_rlhf.hardware.memory import free_bytes, release
-from lowmem_rlhf.inference.opening import open_trained, plan_settings
+from lowmem_rlhf.inference.open_run import OpenRun
+from lowmem_rlhf.inference.opening import open_trained
 from lowmem_rlhf.planning.memory.resident import LOGITS_BYTES
 from lowmem_rlhf.recipe.schema import Recipe
-from lowmem_rlhf.run.directory import RunDirectory
 
 ROOM = 0.8  # of the free memory that a model may take
 
@@ -62,15 +62,15 @@ class Live:
 
 
 @torch.no_grad()
-def live_policy(run: RunDirectory, step: int | None, device: str | None) -> Live:
+def live_policy(opened: OpenRun, device: str | None) -> Live:
     """Open the run's base with its policy, and keep what both say on sample texts.
 
     Raises:
         UserError, RunError: as `open_policy`.
     """
-    base, recipe = open_trained(run, step, device)
-    ids, source = sequences(run, recipe, base.tokenizer, base.stop_ids)
-    settings = plan_settings(run)
+    base, recipe = open_trained(opened, device), opened.recipe
+    ids, source = sequences(opened.directory, recipe, base.tokenizer, base.stop_ids)
+    settings = asdict(opened.plan.settings)
     dtype, judges = settings["compute_dtype"], recipe.spec.output == "scores"
     if not judges:
         ids = _within(ids, base.head.vocabulary)

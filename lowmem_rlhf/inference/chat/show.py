@@ -102,8 +102,8 @@ def interact(talk: Talk) -> None:
 
 
 def _welcome(talk: Talk) -> str:
-    kept = "earlier turns are kept until /reset" if talk.prompts.keeps_messages else "each prompt stands alone"
-    lines = [f"{kept}; an empty line or /quit ends"]
+    memory = "earlier turns are kept until /reset" if talk.prompts.keeps_messages else "each prompt stands alone"
+    lines = [f"{memory}; an empty line or /quit ends"]
     if talk.prompts.template:
         lines.append(f"what you type goes into the recipe's template: {talk.prompts.template}")
     return "\n".join(lines)

@@ -1,6 +1,6 @@
-"""What a user and the roles of a base say: prompts made as in training, and replies that are drawn token by token.
+"""A conversation between a user and the roles of a base: prompts as in training, replies sampled token by token.
 
-What is left out: batching of several prompts.
+Several prompts are not batched.
 """
 
 from collections.abc import Iterator, Sequence
@@ -25,7 +25,7 @@ POLICY, REFERENCE = "policy", "reference"
 
 
 @dataclass(frozen=True)
-class Wish:
+class ChatOptions:
     """How to answer.
 
     Attributes:
@@ -47,8 +47,9 @@ class Prompts:
     def __init__(self, data: DataConfig, tokenizer: Any, stop_ids: frozenset[int] = frozenset()) -> None:
         # examples of data.text are plain text whatever the tokenizer has
         self.keeps_messages = data.text is None and is_chat(data, tokenizer)
-        one = data.template is not None and len(template_fields(data.template)) == 1
-        self.template = data.template if one else None  # several columns: a user types the whole turn
+        # a template of several columns is not filled: the user types the whole turn
+        has_one_column = data.template is not None and len(template_fields(data.template)) == 1
+        self.template = data.template if has_one_column else None
         own = DataConfig(
             train=data.train,
             prompt="prompt",
@@ -136,20 +137,21 @@ class Reply:
 class Talk:
     """A conversation. Each role remembers what it answered itself; plain models remember nothing."""
 
-    def __init__(self, base: "SharedBase", recipe: Recipe, wish: Wish) -> None:
+    def __init__(self, base: "SharedBase", recipe: Recipe, options: ChatOptions) -> None:
         from lowmem_rlhf.rollout.sampling import Sampling
 
-        self.base, self.roles = base, [REFERENCE, POLICY] if wish.compare else [POLICY]
+        self.base, self.roles = base, [REFERENCE, POLICY] if options.compare else [POLICY]
         self.prompts = Prompts(recipe.data, base.tokenizer, base.stop_ids)
         g = recipe.generation
-        self._sampling = Sampling(wish.temperature, g.top_p, g.top_k, g.min_p) if wish.temperature else Sampling(0.0)
-        self._max_tokens = wish.max_tokens or g.max_completion_length
-        self._seed = wish.seed
+        t = options.temperature
+        self._sampling = Sampling(t, g.top_p, g.top_k, g.min_p) if t else Sampling(0.0)
+        self._max_tokens = options.max_tokens or g.max_completion_length
+        self._seed = options.seed
         self._model = recipe.model
         self._messages: dict[str, list[Message]] = {role: [] for role in self.roles}
 
     def ask(self, text: str) -> list[Reply]:
-        """Return the roles' replies, nothing of them drawn yet.
+        """Return the roles' replies; their tokens are sampled when they are read.
 
         Raises:
             UserError: the text is empty, has a token that the model has no row for, or the prompt leaves no room in
@@ -160,26 +162,26 @@ class Talk:
         turn = self.prompts.turn(text)
         ids = {role: self.prompts.ids(turn, messages) for role, messages in self._messages.items()}
         check_ids(self.base.tokenizer, self.base.rows, ids.values())
-        most = {role: self._room(one) for role, one in ids.items()}
+        max_tokens = {role: self._tokens_left(prompt) for role, prompt in ids.items()}
         seed, self._seed = self._seed, self._seed + 1
         return [
-            Reply(role, len(ids[role]), self._drawn(role, ids[role], most[role], seed), self.base.tokenizer)
+            Reply(role, len(ids[role]), self._drawn(role, ids[role], max_tokens[role], seed), self.base.tokenizer)
             for role in self.roles
         ]
 
     def remember(self, text: str, replies: Sequence[Reply]) -> None:
         """Keep a turn and its answers for the next turns."""
         if self.prompts.keeps_messages:
-            asked = {"role": "user", "content": self.prompts.turn(text)}
+            turn = {"role": "user", "content": self.prompts.turn(text)}
             for reply in replies:
-                self._messages[reply.role] += [asked, {"role": "assistant", "content": reply.text}]
+                self._messages[reply.role] += [turn, {"role": "assistant", "content": reply.text}]
 
     def forget(self) -> None:
         """Begin a new conversation."""
         for messages in self._messages.values():
             messages.clear()
 
-    def _room(self, ids: Sequence[int]) -> int:
+    def _tokens_left(self, ids: Sequence[int]) -> int:
         positions = getattr(self.base.model.config.get_text_config(), "max_position_embeddings", None)
         if not isinstance(positions, int):
             return self._max_tokens
@@ -190,10 +192,10 @@ class Talk:
             )
         return min(self._max_tokens, positions - len(ids))
 
-    def _drawn(self, role: str, ids: list[int], most: int, seed: int) -> Iterator[int]:
+    def _drawn(self, role: str, ids: list[int], max_tokens: int, seed: int) -> Iterator[int]:
         from lowmem_rlhf.rollout.stream import stream
 
-        tokens = stream(self.base, ids, most, self._sampling, seed, tile=1)
+        tokens = stream(self.base, ids, max_tokens, self._sampling, seed, tile=1)
         while True:
             with self.base.role(role):  # for one token only: another reply may be drawn between two
                 token = next(tokens, None)

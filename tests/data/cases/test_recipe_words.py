@@ -15,8 +15,9 @@ from tiny_models import save_tiny
 
 from lowmem_rlhf.algorithms.common.epochs import with_epochs
 from lowmem_rlhf.errors import UserError
-from lowmem_rlhf.evaluation.subject import open_run_subject
+from lowmem_rlhf.evaluation.target import open_run_target
 from lowmem_rlhf.export.wish import Wish, check_wish
+from lowmem_rlhf.inference.open_run import OpenRun
 from lowmem_rlhf.recipe.loading import find_recipe, load_recipe, validate_recipe
 from lowmem_rlhf.recipe.names import ALIASES
 from lowmem_rlhf.recipe.overrides import apply_override
@@ -460,7 +461,7 @@ def test_epochs_grow_on_a_resume_and_may_become_steps(algorithm, place):
     assert grown.recipe_values()["training"]["num_train_epochs"] == 2
     if algorithm != "sft":
         return  # what follows is the same code
-    assert open_run_subject(grown, [], None, "cpu", judged=False).recipe.training.max_steps == 4
+    assert open_run_target(OpenRun(grown), [], "cpu", judged=False).recipe.training.max_steps == 4
     longer = train(recipe(text, *given, "training.max_steps=5"), place / "run", resume=True)
     assert len(longer.metrics()) == 5 and longer.recipe_values()["training"]["max_steps"] == 5
     shorter = train(recipe(text, *given), place / "run", resume=True)  # as with fewer steps: nothing is left to do

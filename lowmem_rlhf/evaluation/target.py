@@ -1,20 +1,19 @@
-"""What is evaluated: the policy of a run with its reference on one base, or a model by itself; and on which problems.
+"""The target of an evaluation: a run's policy and its reference on one base, or a model by itself, with the problems.
 
-A model is held in the precision that its weights are stored in, whatever the recipe says: quantizing a merged model to
-4 bits, or rounding it to bfloat16, would lose the change that training made.
+A model is loaded in the precision that its weights are stored in, whatever the recipe says: quantizing a merged model
+to 4 bits, or rounding it to bfloat16, would lose what training changed.
 """
 
 import logging
-import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
 from lowmem_rlhf.architecture.source import resolve_model
 from lowmem_rlhf.data.preview import with_format
-from lowmem_rlhf.data.provenance import check_learned, other_learned
+from lowmem_rlhf.data.provenance import other_learned
 from lowmem_rlhf.engine.base import SharedBase
 from lowmem_rlhf.engine.ladder import Ladder
 from lowmem_rlhf.engine.load import quiet
@@ -23,31 +22,27 @@ from lowmem_rlhf.errors import UserError
 from lowmem_rlhf.evaluation.problems import check_overrides, held_out_rows
 from lowmem_rlhf.hardware.detect import detect
 from lowmem_rlhf.hardware.device import Device
-from lowmem_rlhf.inference.base import held_against_stock
-from lowmem_rlhf.inference.opening import (
-    add_start,
-    check_device,
-    memory_explained,
-    open_trained,
-    plan_settings,
-    say_base,
-)
+from lowmem_rlhf.inference.base import held_against_stock, open_base
+from lowmem_rlhf.inference.open_run import OpenRun
+from lowmem_rlhf.inference.opening import add_start, check_device, open_trained
+from lowmem_rlhf.planning.plan import Plan, Settings
 from lowmem_rlhf.planning.run_plan import running_plan
+from lowmem_rlhf.progress import message
 from lowmem_rlhf.quiet import hush
+from lowmem_rlhf.recipe.field_roles import fields_with
 from lowmem_rlhf.recipe.loading import load_recipe
 from lowmem_rlhf.recipe.schema import Recipe
+from lowmem_rlhf.recipe.sections import HardwareConfig, LoraSettings
 from lowmem_rlhf.rewards.loading import Reward, check_reward_columns, load_rewards
 from lowmem_rlhf.rewards.references import check_references
 from lowmem_rlhf.rollout.engine import Engine, engine_for
-from lowmem_rlhf.run.directory import RECIPE, RunDirectory
+from lowmem_rlhf.run.directory import RECIPE
 from lowmem_rlhf.run.start import located, paths_explained
 from lowmem_rlhf.training.roles import bind_rewards, share_ladder
 
 logger = logging.getLogger(__name__)
 
 Rows = Sequence[dict[str, Any]]
-# settings that change no result
-CUTS = ("rollout_batch_size", "micro_batch_tokens", "score_batch_tokens", "logits_tile_tokens")
 
 
 @dataclass(frozen=True)
@@ -72,14 +67,14 @@ class EvalTarget:
     steps: int | None = None
 
 
-def open_run_subject(
-    run: RunDirectory, overrides: list[str], step: int | None, device: str | None, judged: bool = True
+def open_run_target(
+    opened: OpenRun, overrides: list[str], device: str | None = None, judged: bool = True
 ) -> EvalTarget:
     """Open a run: its base once, with the trained policy and the reference that it is compared with.
 
     Args:
-        overrides: changes of the recipe, of what may change without touching what was learned.
-        step, device: as in `chat`.
+        overrides: changes of the recipe that leave what was learned alone.
+        device: as in a recipe; None: that of the run's recipe.
         judged: read the held-out rows and the rewards.
 
     Raises:
@@ -87,39 +82,28 @@ def open_run_subject(
         RunError: the device's memory ran out.
     """
     check_overrides(overrides)
-    source = str(run.path / RECIPE)
-    written, changed = load_recipe(source, quiet=True), load_recipe(source, overrides, quiet=True)
-    trained, recipe = located(written, run.path), located(changed, run.path, written)
-    with paths_explained(run.path, written):
-        return _open_run(run, trained, recipe, overrides, step, device, judged)
+    path = opened.directory.path
+    changed = load_recipe(str(path / RECIPE), overrides, quiet=True)
+    recipe = located(changed, path, opened.written)
+    with paths_explained(path, opened.written):
+        return _open_run(opened, recipe, overrides, device, judged)
 
 
-def _open_run(
-    run: RunDirectory,
-    trained: Recipe,
-    recipe: Recipe,
-    overrides: list[str],
-    step: int | None,
-    device: str | None,
-    judged: bool,
-) -> EvalTarget:
+def _open_run(opened: OpenRun, recipe: Recipe, overrides: list[str], device: str | None, judged: bool) -> EvalTarget:
+    run = opened.directory
     if recipe.spec.output == "classes":
         raise UserError(
             f"the run in {run.path} trained a {recipe.spec.title}; its held-out results stand in evaluation.json, "
             "and it can be used as a reward"
         )
-    say_base(run, recipe)
-    _say_learned(run, recipe)
-    other = any(override.partition("=")[0].strip() == "data.eval" for override in overrides)
-    kept = (run.inputs().get("data") or {}).get("eval")
-    rows = held_out_rows(trained, recipe, kept, other) if judged else []
-    plan, settings = run.plan(), plan_settings(run)
-    found = detect(device or recipe.hardware.device)
-    same = found.torch_device == (plan.get("device") or {}).get("torch_device")
-    memory = plan.get("memory") or {}
-    free = memory.get("budget_bytes", 0) - memory.get("peak_bytes", 0) if same else 0
-    rewards = _rewards(recipe, rows, found, free) if judged else []
-    base, _ = open_trained(run, step, device)
+    opened.check_base()
+    _check_learned(opened, recipe)
+    names_data = any(override.partition("=")[0].strip() == "data.eval" for override in overrides)
+    fingerprint = (run.inputs().get("data") or {}).get("eval")
+    rows = held_out_rows(opened.recipe, recipe, fingerprint, names_data) if judged else []
+    hardware = detect(device or recipe.hardware.device)
+    rewards = _rewards(recipe, rows, hardware, _spare_bytes(opened.plan, hardware)) if judged else []
+    base = open_trained(opened, device)
     roles = {POLICY: POLICY}
     if recipe.spec.output == "text":  # a score head that has not learned says nothing
         add_start(base, recipe)
@@ -127,17 +111,25 @@ def _open_run(
     last = max((int(row["step"]) for row in run.metrics() if "step" in row), default=0)
     if recipe.training.num_train_epochs is not None:  # the steps that came of them
         recipe = recipe.model_copy(update={"training": recipe.training.model_copy(update={"max_steps": last})})
-    return _subject(base, recipe, rewards, rows, roles, settings, last if step is None else step)
+    steps = last if opened.step is None else opened.step
+    return _target(base, recipe, rewards, rows, roles, opened.plan.settings, steps)
 
 
-def open_model_subject(
-    model: str, recipe: Recipe, given: list[str], device: str | None, judged: bool = True
+def _spare_bytes(plan: Plan, hardware: Device) -> int:
+    """Return what a plan leaves free of the device that it was made for; of another one nothing is known."""
+    if hardware.torch_device != plan.device.torch_device:
+        return 0
+    return int(plan.memory["budget_bytes"] - plan.memory["peak_bytes"])
+
+
+def open_model_target(
+    model: str, recipe: Recipe, overrides: list[str], device: str | None, judged: bool = True
 ) -> EvalTarget:
     """Open a model by itself for the held-out data and the rewards of a recipe.
 
     Args:
         model: as in a recipe.
-        given: the overrides that were given, which may set the precision.
+        overrides: those that were applied to the recipe; only they may set another precision.
         judged: read the held-out rows and the rewards.
 
     Raises:
@@ -149,77 +141,68 @@ def open_model_subject(
             f"--recipe {recipe.name}: {recipe.algorithm} judges texts and has nothing to evaluate of a model"
         )
     hush()
-    found = detect(device or recipe.hardware.device)
+    detected = detect(device or recipe.hardware.device)
     hardware: dict[str, Any] = {"device": device or recipe.hardware.device}
-    keys = {override.partition("=")[0].strip() for override in given}
+    keys = {override.partition("=")[0].strip() for override in overrides}
     if "hardware.quantization" not in keys:
         hardware["quantization"] = "none"
     if "hardware.compute_dtype" not in keys:
-        hardware["compute_dtype"] = _stored_dtype(model, recipe, found)
+        hardware["compute_dtype"] = _stored_dtype(model, recipe, detected)
     update = {"model": model, "adapter": None, "hardware": recipe.hardware.model_copy(update=hardware)}
     recipe = recipe.model_copy(update=update)
     if judged:
-        recipe, said = with_format(recipe, "eval")
-        if said:
-            print(said, file=sys.stderr, flush=True)
+        recipe, note = with_format(recipe, "eval")
+        if note:
+            message(note)
     plan = running_plan(recipe)
-    settings = plan.to_dict()["settings"]
-    check_device(found, settings["compute_dtype"])
+    settings = plan.settings
+    check_device(detected, settings.compute_dtype)
     rows = held_out_rows(None, recipe) if judged else []
-    free = plan.memory["budget_bytes"] - plan.memory["peak_bytes"]
-    rewards = _rewards(recipe, rows, found, free) if judged else []
-    what = f"{settings['quantization'].replace('none', 'unquantized')}, {settings['compute_dtype']}"
-    print(f"loading {model} on {found.name} ({what})", file=sys.stderr, flush=True)
-    with memory_explained(recipe):
-        base = SharedBase.load(
-            model,
-            torch.device(found.torch_device),
-            settings["quantization"],
-            settings["compute_dtype"],
-            recipe.revision,
-            recipe.trust_remote_code,
-            r=1,
-        )
-    base.chat_template_kwargs = recipe.data.chat_template_kwargs
-    held_against_stock(base, recipe, settings.get("rollout_weights") == "dequantized")
-    return _subject(base, recipe, rewards, rows, {"model": REFERENCE}, settings, None)
+    rewards = _rewards(recipe, rows, detected, _spare_bytes(plan, detected)) if judged else []
+    precision = f"{settings.quantization.replace('none', 'unquantized')}, {settings.compute_dtype}"
+    # the reference needs no adapter, so the one that every base has is as small as can be
+    plain = recipe.model_copy(update={"lora": LoraSettings(r=1)})
+    base = open_base(plain, plan, where=f" on {detected.name} ({precision})", remedy="take --device cpu")
+    held_against_stock(base, recipe, settings.rollout_weights == "dequantized")
+    return _target(base, recipe, rewards, rows, {"model": REFERENCE}, settings, None)
 
 
-def _subject(
+def _target(
     base: SharedBase,
     recipe: Recipe,
     rewards: Sequence[Reward],
     rows: Rows,
     roles: dict[str, str],
-    settings: dict[str, Any],
+    settings: Settings,
     steps: int | None,
 ) -> EvalTarget:
-    pinned = {key: value for key in CUTS if (value := getattr(recipe.hardware, key)) != "auto"}
-    cut = {"score_batch_tokens": settings["micro_batch_tokens"], **settings, **pinned}  # older plans have the one only
-    ladder = Ladder(base.device, **{key: cut[key] for key in CUTS})
+    batching = fields_with(HardwareConfig, only_batching=True)
+    pinned = {key: value for key in batching if (value := getattr(recipe.hardware, key)) != "auto"}
+    settings = replace(settings, **pinned)
+    ladder = Ladder.of(settings, base.device)
     bind_rewards(base, rewards)
     share_ladder(rewards, ladder)
-    engine = engine_for(base, recipe.generation.engine, settings.get("rollout_weights") == "dequantized")
+    engine = engine_for(base, recipe.generation.engine, settings.rollout_weights == "dequantized")
     return EvalTarget(base, recipe, rewards, rows, roles, ladder, engine, steps)
 
 
-def _say_learned(run: RunDirectory, recipe: Recipe) -> None:
-    """Say which models of rewards are not those of the run.
+def _check_learned(opened: OpenRun, recipe: Recipe) -> None:
+    """Warn of models of rewards that are not those of the run.
 
     Raises:
-        UserError: so is the adapter that the reference is.
+        UserError: the adapter that is the reference is another one.
     """
-    check_learned(run, recipe)
-    for difference in other_learned(run, recipe).values():
+    opened.check_initial_adapter(recipe)
+    for difference in other_learned(opened.directory, recipe).values():
         logger.warning(difference)
 
 
 def _rewards(recipe: Recipe, rows: Rows, device: Device, free_bytes: int) -> list[Reward]:
     rewards = load_rewards(recipe.rewards, device.torch_device, max(0, free_bytes), recipe.model, recipe.revision)
-    given = ["answer"] if recipe.data.answer is not None else []
-    check_reward_columns(rewards, {name for row in rows for name in [*row, *given]})
-    for said in check_references(rewards, rows, recipe.data, "held-out reference answers"):
-        print(said, file=sys.stderr, flush=True)
+    answer = ["answer"] if recipe.data.answer is not None else []
+    check_reward_columns(rewards, {name for row in rows for name in [*row, *answer]})
+    for note in check_references(rewards, rows, recipe.data, "held-out reference answers"):
+        message(note)
     return rewards
 
 

@@ -1,0 +1,134 @@
+"""A run that has been opened: its recipe, its plan and its trained adapter, each read from disk once. No torch here.
+
+This lies in the room that opens models and not beside the run directory: a `Plan` is planning's value, and whether the
+base and the adapters are still those of the run is asked of files that architecture and data know how to read.
+"""
+
+import logging
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+
+from lowmem_rlhf.architecture.adapters import SavedAdapter, saved_adapter
+from lowmem_rlhf.data.provenance import check_base, check_learned
+from lowmem_rlhf.errors import UserError
+from lowmem_rlhf.hardware.device import Device
+from lowmem_rlhf.planning.plan import Plan
+from lowmem_rlhf.recipe.schema import Recipe
+from lowmem_rlhf.run.directory import ADAPTER, RunDirectory
+from lowmem_rlhf.run.start import located
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class OpenRun:
+    """A run to generate with, to evaluate or to export.
+
+    Nothing is read before it is asked for, and nothing is read twice.
+
+    Attributes:
+        directory: the run directory.
+        step: of the checkpoint that stands for the policy; None: the finished adapter does.
+    """
+
+    directory: RunDirectory
+    step: int | None = None
+
+    @cached_property
+    def written(self) -> Recipe:
+        """The recipe with its paths as they stand in recipe.yaml.
+
+        Raises:
+            UserError: as `RunDirectory.recipe`.
+        """
+        return self.directory.recipe()
+
+    @cached_property
+    def recipe(self) -> Recipe:
+        """The recipe with paths that lead from the current folder to what they name (see `run.start.located`)."""
+        return located(self.written, self.directory.path)
+
+    @cached_property
+    def plan(self) -> Plan:
+        """The plan that the run was made with.
+
+        Raises:
+            UserError: the run has none.
+        """
+        try:
+            return Plan.from_dict(self.directory.plan())
+        except ValueError as error:
+            raise UserError(
+                f"{self.directory.path} holds no plan.json with the run's settings, so its precision is not known"
+            ) from error
+
+    def plan_on(self, device: Device) -> Plan:
+        """Return the plan for loading the run's base on a device, which need not be the one that it was trained on."""
+        offload = self.plan.settings.offload_embeddings and device.torch_device != "cpu"
+        return replace(self.plan, device=device, settings=replace(self.plan.settings, offload_embeddings=offload))
+
+    @cached_property
+    def adapter_folder(self) -> Path:
+        """The folder of the run's finished adapter, or of the checkpoint of the step.
+
+        Raises:
+            UserError: it is not there; the message names the steps there are.
+        """
+        path = self.directory.path
+        checkpoints = dict(self.directory.checkpoints())
+        steps = ", ".join(map(str, checkpoints))
+        if self.step is not None:
+            if self.step not in checkpoints:
+                remedy = f"there is {steps}" if checkpoints else "there is none; leave --step out"
+                raise UserError(f"--step {self.step}: the run in {path} holds no checkpoint of that step; {remedy}")
+            return checkpoints[self.step]
+        if (path / ADAPTER).is_dir():
+            return path / ADAPTER
+        now = f", or take a checkpoint with --step ({steps})" if checkpoints else ""
+        raise UserError(
+            f"the run in {path} has no adapter yet; let it finish (the `train` that began it, with --output {path} "
+            f"--resume, goes on){now}"
+        )
+
+    @cached_property
+    def adapter(self) -> SavedAdapter:
+        """The trained adapter.
+
+        Raises:
+            UserError: as `adapter_folder` and `saved_adapter`.
+        """
+        return saved_adapter(str(self.adapter_folder), self.recipe.model, self.recipe.revision)
+
+    def check(self) -> SavedAdapter:
+        """Check that the model is the run's base and that the trained adapter can lie on it; return the adapter.
+
+        Raises:
+            UserError: as `check_base` and `adapter`.
+        """
+        self.check_base()
+        return self.adapter
+
+    def check_base(self, warn: bool = True) -> None:
+        """Check that the recipe's model is the base that the run was trained on.
+
+        Args:
+            warn: say that its tokenizer or chat template is another one.
+
+        Raises:
+            UserError: it is another model.
+        """
+        difference = check_base(self.directory, self.recipe)
+        if difference and warn:
+            logger.warning(difference)
+
+    def check_initial_adapter(self, recipe: Recipe | None = None) -> None:
+        """Check that the adapter that training began with, where there is one, is still the same.
+
+        Args:
+            recipe: with changes of this command; None: the run's.
+
+        Raises:
+            UserError: it is gone or another one.
+        """
+        check_learned(self.directory, recipe or self.recipe)
