@@ -1,28 +1,47 @@
 """Opening a base: loaded as a plan says, and held against stock transformers."""
 
-import sys
 from typing import TYPE_CHECKING, Any
 
 from lowmem_rlhf.errors import RunError, UserError
 from lowmem_rlhf.hardware.device import Device
+from lowmem_rlhf.inference.loaded import LoadedModel
 from lowmem_rlhf.planning.plan import Plan
+from lowmem_rlhf.progress import message
 from lowmem_rlhf.recipe.schema import Recipe
 
 if TYPE_CHECKING:
     from lowmem_rlhf.engine.base import SharedBase
 
 
-def open_base(recipe: Recipe, plan: Plan) -> "SharedBase":
+def open_base(recipe: Recipe, plan: Plan, loaded: LoadedModel | None = None) -> "SharedBase":
+    """Return the base of a run, loaded as its plan says, with the policy's adapter on it.
+
+    Args:
+        loaded: a model that is loaded already, which then is the base.
+
+    Raises:
+        UserError: the model cannot be loaded or cannot be the base of a run.
+        RunError: the device's memory ran out.
+    """
     import torch
 
     from lowmem_rlhf.architecture.adapters import saved_adapter
     from lowmem_rlhf.engine.base import SharedBase
+    from lowmem_rlhf.engine.load import as_base
     from lowmem_rlhf.hardware.memory import is_out_of_memory
 
     check_computes(plan.device)
     saved = saved_adapter(recipe.adapter, recipe.model, recipe.revision) if recipe.adapter else None
-    print(f"loading {recipe.model}", flush=True)
+    adapter: dict[str, Any] = {
+        "r": recipe.lora.rank,
+        "lora_alpha": recipe.lora.alpha(recipe.lora.rank),
+        "target_modules": saved.target_modules if saved else recipe.lora.target_modules,
+        "use_rslora": saved.use_rslora if saved else False,
+        "seed": recipe.training.seed,
+    }
     try:
+        if loaded is not None:
+            return SharedBase(as_base(loaded.model), loaded.own_tokenizer(recipe), recipe.model, **adapter)
         return SharedBase.load(
             recipe.model,
             torch.device(plan.device.torch_device),
@@ -31,11 +50,7 @@ def open_base(recipe: Recipe, plan: Plan) -> "SharedBase":
             recipe.revision,
             recipe.trust_remote_code,
             plan.settings.offload_embeddings,
-            r=recipe.lora.rank,
-            lora_alpha=recipe.lora.alpha(recipe.lora.rank),
-            target_modules=saved.target_modules if saved else recipe.lora.target_modules,
-            use_rslora=saved.use_rslora if saved else False,
-            seed=recipe.training.seed,
+            **adapter,
         )
     except RuntimeError as error:
         if not is_out_of_memory(error):
@@ -72,7 +87,7 @@ def held_against_stock(base: "SharedBase", recipe: Recipe, dequantize: bool) -> 
             f"the device's memory ran out while {recipe.model} was held against stock transformers; close other "
             "programs that use it, or set hardware.quantization=nf4"
         ) from error
-    print(found.said, file=sys.stderr, flush=True)
+    message(found.said)
     return found.to_dict()
 
 
