@@ -24,7 +24,7 @@ def hush() -> None:
 
 @contextmanager
 def hushed(message: Callable[[str], None]) -> Iterator[None]:
-    """Silence other libraries inside the block and give our own warnings to ``message``; afterwards all is as before."""
+    """Silence other libraries inside the block and give our own warnings to ``message``; then all is as before."""
     loggers = {name: logging.getLogger(name) for name in LIBRARIES}
     levels = {name: logger.level for name, logger in loggers.items()}
     ours, handler = logging.getLogger(_OURS), _Forwarding(message)
