@@ -30,8 +30,10 @@ Overrides = Annotated[
 
 def main() -> None:
     """Run the command line; errors that are the user's to mend are one clear message without a traceback."""
+    from lowmem_rlhf.display.lines import Lines
     from lowmem_rlhf.hardware.cpu_process import bound_kernel_caches
     from lowmem_rlhf.hardware.detect import pin_cuda_order
+    from lowmem_rlhf.progress import shown_by
 
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
@@ -39,7 +41,8 @@ def main() -> None:
     pin_cuda_order()  # before torch: card numbers then mean the same to NVML and to CUDA
     bound_kernel_caches()
     try:
-        app(standalone_mode=True)
+        with shown_by(Lines(sys.stderr)):
+            app(standalone_mode=True)
     except LowmemError as error:
         print(f"error: {with_notes(str(error), error)}", file=sys.stderr)
         sys.exit(error.exit_code)
@@ -228,11 +231,12 @@ def train(
     ] = False,
 ) -> None:
     """Run a recipe."""
-    from lowmem_rlhf.display.lines import Lines
     from lowmem_rlhf.display.live import print_plan
+    from lowmem_rlhf.display.run_display import ConsoleDisplay
     from lowmem_rlhf.planning.advice import why_not
     from lowmem_rlhf.planning.run_plan import running_plan
     from lowmem_rlhf.progress import shown_by
+    from lowmem_rlhf.quiet import hush
     from lowmem_rlhf.recipe.loading import load_recipe
     from lowmem_rlhf.session.train import train as run_recipe
 
@@ -246,8 +250,10 @@ def train(
             print(why_not(made, resolved))
         return
     try:
-        with shown_by(Lines(sys.stdout)):
-            run = run_recipe(resolved, output, resume)
+        hush()
+        display = ConsoleDisplay()
+        with shown_by(display):
+            run = run_recipe(resolved, output, resume, display)
     except KeyboardInterrupt as stop:
         print(with_notes("interrupted", stop), file=sys.stderr)
         raise typer.Exit(1) from None

@@ -55,7 +55,7 @@ def spec_of(name: str) -> AlgorithmSpec:
     return found
 
 
-def register(spec: AlgorithmSpec) -> None:
+def register_algorithm(spec: AlgorithmSpec) -> None:
     """Make an algorithm known: recipes may name it, and have its section. One of the same name is replaced.
 
     Raises:
@@ -145,7 +145,7 @@ def load_own(written: str, run: Path | None = None) -> AlgorithmSpec:
     if not isinstance(spec, AlgorithmSpec):
         raise UserError(f"algorithm: {written} is a {type(spec).__name__}, not an AlgorithmSpec")
     if _written.get(written) is not spec:
-        register(spec)
+        register_algorithm(spec)
         _written[written] = spec
     return spec
 

@@ -87,7 +87,8 @@ class AlgorithmSpec:
         check: ``(recipe)``, raises UserError before anything is loaded for what only its own libraries can check.
         learner: ``(recipe) -> training.online.Algorithm`` of what samples, for the default of ``build``.
         build: ``(recipe, plan, base, rewards, data, run_directory) -> Loop``.
-        run: ``(recipe, path, resume) -> RunDirectory``, where there is no shared base and the whole run is its own.
+        run: ``(recipe, path, resume, display) -> RunDirectory``, where there is no shared base: the whole run is its
+            own.
         leaves: the folder of the run with its result.
         resumable: whether an interrupted run can be continued.
     """

@@ -11,6 +11,7 @@ from lowmem_rlhf.architecture.fingerprint import fingerprint, weights_fingerprin
 from lowmem_rlhf.data.values import JsonFloat, JsonInt
 from lowmem_rlhf.errors import UserError
 from lowmem_rlhf.recipe.data_sources import is_file, is_generated
+from lowmem_rlhf.recipe.python_objects import is_python
 from lowmem_rlhf.recipe.schema import Recipe
 from lowmem_rlhf.recipe.sections import LEARNED_REWARDS, REWARD_ADAPTER, DataConfig
 from lowmem_rlhf.run.base_file import Fingerprint, read_fingerprint
@@ -57,7 +58,7 @@ def data_inputs(data: DataConfig, train: Rows, held_out: Rows) -> dict[str, Any]
 
 def _revision(source: str) -> dict[str, str]:
     """Return the newest commit of a Hub data set that this machine has seen, where it has."""
-    if is_generated(source) or is_file(source) or Path(source).expanduser().exists():
+    if is_generated(source) or is_python(source) or is_file(source) or Path(source).expanduser().exists():
         return {}
     from huggingface_hub import constants
 

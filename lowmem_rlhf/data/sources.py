@@ -15,6 +15,7 @@ from lowmem_rlhf.data.values import Row, numbered, value_at
 from lowmem_rlhf.errors import UserError
 from lowmem_rlhf.paths import local_path
 from lowmem_rlhf.recipe.data_sources import ARITHMETIC, FORMATS, REASONING_GYM, ending, is_file, is_folder, is_generated
+from lowmem_rlhf.recipe.python_objects import is_python, python_object
 from lowmem_rlhf.recipe.sections import DataConfig
 from lowmem_rlhf.suggest import did_you_mean
 
@@ -61,7 +62,7 @@ def holds_out(data: DataConfig) -> bool:
 
 def has_splits(source: str) -> bool:
     """Whether a source has splits by name: a folder or a data set of the Hub, unless `Dataset.save_to_disk` made it."""
-    return not (is_generated(source) or is_file(source) or is_saved(source))
+    return not (is_generated(source) or is_python(source) or is_file(source) or is_saved(source))
 
 
 def split_source(data: DataConfig, split: Split) -> str:
@@ -71,7 +72,7 @@ def split_source(data: DataConfig, split: Split) -> str:
 
 def _check_sources(data: DataConfig) -> None:
     for key, source in (("data.train", data.train), ("data.eval", data.eval)):
-        if source is None or is_generated(source) or is_file(source) or is_folder(source):
+        if source is None or is_generated(source) or is_python(source) or is_file(source) or is_folder(source):
             continue
         if "/" not in source and (hint := did_you_mean(source, [ARITHMETIC])):
             raise UserError(f"{key}: {source!r} is no generated task{hint} (a Hub data set is written owner/name)")
@@ -89,7 +90,9 @@ def _check_sources(data: DataConfig) -> None:
 
 
 def _may_be_json(source: str) -> bool:
-    return not is_generated(source) and (not is_file(source) or FORMATS.get(ending(source)) == "json")
+    if is_generated(source) or is_python(source):
+        return False
+    return not is_file(source) or FORMATS.get(ending(source)) == "json"
 
 
 def _also_trained(data: DataConfig) -> UserError:
@@ -139,6 +142,9 @@ def _read(source: str, data: DataConfig, split: Split) -> Table:
 
 def _table(source: str, data: DataConfig, split: Split) -> Table:
     key = f"data.{split}" if split_source(data, split) == source and (split == "train" or data.eval) else "data.train"
+    if is_python(source):
+        given: Table = python_object(source, key)
+        return given
     if is_file(source):
         return read_file(source, key, data.field)
     name = data.train_split if split == "train" else data.eval_split

@@ -75,9 +75,26 @@ def load_base(
                 f"model {model!r} cannot be loaded: {first_sentence(error)}; give a Hub id that can be reached, a "
                 "local folder in the transformers format with safetensors weights, or a .gguf file"
             ) from error
-    loaded.requires_grad_(False)
-    _keep_order(loaded)
-    return loaded, tokenizer
+    return as_base(loaded), tokenizer
+
+
+def as_base(model: PreTrainedModel) -> PreTrainedModel:
+    """Return a loaded model frozen, with its 4-bit codes kept in their order and every dropout off.
+
+    Raises:
+        UserError: its codes were reordered already.
+    """
+    for module in model.modules():
+        state = getattr(getattr(module, "weight", None), "quant_state", None)
+        if getattr(state, "packing_format_for_cpu", False):
+            raise UserError(
+                "model: the object has run in evaluation mode, in which bitsandbytes reorders the 4-bit codes on this "
+                "processor; load it again and give it before its first call"
+            )
+    model.requires_grad_(False)
+    _switch_dropout_off(model.config)
+    _keep_order(model)
+    return model
 
 
 def quantization_settings(quantization: str, dtype: torch.dtype) -> BitsAndBytesConfig | None:

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 from lowmem_rlhf.errors import RunError, UserError
 from lowmem_rlhf.hardware.detect import torch_reaches
 from lowmem_rlhf.hardware.device import Device
+from lowmem_rlhf.inference.loaded import LoadedModel
 from lowmem_rlhf.planning.plan import Plan
 from lowmem_rlhf.progress import message
 from lowmem_rlhf.recipe.schema import Recipe
@@ -18,6 +19,7 @@ def open_base(
     recipe: Recipe,
     plan: Plan,
     adapter: "SavedAdapter | None" = None,
+    loaded: LoadedModel | None = None,
     where: str = "",
     remedy: str = "set hardware.quantization=nf4",
 ) -> "SharedBase":
@@ -26,6 +28,7 @@ def open_base(
     Args:
         recipe: with the rank of `lora` known.
         adapter: whose shape the policy's adapter gets; None: the one that training begins with, or the recipe's `lora`.
+        loaded: a model that is loaded already, which then is the base.
         where: what the message about loading ends with.
         remedy: what to do where memory runs out.
 
@@ -37,13 +40,19 @@ def open_base(
 
     from lowmem_rlhf.architecture.adapters import saved_adapter
     from lowmem_rlhf.engine.base import SharedBase
+    from lowmem_rlhf.engine.load import as_base
     from lowmem_rlhf.hardware.memory import is_out_of_memory
 
     check_computes(plan.device)
     if adapter is None and recipe.adapter:
         adapter = saved_adapter(recipe.adapter, recipe.model, recipe.revision)
-    message(f"loading {recipe.model}{where}")
+    shape = {**_shape(recipe, adapter), "seed": recipe.training.seed}
+    message(f"loading {recipe.model}{where}" if loaded is None else f"{recipe.model} is loaded already")
     try:
+        if loaded is not None:
+            base = SharedBase(as_base(loaded.model), loaded.own_tokenizer(recipe), recipe.model, **shape)
+            base.chat_template_kwargs = recipe.data.chat_template_kwargs
+            return base
         base = SharedBase.load(
             recipe.model,
             torch.device(plan.device.torch_device),
@@ -52,8 +61,7 @@ def open_base(
             recipe.revision,
             recipe.trust_remote_code,
             plan.settings.offload_embeddings,
-            **_shape(recipe, adapter),
-            seed=recipe.training.seed,
+            **shape,
         )
     except RuntimeError as error:
         if not is_out_of_memory(error):

@@ -81,7 +81,9 @@ def _open(opened: OpenRun, device: str | None) -> "SharedBase":
     from lowmem_rlhf.engine.roles import POLICY
 
     adapter = opened.check()
-    base = open_base(recipe, opened.plan_on(hardware), adapter, f" on {hardware.name}", "take --device cpu")
+    base = open_base(
+        recipe, opened.plan_on(hardware), adapter, where=f" on {hardware.name}", remedy="take --device cpu"
+    )
     opened.check_base(warn=False)  # once more: now a Hub's model is here
     try:
         if recipe.spec.output == "scores":

@@ -5,15 +5,16 @@ and every error of a recipe is shown at once.
 """
 
 import codecs
-import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
+from yaml import YAMLError
 
 from lowmem_rlhf.algorithms.registry import is_own, known_own, load_own
 from lowmem_rlhf.errors import UserError
+from lowmem_rlhf.progress import message
 from lowmem_rlhf.recipe.errors import explain
 from lowmem_rlhf.recipe.overrides import apply_override
 from lowmem_rlhf.recipe.schema import Recipe
@@ -35,7 +36,7 @@ from lowmem_rlhf.recipe.sections import (
     TrainingConfig,
 )
 from lowmem_rlhf.recipe.values import read_values
-from lowmem_rlhf.recipe.yaml_tree import BadYAML, Scalar, Tree, read_yaml
+from lowmem_rlhf.recipe.yaml_tree import BadYAML, Scalar, Tree, read_yaml, write_yaml
 from lowmem_rlhf.resources import shipped
 from lowmem_rlhf.suggest import did_you_mean
 
@@ -99,30 +100,64 @@ def find_recipe(recipe: str) -> Path:
     )
 
 
-def load_recipe(recipe: str, overrides: list[str] | None = None, quiet: bool = False) -> Recipe:
+def load_recipe(
+    recipe: str, overrides: list[str] | None = None, quiet: bool = False, without: Sequence[str] = ()
+) -> Recipe:
     """Load a recipe and apply dotted overrides such as ``training.learning_rate=1e-5`` or ``rewards[0].weight=2``.
 
-    What may not be meant (a backslash and an n in a template) is said on standard error, unless ``quiet``.
+    What may not be meant (a backslash and an n in a template) is a message, unless ``quiet``. ``without`` names keys
+    (``section.key``) of the file that are left out.
 
     Raises:
         UserError: no such recipe, not YAML, or values the schema refuses (all of them in one message).
     """
     path = find_recipe(recipe)
-    tree = _read(path)
+    tree = _left_out(_read(path), without)
     _know_algorithms(tree, overrides or [], path.parent if _is_run(path) else None)
+    return _resolved(tree, str(recipe), path.stem, overrides or [], _is_run(path), quiet)
+
+
+def recipe_of(values: Mapping[str, Any], overrides: Sequence[str] = (), without: Sequence[str] = ()) -> Recipe:
+    """Return the recipe of plain values, as `load_recipe` does of a file.
+
+    Raises:
+        UserError: values or overrides that the schema refuses (all of them in one message), or values that no recipe
+            can hold.
+    """
+    try:
+        tree = read_yaml(write_yaml(dict(values)))
+    except (BadYAML, YAMLError, TypeError) as error:
+        raise UserError(f"recipe: the values cannot be written as YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(tree, dict):
+        raise UserError("recipe: got no keys; give at least model and data")
+    _know_algorithms(tree, overrides, None)
+    return _resolved(_left_out(tree, without), "given as a dict", "run", overrides, False, quiet=False)
+
+
+def _left_out(tree: dict[str, Tree], without: Sequence[str]) -> dict[str, Tree]:
+    for name in without:
+        section, _, key = name.partition(".")
+        if isinstance(inside := tree.get(section), dict):
+            inside.pop(key, None)
+    return tree
+
+
+def _resolved(
+    tree: dict[str, Tree], source: str, name: str, overrides: Sequence[str], of_a_run: bool, quiet: bool
+) -> Recipe:
     in_file = _lengths(("training",), tree.get("training"))
     given: _Given = {}
-    for override in overrides or []:
+    for override in overrides:
         for key, there in _lengths(*apply_override(tree, override, Recipe)).items():
             given.pop(key, None)  # the order is that of the last time
             given[key] = there
     reading = read_values(tree, Recipe)
-    reading.problems |= _one_length(reading.values, in_file, given, _is_run(path))
+    reading.problems |= _one_length(reading.values, in_file, given, of_a_run)
     if not quiet:
         for note in reading.notes:
-            print(f"note: {note}", file=sys.stderr)
-    reading.values["name"] = reading.values.get("name") or path.stem
-    return _checked(reading.values, str(recipe), reading.problems)
+            message(f"note: {note}")
+    reading.values["name"] = reading.values.get("name") or name
+    return _checked(reading.values, source, reading.problems)
 
 
 def _know_algorithms(tree: dict[str, Tree], overrides: Sequence[str], run: Path | None) -> None:

@@ -185,7 +185,7 @@ class GenerationConfig(Section):
     top_p: Annotated[float, LEARNED_AND_MEASURED] = Field(1.0, gt=0, le=1)
     top_k: Annotated[int, LEARNED_AND_MEASURED] = Field(0, ge=0)  # 0: off
     min_p: Annotated[float, LEARNED_AND_MEASURED] = Field(0.0, ge=0, lt=1)
-    # what samples rollouts: auto, or an engine that was registered (`rollout.engine.register`)
+    # what samples rollouts: auto, or an engine that was registered (`rollout.engine.register_engine`)
     engine: Annotated[Name, LEARNED_AND_MEASURED] = "auto"
 
 

@@ -12,6 +12,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from lowmem_rlhf.errors import UserError
+from lowmem_rlhf.recipe.python_objects import is_python, python_object
 from lowmem_rlhf.recipe.sections import LEARNED_REWARDS, REWARD_ADAPTER, RewardConfig
 from lowmem_rlhf.rewards.functions import SHIPPED
 from lowmem_rlhf.suggest import did_you_mean
@@ -127,8 +128,12 @@ def _load(config: RewardConfig, room: "Room | None", model: str, revision: str |
 
         adapter = load_adapter_reward(config.name, config.options["adapter"], model, revision)
         return Reward(config.name, adapter, config.weight)
-    if ".py" in config.function or ":" in config.function:
-        function = function_from_file(config.function)
+    source = ""
+    if is_python(config.function):
+        function = python_object(config.function, "rewards")
+        source = _file_of(function)
+    elif ".py" in config.function or ":" in config.function:
+        function, source = function_from_file(config.function), config.function.rpartition(":")[0]
     elif config.function in SHIPPED:
         function = SHIPPED[config.function]
     else:
@@ -136,7 +141,6 @@ def _load(config: RewardConfig, room: "Room | None", model: str, revision: str |
             f"rewards: got {config.function!r}; give path.py:function or one of {', '.join(_NAMES)}"
             f"{did_you_mean(config.function, _NAMES)}"
         )
-    source = "" if config.function in SHIPPED else config.function.rpartition(":")[0]
     reward = Reward(config.name, function, config.weight, dict(config.options), source=source)
     _check_options(reward, shipped=config.function in SHIPPED)
     return reward
@@ -179,10 +183,34 @@ def function_from_file(
         known = ", ".join(own) or "no function"
         raise UserError(f"{key}: {source} defines no {name!r}{did_you_mean(name, own)} (it has: {known})")
     function = getattr(module, name)
+    check_callable(function, reference, key, kind, call)
+    return function
+
+
+def check_callable(
+    function: Any,
+    name: str,
+    key: str = "rewards",
+    kind: str = "a reward function",
+    call: str = "(prompts, completions, **columns)",
+) -> None:
+    """Check that an object can be called, as a reward function or what ``kind`` says.
+
+    Raises:
+        UserError: it cannot.
+    """
     if not callable(function) or inspect.isclass(function) or not _has_signature(function):
         found = "class" if inspect.isclass(function) else type(function).__name__
-        raise UserError(f"{key}: {reference} is a {found}, not {kind}; name something that is called with {call}")
-    return function
+        raise UserError(f"{key}: {name} is a {found}, not {kind}; name something that is called with {call}")
+
+
+def _file_of(function: Callable[..., Any]) -> str:
+    """Return the file that a function stands in, for messages; empty where there is none, as in a notebook."""
+    try:
+        file = inspect.getsourcefile(function) or ""
+    except TypeError:  # an object that is called
+        return ""
+    return file if Path(file).is_file() else ""
 
 
 def _import(path: Path, source: str, key: str) -> ModuleType:

@@ -1,7 +1,7 @@
 """The engine of a rollout: what the trainer and held-out evaluation ask for completions.
 
 Two engines sample on the shared base: `SharedPromptEngine` for models that can be packed, `OwnCacheEngine` for those
-that cannot. `register` adds one of your own. What a rollout takes is told to the planner by a function without torch
+that cannot. `register_engine` adds one of your own. What a rollout takes is told to the planner by a function without torch
 (`planning.memory.rollout.ROLLOUT_BYTES`), since a plan is made before anything is loaded.
 
 Shapes: B prompts, G completions a prompt.
@@ -69,7 +69,7 @@ EngineFactory = Callable[[SharedBase, bool | None], Engine]  # base, and whether
 ENGINES: dict[str, EngineFactory] = {"shared_prompt": SharedPromptEngine, "own_cache": OwnCacheEngine}
 
 
-def register(name: str, make: EngineFactory, rollout_bytes: RolloutBytes = shared_base_bytes) -> None:
+def register_engine(name: str, make: EngineFactory, rollout_bytes: RolloutBytes = shared_base_bytes) -> None:
     """Add an engine, which a recipe then names in ``generation.engine``.
 
     Args:

@@ -14,6 +14,7 @@ from typing import Any
 from lowmem_rlhf.errors import UserError
 from lowmem_rlhf.files import atomic_write, dumps
 from lowmem_rlhf.recipe.data_sources import is_file, is_generated
+from lowmem_rlhf.recipe.python_objects import is_python
 from lowmem_rlhf.recipe.schema import Recipe
 from lowmem_rlhf.recipe.sections import RewardConfig
 
@@ -126,7 +127,7 @@ def _paths(recipe: Recipe) -> list[str]:
 
 
 def _is_relative(text: str) -> bool:
-    if is_generated(text) or text.startswith(("package:", "~")):
+    if is_generated(text) or is_python(text) or text.startswith(("package:", "~")):
         return False
     return not Path(text).is_absolute() and not PureWindowsPath(text).drive
 

@@ -1,139 +1,247 @@
-"""From a recipe to a finished run: device, plan, data, base, training, report. The command line calls nothing else."""
+"""From a recipe to a finished run in four acts: check, plan, open, run. The command line and the Python API call these.
+
+An act takes what the one before has made, and each refuses what can be refused without the next: nothing is planned for
+a recipe that is wrong, no weights are loaded for a plan that does not fit or for rows that cannot be learned from.
+"""
 
 import importlib.util
+from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lowmem_rlhf.algorithms.spec import resolve
 from lowmem_rlhf.data.preview import with_format
 from lowmem_rlhf.data.provenance import check_base, check_learned, check_resumed_data, run_inputs
+from lowmem_rlhf.data.values import Row
+from lowmem_rlhf.display.run_display import RunDisplay, steps_shown
 from lowmem_rlhf.errors import UserError
 from lowmem_rlhf.hardware.cpu_process import bound_kernel_caches
 from lowmem_rlhf.hardware.detect import detect
-from lowmem_rlhf.inference.base import check_computes, held_against_stock, open_base
+from lowmem_rlhf.inference.base import LoadedModel, check_computes, held_against_stock, open_base
 from lowmem_rlhf.planning.advice import warning, why_not
 from lowmem_rlhf.planning.plan import Plan, check_positions
 from lowmem_rlhf.planning.run_plan import planned, resumed_plan, running_plan
-from lowmem_rlhf.quiet import hush
 from lowmem_rlhf.recipe.schema import Recipe
 from lowmem_rlhf.run.directory import RunDirectory, default_output
 from lowmem_rlhf.run.start import as_written, located, paths_explained
 
+if TYPE_CHECKING:
+    from lowmem_rlhf.rewards.loading import Reward
+    from lowmem_rlhf.training.loop import Loop
 
-def train(recipe: Recipe, output: Path | None = None, resume: bool = False) -> RunDirectory:
-    """Run a recipe and return its run directory; everything the user watches is printed.
+
+@dataclass(frozen=True)
+class Checked:
+    """A recipe that can be planned for.
+
+    Attributes:
+        recipe: with the columns of its data's format and the shape of the adapter that it continues from; its paths
+            lead to what they name from the current folder.
+        written: with its paths as they stand in its file.
+        path: the run's folder.
+        resume: the run that is there goes on.
+    """
+
+    recipe: Recipe
+    written: Recipe
+    path: Path
+    resume: bool
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A run that fits, with all that it is made of but the weights.
+
+    Attributes:
+        checked: what it was planned for.
+        recipe: with the adapter's shape that the plan chose.
+        plan: the settings.
+        probes: the plan is tried out before the first step.
+        rewards: the reward functions.
+        rows, held_out: of the data.
+        facts: what plan.json says beside the plan.
+    """
+
+    checked: Checked
+    recipe: Recipe
+    plan: Plan
+    probes: bool
+    rewards: "list[Reward]"
+    rows: list[Row]
+    held_out: list[Row]
+    facts: dict[str, Any] = field(default_factory=dict)
+
+
+def train(
+    recipe: Recipe, output: Path | None, resume: bool, display: RunDisplay, loaded: LoadedModel | None = None
+) -> RunDirectory:
+    """Run a recipe and return its run directory.
+
+    Args:
+        output: the run's folder; None: ``runs/NAME``.
+        resume: go on from the last checkpoint of the run that is there.
+        display: where the run is shown.
+        loaded: a model that the caller has loaded already.
 
     Raises:
         UserError: the input is wrong; nothing was trained.
         RunError: the run had begun and failed; a note says which step is kept.
     """
-    hush()
+    checked = check(recipe, output, resume, display)
+    if (own_run := recipe.spec.run) is not None:
+        check_computes(detect(recipe.hardware.device))
+        run: RunDirectory = resolve(own_run)(checked.recipe, checked.path, resume, display)
+        return run
+    trainer = open_run_of(plan(checked, display), display, loaded)
+    with steps_shown(display, trainer.recipe.training.max_steps, trainer.step):
+        trainer.train(display, display.step)
+    finish(trainer, display)
+    return trainer.run
+
+
+def finish(trainer: "Loop", display: RunDisplay) -> None:
+    """Write the report of a run whose steps are done, and show its results."""
+    from lowmem_rlhf.report.html import write_report
+
+    write_report(trainer.run)
+    if evaluation := trainer.run.evaluation():
+        display.evaluation(evaluation)
+
+
+def check(recipe: Recipe, output: Path | None, resume: bool, display: RunDisplay) -> Checked:
+    """Check what a recipe says, as far as that needs neither a plan nor its rows.
+
+    Raises:
+        UserError: it cannot run.
+    """
     bound_kernel_caches()
     path = output or default_output(recipe.name, resume)
     with paths_explained(path, recipe) if resume else nullcontext():
-        return _train(located(recipe, path) if resume else recipe, path, resume, recipe)
+        written, recipe = recipe, located(recipe, path) if resume else recipe
+        _check_trackers(recipe)
+        recipe, said = with_format(recipe)
+        if said:
+            display.message(said)
+        if recipe.rewards and recipe.spec.rewards == "refused":
+            raise UserError(f"rewards: {recipe.algorithm} learns from its data alone; leave them out (rewards=[])")
+        if recipe.spec.check is not None:
+            resolve(recipe.spec.check)(recipe)
+        return Checked(_as_saved(recipe), written, path, resume)
 
 
-def _train(recipe: Recipe, path: Path, resume: bool, written: Recipe) -> RunDirectory:
-    """Train as `train` does; ``written`` is the recipe with its paths as they stand in the file."""
-    _check_trackers(recipe)
-    recipe, said = with_format(recipe)
-    if said:
-        print(said, flush=True)
-    spec = recipe.spec
-    if recipe.rewards and spec.rewards == "refused":
-        raise UserError(f"rewards: {recipe.algorithm} learns from its data alone; leave them out (rewards=[])")
-    if spec.run is not None:
-        check_computes(detect(recipe.hardware.device))
-        run: RunDirectory = resolve(spec.run)(recipe, path, resume)
-        return run
-    if spec.check is not None:
-        resolve(spec.check)(recipe)
-    recipe = _as_saved(recipe)
+def plan(checked: Checked, display: RunDisplay) -> Planned:
+    """Plan a run, load its rewards and read its rows.
+
+    Raises:
+        UserError: it does not fit, its rewards or rows are wrong, or it cannot begin (or go on) in its folder.
+    """
+    with paths_explained(checked.path, checked.written) if checked.resume else nullcontext():
+        return _plan(checked, display)
+
+
+def _plan(checked: Checked, display: RunDisplay) -> Planned:
+    recipe, path, resume = checked.recipe, checked.path, checked.resume
     plan = resumed_plan(recipe, path) if resume else running_plan(recipe)
     probes = _probes(recipe, plan)
     if not plan.fits and not (plan.verdict == "unknown" and probes):
         raise UserError(why_not(plan, recipe))
     recipe = planned(recipe, plan)
-    from lowmem_rlhf.rewards.loading import check_reward_columns, load_rewards, placements
-    from lowmem_rlhf.rewards.references import check_run_references
+    from lowmem_rlhf.rewards.loading import load_rewards, placements
 
     free_bytes = plan.memory["budget_bytes"] - plan.memory["peak_bytes"]
     rewards = load_rewards(recipe.rewards, plan.device.torch_device, free_bytes, recipe.model, recipe.revision)
-    placed: dict[str, Any] = {"rewards": placements(rewards)}
-    RunDirectory.check(path, as_written(recipe, written, path), resume)
+    RunDirectory.check(path, as_written(recipe, checked.written, path), resume)
     if resume:
         check_base(RunDirectory(path), recipe, resume)
         check_learned(RunDirectory(path), recipe, resume)
+    rows, held_out = _rows(checked, recipe, rewards, display)
+    facts = {"rewards": placements(rewards)}
+    display.plan({**plan.to_dict(), **facts})
+    return Planned(checked, recipe, plan, probes, rewards, rows, held_out, facts)
 
-    from lowmem_rlhf.data.examples import read_data
+
+def _rows(
+    checked: Checked, recipe: Recipe, rewards: "Sequence[Reward]", display: RunDisplay
+) -> tuple[list[Row], list[Row]]:
+    """Read the rows and hold them against what the rewards read; on a resume they are those that the run began with."""
     from lowmem_rlhf.data.sources import load_rows
-    from lowmem_rlhf.engine.tokenizer import load_tokens
+    from lowmem_rlhf.rewards.loading import check_reward_columns
+    from lowmem_rlhf.rewards.references import check_run_references
 
-    rows, held_out_rows = load_rows(recipe.data, "train", recipe.training.seed), []
-    if recipe.data.eval_size:
-        held_out_rows = load_rows(recipe.data, "eval", recipe.training.seed)
-    if resume:
-        check_resumed_data(RunDirectory(path), written, rows, held_out_rows)
+    rows = load_rows(recipe.data, "train", recipe.training.seed)
+    held_out = load_rows(recipe.data, "eval", recipe.training.seed) if recipe.data.eval_size else []
+    if checked.resume:
+        check_resumed_data(RunDirectory(checked.path), checked.written, rows, held_out)
     if rewards:
-        given = ["answer"] if recipe.data.answer is not None else []
-        check_reward_columns(rewards, {name for row in rows for name in [*row, *given]})
-        for said in check_run_references(rewards, recipe, rows, held_out_rows):
-            print(said, flush=True)
+        answer = ["answer"] if recipe.data.answer is not None else []
+        check_reward_columns(list(rewards), {name for row in rows for name in [*row, *answer]})
+        for sentence in check_run_references(list(rewards), recipe, rows, held_out):
+            display.message(sentence)
+    return rows, held_out
 
-    from lowmem_rlhf.display.bars import progress_bar
-    from lowmem_rlhf.display.live import LiveView, print_evaluation, print_plan
-    from lowmem_rlhf.report.html import write_report
+
+def open_run_of(planned: Planned, display: RunDisplay, loaded: LoadedModel | None = None) -> "Loop":
+    """Load the base, put the roles on it, try the plan out, and begin (or go on with) the run's folder.
+
+    Raises:
+        UserError: the rows cannot be tokenized, or the model is not what the run or its adapters ask for.
+        RunError: the device's memory ran out.
+    """
+    checked = planned.checked
+    with paths_explained(checked.path, checked.written) if checked.resume else nullcontext():
+        return _open(planned, display, loaded)
+
+
+def _open(planned: Planned, display: RunDisplay, loaded: LoadedModel | None) -> "Loop":
+    from lowmem_rlhf.algorithms.build import make_trainer
+    from lowmem_rlhf.data.examples import read_data
+    from lowmem_rlhf.engine.tokenizer import load_tokens
     from lowmem_rlhf.training.roles import add_roles
 
-    print_plan({**plan.to_dict(), **placed})
+    checked, recipe, plan, rewards = planned.checked, planned.recipe, planned.plan, planned.rewards
+    path, resume, facts = checked.path, checked.resume, dict(planned.facts)
     options = recipe.data.chat_template_kwargs
     tokens = load_tokens(recipe.model, recipe.revision, recipe.trust_remote_code, chat_template_kwargs=options)
     assert tokens is not None  # the Hub may be asked
-    with progress_bar("rows") as progress:
-        data = read_data(recipe, rows, held_out_rows, tokens, progress)
-    base = open_base(recipe, plan)
-    base.chat_template_kwargs = options
+    data = read_data(
+        recipe, planned.rows, planned.held_out, tokens, lambda done, total: display.phase("rows", done, total)
+    )
+    base = open_base(recipe, plan, loaded=loaded)
     if base.stop_ids != tokens.stop_ids:  # a model may know of more ends than its files say
-        data = read_data(recipe, rows, held_out_rows, base.tokens)
+        data = read_data(recipe, planned.rows, planned.held_out, base.tokens)
     if resume:
         check_base(RunDirectory(path), recipe, resume)  # once more: now a Hub's model is here
     limit = base.rotary_limit
     check_positions(
         recipe, limit, f"takes other rotary factors for all texts of a pass once one has over {limit} tokens"
     )
-    placed["check"] = held_against_stock(base, recipe, plan.settings.rollout_weights == "dequantized")
+    facts["check"] = held_against_stock(base, recipe, plan.settings.rollout_weights == "dequantized")
     if base.note:
-        print(base.note, flush=True)
+        display.message(base.note)
         key = "micro_batch_tokens"
         plan = replace(plan, reasons={**plan.reasons, key: f"{plan.reasons[key]}; {base.note}"})
     add_roles(base, recipe, rewards)
-    if probes:
+    if planned.probes:
         from lowmem_rlhf.training.probe import probe
 
         plan, probed = probe(base, recipe, plan)
-        print(probed.said, flush=True)
-        placed["probe"] = probed.to_dict()
-    elif said := warning(plan):
-        print(said, flush=True)
+        display.message(probed.said)
+        facts["probe"] = probed.to_dict()
+    elif sentence := warning(plan):
+        display.message(sentence)
 
     def run_directory(resolved: Recipe) -> RunDirectory:
-        inputs = None if resume else run_inputs(recipe, rows, held_out_rows)
-        kept = as_written(resolved, written, path)
-        return RunDirectory.create(path, kept, {**plan.to_dict(), **placed}, resume, inputs)
+        inputs = None if resume else run_inputs(recipe, planned.rows, planned.held_out)
+        kept = as_written(resolved, checked.written, path)
+        return RunDirectory.create(path, kept, {**plan.to_dict(), **facts}, resume, inputs)
 
     trainer = make_trainer(recipe, plan, base, rewards, data, run_directory)
     if resume:
         trainer.resume()
-    print(f"run directory: {trainer.run.path}", flush=True)
-    with LiveView(trainer.recipe.training.max_steps, trainer.step) as view:
-        evaluation = trainer.train(view, view.step)
-    write_report(trainer.run)
-    if evaluation:
-        print_evaluation(evaluation)
-    return trainer.run
+    display.message(f"run directory: {trainer.run.path}")
+    return trainer
 
 
 def _probes(recipe: Recipe, plan: Plan) -> bool:

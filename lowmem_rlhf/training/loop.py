@@ -22,7 +22,7 @@ from lowmem_rlhf.engine.roles import CRITIC, POLICY
 from lowmem_rlhf.errors import RunError
 from lowmem_rlhf.hardware.memory import clock, is_out_of_memory, peak_bytes, reset_peak
 from lowmem_rlhf.planning.plan import Plan
-from lowmem_rlhf.progress import Progress
+from lowmem_rlhf.progress import Progress, message
 from lowmem_rlhf.recipe.schema import Recipe
 from lowmem_rlhf.rollout.rollout import Rollout
 from lowmem_rlhf.run.directory import RunDirectory
@@ -112,9 +112,9 @@ class Loop(ABC):
         """Continue from the run's latest checkpoint; a run that has none yet starts over."""
         latest = self.run.latest_checkpoint()
         if latest is None:
-            print("there is no checkpoint yet: the run starts over", flush=True)
+            message("there is no checkpoint yet: the run starts over")
             return
-        print(f"going on after step {latest[0]}", flush=True)
+        message(f"going on after step {latest[0]}")
         self.step, counters = load_checkpoint(latest[1], self.base, self.optimizer, self._others())
         self.learned_tokens = counters.pop("learned_tokens")
         self.load_state(counters)
@@ -141,7 +141,7 @@ class Loop(ABC):
             raise
         return self.run.evaluation()
 
-    def steps(self, progress: Progress) -> Iterator[StepOutput]:
+    def steps(self, progress: Progress) -> Generator[StepOutput, None, None]:
         """Yield every finished step with all its metrics; both evaluations and the end of the run are a part of it.
 
         Whoever stops early leaves a checkpoint of the last finished step, from which `resume` goes on.

@@ -140,7 +140,7 @@ def test_a_name_or_a_section_that_is_taken_is_refused(here):
         ({"section": "other", "settings": None}, "no settings for its section 'other'"),
     ):
         with pytest.raises(UserError, match=part):
-            registry.register(replace(spec, **changes))
+            registry.register_algorithm(replace(spec, **changes))
 
 
 def test_it_is_planned_as_what_its_facts_say(here, model):

@@ -12,7 +12,7 @@ from lowmem_rlhf.data.bad_rows import RowReport
 from lowmem_rlhf.data.provenance import run_inputs
 from lowmem_rlhf.data.sources import load_rows
 from lowmem_rlhf.data.supervised import labelled_texts
-from lowmem_rlhf.display.live import LiveView, print_evaluation
+from lowmem_rlhf.display.run_display import RunDisplay, steps_shown
 from lowmem_rlhf.errors import RunError, UserError
 from lowmem_rlhf.hardware.detect import detect
 from lowmem_rlhf.recipe.schema import Recipe
@@ -21,7 +21,7 @@ from lowmem_rlhf.report import html
 from lowmem_rlhf.run.directory import MODEL, RunDirectory
 
 
-def train_classifier_run(recipe: Recipe, path: Path, resume: bool) -> RunDirectory:
+def train_classifier_run(recipe: Recipe, path: Path, resume: bool, display: RunDisplay) -> RunDirectory:
     """Train a classifier and return its run directory.
 
     Raises:
@@ -40,7 +40,7 @@ def train_classifier_run(recipe: Recipe, path: Path, resume: bool) -> RunDirecto
     size = recipe.training.prompts_per_step
     epochs = recipe.training.num_train_epochs or max(1, round(recipe.training.max_steps * size / len(data[0])))
     if recipe.training.num_train_epochs is None:
-        print(f"a classifier trains whole epochs: {epochs} of {math.ceil(len(data[0]) / size)} steps", flush=True)
+        display.message(f"a classifier trains whole epochs: {epochs} of {math.ceil(len(data[0]) / size)} steps")
     length = {"num_train_epochs": epochs, "max_steps": epochs * math.ceil(len(data[0]) / size)}
     recipe = recipe.model_copy(update={"training": recipe.training.model_copy(update=length)})
     device = detect(recipe.hardware.device)
@@ -54,18 +54,18 @@ def train_classifier_run(recipe: Recipe, path: Path, resume: bool) -> RunDirecto
         batch_tokens=recipe.classifier.batch_tokens,
     )
     before = time.perf_counter()
-    with LiveView(recipe.training.max_steps) as view:
+    with steps_shown(display, recipe.training.max_steps, 0):
 
         def progress(step: int, steps: int, loss: float) -> None:
             nonlocal before, run
             if run is None:
                 run = RunDirectory.create(path, recipe, plan, False, run_inputs(recipe, rows, kept))
-                view.message(f"run directory: {run.path}")
+                display.message(f"run directory: {run.path}")
             now = time.perf_counter()
             metrics = {"step": step, "loss": loss, "time/step": now - before}
             before = now
             run.log_metrics(metrics)
-            view.step(metrics)
+            display.step(metrics)
 
         try:
             report = train_classifier(data, path / MODEL, start, recipe.training, epochs, held_out, progress)
@@ -75,6 +75,6 @@ def train_classifier_run(recipe: Recipe, path: Path, resume: bool) -> RunDirecto
     assert run is not None
     if report.held_out:
         run.write_evaluation({"after": {**report.held_out, "problems": len(held_out[0])}})
-        print_evaluation(run.evaluation())
+        display.evaluation(run.evaluation())
     html.write_report(run)
     return run

@@ -15,6 +15,7 @@ from lowmem_rlhf import __version__
 from lowmem_rlhf.architecture.source import is_local, resolve_model
 from lowmem_rlhf.errors import UserError
 from lowmem_rlhf.recipe.data_sources import is_file, is_folder, is_generated
+from lowmem_rlhf.recipe.python_objects import is_python
 
 LIBRARIES = ("torch", "transformers", "peft", "bitsandbytes", "accelerate", "datasets")
 PATH_KEYS = ("model", "adapter", "algorithm", "train", "eval", "function")  # of a recipe, whose values may be paths
@@ -36,7 +37,8 @@ def model_name(model: str) -> str:
 def hub_datasets(data: dict[str, Any]) -> list[str]:
     """Return the Hub ids among the data sources of a recipe."""
     sources = [source for source in (data.get("train"), data.get("eval")) if source and not _with_folder(source)]
-    return list(dict.fromkeys(s for s in sources if not (is_generated(s) or is_file(s) or is_folder(s))))
+    here = (is_generated, is_python, is_file, is_folder)
+    return list(dict.fromkeys(source for source in sources if not any(test(source) for test in here)))
 
 
 def without_folders(values: dict[str, Any]) -> tuple[dict[str, Any], dict[str, str]]:

@@ -109,6 +109,20 @@ class TextStream:
         return new
 
 
+def room_for(base: "SharedBase", model: str, ids: Sequence[int], most: int, remedy: str = "shorten it") -> int:
+    """Return how many tokens may follow a prompt: ``most``, or as many as the model has positions for.
+
+    Raises:
+        UserError: the prompt leaves no room.
+    """
+    positions = getattr(base.model.config.get_text_config(), "max_position_embeddings", None)
+    if not isinstance(positions, int):
+        return most
+    if len(ids) >= positions:
+        raise UserError(f"the prompt has {len(ids)} tokens, but {model!r} has only {positions} positions; {remedy}")
+    return min(most, positions - len(ids))
+
+
 class Reply:
     """One role's answer; `pieces` draws it.
 

@@ -1,0 +1,99 @@
+"""A plan as an object: a table when it is printed, a picture in a notebook."""
+
+import io
+from collections.abc import Sequence
+from typing import Any
+
+from lowmem_rlhf.api.request import Overrides, RecipeLike, RewardLike, override_texts, request_of
+
+_WIDTH = 120
+
+
+def plan(
+    recipe: RecipeLike,
+    *,
+    profile: str | None = None,
+    vram: str | None = None,
+    model: str | None = None,
+    data: Any = None,
+    rewards: Sequence[RewardLike] | None = None,
+    overrides: Overrides = (),
+) -> "PlanView":
+    """Return the settings that a recipe would run with, why, and the memory it needs; nothing is loaded.
+
+    Args:
+        recipe, model, data, rewards, overrides: as of `lowmem_rlhf.train`.
+        profile: plan for this card (see ``lowmem-rlhf profiles``) and not for the one that is here.
+        vram: plan for this much memory, for example ``"11GB"``.
+
+    Raises:
+        UserError: the recipe, the model or the card is not known or cannot be planned for.
+    """
+    from lowmem_rlhf.planning.advice import why_not
+    from lowmem_rlhf.planning.run_plan import plan_recipe
+
+    card = {"hardware.profile": profile, "hardware.vram": vram}
+    texts = [*override_texts(overrides), *override_texts({k: v for k, v in card.items() if v is not None})]
+    resolved = request_of(recipe, model=model, data=data, rewards=rewards, overrides=texts).recipe
+    made = plan_recipe(resolved)
+    return PlanView(made.to_dict(), f"{resolved.name}, {resolved.model}", "" if made.fits else why_not(made, resolved))
+
+
+class PlanView:
+    """A plan.
+
+    Attributes:
+        values: what ``plan --json`` prints.
+        advice: what to change when it does not fit; empty when it does.
+    """
+
+    def __init__(self, values: dict[str, Any], name: str = "", advice: str = "") -> None:
+        """Wrap the values of a plan."""
+        self.values, self.advice = values, advice
+        self._name = name
+
+    @property
+    def fits(self) -> bool:
+        """Whether the predicted peak is within the budget."""
+        return bool(self.values["fits"])
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The chosen settings."""
+        return dict(self.values["settings"])
+
+    @property
+    def reasons(self) -> dict[str, str]:
+        """Why each setting was chosen, under its name."""
+        return dict(self.values["reasons"])
+
+    @property
+    def memory(self) -> dict[str, Any]:
+        """Budget, peak and the bytes of every phase by component."""
+        return dict(self.values["memory"])
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return what ``plan --json`` prints."""
+        return self.values
+
+    def plot(self) -> Any:
+        """Return the memory of each phase against the card's as a matplotlib figure."""
+        from lowmem_rlhf.report.plan_plots import draw_phases
+
+        return draw_phases(self.values, self._name)
+
+    def __repr__(self) -> str:
+        """Return the table that ``lowmem-rlhf plan`` prints."""
+        from rich.console import Console
+
+        from lowmem_rlhf.display.live import print_plan
+
+        text = io.StringIO()
+        print_plan(self.values, Console(file=text, width=_WIDTH))
+        return "\n".join([text.getvalue().rstrip(), *([self.advice] if self.advice else [])])
+
+    def _repr_png_(self) -> bytes:
+        """Return the picture for a notebook."""
+        from lowmem_rlhf.report.plots import to_png
+
+        return to_png(self.plot(), 110)

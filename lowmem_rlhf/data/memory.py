@@ -1,0 +1,55 @@
+"""Rows that a Python program holds, as a table: a `datasets.Dataset`, a DataFrame, or mappings of columns to values."""
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from lowmem_rlhf.data.table import DatasetTable, RowTable, Table
+from lowmem_rlhf.data.values import Row
+from lowmem_rlhf.errors import UserError
+
+
+def table_of(rows: Any, name: str) -> Table:
+    """Return a program's rows as a table; the number of a row is its place, from 1.
+
+    Args:
+        rows: a `datasets.Dataset`, a pandas DataFrame, or an iterable of mappings, which is read once.
+        name: the argument, for messages.
+
+    Raises:
+        UserError: it is something else, a row is no mapping or has a column that is no text, or there is no row.
+    """
+    origins = frozenset({f"object {id(rows)}"})  # the same rows given twice are known as such
+    if hasattr(rows, "select_columns") and hasattr(rows, "column_names") and hasattr(rows, "__len__"):
+        table: Table = DatasetTable(rows, origins)
+    elif hasattr(rows, "to_dict") and hasattr(rows, "notna"):
+        present = rows.astype(object).where(rows.notna(), None)
+        table = RowTable(_rows(present.to_dict("records"), name), [str(one) for one in rows.columns], origins)
+    elif isinstance(rows, str | bytes | Mapping) or not isinstance(rows, Iterable):
+        raise UserError(
+            f"{name}: got a {type(rows).__name__}; give a path, a Hub id, rows (mappings of columns to values), a "
+            "datasets.Dataset or a DataFrame"
+        )
+    else:
+        table = RowTable(_rows(rows, name), None, origins)
+    if not len(table):
+        raise UserError(f"{name}: there is no row in it; give at least one")
+    return table
+
+
+def _rows(rows: Iterable[Any], name: str) -> list[Row]:
+    numbered = []
+    for number, row in enumerate(rows, start=1):
+        if not isinstance(row, Mapping):
+            raise UserError(
+                f"{name}: row {number} is a {type(row).__name__}; a row maps columns to values, for example "
+                "{'question': '2 + 3 = ?', 'answer': '5'}"
+            )
+        if wrong := [column for column in row if not isinstance(column, str)]:
+            raise UserError(f"{name}: row {number} has the column {wrong[0]!r}; the name of a column is a text")
+        numbered.append(Row({column: _plain(value) for column, value in row.items()}, number))
+    return numbered
+
+
+def _plain(value: Any) -> Any:
+    """Return a number of numpy's as Python's."""
+    return value.item() if hasattr(value, "item") and getattr(value, "shape", None) == () else value

@@ -1,0 +1,183 @@
+"""What a run shows (plan, steps, results): on a console, in a notebook, on a program's own display, or nowhere."""
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, Protocol
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+from rich.progress import Progress as Bars
+
+from lowmem_rlhf.display.live import LiveView, print_evaluation, print_plan
+from lowmem_rlhf.errors import UserError
+from lowmem_rlhf.progress import Progress, Silence
+
+
+class RunDisplay(Progress, Protocol):
+    """A display that knows the parts of a run."""
+
+    def plan(self, plan: dict[str, Any]) -> None:
+        """Show a plan (as ``plan --json`` gives it)."""
+        ...
+
+    def begin(self, total_steps: int, step: int) -> None:
+        """Show that steps begin, after so many."""
+        ...
+
+    def step(self, metrics: dict[str, Any]) -> None:
+        """Show a finished step's row of metrics.jsonl."""
+        ...
+
+    def end(self) -> None:
+        """Show that no more steps come."""
+        ...
+
+    def evaluation(self, evaluation: dict[str, Any]) -> None:
+        """Show the content of evaluation.json."""
+        ...
+
+
+class ConsoleDisplay:
+    """Bars and tables in a terminal, plain lines in a pipe."""
+
+    def __init__(self, console: Console | None = None, notes: Console | None = None) -> None:
+        """Show on a console; bars before the steps go to ``notes``, standard error by default."""
+        self.console, self._notes = console or Console(), notes or Console(stderr=True)
+        self._view: LiveView | None = None
+        self._bars: Bars | None = None
+        self._tasks: dict[str, Any] = {}
+
+    def phase(self, name: str, done: int = 0, total: int | None = None) -> None:
+        """Show a bar, in a terminal."""
+        if self._view is not None:
+            self._view.phase(name, done, total)
+        elif self._notes.is_interactive:
+            if self._bars is None:
+                columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+                self._bars = Bars(*columns, console=self._notes)
+                self._bars.start()
+            if name not in self._tasks:
+                self._tasks[name] = self._bars.add_task(name, total=total)
+            self._bars.update(self._tasks[name], completed=done, total=total)
+
+    def message(self, text: str) -> None:
+        """Show a line that stays."""
+        if self._view is not None:
+            self._view.message(text)
+            return
+        self._stop_bars()
+        encoding = self.console.encoding
+        self.console.file.write(text.encode(encoding, "replace").decode(encoding, "replace") + "\n")
+        self.console.file.flush()
+
+    def plan(self, plan: dict[str, Any]) -> None:
+        """Show the table of settings and memory."""
+        self._stop_bars()
+        print_plan(plan, self.console)
+
+    def begin(self, total_steps: int, step: int) -> None:
+        """Open the live view."""
+        self._stop_bars()
+        self._view = LiveView(total_steps, step, self.console)
+        self._view.__enter__()
+
+    def step(self, metrics: dict[str, Any]) -> None:
+        """Show a finished step."""
+        if self._view is not None:
+            self._view.step(metrics)
+
+    def end(self) -> None:
+        """Close the live view."""
+        if self._view is not None:
+            self._view.__exit__(None, None, None)
+            self._view = None
+        self._stop_bars()
+
+    def evaluation(self, evaluation: dict[str, Any]) -> None:
+        """Show the table of held-out results."""
+        print_evaluation(evaluation, self.console)
+
+    def _stop_bars(self) -> None:
+        if self._bars is not None:
+            self._bars.stop()
+            self._bars, self._tasks = None, {}
+
+
+class ForwardingDisplay:
+    """A run's parts as phases and messages of any `Progress`."""
+
+    def __init__(self, progress: Progress) -> None:
+        """Forward to a program's own display, or to one that shows nothing."""
+        self._progress = progress
+        self._total = 0
+
+    def phase(self, name: str, done: int = 0, total: int | None = None) -> None:
+        """Forward it."""
+        self._progress.phase(name, done, total)
+
+    def message(self, text: str) -> None:
+        """Forward it."""
+        self._progress.message(text)
+
+    def plan(self, plan: dict[str, Any]) -> None:
+        """Leave it out: who wants the plan has it as a value."""
+
+    def begin(self, total_steps: int, step: int) -> None:
+        """Forward it as a phase."""
+        self._total = total_steps
+        self._progress.phase("steps", step, total_steps)
+
+    def step(self, metrics: dict[str, Any]) -> None:
+        """Forward it as a phase."""
+        self._progress.phase("steps", int(metrics["step"]), self._total)
+
+    def end(self) -> None:
+        """Leave it out."""
+
+    def evaluation(self, evaluation: dict[str, Any]) -> None:
+        """Leave it out: it is in the run."""
+
+
+def display_for(progress: Any) -> RunDisplay:
+    """Return the display that a caller asks for.
+
+    Args:
+        progress: ``"auto"`` (a notebook's in Jupyter, else the console's), None or False for silence, or an object with
+            the methods ``phase`` and ``message`` (see `Progress`).
+
+    Raises:
+        UserError: it is something else.
+    """
+    if progress == "auto" or progress is True:
+        if _in_notebook():
+            from lowmem_rlhf.display.notebook import NotebookDisplay
+
+            return NotebookDisplay()
+        return ConsoleDisplay()
+    if progress is None or progress is False:
+        return ForwardingDisplay(Silence())
+    if all(callable(getattr(progress, name, None)) for name in ("plan", "begin", "step", "end", "evaluation")):
+        whole: RunDisplay = progress
+        return whole
+    if all(callable(getattr(progress, name, None)) for name in ("phase", "message")):
+        return ForwardingDisplay(progress)
+    raise UserError(
+        f'progress: got {progress!r}; give "auto", None for silence, or an object with the methods phase and message'
+    )
+
+
+@contextmanager
+def steps_shown(display: RunDisplay, total_steps: int, step: int) -> Iterator[None]:
+    """Begin the display of steps, and end it however the block ends."""
+    display.begin(total_steps, step)
+    try:
+        yield
+    finally:
+        display.end()
+
+
+def _in_notebook() -> bool:
+    ipython = sys.modules.get("IPython")
+    shell = ipython.get_ipython() if ipython is not None else None
+    return shell is not None and type(shell).__name__ == "ZMQInteractiveShell"
