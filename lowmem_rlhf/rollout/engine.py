@@ -1,8 +1,8 @@
 """The engine of a rollout: what the trainer and held-out evaluation ask for completions.
 
 Two engines sample on the shared base: `SharedPromptEngine` for models that can be packed, `OwnCacheEngine` for those
-that cannot. `register_engine` adds one of your own. What a rollout takes is told to the planner by a function without torch
-(`planning.memory.rollout.ROLLOUT_BYTES`), since a plan is made before anything is loaded.
+that cannot. `register_engine` adds one of your own. What a rollout takes is told to the planner by a function without
+torch (`planning.memory.rollout.ROLLOUT_BYTES`), since a plan is made before anything is loaded.
 
 Shapes: B prompts, G completions a prompt.
 """

@@ -195,16 +195,9 @@ class Talk:
         for messages in self._messages.values():
             messages.clear()
 
-    def _tokens_left(self, ids: Sequence[int]) -> int:
-        positions = getattr(self.base.model.config.get_text_config(), "max_position_embeddings", None)
-        if not isinstance(positions, int):
-            return self._max_tokens
-        if len(ids) >= positions:
-            shorter = "; forget the conversation with /reset" if any(self._messages.values()) else "; shorten it"
-            raise UserError(
-                f"the prompt has {len(ids)} tokens, but {self._model!r} has only {positions} positions{shorter}"
-            )
-        return min(self._max_tokens, positions - len(ids))
+    def _room(self, ids: Sequence[int]) -> int:
+        remedy = "forget the conversation with /reset" if any(self._messages.values()) else "shorten it"
+        return room_for(self.base, self._model, ids, self._max_tokens, remedy)
 
     def _drawn(self, role: str, ids: list[int], max_tokens: int, seed: int) -> Iterator[int]:
         from lowmem_rlhf.rollout.stream import stream
