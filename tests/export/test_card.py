@@ -9,6 +9,7 @@ import pytest
 import yaml
 from huggingface_hub import ModelCard
 
+import lowmem_rlhf
 from lowmem_rlhf.export.card import facts as card_facts
 from lowmem_rlhf.export.card.write import write_card
 from lowmem_rlhf.recipe.loading import load_recipe, validate_recipe
@@ -209,8 +210,10 @@ def test_versions_are_those_that_are_installed():
     import torch
 
     found = card_facts.versions()
+    is_checkout = (Path(lowmem_rlhf.__file__).parents[1] / ".git").exists()
     assert found["torch"] == torch.__version__ and found["peft"] == peft.__version__
     assert re.fullmatch(r"\d+\.\d+\.\d+( \([0-9a-f]{7,}(-dirty)?\))?", found["lowmem_rlhf"])
+    assert ("(" in found["lowmem_rlhf"]) >= is_checkout
 
 
 @pytest.mark.parametrize(

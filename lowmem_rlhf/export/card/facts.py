@@ -11,6 +11,7 @@ from typing import Any
 
 import yaml
 
+import lowmem_rlhf
 from lowmem_rlhf import __version__
 from lowmem_rlhf.architecture.source import is_local, resolve_model
 from lowmem_rlhf.errors import UserError
@@ -119,7 +120,7 @@ def versions() -> dict[str, str]:
 
 def _commit() -> str:
     """Return the commit of the checkout that this package runs from, or that it was installed from; else nothing."""
-    folder = Path(__file__).resolve().parents[2]
+    folder = Path(lowmem_rlhf.__file__).resolve().parents[1]
     if (folder / ".git").exists():
         with contextlib.suppress(OSError, subprocess.SubprocessError):
             command = ["git", "-C", str(folder), "describe", "--always", "--dirty", "--exclude=*"]
