@@ -337,23 +337,26 @@ def export(
     as_json: Json = False,
 ) -> None:
     """Take the trained model away, proven against the live policy."""
+    from lowmem_rlhf.display.export import show_plan, show_result
+    from lowmem_rlhf.display.lines import ByteBars
     from lowmem_rlhf.export.export import Export
-    from lowmem_rlhf.export.show import show_plan, show_result
-    from lowmem_rlhf.export.wish import Wish
+    from lowmem_rlhf.export.options import ExportOptions
+    from lowmem_rlhf.progress import shown_by
     from lowmem_rlhf.run.directory import open_run
 
-    job = Export(open_run(run), Wish(format, onto, dtype, quantize, output, step, heads, device, push))
+    job = Export(open_run(run), ExportOptions(format, onto, dtype, quantize, output, step, heads, device, push))
     try:
-        found = job.plan() if dry_run else job.make()
+        with ByteBars() as display, shown_by(display):
+            outcome = job.plan() if dry_run else job.make()
     except KeyboardInterrupt as stop:
         print(with_notes("interrupted", stop), file=sys.stderr)
         raise typer.Exit(1) from None
     if as_json:
-        _print_json(found)
+        _print_json(outcome)
     elif dry_run:
-        show_plan(found)
+        show_plan(outcome)
     else:
-        show_result(found)
+        show_result(outcome)
 
 
 @app.command()

@@ -1,4 +1,4 @@
-"""How texts begin and turns end in what leaves: as in the run that trained it, whatever the tokenizer does."""
+"""How texts begin and turns end in an export: as in the run that trained it, whatever the tokenizer does."""
 
 import json
 from collections.abc import Mapping
@@ -76,9 +76,9 @@ def end_turns(folder: Path) -> tuple[str, ...]:
     with suppress(UserError, ValueError):  # no tokenizer: then nobody chats with it; or JSON that nobody can read
         tokenizer, config = load_tokenizer(folder), read_config(folder)
         path = folder / GENERATION
-        held = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        saved = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
         keys = ("bos_token_id", "eos_token_id", "pad_token_id")
-        named = held if held else {key: config[key] for key in keys if config.get(key) is not None}
+        named = saved if saved else {key: config[key] for key in keys if config.get(key) is not None}
         eos = named.get("eos_token_id", config.get("eos_token_id"))
         ends = eos if isinstance(eos, list) else [] if eos is None else [eos]
         if new := sorted(turn_end(tokenizer).difference(ends)):
@@ -98,8 +98,8 @@ def keep_template_options(folder: Path, options: Mapping[str, Any]) -> tuple[str
         OSError: a file cannot be written.
     """
     own, config = folder / "chat_template.jinja", folder / "tokenizer_config.json"
-    held = json.loads(config.read_text(encoding="utf-8")) if config.is_file() else {}
-    template = own.read_text(encoding="utf-8") if own.is_file() else held.get("chat_template")
+    saved = json.loads(config.read_text(encoding="utf-8")) if config.is_file() else {}
+    template = own.read_text(encoding="utf-8") if own.is_file() else saved.get("chat_template")
     if not options or not isinstance(template, str):
         return ()
     defaults = (
@@ -110,7 +110,7 @@ def keep_template_options(folder: Path, options: Mapping[str, Any]) -> tuple[str
     if own.is_file():
         own.write_text(template, encoding="utf-8")
     else:
-        config.write_text(json.dumps({**held, "chat_template": template}, indent=2) + "\n", encoding="utf-8")
+        config.write_text(json.dumps({**saved, "chat_template": template}, indent=2) + "\n", encoding="utf-8")
     shown = ", ".join(f"{key}={_literal(value)}" for key, value in options.items())
     return (f"the chat template takes {shown} where nothing else is given, as in the run",)
 

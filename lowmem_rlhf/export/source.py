@@ -81,9 +81,9 @@ def write_config(folder: Path, target: Path, dtype: str) -> None:
 
 def side_files(folder: Path) -> list[Path]:
     """Return the files beside the weights that belong to the model: tokenizer, chat template, generation config, ..."""
-    found = {path for pattern in SIDE_FILES for path in folder.glob(pattern) if path.is_file()}
-    found |= {path for path in folder.glob("additional_chat_templates/*") if path.is_file()}
-    return sorted(path for path in found if not any(path.match(pattern) for pattern in LEFT_OUT))
+    files = {path for pattern in SIDE_FILES for path in folder.glob(pattern) if path.is_file()}
+    files |= {path for path in folder.glob("additional_chat_templates/*") if path.is_file()}
+    return sorted(path for path in files if not any(path.match(pattern) for pattern in LEFT_OUT))
 
 
 def copy_side_files(folder: Path, target: Path) -> None:

@@ -12,6 +12,7 @@ from huggingface_hub import ModelCard
 import lowmem_rlhf
 from lowmem_rlhf.export.card import facts as card_facts
 from lowmem_rlhf.export.card.write import write_card
+from lowmem_rlhf.export.local_paths import without_folders
 from lowmem_rlhf.recipe.loading import load_recipe, validate_recipe
 from lowmem_rlhf.recipe.schema import Recipe
 from lowmem_rlhf.run.directory import RunDirectory
@@ -220,10 +221,10 @@ def test_versions_are_those_that_are_installed():
     ("text", "last"), [("/a/b/c.py:f", "c.py:f"), ("C:\\me\\data.jsonl", "data.jsonl"), ("~/x/", "x"), ("../y", "y")]
 )
 def test_paths_of_every_system_are_cut(text, last):
-    cleaned, local = card_facts.without_folders({"data": {"train": text, "system": text}})
+    cleaned, local = without_folders({"data": {"train": text, "system": text}})
     assert cleaned == {"data": {"train": last, "system": text}} and local == {"data.train": text}
 
 
 def test_relative_paths_and_names_stay():
     kept_values = {"model": "org/name", "adapter": "runs/sft", "data": {"train": "train.jsonl"}, "name": "/x"}
-    assert card_facts.without_folders(kept_values) == (kept_values, {})
+    assert without_folders(kept_values) == (kept_values, {})

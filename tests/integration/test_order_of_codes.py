@@ -13,7 +13,7 @@ from lowmem_rlhf.engine.base import SharedBase
 from lowmem_rlhf.engine.load import load_base, quantization_settings
 from lowmem_rlhf.engine.logprobs import tiled_logprobs
 from lowmem_rlhf.engine.roles import POLICY, REFERENCE
-from lowmem_rlhf.export.proof.live import role_logits
+from lowmem_rlhf.export.proof.outputs import role_logits
 from lowmem_rlhf.inference.chat.talk import Talk, Wish
 from lowmem_rlhf.rollout.sampling import Sampling
 from lowmem_rlhf.rollout.shared_prompt import Limits, generate

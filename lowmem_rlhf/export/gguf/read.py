@@ -64,8 +64,8 @@ def check_numbers(file: Path, folder: Path) -> float:
         for part in plan.rows():
             rows = tensor.data if len(part) == plan.shape[0] else tensor.data[begin : begin + len(part)]
             begin += len(part)
-            found = torch.from_numpy(dequantize(rows, tensor.tensor_type).copy()).view(part.shape)
-            off = _steps_off(found, part.float() + plan.shift, kind, tensor.tensor_type.name)
+            stored = torch.from_numpy(dequantize(rows, tensor.tensor_type).copy()).view(part.shape)
+            off = _steps_off(stored, part.float() + plan.shift, kind, tensor.tensor_type.name)
             if not off <= 1.0:
                 raise RunError(
                     f"{file.name} holds other numbers for {plan.origin} than the merged model: a row is off by "
@@ -75,13 +75,13 @@ def check_numbers(file: Path, folder: Path) -> float:
     return furthest
 
 
-def _steps_off(found: torch.Tensor, wanted: torch.Tensor, kind: str | None, name: str) -> float:
-    found, wanted = (one.reshape(1, -1) if one.ndim < 2 else one for one in (found, wanted))
+def _steps_off(stored: torch.Tensor, wanted: torch.Tensor, kind: str | None, name: str) -> float:
+    stored, wanted = (one.reshape(1, -1) if one.ndim < 2 else one for one in (stored, wanted))
     if kind is not None:
-        return furthest_row(found, wanted, kind)
+        return furthest_row(stored, wanted, kind)
     if name == "F32":
-        return float(((found - wanted).abs() / (SHIFTED * (1 + wanted.abs()))).max())
-    return 0.0 if torch.isfinite(found).all() else float("nan")
+        return float(((stored - wanted).abs() / (SHIFTED * (1 + wanted.abs()))).max())
+    return 0.0 if torch.isfinite(stored).all() else float("nan")
 
 
 def _tensors(file: Path, folder: Path, config: Any) -> Iterator[tuple[Tensor, Any]]:
@@ -90,11 +90,11 @@ def _tensors(file: Path, folder: Path, config: Any) -> Iterator[tuple[Tensor, An
     Raises:
         RunError, UserError: as `read_model`.
     """
-    found = {tensor.name: tensor for tensor in GGUFReader(file).tensors}
+    tensors = {tensor.name: tensor for tensor in GGUFReader(file).tensors}
     for plan in plan_tensors(read_tensors(folder), config, describe(config), "f32", config.vocab_size):
         if plan.source is None:
             continue
-        tensor = found.get(plan.name)
+        tensor = tensors.get(plan.name)
         if tensor is None or tuple(int(n) for n in tensor.shape[::-1]) != plan.shape:
             raise RunError(f"{file.name} holds no {plan.name} of the shape {plan.shape}: it is not of this model")
         yield plan, tensor

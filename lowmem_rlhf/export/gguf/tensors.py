@@ -138,7 +138,7 @@ def plan_tensors(
     names = get_tensor_name_map(next(a for a, name in MODEL_ARCH_NAMES.items() if name == family.arch), layers)
     used = {name: one for name, one in stored.items() if not _left_out(name, one, config)}
     tied = not any(name == "lm_head.weight" for name in used)
-    found = []
+    tensors = []
     for name, one in used.items():
         gguf_name = _gguf_name(names, name)
         if gguf_name is None:
@@ -147,7 +147,7 @@ def plan_tensors(
         shape = one.shape[::-1] if transposed else one.shape
         if gguf_name in ("token_embd.weight", "output.weight"):
             shape = (min(vocabulary, shape[0]), *shape[1:])
-        found.append(
+        tensors.append(
             Tensor(
                 gguf_name,
                 shape,
@@ -160,8 +160,8 @@ def plan_tensors(
             )
         )
     for name, factors in architecture.factors.items():
-        found.append(Tensor(name, (len(factors),), F32, None, factors=tuple(factors)))
-    return found
+        tensors.append(Tensor(name, (len(factors),), F32, None, factors=tuple(factors)))
+    return tensors
 
 
 def _left_out(name: str, one: Stored, config: Any) -> bool:
@@ -173,8 +173,8 @@ def _left_out(name: str, one: Stored, config: Any) -> bool:
 
 def _gguf_name(names: TensorNameMap, name: str) -> str | None:
     for text in (name, f"transformer.{name}", f"model.{name}"):  # some files leave the outermost name out
-        if found := names.get_name(text, try_suffixes=(".weight", ".bias")):
-            return found
+        if gguf_name := names.get_name(text, try_suffixes=(".weight", ".bias")):
+            return gguf_name
     return None
 
 

@@ -2,7 +2,6 @@
 
 import json
 import os
-import sys
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -11,10 +10,10 @@ from typing import TYPE_CHECKING, Any
 from lowmem_rlhf.architecture.stops import turn_end
 from lowmem_rlhf.errors import UserError
 from lowmem_rlhf.export.gguf.converter import convert, find_converter, find_quantizer, quantize, set_frame
-from lowmem_rlhf.export.wish import check_disk
+from lowmem_rlhf.export.target import check_disk
 from lowmem_rlhf.files import temp_path
 from lowmem_rlhf.planning.memory.export import GGUF_BYTES
-from lowmem_rlhf.progress import ProgressCallback
+from lowmem_rlhf.progress import ProgressCallback, message
 
 if TYPE_CHECKING:
     import torch
@@ -110,7 +109,7 @@ def _write(
     total = sum(tensor.nbytes for tensor in tensors)
     check_disk(total + _HEADER_BYTES, target)
     for note in architecture.notes:
-        print(note, file=sys.stderr, flush=True)
+        message(note)
     writer = GGUFWriter(target, architecture.family.arch)
     _add_keys(writer, name, architecture, keys, kind)
     for tensor in tensors:

@@ -17,7 +17,7 @@ from peft.tuners.lora.layer import LoraLayer
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from lowmem_rlhf.export.proof.live import exact_weight
+from lowmem_rlhf.export.proof.outputs import exact_weight
 
 PIECE = 2**22  # weights at once
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -87,7 +87,7 @@ class StoredModel:
     where it is. Quantized layers do that anew in every pass. The model is of no use for anything else afterwards.
 
     Args:
-        dtype: in which quantized layers multiply (see `live.exact_weight`).
+        dtype: in which quantized layers multiply (see `outputs.exact_weight`).
     """
 
     def __init__(self, model: nn.Module, dtype: torch.dtype, device: torch.device) -> None:
@@ -129,5 +129,5 @@ class StoredModel:
         rows = total.t() if isinstance(module, Conv1D) else total.view(1, -1) if total.ndim < 2 else total
         how = stored_kind(kind, rows.shape[-1], isinstance(module, nn.Embedding) or module is self.head)
         pieces = rows.split(max(1, PIECE // max(1, rows[0].numel())))
-        found = torch.cat([as_stored(piece, how, self.generator) for piece in pieces])
-        return (found.t() if isinstance(module, Conv1D) else found.view(weight.shape)) - delta
+        stored = torch.cat([as_stored(piece, how, self.generator) for piece in pieces])
+        return (stored.t() if isinstance(module, Conv1D) else stored.view(weight.shape)) - delta

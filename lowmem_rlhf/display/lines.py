@@ -1,0 +1,55 @@
+"""Lines on the standard error stream, for commands whose result is on the standard output: messages, and bars."""
+
+import sys
+
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+
+
+class Lines:
+    """A display that prints messages and shows no phases."""
+
+    def phase(self, name: str, done: int = 0, total: int | None = None) -> None:
+        """Show nothing."""
+
+    def message(self, text: str) -> None:
+        """Print a line (or several)."""
+        print(text, file=sys.stderr, flush=True)
+
+
+class ByteBars(Lines):
+    """`Lines` with a bar for the current phase, whose units are bytes; nothing where nobody watches.
+
+    It is entered with ``with``. The bar goes when its phase is complete, when another one begins, or at the end.
+    """
+
+    def __init__(self, console: Console | None = None) -> None:
+        self.console = console or Console(stderr=True)
+        self._bar: Progress | None = None
+        self._name = ""
+
+    def __enter__(self) -> "ByteBars":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._stop()
+
+    def phase(self, name: str, done: int = 0, total: int | None = None) -> None:
+        """Move the bar of a phase to ``done`` of ``total`` (None: unknown) bytes."""
+        if not self.console.is_interactive:
+            return
+        if self._bar is None or name != self._name:
+            self._stop()
+            columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(True), TransferSpeedColumn())
+            self._bar = Progress(*columns, TimeRemainingColumn(), console=self.console, transient=True)
+            self._bar.add_task(name, total=total)
+            self._bar.start()
+            self._name = name
+        self._bar.update(self._bar.task_ids[0], completed=done, total=total)
+        if done == total:
+            self._stop()
+
+    def _stop(self) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+            self._bar = None

@@ -1,0 +1,56 @@
+"""One export of a run, as the values that a format needs to make it."""
+
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lowmem_rlhf.export.options import QUANTIZED, ExportOptions
+from lowmem_rlhf.hardware.detect import detect
+from lowmem_rlhf.hardware.device import Device
+from lowmem_rlhf.recipe.schema import Recipe
+from lowmem_rlhf.run.directory import RunDirectory
+
+if TYPE_CHECKING:
+    import torch
+
+
+@dataclass(frozen=True)
+class ExportJob:
+    """What is exported, and how.
+
+    Attributes:
+        recipe: of the run, with paths as they are found from here.
+        options: with the format's defaults.
+        settings: of the run's plan.
+        adapter: the folder of the trained adapter.
+        target: the folder that the export becomes.
+    """
+
+    run: RunDirectory
+    recipe: Recipe
+    options: ExportOptions
+    settings: dict[str, Any]
+    adapter: Path
+    target: Path
+
+    @property
+    def onto_quantized(self) -> bool:
+        """Whether the change is added to dequantized weights; if the base was not quantized, there are no others."""
+        return self.options.onto == QUANTIZED and self.settings["quantization"] != "none"
+
+    @cached_property
+    def hardware(self) -> Device:
+        """The device that the live policy and the export are opened on.
+
+        Raises:
+            UserError: this machine has no such device.
+        """
+        return detect(self.options.device or self.recipe.hardware.device)
+
+    @cached_property
+    def device(self) -> "torch.device":
+        """The same, as torch's device."""
+        import torch
+
+        return torch.device(self.hardware.torch_device)
