@@ -36,7 +36,7 @@ class ExportJob:
 
     @property
     def onto_quantized(self) -> bool:
-        """Whether the change is added to dequantized weights; if the base was not quantized, there are no others."""
+        """Whether the change is added to dequantized weights, which only a quantized base has."""
         return self.options.onto == QUANTIZED and self.settings["quantization"] != "none"
 
     @cached_property

@@ -1,4 +1,4 @@
-"""The folders of this machine, taken out of what leaves it. No torch here."""
+"""Paths without the folders of this machine, for files that leave it. No torch here."""
 
 import re
 from pathlib import PurePosixPath, PureWindowsPath
@@ -8,9 +8,9 @@ PATH_KEYS = ("model", "adapter", "train", "eval", "function")  # of a recipe, wh
 
 
 def without_folders(values: dict[str, Any]) -> tuple[dict[str, Any], dict[str, str]]:
-    """Return a recipe's values with the folders of local files taken away, and those files by dotted key.
+    """Return a recipe's values with local paths cut to their last part, and the whole paths by dotted key.
 
-    Relative paths say nothing of the machine and stay.
+    Relative paths tell nothing about the machine and stay.
     """
     local: dict[str, str] = {}
 

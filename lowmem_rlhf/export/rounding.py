@@ -1,4 +1,4 @@
-"""What rounding leaves of a change. RL's changes are so small that bfloat16 drops most of them.
+"""How much of a change survives rounding. RL changes weights so little that bfloat16 drops most of it.
 
 With ``W`` the base's weights, ``d`` their change and ``e = round(W + d) - round(W)``:
 

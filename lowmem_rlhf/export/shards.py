@@ -45,11 +45,11 @@ class Stored:
 
     @property
     def is_number(self) -> bool:
-        """Whether it holds floating-point numbers that can be calculated with."""
+        """Whether it holds floating-point numbers, as opposed to codes, masks or counts."""
         return self.dtype in NUMBERS
 
     def rows(self, elements: int) -> Iterator[slice]:
-        """Yield pieces of the first dimension of about so many elements; a scalar has one row."""
+        """Yield slices of the first dimension with about that many elements each; a scalar has one row."""
         count = self.shape[0] if self.shape else 1
         step = max(1, elements * count // max(1, self.elements))
         return (slice(start, min(start + step, count)) for start in range(0, count, step))
@@ -152,7 +152,7 @@ def read_shards(folder: Path) -> dict[str, dict[str, Stored]]:
 
 
 def read_tensors(folder: Path) -> dict[str, Stored]:
-    """Return the tensors of a model folder by name, whatever file they lie in.
+    """Return the tensors of a model folder by name, from all of its files.
 
     Raises:
         UserError: as `read_shards`.

@@ -1,4 +1,4 @@
-"""The base's files on disk: where they lie, and what of them goes along with merged weights."""
+"""The base's files on disk: where they are, and which of them go along with merged weights."""
 
 import json
 import shutil
@@ -8,7 +8,7 @@ from typing import Any
 from lowmem_rlhf.architecture.source import is_local, resolve_model
 from lowmem_rlhf.errors import UserError
 
-# what a model folder has besides weights: configuration, tokenizer, chat template, code of the model's own
+# files of a model folder other than weights: configuration, tokenizer, chat template, the model's own code
 SIDE_FILES = ("*.json", "*.txt", "*.model", "*.tiktoken", "*.jinja", "*.py", "LICENSE*", "NOTICE*")
 LEFT_OUT = ("config.json", "*.index.json", "training_args*", "adapter_config.json", "requirements*.txt")
 
@@ -17,7 +17,7 @@ def base_folder(model: str, revision: str | None) -> Path:
     """Return the folder with a model's safetensors weights, config and tokenizer.
 
     Args:
-        model: as in a recipe. A GGUF file is converted once and kept; what a Hub model lacks in the cache is fetched.
+        model: as in a recipe. A GGUF file is converted once and cached; missing files of a Hub model are fetched.
 
     Raises:
         UserError: the base is gone, or cannot be fetched.

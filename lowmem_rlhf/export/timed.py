@@ -1,4 +1,4 @@
-"""Work on bytes as the display shows it: how far it is, and at the end a line with its size and time."""
+"""Progress of work that writes bytes: a phase of the display, and at the end a line with the size and the time."""
 
 import time
 from collections.abc import Iterator

@@ -138,6 +138,14 @@ def test_a_name_is_one_format_s(toy):
     assert list(FORMATS) == ["adapter", "merged", "gguf", "ollama", "toy"]
 
 
+def test_the_docs_show_what_the_card_says_of_use(tmp_path):
+    (tmp_path / "NAME-Q8_0.gguf").touch()
+    docs = (PACKAGE.parent / "docs" / "export.md").read_text(encoding="utf-8")
+    for name, format in FORMATS.items():
+        for algorithm in ("grpo", *(["reward_model"] if format.holds_scores else [])):
+            assert format.usage(tmp_path, "NAME", "BASE", algorithm) in docs, (name, algorithm)
+
+
 def compared_texts(file: Path) -> set[str]:
     """Return the constant texts that a module compares something with."""
     compares = [node for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))) if isinstance(node, ast.Compare)]

@@ -1,4 +1,4 @@
-"""What a model card says of the base, the machine and the recipe, without the folders of the machine it was made on."""
+"""Facts for a model card on the base, its licence, the data and the versions, without this machine's folders."""
 
 import contextlib
 import importlib.metadata
@@ -30,7 +30,7 @@ def is_hub_id(model: str) -> bool:
 
 
 def model_name(model: str) -> str:
-    """Return a Hub id as it is, and of anything local the last part."""
+    """Return a Hub id as it is, and only the last part of a local path."""
     return model if is_hub_id(model) else last_part(model.removeprefix("package:"))
 
 
@@ -41,7 +41,7 @@ def hub_datasets(data: dict[str, Any]) -> list[str]:
 
 
 def license_of(model: str) -> str:
-    """Return the licence that the base names itself (in its README, or a GGUF's header); ``unknown`` if it does not.
+    """Return the licence that the base itself names in its README or GGUF header; ``unknown`` if it names none.
 
     Of a Hub id what lies in the local cache is read, and the network is left alone.
     """

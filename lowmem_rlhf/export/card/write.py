@@ -70,7 +70,7 @@ def write_card(folder: Path, run: RunDirectory, export: dict[str, Any]) -> None:
 
 
 def _front_matter(original: dict[str, Any], recipe: dict[str, Any], format: ExportFormat | None) -> dict[str, Any]:
-    """Return the metadata that the Hub reads; a base that is no Hub id has no place in it."""
+    """Return the metadata that the Hub reads; it can name only a base with a Hub id."""
     model, algorithm = str(original.get("model", "")), str(recipe.get("algorithm"))
     metadata: dict[str, Any] = {"license": license_of(model)}
     if is_hub_id(model):
@@ -198,7 +198,7 @@ def _section(title: str, body: str) -> str:
 
 
 def _table(head: Any, rows: Any) -> str:
-    """Return a Markdown table; bars and line breaks in a cell are written so that they stay in it."""
+    """Return a Markdown table; bars and line breaks inside a cell are escaped."""
     lines = [head, ["---"] * len(head), *rows]
     cells = [[str(cell).replace("|", "\\|").replace("\n", "⏎") for cell in line] for line in lines]
     return "\n".join(f"| {' | '.join(line)} |" for line in cells)
@@ -209,7 +209,7 @@ def _yaml(values: dict[str, Any]) -> str:
 
 
 def _scrubbed(text: str, run: RunDirectory, local: dict[str, str]) -> str:
-    """Take out the folders of this machine that stand in texts of the run (a reason, a placement)."""
+    """Remove the folders of this machine from texts of the run (a reason, a placement)."""
     for path in sorted(local.values(), key=len, reverse=True):
         text = text.replace(path, last_part(path))
     folders = {run.path.resolve(), Path.home(), Path.cwd(), start_folder(run.path) or Path.cwd()}

@@ -1,4 +1,4 @@
-"""A llama.cpp that the user has: its converter and its quantizer, on the PATH or under $LLAMA_CPP."""
+"""The user's own llama.cpp: its converter and its quantizer, on the PATH or under $LLAMA_CPP."""
 
 import os
 import shutil
@@ -37,10 +37,10 @@ def _find(name: str, places: tuple[str, ...]) -> Path | None:
 
 
 def convert(converter: Path, folder: Path, target: Path, kind: str) -> bool:
-    """Write a GGUF by the user's converter and say so.
+    """Write a GGUF with the user's converter, and report that.
 
     Returns:
-        False if it failed, after a sentence with its reason; then our writer takes over.
+        False if it failed, whose reason is reported; then our writer takes over.
     """
     whose = f"{converter} of your llama.cpp"
     message(f"the GGUF is written by {whose}")
@@ -55,10 +55,10 @@ def convert(converter: Path, folder: Path, target: Path, kind: str) -> bool:
 
 
 def set_frame(file: Path, add_bos: bool | None) -> None:
-    """Let a GGUF that a converter wrote put a BOS before every text or none, and an EOS behind none.
+    """Set whether a converter's GGUF puts a BOS before every text; it puts an EOS behind none.
 
     Args:
-        add_bos: None: both as the converter has them.
+        add_bos: None leaves both as the converter set them.
     """
     from gguf import GGUFReader
 
@@ -82,7 +82,7 @@ def set_frame(file: Path, add_bos: bool | None) -> None:
 
 
 def quantize(quantizer: Path, source: Path, target: Path) -> None:
-    """Quantize a GGUF to Q4_K_M by the user's llama-quantize and say so.
+    """Quantize a GGUF to Q4_K_M with the user's llama-quantize, and report that.
 
     Raises:
         RunError: it failed.

@@ -1,9 +1,9 @@
-"""A GGUF's numbers back in the transformers model that it was made of, to be held against the live policy.
+"""A GGUF's numbers read back into the transformers model that it was made of, for the comparison with the live policy.
 
-transformers reads GGUF files itself, but not all that they say: of Gemma the norms, of Llama 3.1 and later the rotary
-scaling, of Qwen3 the width of a head. Here the configuration comes from the merged folder and only the numbers from the
-GGUF, so what is compared is what quantization did to the weights. The numbers themselves are compared as well, row by
-row, with what their kind can explain.
+transformers reads GGUF files itself, but gets parts of some wrong: Gemma's norms, the rotary scaling of Llama 3.1 and
+later, the width of a head in Qwen3. Here the configuration comes from the merged folder and only the numbers from the
+GGUF, so the comparison shows what quantization did to the weights. The numbers themselves are compared as well, row by
+row; they may differ by what their kind can explain.
 """
 
 from collections.abc import Iterator
@@ -23,7 +23,7 @@ from lowmem_rlhf.export.shards import read_tensors
 
 # llama.cpp's names of types whose steps we know; another one (a user's own converter) is left to the predictions
 KINDS = {"F16": "float16", "BF16": "bfloat16", "Q8_0": "q8_0", "Q5_0": "q5_0", "Q4_K": "q4_k", "Q6_K": "q6_k"}
-SHIFTED = 1e-6  # of a number and 1, which a norm's is added to: fp32's rounding, some times
+SHIFTED = 1e-6  # relative error of a norm's weight that 1 was added to: a few times fp32's rounding
 
 
 @torch.no_grad()
@@ -32,7 +32,7 @@ def read_model(file: Path, folder: Path) -> Any:
 
     Raises:
         RunError: the GGUF lacks a tensor or has one of another shape.
-        UserError: the family is not one that a GGUF is written of here.
+        UserError: no GGUF of this model family is written here.
     """
     from transformers import AutoModelForCausalLM
 
@@ -85,7 +85,7 @@ def _steps_off(stored: torch.Tensor, wanted: torch.Tensor, kind: str | None, nam
 
 
 def _tensors(file: Path, folder: Path, config: Any) -> Iterator[tuple[Tensor, Any]]:
-    """Yield what is to be in a GGUF of a model, and what is there.
+    """Yield each tensor that a GGUF of the model must hold, as planned and as stored.
 
     Raises:
         RunError, UserError: as `read_model`.

@@ -1,4 +1,4 @@
-"""Merged weights as one GGUF file for llama.cpp: by the user's own converter where there is one, otherwise here."""
+"""Merged weights as one GGUF file for llama.cpp, written by the user's own converter if there is one, else here."""
 
 import json
 import os
@@ -37,7 +37,7 @@ def write_gguf(
     """Write a merged model as a GGUF. The file appears whole or not at all.
 
     A llama.cpp of the user's (``convert_hf_to_gguf.py`` and ``llama-quantize`` on the PATH or under ``$LLAMA_CPP``) is
-    used where it is found, which is said. Without it, memory stays at some rows of the largest tensor.
+    used where it is found, and that is reported. Our own writer holds only some rows of a tensor in memory.
 
     Args:
         folder: in the transformers format: config.json, the tokenizer's files, safetensors in one or several files.
@@ -75,7 +75,7 @@ def write_gguf(
 
 
 def _check_room(folder: Path, target: Path, kind: str) -> None:
-    """Check the free disk against the weights in 16 bits or less; what our writer plans is checked again exactly."""
+    """Check the free disk roughly, from the size of the weights; our writer checks again with the exact size."""
     stored = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
     check_disk(int(stored * {"q8_0": 0.5, "q4_k_m": 0.25}.get(kind, 0.5)), target)
 
@@ -169,7 +169,7 @@ def _add_info(writer: "GGUFWriter", tensor: "Tensor") -> None:
 def _write_tensors(
     writer: "GGUFWriter", tensors: list["Tensor"], total: int, progress: ProgressCallback | None, device: "torch.device"
 ) -> None:
-    """Write the tensors' bytes behind one another, each where the library's header says that it begins."""
+    """Write the tensors' bytes one after another, each at the offset that the library's header names."""
     assert writer.fout is not None
     file, done = writer.fout[0], 0
     writer.write_padding(file, file.tell())

@@ -1,9 +1,9 @@
 """The numbers that a quantized base computes with, recomputed from its 16-bit weights one tensor at a time.
 
-A tensor is quantized as the loader does it (bitsandbytes, the same settings, the same dtype and device) and dequantized
-as the forward pass does it, so the result is the live model's, bit for bit. It happens in pieces: quantizing a whole
-tensor takes bitsandbytes ten times its size on a CPU. Blocks of NF4 and rows of int8 know nothing of each other; only
-the double quantization of the blocks' scales looks at all of them.
+A tensor is quantized as the loader does it (bitsandbytes, with the same settings, dtype and device) and dequantized as
+the forward pass does it, so the result is the live model's, bit for bit. It is done in pieces, since quantizing a whole
+tensor takes bitsandbytes ten times its size on a CPU. Blocks of NF4 and rows of int8 are independent of each other;
+only the double quantization of the blocks' scales depends on all of them.
 """
 
 from collections.abc import Iterator

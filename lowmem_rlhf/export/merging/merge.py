@@ -25,7 +25,7 @@ SAMPLED = 8  # layers on which a dtype is tried out
 
 
 class Merge:
-    """A base, an adapter for it, and what becomes of each stored tensor.
+    """A base, an adapter for it, and what each stored tensor becomes.
 
     Args:
         shards: the base's tensors by file and name (`read_shards`).
@@ -85,7 +85,7 @@ class Merge:
         return [name for name, parameter in self.parameters.items() if parameter in layers]
 
     def layout(self, file: str, dtype: str) -> FileLayout:
-        """Return a file's tensors as they are stored in a dtype, wide elements first as safetensors has them."""
+        """Return the layout of a file whose tensors are stored in a dtype, widest elements first as in safetensors."""
         entries = []
         for name, stored in self.shards[file].items():
             kind, width = stored.dtype, (stored.end - stored.begin) / max(1, stored.elements)
@@ -156,7 +156,7 @@ class Merge:
             yield rounded_sum(base, change, dtype, rounding, name)
 
     def _as_computed(self, weight: torch.Tensor, parameter: str) -> torch.Tensor:
-        """Return what a quantized base computes with where it has no codes: embeddings and norms, in its own dtype."""
+        """Return what a quantized base computes with for weights without codes: embeddings and norms, in its dtype."""
         if not self.model.quantized or parameter in self.model.wide:
             return weight
         rounded = weight.to(self.compute_dtype)
@@ -175,5 +175,5 @@ class Merge:
 
 
 def evenly(names: Sequence[str], count: int) -> list[str]:
-    """Return at most so many of the names, evenly spread."""
+    """Return at most ``count`` of the names, evenly spread."""
     return [names[i * len(names) // count] for i in range(count)] if len(names) > count else list(names)

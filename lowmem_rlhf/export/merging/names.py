@@ -1,6 +1,6 @@
 """Which stored tensor belongs to which parameter of the model, and which of them the loader quantizes.
 
-A checkpoint may name its tensors otherwise than the model does: GPT-NeoX's head is ``embed_out``, GPT-2's files exist
+A checkpoint may name its tensors differently from the model: GPT-NeoX's head is ``embed_out``, GPT-2's files exist
 with and without ``transformer.`` in front. The loader renames, adds or removes such a prefix, and so does this module.
 """
 
@@ -75,7 +75,7 @@ def _kept_wide(model: Any, dtype: torch.dtype) -> frozenset[str]:
 
 
 def _renamings(model: Any) -> Callable[[str], str]:
-    """Return the loader's renaming of stored tensors; it is no public part of transformers and may move."""
+    """Return the loader's renaming of stored tensors; it is not public in transformers and may move."""
     try:
         from transformers.conversion_mapping import get_model_conversion_mapping
         from transformers.core_model_loading import WeightRenaming, apply_renamings
@@ -121,6 +121,6 @@ def stored_names(
 
 
 def _endings(name: str) -> list[str]:
-    """Return what is left of a dotted name without its first part, its first two, ..."""
+    """Return a dotted name without its first part, without its first two, and so on."""
     parts = name.split(".")
     return [".".join(parts[i:]) for i in range(1, len(parts))]

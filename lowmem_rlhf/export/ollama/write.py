@@ -28,10 +28,10 @@ _CONTEXT = 4096  # tokens, of which Ollama reserves memory; a user asks for more
 
 @dataclass(frozen=True)
 class DetectedFormat:
-    """What a tokenizer's chat template writes.
+    """The format that a tokenizer's chat template writes.
 
     Attributes:
-        system: the text that it puts in where a conversation has none.
+        system: the default text, for conversations without a system turn.
     """
 
     format: Format
@@ -39,10 +39,10 @@ class DetectedFormat:
 
 
 def detect_format(tokenizer: Any) -> DetectedFormat | None:
-    """Return the known format that a chat template writes: both texts of a conversation are the same.
+    """Return the known format whose text of a conversation equals the chat template's; None if there is none.
 
-    Compared are conversations without and with a system text. A template that refuses one, or places it where none of
-    the formats does, is taken with no place for it.
+    Conversations without and with a system text are compared. If the template refuses a system text, or places it where
+    none of the formats does, the format is returned without a place for it.
     """
     plain, with_system = _text(tokenizer, PROBE), _text(tokenizer, [SYSTEM, *PROBE])
     if plain is None:

@@ -41,8 +41,8 @@ class Comparison:
         mean_kl: of the live policy to the export, nats a token.
         top1_agreement: share of positions with the same likeliest token.
         base_kl: mean KL of the live policy to its base: what there is to lose.
-        kept: the export's change of the base's log-probs, projected on the live policy's; 1: all of it. It is weighted
-            with the live policy's probabilities, so that small changes are counted as KL counts them.
+        kept: the export's change of the base's log-probs, projected on the live policy's; 1 means all of it. It is
+            weighted with the live policy's probabilities, so that small changes count as they do in KL.
         uncertainty: two standard errors of `kept`.
         tokens: positions.
     """
@@ -64,7 +64,7 @@ class Comparison:
         }
 
     def within(self, bound: "Bound") -> bool:
-        """Whether both models are one; what is not finite is not."""
+        """Whether both are the same model up to the bound; false where a number is not finite."""
         return self.mean_kl <= bound.mean_kl and self.top1_agreement >= bound.top1_agreement
 
     def verdict(self, what: str, against: str, bound: "Bound") -> dict[str, Any]:

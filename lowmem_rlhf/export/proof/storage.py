@@ -42,7 +42,7 @@ def stored_kind(kind: str, columns: int, is_embedding: bool) -> str:
 
 
 def steps(weight: torch.Tensor, kind: str) -> torch.Tensor:
-    """Return between which multiples of what each weight (R, C) lies once it is stored as a kind of `stored_kind`."""
+    """Return the step between neighbouring codes for each weight (R, C) when stored as a kind of `stored_kind`."""
     if kind in DTYPES:
         _, exponent = torch.frexp(weight)
         if kind == "float16":
@@ -101,7 +101,7 @@ class StoredModel:
 
     @torch.no_grad()
     def store(self, kind: str) -> None:
-        """Store all weights as a kind of numbers, on top of the kinds before it."""
+        """Store all weights as a kind of numbers, on top of the kinds stored before."""
         self.kinds.append(kind)
         seen: set[int] = set()
         for path, module in self.model.named_modules():
