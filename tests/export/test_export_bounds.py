@@ -317,7 +317,7 @@ def test_a_wrong_reward_model_is_not_exported(fault, judge, monkeypatch):
 
 
 def test_a_broken_adapter_file_is_not_exported_as_another_model(run, monkeypatch):
-    from lowmem_rlhf.export import export as module
+    from lowmem_rlhf.export.formats import adapter_files as module
 
     copied = module.shutil.copyfile
 

@@ -5,8 +5,8 @@ from pathlib import Path
 from typing import Any
 
 from lowmem_rlhf.architecture.dimensions import ModelDimensions
+from lowmem_rlhf.export.formats.adapter_files import copy_heads
 from lowmem_rlhf.export.formats.format import ExportBytes, ExportFormat, Written
-from lowmem_rlhf.export.formats.heads import copy_heads
 from lowmem_rlhf.export.job import ExportJob
 from lowmem_rlhf.export.options import ORIGINAL, QUANTIZED, ExportOptions
 from lowmem_rlhf.planning.memory.export import export_disk_bytes, export_memory_bytes

@@ -1,4 +1,4 @@
-"""What lies beside the weights of an export that peft or transformers load: adapters as files, and heads."""
+"""Adapters and heads as files, copied beside or in place of weights."""
 
 import json
 import shutil
