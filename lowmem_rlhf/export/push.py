@@ -52,15 +52,15 @@ def push(folder: Path, repo: str, private: bool = True, message: str = "") -> st
     check_push(repo)
     api = HfApi(library_name="lowmem_rlhf", library_version=__version__)
     try:
-        made = api.create_repo(repo, private=private, exist_ok=True)
+        created = api.create_repo(repo, private=private, exist_ok=True)
         api.upload_folder(
-            repo_id=made.repo_id,
+            repo_id=created.repo_id,
             folder_path=folder,
             commit_message=message or f"Upload an export of lowmem_rlhf {__version__}",
         )
     except Exception as error:
         raise _explained(error, folder, repo) from error
-    return str(made)
+    return str(created)
 
 
 def _explained(error: BaseException, folder: Path, repo: str) -> LowmemError:
