@@ -31,6 +31,8 @@ if TYPE_CHECKING:
     from lowmem_rlhf.errors import LowmemError as LowmemError
     from lowmem_rlhf.errors import RunError as RunError
     from lowmem_rlhf.errors import UserError as UserError
+    from lowmem_rlhf.export.formats.format import ExportFormat as ExportFormat
+    from lowmem_rlhf.export.formats.table import register_format as register_format
     from lowmem_rlhf.progress import Progress as Progress
     from lowmem_rlhf.recipe.schema import Recipe as Recipe
     from lowmem_rlhf.rollout.engine import engine_for as engine_for
@@ -76,6 +78,8 @@ _PLACES = {
     "AlgorithmSpec": "algorithms.spec",
     "register_algorithm": "algorithms.registry",
     "register_engine": "rollout.engine",
+    "ExportFormat": "export.formats.format",
+    "register_format": "export.formats.table",
 }
 __all__ = ["__version__", "algorithms", *_PLACES]
 

@@ -41,7 +41,7 @@ def main() -> None:
     pin_cuda_order()  # before torch: card numbers then mean the same to NVML and to CUDA
     bound_kernel_caches()
     try:
-        with shown_by(Lines(sys.stderr)):
+        with shown_by(Lines()):
             app(standalone_mode=True)
     except LowmemError as error:
         print(f"error: {with_notes(str(error), error)}", file=sys.stderr)
@@ -285,7 +285,7 @@ def chat(
     if as_json and prompt is None:
         raise UserError("--json prints one answer; give its prompt with --prompt TEXT")
     options = ChatOptions(compare, max_tokens, temperature, seed)
-    with shown_by(Lines(sys.stderr)), conversation(OpenRun(open_run(run), step), device, options) as talk:
+    with shown_by(Lines()), conversation(OpenRun(open_run(run), step), device, options) as talk:
         if prompt is None:
             interact(talk)
         elif as_json:
@@ -330,7 +330,7 @@ def evaluate(
     asked = [f"{key}={value}" for key, value in given.items() if value is not None]
     tasks = [task for task in (lm_eval or "").split(",") if task]
     request = Request(what, overrides or [], asked, recipe, against, step, device, tasks, limit, chat)
-    with shown_by(Lines(sys.stderr)):
+    with shown_by(Lines()):
         outcome, path = run_evaluation(request)
     if as_json:
         print(dumps(outcome, indent=2))
@@ -362,23 +362,26 @@ def export(
     as_json: Json = False,
 ) -> None:
     """Take the trained model away, proven against the live policy."""
+    from lowmem_rlhf.display.export import show_plan, show_result
+    from lowmem_rlhf.display.lines import ByteBars
     from lowmem_rlhf.export.export import Export
-    from lowmem_rlhf.export.show import show_plan, show_result
-    from lowmem_rlhf.export.wish import Wish
+    from lowmem_rlhf.export.options import ExportOptions
+    from lowmem_rlhf.progress import shown_by
     from lowmem_rlhf.run.directory import open_run
 
-    job = Export(open_run(run), Wish(format, onto, dtype, quantize, output, step, heads, device, push))
+    job = Export(open_run(run), ExportOptions(format, onto, dtype, quantize, output, step, heads, device, push))
     try:
-        found = job.plan() if dry_run else job.make()
+        with ByteBars() as display, shown_by(display):
+            outcome = job.plan() if dry_run else job.make()
     except KeyboardInterrupt as stop:
         print(with_notes("interrupted", stop), file=sys.stderr)
         raise typer.Exit(1) from None
     if as_json:
-        _print_json(found)
+        _print_json(outcome)
     elif dry_run:
-        show_plan(found)
+        show_plan(outcome)
     else:
-        show_result(found)
+        show_result(outcome)
 
 
 @app.command()

@@ -194,9 +194,9 @@ class Run:
             UserError: the options do not go together or are unknown; RunError: the export is not what it should be.
         """
         from lowmem_rlhf.export.export import Export
-        from lowmem_rlhf.export.wish import Wish
+        from lowmem_rlhf.export.options import ExportOptions
 
-        known = [one.name for one in fields(Wish) if one.name != "format"]
+        known = [one.name for one in fields(ExportOptions) if one.name != "format"]
         for name in options:
             if name not in known:
                 hint = did_you_mean(name, known)
@@ -205,7 +205,7 @@ class Run:
             options["output"] = Path(options["output"])
         self.close()
         with self._inside():
-            return Export(self._directory, Wish(format, **options)).make()
+            return Export(self._directory, ExportOptions(format, **options)).make()
 
     def close(self) -> None:
         """Free the model, if one is loaded."""

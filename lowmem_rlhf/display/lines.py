@@ -1,18 +1,62 @@
-"""The plainest display: messages as lines of a stream."""
+"""Messages as plain lines, and bars of bytes: for commands whose result is on the standard output."""
 
+import sys
 from typing import TextIO
+
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
 
 class Lines:
-    """Shows messages as lines, and no phases."""
+    """A display that prints messages and shows no phases."""
 
-    def __init__(self, stream: TextIO) -> None:
-        """Show on a stream."""
+    def __init__(self, stream: TextIO | None = None) -> None:
+        """Print on a stream; None: on what is standard error at that time."""
         self.stream = stream
 
     def phase(self, name: str, done: int = 0, total: int | None = None) -> None:
         """Show nothing."""
 
     def message(self, text: str) -> None:
-        """Show a line."""
-        print(text, file=self.stream, flush=True)
+        """Print a line (or several)."""
+        print(text, file=self.stream or sys.stderr, flush=True)
+
+
+class ByteBars(Lines):
+    """`Lines` with a bar for the current phase, whose units are bytes; nothing where nobody watches.
+
+    It is entered with ``with``. The bar goes when its phase is complete, when another one begins, or at the end.
+    """
+
+    def __init__(self, console: Console | None = None) -> None:
+        """Show the bar on a console, standard error's by default."""
+        super().__init__()
+        self.console = console or Console(stderr=True)
+        self._bar: Progress | None = None
+        self._name = ""
+
+    def __enter__(self) -> "ByteBars":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._stop()
+
+    def phase(self, name: str, done: int = 0, total: int | None = None) -> None:
+        """Move the bar of a phase to ``done`` of ``total`` (None: unknown) bytes."""
+        if not self.console.is_interactive:
+            return
+        if self._bar is None or name != self._name:
+            self._stop()
+            columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(True), TransferSpeedColumn())
+            self._bar = Progress(*columns, TimeRemainingColumn(), console=self.console, transient=True)
+            self._bar.add_task(name, total=total)
+            self._bar.start()
+            self._name = name
+        self._bar.update(self._bar.task_ids[0], completed=done, total=total)
+        if done == total:
+            self._stop()
+
+    def _stop(self) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+            self._bar = None

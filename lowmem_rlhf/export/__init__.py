@@ -1,1 +1,1 @@
-"""Taking a model away: adapters, merged folders, GGUF and Ollama, each proven, with its card."""
+"""Exporting a trained model as an adapter, a merged folder, a GGUF or for Ollama, each proven, with a model card."""

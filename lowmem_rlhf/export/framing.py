@@ -1,4 +1,4 @@
-"""How texts begin and turns end in what leaves: as in the run that trained it, whatever the tokenizer does."""
+"""How texts begin and turns end in an export: as in the run that trained it, whatever the tokenizer does."""
 
 import json
 from collections.abc import Mapping
@@ -27,8 +27,8 @@ class Framing:
     """What llama.cpp and Ollama put around a prompt.
 
     Attributes:
-        add_bos: a BOS before every text; one that a chat template writes too is not doubled by llama.cpp.
-        notes: where that is not what the tokenizer does, a sentence each.
+        add_bos: whether a BOS comes before every text; llama.cpp does not double one that the chat template writes.
+        notes: a sentence for each difference from what the tokenizer does.
     """
 
     add_bos: bool
@@ -42,14 +42,14 @@ class Framing:
 def framing(tokenizer: Any, data: DataConfig) -> Framing:
     """Return how a run's prompts began; none of them ended in an EOS.
 
-    Chats begin as the chat template has it, plain prompts as the tokenizer begins every text.
+    Chats begin with what the chat template writes, plain prompts with what the tokenizer puts before every text.
     """
     own, ends = own_frame(tokenizer)
     bos, notes = own, []
     if data.text is None and is_chat(data, tokenizer) and (ids := _chat_ids(tokenizer, data)) is not None:
         first = tokenizer("a")["input_ids"][0] if own else tokenizer.bos_token_id
         begins = first is not None and ids[:1] == [first]
-        # One that comes again marks roles (SmolLM2's): the template writes it wherever it is wanted.
+        # One that occurs again marks roles (SmolLM2's): the template itself writes it wherever it belongs.
         bos = begins and (own or ids.count(first) == 1)
         token = tokenizer.convert_ids_to_tokens(first) if first is not None else None
         if own and not bos:
@@ -68,7 +68,7 @@ def framing(tokenizer: Any, data: DataConfig) -> Framing:
 
 
 def end_turns(folder: Path) -> tuple[str, ...]:
-    """Let a model folder's generation config name the token that ends a turn; return a sentence where it did not.
+    """Add the token that ends a turn to a model folder's generation config; return a sentence if it was missing.
 
     Raises:
         OSError: the file cannot be written.
@@ -76,9 +76,9 @@ def end_turns(folder: Path) -> tuple[str, ...]:
     with suppress(UserError, ValueError):  # no tokenizer: then nobody chats with it; or JSON that nobody can read
         tokenizer, config = load_tokenizer(folder), read_config(folder)
         path = folder / GENERATION
-        held = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        saved = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
         keys = ("bos_token_id", "eos_token_id", "pad_token_id")
-        named = held if held else {key: config[key] for key in keys if config.get(key) is not None}
+        named = saved if saved else {key: config[key] for key in keys if config.get(key) is not None}
         eos = named.get("eos_token_id", config.get("eos_token_id"))
         ends = eos if isinstance(eos, list) else [] if eos is None else [eos]
         if new := sorted(turn_end(tokenizer).difference(ends)):
@@ -90,16 +90,16 @@ def end_turns(folder: Path) -> tuple[str, ...]:
 
 
 def keep_template_options(folder: Path, options: Mapping[str, Any]) -> tuple[str, ...]:
-    """Let a model folder's chat template begin with the options that the run gave it; return a sentence on them.
+    """Make the template options of the run the defaults of a model folder's chat template; return a sentence on them.
 
-    Whoever gives the template a value of their own still has it taken.
+    A value that a caller gives the template still takes precedence.
 
     Raises:
         OSError: a file cannot be written.
     """
     own, config = folder / "chat_template.jinja", folder / "tokenizer_config.json"
-    held = json.loads(config.read_text(encoding="utf-8")) if config.is_file() else {}
-    template = own.read_text(encoding="utf-8") if own.is_file() else held.get("chat_template")
+    saved = json.loads(config.read_text(encoding="utf-8")) if config.is_file() else {}
+    template = own.read_text(encoding="utf-8") if own.is_file() else saved.get("chat_template")
     if not options or not isinstance(template, str):
         return ()
     defaults = (
@@ -110,18 +110,18 @@ def keep_template_options(folder: Path, options: Mapping[str, Any]) -> tuple[str
     if own.is_file():
         own.write_text(template, encoding="utf-8")
     else:
-        config.write_text(json.dumps({**held, "chat_template": template}, indent=2) + "\n", encoding="utf-8")
+        config.write_text(json.dumps({**saved, "chat_template": template}, indent=2) + "\n", encoding="utf-8")
     shown = ", ".join(f"{key}={_literal(value)}" for key, value in options.items())
     return (f"the chat template takes {shown} where nothing else is given, as in the run",)
 
 
 def _literal(value: Any) -> str:
-    """Return a value as Jinja writes it, whose lists, texts and truth values are JSON's."""
+    """Return a value as a Jinja literal; lists, texts and truth values are written as in JSON."""
     return "none" if value is None else json.dumps(value, ensure_ascii=False)
 
 
 def _chat_ids(tokenizer: Any, data: DataConfig) -> list[int] | None:
-    """Return the ids of a chat as the run wrote it; None where the template takes none like it."""
+    """Return the ids of a chat as the run wrote it; None if the template refuses every such chat."""
     system = [{"role": "system", "content": data.system}] if data.system else []
     for messages in ([*system, *_TURNS], _TURNS, _TURNS[:1]):
         with suppress(Exception):  # whatever a template raises

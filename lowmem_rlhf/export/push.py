@@ -1,4 +1,4 @@
-"""Putting an export on the Hugging Face Hub, through huggingface_hub."""
+"""Uploading an export to the Hugging Face Hub, with huggingface_hub."""
 
 import os
 from pathlib import Path
@@ -33,12 +33,12 @@ def check_push(repo: str) -> None:
 
 
 def push(folder: Path, repo: str, private: bool = True, message: str = "") -> str:
-    """Upload every file of an export to a repository, which is made if it is not there; return its address.
+    """Upload every file of an export to a repository, which is created if it does not exist; return its address.
 
     Args:
         folder: the finished export.
         repo: ``OWNER/NAME``, or ``NAME`` for the token's own account.
-        private: of a repository that is made; one that is there keeps what it is.
+        private: whether a new repository is private; an existing one stays as it is.
         message: of the commit.
 
     Raises:
@@ -52,15 +52,15 @@ def push(folder: Path, repo: str, private: bool = True, message: str = "") -> st
     check_push(repo)
     api = HfApi(library_name="lowmem_rlhf", library_version=__version__)
     try:
-        made = api.create_repo(repo, private=private, exist_ok=True)
+        created = api.create_repo(repo, private=private, exist_ok=True)
         api.upload_folder(
-            repo_id=made.repo_id,
+            repo_id=created.repo_id,
             folder_path=folder,
             commit_message=message or f"Upload an export of lowmem_rlhf {__version__}",
         )
     except Exception as error:
         raise _explained(error, folder, repo) from error
-    return str(made)
+    return str(created)
 
 
 def _explained(error: BaseException, folder: Path, repo: str) -> LowmemError:
@@ -101,7 +101,7 @@ def _refused(error: BaseException, repo: str, again: str) -> LowmemError:
 
 
 def _is_network(error: BaseException) -> bool:
-    """Whether an error is of the connection. Its type is that of the library's HTTP client, which changes."""
+    """Whether the connection failed. The error's type depends on huggingface_hub's HTTP client, which varies."""
     kind = type(error)
     client = kind.__module__.partition(".")[0] in ("httpx", "httpx2", "httpcore", "httpcore2", "requests", "urllib3")
     return client or isinstance(error, (ConnectionError, TimeoutError))

@@ -1,11 +1,11 @@
-"""What rounding leaves of a change. RL's changes are so small that bfloat16 drops most of them.
+"""How much of a change survives rounding. RL changes weights so little that bfloat16 drops most of it.
 
 With ``W`` the base's weights, ``d`` their change and ``e = round(W + d) - round(W)``:
 
     kept = <e, d> / (|d| max(|d|, |e|))
 
-It is the change's part that is there (the projection of e on d), or where rounding moves more than the change does, the
-cosine of both: 1 when all of it is there, 0 when it fell below the dtype's precision or drowned in the base's rounding.
+It is the projection of e on d, or, where rounding moves the weights more than the change does, the cosine of both: 1
+when all of the change is stored, 0 when it fell below the dtype's precision or drowned in the base's rounding.
 """
 
 from dataclasses import dataclass
@@ -23,7 +23,7 @@ class DoesNotFit(Exception):
 
 
 @dataclass
-class Kept:
+class RoundingStats:
     """Sums over the changed weights: <e, d>, <d, d>, <e, e> and <W, W>."""
 
     both: float = 0.0
@@ -51,9 +51,9 @@ class Kept:
 
 
 def rounded_sum(
-    base: torch.Tensor, change: torch.Tensor | None, dtype: torch.dtype, kept: Kept, name: str
+    base: torch.Tensor, change: torch.Tensor | None, dtype: torch.dtype, stats: RoundingStats, name: str
 ) -> torch.Tensor:
-    """Return base plus change, rounded once, and count what is kept of the change.
+    """Return base plus change, rounded once, and add to ``stats`` what is kept of the change.
 
     Args:
         base: rows of a weight, in any floating-point dtype.
@@ -71,7 +71,7 @@ def rounded_sum(
     else:
         e = -exact.to(dtype).float()
         result = (exact + change).to(dtype)
-        kept.add(exact, change, e.add_(result))
+        stats.add(exact, change, e.add_(result))
     if not torch.isfinite(result.sum(dtype=torch.float32)):  # one number that is not spoils the sum
         if torch.isfinite(exact).all() and not torch.isfinite(result).all():
             raise DoesNotFit(name)

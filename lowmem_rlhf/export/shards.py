@@ -45,11 +45,11 @@ class Stored:
 
     @property
     def is_number(self) -> bool:
-        """Whether it holds floating-point numbers that can be calculated with."""
+        """Whether it holds floating-point numbers, as opposed to codes, masks or counts."""
         return self.dtype in NUMBERS
 
     def rows(self, elements: int) -> Iterator[slice]:
-        """Yield pieces of the first dimension of about so many elements; a scalar has one row."""
+        """Yield slices of the first dimension with about that many elements each; a scalar has one row."""
         count = self.shape[0] if self.shape else 1
         step = max(1, elements * count // max(1, self.elements))
         return (slice(start, min(start + step, count)) for start in range(0, count, step))
@@ -100,12 +100,12 @@ def read_header(path: Path) -> dict[str, Stored]:
             raise ValueError("the header is longer than the file")
         header = json.loads(bytes(read_bytes(path, 8, 8 + length)))
         header.pop("__metadata__", None)
-        found = {name: _stored(path, 8 + length, entry) for name, entry in header.items()}
+        tensors = {name: _stored(path, 8 + length, entry) for name, entry in header.items()}
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{path} is no safetensors file ({error}); fetch it again") from error
-    if any(one.end > size for one in found.values()):
+    if any(one.end > size for one in tensors.values()):
         raise UserError(f"{path} is cut off: it has {size:,} bytes and its header speaks of more; fetch it again")
-    return dict(sorted(found.items(), key=lambda item: item[1].begin))
+    return dict(sorted(tensors.items(), key=lambda item: item[1].begin))
 
 
 def _stored(path: Path, start: int, entry: dict[str, Any]) -> Stored:
@@ -152,7 +152,7 @@ def read_shards(folder: Path) -> dict[str, dict[str, Stored]]:
 
 
 def read_tensors(folder: Path) -> dict[str, Stored]:
-    """Return the tensors of a model folder by name, whatever file they lie in.
+    """Return the tensors of a model folder by name, from all of its files.
 
     Raises:
         UserError: as `read_shards`.
@@ -160,10 +160,10 @@ def read_tensors(folder: Path) -> dict[str, Stored]:
     return {name: one for file in read_shards(folder).values() for name, one in file.items()}
 
 
-Layout = Sequence[tuple[str, str, tuple[int, ...], int]]  # name, dtype, shape, bytes
+FileLayout = Sequence[tuple[str, str, tuple[int, ...], int]]  # name, dtype, shape, bytes
 
 
-def write_tensors(path: Path, layout: Layout, pieces: Iterable[torch.Tensor]) -> None:
+def write_tensors(path: Path, layout: FileLayout, pieces: Iterable[torch.Tensor]) -> None:
     """Write a safetensors file.
 
     Args:

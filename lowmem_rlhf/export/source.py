@@ -1,4 +1,4 @@
-"""The base's files on disk: where they lie, and what of them goes along with merged weights."""
+"""The base's files on disk: where they are, and which of them go along with merged weights."""
 
 import json
 import shutil
@@ -8,7 +8,7 @@ from typing import Any
 from lowmem_rlhf.architecture.source import is_local, resolve_model
 from lowmem_rlhf.errors import UserError
 
-# what a model folder has besides weights: configuration, tokenizer, chat template, code of the model's own
+# files of a model folder other than weights: configuration, tokenizer, chat template, the model's own code
 SIDE_FILES = ("*.json", "*.txt", "*.model", "*.tiktoken", "*.jinja", "*.py", "LICENSE*", "NOTICE*")
 LEFT_OUT = ("config.json", "*.index.json", "training_args*", "adapter_config.json", "requirements*.txt")
 
@@ -17,7 +17,7 @@ def base_folder(model: str, revision: str | None) -> Path:
     """Return the folder with a model's safetensors weights, config and tokenizer.
 
     Args:
-        model: as in a recipe. A GGUF file is converted once and kept; what a Hub model lacks in the cache is fetched.
+        model: as in a recipe. A GGUF file is converted once and cached; missing files of a Hub model are fetched.
 
     Raises:
         UserError: the base is gone, or cannot be fetched.
@@ -81,9 +81,9 @@ def write_config(folder: Path, target: Path, dtype: str) -> None:
 
 def side_files(folder: Path) -> list[Path]:
     """Return the files beside the weights that belong to the model: tokenizer, chat template, generation config, ..."""
-    found = {path for pattern in SIDE_FILES for path in folder.glob(pattern) if path.is_file()}
-    found |= {path for path in folder.glob("additional_chat_templates/*") if path.is_file()}
-    return sorted(path for path in found if not any(path.match(pattern) for pattern in LEFT_OUT))
+    files = {path for pattern in SIDE_FILES for path in folder.glob(pattern) if path.is_file()}
+    files |= {path for path in folder.glob("additional_chat_templates/*") if path.is_file()}
+    return sorted(path for path in files if not any(path.match(pattern) for pattern in LEFT_OUT))
 
 
 def copy_side_files(folder: Path, target: Path) -> None:

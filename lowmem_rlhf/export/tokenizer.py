@@ -1,4 +1,4 @@
-"""The tokenizer of an exported folder: loaded, and what it puts around a text."""
+"""The tokenizer of an exported folder, and what it puts around a text."""
 
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,7 @@ def load_tokenizer(folder: Path) -> Any:
 
 
 def own_frame(tokenizer: Any) -> tuple[bool, bool]:
-    """Return whether a tokenizer puts a token before every text, and whether it puts one behind."""
+    """Return whether a tokenizer puts a token before every text, and whether it puts one after it."""
     bare = tokenizer("a", add_special_tokens=False)["input_ids"]
     framed = tokenizer("a")["input_ids"]
     at = next(index for index in range(len(framed)) if framed[index : index + len(bare)] == bare)

@@ -55,6 +55,8 @@ NAMES = [
     "AlgorithmSpec",
     "register_algorithm",
     "register_engine",
+    "ExportFormat",
+    "register_format",
 ]
 
 

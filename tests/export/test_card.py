@@ -9,8 +9,10 @@ import pytest
 import yaml
 from huggingface_hub import ModelCard
 
+import lowmem_rlhf
 from lowmem_rlhf.export.card import facts as card_facts
 from lowmem_rlhf.export.card.write import write_card
+from lowmem_rlhf.export.local_paths import without_folders
 from lowmem_rlhf.recipe.loading import load_recipe, validate_recipe
 from lowmem_rlhf.recipe.schema import Recipe
 from lowmem_rlhf.run.directory import RunDirectory
@@ -213,18 +215,20 @@ def test_versions_are_those_that_are_installed():
     import torch
 
     found = card_facts.versions()
+    is_checkout = (Path(lowmem_rlhf.__file__).parents[1] / ".git").exists()
     assert found["torch"] == torch.__version__ and found["peft"] == peft.__version__
     assert re.fullmatch(r"\d+\.\d+\.\d+( \([0-9a-f]{7,}(-dirty)?\))?", found["lowmem_rlhf"])
+    assert ("(" in found["lowmem_rlhf"]) >= is_checkout
 
 
 @pytest.mark.parametrize(
     ("text", "last"), [("/a/b/c.py:f", "c.py:f"), ("C:\\me\\data.jsonl", "data.jsonl"), ("~/x/", "x"), ("../y", "y")]
 )
 def test_paths_of_every_system_are_cut(text, last):
-    cleaned, local = card_facts.without_folders({"data": {"train": text, "system": text}})
+    cleaned, local = without_folders({"data": {"train": text, "system": text}})
     assert cleaned == {"data": {"train": last, "system": text}} and local == {"data.train": text}
 
 
 def test_relative_paths_and_names_stay():
     kept_values = {"model": "org/name", "adapter": "runs/sft", "data": {"train": "train.jsonl"}, "name": "/x"}
-    assert card_facts.without_folders(kept_values) == (kept_values, {})
+    assert without_folders(kept_values) == (kept_values, {})

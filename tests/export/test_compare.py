@@ -77,7 +77,7 @@ def test_a_bound_grows_with_what_is_explained_and_with_nothing_else():
     assert wide.mean_kl == pytest.approx(1e-5 + 4 * rounding.mean_kl) and wide.top1_agreement < plain.top1_agreement
     assert rounding.within(wide) and not rounding.within(plain)
     assert bound(200, least=0.5).top1_agreement < bound(200).top1_agreement
-    told = rounding.judged("it", "the live policy", wide)
+    told = rounding.verdict("it", "the live policy", wide)
     assert told["mean_kl"] < told["mean_kl_at_most"] and told["top1_agreement"] > told["top1_agreement_at_least"]
 
 

@@ -10,8 +10,8 @@ from lowmem_rlhf.engine.load import DTYPES, load_base
 from lowmem_rlhf.export.export import Export
 from lowmem_rlhf.export.merging import dequantized
 from lowmem_rlhf.export.merging.names import _kept_wide, skeleton, stored_names
+from lowmem_rlhf.export.options import ExportOptions
 from lowmem_rlhf.export.shards import SINGLE, read_shards
-from lowmem_rlhf.export.wish import Wish
 
 
 @pytest.mark.parametrize("piece", [2**10, 2**20])
@@ -46,7 +46,7 @@ def test_a_merge_has_every_number_that_the_quantized_base_computes_with(family, 
     folder = save_model(family, tmp_path / "model", **own)
     run = make_run(tmp_path / "run", folder, 0.0, "nf4", dtype)
     loaded, _ = load_base(str(folder), "nf4", dtype, CPU)
-    target = Export(run, Wish(dtype="float32")).make()["folder"]
+    target = Export(run, ExportOptions(dtype="float32")).make()["folder"]
     merged = AutoModelForCausalLM.from_pretrained(target, dtype=torch.float32)
     plain = {name: p for name, p in loaded.named_parameters() if p.is_floating_point()}
     assert len(plain) > 5 and all(torch.equal(p.float(), merged.get_parameter(name)) for name, p in plain.items())

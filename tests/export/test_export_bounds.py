@@ -21,9 +21,9 @@ from lowmem_rlhf.export.export import Export
 from lowmem_rlhf.export.gguf import write as gguf
 from lowmem_rlhf.export.merging import run as merging
 from lowmem_rlhf.export.merging.lora_file import LoraFile
-from lowmem_rlhf.export.proof import live
+from lowmem_rlhf.export.options import ExportOptions
+from lowmem_rlhf.export.proof import outputs
 from lowmem_rlhf.export.proof.storage import as_stored, furthest_row, stored_kind
-from lowmem_rlhf.export.wish import Wish
 
 WRONG_LIVE = "the live policy is not what stock transformers and peft compute"
 
@@ -138,29 +138,29 @@ LIVE_FAULTS = [
 
 def break_live(monkeypatch, fault):
     """Break the live policy once it is open, behind any check at its load."""
-    opened = live.open_trained
+    opened = outputs.open_trained
 
     def broken(*args):
         base = opened(*args)
         fault(base)
         return base
 
-    monkeypatch.setattr(live, "open_trained", broken)
+    monkeypatch.setattr(outputs, "open_trained", broken)
 
 
 @pytest.mark.parametrize("fault", LIVE_FAULTS)
 def test_a_wrong_live_policy_is_not_exported(fault, run, monkeypatch):
     break_live(monkeypatch, fault)
     with pytest.raises(RunError, match=WRONG_LIVE):
-        Export(run, Wish()).make()
+        Export(run, ExportOptions()).make()
     assert not (run.path / "export" / "merged").exists()
 
 
-@pytest.mark.parametrize("wish", [Wish(format="adapter"), Wish(onto="original"), Wish(format="gguf")])
-def test_a_wrong_live_policy_is_refused_in_every_format(wish, run, monkeypatch):
+@pytest.mark.parametrize("options", [{"format": "adapter"}, {"onto": "original"}, {"format": "gguf"}])
+def test_a_wrong_live_policy_is_refused_in_every_format(options, run, monkeypatch):
     break_live(monkeypatch, one_norm_without_its_one)
     with pytest.raises(RunError, match=WRONG_LIVE):
-        Export(run, wish).make()
+        Export(run, ExportOptions(**options)).make()
 
 
 def break_merged(monkeypatch, change):
@@ -217,7 +217,7 @@ MERGE_FAULTS = {
 def test_a_wrong_merge_is_not_kept(fault, onto, run, monkeypatch):
     fault(monkeypatch)
     with pytest.raises(RunError, match=MERGE_FAULTS[fault]):
-        Export(run, Wish(onto=onto, dtype="float16")).make()
+        Export(run, ExportOptions(onto=onto, dtype="float16")).make()
 
 
 @pytest.mark.parametrize(
@@ -242,7 +242,7 @@ def test_a_wrong_gguf_is_not_kept(fault, kind, llama, monkeypatch):
 
     monkeypatch.setattr(gguf, "write_gguf", broken)
     with pytest.raises(RunError, match=r"holds other numbers for model\.layers\.1\.self_attn\.q_proj\.weight"):
-        Export(llama, Wish(format="gguf", quantize=kind)).make()
+        Export(llama, ExportOptions(format="gguf", quantize=kind)).make()
 
 
 def test_a_gguf_that_is_read_otherwise_is_refused_by_its_predictions(llama, monkeypatch):
@@ -251,11 +251,11 @@ def test_a_gguf_that_is_read_otherwise_is_refused_by_its_predictions(llama, monk
     restore = Tensor.restore
     monkeypatch.setattr(Tensor, "restore", lambda self, numbers: restore(self, numbers.flip(0)))
     with pytest.raises(RunError, match="the GGUF"):
-        Export(llama, Wish(format="gguf", quantize="q8_0")).make()
+        Export(llama, ExportOptions(format="gguf", quantize="q8_0")).make()
 
 
 def test_what_is_right_passes_and_is_told_with_its_bounds(llama):
-    judged = Export(llama, Wish(format="gguf", quantize="q4_k_m")).make()["proof"]["judged"]
+    judged = Export(llama, ExportOptions(format="gguf", quantize="q4_k_m")).make()["proof"]["judged"]
     original = "the adapter on the unquantized base in stock peft"
     stock = "stock transformers and peft, with {} arithmetic"
     assert [(one["what"], one["against"]) for one in judged] == [
@@ -287,7 +287,7 @@ PRECISIONS = [("nf4", "float16"), ("int8", "float16"), ("none", "bfloat16")]
 def test_an_exact_live_policy_is_never_refused(family, precision, tmp_path):
     own = {"head_dim": 16} if family in ("qwen3", "gemma3", "gpt_oss", "qwen3_next") else {}
     run = make_run(tmp_path / "run", save_realistic(family, tmp_path / "model", **own), 0.05, *precision)
-    judged = Export(run, Wish(format="adapter")).make()["proof"]["judged"]
+    judged = Export(run, ExportOptions(format="adapter")).make()["proof"]["judged"]
     assert len(judged) == 2 and judged[1]["mean_kl"] < 1e-6
 
 
@@ -304,7 +304,7 @@ def judge(gemma, tmp_path_factory):
 
 
 def test_a_reward_model_is_held_against_stock(judge):
-    judged = Export(judge, Wish()).make()["proof"]["judged"]
+    judged = Export(judge, ExportOptions()).make()["proof"]["judged"]
     assert [one["against"].rsplit(" with ")[-1] for one in judged] == ["float32 arithmetic", "bfloat16 arithmetic"]
     assert all(one["largest_score_difference"] <= one["largest_score_difference_at_most"] for one in judged)
 
@@ -313,11 +313,11 @@ def test_a_reward_model_is_held_against_stock(judge):
 def test_a_wrong_reward_model_is_not_exported(fault, judge, monkeypatch):
     break_live(monkeypatch, fault)
     with pytest.raises(RunError, match=r"scores up to .* otherwise than the live one"):
-        Export(judge, Wish()).make()
+        Export(judge, ExportOptions()).make()
 
 
 def test_a_broken_adapter_file_is_not_exported_as_another_model(run, monkeypatch):
-    from lowmem_rlhf.export import export as module
+    from lowmem_rlhf.export.formats import adapter_files as module
 
     copied = module.shutil.copyfile
 
@@ -330,7 +330,7 @@ def test_a_broken_adapter_file_is_not_exported_as_another_model(run, monkeypatch
 
     monkeypatch.setattr(module.shutil, "copyfile", broken)
     with pytest.raises(RunError, match=WRONG_LIVE):
-        Export(run, Wish(format="adapter")).make()
+        Export(run, ExportOptions(format="adapter")).make()
 
 
 @pytest.mark.parametrize("kind", ["float16", "bfloat16", "q8_0", "q4_k_m"])

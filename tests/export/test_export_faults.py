@@ -15,11 +15,11 @@ from export_cases import change_tensors, make_run, save_model, shard
 from transformers import LlamaConfig
 
 from lowmem_rlhf.errors import RunError, UserError, with_notes
-from lowmem_rlhf.export import push, wish
+from lowmem_rlhf.export import push, target
 from lowmem_rlhf.export.export import Export
 from lowmem_rlhf.export.merging import merge
+from lowmem_rlhf.export.options import ExportOptions
 from lowmem_rlhf.export.source import base_folder
-from lowmem_rlhf.export.wish import Wish
 from lowmem_rlhf.files import temp_path
 from lowmem_rlhf.run.directory import RunDirectory
 
@@ -44,8 +44,8 @@ def run(kept, tmp_path):
     return RunDirectory(tmp_path / "case" / "run")
 
 
-def export(run, **given):
-    return Export(run, Wish(**given)).make()
+def export(run, **options):
+    return Export(run, ExportOptions(**options)).make()
 
 
 def model_of(run) -> Path:
@@ -123,7 +123,7 @@ def test_a_killed_export_leaves_no_half_model_and_the_next_one_is_whole(run, mon
 
 
 def test_a_small_disk_is_refused_before_anything_is_written(run, monkeypatch):
-    monkeypatch.setattr(wish.shutil, "disk_usage", lambda path: Usage(10**6, 0, 10**6))
+    monkeypatch.setattr(target.shutil, "disk_usage", lambda path: Usage(10**6, 0, 10**6))
     with pytest.raises(RunError, match=r"needs .* \([\d,]+ bytes\) on the disk of .* \(1,000,000 bytes\) are free"):
         export(run)
     assert exports(run) == []
@@ -137,13 +137,13 @@ def test_an_8b_export_is_planned_and_refused_without_its_weights(run, monkeypatc
     plan = json.loads((run.path / "plan.json").read_text())
     plan["settings"] |= {"quantization": "nf4", "compute_dtype": "float16"}
     (run.path / "plan.json").write_text(json.dumps(plan))
-    monkeypatch.setattr(wish.shutil, "disk_usage", lambda path: Usage(2**40, 0, 10 * 2**30))
-    found = Export(run, Wish()).plan()
+    monkeypatch.setattr(target.shutil, "disk_usage", lambda path: Usage(2**40, 0, 10 * 2**30))
+    found = Export(run, ExportOptions()).plan()
     assert found["disk_bytes"] == pytest.approx(2 * 8.03e9, rel=0.005) and found["free_disk_bytes"] == 10 * 2**30
     assert found["memory_bytes"]["merge"] < 2**30 < 4 * 2**30 < found["memory_bytes"]["live_policy"] < 9 * 2**30
     with pytest.raises(RunError, match=r"needs 14\.99 GiB .* 10\.00 GiB"):
         export(run)
-    assert Export(run, Wish(format="gguf", quantize="q8_0")).plan()["disk_bytes"] > 1.5 * found["disk_bytes"]
+    assert Export(run, ExportOptions(format="gguf", quantize="q8_0")).plan()["disk_bytes"] > 1.5 * found["disk_bytes"]
 
 
 def test_a_base_that_is_gone_is_one_sentence(run):
@@ -218,9 +218,9 @@ def test_only_an_older_export_is_replaced(run, tmp_path):
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("x")
     with pytest.raises(UserError, match=r"is not empty and holds no export \(thesis.txt\)"):
-        Export(run, Wish(output=tmp_path / "mine"))
+        Export(run, ExportOptions(output=tmp_path / "mine"))
     with pytest.raises(UserError, match="is a file"):
-        Export(run, Wish(output=tmp_path / "mine" / "thesis.txt"))
+        Export(run, ExportOptions(output=tmp_path / "mine" / "thesis.txt"))
     (tmp_path / "empty").mkdir()
     for _ in range(2):
         export(run, output=tmp_path / "empty")
@@ -242,7 +242,7 @@ def test_only_an_older_export_is_replaced(run, tmp_path):
 )
 def test_options_that_do_not_go_together_are_one_sentence(run, given, message):
     with pytest.raises(UserError) as refused:
-        Export(run, Wish(**given))
+        Export(run, ExportOptions(**given))
     assert message in str(refused.value)
 
 
@@ -251,4 +251,4 @@ def test_a_classifier_is_already_a_model(run):
     recipe = {"name": "style", "algorithm": "classifier", "model": str(model_of(run)), "data": data}
     (run.path / "recipe.yaml").write_text(json.dumps(recipe))  # which is YAML, too
     with pytest.raises(UserError, match="trained a classifier whole"):
-        Export(run, Wish())
+        Export(run, ExportOptions())

@@ -19,11 +19,11 @@ from lowmem_rlhf.engine.roles import CRITIC, POLICY
 from lowmem_rlhf.errors import RunError, UserError
 from lowmem_rlhf.export.export import Export
 from lowmem_rlhf.export.merging.lora_file import LoraFile
+from lowmem_rlhf.export.options import ExportOptions
 from lowmem_rlhf.export.proof.compare import Bound, compare
-from lowmem_rlhf.export.proof.live import in_float32, live_policy
+from lowmem_rlhf.export.proof.outputs import in_float32, policy_outputs
 from lowmem_rlhf.export.proof.stock import stock_logits
 from lowmem_rlhf.export.proof.verify import placement, stock_model
-from lowmem_rlhf.export.wish import Wish
 from lowmem_rlhf.inference.open_run import OpenRun
 
 
@@ -45,15 +45,15 @@ def quantized(model, tmp_path_factory):
     return make_run(tmp_path_factory.mktemp("nf4") / "run", model, 0.01, "nf4", "bfloat16")
 
 
-def export(run, **wish):
-    return Export(run, Wish(**wish)).make()
+def export(run, **options):
+    return Export(run, ExportOptions(**options)).make()
 
 
 def test_the_merged_folder_is_the_live_policy_in_stock_transformers(plain, tmp_path):
     facts = export(plain, output=tmp_path / "out", dtype="float32")
-    live = live_policy(OpenRun(plain), None)
+    live = policy_outputs(OpenRun(plain), None)
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype="auto").eval()
-    for ids, want in zip(live.ids, live.said.policy, strict=True):
+    for ids, want in zip(live.ids, live.logits.policy, strict=True):
         with torch.no_grad():
             got = loaded(torch.tensor([ids])).logits[0, :-1]
         assert torch.allclose(got, want, atol=1e-3, rtol=1e-4)
@@ -95,21 +95,21 @@ def test_onto_quantized_is_the_policy_and_onto_original_its_adapter_on_16_bits(m
 
 
 def test_peft_s_merge_into_nf4_does_not_pass_the_same_check(quantized, model):
-    live = live_policy(OpenRun(quantized), None)
+    live = policy_outputs(OpenRun(quantized), None)
     base, _ = load_base(str(model), "nf4", "bfloat16", CPU)
     merged = PeftModel.from_pretrained(base, str(quantized.path / "adapter")).merge_and_unload()
-    assert live.exact and in_float32(merged, torch.bfloat16, CPU)
-    found = compare(live.exact.policy, live.exact.base, stock_logits(merged.eval(), live.ids))
+    assert live.exact_logits and in_float32(merged, torch.bfloat16, CPU)
+    found = compare(live.exact_logits.policy, live.exact_logits.base, stock_logits(merged.eval(), live.ids))
     with pytest.raises(RunError, match="has lost what training changed"):
         found.check("peft's merge", "the live policy", Bound(10.0, 0.0))
 
 
 def test_the_adapter_loads_in_stock_peft(plain, tmp_path):
     facts = export(plain, format="adapter", output=tmp_path / "out")
-    live = live_policy(OpenRun(plain), None)
+    live = policy_outputs(OpenRun(plain), None)
     stock = AutoModelForCausalLM.from_pretrained(plain.recipe_values()["model"], dtype=torch.float32)
     loaded = PeftModel.from_pretrained(stock, str(tmp_path / "out")).eval()
-    for got, want in zip(stock_logits(loaded, live.ids), live.said.policy, strict=True):
+    for got, want in zip(stock_logits(loaded, live.ids), live.logits.policy, strict=True):
         assert torch.allclose(got, want, atol=1e-3, rtol=1e-4)
     assert facts["proof"]["mean_kl"] < 1e-6 and "dtype" not in facts
     assert not (tmp_path / "out" / "model.safetensors").exists()
@@ -219,7 +219,7 @@ def test_a_model_with_no_room_is_read_from_the_disk(plain, tmp_path, monkeypatch
     from lowmem_rlhf.export.proof import verify
 
     folder = export(plain, output=tmp_path / "out")["folder"]
-    live = live_policy(OpenRun(plain), None)
+    live = policy_outputs(OpenRun(plain), None)
     with stock_model(tmp_path / "out", CPU, False) as loaded:
         want = stock_logits(loaded, live.ids)
     monkeypatch.setattr(verify, "free_bytes", lambda device: 150_000)  # of 290 kB

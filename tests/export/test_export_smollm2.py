@@ -9,10 +9,10 @@ from lowmem_rlhf.engine.base import SharedBase
 from lowmem_rlhf.engine.load import load_base
 from lowmem_rlhf.errors import RunError
 from lowmem_rlhf.export.export import Export
+from lowmem_rlhf.export.options import ExportOptions
 from lowmem_rlhf.export.proof.compare import Bound, compare
-from lowmem_rlhf.export.proof.live import in_float32, live_policy
+from lowmem_rlhf.export.proof.outputs import in_float32, policy_outputs
 from lowmem_rlhf.export.proof.stock import stock_logits
-from lowmem_rlhf.export.wish import Wish
 from lowmem_rlhf.inference.open_run import OpenRun
 
 TEXTS = [
@@ -30,7 +30,7 @@ def base(smollm2):
 @pytest.mark.parametrize("relative", [1e-4, 1e-2])
 def test_float16_onto_quantized_is_the_live_policy(base, smollm2, tmp_path, relative):
     run = make_run(tmp_path / "run", smollm2, relative, "nf4", "bfloat16", samples=TEXTS, base=base)
-    facts = Export(run, Wish(dtype="float16")).make()
+    facts = Export(run, ExportOptions(dtype="float16")).make()
     proof = facts["proof"]
     assert facts["relative_change"] == pytest.approx(relative, rel=0.05)
     assert proof["mean_kl"] < 1e-3 and proof["top1_agreement"] > 0.98 and proof["tokens"] > 60
@@ -39,18 +39,18 @@ def test_float16_onto_quantized_is_the_live_policy(base, smollm2, tmp_path, rela
 
 def test_peft_s_merge_into_nf4_fails_the_check_that_ours_passes(base, smollm2, tmp_path):
     run = make_run(tmp_path / "run", smollm2, 4e-3, "nf4", "bfloat16", samples=TEXTS, base=base)
-    live = live_policy(OpenRun(run), None)
+    live = policy_outputs(OpenRun(run), None)
     stock, _ = load_base(smollm2, "nf4", "bfloat16", CPU)
     merged = PeftModel.from_pretrained(stock, str(run.path / "adapter")).merge_and_unload().eval()
-    assert live.exact and in_float32(merged, torch.bfloat16, CPU)
-    found = compare(live.exact.policy, live.exact.base, stock_logits(merged, live.ids))
+    assert live.exact_logits and in_float32(merged, torch.bfloat16, CPU)
+    found = compare(live.exact_logits.policy, live.exact_logits.base, stock_logits(merged, live.ids))
     with pytest.raises(RunError, match="has lost what training changed"):
         found.check("peft's merge", "the live policy", Bound(10.0, 0.0))
 
 
 def test_a_gguf_is_compared_as_well(base, smollm2, tmp_path):
     run = make_run(tmp_path / "run", smollm2, 1e-2, "nf4", "bfloat16", samples=TEXTS, base=base)
-    facts = Export(run, Wish(format="gguf", quantize="q8_0")).make()
+    facts = Export(run, ExportOptions(format="gguf", quantize="q8_0")).make()
     proof, folder = facts["proof"], run.path / "export" / "gguf"
     assert facts["onto"] == "original" and facts["file"] == "tiny-Q8_0.gguf"
     assert [path.name for path in folder.glob("*.gguf")] == [facts["file"]] and not list(folder.glob("*.tmp"))

@@ -8,10 +8,12 @@ from gguf_cases import TEXTS, byte_level, llama_cpp, mean_kl, model_folder
 from tokenizers import pre_tokenizers
 from transformers import AutoModelForCausalLM
 
+from lowmem_rlhf.display.lines import Lines
 from lowmem_rlhf.engine.load import load_base
 from lowmem_rlhf.errors import UserError
 from lowmem_rlhf.export.gguf.read import read_model
 from lowmem_rlhf.export.gguf.write import write_gguf
+from lowmem_rlhf.progress import shown_by
 
 LLAMA3 = {"rope_type": "llama3", "rope_theta": 10000.0, "factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 GEMMA = {"query_pre_attn_scalar": 16, "tie_word_embeddings": True}
@@ -150,5 +152,6 @@ def test_what_llama_cpp_would_compute_otherwise_is_refused(family, changes, mess
 
 def test_a_window_that_llama_cpp_has_not_is_said(tmp_path, tokenizer, capfd):
     folder = model_folder("mistral", tmp_path / "model", tokenizer)  # 5 tokens
-    write_gguf(folder, tmp_path / "model.gguf", "f16")
+    with shown_by(Lines()):
+        write_gguf(folder, tmp_path / "model.gguf", "f16")
     assert "this model attends to the latest 5: on texts longer than that its answers differ" in capfd.readouterr().err

@@ -12,9 +12,11 @@ from gguf_cases import byte_level, model_folder
 from safetensors.torch import load_file, save_file
 from tokenizers import pre_tokenizers
 
+from lowmem_rlhf.display.lines import Lines
 from lowmem_rlhf.errors import RunError, UserError
 from lowmem_rlhf.export.gguf import tensors as gguf_tensors
 from lowmem_rlhf.export.gguf.write import write_gguf
+from lowmem_rlhf.progress import shown_by
 
 
 @pytest.fixture(autouse=True)
@@ -74,7 +76,7 @@ def test_an_error_leaves_an_older_file_as_it_was(folder, tmp_path):
 
 
 def test_a_disk_that_is_too_small_is_refused_first(folder, tmp_path, monkeypatch):
-    monkeypatch.setattr("lowmem_rlhf.export.wish.free_disk", lambda target: 1000)
+    monkeypatch.setattr("lowmem_rlhf.export.target.free_disk", lambda target: 1000)
     with pytest.raises(RunError, match="1,000 bytes"):
         write_gguf(folder, tmp_path / "m.gguf", "f16")
     assert left(tmp_path) == []
@@ -130,7 +132,8 @@ def install(tmp_path, monkeypatch, converter=None, quantizer=None):
 @pytest.mark.parametrize(("kind", "content"), [("q8_0", b"converted to q8_0"), ("q4_k_m", b"converted to f16Q4_K_M")])
 def test_a_llama_cpp_of_the_users_is_used(kind, content, folder, tmp_path, monkeypatch, capfd):
     install(tmp_path, monkeypatch, converter=True, quantizer=True)
-    write_gguf(folder, tmp_path / "m.gguf", kind)
+    with shown_by(Lines()):
+        write_gguf(folder, tmp_path / "m.gguf", kind)
     assert (tmp_path / "m.gguf").read_bytes() == content and left(tmp_path) == ["m.gguf"]
     said = capfd.readouterr().err
     assert "the GGUF is written by" in said and ("llama-quantize of your llama.cpp" in said) == (kind == "q4_k_m")
@@ -139,7 +142,8 @@ def test_a_llama_cpp_of_the_users_is_used(kind, content, folder, tmp_path, monke
 @pytest.mark.skipif(os.name == "nt", reason="the stand-in for llama-quantize is a script with a first line")
 def test_a_converter_that_fails_is_said_and_replaced(folder, tmp_path, monkeypatch, capfd):
     install(tmp_path, monkeypatch, converter=False, quantizer=True)
-    write_gguf(folder, tmp_path / "m.gguf", "q4_k_m")
+    with shown_by(Lines()):
+        write_gguf(folder, tmp_path / "m.gguf", "q4_k_m")
     assert "failed (no such tokenizer); the GGUF is written without it" in capfd.readouterr().err
     content = (tmp_path / "m.gguf").read_bytes()
     assert content[:4] == b"GGUF" and content.endswith(b"Q4_K_M") and left(tmp_path) == ["m.gguf"]

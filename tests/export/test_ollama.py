@@ -9,8 +9,10 @@ from pathlib import Path
 import pytest
 from tiny_models import byte_tokenizer, tiny_config
 
+from lowmem_rlhf.display.lines import Lines
 from lowmem_rlhf.export.ollama.formats import FORMATS
-from lowmem_rlhf.export.ollama.write import PROBE, SYSTEM, find_format, modelfile, write_ollama
+from lowmem_rlhf.export.ollama.write import PROBE, SYSTEM, detect_format, modelfile, write_ollama
+from lowmem_rlhf.progress import shown_by
 
 GO = shutil.which("go") or os.environ.get("GO")
 LAST = "{% if add_generation_prompt %}"
@@ -91,14 +93,14 @@ def tokenizer(template):
     ],
 )
 def test_a_format_is_found_by_what_the_template_writes(template, name, system, has_place):
-    found = find_format(tokenizer(template))
+    found = detect_format(tokenizer(template))
     assert (found.format.name, found.system) == (name, system)
     assert bool(found.format.system or found.format.merged) == has_place
 
 
 @pytest.mark.parametrize("template", [OWN, None, CHATML.replace("<|im_end|>\n", "<|im_end|>", 1)])
 def test_a_template_that_writes_another_text_is_not_known(template):
-    assert find_format(tokenizer(template)) is None
+    assert detect_format(tokenizer(template)) is None
 
 
 def test_go_renders_the_same_text(tmp_path):
@@ -147,7 +149,8 @@ def test_the_weights_are_linked_and_not_copied(tmp_path, capfd):
     tiny_config("llama", eos_token_id=[3, 2]).save_pretrained(folder)
     weights.write_bytes(b"GGUF")
     for gguf in (weights, target / "w.gguf"):  # the second time it lies there already
-        write_ollama(folder, gguf, target, {"temperature": 1.0})
+        with shown_by(Lines()):
+            write_ollama(folder, gguf, target, {"temperature": 1.0})
         assert sorted(path.name for path in target.iterdir()) == ["Modelfile", "w.gguf"]
         assert (target / "w.gguf").stat().st_ino == weights.stat().st_ino
     text = (target / "Modelfile").read_text()

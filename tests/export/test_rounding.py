@@ -4,15 +4,15 @@ import pytest
 import torch
 
 from lowmem_rlhf.errors import RunError
-from lowmem_rlhf.export.rounding import DoesNotFit, Kept, rounded_sum
+from lowmem_rlhf.export.rounding import DoesNotFit, RoundingStats, rounded_sum
 
 
-def kept(relative: float, dtype: torch.dtype, grid: torch.dtype = torch.bfloat16) -> Kept:
+def kept(relative: float, dtype: torch.dtype, grid: torch.dtype = torch.bfloat16) -> RoundingStats:
     """Return what is kept of a random change of weights that lie on a dtype's numbers."""
     generator = torch.Generator().manual_seed(0)
     base = (torch.randn(256, 256, generator=generator) * 0.02).to(grid)
     change = torch.randn(256, 256, generator=generator) * 0.02 * relative
-    found = Kept()
+    found = RoundingStats()
     before = base.clone(), change.clone()
     rounded_sum(base, change, dtype, found, "w")
     assert torch.equal(base, before[0]) and torch.equal(change, before[1])
@@ -35,23 +35,23 @@ def test_the_size_of_the_change_is_told():
 
 
 def test_no_change_keeps_everything():
-    assert Kept().share == 1.0
+    assert RoundingStats().share == 1.0
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
 def test_the_sum_is_rounded_once(dtype):
     base, change = torch.randn(8, 8).half(), torch.randn(8, 8) * 0.01
-    assert torch.equal(rounded_sum(base, change, dtype, Kept(), "w"), (base.float() + change).to(dtype))
+    assert torch.equal(rounded_sum(base, change, dtype, RoundingStats(), "w"), (base.float() + change).to(dtype))
 
 
 def test_a_number_too_large_for_float16_is_never_inf():
     base = torch.tensor([[1.0, 70000.0]], dtype=torch.bfloat16)
     for change in (None, torch.zeros(1, 2)):
         with pytest.raises(DoesNotFit, match="w"):
-            rounded_sum(base, change, torch.float16, Kept(), "w")
-    assert torch.isfinite(rounded_sum(base, None, torch.float32, Kept(), "w")).all()
+            rounded_sum(base, change, torch.float16, RoundingStats(), "w")
+    assert torch.isfinite(rounded_sum(base, None, torch.float32, RoundingStats(), "w")).all()
 
 
 def test_a_base_that_is_not_finite_is_refused():
     with pytest.raises(RunError, match="not finite"):
-        rounded_sum(torch.tensor([1.0, float("nan")]).bfloat16(), None, torch.float16, Kept(), "w")
+        rounded_sum(torch.tensor([1.0, float("nan")]).bfloat16(), None, torch.float16, RoundingStats(), "w")

@@ -226,8 +226,8 @@ def talk(opened, monkeypatch) -> Callable[..., Talk]:
     monkeypatch.setattr(base.tokenizer, "chat_template", CHAT)
     data = recipe.data.model_copy(update={"system": "de"})
 
-    def make(**wish) -> Talk:
-        return Talk(base, recipe.model_copy(update={"data": data}), ChatOptions(**wish))
+    def make(**options) -> Talk:
+        return Talk(base, recipe.model_copy(update={"data": data}), ChatOptions(**options))
 
     return make
 

@@ -14,8 +14,8 @@ from lowmem_rlhf.engine.ladder import RolloutLimits
 from lowmem_rlhf.engine.load import load_base, quantization_settings
 from lowmem_rlhf.engine.logprobs import tiled_logprobs
 from lowmem_rlhf.engine.roles import POLICY, REFERENCE
-from lowmem_rlhf.export.proof.live import role_logits
-from lowmem_rlhf.inference.chat.talk import Talk, Wish
+from lowmem_rlhf.export.proof.outputs import role_logits
+from lowmem_rlhf.inference.chat.talk import Talk, ChatOptions
 from lowmem_rlhf.rollout.engine import wave_engine
 from lowmem_rlhf.rollout.sampling import Sampling
 
@@ -29,7 +29,7 @@ def evaluation(base):
 
 
 def chat(base):
-    talk = Talk(base, tiny_recipe("no-model"), Wish(compare=True, max_tokens=4))
+    talk = Talk(base, tiny_recipe("no-model"), ChatOptions(compare=True, max_tokens=4))
     for reply in talk.ask("3+4="):
         assert list(reply.pieces())
 

@@ -1,4 +1,4 @@
-"""What a model card says of the base, the machine and the recipe, without the folders of the machine it was made on."""
+"""Facts for a model card on the base, its licence, the data and the versions, without this machine's folders."""
 
 import contextlib
 import importlib.metadata
@@ -6,19 +6,20 @@ import json
 import platform
 import re
 import subprocess
-from pathlib import Path, PurePosixPath, PureWindowsPath
+from pathlib import Path
 from typing import Any
 
 import yaml
 
+import lowmem_rlhf
 from lowmem_rlhf import __version__
 from lowmem_rlhf.architecture.source import is_local, resolve_model
 from lowmem_rlhf.errors import UserError
+from lowmem_rlhf.export.local_paths import has_folder, last_part
 from lowmem_rlhf.recipe.data_sources import is_file, is_folder, is_generated
 from lowmem_rlhf.recipe.python_objects import is_python
 
 LIBRARIES = ("torch", "transformers", "peft", "bitsandbytes", "accelerate", "datasets")
-PATH_KEYS = ("model", "adapter", "algorithm", "train", "eval", "function")  # of a recipe, whose values may be paths
 
 
 def is_hub_id(model: str) -> bool:
@@ -30,54 +31,19 @@ def is_hub_id(model: str) -> bool:
 
 
 def model_name(model: str) -> str:
-    """Return a Hub id as it is, and of anything local the last part."""
+    """Return a Hub id as it is, and only the last part of a local path."""
     return model if is_hub_id(model) else last_part(model.removeprefix("package:"))
 
 
 def hub_datasets(data: dict[str, Any]) -> list[str]:
     """Return the Hub ids among the data sources of a recipe."""
-    sources = [source for source in (data.get("train"), data.get("eval")) if source and not _with_folder(source)]
+    sources = [source for source in (data.get("train"), data.get("eval")) if source and not has_folder(source)]
     here = (is_generated, is_python, is_file, is_folder)
     return list(dict.fromkeys(source for source in sources if not any(test(source) for test in here)))
 
 
-def without_folders(values: dict[str, Any]) -> tuple[dict[str, Any], dict[str, str]]:
-    """Return a recipe's values with the folders of local files taken away, and those files by dotted key.
-
-    Relative paths say nothing of the machine and stay.
-    """
-    local: dict[str, str] = {}
-
-    def cleaned(value: Any, key: str, may_be_path: bool) -> Any:
-        if isinstance(value, dict):
-            inside = may_be_path and key.endswith("options")
-            dot = f"{key}." if key else ""
-            return {
-                k: cleaned(v, f"{dot}{k}", inside or k in (*PATH_KEYS, "rewards", "options")) for k, v in value.items()
-            }
-        if isinstance(value, list):
-            return [cleaned(v, f"{key}[{i}]", may_be_path) for i, v in enumerate(value)]
-        if isinstance(value, str) and may_be_path and _with_folder(value):
-            local[key] = value
-            return last_part(value)
-        return value
-
-    return {key: cleaned(value, key, key in (*PATH_KEYS, "data", "rewards")) for key, value in values.items()}, local
-
-
-def _with_folder(text: str) -> bool:
-    """Whether a text is a path that begins in a folder of this machine."""
-    absolute = PurePosixPath(text).is_absolute() or bool(PureWindowsPath(text).drive)
-    return absolute or text.startswith(("~", "..", "\\\\"))
-
-
-def last_part(path: str) -> str:
-    """Return a path's last part."""
-    return re.split(r"[/\\]", path.rstrip("/\\"))[-1]
-
-
 def license_of(model: str) -> str:
-    """Return the licence that the base names itself (in its README, or a GGUF's header); ``unknown`` if it does not.
+    """Return the licence that the base itself names in its README or GGUF header; ``unknown`` if it names none.
 
     Of a Hub id what lies in the local cache is read, and the network is left alone.
     """
@@ -96,8 +62,8 @@ def license_of(model: str) -> str:
 def _cached_readme(model: str) -> Path | None:
     from huggingface_hub import try_to_load_from_cache
 
-    found = try_to_load_from_cache(model, "README.md")
-    return Path(found) if isinstance(found, str) else None
+    path = try_to_load_from_cache(model, "README.md")
+    return Path(path) if isinstance(path, str) else None
 
 
 def _front_matter(text: str) -> dict[str, str]:
@@ -111,17 +77,17 @@ def _front_matter(text: str) -> dict[str, str]:
 
 def versions() -> dict[str, str]:
     """Return the versions that made the export: this package with its commit, Python and the libraries."""
-    found = {"lowmem_rlhf": f"{__version__} ({commit})" if (commit := _commit()) else __version__}
-    found["python"] = platform.python_version()
+    made_with = {"lowmem_rlhf": f"{__version__} ({commit})" if (commit := _commit()) else __version__}
+    made_with["python"] = platform.python_version()
     for name in LIBRARIES:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            found[name] = importlib.metadata.version(name)
-    return found
+            made_with[name] = importlib.metadata.version(name)
+    return made_with
 
 
 def _commit() -> str:
     """Return the commit of the checkout that this package runs from, or that it was installed from; else nothing."""
-    folder = Path(__file__).resolve().parents[2]
+    folder = Path(lowmem_rlhf.__file__).resolve().parents[1]
     if (folder / ".git").exists():
         with contextlib.suppress(OSError, subprocess.SubprocessError):
             command = ["git", "-C", str(folder), "describe", "--always", "--dirty", "--exclude=*"]

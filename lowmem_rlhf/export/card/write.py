@@ -9,18 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from lowmem_rlhf.algorithms.registry import find_spec
+from lowmem_rlhf.display.export import judged_rows
 from lowmem_rlhf.display.format import evaluation_rows, format_bytes, format_number, format_value, number
 from lowmem_rlhf.display.outcome import about, outcome_rows
-from lowmem_rlhf.export.card.facts import (
-    hub_datasets,
-    is_hub_id,
-    last_part,
-    license_of,
-    model_name,
-    versions,
-    without_folders,
-)
-from lowmem_rlhf.export.show import judged_rows
+from lowmem_rlhf.export.card.facts import hub_datasets, is_hub_id, license_of, model_name, versions
+from lowmem_rlhf.export.formats.format import ExportFormat
+from lowmem_rlhf.export.formats.table import FORMATS
+from lowmem_rlhf.export.local_paths import last_part, without_folders
 from lowmem_rlhf.files import atomic_write
 from lowmem_rlhf.recipe.field_roles import fields_with
 from lowmem_rlhf.recipe.sections import HardwareConfig
@@ -31,7 +26,6 @@ from lowmem_rlhf.run.evaluations import read_evaluations
 from lowmem_rlhf.run.start import start_folder
 
 README, CURVE = "README.md", "curve.png"
-LIBRARY = {"adapter": "peft", "merged": "transformers"}  # of a GGUF none that the Hub knows loads it
 NUMERIC = fields_with(HardwareConfig, changes_numbers=True)
 PROOF = {
     "mean_kl": "mean KL to the live policy (nats a token)",
@@ -54,12 +48,13 @@ def write_card(folder: Path, run: RunDirectory, export: dict[str, Any]) -> None:
     recipe, local = without_folders(run.recipe_values())
     original = run.recipe_values()
     name = str(recipe.get("name") or run.path.name)
+    format = FORMATS.get(str(export.get("format")))
     metrics, evaluation, plan = run.metrics(), run.evaluation(), run.plan()
     atomic_write(folder / RECIPE, write_yaml(recipe))
     sections = [
         f"# {name}",
         _summary(original, recipe, export),
-        _section("Use", _use(folder, original, export, name)),
+        _section("Use", _use(folder, original, format, name)),
         _section("Evaluation", _evaluation(evaluation, _later(run, metrics))),
     ]
     if metrics:
@@ -73,31 +68,27 @@ def write_card(folder: Path, run: RunDirectory, export: dict[str, Any]) -> None:
         _section("Reproduce", _reproduce(recipe, plan, local)),
     ]
     text = "\n\n".join(section.rstrip() for section in sections if section) + "\n"
-    head = f"---\n{_yaml(_front_matter(original, recipe, export))}---\n\n"
+    head = f"---\n{_yaml(_front_matter(original, recipe, format))}---\n\n"
     atomic_write(folder / README, head + _scrubbed(text, run, local))
 
 
-def _front_matter(original: dict[str, Any], recipe: dict[str, Any], export: dict[str, Any]) -> dict[str, Any]:
-    """Return the metadata that the Hub reads; a base that is no Hub id has no place in it."""
-    model, kind = str(original.get("model", "")), str(export.get("format", ""))
-    spec = find_spec(original.get("algorithm"))
+def _front_matter(original: dict[str, Any], recipe: dict[str, Any], format: ExportFormat | None) -> dict[str, Any]:
+    """Return the metadata that the Hub reads; it can name only a base with a Hub id."""
+    model, spec = str(original.get("model", "")), find_spec(original.get("algorithm"))
     algorithm = spec.name if spec else str(recipe.get("algorithm"))
-    found: dict[str, Any] = {"license": license_of(model)}
+    metadata: dict[str, Any] = {"license": license_of(model)}
     if is_hub_id(model):
-        found["base_model"] = model
-        found["base_model_relation"] = "adapter" if kind == "adapter" else "finetune"
-    if kind in LIBRARY:
-        found["library_name"] = LIBRARY[kind]
+        metadata["base_model"] = model
+        metadata["base_model_relation"] = format.relation if format else ExportFormat.relation
+    if format and format.library:
+        metadata["library_name"] = format.library
     if spec is None or spec.output == "text":
-        found["pipeline_tag"] = "text-generation"
-    found["tags"] = [
-        *("lowmem-rlhf", algorithm.replace("_", "-").replace("/", "-")),
-        *(["lora"] if kind == "adapter" else []),
-        *(["gguf"] if kind in ("gguf", "ollama") else []),
-    ]
+        metadata["pipeline_tag"] = "text-generation"
+    tags = format.tags if format else ()
+    metadata["tags"] = ["lowmem-rlhf", algorithm.replace("_", "-").replace("/", "-"), *tags]
     if sets := hub_datasets(original.get("data") or {}):
-        found["datasets"] = sets
-    return found
+        metadata["datasets"] = sets
+    return metadata
 
 
 def _summary(original: dict[str, Any], recipe: dict[str, Any], export: dict[str, Any]) -> str:
@@ -118,29 +109,12 @@ def _summary(original: dict[str, Any], recipe: dict[str, Any], export: dict[str,
     return "\n\n".join(line for line in [*lines, f"Export: {told}." if told else ""] if line)
 
 
-def _use(folder: Path, original: dict[str, Any], export: dict[str, Any], name: str) -> str:
-    kind, model = export.get("format"), str(original.get("model", ""))
-    spec = find_spec(original.get("algorithm"))
+def _use(folder: Path, original: dict[str, Any], format: ExportFormat | None, name: str) -> str:
+    if format is None:
+        return ""
+    model = str(original.get("model", ""))
     base = model if is_hub_id(model) else f"PATH/TO/{model_name(model)}"
-    if kind == "merged":
-        return (
-            "```python\nfrom transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
-            'folder = "."  # this folder, or its Hub id\n'
-            'model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto")\n'
-            "tokenizer = AutoTokenizer.from_pretrained(folder)\n```"
-        )
-    if spec is not None and spec.output == "scores":
-        return "```yaml\nrewards:\n- function: reward_adapter\n  options: {adapter: .}  # this folder\n```"
-    if kind == "adapter":
-        return (
-            "```python\nfrom peft import PeftModel\nfrom transformers import AutoModelForCausalLM\n\n"
-            f'base = AutoModelForCausalLM.from_pretrained("{base}")  # exact in the precision of the plan\n'
-            'model = PeftModel.from_pretrained(base, ".")  # this folder, or its Hub id\n```'
-        )
-    if kind == "ollama":
-        return f"```\nollama create {name} -f Modelfile\nollama run {name}\n```"
-    file = next((path.name for path in sorted(folder.glob("*.gguf"))), None)
-    return f"```\nllama-cli -m {file}\n```" if kind == "gguf" and file else ""
+    return format.usage(folder, name, base, find_spec(original.get("algorithm")))
 
 
 def _later(run: RunDirectory, metrics: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -179,9 +153,9 @@ def _proof(export: dict[str, Any]) -> str:
     if not rows:
         return ""
     text = "The export was loaded again and compared with the live policy:\n\n" + _table(("measure", "value"), rows)
-    if judged := judged_rows(proof):
+    if verdicts := judged_rows(proof):
         text += "\n\nHeld against each other, with a bound that rounding explains:\n\n"
-        text += _table(("models", "measured", "allowed"), judged)
+        text += _table(("models", "measured", "allowed"), verdicts)
     return text
 
 
@@ -228,7 +202,7 @@ def _section(title: str, body: str) -> str:
 
 
 def _table(head: Any, rows: Any) -> str:
-    """Return a Markdown table; bars and line breaks in a cell are written so that they stay in it."""
+    """Return a Markdown table; bars and line breaks inside a cell are escaped."""
     lines = [head, ["---"] * len(head), *rows]
     cells = [[str(cell).replace("|", "\\|").replace("\n", "⏎") for cell in line] for line in lines]
     return "\n".join(f"| {' | '.join(line)} |" for line in cells)
@@ -239,7 +213,7 @@ def _yaml(values: dict[str, Any]) -> str:
 
 
 def _scrubbed(text: str, run: RunDirectory, local: dict[str, str]) -> str:
-    """Take out the folders of this machine that stand in texts of the run (a reason, a placement)."""
+    """Remove the folders of this machine from texts of the run (a reason, a placement)."""
     for path in sorted(local.values(), key=len, reverse=True):
         text = text.replace(path, last_part(path))
     folders = {run.path.resolve(), Path.home(), Path.cwd(), start_folder(run.path) or Path.cwd()}

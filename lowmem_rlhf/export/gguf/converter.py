@@ -1,4 +1,4 @@
-"""A llama.cpp that the user has: its converter and its quantizer, on the PATH or under $LLAMA_CPP."""
+"""The user's own llama.cpp: its converter and its quantizer, on the PATH or under $LLAMA_CPP."""
 
 import os
 import shutil
@@ -9,6 +9,7 @@ from pathlib import Path
 
 from lowmem_rlhf.errors import RunError
 from lowmem_rlhf.export.gguf.tokenizer import ADD_BOS, ADD_EOS
+from lowmem_rlhf.progress import message
 
 CONVERTER, QUANTIZER = "convert_hf_to_gguf.py", "llama-quantize"
 
@@ -26,38 +27,38 @@ def find_quantizer() -> Path | None:
 def _find(name: str, places: tuple[str, ...]) -> Path | None:
     if root := os.environ.get("LLAMA_CPP"):
         for place in places:
-            if found := shutil.which(name, path=str(Path(root).expanduser() / place)):
-                return Path(found)
-            path = Path(root).expanduser() / place / name
-            if path.suffix == ".py" and path.is_file():  # it need not be executable
-                return path
-    found = shutil.which(name)
-    return Path(found) if found else None
+            if path := shutil.which(name, path=str(Path(root).expanduser() / place)):
+                return Path(path)
+            script = Path(root).expanduser() / place / name
+            if script.suffix == ".py" and script.is_file():  # it need not be executable
+                return script
+    path = shutil.which(name)
+    return Path(path) if path else None
 
 
 def convert(converter: Path, folder: Path, target: Path, kind: str) -> bool:
-    """Write a GGUF by the user's converter and say so.
+    """Write a GGUF with the user's converter, and report that.
 
     Returns:
-        False if it failed, after a sentence with its reason; then our writer takes over.
+        False if it failed, whose reason is reported; then our writer takes over.
     """
-    said = f"{converter} of your llama.cpp"
-    print(f"the GGUF is written by {said}", file=sys.stderr, flush=True)
+    whose = f"{converter} of your llama.cpp"
+    message(f"the GGUF is written by {whose}")
     command = [sys.executable, str(converter), str(folder), "--outfile", str(target), "--outtype", kind]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode == 0 and target.is_file():
         return True
     with suppress(OSError):
         target.unlink()
-    print(f"{said} failed ({_last_line(done.stderr)}); the GGUF is written without it", file=sys.stderr, flush=True)
+    message(f"{whose} failed ({_last_line(done.stderr)}); the GGUF is written without it")
     return False
 
 
 def set_frame(file: Path, add_bos: bool | None) -> None:
-    """Let a GGUF that a converter wrote put a BOS before every text or none, and an EOS behind none.
+    """Set whether a converter's GGUF puts a BOS before every text; it puts an EOS behind none.
 
     Args:
-        add_bos: None: both as the converter has them.
+        add_bos: None leaves both as the converter set them.
     """
     from gguf import GGUFReader
 
@@ -66,29 +67,27 @@ def set_frame(file: Path, add_bos: bool | None) -> None:
     try:
         reader = GGUFReader(file, "r+")
     except (ValueError, IndexError):  # a file of a newer form
-        print(f"your converter's GGUF cannot be read here, so its {ADD_BOS} is its own", file=sys.stderr, flush=True)
+        message(f"your converter's GGUF cannot be read here, so its {ADD_BOS} is its own")
         return
     for key, value in ((ADD_BOS, add_bos), (ADD_EOS, False)):
         field = reader.get_field(key)
         if field is not None:
             field.parts[field.data[0]][0] = value
         elif key == ADD_BOS:
-            print(
+            message(
                 f"your converter's GGUF has no {key}, which should be {str(value).lower()}: llama.cpp goes by its own "
-                "default",
-                file=sys.stderr,
-                flush=True,
+                "default"
             )
     reader.data.flush()
 
 
 def quantize(quantizer: Path, source: Path, target: Path) -> None:
-    """Quantize a GGUF to Q4_K_M by the user's llama-quantize and say so.
+    """Quantize a GGUF to Q4_K_M with the user's llama-quantize, and report that.
 
     Raises:
         RunError: it failed.
     """
-    print(f"q4_k_m is made by {quantizer} of your llama.cpp", file=sys.stderr, flush=True)
+    message(f"q4_k_m is made by {quantizer} of your llama.cpp")
     command = [str(quantizer), str(source), str(target), "Q4_K_M"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode or not target.is_file():

@@ -1,9 +1,9 @@
-"""A GGUF's numbers back in the transformers model that it was made of, to be held against the live policy.
+"""A GGUF's numbers read back into the transformers model that it was made of, for the comparison with the live policy.
 
-transformers reads GGUF files itself, but not all that they say: of Gemma the norms, of Llama 3.1 and later the rotary
-scaling, of Qwen3 the width of a head. Here the configuration comes from the merged folder and only the numbers from the
-GGUF, so what is compared is what quantization did to the weights. The numbers themselves are compared as well, row by
-row, with what their kind can explain.
+transformers reads GGUF files itself, but gets parts of some wrong: Gemma's norms, the rotary scaling of Llama 3.1 and
+later, the width of a head in Qwen3. Here the configuration comes from the merged folder and only the numbers from the
+GGUF, so the comparison shows what quantization did to the weights. The numbers themselves are compared as well, row by
+row; they may differ by what their kind can explain.
 """
 
 from collections.abc import Iterator
@@ -23,7 +23,7 @@ from lowmem_rlhf.export.shards import read_tensors
 
 # llama.cpp's names of types whose steps we know; another one (a user's own converter) is left to the predictions
 KINDS = {"F16": "float16", "BF16": "bfloat16", "Q8_0": "q8_0", "Q5_0": "q5_0", "Q4_K": "q4_k", "Q6_K": "q6_k"}
-SHIFTED = 1e-6  # of a number and 1, which a norm's is added to: fp32's rounding, some times
+SHIFTED = 1e-6  # relative error of a norm's weight that 1 was added to: a few times fp32's rounding
 
 
 @torch.no_grad()
@@ -32,7 +32,7 @@ def read_model(file: Path, folder: Path) -> Any:
 
     Raises:
         RunError: the GGUF lacks a tensor or has one of another shape.
-        UserError: the family is not one that a GGUF is written of here.
+        UserError: no GGUF of this model family is written here.
     """
     from transformers import AutoModelForCausalLM
 
@@ -64,8 +64,8 @@ def check_numbers(file: Path, folder: Path) -> float:
         for part in plan.rows():
             rows = tensor.data if len(part) == plan.shape[0] else tensor.data[begin : begin + len(part)]
             begin += len(part)
-            found = torch.from_numpy(dequantize(rows, tensor.tensor_type).copy()).view(part.shape)
-            off = _steps_off(found, part.float() + plan.shift, kind, tensor.tensor_type.name)
+            stored = torch.from_numpy(dequantize(rows, tensor.tensor_type).copy()).view(part.shape)
+            off = _steps_off(stored, part.float() + plan.shift, kind, tensor.tensor_type.name)
             if not off <= 1.0:
                 raise RunError(
                     f"{file.name} holds other numbers for {plan.origin} than the merged model: a row is off by "
@@ -75,26 +75,26 @@ def check_numbers(file: Path, folder: Path) -> float:
     return furthest
 
 
-def _steps_off(found: torch.Tensor, wanted: torch.Tensor, kind: str | None, name: str) -> float:
-    found, wanted = (one.reshape(1, -1) if one.ndim < 2 else one for one in (found, wanted))
+def _steps_off(stored: torch.Tensor, wanted: torch.Tensor, kind: str | None, name: str) -> float:
+    stored, wanted = (one.reshape(1, -1) if one.ndim < 2 else one for one in (stored, wanted))
     if kind is not None:
-        return furthest_row(found, wanted, kind)
+        return furthest_row(stored, wanted, kind)
     if name == "F32":
-        return float(((found - wanted).abs() / (SHIFTED * (1 + wanted.abs()))).max())
-    return 0.0 if torch.isfinite(found).all() else float("nan")
+        return float(((stored - wanted).abs() / (SHIFTED * (1 + wanted.abs()))).max())
+    return 0.0 if torch.isfinite(stored).all() else float("nan")
 
 
 def _tensors(file: Path, folder: Path, config: Any) -> Iterator[tuple[Tensor, Any]]:
-    """Yield what is to be in a GGUF of a model, and what is there.
+    """Yield each tensor that a GGUF of the model must hold, as planned and as stored.
 
     Raises:
         RunError, UserError: as `read_model`.
     """
-    found = {tensor.name: tensor for tensor in GGUFReader(file).tensors}
+    tensors = {tensor.name: tensor for tensor in GGUFReader(file).tensors}
     for plan in plan_tensors(read_tensors(folder), config, describe(config), "f32", config.vocab_size):
         if plan.source is None:
             continue
-        tensor = found.get(plan.name)
+        tensor = tensors.get(plan.name)
         if tensor is None or tuple(int(n) for n in tensor.shape[::-1]) != plan.shape:
             raise RunError(f"{file.name} holds no {plan.name} of the shape {plan.shape}: it is not of this model")
         yield plan, tensor

@@ -37,8 +37,8 @@ class Tensor:
         shape: rows first, as in torch; without the rows that no token of the vocabulary has.
         source: where its numbers lie; None: they are ``factors``.
         origin: transformers' name.
-        heads: of a query or key weight whose rows are put in pairs; 0: their order stays.
-        transposed: stored the other way round.
+        heads: of a query or key weight whose rows are paired; 0: they keep their order.
+        transposed: whether transformers stores it as (in, out).
         shift: added to each number.
     """
 
@@ -72,7 +72,7 @@ class Tensor:
             yield self._encode(part, device)
 
     def rows(self) -> Iterator[torch.Tensor]:
-        """Yield the numbers of its source as they stand in the file (but for `shift`), some rows at a time."""
+        """Yield the numbers of its source in the file's order, before `shift` is added, some rows at a time."""
         assert self.source is not None
         if self.transposed or self.heads:  # one linear layer is small beside the embeddings
             whole = self.source.read()
@@ -89,7 +89,7 @@ class Tensor:
                 yield part
 
     def restore(self, numbers: torch.Tensor) -> torch.Tensor:
-        """Return the numbers as transformers has them, from those of the file (fp32, of `shape`)."""
+        """Return the numbers as transformers stores them, from those of the file (fp32, of `shape`)."""
         if self.shift:
             numbers = numbers - self.shift
         if self.heads:
@@ -138,7 +138,7 @@ def plan_tensors(
     names = get_tensor_name_map(next(a for a, name in MODEL_ARCH_NAMES.items() if name == layout.name), layers)
     used = {name: one for name, one in stored.items() if not _left_out(name, one, config)}
     tied = not any(name == "lm_head.weight" for name in used)
-    found = []
+    tensors = []
     for name, one in used.items():
         gguf_name = _gguf_name(names, name)
         if gguf_name is None:
@@ -147,7 +147,7 @@ def plan_tensors(
         shape = one.shape[::-1] if transposed else one.shape
         if gguf_name in ("token_embd.weight", "output.weight"):
             shape = (min(vocabulary, shape[0]), *shape[1:])
-        found.append(
+        tensors.append(
             Tensor(
                 gguf_name,
                 shape,
@@ -160,12 +160,12 @@ def plan_tensors(
             )
         )
     for name, factors in metadata.factors.items():
-        found.append(Tensor(name, (len(factors),), F32, None, factors=tuple(factors)))
-    return found
+        tensors.append(Tensor(name, (len(factors),), F32, None, factors=tuple(factors)))
+    return tensors
 
 
 def _left_out(name: str, one: Stored, config: Any) -> bool:
-    """Whether a tensor is no weight of its own: masks that old files hold, and a head that is the embedding again."""
+    """Whether a tensor is no weight of its own: a mask in an old file, or a head that is tied to the embedding."""
     if name == "lm_head.weight" and config.tie_word_embeddings:
         return True
     return not one.is_number or name.endswith((".attn.bias", ".attn.masked_bias", ".rotary_emb.inv_freq"))
@@ -173,8 +173,8 @@ def _left_out(name: str, one: Stored, config: Any) -> bool:
 
 def _gguf_name(names: TensorNameMap, name: str) -> str | None:
     for text in (name, f"transformer.{name}", f"model.{name}"):  # some files leave the outermost name out
-        if found := names.get_name(text, try_suffixes=(".weight", ".bias")):
-            return found
+        if gguf_name := names.get_name(text, try_suffixes=(".weight", ".bias")):
+            return gguf_name
     return None
 
 

@@ -1,4 +1,4 @@
-"""What GGUF says of a tokenizer, from the one that the run trained with.
+"""The metadata of a tokenizer in a GGUF, from the tokenizer that the run trained with.
 
 Everything is read from the fast tokenizer that transformers makes of the folder, so a GGUF tokenizes as training did.
 llama.cpp has the splitting of text built in and only its name is stored, so it is recognised by its parts; a tokenizer
@@ -67,7 +67,7 @@ def _unknown(why: str) -> UserError:
 
 
 def _flat(part: dict[str, Any] | None, inner: str) -> list[dict[str, Any]]:
-    """Return the steps of a normalizer or pre-tokenizer, sequences taken apart."""
+    """Return the steps of a normalizer or pre-tokenizer, with sequences flattened."""
     if part is None:
         return []
     return [step for one in part[inner] for step in _flat(one, inner)] if part["type"] == "Sequence" else [part]
@@ -137,7 +137,7 @@ def _tokens(content: dict[str, Any], rows: int, byte_level: bool) -> tuple[list[
 
 
 def _scores(model: dict[str, Any], merges: list[list[str]], names: list[str]) -> list[float]:
-    """Return what llama.cpp chooses the next merge by: the rank of the first merge that makes a token.
+    """Return the scores by which llama.cpp chooses the next merge: the rank of the first merge that makes a token.
 
     tokenizer.json lists merges by SentencePiece's own score of what they make, so the order is that of tokenizer.model.
     """
@@ -148,7 +148,7 @@ def _scores(model: dict[str, Any], merges: list[list[str]], names: list[str]) ->
 
 
 def _special(tokenizer: Any, rows: int, extra_stop: int | None, add_bos: bool | None) -> Keys:
-    """Return the numbers of special tokens, which of them frame a text, and the chat template.
+    """Return the ids of special tokens, which of them frame a text, and the chat template.
 
     An EOS is never put behind a text: what is sent to a model is a prompt, which goes on.
     """

@@ -1,8 +1,7 @@
-"""Merged weights as one GGUF file for llama.cpp: by the user's own converter where there is one, otherwise here."""
+"""Merged weights as one GGUF file for llama.cpp, written by the user's own converter if there is one, else here."""
 
 import json
 import os
-import sys
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -11,10 +10,10 @@ from typing import TYPE_CHECKING, Any
 from lowmem_rlhf.architecture.stops import turn_end
 from lowmem_rlhf.errors import UserError
 from lowmem_rlhf.export.gguf.converter import convert, find_converter, find_quantizer, quantize, set_frame
-from lowmem_rlhf.export.wish import check_disk
+from lowmem_rlhf.export.target import check_disk
 from lowmem_rlhf.files import temp_path
 from lowmem_rlhf.planning.memory.export import GGUF_BYTES
-from lowmem_rlhf.progress import ProgressCallback
+from lowmem_rlhf.progress import ProgressCallback, message
 
 if TYPE_CHECKING:
     import torch
@@ -38,7 +37,7 @@ def write_gguf(
     """Write a merged model as a GGUF. The file appears whole or not at all.
 
     A llama.cpp of the user's (``convert_hf_to_gguf.py`` and ``llama-quantize`` on the PATH or under ``$LLAMA_CPP``) is
-    used where it is found, which is said. Without it, memory stays at some rows of the largest tensor.
+    used where it is found, and that is reported. Our own writer holds only some rows of a tensor in memory.
 
     Args:
         folder: in the transformers format: config.json, the tokenizer's files, safetensors in one or several files.
@@ -76,7 +75,7 @@ def write_gguf(
 
 
 def _check_room(folder: Path, target: Path, kind: str) -> None:
-    """Check the free disk against the weights in 16 bits or less; what our writer plans is checked again exactly."""
+    """Check the free disk roughly, from the size of the weights; our writer checks again with the exact size."""
     stored = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
     check_disk(int(stored * {"q8_0": 0.5, "q4_k_m": 0.25}.get(kind, 0.5)), target)
 
@@ -110,7 +109,7 @@ def _write(
     total = sum(tensor.nbytes for tensor in tensors)
     check_disk(total + _HEADER_BYTES, target)
     for note in metadata.notes:
-        print(note, file=sys.stderr, flush=True)
+        message(note)
     writer = GGUFWriter(target, metadata.layout.name)
     _add_keys(writer, name, metadata, keys, kind)
     for tensor in tensors:
@@ -168,7 +167,7 @@ def _add_info(writer: "GGUFWriter", tensor: "Tensor") -> None:
 def _write_tensors(
     writer: "GGUFWriter", tensors: list["Tensor"], total: int, progress: ProgressCallback | None, device: "torch.device"
 ) -> None:
-    """Write the tensors' bytes behind one another, each where the library's header says that it begins."""
+    """Write the tensors' bytes one after another, each at the offset that the library's header names."""
     assert writer.fout is not None
     file, done = writer.fout[0], 0
     writer.write_padding(file, file.tell())

@@ -1,9 +1,9 @@
-"""The numbers that a quantized base computes with, made of its 16-bit weights one tensor at a time.
+"""The numbers that a quantized base computes with, recomputed from its 16-bit weights one tensor at a time.
 
-A tensor is quantized as the loader does it (bitsandbytes, the same settings, the same dtype and device) and dequantized
-as the forward pass does it, so the result is the live model's, bit for bit. It happens in pieces: quantizing a whole
-tensor takes bitsandbytes ten times its size on a CPU. Blocks of NF4 and rows of int8 know nothing of each other; only
-the double quantization of the blocks' scales looks at all of them.
+A tensor is quantized as the loader does it (bitsandbytes, with the same settings, dtype and device) and dequantized as
+the forward pass does it, so the result is the live model's, bit for bit. It is done in pieces, since quantizing a whole
+tensor takes bitsandbytes ten times its size on a CPU. Blocks of NF4 and rows of int8 are independent of each other;
+only the double quantization of the blocks' scales depends on all of them.
 """
 
 from collections.abc import Iterator
@@ -38,15 +38,15 @@ def _nf4(weight: torch.Tensor, settings: Any, dtype: torch.dtype, device: torch.
     flat = weight.reshape(-1)
     pieces = list(_pieces(flat.numel(), PIECE))  # PIECE is a multiple of every block size, and of two codes a byte
     how = {"blocksize": settings.blocksize, "quant_type": settings.quant_type, "quant_storage": torch.uint8}
-    made = [quantize_4bit(flat[piece].to(dtype).to(device), compress_statistics=False, **how) for piece in pieces]
-    scales = torch.cat([state.absmax for _, state in made])
+    quantized = [quantize_4bit(flat[piece].to(dtype).to(device), compress_statistics=False, **how) for piece in pieces]
+    scales = torch.cat([state.absmax for _, state in quantized])
     if settings.compress_statistics:  # as in quantize_4bit and dequantize_4bit
         offset = scales.mean()
         codes, state2 = quantize_blockwise(scales - offset, blocksize=256)
         scales = (dequantize_blockwise(codes, state2) + offset).float()
     result = torch.empty(flat.numel(), dtype=dtype, device="cpu")
     start = 0
-    for piece, (codes, state) in zip(pieces, made, strict=True):
+    for piece, (codes, state) in zip(pieces, quantized, strict=True):
         state.absmax = scales[start : start + state.absmax.numel()]
         start += state.absmax.numel()
         result[piece] = dequantize_4bit(codes, state).reshape(-1).cpu()
@@ -58,9 +58,9 @@ def _int8(weight: torch.Tensor, settings: Any, dtype: torch.dtype, device: torch
 
     result = torch.empty(weight.shape, dtype=torch.float32, device="cpu")
     for rows in _pieces(weight.shape[0], max(1, PIECE // weight.shape[1])):
-        made = Int8Params(weight[rows].to(dtype), requires_grad=False).to(device)  # type: ignore[misc]
-        assert made.CB is not None and made.SCB is not None
-        result[rows] = (made.CB.float() * made.SCB.view(-1, 1).mul(1 / 127)).cpu()
+        quantized = Int8Params(weight[rows].to(dtype), requires_grad=False).to(device)  # type: ignore[misc]
+        assert quantized.CB is not None and quantized.SCB is not None
+        result[rows] = (quantized.CB.float() * quantized.SCB.view(-1, 1).mul(1 / 127)).cpu()
     return result
 
 

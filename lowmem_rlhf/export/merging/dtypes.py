@@ -1,14 +1,14 @@
-"""In which dtype merged weights are stored: float16 where they fit and the change survives its rounding."""
+"""The dtype that merged weights are stored in: float16 where they fit and the change survives the rounding."""
 
 from lowmem_rlhf.errors import UserError
 from lowmem_rlhf.export.merging.merge import Merge
-from lowmem_rlhf.export.rounding import ENOUGH, DoesNotFit, Kept
+from lowmem_rlhf.export.rounding import ENOUGH, DoesNotFit, RoundingStats
 
 AUTO = "float16"
 
 
 def choose_dtype(merge: Merge, wanted: str | None, overflows_float16: bool) -> tuple[str, str]:
-    """Return the dtype and the reason; some of the changed layers are tried out, nothing is written.
+    """Return the dtype and the reason; it tries some of the changed layers and writes nothing.
 
     Args:
         wanted: what the user asked for; None: choose.
@@ -23,33 +23,33 @@ def choose_dtype(merge: Merge, wanted: str | None, overflows_float16: bool) -> t
         return "float32", "activations of this model family overflow float16, as which it would be loaded"
     dtype = wanted or AUTO
     try:
-        kept = merge.try_out(dtype)
+        rounding = merge.try_out(dtype)
     except DoesNotFit as error:
         if wanted:
             raise does_not_fit(str(error), dtype) from error
         return "float32", f"{error} does not fit in float16"
-    check_kept(kept, wanted)
+    check_rounding(rounding, wanted)
     if wanted:
         return wanted, "as --dtype says"
-    if kept.share < ENOUGH:
+    if rounding.share < ENOUGH:
         return "float32", (
-            f"the change is {kept.relative_change:.1e} of the weights, of which float16 keeps only {kept.share:.0%}; "
-            "--dtype float16 takes half the room"
+            f"the change is {rounding.relative_change:.1e} of the weights, of which float16 keeps only "
+            f"{rounding.share:.0%}; --dtype float16 takes half the room"
         )
     return "float16", "the weights fit, and the change survives its rounding"
 
 
-def check_kept(kept: Kept, wanted: str | None) -> None:
+def check_rounding(rounding: RoundingStats, wanted: str | None) -> None:
     """Check that bfloat16 keeps enough of the change.
 
     Raises:
         UserError: it does not.
     """
-    if wanted == "bfloat16" and kept.share < ENOUGH:
+    if wanted == "bfloat16" and rounding.share < ENOUGH:
         raise UserError(
-            f"--dtype bfloat16 would keep {max(0.0, kept.share):.0%} of what training changed: the change is "
-            f"{kept.relative_change:.1e} of the weights, and bfloat16 has 8 bits; take float16 or float32 (at least "
-            f"{ENOUGH:.0%} must stay)"
+            f"--dtype bfloat16 would keep {max(0.0, rounding.share):.0%} of what training changed: the change is "
+            f"{rounding.relative_change:.1e} of the weights, and bfloat16 has 8 bits; take float16 or float32 (at "
+            f"least {ENOUGH:.0%} must stay)"
         )
 
 

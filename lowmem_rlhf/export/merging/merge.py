@@ -1,9 +1,9 @@
 """Merging an adapter into its base, from file to file: a tensor's rows are read, changed, rounded and written.
 
-``W + scaling * B A`` (LoRA, arXiv 2106.09685) is computed in fp32 and rounded once; `rounding` measures what is kept of
-the change. In memory are some rows at a time, or one whole tensor where the base was quantized.
+``W + scaling * B A`` (LoRA, arXiv 2106.09685) is computed in fp32 and rounded once; `export.rounding` measures
+how much of the change is kept. Some rows are in memory at a time, or one whole tensor where the base was quantized.
 
-What is left out: a GPU for the sums, which would wait for the disk; it only quantizes, where the run's base lay on one.
+What is left out: sums on a GPU, which would wait for the disk. A GPU only quantizes, where the run's base lay on one.
 """
 
 from collections.abc import Iterator, Sequence
@@ -16,16 +16,16 @@ from lowmem_rlhf.errors import UserError
 from lowmem_rlhf.export.merging.dequantized import dense
 from lowmem_rlhf.export.merging.lora_file import LoraFile
 from lowmem_rlhf.export.merging.names import Skeleton, stored_names
-from lowmem_rlhf.export.rounding import Kept, rounded_sum
-from lowmem_rlhf.export.shards import NAMES, SINGLE, Layout, Stored, read_bytes, write_index, write_tensors
+from lowmem_rlhf.export.rounding import RoundingStats, rounded_sum
+from lowmem_rlhf.export.shards import NAMES, SINGLE, FileLayout, Stored, read_bytes, write_index, write_tensors
 from lowmem_rlhf.progress import ProgressCallback
 
-PIECE = 2**20  # elements that are calculated with at once: what an allocator keeps, and a cache nearly holds
+PIECE = 2**20  # elements that are computed at once; an allocator keeps as many, and a cache nearly holds them
 SAMPLED = 8  # layers on which a dtype is tried out
 
 
 class Merge:
-    """A base, an adapter for it, and what becomes of each stored tensor.
+    """A base, an adapter for it, and what each stored tensor becomes.
 
     Args:
         shards: the base's tensors by file and name (`read_shards`).
@@ -53,9 +53,9 @@ class Merge:
         self._check_shapes()
 
     def _check_names(self) -> None:
-        there = set(self.parameters.values())
+        parameters = set(self.parameters.values())
         needed = dict.fromkeys([f"{layer}.weight" for layer in self.adapter.layers] + list(self.model.quantized))
-        if lacking := [name for name in needed if name not in there]:
+        if lacking := [name for name in needed if name not in parameters]:
             raise UserError(
                 f"the base's files have no tensor for {lacking[0]} ({len(lacking)} of {len(needed)} are missing; one "
                 f"that is there: {next(iter(self.tensors), 'none')}); the tensors were renamed or are another model's: "
@@ -84,15 +84,15 @@ class Merge:
         layers = {f"{layer}.weight" for layer in self.adapter.layers}
         return [name for name, parameter in self.parameters.items() if parameter in layers]
 
-    def layout(self, file: str, dtype: str) -> Layout:
-        """Return a file's tensors as they are stored in a dtype, wide elements first as safetensors has them."""
-        found = []
+    def layout(self, file: str, dtype: str) -> FileLayout:
+        """Return the layout of a file whose tensors are stored in a dtype, widest elements first as in safetensors."""
+        entries = []
         for name, stored in self.shards[file].items():
             kind, width = stored.dtype, (stored.end - stored.begin) / max(1, stored.elements)
             if self._is_cast(name):
                 kind, width = NAMES[DTYPES[dtype]], DTYPES[dtype].itemsize
-            found.append((width, (name, kind, stored.shape, round(width * stored.elements))))
-        return [entry for _, entry in sorted(found, key=lambda one: -one[0])]
+            entries.append((width, (name, kind, stored.shape, round(width * stored.elements))))
+        return [entry for _, entry in sorted(entries, key=lambda one: -one[0])]
 
     def written_bytes(self, dtype: str) -> int:
         """Bytes of all tensors in a dtype."""
@@ -101,20 +101,20 @@ class Merge:
     def _is_cast(self, name: str) -> bool:
         return name in self.parameters and self.tensors[name].is_number  # what the model lacks is copied as it is
 
-    def write(self, target: Path, dtype: str, progress: ProgressCallback | None = None) -> Kept:
-        """Write the merged weights into a folder, in files as the base has them; return what was kept.
+    def write(self, target: Path, dtype: str, progress: ProgressCallback | None = None) -> RoundingStats:
+        """Write the merged weights into a folder, in files as the base has them; return what rounding kept.
 
         Raises:
             DoesNotFit: a weight is too large for the dtype.
             RunError: a weight of the base is no finite number.
             OSError: a file cannot be written.
         """
-        kept, done, total = Kept(), 0, self.written_bytes(dtype)
+        rounding, done, total = RoundingStats(), 0, self.written_bytes(dtype)
 
-        def pieces(layout: Layout) -> Iterator[torch.Tensor]:
+        def pieces(layout: FileLayout) -> Iterator[torch.Tensor]:
             nonlocal done
             for name, *_ in layout:
-                for piece in self._pieces(name, DTYPES[dtype], kept):
+                for piece in self._pieces(name, DTYPES[dtype], rounding):
                     yield piece
                     done += piece.nbytes
                     if progress:
@@ -125,20 +125,20 @@ class Merge:
             write_tensors(target / file, layout, pieces(layout))
         if list(self.shards) != [SINGLE]:
             write_index(target, self.shards, total)
-        return kept
+        return rounding
 
-    def try_out(self, dtype: str) -> Kept:
-        """Return what would be kept of some changed layers' first rows; writes nothing.
+    def try_out(self, dtype: str) -> RoundingStats:
+        """Return what rounding would keep of some changed layers' first rows; nothing is written.
 
         Raises:
             DoesNotFit, RunError: as `write`.
         """
-        kept, names = Kept(), self.changed
+        rounding, names = RoundingStats(), self.changed
         for name in evenly(names, SAMPLED):
-            next(self._pieces(name, DTYPES[dtype], kept))
-        return kept
+            next(self._pieces(name, DTYPES[dtype], rounding))
+        return rounding
 
-    def _pieces(self, name: str, dtype: torch.dtype, kept: Kept) -> Iterator[torch.Tensor]:
+    def _pieces(self, name: str, dtype: torch.dtype, rounding: RoundingStats) -> Iterator[torch.Tensor]:
         """Yield a tensor as it is stored, piece by piece."""
         stored = self.tensors[name]
         if not self._is_cast(name):
@@ -153,10 +153,10 @@ class Merge:
         for rows in stored.rows(PIECE):
             base = self._as_computed(stored.read(rows), parameter) if whole is None else whole[rows]
             change = None if left is None or right is None else left[rows] @ right
-            yield rounded_sum(base, change, dtype, kept, name)
+            yield rounded_sum(base, change, dtype, rounding, name)
 
     def _as_computed(self, weight: torch.Tensor, parameter: str) -> torch.Tensor:
-        """Return what a quantized base computes with where it has no codes: embeddings and norms, in its own dtype."""
+        """Return what a quantized base computes with for weights without codes: embeddings and norms, in its dtype."""
         if not self.model.quantized or parameter in self.model.wide:
             return weight
         rounded = weight.to(self.compute_dtype)
@@ -175,5 +175,5 @@ class Merge:
 
 
 def evenly(names: Sequence[str], count: int) -> list[str]:
-    """Return at most so many of the names, evenly spread."""
+    """Return at most ``count`` of the names, evenly spread."""
     return [names[i * len(names) // count] for i in range(count)] if len(names) > count else list(names)

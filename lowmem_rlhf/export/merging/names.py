@@ -1,6 +1,6 @@
 """Which stored tensor belongs to which parameter of the model, and which of them the loader quantizes.
 
-A checkpoint may name its tensors otherwise than the model does: GPT-NeoX's head is ``embed_out``, GPT-2's files exist
+A checkpoint may name its tensors differently from the model: GPT-NeoX's head is ``embed_out``, GPT-2's files exist
 with and without ``transformer.`` in front. The loader renames, adds or removes such a prefix, and so does this module.
 """
 
@@ -75,7 +75,7 @@ def _kept_wide(model: Any, dtype: torch.dtype) -> frozenset[str]:
 
 
 def _renamings(model: Any) -> Callable[[str], str]:
-    """Return the loader's renaming of stored tensors; it is no public part of transformers and may move."""
+    """Return the loader's renaming of stored tensors; it is not public in transformers and may move."""
     try:
         from transformers.conversion_mapping import get_model_conversion_mapping
         from transformers.core_model_loading import WeightRenaming, apply_renamings
@@ -95,32 +95,32 @@ def _quantized(model: nn.Module) -> dict[str, Any]:
 def stored_names(
     parameters: Iterable[str], stored: Iterable[str], renamed: Callable[[str], str] = str
 ) -> dict[str, str]:
-    """Return for stored tensors the model's name of them: the same, renamed, or one of both with something in front.
+    """Return the model's name of each stored tensor: the same, renamed, or with a prefix more or less.
 
     Tensors whose name fits no parameter, or more than one, are left out.
     """
-    there = set(parameters)
+    known = set(parameters)
     endings: dict[str, list[str]] = {}
-    for name in there:
+    for name in known:
         for ending in _endings(name):
             endings.setdefault(ending, []).append(name)
-    found: dict[str, str] = {}
+    matched: dict[str, str] = {}
     for tensor in stored:
-        if tensor in there:
-            found[tensor] = tensor
+        if tensor in known:
+            matched[tensor] = tensor
             continue
         name = renamed(tensor)
-        if name in there:
-            found[tensor] = name
+        if name in known:
+            matched[tensor] = name
             continue
-        fits = endings.get(tensor, []) or [ending for ending in _endings(tensor) if ending in there][:1]
+        fits = endings.get(tensor, []) or [ending for ending in _endings(tensor) if ending in known][:1]
         if len(fits) == 1:
-            found[tensor] = fits[0]
-    taken = list(found.values())
-    return {tensor: name for tensor, name in found.items() if tensor == name or taken.count(name) == 1}
+            matched[tensor] = fits[0]
+    taken = list(matched.values())
+    return {tensor: name for tensor, name in matched.items() if tensor == name or taken.count(name) == 1}
 
 
 def _endings(name: str) -> list[str]:
-    """Return what is left of a dotted name without its first part, its first two, ..."""
+    """Return a dotted name without its first part, without its first two, and so on."""
     parts = name.split(".")
     return [".".join(parts[i:]) for i in range(1, len(parts))]

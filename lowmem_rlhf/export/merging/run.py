@@ -1,6 +1,5 @@
 """A run's adapter merged into its base's files, with the dtype chosen on the way, and the proof of the result."""
 
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -8,22 +7,31 @@ from typing import TYPE_CHECKING, Any
 from lowmem_rlhf.architecture.adapters import saved_adapter
 from lowmem_rlhf.architecture.families import family_of
 from lowmem_rlhf.errors import RunError
-from lowmem_rlhf.export.bar import bar
 from lowmem_rlhf.export.framing import end_turns, keep_template_options
-from lowmem_rlhf.export.merging.dtypes import check_kept, choose_dtype, does_not_fit
+from lowmem_rlhf.export.job import ExportJob
+from lowmem_rlhf.export.merging.dtypes import check_rounding, choose_dtype, does_not_fit
 from lowmem_rlhf.export.merging.lora_file import LoraFile
 from lowmem_rlhf.export.merging.merge import Merge
 from lowmem_rlhf.export.merging.names import skeleton
+from lowmem_rlhf.export.options import ORIGINAL, QUANTIZED
 from lowmem_rlhf.export.proof import verify
-from lowmem_rlhf.export.proof.live import Live, live_policy
-from lowmem_rlhf.export.proof.stock import Reference, as_live, hold, is_stored_as_computed, on_original
-from lowmem_rlhf.export.rounding import LOST, DoesNotFit, Kept
+from lowmem_rlhf.export.proof.outputs import PolicyOutputs, policy_outputs
+from lowmem_rlhf.export.proof.stock import (
+    Reference,
+    compare_with_stock,
+    is_stored_as_computed,
+    live_reference,
+    original_reference,
+)
+from lowmem_rlhf.export.rounding import LOST, DoesNotFit, RoundingStats
 from lowmem_rlhf.export.shards import read_shards
 from lowmem_rlhf.export.source import base_folder, copy_side_files, write_config
-from lowmem_rlhf.export.wish import ORIGINAL, QUANTIZED, check_disk
+from lowmem_rlhf.export.target import check_disk
+from lowmem_rlhf.export.timed import timed
+from lowmem_rlhf.progress import message
 
 if TYPE_CHECKING:
-    from lowmem_rlhf.export.export import Export
+    import torch
 
 HALVES = ("float16", "bfloat16")
 
@@ -33,104 +41,118 @@ class Merged:
     """Merged weights in a folder.
 
     Attributes:
+        onto: the weights that the change was added to, as ``--onto`` names them.
+        base_quantization: of the run.
         dtype, reason: how they are stored, and why.
-        kept: of the change.
-        live: what the live policy said, for the proof.
-        judged: that held against stock.
-        reference: what the export is held against; None where there is no room for it.
-        notes: what is said of the folder's other files.
+        rounding: what it kept of the change.
+        live: the live policy's outputs, for the proof.
+        verdicts: of the live policy's comparison with stock.
+        reference: what the export must reproduce; None where there is no room for it.
+        notes: sentences on the folder's other files.
     """
 
-    export: "Export"
     folder: Path
+    onto: str
+    base_quantization: str
     dtype: str
     reason: str
-    kept: Kept
-    live: Live
-    judged: list[dict[str, Any]]
+    rounding: RoundingStats
+    live: PolicyOutputs
+    verdicts: list[dict[str, Any]]
     reference: Reference | None
     notes: tuple[str, ...] = ()
 
     def facts(self) -> dict[str, Any]:
         """Return what export.json says of the merge."""
         return {
-            "onto": QUANTIZED if self.export.onto_quantized else ORIGINAL,
-            "base_quantization": self.export.settings["quantization"],
+            "onto": self.onto,
+            "base_quantization": self.base_quantization,
             "dtype": self.dtype,
             "dtype_reason": self.reason,
-            "relative_change": self.kept.relative_change,
+            "relative_change": self.rounding.relative_change,
             "notes": list(self.notes),
         }
 
-    def proof(self) -> dict[str, Any]:
+    def proof(self, device: "torch.device") -> dict[str, Any]:
         """Load the folder again and compare it with what it reproduces.
 
         Raises:
             RunError: it has lost the adapter, or is another model.
         """
-        proof = verify.proof_of_merged(
-            self.folder, self.live, self.judged, self.reference, self.dtype, self.export.device
-        )
-        return proof | {"kept_share": self.kept.share}
+        proof = verify.proof_of_merged(self.folder, self.live, self.verdicts, self.reference, self.dtype, device)
+        return proof | {"kept_share": self.rounding.share}
 
 
-def merge_run(export: "Export", folder: Path, wanted: str | None) -> Merged:
+def merge_run(job: ExportJob, folder: Path, wanted: str | None) -> Merged:
     """Merge a run's adapter into its base, into a folder that others load.
 
     Args:
         wanted: the dtype that was asked for; None: choose.
 
     Raises:
-        UserError, RunError: see `Export.make`.
+        UserError: the base or the adapter cannot be read, or the dtype that was asked for would lose the change.
+        RunError: the change is lost, the live policy is not stock's, or the disk is too small.
     """
-    recipe, settings = export.recipe, export.settings
+    recipe, settings = job.recipe, job.settings
     source = base_folder(recipe.model, recipe.revision)
-    quantization = settings["quantization"] if export.onto_quantized else "none"
+    quantization = settings["quantization"] if job.onto_quantized else "none"
     model = skeleton(source, quantization, settings["compute_dtype"], recipe.trust_remote_code)
-    adapter = LoraFile(saved_adapter(str(export.adapter), recipe.model, recipe.revision))
-    merge = Merge(read_shards(source), model, adapter, settings["compute_dtype"], export.device)
+    adapter = LoraFile(saved_adapter(str(job.adapter), recipe.model, recipe.revision))
+    merge = Merge(read_shards(source), model, adapter, settings["compute_dtype"], job.device)
     dtype, reason = choose_dtype(merge, wanted, family_of(model.model_type).overflows_float16)
-    live = live_policy(export.opened, export.wish.device)
-    judged, reference = _references(live, export, dtype)
+    live = policy_outputs(job.opened, job.options.device)
+    verdicts, reference = _reference(live, job, dtype)
     try:
-        kept = _write(merge, folder, dtype, export)
+        rounding = _write(merge, folder, dtype, job.target)
     except DoesNotFit as error:
         if wanted:
             raise does_not_fit(str(error), dtype) from error
         dtype, reason = "float32", f"{error} does not fit in float16"
-        print(f"{reason}; merging again as {dtype}", file=sys.stderr, flush=True)
-        kept = _write(merge, folder, dtype, export)
-    check_kept(kept, wanted)
-    if kept.share < LOST:
-        raise RunError(
-            f"{dtype} keeps only {max(0.0, kept.share):.0%} of what training changed ({kept.relative_change:.1e} of "
-            "the weights), so the export would be the base; take --dtype float32. Nothing was kept"
-        )
+        message(f"{reason}; merging again as {dtype}")
+        rounding = _write(merge, folder, dtype, job.target)
+    _check_change(rounding, dtype, wanted)
     write_config(source, folder, dtype)
     copy_side_files(source, folder)
-    options = keep_template_options(folder, recipe.data.chat_template_kwargs)
-    notes = options + end_turns(folder)  # with the options as its defaults
-    return Merged(export, folder, dtype, reason, kept, live, judged, reference, notes)
+    notes = keep_template_options(folder, recipe.data.chat_template_kwargs)
+    notes += end_turns(folder)  # with these options as the template's defaults
+    onto = QUANTIZED if job.onto_quantized else ORIGINAL
+    return Merged(folder, onto, settings["quantization"], dtype, reason, rounding, live, verdicts, reference, notes)
 
 
-def _references(live: Live, export: "Export", dtype: str) -> tuple[list[dict[str, Any]], Reference | None]:
-    """Hold the live policy against stock, and return what the export is to be held against.
+def _reference(live: PolicyOutputs, job: ExportJob, dtype: str) -> tuple[list[dict[str, Any]], Reference | None]:
+    """Compare the live policy with stock, and return the verdicts and what the export must reproduce.
 
-    On other numbers than the run computed with, predictions differ by the base's quantization, so the export is held
-    against the adapter on these.
+    On other numbers than the run computed with, predictions differ by the base's quantization, so the reference is the
+    adapter on these numbers.
 
     Raises:
         RunError: the live policy is not stock's.
     """
-    kinds = [kind for kind in (dtype, export.wish.quantize) if kind in (*HALVES, "q8_0", "q4_k_m")]
-    if export.onto_quantized or is_stored_as_computed(export.recipe, export.settings):
-        held = hold(live, export.adapter, export.device, export.settings, kinds)
-        return held.judged, as_live(live, held)
-    judged = hold(live, export.adapter, export.device, export.settings).judged
-    return judged, on_original(live, export.adapter, export.device, kinds)
+    kinds = [kind for kind in (dtype, job.options.quantize) if kind in (*HALVES, "q8_0", "q4_k_m")]
+    if job.onto_quantized or is_stored_as_computed(job.recipe, job.settings):
+        stock = compare_with_stock(live, job.adapter, job.device, job.settings, kinds)
+        return stock.verdicts, live_reference(live, stock)
+    verdicts = compare_with_stock(live, job.adapter, job.device, job.settings).verdicts
+    return verdicts, original_reference(live, job.adapter, job.device, kinds)
 
 
-def _write(merge: Merge, folder: Path, dtype: str, export: "Export") -> Kept:
-    check_disk(merge.written_bytes(dtype), export.target)
-    with bar(f"merging as {dtype}") as moved:
+def _write(merge: Merge, folder: Path, dtype: str, target: Path) -> RoundingStats:
+    check_disk(merge.written_bytes(dtype), target)
+    with timed(f"merging as {dtype}") as moved:
         return merge.write(folder, dtype, moved)
+
+
+def _check_change(rounding: RoundingStats, dtype: str, wanted: str | None) -> None:
+    """Check that rounding left enough of the change.
+
+    Raises:
+        UserError: bfloat16 was asked for and keeps too little.
+        RunError: the change is lost.
+    """
+    check_rounding(rounding, wanted)
+    if rounding.share < LOST:
+        raise RunError(
+            f"{dtype} keeps only {max(0.0, rounding.share):.0%} of what training changed "
+            f"({rounding.relative_change:.1e} of the weights), so the export would be the base; take --dtype float32. "
+            "Nothing was kept"
+        )

@@ -2,7 +2,6 @@
 
 import os
 import shutil
-import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,6 +13,7 @@ from lowmem_rlhf.export.gguf.write import second_stop
 from lowmem_rlhf.export.ollama.formats import FORMATS, LLAMA31_DATE, Format, Message
 from lowmem_rlhf.export.tokenizer import chat_template, load_tokenizer
 from lowmem_rlhf.files import atomic_write
+from lowmem_rlhf.progress import message
 
 Parameters = Mapping[str, float | int | str | None]
 SYSTEM: Message = {"role": "system", "content": "S0"}
@@ -27,22 +27,22 @@ _CONTEXT = 4096  # tokens, of which Ollama reserves memory; a user asks for more
 
 
 @dataclass(frozen=True)
-class Found:
-    """What a tokenizer's chat template writes.
+class DetectedFormat:
+    """The format that a tokenizer's chat template writes.
 
     Attributes:
-        system: the text that it puts in where a conversation has none.
+        system: the default text, for conversations without a system turn.
     """
 
     format: Format
     system: str = ""
 
 
-def find_format(tokenizer: Any) -> Found | None:
-    """Return the known format that a chat template writes: both texts of a conversation are the same.
+def detect_format(tokenizer: Any) -> DetectedFormat | None:
+    """Return the known format whose text of a conversation equals the chat template's; None if there is none.
 
-    Compared are conversations without and with a system text. A template that refuses one, or places it where none of
-    the formats does, is taken with no place for it.
+    Conversations without and with a system text are compared. If the template refuses a system text, or places it where
+    none of the formats does, the format is returned without a place for it.
     """
     plain, with_system = _text(tokenizer, PROBE), _text(tokenizer, [SYSTEM, *PROBE])
     if plain is None:
@@ -52,9 +52,9 @@ def find_format(tokenizer: Any) -> Found | None:
         if system is None:
             continue
         if one.system is None and one.render([SYSTEM, *PROBE]) != with_system:
-            return Found(replace(one, merged=None))
+            return DetectedFormat(replace(one, merged=None))
         if one.render([SYSTEM, *PROBE]) == with_system:
-            return Found(one, system)
+            return DetectedFormat(one, system)
     return None
 
 
@@ -90,24 +90,26 @@ def modelfile(gguf: str, tokenizer: Any, parameters: Parameters, stops: list[str
         stops: texts of the tokens that end an answer.
     """
     lines = [f"FROM ./{gguf}"]
-    found = find_format(tokenizer)
+    detected = detect_format(tokenizer)
     if chat_template(tokenizer) is None:
-        said = "the model has no chat template: Ollama gives it prompts as they are"
+        note = "the model has no chat template: Ollama gives it prompts as they are"
         lines.append('TEMPLATE """{{ .Prompt }}"""')
-    elif found is None:
-        said = (
+    elif detected is None:
+        note = (
             "the chat template is none that is known here, so the Modelfile has no TEMPLATE and Ollama reads the GGUF's"
         )
     else:
-        placed = found.format.system or found.format.merged
-        said = f"the chat template is {found.format.name}'s" + ("" if placed else "; a system text has no place in it")
-        lines.append(f'TEMPLATE """{found.format.template()}"""')
-        if found.system:
-            lines.append(f'SYSTEM """{found.system}"""')
-        stops = [found.format.stop, *stops]
+        placed = detected.format.system or detected.format.merged
+        note = f"the chat template is {detected.format.name}'s" + (
+            "" if placed else "; a system text has no place in it"
+        )
+        lines.append(f'TEMPLATE """{detected.format.template()}"""')
+        if detected.system:
+            lines.append(f'SYSTEM """{detected.system}"""')
+        stops = [detected.format.stop, *stops]
     lines += [f"PARAMETER {name} {value}" for name, value in parameters.items() if value is not None]
     lines += [f'PARAMETER stop "{stop}"' for stop in dict.fromkeys(stops) if stop.strip()]
-    return "\n".join(lines) + "\n", said
+    return "\n".join(lines) + "\n", note
 
 
 def write_ollama(folder: Path, gguf: Path, target: Path, parameters: Parameters) -> None:
@@ -129,7 +131,7 @@ def write_ollama(folder: Path, gguf: Path, target: Path, parameters: Parameters)
     ends = (tokenizer.eos_token_id, second_stop(folder, config, tokenizer))
     stops = [str(tokenizer.convert_ids_to_tokens(end)) for end in ends if end is not None]
     context = min(_CONTEXT, getattr(config, "max_position_embeddings", None) or _CONTEXT)
-    text, said = modelfile(gguf.name, tokenizer, {"num_ctx": context, **parameters}, stops)
+    text, note = modelfile(gguf.name, tokenizer, {"num_ctx": context, **parameters}, stops)
     target.mkdir(parents=True, exist_ok=True)
     placed = target / gguf.name
     if placed.resolve() != gguf.resolve():
@@ -139,4 +141,4 @@ def write_ollama(folder: Path, gguf: Path, target: Path, parameters: Parameters)
         except OSError:  # another file system
             shutil.copyfile(gguf, placed)
     atomic_write(target / "Modelfile", text)
-    print(said, file=sys.stderr, flush=True)
+    message(note)

@@ -1,7 +1,7 @@
-"""How two models' predictions compare: KL, likeliest tokens, the share of the change kept, and what is too far apart.
+"""How two models' predictions compare: KL, likeliest tokens, the share of the change kept, and the bounds on them.
 
-A bound is absolute: it never depends on how far training went, only on what rounding explains, which is computed for
-each model (`export.proof.stock`), since models differ by a factor of a thousand in what a rounded number does to them.
+A bound is absolute: it never depends on how far training went, only on what rounding explains. That is computed for
+each model (`export.proof.stock`), since models differ by a factor of a thousand in their sensitivity to rounding.
 
 Shapes: T positions (all of the sequences, one after another), V vocabulary. Logits are fp32.
 """
@@ -16,8 +16,8 @@ import torch
 from lowmem_rlhf.errors import RunError
 from lowmem_rlhf.export.rounding import LOST
 
-# Nats a token that two orders of fp32 sums may be apart. Ours and stock's were at most 2e-8 in 24 tiny architectures of
-# both mild and extreme weights (norms of -6 to 90), so that a model that is wrong in its smallest part stands out.
+# Nats a token that two orders of fp32 sums may differ by. Ours and stock's differed by at most 2e-8 in 24 tiny
+# architectures with mild and with extreme weights (norms of -6 to 90), so even a small fault of a model stands out.
 EXACT = 1e-5
 # Two models that round in 16 bits, beside `TIMES` what rounding does to one of them. Both are off by about as much as
 # the one that is measured, independently at worst, so their distance is twice it; measured at most 2.7 times. int8,
@@ -41,8 +41,8 @@ class Comparison:
         mean_kl: of the live policy to the export, nats a token.
         top1_agreement: share of positions with the same likeliest token.
         base_kl: mean KL of the live policy to its base: what there is to lose.
-        kept: the export's change of the base's log-probs, projected on the live policy's; 1: all of it. It is weighted
-            with the live policy's probabilities, so that small changes are counted as KL counts them.
+        kept: the export's change of the base's log-probs, projected on the live policy's; 1 means all of it. It is
+            weighted with the live policy's probabilities, so that small changes count as they do in KL.
         uncertainty: two standard errors of `kept`.
         tokens: positions.
     """
@@ -55,7 +55,7 @@ class Comparison:
     tokens: int
 
     def facts(self) -> dict[str, float]:
-        """Return what is told of it."""
+        """Return what export.json tells of it."""
         return {
             "tokens": self.tokens,
             "mean_kl": self.mean_kl,
@@ -64,11 +64,11 @@ class Comparison:
         }
 
     def within(self, bound: "Bound") -> bool:
-        """Whether both models are one; what is not finite is not."""
+        """Whether both are the same model up to the bound; false where a number is not finite."""
         return self.mean_kl <= bound.mean_kl and self.top1_agreement >= bound.top1_agreement
 
-    def judged(self, what: str, against: str, bound: "Bound") -> dict[str, Any]:
-        """Return what export.json says of a comparison that decides: both models, how far apart, and the bound."""
+    def verdict(self, what: str, against: str, bound: "Bound") -> dict[str, Any]:
+        """Return an entry of export.json's ``judged``: both models, how far apart they are, and the bound."""
         return {
             "what": what,
             "against": against,
@@ -79,7 +79,7 @@ class Comparison:
         }
 
     def check(self, what: str, against: str, bound: "Bound") -> dict[str, Any]:
-        """Check that an export is the model that it is of, and return `judged`.
+        """Check that an export is the model that it is of, and return the `verdict`.
 
         Raises:
             RunError: it has lost the change, or is another model.
@@ -99,7 +99,7 @@ class Comparison:
                 f"{what}, loaded again, is not {against}: {self.differ(bound)}; what it is stored as does not explain "
                 "that. Nothing was kept"
             )
-        return self.judged(what, against, bound)
+        return self.verdict(what, against, bound)
 
     def differ(self, bound: "Bound") -> str:
         """Return the difference and the bound in words."""

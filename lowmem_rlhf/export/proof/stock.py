@@ -1,7 +1,7 @@
-"""What stock transformers says with the adapter in stock peft: the live policy and every export are held against it.
+"""The outputs of stock transformers with the adapter in stock peft, which the live policy and every export must match.
 
-Nothing of our own forward passes, fused layers or adapters takes part, so a fault of theirs shows. The models come one
-after another, and of each only the logits of a few hundred tokens stay.
+None of our own forward passes, fused layers or adapters takes part, so a fault in one of them shows. The models are
+loaded one after another, and only the logits of a few hundred tokens are kept of each.
 """
 
 from collections.abc import Iterator, Sequence
@@ -28,7 +28,7 @@ from lowmem_rlhf.export.proof.compare import (
     bound,
     compare,
 )
-from lowmem_rlhf.export.proof.live import ROOM, Live, Logits, Said, in_float32, is_exact
+from lowmem_rlhf.export.proof.outputs import ROOM, Logits, PolicyOutputs, SequenceLogits, in_float32, is_exact
 from lowmem_rlhf.export.proof.storage import StoredModel
 from lowmem_rlhf.export.shards import NAMES, read_tensors
 from lowmem_rlhf.export.source import base_folder
@@ -41,22 +41,22 @@ EXACT_ARITHMETIC, ARITHMETIC = "with float32 arithmetic", "with {} arithmetic"
 
 @dataclass(frozen=True)
 class Reference:
-    """What an export is held against.
+    """The model that an export must reproduce.
 
     Attributes:
-        said: of the policy and of its base without adapter.
-        name: of it, in messages.
-        explained: by a kind of numbers, what storing the weights as that (after those before it) changes.
+        logits: of the policy and of its base without the adapter.
+        name: in messages.
+        explained: what storing the weights as a kind of numbers (on top of the kinds before it) changes, by kind.
         least: mean KL that is allowed however the export is stored.
     """
 
-    said: Said
+    logits: Logits
     name: str
     explained: dict[str, Comparison] = field(default_factory=dict)
     least: float = EXACT
 
     def bound(self, tokens: int, kind: str, arithmetic: str = "float32") -> Bound:
-        """Return what a right export that is stored as this kind, and computes in this dtype, may be off by."""
+        """Return how far off a correct export may be that is stored as this kind and computes in this dtype."""
         least = max(self.least, EXACT if arithmetic == "float32" else UNMEASURED[arithmetic])
         if kind == "float32":
             return bound(tokens, least=least)
@@ -66,20 +66,20 @@ class Reference:
 
 
 @dataclass(frozen=True)
-class Held:
-    """The live policy held against stock.
+class StockComparison:
+    """The live policy compared with stock.
 
     Attributes:
-        judged: the comparisons and their bounds, for export.json.
+        verdicts: the comparisons and their bounds, for export.json.
         explained: see `Reference`.
-        logits: what stock said, with the arithmetic of ``against``.
-        against: the live policy with the same arithmetic.
+        logits: stock's, with the arithmetic of ``live_logits``.
+        live_logits: the live policy's with the same arithmetic.
     """
 
-    judged: list[dict[str, Any]]
+    verdicts: list[dict[str, Any]]
     explained: dict[str, Comparison]
-    logits: Logits
-    against: Said
+    logits: SequenceLogits
+    live_logits: Logits
 
 
 @contextmanager
@@ -98,120 +98,131 @@ def stock_adapter(folder: Path, recipe: Recipe, device: torch.device, settings: 
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         raise RunError(f"the adapter cannot be loaded by peft: {first_sentence(error)}; nothing was kept") from error
     stored = load_file(folder / WEIGHTS, device="cpu")
-    if said := differing_tensors(stored, get_peft_model_state_dict(model, save_embedding_layers=False)):
-        raise RunError(f"the adapter does not fit what peft makes of it: its files {said}; nothing was kept")
+    if difference := differing_tensors(stored, get_peft_model_state_dict(model, save_embedding_layers=False)):
+        raise RunError(f"the adapter does not fit what peft makes of it: its files {difference}; nothing was kept")
     yield model
     del base, model
     release(device)
 
 
 @torch.no_grad()
-def stock_logits(model: Any, ids: Sequence[Sequence[int]]) -> Logits:
+def stock_logits(model: Any, ids: Sequence[Sequence[int]]) -> SequenceLogits:
     """Return for each sequence of L tokens a stock model's logits (L - 1, V), fp32 on the CPU."""
     inputs = (torch.tensor([one], dtype=torch.long, device=model.device) for one in ids)
     return [model(input_ids=one, use_cache=False).logits[0, :-1].float().cpu() for one in inputs]
 
 
 @torch.no_grad()
-def _side_by_side(model: Any, ids: Sequence[Sequence[int]]) -> Logits:
-    """Return `stock_logits` with all sequences in one pass, as rows that are filled up at their end.
+def _side_by_side(model: Any, ids: Sequence[Sequence[int]]) -> SequenceLogits:
+    """Return `stock_logits` with all sequences in one pass, padded at their end.
 
-    Another order of sums, and quantized layers are made dense once. Where little is alike in length each goes alone,
-    beside a copy of itself.
+    Sums come in another order, and quantized layers are dequantized once. Where the lengths differ much each sequence
+    goes alone, beside a copy of itself.
     """
     longest = max(map(len, ids))
     if len(ids) * longest > 2 * sum(map(len, ids)):
-        return [found for one in ids for found in _side_by_side(model, [one, one])[:1]]
+        return [logits for one in ids for logits in _side_by_side(model, [one, one])[:1]]
     rows = [[*one, *([one[-1]] * (longest - len(one)))] for one in ids]
     logits = model(input_ids=torch.tensor(rows, dtype=torch.long, device=model.device), use_cache=False).logits
     return [row[: len(one) - 1].float().cpu() for row, one in zip(logits, ids, strict=True)]
 
 
-def hold(live: Live, folder: Path, device: torch.device, settings: dict[str, Any], kinds: Sequence[str] = ()) -> Held:
-    """Hold the live policy against its adapter in stock peft on a stock base, both as the run has them.
+def compare_with_stock(
+    live: PolicyOutputs, folder: Path, device: torch.device, settings: dict[str, Any], kinds: Sequence[str] = ()
+) -> StockComparison:
+    """Compare the live policy with its adapter in stock peft on a stock base, both in the run's precision.
 
-    Where there is room, both also compute in fp32 with the same weights. Then nothing is left that rounding could
-    explain (`compare.EXACT`), and stock beside itself in the run's dtype says what rounding does to this model: two
-    that round in different places may be apart by a few times that (`compare.ROUNDED`, `compare.TIMES`).
+    Where there is room, both also compute in fp32 with the same weights. Rounding then explains no difference
+    (`compare.EXACT`), and stock in fp32 beside stock in the run's dtype shows what rounding does to this model: two
+    models that round in different places may differ by a few times that (`compare.ROUNDED`, `compare.TIMES`).
 
     Args:
         folder: of the adapter.
-        kinds: of numbers, one on top of the other, of which it is wanted what storing the weights so does.
+        kinds: of numbers, each stored on top of those before it, whose effect on the predictions is wanted.
 
     Raises:
         RunError: the live policy is another model.
     """
     dtype = settings["compute_dtype"]
     least = UNMEASURED["int8" if settings["quantization"] == "int8" else dtype]
-    judged = []
+    verdicts = []
     with stock_adapter(folder, live.recipe, device, settings) as model:
         logits = stock_logits(model, live.ids)
-        exact = live.exact is not None and in_float32(model, DTYPES[dtype], device)
+        exact = live.exact_logits is not None and in_float32(model, DTYPES[dtype], device)
         if not is_exact(settings):
             other = stock_logits(model, live.ids) if exact else _side_by_side(model, live.ids)
-            rounding = compare(other, live.said.base, logits)
+            rounding = compare(other, live.logits.base, logits)
             if all(torch.isfinite(one).all() for one in logits):  # what overflows in stock says nothing
                 name = ARITHMETIC.format(dtype)
-                judged.append(_judge(live, logits, live.said, name, [rounding], ROUNDED if exact else least))
+                verdicts.append(_judge(live, logits, live.logits, name, [rounding], ROUNDED if exact else least))
             logits = other if exact else logits
-        said = live.exact if exact and live.exact is not None else live.said
+        live_logits = live.exact_logits if exact and live.exact_logits is not None else live.logits
         if exact:
-            judged.append(_judge(live, logits, said, EXACT_ARITHMETIC, []))
+            verdicts.append(_judge(live, logits, live_logits, EXACT_ARITHMETIC, []))
         explained = _explained(model, live, logits, kinds, DTYPES[dtype]) if exact and kinds else {}
-    return Held(judged, explained, logits, said)
+    return StockComparison(verdicts, explained, logits, live_logits)
 
 
 def _judge(
-    live: Live, logits: Logits, said: Said, arithmetic: str, explained: Sequence[Comparison], least: float = EXACT
+    live: PolicyOutputs,
+    logits: SequenceLogits,
+    live_logits: Logits,
+    arithmetic: str,
+    explained: Sequence[Comparison],
+    least: float = EXACT,
 ) -> dict[str, Any]:
-    """Compare what stock says with what the live policy said.
+    """Compare stock's logits with the live policy's, and return the verdict.
 
     Raises:
         RunError: they are two models.
     """
-    found = compare(logits, said.base, said.policy)
-    allowed = bound(found.tokens, explained, least)
-    if not found.within(allowed):
+    comparison = compare(logits, live_logits.base, live_logits.policy)
+    allowed = bound(comparison.tokens, explained, least)
+    if not comparison.within(allowed):
         raise RunError(
             f"the live policy is not what stock transformers and peft compute from the same base, {live.recipe.model}, "
-            f"and the same adapter: {arithmetic} {found.differ(allowed)}. It was trained and sampled as a model that "
-            "nobody else has, so it cannot be exported; nothing was kept. Please report the model's type"
+            f"and the same adapter: {arithmetic} {comparison.differ(allowed)}. It was trained and sampled as a model "
+            "that nobody else has, so it cannot be exported; nothing was kept. Please report the model's type"
         )
-    return found.judged(LIVE, f"stock transformers and peft, {arithmetic}", allowed)
+    return comparison.verdict(LIVE, f"stock transformers and peft, {arithmetic}", allowed)
 
 
 def _explained(
-    model: Any, live: Live, logits: Logits, kinds: Sequence[str], dtype: torch.dtype
+    model: Any, live: PolicyOutputs, logits: SequenceLogits, kinds: Sequence[str], dtype: torch.dtype
 ) -> dict[str, Comparison]:
-    """Return by kind what an fp32 model changes when its merged numbers are stored so, on top of the kinds before.
+    """Return how an fp32 model's predictions change when its merged numbers are stored as each kind, by kind.
+
+    Each kind is stored on top of those before it.
 
     Args:
         logits: of the model as it is.
         dtype: in which its quantized layers multiply.
     """
-    found, stored = {}, StoredModel(model, dtype, model.device)
+    changes, stored = {}, StoredModel(model, dtype, model.device)
     for kind in kinds:
         stored.store(kind)
-        found[kind] = compare(logits, live.said.base, _side_by_side(model, live.ids))
-    return found
+        changes[kind] = compare(logits, live.logits.base, _side_by_side(model, live.ids))
+    return changes
 
 
-def as_live(live: Live, held: Held) -> Reference:
-    """Return the live policy as what an export is held against."""
-    if live.exact is not None:
-        return Reference(live.exact, LIVE, held.explained)
-    return Reference(live.said, LIVE, least=max([EXACT, *(one["mean_kl_at_most"] for one in held.judged)]))
+def live_reference(live: PolicyOutputs, stock: StockComparison) -> Reference:
+    """Return the live policy as the reference of an export onto the run's own weights."""
+    if live.exact_logits is not None:
+        return Reference(live.exact_logits, LIVE, stock.explained)
+    return Reference(live.logits, LIVE, least=max([EXACT, *(one["mean_kl_at_most"] for one in stock.verdicts)]))
 
 
-def on_original(live: Live, folder: Path, device: torch.device, kinds: Sequence[str]) -> Reference | None:
-    """Return the policy's adapter in stock peft on the unquantized base, with fp32 arithmetic.
+def original_reference(
+    live: PolicyOutputs, folder: Path, device: torch.device, kinds: Sequence[str]
+) -> Reference | None:
+    """Return the adapter in stock peft on the unquantized base, with fp32 arithmetic, as an export's reference.
 
     Args:
         folder: of the adapter.
-        kinds: see `hold`.
+        kinds: see `compare_with_stock`.
 
     Returns:
-        None where neither the device nor the host has room for that base.
+        None where neither the device nor the host has room for the base.
     """
     stored = read_tensors(base_folder(live.recipe.model, live.recipe.revision))
     wide = 4 * sum(one.elements for one in stored.values())
@@ -224,11 +235,11 @@ def on_original(live: Live, folder: Path, device: torch.device, kinds: Sequence[
         with model.disable_adapter():
             base = stock_logits(model, live.ids)
         explained = _explained(model, live, policy, kinds, torch.float32)
-    return Reference(Said(policy, base), "the adapter on the unquantized base in stock peft", explained)
+    return Reference(Logits(policy, base), "the adapter on the unquantized base in stock peft", explained)
 
 
 def is_stored_as_computed(recipe: Recipe, settings: dict[str, Any]) -> bool:
-    """Whether a run's base computes with the very numbers of its files: not quantized, and not cast to fewer bits."""
+    """Whether a run's base computes with exactly the numbers in its files: neither quantized nor cast to fewer bits."""
     if settings["quantization"] != "none":
         return False
     dtype = settings["compute_dtype"]

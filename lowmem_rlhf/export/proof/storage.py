@@ -17,7 +17,7 @@ from peft.tuners.lora.layer import LoraLayer
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from lowmem_rlhf.export.proof.live import exact_weight
+from lowmem_rlhf.export.proof.outputs import exact_weight
 
 PIECE = 2**22  # weights at once
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -42,7 +42,7 @@ def stored_kind(kind: str, columns: int, is_embedding: bool) -> str:
 
 
 def steps(weight: torch.Tensor, kind: str) -> torch.Tensor:
-    """Return between which multiples of what each weight (R, C) lies once it is stored as a kind of `stored_kind`."""
+    """Return the step between neighbouring codes for each weight (R, C) when stored as a kind of `stored_kind`."""
     if kind in DTYPES:
         _, exponent = torch.frexp(weight)
         if kind == "float16":
@@ -87,7 +87,7 @@ class StoredModel:
     where it is. Quantized layers do that anew in every pass. The model is of no use for anything else afterwards.
 
     Args:
-        dtype: in which quantized layers multiply (see `live.exact_weight`).
+        dtype: in which quantized layers multiply (see `outputs.exact_weight`).
     """
 
     def __init__(self, model: nn.Module, dtype: torch.dtype, device: torch.device) -> None:
@@ -101,7 +101,7 @@ class StoredModel:
 
     @torch.no_grad()
     def store(self, kind: str) -> None:
-        """Store all weights as a kind of numbers, on top of the kinds before it."""
+        """Store all weights as a kind of numbers, on top of the kinds stored before."""
         self.kinds.append(kind)
         seen: set[int] = set()
         for path, module in self.model.named_modules():
@@ -129,5 +129,5 @@ class StoredModel:
         rows = total.t() if isinstance(module, Conv1D) else total.view(1, -1) if total.ndim < 2 else total
         how = stored_kind(kind, rows.shape[-1], isinstance(module, nn.Embedding) or module is self.head)
         pieces = rows.split(max(1, PIECE // max(1, rows[0].numel())))
-        found = torch.cat([as_stored(piece, how, self.generator) for piece in pieces])
-        return (found.t() if isinstance(module, Conv1D) else found.view(weight.shape)) - delta
+        stored = torch.cat([as_stored(piece, how, self.generator) for piece in pieces])
+        return (stored.t() if isinstance(module, Conv1D) else stored.view(weight.shape)) - delta

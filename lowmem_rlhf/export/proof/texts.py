@@ -1,6 +1,6 @@
-"""What an export is compared on: token sequences of the kind that the run trained on, a few hundred tokens in all."""
+"""The texts of a proof: token sequences like those that the run trained on, a few hundred tokens in all."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from lowmem_rlhf.architecture.stops import text_ids
@@ -20,20 +20,20 @@ SENTENCES = (
 )
 
 
-def sequences(
+def sample_sequences(
     run: RunDirectory, recipe: Recipe, tokenizer: Any, stop_ids: frozenset[int]
 ) -> tuple[list[list[int]], str]:
     """Return token sequences, and where they are from.
 
-    They are the run's latest samples; where it drew none, held-out data; where that is out of reach, some sentences.
+    They are the run's latest samples; if it drew none, held-out data; if that is out of reach, some sentences.
     """
-    for source, found in (("samples of the run", _samples), ("held-out data", _held_out)):
+    for source, read in (("samples of the run", _samples), ("held-out data", _held_out)):
         try:
-            kept = _cut(found(run, recipe, tokenizer, stop_ids))
+            cut = _cut(read(run, recipe, tokenizer, stop_ids))
         except (UserError, OSError):
             continue  # data that is gone is no reason to refuse an export
-        if sum(map(len, kept)) >= COMPARED_TOKENS // 4:
-            return kept, source
+        if sum(map(len, cut)) >= COMPARED_TOKENS // 4:
+            return cut, source
     texts = (tokenizer(text)["input_ids"] for text in SENTENCES)
     return _cut(texts), "built-in sentences"
 
@@ -72,15 +72,15 @@ def _held_out(run: RunDirectory, recipe: Recipe, tokenizer: Any, stop_ids: froze
             yield prompt.prompt_ids
 
 
-def _cut(found: Any) -> list[list[int]]:
+def _cut(texts: Iterable[list[int]]) -> list[list[int]]:
     """Return sequences of 2 to `COMPARED_LENGTH` tokens, `COMPARED_TOKENS` in all; of a longer one its end."""
-    kept: list[list[int]] = []
+    sequences: list[list[int]] = []
     room = COMPARED_TOKENS
-    for ids in found:
-        part = list(ids)[-min(COMPARED_LENGTH, room) :]
-        if len(part) > 1 and part not in kept:
-            kept.append(part)
-            room -= len(part)
+    for ids in texts:
+        end = list(ids)[-min(COMPARED_LENGTH, room) :]
+        if len(end) > 1 and end not in sequences:
+            sequences.append(end)
+            room -= len(end)
         if room < 2:
             break
-    return kept
+    return sequences

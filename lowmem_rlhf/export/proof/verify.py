@@ -1,7 +1,7 @@
-"""The proof of an export: it is loaded as others load it, and its predictions are held against what it reproduces.
+"""The proof of an export: it is loaded as others load it, and its predictions are compared with what it reproduces.
 
-That is the live policy for what stands on its own numbers, and the adapter on the unquantized base, in stock peft, for
-what stands on these. The distance to the live policy is told in either case.
+An export onto the run's own (quantized) weights reproduces the live policy; one onto the original weights reproduces
+the adapter in stock peft on the unquantized base. The distance to the live policy is reported in either case.
 """
 
 import tempfile
@@ -17,8 +17,8 @@ from lowmem_rlhf.engine.load import first_sentence, quiet
 from lowmem_rlhf.engine.whole import load_whole
 from lowmem_rlhf.errors import RunError, UserError
 from lowmem_rlhf.export.proof.compare import compare
-from lowmem_rlhf.export.proof.live import ROOM, Live, Logits, in_float32
-from lowmem_rlhf.export.proof.stock import LIVE, Reference, hold, stock_logits
+from lowmem_rlhf.export.proof.outputs import ROOM, PolicyOutputs, SequenceLogits, in_float32
+from lowmem_rlhf.export.proof.stock import LIVE, Reference, compare_with_stock, stock_logits
 from lowmem_rlhf.export.shards import read_tensors
 from lowmem_rlhf.hardware.capabilities import capabilities
 from lowmem_rlhf.hardware.memory import free_bytes, is_out_of_memory, release
@@ -28,60 +28,71 @@ NO_ROOM = "not measured: there is no room for the unquantized base"
 
 
 def proof_of_logits(
-    live: Live, logits: Logits, reference: Reference | None, what: str, kind: str, arithmetic: str = "float32"
+    live: PolicyOutputs,
+    logits: SequenceLogits,
+    reference: Reference | None,
+    what: str,
+    kind: str,
+    arithmetic: str = "float32",
 ) -> dict[str, Any]:
-    """Return the comparison of an export's logits with the live policy, and with what it is held against.
+    """Return the comparison of an export's logits with the live policy, and with its reference.
 
     Args:
-        reference: None: there is no room for it.
+        reference: what it reproduces; None where there is no room for that.
         what: the export, for messages.
-        kind: of numbers that it is stored as.
-        arithmetic: dtype of its own.
+        kind: how its numbers are stored: a dtype or a kind of GGUF.
+        arithmetic: the dtype that it computes in.
 
     Raises:
         RunError: it has lost the adapter, or is another model.
     """
-    said = live.exact or live.said
-    to_live = compare(said.policy, said.base, logits)
-    found: dict[str, Any] = {"compared_on": live.source, **to_live.facts()}
-    if said is not live.said:
-        as_computed = compare(live.said.policy, live.said.base, logits)
-        found[f"mean_kl_with_{live.compute_dtype}_arithmetic"] = as_computed.mean_kl
+    expected = live.exact_logits or live.logits
+    to_live = compare(expected.policy, expected.base, logits)
+    proof: dict[str, Any] = {"compared_on": live.source, **to_live.facts()}
+    if expected is not live.logits:
+        as_computed = compare(live.logits.policy, live.logits.base, logits)
+        proof[f"mean_kl_with_{live.compute_dtype}_arithmetic"] = as_computed.mean_kl
     if reference is None:
         if not to_live.mean_kl < OTHER_MODEL:
             raise RunError(f"{what}, loaded again, is another model: its KL to {LIVE} is {to_live.mean_kl:.2g}")
-        return found | {"kept_in_predictions": NO_ROOM, "judged": []}
-    compared = compare(reference.said.policy, reference.said.base, logits)
-    judged = compared.check(what, reference.name, reference.bound(compared.tokens, kind, arithmetic))
+        return proof | {"kept_in_predictions": NO_ROOM, "judged": []}
+    compared = compare(reference.logits.policy, reference.logits.base, logits)
+    verdict = compared.check(what, reference.name, reference.bound(compared.tokens, kind, arithmetic))
     if reference.name != LIVE:
-        found["mean_kl_to_adapter_on_original"] = compared.mean_kl
-    return found | {"kept_in_predictions": compared.kept, "judged": [judged]}
+        proof["mean_kl_to_adapter_on_original"] = compared.mean_kl
+    return proof | {"kept_in_predictions": compared.kept, "judged": [verdict]}
 
 
-def proof_of_adapter(folder: Path, live: Live, device: torch.device, settings: dict[str, Any]) -> dict[str, Any]:
+def proof_of_adapter(
+    folder: Path, live: PolicyOutputs, device: torch.device, settings: dict[str, Any]
+) -> dict[str, Any]:
     """Compare an adapter folder, loaded by stock peft onto a stock base in the run's precision, with the live policy.
 
     Raises:
         RunError: it cannot be loaded, or is not the live policy.
     """
-    held = hold(live, folder, device, settings)
-    compared = compare(held.against.policy, held.against.base, held.logits)
-    found = {"compared_on": live.source, **compared.facts()}
-    if held.against is not live.said:
-        as_computed = compare(live.said.policy, live.said.base, held.logits)
-        found[f"mean_kl_with_{live.compute_dtype}_arithmetic"] = as_computed.mean_kl
-    return found | {"kept_in_predictions": compared.kept, "judged": held.judged}
+    stock = compare_with_stock(live, folder, device, settings)
+    compared = compare(stock.live_logits.policy, stock.live_logits.base, stock.logits)
+    proof = {"compared_on": live.source, **compared.facts()}
+    if stock.live_logits is not live.logits:
+        as_computed = compare(live.logits.policy, live.logits.base, stock.logits)
+        proof[f"mean_kl_with_{live.compute_dtype}_arithmetic"] = as_computed.mean_kl
+    return proof | {"kept_in_predictions": compared.kept, "judged": stock.verdicts}
 
 
 def proof_of_merged(
     folder: Path,
-    live: Live,
-    judged: list[dict[str, Any]],
+    live: PolicyOutputs,
+    verdicts: list[dict[str, Any]],
     reference: Reference | None,
     kind: str,
     device: torch.device,
 ) -> dict[str, Any]:
-    """Load a merged folder again and compare it (see `proof_of_logits`), after what was ``judged`` of the live policy.
+    """Load a merged folder again and compare it (see `proof_of_logits`).
+
+    Args:
+        verdicts: of the live policy's comparison with stock, which come first in the proof.
+        kind: the dtype that the weights are stored in.
 
     Raises:
         RunError: it cannot be loaded, has lost the adapter, or is another model.
@@ -92,12 +103,12 @@ def proof_of_merged(
         logits = stock_logits(model, live.ids)
         arithmetic = str(model.dtype).removeprefix("torch.")
     proof = proof_of_logits(live, logits, reference, "the merged model", kind, arithmetic)
-    return proof | {"judged": judged + proof["judged"]}
+    return proof | {"judged": verdicts + proof["judged"]}
 
 
 @contextmanager
 def stock_model(folder: Path, device: torch.device, trust_remote_code: bool) -> Iterator[Any]:
-    """Load a folder as `AutoModelForCausalLM` does: on the device, else in host memory, else partly from the disk."""
+    """Load a folder with `AutoModelForCausalLM`: on the device, else in host memory, else partly on the disk."""
     with tempfile.TemporaryDirectory() as offloaded:
         try:
             with quiet():
@@ -119,9 +130,9 @@ def stock_model(folder: Path, device: torch.device, trust_remote_code: bool) -> 
 
 
 def placement(folder: Path, device: torch.device, offload: Path) -> dict[str, Any]:
-    """Return where and in which dtype a folder's model is loaded: keywords of `from_pretrained`.
+    """Return where and in which dtype to load a folder's model, as keywords of `from_pretrained`.
 
-    A CPU computes in fp32 where there is room, since float16 takes it ten times as long; the numbers are the same.
+    A CPU computes in fp32 where there is room, since float16 is ten times as slow there; the weights are the same.
     """
     tensors = list(read_tensors(folder).values())
     stored = sum(one.end - one.begin for one in tensors)

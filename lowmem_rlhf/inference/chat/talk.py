@@ -176,7 +176,7 @@ class Talk:
         turn = self.prompts.turn(text)
         ids = {role: self.prompts.ids(turn, messages) for role, messages in self._messages.items()}
         check_ids(self.base.tokenizer, self.base.rows, ids.values())
-        max_tokens = {role: self._tokens_left(prompt) for role, prompt in ids.items()}
+        max_tokens = {role: self._room(prompt) for role, prompt in ids.items()}
         seed, self._seed = self._seed, self._seed + 1
         return [
             Reply(role, len(ids[role]), self._drawn(role, ids[role], max_tokens[role], seed), self.base.tokenizer)

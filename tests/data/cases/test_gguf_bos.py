@@ -9,10 +9,12 @@ from tiny_models import byte_tokenizer, tiny_model
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer
 
+from lowmem_rlhf.display.lines import Lines
 from lowmem_rlhf.export.framing import end_turns, framing, keep_template_options
 from lowmem_rlhf.export.gguf.converter import set_frame
 from lowmem_rlhf.export.gguf.tokenizer import ADD_BOS, ADD_EOS, describe_tokenizer
 from lowmem_rlhf.export.gguf.write import second_stop
+from lowmem_rlhf.progress import shown_by
 from lowmem_rlhf.recipe.sections import DataConfig
 
 TURNS = (
@@ -82,7 +84,8 @@ def test_the_users_own_converter_is_corrected(tmp_path, add_bos, capsys):
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.close()
-    set_frame(tmp_path / "m.gguf", add_bos)
+    with shown_by(Lines()):
+        set_frame(tmp_path / "m.gguf", add_bos)
     fields = GGUFReader(tmp_path / "m.gguf").fields
     assert [fields[key].contents() for key in (ADD_BOS, ADD_EOS)] == [add_bos is not False, add_bos is None]
     assert capsys.readouterr().err == ""
@@ -92,13 +95,15 @@ def test_the_users_own_converter_is_corrected(tmp_path, add_bos, capsys):
 def test_a_converters_file_that_says_nothing_is_spoken_of(tmp_path, content, capsys):
     path = tmp_path / "m.gguf"
     path.write_text(content + " ", encoding="utf-8")
-    set_frame(path, False)
+    with shown_by(Lines()):
+        set_frame(path, False)
     assert "cannot be read here" in capsys.readouterr().err
     writer = GGUFWriter(path, "llama")
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.close()
-    set_frame(path, False)
+    with shown_by(Lines()):
+        set_frame(path, False)
     assert f"has no {ADD_BOS}, which should be false" in capsys.readouterr().err
 
 

@@ -16,7 +16,8 @@ from tiny_models import save_tiny
 from lowmem_rlhf.algorithms.common.epochs import with_epochs
 from lowmem_rlhf.errors import UserError
 from lowmem_rlhf.evaluation.target import open_run_target
-from lowmem_rlhf.export.wish import Wish, check_wish
+from lowmem_rlhf.export.formats.table import check_options
+from lowmem_rlhf.export.options import ExportOptions
 from lowmem_rlhf.inference.open_run import OpenRun
 from lowmem_rlhf.recipe.loading import find_recipe, load_recipe, validate_recipe
 from lowmem_rlhf.recipe.names import ALIASES
@@ -293,11 +294,11 @@ def test_choices_are_taken_in_capitals_and_by_their_short_names(override, value)
 
 def test_an_export_takes_capitals(place):
     run = RunDirectory(place)
-    wish = check_wish(Wish(format="GGUF", onto="Original", quantize="Q4_K_M"), recipe(), run)
-    assert (wish.format, wish.onto, wish.quantize) == ("gguf", "original", "q4_k_m")
-    assert check_wish(Wish(format="Merged", dtype="FP16"), recipe(), run).dtype == "float16"
+    options = check_options(ExportOptions(format="GGUF", onto="Original", quantize="Q4_K_M"), recipe(), run)
+    assert (options.format, options.onto, options.quantize) == ("gguf", "original", "q4_k_m")
+    assert check_options(ExportOptions(format="Merged", dtype="FP16"), recipe(), run).dtype == "float16"
     with pytest.raises(UserError, match=r"--quantize: got 'Q4_K_X'; give .*did you mean 'q4_k_m'"):
-        check_wish(Wish(format="gguf", quantize="Q4_K_X"), recipe(), run)
+        check_options(ExportOptions(format="gguf", quantize="Q4_K_X"), recipe(), run)
 
 
 @pytest.mark.parametrize(

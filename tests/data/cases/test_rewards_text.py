@@ -12,7 +12,7 @@ from lowmem_rlhf.data.prompts import build_examples
 from lowmem_rlhf.data.values import JsonFloat, JsonInt, Row
 from lowmem_rlhf.engine.base import SharedBase
 from lowmem_rlhf.errors import RunError, UserError
-from lowmem_rlhf.inference.chat.talk import Prompts, Reply, Talk, TextStream, Wish
+from lowmem_rlhf.inference.chat.talk import Prompts, Reply, Talk, TextStream, ChatOptions
 from lowmem_rlhf.recipe.loading import validate_recipe
 from lowmem_rlhf.recipe.sections import DataConfig, RewardConfig
 from lowmem_rlhf.rewards.functions import arithmetic_answer, gsm8k_answer, think_format
@@ -117,7 +117,7 @@ def test_a_typed_token_that_the_model_has_no_row_for_is_refused():
     tokenizer = tokenizer_of(CHATML)
     base = SharedBase(tiny_model("llama", vocab_size=len(tokenizer) - 1), tokenizer, "tiny/llama", r=4)
     recipe = validate_recipe({**VALUES, "generation": {"max_completion_length": 4}})
-    talk = Talk(base, recipe, Wish())
+    talk = Talk(base, recipe, ChatOptions())
     assert [reply.prompt_tokens > 4 for reply in talk.ask("Use the tool")] == [True]
     with pytest.raises(UserError, match="has 266 tokens, the embedding 265 rows: the texts use <tool>, for"):
         talk.ask("Use <tool>")

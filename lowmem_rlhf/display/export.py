@@ -1,4 +1,4 @@
-"""What `export` says: what it will take, and what came out with its proof. No torch here."""
+"""What `export` shows: what it will take, and what came out with its proof. No torch here."""
 
 from typing import Any
 
@@ -39,7 +39,9 @@ def judged_rows(proof: dict[str, Any]) -> list[tuple[str, str, str]]:
 def show_plan(plan: dict[str, Any], console: Console | None = None) -> None:
     """Print an export's memory and disk."""
     console = console or Console()
-    rows = [(PARTS[part], format_bytes(size)) for part, size in plan["memory_bytes"].items()]
+    rows = [
+        (PARTS.get(part, part.replace("_", " ")), format_bytes(size)) for part, size in plan["memory_bytes"].items()
+    ]
     console.print(plain_table(("memory, one after another", "bytes"), rows))
     needed, free = plan["disk_bytes"], plan["free_disk_bytes"]
     verdict = "fits" if needed <= free else "does not fit"
@@ -60,8 +62,8 @@ def show_result(facts: dict[str, Any], console: Console | None = None) -> None:
         if key != "judged"
     ]
     console.print(plain_table(("compared with the live policy", ""), rows))
-    if judged := judged_rows(facts["proof"]):
-        console.print(plain_table(("held against each other", "", "allowed"), judged))
+    if verdicts := judged_rows(facts["proof"]):
+        console.print(plain_table(("held against each other", "", "allowed"), verdicts))
     print(f"export: {facts['folder']}")
     if facts.get("pushed"):
         print(f"pushed: {facts['pushed']}")

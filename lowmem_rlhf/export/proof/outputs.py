@@ -1,6 +1,6 @@
-"""What the live policy says on sample texts: what an export is held against.
+"""The live policy's outputs on sample texts, which an export is compared with.
 
-Shapes: L tokens of a sequence, V vocabulary.
+Shapes: N sequences, L tokens of a sequence, V vocabulary.
 """
 
 import sys
@@ -18,7 +18,7 @@ from lowmem_rlhf.engine.load import DTYPES
 from lowmem_rlhf.engine.packing import Group
 from lowmem_rlhf.engine.passes import BatchLimits, head_outputs, with_bootstrap_position
 from lowmem_rlhf.engine.roles import POLICY, REFERENCE
-from lowmem_rlhf.export.proof.texts import sequences
+from lowmem_rlhf.export.proof.texts import sample_sequences
 from lowmem_rlhf.hardware.memory import free_bytes, release
 from lowmem_rlhf.inference.open_run import OpenRun
 from lowmem_rlhf.inference.opening import open_trained
@@ -27,65 +27,65 @@ from lowmem_rlhf.recipe.schema import Recipe
 
 ROOM = 0.8  # of the free memory that a model may take
 
-Logits = list[torch.Tensor]
+SequenceLogits = list[torch.Tensor]  # one model's, (L - 1, V) of each sequence, fp32 on the CPU
 
 
 @dataclass(frozen=True)
-class Said:
-    """Logits (L - 1, V) of each sequence of L tokens: the policy's and its base's."""
+class Logits:
+    """A policy's logits and those of its base without the adapter, on the same sequences."""
 
-    policy: Logits
-    base: Logits
+    policy: SequenceLogits
+    base: SequenceLogits
 
 
 @dataclass(frozen=True)
-class Live:
-    """What the live policy and its base said.
+class PolicyOutputs:
+    """The outputs of the live policy and of its base.
 
     Attributes:
         ids: token sequences.
-        source: where these are from.
-        said: as the run computes.
-        exact: the same weights with fp32 arithmetic, so that a comparison sees the export's rounding alone; None where
-            there was no room.
-        scores, exact_scores: a reward model's, of each sequence, in place of all that.
+        source: where they are from.
+        logits: computed as the run computes.
+        exact_logits: of the same weights with fp32 arithmetic, so that a comparison sees only the rounding of the
+            export; None where there was no room.
+        scores, exact_scores: of a reward model, in place of logits: one score a sequence, (N,).
     """
 
     recipe: Recipe
     ids: list[list[int]]
     source: str
     compute_dtype: str
-    said: Said
-    exact: Said | None = None
+    logits: Logits
+    exact_logits: Logits | None = None
     scores: torch.Tensor | None = None
     exact_scores: torch.Tensor | None = None
 
 
 @torch.no_grad()
-def live_policy(opened: OpenRun, device: str | None) -> Live:
-    """Open the run's base with its policy, and keep what both say on sample texts.
+def policy_outputs(opened: OpenRun, device: str | None) -> PolicyOutputs:
+    """Open the run's base with its policy, and compute the outputs of both on sample texts.
 
     Raises:
         UserError, RunError: as `open_policy`.
     """
     base, recipe = open_trained(opened, device), opened.recipe
-    ids, source = sequences(opened.directory, recipe, base.tokenizer, base.stop_ids)
+    ids, source = sample_sequences(opened.directory, recipe, base.tokenizer, base.stop_ids)
     settings = asdict(opened.plan.settings)
-    dtype, judges = settings["compute_dtype"], recipe.spec.output == "scores"
-    if not judges:
+    dtype, is_reward_model = settings["compute_dtype"], recipe.spec.output == "scores"
+    if not is_reward_model:
         ids = _within(ids, base.head.vocabulary)
-    say: Callable[[SharedBase, Sequence[Sequence[int]]], Any] = _scores if judges else _said
-    said = say(base, ids)
-    exact = said if is_exact(settings) else None
+    compute: Callable[[SharedBase, Sequence[Sequence[int]]], Any] = _scores if is_reward_model else _logits
+    outputs = compute(base, ids)
+    exact = outputs if is_exact(settings) else None
     if exact is None and in_float32(base.model, DTYPES[dtype], base.device):
         base.dtype = torch.float32
-        exact = say(base, ids)
-    held = base.device
+        exact = compute(base, ids)
+    used = base.device
     del base
-    release(held)
-    if judges:
-        return Live(recipe, ids, source, dtype, Said([], []), scores=said, exact_scores=exact)
-    return Live(recipe, ids, source, dtype, said, exact)
+    release(used)
+    if is_reward_model:
+        return PolicyOutputs(recipe, ids, source, dtype, Logits([], []), scores=outputs, exact_scores=exact)
+    return PolicyOutputs(recipe, ids, source, dtype, outputs, exact)
 
 
 def is_exact(settings: dict[str, Any]) -> bool:
@@ -93,8 +93,8 @@ def is_exact(settings: dict[str, Any]) -> bool:
     return bool(settings["compute_dtype"] == "float32" and settings["quantization"] != "int8")
 
 
-def _said(base: SharedBase, ids: Sequence[Sequence[int]]) -> Said:
-    return Said(*(role_logits(base, role, ids) for role in (POLICY, REFERENCE)))
+def _logits(base: SharedBase, ids: Sequence[Sequence[int]]) -> Logits:
+    return Logits(*(role_logits(base, role, ids) for role in (POLICY, REFERENCE)))
 
 
 def in_float32(model: torch.nn.Module, dtype: torch.dtype, device: torch.device) -> bool:
@@ -128,32 +128,32 @@ def exact_weight(layer: Any, dtype: torch.dtype) -> torch.Tensor:
 
 
 def _within(ids: list[list[int]], vocabulary: int) -> list[list[int]]:
-    """Return as many sequences as there is room for logits of, which are kept of one model after another."""
-    kept: list[list[int]] = []
+    """Return as many of the first sequences as there is room to keep several models' logits of; at least one."""
+    fitting: list[list[int]] = []
     for one in ids:
-        if kept and 4 * (sum(map(len, kept)) + len(one)) * vocabulary > LOGITS_BYTES:
+        if fitting and 4 * (sum(map(len, fitting)) + len(one)) * vocabulary > LOGITS_BYTES:
             break
-        kept.append(one)
-    return kept
+        fitting.append(one)
+    return fitting
 
 
 @torch.no_grad()
-def role_logits(base: SharedBase, role: str, ids: Sequence[Sequence[int]]) -> Logits:
+def role_logits(base: SharedBase, role: str, ids: Sequence[Sequence[int]]) -> SequenceLogits:
     """Return for each sequence the logits (L - 1, V) of its next tokens in a role, fp32 on the CPU.
 
-    All go through the base in one pass, since quantized weights are made dense for each.
+    All go through the base in one pass, since every pass dequantizes the weights.
     """
     groups = [Group(one[:1], [one[1:]], [row]) for row, one in enumerate(ids)]
     batch = base.layout.lay_out(groups, base.device)
     with base.role(role):
         states = base.states(batch).index_select(0, batch.predict).split(batch.lengths)
-        found = {row: base.head.logits(part).float().cpu() for row, part in zip(batch.rows, states, strict=True)}
-    return [found[row] for row in range(len(ids))]
+        logits = {row: base.head.logits(part).float().cpu() for row, part in zip(batch.rows, states, strict=True)}
+    return [logits[row] for row in range(len(ids))]
 
 
 @torch.no_grad()
 def _scores(base: SharedBase, ids: Sequence[Sequence[int]]) -> torch.Tensor:
     """Return a reward model's score of each sequence, read at its last token, (N,) fp32 on the CPU."""
     groups = with_bootstrap_position([Group(one[:1], [one[1:]], [row]) for row, one in enumerate(ids)])
-    found = head_outputs(base, POLICY, groups, BatchLimits(1.0, sys.maxsize, 1))
-    return torch.stack([found[row][-1] for row in range(len(ids))]).cpu()
+    outputs = head_outputs(base, POLICY, groups, BatchLimits(1.0, sys.maxsize, 1))
+    return torch.stack([outputs[row][-1] for row in range(len(ids))]).cpu()

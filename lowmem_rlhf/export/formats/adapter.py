@@ -1,0 +1,55 @@
+"""``--format adapter``: the LoRA adapter as peft saves it; of a reward model with its score head."""
+
+from pathlib import Path
+from typing import Any
+
+from lowmem_rlhf.algorithms.spec import AlgorithmSpec
+from lowmem_rlhf.architecture.adapters import CONFIG, WEIGHTS
+from lowmem_rlhf.architecture.dimensions import ModelDimensions
+from lowmem_rlhf.export.formats.adapter_files import copy_adapter, copy_heads
+from lowmem_rlhf.export.formats.format import ExportBytes, ExportFormat, Written
+from lowmem_rlhf.export.job import ExportJob
+from lowmem_rlhf.export.options import ORIGINAL
+from lowmem_rlhf.planning.memory.export import export_memory_bytes
+
+
+class AdapterFormat(ExportFormat):
+    """The files of the adapter, copied, and loaded with stock peft as their proof."""
+
+    name = "adapter"
+    takes = frozenset({"heads"})
+    holds_scores = True
+    library = "peft"
+    relation = "adapter"
+    tags = ("lora",)
+
+    def bytes(self, job: ExportJob, dims: ModelDimensions) -> ExportBytes:
+        """Nothing is merged: the live policy is opened, and then the same in stock transformers and peft."""
+        parts = export_memory_bytes(dims, job.settings["quantization"], job.settings["compute_dtype"], onto=ORIGINAL)
+        memory = {"live_policy": parts["live_policy"], "loaded_again": parts["stock_policy"]}
+        return ExportBytes(None, memory, sum(path.stat().st_size for path in job.adapter.rglob("*.safetensors")))
+
+    def write(self, job: ExportJob, folder: Path) -> Written:
+        """Copy the adapter, and the heads that were asked for."""
+        copy_adapter(job.adapter, folder, (WEIGHTS, CONFIG))
+        return Written(dict(copy_heads(job, folder)))
+
+    def prove(self, job: ExportJob, folder: Path, written: Written) -> dict[str, Any]:
+        """Compare the files in stock peft on a stock base with the live policy, or with the live reward model."""
+        from lowmem_rlhf.export.proof.outputs import policy_outputs
+        from lowmem_rlhf.export.proof.scores import proof_of_scores
+        from lowmem_rlhf.export.proof.verify import proof_of_adapter
+
+        live = policy_outputs(job.opened, job.options.device)
+        proof = proof_of_adapter if live.scores is None else proof_of_scores
+        return proof(folder, live, job.device, job.settings)
+
+    def usage(self, folder: Path, name: str, base: str, spec: AlgorithmSpec | None) -> str:
+        """Loading it with peft; of a reward model, the reward that scores with it."""
+        if spec is not None and spec.output == "scores":
+            return "```yaml\nrewards:\n- function: reward_adapter\n  options: {adapter: .}  # this folder\n```"
+        return (
+            "```python\nfrom peft import PeftModel\nfrom transformers import AutoModelForCausalLM\n\n"
+            f'base = AutoModelForCausalLM.from_pretrained("{base}")  # exact in the precision of the plan\n'
+            'model = PeftModel.from_pretrained(base, ".")  # this folder, or its Hub id\n```'
+        )

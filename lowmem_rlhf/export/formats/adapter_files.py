@@ -1,0 +1,65 @@
+"""Adapters and heads as files, copied beside or in place of weights."""
+
+import json
+import shutil
+from pathlib import Path
+
+from lowmem_rlhf.architecture.adapters import CONFIG, HEAD, WEIGHTS, adapter_folder
+from lowmem_rlhf.errors import UserError
+from lowmem_rlhf.export.job import ExportJob
+from lowmem_rlhf.export.local_paths import without_folders
+from lowmem_rlhf.run.base_file import BASE
+
+CRITIC, START = "critic", "start"  # folders of an exported adapter
+
+
+def copy_heads(job: ExportJob, folder: Path) -> dict[str, list[str]]:
+    """Copy the heads that were asked for: a reward model's beside its adapter, a critic's into a folder of its own.
+
+    Returns:
+        What export.json says of them.
+
+    Raises:
+        UserError: the run has none.
+    """
+    if not job.options.heads:
+        return {}
+    if (job.adapter / HEAD).is_file():
+        shutil.copyfile(job.adapter / HEAD, folder / HEAD)
+        return {"heads": [HEAD]}
+    critic = job.adapter / CRITIC
+    if not (critic / HEAD).is_file():
+        raise UserError(f"--heads: the run in {job.run.path} trained no value or score head; leave it out")
+    parts = {CRITIC: critic}
+    if (
+        job.recipe.adapter and job.recipe.spec.critic(job.recipe) == "adapter"
+    ):  # it lies above the initial one
+        job.opened.check_initial_adapter()
+        parts[START] = adapter_folder(job.recipe.adapter)
+    copied = []
+    for part, source in parts.items():
+        copied += [f"{part}/{name}" for name in copy_adapter(source, folder / part, (WEIGHTS, CONFIG, HEAD))]
+    return {"heads": copied}
+
+
+def copy_adapter(source: Path, target: Path, names: tuple[str, ...]) -> list[str]:
+    """Copy an adapter and the file that identifies its base; the base is named without a folder of this machine.
+
+    Args:
+        source, target: folders.
+        names: of the files that are wanted.
+
+    Returns:
+        The names of those that were copied.
+    """
+    target.mkdir(exist_ok=True)
+    copied = [name for name in names if (source / name).is_file()]
+    for name in (*copied, *([BASE] if (source / BASE).is_file() else [])):
+        shutil.copyfile(source / name, target / name)
+    if CONFIG in copied:
+        config = json.loads((source / CONFIG).read_text(encoding="utf-8"))
+        base = str(config.get("base_model_name_or_path") or "")
+        if (local := without_folders({"model": base})[0]["model"]) != base:
+            config["base_model_name_or_path"] = local
+            (target / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True), encoding="utf-8")
+    return copied

@@ -1,0 +1,37 @@
+"""The options of `export`. No torch here."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from lowmem_rlhf.planning.memory.export import GGUF_BYTES, WIDTHS
+
+QUANTIZED, ORIGINAL = ONTO = ("quantized", "original")
+CHOICES = {"onto": ONTO, "dtype": tuple(WIDTHS), "quantize": tuple(GGUF_BYTES)}  # the values that options may have
+
+
+@dataclass(frozen=True)
+class ExportOptions:
+    """The options of an export; None leaves the choice to the program.
+
+    Attributes:
+        format: the name of a format (`formats.table.FORMATS`); by default adapter for a reward model, otherwise merged.
+        onto: which weights the change is added to: ``quantized`` (the numbers that the run computed with) or
+            ``original`` (the 16-bit ones).
+        dtype: of merged weights.
+        quantize: of a GGUF: f16, bf16, q8_0 or q4_k_m.
+        output: the folder.
+        step: of a checkpoint.
+        heads: whether a critic or a score head goes along.
+        device: as in a recipe.
+        push: a repository on the Hub.
+    """
+
+    format: str | None = None
+    onto: str | None = None
+    dtype: str | None = None
+    quantize: str | None = None
+    output: Path | None = None
+    step: int | None = None
+    heads: bool = False
+    device: str | None = None
+    push: str | None = None
