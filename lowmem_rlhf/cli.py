@@ -30,7 +30,7 @@ Overrides = Annotated[
 
 def main() -> None:
     """Run the command line; errors that are the user's to mend are one clear message without a traceback."""
-    from lowmem_rlhf.hardware.cpu_process import bound_kernel_caches
+    from lowmem_rlhf.hardware.cpu_process import bound_kernel_caches, let_waiting_threads_sleep
     from lowmem_rlhf.hardware.detect import pin_cuda_order
 
     for stream in (sys.stdout, sys.stderr):
@@ -38,6 +38,7 @@ def main() -> None:
             stream.reconfigure(errors="replace")  # consoles that lack a character of a recipe
     pin_cuda_order()  # before torch: card numbers then mean the same to NVML and to CUDA
     bound_kernel_caches()
+    let_waiting_threads_sleep()
     try:
         app(standalone_mode=True)
     except LowmemError as error:
