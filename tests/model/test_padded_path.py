@@ -37,6 +37,8 @@ from lowmem_rlhf.rollout.sampling import Sampling
 from lowmem_rlhf.rollout.unshared import unshared_waves
 from lowmem_rlhf.training.update import Batch, PassSettings, packed_logprobs, score
 
+pytestmark = pytest.mark.long
+
 LIMITS = Limits(rows=64, prefill_tokens=24, tile=5)
 
 

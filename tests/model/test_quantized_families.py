@@ -13,6 +13,8 @@ from lowmem_rlhf.model.siblings import dense_weight
 from lowmem_rlhf.rollout.generate import Limits, generate
 from lowmem_rlhf.rollout.sampling import Sampling
 
+pytestmark = pytest.mark.long
+
 FAMILIES = ["llama", "qwen2", "phi", "gpt2"]
 
 

@@ -16,6 +16,8 @@ from lowmem_rlhf.planning.layers import Layer
 from lowmem_rlhf.planning.shapes import packed_shape
 from lowmem_rlhf.training.update import packed_logprobs
 
+pytestmark = pytest.mark.long
+
 LAYERS = 4
 
 

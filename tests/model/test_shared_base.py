@@ -18,6 +18,8 @@ from lowmem_rlhf.model.packing import pack
 from lowmem_rlhf.model.roles import POLICY
 from lowmem_rlhf.training.update import packed_logprobs
 
+pytestmark = pytest.mark.long
+
 PRECISIONS = [("nf4", "bfloat16"), ("nf4", "float32"), ("nf4", "float16"), ("int8", "float16"), ("int8", "bfloat16")]
 PRECISIONS += [("none", "bfloat16"), ("none", "float16"), ("none", "float32")]
 

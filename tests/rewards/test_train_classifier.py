@@ -13,6 +13,8 @@ from lowmem_rlhf.recipe import LearnedReward, RewardConfig, TrainingConfig
 from lowmem_rlhf.rewards import load_rewards
 from lowmem_rlhf.rewards.train_classifier import train_classifier
 
+pytestmark = pytest.mark.long
+
 NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
 
 
