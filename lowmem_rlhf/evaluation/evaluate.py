@@ -157,7 +157,7 @@ def outcome(recipe: Recipe, measured: Sequence[Measured], steps: int | None = No
 
 def _about(recipe: Recipe, steps: int | None) -> dict[str, Any]:
     return {
-        "made": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "made": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "version": __version__,
         "algorithm": recipe.algorithm,
         "steps": steps,

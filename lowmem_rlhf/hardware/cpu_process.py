@@ -20,6 +20,7 @@ KERNEL_BYTES = 560 * 1024  # of one, measured
 LIBRARIES_BYTES = 600 * MIB  # Python, torch, transformers, peft, datasets, a tokenizer and a run's data; measured
 HEAP = 0.4  # of live tensors: what the heap holds beside them after 40 steps of SFT; measured
 _CACHES = ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY")  # oneDNN's own, and that of torch's layer above it
+_WAITING = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME", "KMP_LIBRARY")
 _STATUS, _CLEAR_PEAK = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 
@@ -44,6 +45,18 @@ def bound_kernel_caches() -> None:
     """
     for name in _CACHES:
         os.environ.setdefault(name, str(KERNELS))
+
+
+def let_waiting_threads_sleep() -> None:
+    """Let OpenMP's threads sleep between two parallel regions, unless the user has said how they wait.
+
+    They spin by default, and where other programs use the cores, a thread that spins keeps the one that it waits for
+    from running. Has to be called before torch is imported: the OpenMP library reads its settings when it is loaded.
+    ``OMP_WAIT_POLICY`` is OpenMP's own and holds for GCC's library (torch's builds for Linux), LLVM's and Intel's;
+    these have older names for the same, and who has set one of them has chosen too.
+    """
+    if not any(name in os.environ for name in _WAITING):
+        os.environ["OMP_WAIT_POLICY"] = "passive"
 
 
 def trim_heap() -> None:

@@ -39,6 +39,8 @@ from lowmem_rlhf.rollout.own_cache import unshared_waves
 from lowmem_rlhf.rollout.rollout import Rollout
 from lowmem_rlhf.rollout.sampling import Sampling
 
+pytestmark = pytest.mark.long
+
 LIMITS = RolloutLimits(rows=64, prefill_tokens=24, tile=5)
 
 

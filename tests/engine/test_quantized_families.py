@@ -14,6 +14,8 @@ from lowmem_rlhf.engine.packing import pack
 from lowmem_rlhf.rollout.engine import wave_engine
 from lowmem_rlhf.rollout.sampling import Sampling
 
+pytestmark = pytest.mark.long
+
 FAMILIES = ["llama", "qwen2", "phi", "gpt2"]
 
 

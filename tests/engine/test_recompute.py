@@ -16,6 +16,8 @@ from lowmem_rlhf.hardware.live_bytes import LiveBytes
 from lowmem_rlhf.planning.memory.layers import Layer
 from lowmem_rlhf.planning.shapes import packed_shape
 
+pytestmark = pytest.mark.long
+
 LAYERS = 4
 
 

@@ -18,6 +18,8 @@ from lowmem_rlhf.engine.passes import packed_logprobs
 from lowmem_rlhf.engine.roles import POLICY
 from lowmem_rlhf.errors import UserError
 
+pytestmark = pytest.mark.long
+
 PRECISIONS = [("nf4", "bfloat16"), ("nf4", "float32"), ("nf4", "float16"), ("int8", "float16"), ("int8", "bfloat16")]
 PRECISIONS += [("none", "bfloat16"), ("none", "float16"), ("none", "float32")]
 

@@ -1,5 +1,6 @@
 """The process on a CPU: kernels that oneDNN keeps are bounded, and a step's peak is told."""
 
+import json
 import os
 import subprocess
 import sys
@@ -21,6 +22,34 @@ def test_the_users_own_bound_is_kept(monkeypatch):
     assert os.environ["LRU_CACHE_CAPACITY"] == "7"
     assert os.environ["ONEDNN_PRIMITIVE_CACHE_CAPACITY"] == str(cpu_process.KERNELS)
     monkeypatch.setenv("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "")  # undone afterwards
+
+
+WAITING = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME", "KMP_LIBRARY")
+COMMAND = "import sys; sys.argv = ['lowmem-rlhf', '--version']\nfrom lowmem_rlhf.cli import main\nmain()"
+
+
+@pytest.mark.parametrize(
+    ("code", "own", "seen"),
+    [
+        (COMMAND, {}, {"OMP_WAIT_POLICY": "passive"}),
+        (COMMAND, {"OMP_WAIT_POLICY": "active"}, {"OMP_WAIT_POLICY": "active"}),
+        (COMMAND, {"GOMP_SPINCOUNT": "1000"}, {"GOMP_SPINCOUNT": "1000"}),
+        (COMMAND, {"KMP_BLOCKTIME": "50"}, {"KMP_BLOCKTIME": "50"}),
+        ("import lowmem_rlhf, lowmem_rlhf.cli", {}, {}),
+    ],
+)
+def test_the_command_line_lets_threads_sleep_where_the_user_has_not_chosen(code, own, seen):
+    tell = (
+        "import atexit, json, os, sys\n"
+        "atexit.register(lambda: print(json.dumps([dict(os.environ), 'torch' in sys.modules])))\n"
+    )
+    environment = {name: value for name, value in os.environ.items() if name not in WAITING} | own
+    done = subprocess.run(
+        [sys.executable, "-c", tell + code], capture_output=True, text=True, check=True, env=environment
+    )
+    left, torch_is_there = json.loads(done.stdout.splitlines()[-1])
+    assert not torch_is_there
+    assert {name: value for name, value in left.items() if name in WAITING} == seen
 
 
 @needs_linux

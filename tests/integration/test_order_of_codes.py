@@ -15,7 +15,7 @@ from lowmem_rlhf.engine.load import load_base, quantization_settings
 from lowmem_rlhf.engine.logprobs import tiled_logprobs
 from lowmem_rlhf.engine.roles import POLICY, REFERENCE
 from lowmem_rlhf.export.proof.outputs import role_logits
-from lowmem_rlhf.inference.chat.talk import Talk, ChatOptions
+from lowmem_rlhf.inference.chat.talk import ChatOptions, Talk
 from lowmem_rlhf.rollout.engine import wave_engine
 from lowmem_rlhf.rollout.sampling import Sampling
 

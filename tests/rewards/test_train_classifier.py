@@ -13,6 +13,8 @@ from lowmem_rlhf.errors import UserError
 from lowmem_rlhf.recipe.sections import LearnedReward, RewardConfig, TrainingConfig
 from lowmem_rlhf.rewards import load_rewards
 
+pytestmark = pytest.mark.long
+
 NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
 
 

@@ -78,6 +78,7 @@ def test_greedy_equals_transformers_generate(family):
         assert completion.ids == want.tolist()
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("family", ["llama", "mistral", "gemma2", "gpt2"])
 def test_the_same_seed_gives_the_same_completions_however_they_are_batched(family):
     base, _ = stopping_base(family)
@@ -281,6 +282,7 @@ def test_two_token_texts_have_their_exact_probabilities(rows):
     assert max(shares) > 0.25  # otherwise nothing would have left the batch
 
 
+@pytest.mark.long
 def test_greedy_on_the_real_model_equals_transformers_generate(smollm2_float32):
     base, stock = smollm2_float32
     questions = ["What is 3 + 4? Reply with just the number.", "Name the capital of France."]

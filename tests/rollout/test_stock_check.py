@@ -32,6 +32,8 @@ from lowmem_rlhf.rollout import stock_check
 from lowmem_rlhf.rollout.stock_check import TESTED_WITH, Distance, StockCheck, check, checked, is_tested
 from lowmem_rlhf.training.sampling_check import STOP, expected_difference
 
+pytestmark = pytest.mark.long
+
 LONG = {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0] * 6, "long_factor": [4.0] * 6}
 SMALL = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": 64}
 PRECISIONS = [("none", "float16"), ("nf4", "bfloat16"), ("int8", "float16")]  # beside float32 and bfloat16

@@ -31,9 +31,7 @@ def copy_heads(job: ExportJob, folder: Path) -> dict[str, list[str]]:
     if not (critic / HEAD).is_file():
         raise UserError(f"--heads: the run in {job.run.path} trained no value or score head; leave it out")
     parts = {CRITIC: critic}
-    if (
-        job.recipe.adapter and job.recipe.spec.critic(job.recipe) == "adapter"
-    ):  # it lies above the initial one
+    if job.recipe.adapter and job.recipe.spec.critic(job.recipe) == "adapter":  # it lies above the initial one
         job.opened.check_initial_adapter()
         parts[START] = adapter_folder(job.recipe.adapter)
     copied = []

@@ -12,7 +12,7 @@ from lowmem_rlhf.data.prompts import build_examples
 from lowmem_rlhf.data.values import JsonFloat, JsonInt, Row
 from lowmem_rlhf.engine.base import SharedBase
 from lowmem_rlhf.errors import RunError, UserError
-from lowmem_rlhf.inference.chat.talk import Prompts, Reply, Talk, TextStream, ChatOptions
+from lowmem_rlhf.inference.chat.talk import ChatOptions, Prompts, Reply, Talk, TextStream
 from lowmem_rlhf.recipe.loading import validate_recipe
 from lowmem_rlhf.recipe.sections import DataConfig, RewardConfig
 from lowmem_rlhf.rewards.functions import arithmetic_answer, gsm8k_answer, think_format
