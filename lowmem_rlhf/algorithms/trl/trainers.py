@@ -184,7 +184,7 @@ def make_trainer(recipe: Recipe, base: SharedBase, rows: Sequence[dict[str, Any]
 def _with_own_tokens(trainer: Any) -> Any:
     """Return a trainer that takes rows of token ids as they are, and that calls nobody."""
 
-    class WithOwnTokens(trainer):
+    class WithOwnTokens(trainer):  # type: ignore[misc]
         def _prepare_dataset(self, dataset: Dataset, *args: Any) -> Dataset:
             return dataset
 
