@@ -68,23 +68,28 @@ def start_folder(run: Path) -> Path | None:
 
 
 def map_paths(recipe: Recipe, change: Callable[[str], str]) -> Recipe:
-    """Return a recipe with `change` applied to every value that may be a path: models, adapters, data, reward files."""
+    """Return a recipe with `change` applied to every value that may be a path: models, adapters, data, files of code."""
     update: dict[str, Any] = {"model": change(recipe.model)}
     if recipe.adapter is not None:
         update["adapter"] = change(recipe.adapter)
     sources = {key: change(value) for key in ("train", "eval") if (value := getattr(recipe.data, key)) is not None}
     update["data"] = recipe.data.model_copy(update=sources)
     update["rewards"] = [_mapped(reward, change) for reward in recipe.rewards]
+    if ":" in recipe.grpo.loss_type:
+        update["grpo"] = recipe.grpo.model_copy(update={"loss_type": _of_file(recipe.grpo.loss_type, change)})
     return recipe.model_copy(update=update)
 
 
+def _of_file(function: str, change: Callable[[str], str]) -> str:
+    """Return a ``path.py:function`` with its path changed; anything else as it is."""
+    path, colon, name = function.rpartition(":")
+    return f"{change(path)}:{name}" if colon and path.endswith(".py") else function
+
+
 def _mapped(reward: RewardConfig, change: Callable[[str], str]) -> RewardConfig:
-    function, colon, name = reward.function.rpartition(":")
     paths = {key: reward.options[key] for key in PATH_OPTIONS if isinstance(reward.options.get(key), str)}
-    update: dict[str, Any] = {"options": {**reward.options, **{key: change(path) for key, path in paths.items()}}}
-    if colon and function.endswith(".py"):
-        update["function"] = f"{change(function)}:{name}"
-    return reward.model_copy(update=update)
+    options = {**reward.options, **{key: change(path) for key, path in paths.items()}}
+    return reward.model_copy(update={"options": options, "function": _of_file(reward.function, change)})
 
 
 def located(recipe: Recipe, run: Path, written: Recipe | None = None) -> Recipe:

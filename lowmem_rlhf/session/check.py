@@ -118,6 +118,7 @@ def look(recipe: Recipe, shown: int = 3, network: bool = True, most: int | None 
             f"{', '.join(away)} is on the Hub; `lowmem-rlhf data` looks at it, and so does training before it starts"
         )
         _check_rewards(seen, None, None)
+        _check_loss(seen)
         _look_for_adapter(seen)
         return seen
     recipe, line = with_format(recipe)
@@ -141,6 +142,7 @@ def look(recipe: Recipe, shown: int = 3, network: bool = True, most: int | None 
     if whole:
         _check_kinds(seen)
     _check_rewards(seen, rows, held_out)
+    _check_loss(seen)
     _look_for_adapter(seen)
     return seen
 
@@ -180,6 +182,18 @@ def _check_kinds(seen: Look) -> None:
             classes_of(train.classes, held_out.classes if held_out else ())
         except UserError as error:
             seen.errors.append(str(error))
+
+
+def _check_loss(seen: Look) -> None:
+    """Check a loss of the user's own, whose file imports torch; the others need no look."""
+    if ":" not in seen.recipe.grpo.loss_type:
+        return
+    from lowmem_rlhf.algorithms.build import check_algorithm
+
+    try:
+        check_algorithm(seen.recipe)
+    except UserError as error:
+        seen.errors.append(str(error))
 
 
 def _check_rewards(seen: Look, train: list[Row] | None, held_out: list[Row] | None) -> None:
