@@ -21,7 +21,7 @@ from lowmem_rlhf.algorithms.grpo.settings import GRPOSettings
 from lowmem_rlhf.engine import attention, fused, logprobs
 from lowmem_rlhf.engine.attention import PackedContext
 from lowmem_rlhf.engine.base import SharedBase
-from lowmem_rlhf.engine.decode import fast_decoder as lean
+from lowmem_rlhf.engine.decode import fast_decoder
 from lowmem_rlhf.engine.decode import products as decoding
 from lowmem_rlhf.engine.decode.native import library
 from lowmem_rlhf.engine.load import load_base
@@ -124,8 +124,8 @@ class Work:
 
     def forget(self) -> None:
         """Drop the 16-bit copies of the adapters, so that whatever runs next makes them and is charged for them."""
-        for siblings in self.base.siblings:
-            siblings.lend(None)
+        for group in self.base.grouped_layers:
+            group.set_decode_product(None)
 
     def score(self, batch: Batch, role: str = "reference") -> None:
         """Score all completions without gradients."""
@@ -161,7 +161,7 @@ class Work:
             if weights == "kernel":
                 stack.enter_context(replaced(decoding, "library", lambda: None))
             if not natively:
-                stack.enter_context(replaced(lean, "native_decoder", lambda *given: None))
+                stack.enter_context(replaced(fast_decoder, "native_decoder", lambda *given: None))
             stack.enter_context(replaced(type(base), "stop_ids", stops))
             stack.enter_context(base.role(POLICY))
             if weights != "layers":

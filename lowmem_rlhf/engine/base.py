@@ -105,8 +105,8 @@ class SharedBase(Roles):
             self.why_padded = self._why_not_packed_when_tried()
         if not self.packable:
             self._be_padded()
-        self.siblings = self._find_siblings()
-        self.lean = try_fast_decoder(self) if self.packable else None
+        self.grouped_layers = self._find_groups()
+        self.fast_decoder = try_fast_decoder(self) if self.packable else None
 
     @property
     def packable(self) -> bool:
@@ -120,7 +120,7 @@ class SharedBase(Roles):
 
     def pad(self, why: str) -> None:
         """Take the padded path from now on, for the reason that ends the sentence "it cannot be packed"."""
-        self.why_padded, self.lean = why, None
+        self.why_padded, self.fast_decoder = why, None
         self._be_padded()
 
     def _be_padded(self) -> None:
@@ -212,7 +212,7 @@ class SharedBase(Roles):
         return base
 
     @torch.no_grad()
-    def _find_siblings(self) -> list[GroupedLoraLinear]:
+    def _find_groups(self) -> list[GroupedLoraLinear]:
         """Run one token through the model and join the layers that are called with the same input in succession."""
         calls: list[tuple[SharedLoraLinear, torch.Tensor]] = []
         self.active.calls = calls
@@ -232,11 +232,11 @@ class SharedBase(Roles):
                 groups.append([layer])
             last = x
         self._check_called(seen)
-        found = [GroupedLoraLinear(group) for group in groups]
-        for siblings in found:
-            for layer in siblings.layers:
-                layer.siblings = siblings
-        return found
+        grouped = [GroupedLoraLinear(layers) for layers in groups]
+        for group in grouped:
+            for layer in group.layers:
+                layer.group = group
+        return grouped
 
     def _not_loaded_again(self) -> list[str]:
         """Return the layers whose adapters peft saves under names that it does not take when it loads them."""
@@ -266,14 +266,14 @@ class SharedBase(Roles):
     def decoding(self, dequantize: bool) -> Iterator["SharedBase"]:
         """Hold NF4 weights inside the block in a form for decoding (see `set_decode_weights`)."""
         try:
-            for siblings in self.siblings:
-                set_decode_weights(siblings, self.dtype, dequantize)
+            for group in self.grouped_layers:
+                set_decode_weights(group, self.dtype, dequantize)
             yield self
         finally:
-            for siblings in self.siblings:
-                siblings.lend(None)
-            if self.lean is not None:
-                self.lean.forget()
+            for group in self.grouped_layers:
+                group.set_decode_product(None)
+            if self.fast_decoder is not None:
+                self.fast_decoder.forget()
 
     def states(self, batch: PackedBatch) -> torch.Tensor:
         """Return the last hidden states (T, H) of a batch of this base's layout, in this role."""
@@ -323,7 +323,7 @@ class SharedBase(Roles):
         self, input_ids: torch.Tensor, position_ids: torch.Tensor, context: AttentionContext
     ) -> torch.Tensor:
         """Return what `hidden_states` does, for a decoding pass: few rows, no gradient."""
-        run = self.hidden_states if self.lean is None else self.lean.hidden_states
+        run = self.hidden_states if self.fast_decoder is None else self.fast_decoder.hidden_states
         return run(input_ids, position_ids, context)
 
     def set_gradient_checkpointing(self, layers: bool | int, offload: bool = False) -> None:

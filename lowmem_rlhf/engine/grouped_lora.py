@@ -52,9 +52,9 @@ class GroupedLoraLinear:
     def __init__(self, layers: Sequence["SharedLoraLinear"]) -> None:
         self.layers = list(layers)
         self.outs = [layer.out_features for layer in layers]
-        self.together: Product | None = None  # while decoding: the product of all weights at once
-        self.most_rows = 0  # of x for it
-        self.lent_dtype: torch.dtype | None = None  # of x for it
+        self.decode_product: Product | None = None  # while decoding: the product of all weights at once
+        self.max_decode_rows = 0  # of x for it
+        self.decode_dtype: torch.dtype | None = None  # of x for it
         self._input: torch.Tensor | None = None
         self._asked: tuple[Any, ...] = ()  # role, version of its weights and gradient mode of what waits
         self._waiting: dict[Any, torch.Tensor] = {}
@@ -75,29 +75,29 @@ class GroupedLoraLinear:
 
     def results(self, x: torch.Tensor) -> Sequence[torch.Tensor]:
         """Return the output (T, out) of every layer for x (T, in)."""
-        if self._lent_for(x):
-            return self.joined(x).split(self.outs, dim=-1)
+        if self._decodes(x):
+            return self.concatenated(x).split(self.outs, dim=-1)
         active, adapters = self.layers[0].active, self.adapters_now(x.dtype)
         if torch.is_grad_enabled():
             return self._with_gradient(x, adapters, self._masters.get(active.names, []))
         return _forward(x, self.layers, adapters, None if adapters is None else x @ adapters.a.t())
 
-    def joined(self, x: torch.Tensor) -> torch.Tensor:
+    def concatenated(self, x: torch.Tensor) -> torch.Tensor:
         """Return `results` side by side, (T, sum of out)."""
-        if not self._lent_for(x):
+        if not self._decodes(x):
             results = self.results(x)
             return results[0] if len(results) == 1 else torch.cat(list(results), dim=-1)
-        assert self.together is not None
-        y, adapters = self.together(x), self.adapters_now(x.dtype)
+        assert self.decode_product is not None
+        y, adapters = self.decode_product(x), self.adapters_now(x.dtype)
         if adapters is not None:
             assert adapters.block is not None
             y.addmm_(x @ adapters.a.t(), adapters.block)
         return y
 
-    def _lent_for(self, x: torch.Tensor) -> bool:
-        """Whether the product of all weights at once is there and takes this x."""
-        fits = x.shape[0] <= self.most_rows and x.dtype == self.lent_dtype
-        return self.together is not None and fits and not torch.is_grad_enabled()
+    def _decodes(self, x: torch.Tensor) -> bool:
+        """Whether there is a product for decoding, and it takes this x."""
+        fits = x.shape[0] <= self.max_decode_rows and x.dtype == self.decode_dtype
+        return self.decode_product is not None and fits and not torch.is_grad_enabled()
 
     def adapters_now(self, dtype: torch.dtype) -> Adapters | None:
         """Return the adapters of the current role; None where it has none."""
@@ -138,15 +138,15 @@ class GroupedLoraLinear:
             b.append(torch.cat([one.mul(scaling).to(dtype) for _, one, scaling in pairs], dim=1))
             columns.append(slice(used, used + b[-1].shape[1]))
             used = columns[-1].stop
-        block = torch.block_diag(*(one.t() for one in b)) if self.together is not None else None
+        block = torch.block_diag(*(one.t() for one in b)) if self.decode_product is not None else None
         return Adapters(torch.cat(a), [one.shape[0] for one in a], b, columns, scaled, block)
 
-    def lend(self, together: Product | None, most_rows: int = 0, dtype: torch.dtype | None = None) -> None:
+    def set_decode_product(self, product: Product | None, max_rows: int = 0, dtype: torch.dtype | None = None) -> None:
         """Use this product of the layers' weights for up to so many rows of a dtype without gradients; None: no more.
 
         A product in C reads what it is given as that dtype, so rows of another one never reach it.
         """
-        self.together, self.most_rows, self.lent_dtype = together, most_rows, dtype
+        self.decode_product, self.max_decode_rows, self.decode_dtype = product, max_rows, dtype
         self._cached = (None, None)
 
 

@@ -44,13 +44,13 @@ class SharedLoraLinear(nn.Module, LoraLayer):
         self.fan_in_fan_out = isinstance(base_layer, Conv1D)
         self._active_adapter = adapter_name
         self.update_layer(adapter_name, config.r, lora_alpha=config.lora_alpha, config=config)  # type: ignore[arg-type]
-        self.siblings = GroupedLoraLinear([self])
+        self.group = GroupedLoraLinear([self])
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         """Return the layer's output (..., out) in x's dtype, with the adapters of the current role added."""
         if self.active.calls is not None:
             self.active.calls.append((self, x))
-        return self.siblings.output(self, x)
+        return self.group.output(self, x)
 
     def masters(self, name: str) -> tuple[torch.Tensor, torch.Tensor]:
         """Return an adapter's fp32 A (r, in) and B (out, r)."""

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from lowmem_rlhf.engine.decode.native import Kept
+from lowmem_rlhf.engine.decode.native import KVCacheView
 from lowmem_rlhf.planning.limits import COMPLETION_BLOCK
 
 if TYPE_CHECKING:
@@ -145,11 +145,11 @@ class SharedPromptCache:
         self._own[layer] = keys, values
         return keys, values
 
-    def all_kept(self) -> Kept:
-        """Return all that is kept, with room for this token, for code that attends by itself."""
+    def view(self) -> KVCacheView:
+        """Return all keys and values, with room for this token, for code that attends by itself."""
         layers = [(*pair, *self._room(layer)) for layer, pair in sorted(self._prompt.items())]
         rows = [(b, g, self.lengths[b]) for b, g in self.slots]
-        return Kept(layers, rows, self.per_prompt, self.length)
+        return KVCacheView(layers, rows, self.per_prompt, self.length)
 
     def stored(self, layer: int) -> Pair:
         """Return a layer's keys and values of this token, (R * nkv, d) each, as they were stored."""

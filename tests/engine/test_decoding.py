@@ -1,4 +1,4 @@
-"""Weights in the form that decodes fastest: the same numbers, lent for a rollout and given back."""
+"""Weights in the form that decodes fastest: the same numbers, for a rollout alone."""
 
 import gc
 from contextlib import contextmanager, nullcontext
@@ -46,13 +46,13 @@ def base(request, tmp_path_factory):
 
 
 @contextmanager
-def lent(base, form):
+def decode_weights(base, form):
     """Be decoding with weights of this form."""
     with pytest.MonkeyPatch.context() as patch:
         if form == "bitsandbytes' kernel":
             patch.setattr(decoding, "library", lambda: None)
         with base.decoding(form == "16-bit copy"):
-            found = {isinstance(siblings.together, NativeProduct) for siblings in base.siblings}
+            found = {isinstance(group.decode_product, NativeProduct) for group in base.grouped_layers}
             assert found == {form == "our product"}
             yield
 
@@ -64,9 +64,9 @@ def held_bytes():
     return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
 
 
-def outputs(siblings, x):
+def outputs(group, x):
     with torch.no_grad():
-        return torch.cat([layer(x) for layer in siblings.layers], dim=-1)
+        return torch.cat([layer(x) for layer in group.layers], dim=-1)
 
 
 def distance(got, want):
@@ -88,11 +88,11 @@ def test_layout_is_the_one_of_bitsandbytes(shape, nested):
 @pytest.mark.parametrize("form", FORMS)
 def test_a_lent_product_is_that_of_the_dequantized_weights_to_rounding(base, form, role, rows):
     generator = torch.Generator().manual_seed(rows)
-    for siblings in base.siblings:
-        first = siblings.layers[0]
+    for group in base.grouped_layers:
+        first = group.layers[0]
         x = torch.randn((rows, first.in_features), generator=generator).bfloat16()
         exact = []
-        for layer in siblings.layers:
+        for layer in group.layers:
             y = x.double() @ dense_weight(layer.base_layer, torch.bfloat16).double().t()
             if layer.base_layer.bias is not None:
                 assert layer.base_layer.bias.any()
@@ -101,9 +101,9 @@ def test_a_lent_product_is_that_of_the_dequantized_weights_to_rounding(base, for
                 a, b = layer.masters(POLICY)
                 y += layer.scaling[POLICY] * (x.double() @ a.double().t() @ b.double().t())
             exact.append(y)
-        with base.role(role), lent(base, form):
-            assert siblings.together is not None
-            got = outputs(siblings, x)
+        with base.role(role), decode_weights(base, form):
+            assert group.decode_product is not None
+            got = outputs(group, x)
         assert got.dtype == torch.bfloat16
         # roundings of the scale of a block (4-bit kernel), of A and B, of x A^T, of the base's output and of the sum
         assert distance(got, torch.cat(exact, dim=-1)) < 3 * HALF
@@ -111,63 +111,63 @@ def test_a_lent_product_is_that_of_the_dequantized_weights_to_rounding(base, for
 
 @pytest.mark.parametrize("form", FORMS[1:])
 def test_more_rows_than_a_four_bit_product_likes_take_the_plain_layers(base, form):
-    siblings = base.siblings[0]
-    x = torch.randn(FOUR_BIT_ROWS + 1, siblings.layers[0].in_features).bfloat16()
+    group = base.grouped_layers[0]
+    x = torch.randn(FOUR_BIT_ROWS + 1, group.layers[0].in_features).bfloat16()
     with base.role(POLICY):
-        want = outputs(siblings, x)
-        with lent(base, form):
-            assert torch.equal(outputs(siblings, x), want)
+        want = outputs(group, x)
+        with decode_weights(base, form):
+            assert torch.equal(outputs(group, x), want)
 
 
 @pytest.mark.parametrize("form", FORMS)
 def test_what_is_lent_is_given_back(base, form):
-    x = torch.randn(3, base.siblings[0].layers[0].in_features).bfloat16()
+    x = torch.randn(3, base.grouped_layers[0].layers[0].in_features).bfloat16()
     with base.role(POLICY):
-        want = outputs(base.siblings[0], x)  # makes the adapters' copies
+        want = outputs(base.grouped_layers[0], x)  # makes the adapters' copies
     before = held_bytes()
     numbers = sum(layer.out_features * layer.in_features for layer in base.adapter_layers())
-    with base.role(POLICY), lent(base, form):
-        assert all(siblings.together is not None for siblings in base.siblings)
-    with pytest.raises(ZeroDivisionError), base.role(POLICY), lent(base, form):
-        outputs(base.siblings[0], x)
+    with base.role(POLICY), decode_weights(base, form):
+        assert all(group.decode_product is not None for group in base.grouped_layers)
+    with pytest.raises(ZeroDivisionError), base.role(POLICY), decode_weights(base, form):
+        outputs(base.grouped_layers[0], x)
         raise ZeroDivisionError
-    assert all(siblings.together is None for siblings in base.siblings)
+    assert all(group.decode_product is None for group in base.grouped_layers)
     after = held_bytes()
     assert after <= before  # less by the adapters' copies, which are made anew
     assert before - after < numbers / 2
     with base.role(POLICY):
-        assert torch.equal(outputs(base.siblings[0], x), want)
+        assert torch.equal(outputs(base.grouped_layers[0], x), want)
 
 
 @pytest.mark.parametrize(("quantization", "dtype"), [("none", "bfloat16"), ("nf4", "float32")])
-def test_where_nothing_is_gained_nothing_is_lent(tiny_folder, quantization, dtype):
+def test_where_nothing_is_gained_nothing_changes(tiny_folder, quantization, dtype):
     base = load(tiny_folder, quantization, dtype)
     with base.decoding(False):
-        assert all(siblings.together is None for siblings in base.siblings)
+        assert all(group.decode_product is None for group in base.grouped_layers)
 
 
 def test_where_bitsandbytes_has_no_such_kernel_its_layers_stay(base, monkeypatch):
     monkeypatch.setattr(decoding, "KERNEL", "a_function_of_another_release")
     monkeypatch.setattr(decoding, "library", lambda: None)
     with base.decoding(False):
-        assert all(siblings.together is None for siblings in base.siblings)
+        assert all(group.decode_product is None for group in base.grouped_layers)
 
 
 @pytest.mark.parametrize("form", [*FORMS, None])
 def test_joined_results_are_the_results_side_by_side(base, form):
-    x = torch.randn(5, base.siblings[0].layers[0].in_features).bfloat16()
-    siblings = base.siblings[0]
+    x = torch.randn(5, base.grouped_layers[0].layers[0].in_features).bfloat16()
+    group = base.grouped_layers[0]
     for role in (POLICY, "reference"):
-        with torch.no_grad(), base.role(role), nullcontext() if form is None else lent(base, form):
-            assert (siblings.together is None) == (form is None)
-            assert torch.equal(siblings.joined(x), torch.cat(list(siblings.results(x)), dim=-1))
+        with torch.no_grad(), base.role(role), nullcontext() if form is None else decode_weights(base, form):
+            assert (group.decode_product is None) == (form is None)
+            assert torch.equal(group.concatenated(x), torch.cat(list(group.results(x)), dim=-1))
 
 
 @pytest.mark.parametrize("form", FORMS)
 def test_sampling_logps_are_those_of_the_training_pass(base, form):
     prompts = [[5, 6, 7, 8, 9, 10], [20, 21, 22]]
     with base.role(POLICY):
-        with lent(base, form):
+        with decode_weights(base, form):
             rollout = wave_engine(base).generate(prompts, 8, 24, Sampling(), RolloutLimits(16, 64, 16), seed=2)
         groups, row = [], 0
         for prompt, completions in zip(prompts, rollout, strict=True):

@@ -21,10 +21,10 @@ def states(run, packed):
 def test_it_computes_what_the_stock_decoder_computes(family, dtype):
     base, _ = tiny_base(family, dtype=dtype)
     packed = pack(ragged_groups(), CPU)
-    assert base.lean is not None
+    assert base.fast_decoder is not None
     for role in (POLICY, "reference"):
         with base.role(role), torch.no_grad():
-            want, got = states(base.hidden_states, packed), states(base.lean.hidden_states, packed)
+            want, got = states(base.hidden_states, packed), states(base.fast_decoder.hidden_states, packed)
         near = {torch.float32: 1e-6, torch.bfloat16: 2e-2}[dtype]
         assert float((got - want).float().norm() / want.float().norm()) < near
 
@@ -32,7 +32,7 @@ def test_it_computes_what_the_stock_decoder_computes(family, dtype):
 @pytest.mark.parametrize("family", ["gemma2", "gpt2", "phi", "cohere", "olmo2"])
 def test_other_shapes_keep_their_modules(family):
     base, _ = tiny_base(family)
-    assert base.lean is None
+    assert base.fast_decoder is None
     packed = pack(ragged_groups(), CPU)
     with base.role(POLICY), torch.no_grad():
         assert torch.equal(states(base.next_hidden_states, packed), states(base.hidden_states, packed))
@@ -40,7 +40,7 @@ def test_other_shapes_keep_their_modules(family):
 
 def test_a_model_of_that_shape_which_computes_something_else_keeps_its_modules():
     base, _ = tiny_base("granite")  # Llama's parts, with factors on embeddings, residuals and attention
-    assert base.lean is None
+    assert base.fast_decoder is None
 
 
 def test_the_trial_sees_a_difference():
@@ -57,4 +57,4 @@ def test_a_scale_of_queries_beyond_some_position_keeps_the_modules():
         "ministral3", **COMMON, head_dim=16, rope_parameters={**rope, "llama_4_scaling_beta": 0.3}
     )
     stock = AutoModelForCausalLM.from_config(config, dtype=torch.float32).requires_grad_(False)
-    assert SharedBase(stock, tiny_tokenizer(), "tiny", r=4, lora_alpha=8).lean is None
+    assert SharedBase(stock, tiny_tokenizer(), "tiny", r=4, lora_alpha=8).fast_decoder is None

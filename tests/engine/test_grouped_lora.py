@@ -1,4 +1,4 @@
-"""Layers with one input as one product: who belongs together, and the sums of LoRA's formula layer by layer."""
+"""Layers with one input as one product: which form a group, and the sums of LoRA's formula layer by layer."""
 
 import pytest
 import torch
@@ -17,20 +17,20 @@ CLOSE = 1e-6
 SECOND = "second"
 
 
-def names_of(base, siblings):
+def names_of(base, group):
     """Return the ends of the layers' names, as many parts as `TOGETHER` gives."""
     names = {module: name for name, module in base.model.named_modules()}
     parts = 2 if "gpt2" in type(base.model).__name__.lower() else 1
-    return {".".join(names[layer].split(".")[-parts:]) for layer in siblings.layers}
+    return {".".join(names[layer].split(".")[-parts:]) for layer in group.layers}
 
 
 @pytest.mark.parametrize("family", TOGETHER)
-def test_layers_that_are_called_with_one_input_are_siblings(family):
+def test_layers_that_are_called_with_one_input_form_a_group(family):
     base, _ = tiny_base(family)
-    assert [names_of(base, siblings) for siblings in base.siblings] == 2 * TOGETHER[family]  # two transformer layers
-    found = [layer for siblings in base.siblings for layer in siblings.layers]
+    assert [names_of(base, group) for group in base.grouped_layers] == 2 * TOGETHER[family]  # two transformer layers
+    found = [layer for group in base.grouped_layers for layer in group.layers]
     assert len(found) == len(set(found)) and set(found) == set(base.adapter_layers())
-    assert all(layer.siblings is siblings for siblings in base.siblings for layer in siblings.layers)
+    assert all(layer.group is group for group in base.grouped_layers for layer in group.layers)
 
 
 def distance(got, want):
@@ -54,12 +54,12 @@ def formula(layers, adapters, x):
     return outputs, x, leaves
 
 
-def check(base, siblings, adapters, order, frozen=()):
-    """Call the siblings in this order (numbers of layers; those left out stay uncalled), compare all with the formula.
+def check(base, group, adapters, order, frozen=()):
+    """Call the layers of a group in this order (others stay uncalled), compare all with the formula.
 
     Masters of ``frozen`` adapters must get no gradient.
     """
-    layers = siblings.layers
+    layers = group.layers
     generator = torch.Generator().manual_seed(len(order))
     x = torch.randn((2, 5, layers[0].in_features), generator=generator).requires_grad_()
     want, exact_x, leaves = formula(layers, adapters, x)
@@ -87,22 +87,22 @@ def check(base, siblings, adapters, order, frozen=()):
 @pytest.mark.parametrize("adapters", [(POLICY,), ()], ids=["policy", "reference"])
 def test_outputs_and_gradients_are_the_formulas_layer_by_layer(family, adapters):
     base, _ = tiny_base(family)
-    for siblings in base.siblings:
-        check(base, siblings, adapters, range(len(siblings.layers)))
+    for group in base.grouped_layers:
+        check(base, group, adapters, range(len(group.layers)))
 
 
 @pytest.mark.parametrize("order", [(2, 0, 1), (1,), (0, 2), (2, 1)], ids=str)
 def test_another_order_and_an_output_that_nobody_fetches(order):
     base, _ = tiny_base("llama")
-    siblings = base.siblings[0]
-    assert len(siblings.layers) == 3
-    check(base, siblings, (POLICY,), order)
-    check(base, siblings, (POLICY,), range(3))  # what nobody fetched does not come back later
+    group = base.grouped_layers[0]
+    assert len(group.layers) == 3
+    check(base, group, (POLICY,), order)
+    check(base, group, (POLICY,), range(3))  # what nobody fetched does not come back later
 
 
-def test_siblings_that_get_different_inputs_after_all():
+def test_grouped_layers_that_get_different_inputs_after_all():
     base, _ = tiny_base("llama")
-    layers = base.siblings[0].layers
+    layers = base.grouped_layers[0].layers
     inputs = [torch.randn(4, layers[0].in_features) for _ in layers]
     with base.role(POLICY), torch.no_grad():
         for _ in range(2):
@@ -115,7 +115,7 @@ def test_siblings_that_get_different_inputs_after_all():
 
 def test_an_equal_input_that_is_another_tensor_is_computed_anew():
     base, _ = tiny_base("llama")
-    q, k, _ = base.siblings[0].layers
+    q, k, _ = base.grouped_layers[0].layers
     x = torch.randn(4, q.in_features)
     changed = x.clone()
     with base.role(POLICY), torch.no_grad():
@@ -137,14 +137,14 @@ def test_two_adapters_at_once(frozen):
         for name in frozen:
             for master in layer.masters(name):
                 master.requires_grad_(False)
-    for siblings in base.siblings:
-        check(base, siblings, (POLICY, SECOND), range(len(siblings.layers)), frozen)
-        check(base, siblings, (SECOND,), range(len(siblings.layers)), frozen)
+    for group in base.grouped_layers:
+        check(base, group, (POLICY, SECOND), range(len(group.layers)), frozen)
+        check(base, group, (SECOND,), range(len(group.layers)), frozen)
 
 
 def test_what_waits_is_for_the_role_and_the_gradient_mode_that_asked():
     base, _ = tiny_base("llama")
-    q, k, _ = base.siblings[0].layers
+    q, k, _ = base.grouped_layers[0].layers
     x = torch.randn((1, 5, q.in_features), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         with base.role(POLICY):

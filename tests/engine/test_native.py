@@ -9,8 +9,7 @@ import torch
 from tiny_models import CPU, fill_adapter, save_tiny
 
 from lowmem_rlhf.engine.base import SharedBase
-from lowmem_rlhf.engine.decode import fast_decoder as lean
-from lowmem_rlhf.engine.decode import native
+from lowmem_rlhf.engine.decode import fast_decoder, native
 from lowmem_rlhf.engine.decode.native import FEW_ROWS, FOUR_BIT_ROWS, NativeDecoder, NativeProduct, few_rows, library
 from lowmem_rlhf.engine.grouped_lora import dense_weight
 from lowmem_rlhf.engine.ladder import RolloutLimits
@@ -83,9 +82,9 @@ def off(found, exact):
 def test_states_are_as_close_to_the_exact_ones_as_torchs(base, role, monkeypatch):
     with base.role(role), base.decoding(False):
         natively = walk(base)
-        assert base.lean._natively is True, "C was not taken"
-        monkeypatch.setattr(lean, "native_decoder", lambda *given: None)
-        base.lean.forget()
+        assert base.fast_decoder._natively is True, "C was not taken"
+        monkeypatch.setattr(fast_decoder, "native_decoder", lambda *given: None)
+        base.fast_decoder.forget()
         by_torch = walk(base)
     twin = exact_twin(base)
     with twin.role(role):
@@ -130,14 +129,14 @@ def test_completions_do_not_depend_on_how_many_are_written_at_once(base):
             for rows in (15, 5, 2)
         ]  # all of the output head's rows are few
     assert found[0] == found[1] == found[2]
-    assert base.lean._natively is True
+    assert base.fast_decoder._natively is True
 
 
 @pytest.mark.parametrize("rows", [1, 3, 4, 17, FOUR_BIT_ROWS])
 def test_a_product_is_rounded_once_and_reads_bitsandbytes_numbers(base, rows):
     generator = torch.Generator().manual_seed(rows)
-    for siblings in base.siblings:
-        bases = [layer.base_layer for layer in siblings.layers]
+    for group in base.grouped_layers:
+        bases = [layer.base_layer for layer in group.layers]
         weight = torch.cat([dense_weight(one, torch.bfloat16) for one in bases])
         bias = torch.randn(weight.shape[0], generator=generator).bfloat16()
         x = torch.randn((rows, weight.shape[1]), generator=generator).bfloat16()
@@ -214,8 +213,8 @@ def test_a_decoder_that_computes_something_else_is_not_taken(fault, tmp_path, mo
     monkeypatch.setattr(NativeDecoder, "run", wrong)
     with base.role(POLICY), base.decoding(False):
         got = walk(base)
-        assert base.lean._natively is False
-        monkeypatch.setattr(lean, "native_decoder", lambda *given: None)
+        assert base.fast_decoder._natively is False
+        monkeypatch.setattr(fast_decoder, "native_decoder", lambda *given: None)
         assert all(torch.equal(a, b) for a, b in zip(got, walk(base), strict=True))
 
 
@@ -223,9 +222,9 @@ def test_a_decoder_that_computes_something_else_is_not_taken(fault, tmp_path, mo
 def test_layers_of_another_kind_stay_torchs(family, tmp_path):
     base = load(family, tmp_path)
     with base.role(POLICY), base.decoding(False):
-        assert all(isinstance(siblings.together, NativeProduct) for siblings in base.siblings)
+        assert all(isinstance(group.decode_product, NativeProduct) for group in base.grouped_layers)
         walk(base)
-    assert base.lean is not None and base.lean._natively is None
+    assert base.fast_decoder is not None and base.fast_decoder._natively is None
 
 
 def test_without_a_compiler_or_switched_off_there_is_no_library(monkeypatch, tmp_path):

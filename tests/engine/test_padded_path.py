@@ -35,7 +35,7 @@ from lowmem_rlhf.engine.passes import BatchLimits, completion_logprobs, packed_l
 from lowmem_rlhf.engine.roles import POLICY
 from lowmem_rlhf.errors import UserError
 from lowmem_rlhf.rollout.engine import wave_engine
-from lowmem_rlhf.rollout.own_cache import unshared_waves
+from lowmem_rlhf.rollout.own_cache import own_cache_waves
 from lowmem_rlhf.rollout.rollout import Rollout
 from lowmem_rlhf.rollout.sampling import Sampling
 
@@ -188,7 +188,7 @@ def test_a_wave_holds_no_more_keys_than_were_planned():
     prompts = ragged_prompts()
     sizes = {}
     for family in ("bloom", "lfm2", "mamba"):
-        waves = unshared_waves(tiny_base(family)[0], prompts, jobs, 6, 4)
+        waves = own_cache_waves(tiny_base(family)[0], prompts, jobs, 6, 4)
         assert sorted(job for wave in waves for job in wave) == jobs
         assert max(map(len, waves)) <= 4
         sizes[family] = len(waves)

@@ -13,7 +13,7 @@ import torch
 from tiny_models import sampled_difference, tiny_base
 
 from lowmem_rlhf.engine import attention, fused
-from lowmem_rlhf.engine.decode import fast_decoder as lean
+from lowmem_rlhf.engine.decode import fast_decoder
 from lowmem_rlhf.engine.logprobs import Head
 from lowmem_rlhf.errors import RunError
 from lowmem_rlhf.rollout.cache import SharedPromptCache
@@ -29,8 +29,8 @@ def norm_without_its_one(patch, base):
 
 
 def rotary_turned_back(patch, base):
-    right = lean._rotated
-    patch.setattr(lean, "_rotated", lambda x, cos, sin: right(x, cos, -sin))
+    right = fast_decoder._rotated
+    patch.setattr(fast_decoder, "_rotated", lambda x, cos, sin: right(x, cos, -sin))
 
 
 def positions_doubled(patch, base):

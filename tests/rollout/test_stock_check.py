@@ -96,7 +96,7 @@ def test_what_is_packed_and_wrong_is_padded_and_right(monkeypatch):
     packed = base.hidden_states
     monkeypatch.setattr(base, "hidden_states", lambda *given: packed(*given) * 1.01)
     found = checked(base)
-    assert found.exact and found.way == "padded" and not base.packable and base.lean is None
+    assert found.exact and found.way == "padded" and not base.packable and base.fast_decoder is None
     assert "cannot be packed" in base.note
 
 

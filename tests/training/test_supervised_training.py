@@ -14,6 +14,7 @@ from training_cases import Talk, close, ladder_of, make_tokenizer, recipe_of
 
 from lowmem_rlhf.algorithms.build import make_trainer
 from lowmem_rlhf.algorithms.common.epochs import with_epochs
+from lowmem_rlhf.algorithms.reward_model import update as pairwise
 from lowmem_rlhf.algorithms.reward_model.update import RewardModel
 from lowmem_rlhf.algorithms.sft import update as supervised
 from lowmem_rlhf.algorithms.sft.update import SFT
@@ -241,8 +242,8 @@ def test_the_loss_of_pairs_is_trls(center, margins, make):
     base, _ = tiny_base("llama")
     batch = pairs(margins=margins)
     trainer = make(RewardModel, base, batch, reward_model={"center_rewards_coefficient": center})
-    groups = supervised.pair_groups(batch)
-    rows = supervised.head_outputs(base, POLICY, groups, BatchLimits(1.0, 64, 64))
+    groups = pairwise.pair_groups(batch)
+    rows = pairwise.head_outputs(base, POLICY, groups, BatchLimits(1.0, 64, 64))
     ends = torch.stack([rows[row][-1] for row in (0, 2, 4, 6, 1, 3, 5, 7)])  # TRL's batch: all chosen, all rejected
 
     def same(tensor):
@@ -302,7 +303,7 @@ def test_a_tie_is_half_right(make, monkeypatch):
     assert (found["accuracy"], found["score/margin"], found["loss"]) == (0.5, 0, pytest.approx(math.log(2)))
     ends = [2.0, 1.0, 0.5, 0.5, 1.0, 3.0, 0.0, -1.0]  # right, a tie, wrong, right
     given = {row: torch.tensor([9.0, end]) for row, end in enumerate(ends)}
-    monkeypatch.setattr(supervised, "head_outputs", lambda *args: given)
+    monkeypatch.setattr(pairwise, "head_outputs", lambda *args: given)
     found = trainer.evaluate("before", Talk(1))
     assert (found["accuracy"], found["score/margin"], found["score/mean"]) == (2.5 / 4, 0.0, 7 / 8)
 
@@ -438,8 +439,8 @@ def test_a_resumed_run_is_the_uninterrupted_one(algorithm, model_folder, tmp_pat
 def test_a_step_goes_on_with_less_memory_and_the_same_result(algorithm, model_folder, tmp_path, monkeypatch):
     whole = built(model_folder, algorithm, tmp_path / "whole", prompts_per_step=10)
     wanted, gradients = one_step(whole)
-    name = "packed_logprobs" if algorithm == "sft" else "packed_outputs"
-    original, limit = getattr(supervised, name), 70
+    module, name = (supervised, "packed_logprobs") if algorithm == "sft" else (pairwise, "packed_outputs")
+    original, limit = getattr(module, name), 70
 
     def limited(base, *args):
         batch = next(one for one in args if hasattr(one, "input_ids"))
@@ -447,7 +448,7 @@ def test_a_step_goes_on_with_less_memory_and_the_same_result(algorithm, model_fo
             raise torch.OutOfMemoryError("CUDA out of memory")
         return original(base, *args)
 
-    monkeypatch.setattr(supervised, name, limited)
+    monkeypatch.setattr(module, name, limited)
     trainer = built(model_folder, algorithm, tmp_path / "less", prompts_per_step=10)
     metrics, mine = one_step(trainer)
     assert trainer.ladder.micro_batch_tokens == 64 < whole.ladder.micro_batch_tokens

@@ -11,7 +11,7 @@ from training_cases import SYMBOLS, digits, recipe_of, train, trainer_of
 
 from lowmem_rlhf.algorithms.grpo import trainer as grpo
 from lowmem_rlhf.algorithms.grpo import update as update_module
-from lowmem_rlhf.engine.decode import fast_decoder as lean
+from lowmem_rlhf.engine.decode import fast_decoder
 from lowmem_rlhf.errors import RunError
 from lowmem_rlhf.rollout.shared_prompt import SharedPromptEngine
 from lowmem_rlhf.training import online
@@ -120,7 +120,7 @@ def test_evaluation_is_of_the_same_problems_before_and_after(model_folder, tmp_p
 
     asked = []
     original = online.evaluate
-    monkeypatch.setattr(online, "evaluate", lambda *args: asked.append(args[1]) or original(*args))
+    monkeypatch.setattr(online, "evaluate", lambda *args: asked.append(args[2]) or original(*args))
     trainer = trainer_of(recipe_of(model_folder, training={"max_steps": 0}), tmp_path / "still")
     still, _ = train(trainer)
     assert still["before"] == still["after"] == evaluation["before"]  # same problems, same random numbers, no training
@@ -397,8 +397,8 @@ def test_a_step_interrupted_after_an_optimizer_step_is_not_kept(model_folder, tm
 
 
 def test_a_run_whose_sampling_is_wrong_stops(tmp_path, monkeypatch, model_folder):
-    right = lean._rotated
+    right = fast_decoder._rotated
     trainer = trainer_of(recipe_of(model_folder), tmp_path / "run")
-    monkeypatch.setattr(lean, "_rotated", lambda x, cos, sin: right(x, cos, -sin))
+    monkeypatch.setattr(fast_decoder, "_rotated", lambda x, cos, sin: right(x, cos, -sin))
     with pytest.raises(RunError, match="step 1: log-probs of sampled tokens differ"):
         train(trainer)

@@ -2,7 +2,7 @@
 
 Llama, Mistral, Qwen 2 and 3, SmolLM and their kin share one layer: norm, attention with rotary positions, norm, gated
 MLP. While decoding a few rows, calling stock modules costs a good part of the pass. A model takes this path only if a
-trial shows that it computes what its own modules compute (`lean_trial`); every other one keeps them.
+trial shows that it computes what its own modules compute (`decode.trial`); every other one keeps them.
 
 Shapes: T rows, H hidden size, nh and nkv heads of size d.
 """
@@ -46,13 +46,13 @@ class FastDecoderLayer:
         """Return the layer's result (T, H) for its input x (T, H); ``number`` is its place among the layers."""
         x = x + self._attention(number, self.attention_norm(x), cos, sin, context)
         gate, up = self.gate_up.results(self.mlp_norm(x))
-        x += self.down.joined(self.activation(gate).mul_(up))
+        x += self.down.concatenated(self.activation(gate).mul_(up))
         return x
 
     def _attention(
         self, number: int, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, context: AttentionContext
     ) -> torch.Tensor:
-        heads = self.qkv.joined(x).unflatten(-1, (-1, self.head_size))  # (T, nh + 2 nkv, d)
+        heads = self.qkv.concatenated(x).unflatten(-1, (-1, self.head_size))  # (T, nh + 2 nkv, d)
         nkv = self.kv_heads
         turned, v = heads[:, :-nkv], heads[:, -nkv:]
         if self.head_norms is not None:
@@ -60,7 +60,7 @@ class FastDecoderLayer:
         turned = _rotated(turned, cos, sin).transpose(0, 1)
         q, k = turned[:-nkv], turned[-nkv:]
         out = context.attend(number, q, k, v.transpose(0, 1), *self.attention)
-        return self.out.joined(out.flatten(1))
+        return self.out.concatenated(out.flatten(1))
 
 
 class FastDecoder:
@@ -72,7 +72,7 @@ class FastDecoder:
         self._natively: bool | None = None  # whether C computes the same; None: not tried yet
 
     def forget(self) -> None:
-        """Let go of what was lent for decoding."""
+        """Let go of the weights' form for decoding."""
         self._native = (None, None)
 
     @torch.no_grad()
@@ -93,8 +93,8 @@ class FastDecoder:
             self._natively = self._computes_the_same(native, x, cos, sin, context)
         if native is not None and self._natively:
             # after a trial too, which kept torch's keys: a resumed run would not be the uninterrupted one otherwise
-            got, kept = x.clone(), context.all_kept()  # type: ignore[attr-defined]
-            native.run(got, cos[:, 0].contiguous(), sin[:, 0].contiguous(), kept)
+            got, cache = x.clone(), context.view()  # type: ignore[attr-defined]
+            native.run(got, cos[:, 0].contiguous(), sin[:, 0].contiguous(), cache)
             return got
         for number, layer in enumerate(self.layers):
             x = layer.run(number, x, cos, sin, context)
@@ -103,10 +103,10 @@ class FastDecoder:
     def _native_decoder(self, x: torch.Tensor, context: AttentionContext) -> NativeDecoder | None:
         """Return the C decoder for so few rows of a rollout; None where there is none."""
         first = self.layers[0].qkv
-        if self._natively is False or x.shape[0] > first.most_rows or not hasattr(context, "all_kept"):
+        if self._natively is False or x.shape[0] > first.max_decode_rows or not hasattr(context, "view"):
             return None
         active = first.layers[0].active
-        made_of = (first.together, active.names, active.version)
+        made_of = (first.decode_product, active.names, active.version)
         if self._native[0] != made_of:
             self._native = (made_of, native_decoder(self.layers, x.dtype))
         return self._native[1]
@@ -121,17 +121,17 @@ class FastDecoder:
         """
         tables = cos[:, 0].contiguous(), sin[:, 0].contiguous()
         for number, layer in enumerate(self.layers):
-            found = []
-            for given in (x, nudged(x)):
-                result = layer.run(number, given, cos, sin, context)
-                found.append((result, *(one.clone() for one in context.stored(number))))
+            torchs = []
+            for moved in (x, nudged(x)):
+                result = layer.run(number, moved, cos, sin, context)
+                torchs.append((result, *(one.clone() for one in context.stored(number))))
             got = x.clone()
-            native.run(got, *tables, context.all_kept(), only=number)
-            adds_to = (x, *found[0][1:])  # a result adds to the layer's input; keys and values stand by themselves
-            results = zip((got, *context.stored(number)), *found, adds_to, strict=True)
+            native.run(got, *tables, context.view(), only=number)
+            adds_to = (x, *torchs[0][1:])  # a result adds to the layer's input; keys and values stand by themselves
+            results = zip((got, *context.stored(number)), *torchs, adds_to, strict=True)
             if not all(rows_within_noise(*one) for one in results):
                 return False
-            x = found[0][0]
+            x = torchs[0][0]
         return True
 
 
@@ -154,7 +154,7 @@ def _rotated(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Ten
 
 
 def fast_layer(block: Any, attention: tuple[float, int | None, float | None] | None) -> FastDecoderLayer | None:
-    """Return a stock layer's parts if it has the parts of Llama's and its products are joined as expected.
+    """Return a stock layer's parts if it has the parts of Llama's and its products are grouped as expected.
 
     Args:
         attention: the scaling, window and soft cap with which it attends; None: it was not seen to.
@@ -174,18 +174,18 @@ def fast_layer(block: Any, attention: tuple[float, int | None, float | None] | N
         [mlp.gate_proj, mlp.up_proj],
         [mlp.down_proj],
     ]
-    joined = [getattr(group[0], "siblings", None) for group in groups]
-    if any(s is None or s.layers != group for s, group in zip(joined, groups, strict=True)):
+    grouped = [getattr(group[0], "group", None) for group in groups]
+    if any(s is None or s.layers != group for s, group in zip(grouped, groups, strict=True)):
         return None
     return FastDecoderLayer(
         attention_norm=block.input_layernorm.forward,
         mlp_norm=block.post_attention_layernorm.forward,
-        qkv=joined[0],  # type: ignore[arg-type]
+        qkv=grouped[0],  # type: ignore[arg-type]
         head_norms=(heads.q_norm.forward, heads.k_norm.forward) if norms else None,
-        out=joined[1],  # type: ignore[arg-type]
-        gate_up=joined[2],  # type: ignore[arg-type]
+        out=grouped[1],  # type: ignore[arg-type]
+        gate_up=grouped[2],  # type: ignore[arg-type]
         activation=activation[0],
-        down=joined[3],  # type: ignore[arg-type]
+        down=grouped[3],  # type: ignore[arg-type]
         norms=(block.input_layernorm, block.post_attention_layernorm),
         mlp=mlp,
         head_size=heads.head_dim,

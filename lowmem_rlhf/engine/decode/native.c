@@ -1,5 +1,5 @@
 /* For a CPU with AVX-512 bf16: products of few rows, and one token of each row through the layers of a Llama-shaped
-   decoder, which is what lean.py computes without a dispatch for each of its operations. Tensors are bfloat16 and
+   decoder, which is what fast_decoder.py computes without a dispatch for each of its operations. Tensors are bfloat16 and
    rounded where torch's operations round theirs, but for attention, which is fp32 from the scores to its result, and
    a product with its bias and adapters, which is rounded once. Between the products each row is one thread's.
    native.py holds the same structures. */

@@ -70,7 +70,7 @@ class Pass(Structure):
 
 
 @dataclass(frozen=True)
-class Kept:
+class KVCacheView:
     """Keys and values while decoding, as `rollout.cache.SharedPromptCache` keeps them.
 
     Attributes:
@@ -143,14 +143,14 @@ def _compiled(compiler: str) -> Path:
     if not target.is_file():
         target.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=target.parent) as folder:
-            made = Path(folder) / target.name
-            subprocess.run([compiler, *FLAGS, str(SOURCE), "-o", str(made), "-lm"], capture_output=True, check=True)
-            made.replace(target)
+            compiled = Path(folder) / target.name
+            subprocess.run([compiler, *FLAGS, str(SOURCE), "-o", str(compiled), "-lm"], capture_output=True, check=True)
+            compiled.replace(target)
     return target
 
 
 class NativeProduct:
-    """The product of NF4 siblings, a few rows at a time: the weights' own codes are read, and no copy of them made.
+    """The product of a group of NF4 layers, a few rows at a time: it reads the weights' own codes, not a copy.
 
     Args:
         bases: linear layers of bitsandbytes with NF4 weights in blocks of 64 that lie within a row; at most `PARTS`.
@@ -196,7 +196,7 @@ class NativeDecoder:
 
     Args:
         function: the library's.
-        layers: the lean layers; every product of theirs is a `NativeProduct`.
+        layers: the fast decoder's layers; every product of theirs is a `NativeProduct`.
         dtype: the compute dtype.
     """
 
@@ -224,17 +224,19 @@ class NativeDecoder:
         self._narrow = max(linear.inputs for linear in linears)
         self._ranks = max(sum(linear.ranks) for linear in linears)
 
-    def _linear(self, siblings: Any) -> Linear:
-        product: NativeProduct = siblings.together
-        adapters = siblings.adapters_now(self._dtype)
-        found = Linear.from_buffer_copy(product.linear)
+    def _linear(self, group: Any) -> Linear:
+        product: NativeProduct = group.decode_product
+        adapters = group.adapters_now(self._dtype)
+        linear = Linear.from_buffer_copy(product.linear)
         if adapters is not None:
-            found.a, found.b = adapters.a.data_ptr(), (c_void_p * PARTS)(*(b.data_ptr() for b in adapters.b))
-            found.ranks = (c_int64 * PARTS)(*(part.stop - part.start for part in adapters.columns))
+            linear.a, linear.b = adapters.a.data_ptr(), (c_void_p * PARTS)(*(b.data_ptr() for b in adapters.b))
+            linear.ranks = (c_int64 * PARTS)(*(part.stop - part.start for part in adapters.columns))
         self._kept_alive += [product, adapters]
-        return found
+        return linear
 
-    def run(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, kept: Kept, only: int | None = None) -> None:
+    def run(
+        self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, cache: KVCacheView, only: int | None = None
+    ) -> None:
         """Turn embeddings x (R, H) into the last layer's result, in place, and store the token's keys and values.
 
         Args:
@@ -242,14 +244,14 @@ class NativeDecoder:
             only: the one layer that is run, on its own input x.
         """
         rows, call = x.shape[0], self._pass
-        for target, tensors in zip(self._layers, kept.layers, strict=True):
+        for target, tensors in zip(self._layers, cache.layers, strict=True):
             target.prompt_k, target.prompt_v, target.own_k, target.own_v = (t.data_ptr() for t in tensors)
         call.threads = min(rows, torch.get_num_threads())
-        call.rows, call.slots, call.length = rows, kept.slots, kept.length
-        call.longest, call.room = kept.layers[0][0].shape[2], kept.layers[0][2].shape[2]
-        places = [(c_int64 * rows)(*column) for column in zip(*kept.rows, strict=True)]
+        call.rows, call.slots, call.length = rows, cache.slots, cache.length
+        call.longest, call.room = cache.layers[0][0].shape[2], cache.layers[0][2].shape[2]
+        places = [(c_int64 * rows)(*column) for column in zip(*cache.rows, strict=True)]
         call.prompt, call.slot, call.prompt_length = (ctypes.addressof(place) for place in places)
-        keys = call.longest + kept.length
+        keys = call.longest + cache.length
         call.scratch_size = TOGETHER * (2 * call.head_size + keys)
         scratch = torch.empty((call.threads, call.scratch_size), dtype=torch.float32, device=x.device)
         widths = (call.hidden, self._wide, self._narrow, self._narrow, self._ranks)
@@ -261,14 +263,17 @@ class NativeDecoder:
 
 
 def native_decoder(layers: Sequence[Any], dtype: torch.dtype) -> NativeDecoder | None:
-    """Return the decoder of lean layers in C; None where there is no library, or a layer is of a kind it has not."""
+    """Return the fast decoder's layers in C; None where there is no library, or a layer is of a kind it has not."""
     first = layers[0]
     _, window, softcap = first.attention
     same = all(
         layer.head_norms is None
         and gated_activation(layer.mlp) is SILU
         and layer.attention == first.attention
-        and all(isinstance(s.together, NativeProduct) for s in (layer.qkv, layer.out, layer.gate_up, layer.down))
+        and all(
+            isinstance(group.decode_product, NativeProduct)
+            for group in (layer.qkv, layer.out, layer.gate_up, layer.down)
+        )
         and all(_plain(norm, first.norms[0], dtype) for norm in layer.norms)
         for layer in layers
     )

@@ -1,4 +1,4 @@
-"""How sibling layers multiply while decoding: few rows, the same weights for every token, no gradient."""
+"""How layers with one input multiply while decoding: few rows, the same weights for every token, no gradient."""
 
 from collections.abc import Callable, Sequence
 from ctypes import c_int64, c_void_p
@@ -23,20 +23,20 @@ ANY_ROWS = 1 << 62
 _RIGHT: dict[Any, bool] = {}  # by kind of product and shapes: whether it multiplies right
 
 
-def set_decode_weights(siblings: GroupedLoraLinear, dtype: torch.dtype, dequantize: bool) -> None:
-    """Give NF4 siblings a faster product for decoding, where there is one.
+def set_decode_weights(group: GroupedLoraLinear, dtype: torch.dtype, dequantize: bool) -> None:
+    """Give a group of NF4 layers a faster product for decoding, where there is one.
 
     Args:
         dequantize: keep a 16-bit copy of the weights, the same numbers. Otherwise the 4-bit weights are multiplied
             directly; bitsandbytes' kernel for CPUs needs a copy of them in an order of its own.
     """
-    bases = [layer.base_layer for layer in siblings.layers]
+    bases = [layer.base_layer for layer in group.layers]
     if not all(getattr(getattr(base, "weight", None), "quant_state", None) is not None for base in bases):
         return
     if dequantize:
-        siblings.lend(_dense_product(bases, dtype), ANY_ROWS, dtype)
+        group.set_decode_product(_dense_product(bases, dtype), ANY_ROWS, dtype)
     elif (product := _four_bit_product(bases, dtype)) is not None and _is_right(product, bases, dtype):
-        siblings.lend(product, FOUR_BIT_ROWS if isinstance(product, NativeProduct) else KERNEL_ROWS, dtype)
+        group.set_decode_product(product, FOUR_BIT_ROWS if isinstance(product, NativeProduct) else KERNEL_ROWS, dtype)
 
 
 def _dense_product(bases: Sequence[Any], dtype: torch.dtype) -> Product:

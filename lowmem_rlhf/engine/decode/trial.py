@@ -1,7 +1,7 @@
-"""Whether a model takes the lean decoder: its stock modules are held against it, layer by layer and in fp32.
+"""Whether a model takes the fast decoder: its stock modules are held against it, layer by layer and in fp32.
 
 What a layer computes is decided in fp32, with small stand-ins for its products: the stock layer's own forward and the
-lean one's, on the same numbers. What stands around the layers (embedding, positions, last norm) has to be the very same
+fast one's, on the same numbers. What stands around the layers (embedding, positions, last norm) has to be the very same
 numbers. With the real products, in the compute dtype, only rounding may then differ, and that is looked at as well.
 
 Shapes: T tokens, H hidden size.
@@ -49,7 +49,7 @@ class _Call:
 
 @torch.no_grad()
 def try_fast_decoder(base: Any) -> FastDecoder | None:
-    """Return the lean decoder of a SharedBase; None where its layers are of another shape or compute anything else."""
+    """Return the fast decoder of a SharedBase; None where its layers are of another shape or compute anything else."""
     decoder = base.decoder
     blocks = list(getattr(decoder, "layers", ()))
     if not blocks or not {"embed_tokens", "norm", "rotary_emb"} <= {name for name, _ in decoder.named_children()}:
@@ -96,7 +96,7 @@ def _watched(blocks: Sequence[nn.Module]) -> Iterator[list[_Call]]:
 def _same_around(
     decoder: Any, calls: Sequence[_Call], ids: torch.Tensor, positions: torch.Tensor, states: torch.Tensor
 ) -> bool:
-    """Say whether nothing happens before, between and behind the layers that the lean decoder does not do."""
+    """Say whether nothing happens before, between and behind the layers that the fast decoder does not do."""
     x = decoder.embed_tokens(ids)
     tables = decoder.rotary_emb(x, positions)
     if any(table.dtype != x.dtype for table in tables):  # heads are turned in fp32 (OLMo)
@@ -138,7 +138,7 @@ class _Products:
     def results(self, x: torch.Tensor) -> list[torch.Tensor]:
         return [part(x) for part in self._parts]
 
-    def joined(self, x: torch.Tensor) -> torch.Tensor:
+    def concatenated(self, x: torch.Tensor) -> torch.Tensor:
         return torch.cat(self.results(x), dim=-1)
 
 
@@ -153,7 +153,7 @@ def _norm_twin(norm: Any, number: int) -> nn.Module:
 def _same_form(
     decoder: Any, block: Any, layer: FastDecoderLayer, call: _Call, number: int, positions: torch.Tensor
 ) -> bool:
-    """Say whether stock and lean layer compute the same in fp32, their products replaced by small stand-ins."""
+    """Say whether the stock and the fast layer compute the same in fp32, their products replaced by small stand-ins."""
     groups = (layer.qkv, layer.out, layer.gate_up, layer.down)
     linears = [one for group in groups for one in group.layers]
     products = {one: _Product(one, seed) for seed, one in enumerate(linears)}
@@ -178,7 +178,7 @@ def _same_form(
         name: _Products([products[one] for one in group.layers])
         for name, group in zip(("qkv", "out", "gate_up", "down"), groups, strict=True)
     }
-    lean = replace(
+    fast = replace(
         layer,
         attention_norm=norms[0],
         mlp_norm=norms[1],
@@ -190,7 +190,7 @@ def _same_form(
     tables = tuple(table.float() for table in decoder.rotary_emb(x, positions))
     try:
         want = stock(x, **{**call.others, "position_embeddings": tables, CONTEXT: _context(x)})
-        got = lean.run(number, x[0], *rotary_tables(decoder, x, positions), _context(x))
+        got = fast.run(number, x[0], *rotary_tables(decoder, x, positions), _context(x))
     except (RuntimeError, TypeError, AttributeError, ValueError, KeyError):  # it uses its parts in another way
         return False
     change, wanted = got - x[0], (want[0] if isinstance(want, tuple) else want)[0] - x[0]
@@ -200,7 +200,7 @@ def _same_form(
 def _same_numbers(
     decoder: Any, block: Any, layer: FastDecoderLayer, call: _Call, number: int, positions: torch.Tensor
 ) -> bool:
-    """Say whether the lean layer, with the real products in the compute dtype, differs by rounding only."""
+    """Say whether the fast layer, with the real products in the compute dtype, differs by rounding only."""
     others = {**call.others, CONTEXT: _context(call.x)}
     moved = block(nudged(call.x), **others)
     got = layer.run(number, call.x[0], *rotary_tables(decoder, call.x, positions), _context(call.x))
