@@ -6,32 +6,35 @@ A technique is switched by a public setting, or by a module's constant that is r
 import random
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
-import lowmem_rlhf.rollout.generate as rollout
-import lowmem_rlhf.training.update as training
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
 from work import ALPHA, BETA, RANK
 
 from lowmem_rlhf.algorithms.grpo.settings import GRPOSettings
+from lowmem_rlhf.algorithms.grpo import update
 from lowmem_rlhf.engine import attention, fused, logprobs
 from lowmem_rlhf.engine.attention import PackedContext
 from lowmem_rlhf.engine.base import SharedBase
 from lowmem_rlhf.engine.decode import fast_decoder
 from lowmem_rlhf.engine.decode import products as decoding
 from lowmem_rlhf.engine.decode.native import library
+from lowmem_rlhf.engine.ladder import RolloutLimits
 from lowmem_rlhf.engine.load import load_base
 from lowmem_rlhf.engine.logprobs import Head, tiled_logprobs
 from lowmem_rlhf.engine.packing import pack
-from lowmem_rlhf.engine.passes import BatchLimits
+from lowmem_rlhf.engine.passes import BatchLimits, completion_logprobs
 from lowmem_rlhf.engine.roles import POLICY
-from lowmem_rlhf.rollout.rollout import Batch, Completion
+from lowmem_rlhf.rollout.rollout import Completion
+from lowmem_rlhf.algorithms.grpo.settings import GRPOSettings
+from lowmem_rlhf.rollout import wave
+from lowmem_rlhf.rollout.engine import wave_engine
+from lowmem_rlhf.rollout.rollout import Completion, Rollout
 from lowmem_rlhf.rollout.sampling import Sampling
-from lowmem_rlhf.rollout.shared_prompt import Limits
 
 TIMES_OF_A_PASS = 1.3  # what a pass with adapters may cost, in passes without
 NEARLY_UNIFORM = 50.0  # a temperature at which the model hardly matters for when a completion ends
@@ -104,9 +107,9 @@ class Work:
     quantization: str
     compute_dtype: str
     sizes: Sizes
-    batch: Batch = field(init=False)
-    lone: Batch = field(init=False)  # every completion with a prompt of its own
-    padded: Batch = field(init=False)  # and both filled up to the longest
+    batch: Rollout = field(init=False)
+    lone: Rollout = field(init=False)  # every completion with a prompt of its own
+    padded: Rollout = field(init=False)  # and both filled up to the longest
 
     def __post_init__(self) -> None:
         draw, sizes = random.Random(0), self.sizes
@@ -116,31 +119,30 @@ class Work:
         texts = [[draw.randrange(vocabulary) for _ in range(n)] for _ in prompts for n in lengths]
         advantages = [(-1.0) ** n for n in range(len(texts))]
         own = [prompt for prompt in prompts for _ in range(per_prompt)]
-        self.batch = Batch(prompts, completions(texts), advantages, per_prompt)
-        self.lone = Batch(own, completions(texts), advantages, 1)
+        self.batch = Rollout(prompts, completions(texts), per_prompt, advantages=advantages)
+        self.lone = Rollout(own, completions(texts), 1, advantages=advantages)
         filled = [filled_up(own, max(sizes.prompts)), filled_up(texts, sizes.longest)]
-        self.padded = Batch(filled[0], completions(filled[1]), advantages, 1)
-        self.passes = BatchLimits(1.0, sizes.micro_batch_tokens, sizes.tile)
+        self.padded = Rollout(filled[0], completions(filled[1]), 1, advantages=advantages)
+        self.limits = BatchLimits(1.0, sizes.micro_batch_tokens, sizes.tile)
 
     def forget(self) -> None:
         """Drop the 16-bit copies of the adapters, so that whatever runs next makes them and is charged for them."""
         for group in self.base.grouped_layers:
             group.set_decode_product(None)
 
-    def score(self, batch: Batch, role: str = "reference") -> None:
+    def score(self, batch: Rollout, role: str = "reference") -> None:
         """Score all completions without gradients."""
         with self.base.role(role):
-            training.score(self.base, batch, range(len(batch.completions)), self.passes)
+            completion_logprobs(self.base, batch.groups(range(len(batch.completions))), self.limits)
 
-    def update(self, batch: Batch, beta: float = BETA, checkpointing: bool = True) -> None:
+    def update(self, batch: Rollout, beta: float = BETA, checkpointing: bool = True) -> None:
         """Make the gradient of the whole batch; the reference's log-probs are any numbers."""
-        base, settings = self.base, GRPOSettings(beta=beta, loss_type="dapo")
+        base = self.base
+        objective = update.Objective.of(GRPOSettings(beta=beta, loss_type="dapo"), self.sizes.longest)
         reference = {n: torch.zeros(len(c.ids), device=base.device) for n, c in enumerate(batch.completions)}
         base.set_gradient_checkpointing(checkpointing)
         with base.role(POLICY):
-            training.backward(
-                base, batch, settings, self.sizes.longest, self.passes, reference if beta else {}, progress=None
-            )
+            update.backward(base, batch, objective, self.limits, reference if beta else {})
         base.zero_grad(set_to_none=True)
 
     def decode(self, shared: bool = True, weights: str = "product", natively: bool = True, stop_every: int = 0) -> None:
@@ -153,7 +155,7 @@ class Work:
             stop_every: one token in so many ends a completion; 0: none does.
         """
         base, sizes = self.base, self.sizes
-        limits = Limits(len(self.lone.prompts), sizes.micro_batch_tokens, sizes.tile)
+        limits = RolloutLimits(len(self.lone.prompts), sizes.micro_batch_tokens, sizes.tile)
         prompts, each = (self.batch.prompts, sizes.generations) if shared else (self.lone.prompts, 1)
         stops = frozenset(range(0, base.head.vocabulary, stop_every)) if stop_every else frozenset()
         sampling = Sampling(temperature=NEARLY_UNIFORM if stop_every else 1.0)
@@ -166,7 +168,7 @@ class Work:
             stack.enter_context(base.role(POLICY))
             if weights != "layers":
                 stack.enter_context(base.decoding(dequantize=weights == "copy"))
-            rollout.generate(base, prompts, each, sizes.decoded, sampling, limits, seed=0)
+            wave_engine(base).generate(prompts, each, sizes.decoded, sampling, limits, seed=0)
 
 
 def completions(texts: Sequence[list[int]]) -> list[Completion]:
@@ -361,7 +363,7 @@ def _compaction(work: Work) -> Iterator[Contest]:
     ragged = partial(work.decode, stop_every=max(2, decoded // 4))
 
     def uncompacted() -> None:
-        with replaced(rollout, "COMPACT_BELOW", 0):
+        with replaced(wave, "COMPACT_BELOW", 0):
             ragged()
 
     yield Contest(
@@ -374,11 +376,12 @@ def _compaction(work: Work) -> Iterator[Contest]:
 def _zero_advantages(work: Work) -> Iterator[Contest]:
     """Half of the groups have no advantage, and there is no KL term."""
     batch, half = work.batch, len(work.batch.completions) // 2
-    some = Batch(batch.prompts, batch.completions, [*batch.advantages[:half], *[0.0] * half], batch.num_generations)
+    advantages = [*batch.known_advantages[:half], *[0.0] * half]
+    some = replace(batch, advantages=advantages)
     skipping = partial(work.update, some, beta=0.0)
 
     def all_rows() -> None:
-        with replaced(training, "rows_to_train", lambda batch, settings: range(2 * half)):
+        with replaced(update, "rows_to_train", lambda batch, objective: range(2 * half)):
             skipping()
 
     yield Contest(

@@ -10,13 +10,14 @@ from tiny_models import CPU, fill_adapter, save_tiny
 
 from lowmem_rlhf.engine.base import SharedBase
 from lowmem_rlhf.engine.decode import products as decoding
-from lowmem_rlhf.engine.decode.native import FOUR_BIT_ROWS, NativeProduct, library
+from lowmem_rlhf.engine.decode.native import NativeProduct, library
 from lowmem_rlhf.engine.decode.products import KERNEL_ROWS, four_bit_layout
 from lowmem_rlhf.engine.grouped_lora import dense_weight
 from lowmem_rlhf.engine.ladder import RolloutLimits
 from lowmem_rlhf.engine.packing import Group, pack
 from lowmem_rlhf.engine.passes import packed_logprobs
 from lowmem_rlhf.engine.roles import POLICY
+from lowmem_rlhf.planning.limits import FOUR_BIT_ROWS
 from lowmem_rlhf.rollout.engine import wave_engine
 from lowmem_rlhf.rollout.sampling import Sampling
 

@@ -10,12 +10,13 @@ from tiny_models import CPU, fill_adapter, save_tiny
 
 from lowmem_rlhf.engine.base import SharedBase
 from lowmem_rlhf.engine.decode import fast_decoder, native
-from lowmem_rlhf.engine.decode.native import FEW_ROWS, FOUR_BIT_ROWS, NativeDecoder, NativeProduct, few_rows, library
+from lowmem_rlhf.engine.decode.native import FEW_ROWS, NativeDecoder, NativeProduct, few_rows, library
 from lowmem_rlhf.engine.grouped_lora import dense_weight
 from lowmem_rlhf.engine.ladder import RolloutLimits
 from lowmem_rlhf.engine.logprobs import Head
 from lowmem_rlhf.engine.lora import SharedLoraLinear
 from lowmem_rlhf.engine.roles import POLICY, REFERENCE
+from lowmem_rlhf.planning.limits import FOUR_BIT_ROWS
 from lowmem_rlhf.rollout.engine import wave_engine
 from lowmem_rlhf.rollout.sampling import Sampling
 from lowmem_rlhf.rollout.shared_prompt import prefill
