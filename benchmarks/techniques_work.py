@@ -15,8 +15,8 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 from work import ALPHA, BETA, RANK
 
-from lowmem_rlhf.algorithms.grpo.settings import GRPOSettings
 from lowmem_rlhf.algorithms.grpo import update
+from lowmem_rlhf.algorithms.grpo.settings import GRPOSettings
 from lowmem_rlhf.engine import attention, fused, logprobs
 from lowmem_rlhf.engine.attention import PackedContext
 from lowmem_rlhf.engine.base import SharedBase
@@ -29,8 +29,6 @@ from lowmem_rlhf.engine.logprobs import Head, tiled_logprobs
 from lowmem_rlhf.engine.packing import pack
 from lowmem_rlhf.engine.passes import BatchLimits, completion_logprobs
 from lowmem_rlhf.engine.roles import POLICY
-from lowmem_rlhf.rollout.rollout import Completion
-from lowmem_rlhf.algorithms.grpo.settings import GRPOSettings
 from lowmem_rlhf.rollout import wave
 from lowmem_rlhf.rollout.engine import wave_engine
 from lowmem_rlhf.rollout.rollout import Completion, Rollout

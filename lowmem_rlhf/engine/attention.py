@@ -203,9 +203,9 @@ class _Capped(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):  # type: ignore[no-untyped-def]
-        *given, mask = ctx.saved_tensors
-        grads = [torch.empty_like(x, memory_format=torch.contiguous_format) for x in given]
-        for *inputs, outer, a, b, c in _row_parts(*given, grad, *grads):
+        *saved, mask = ctx.saved_tensors
+        grads = [torch.empty_like(x, memory_format=torch.contiguous_format) for x in saved]
+        for *inputs, outer, a, b, c in _row_parts(*saved, grad, *grads):
             with torch.enable_grad():
                 qi, ki, vi = (x.detach().requires_grad_() for x in inputs)
                 out = _explicit(qi, ki, vi, ctx.scaling, mask, ctx.softcap)

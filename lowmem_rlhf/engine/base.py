@@ -286,14 +286,14 @@ class SharedBase(Roles):
         self, input_ids: torch.Tensor, position_ids: torch.Tensor, cache: Cache | None = None
     ) -> torch.Tensor:
         """Return the last hidden states (R, L, H) of rows under stock attention, in this role; a cache is continued."""
-        given: dict[str, Any] = {"position_ids": position_ids} if self._takes_positions else {}
+        keywords: dict[str, Any] = {"position_ids": position_ids} if self._takes_positions else {}
         if cache is not None:
-            given[self._cache_name] = cache
+            keywords[self._cache_name] = cache
         recomputing = [layer for layer in self._recomputable if layer.gradient_checkpointing and cache is not None]
         try:
             for layer in recomputing:  # such a layer would leave the cache out
                 layer.gradient_checkpointing = False
-            out = self.decoder(input_ids=input_ids, use_cache=cache is not None, return_dict=True, **given)
+            out = self.decoder(input_ids=input_ids, use_cache=cache is not None, return_dict=True, **keywords)
         finally:
             for layer in recomputing:
                 layer.gradient_checkpointing = True
@@ -344,8 +344,8 @@ class SharedBase(Roles):
         So it is with transformers' ``dynamic`` and ``longrope`` kinds of them, which are made for one text at a time.
         """
         config: Any = self.model.config.get_text_config()
-        given = getattr(config, "rope_parameters", None) or {}
-        for one in (given, *(value for value in given.values() if isinstance(value, dict))):
+        factors = getattr(config, "rope_parameters", None) or {}
+        for one in (factors, *(value for value in factors.values() if isinstance(value, dict))):
             if one.get("rope_type") in ("dynamic", "longrope"):
                 original = one.get("original_max_position_embeddings")
                 original = original or getattr(config, "original_max_position_embeddings", None)
@@ -385,12 +385,12 @@ class SharedBase(Roles):
 
 def _decoder_of(model: PreTrainedModel) -> nn.Module:
     """Return what makes a model's last hidden states of token ids; some call their output head the decoder."""
-    found = (
+    candidates = (
         model.get_decoder() if hasattr(model, "get_decoder") else None,
         model.base_model,
         getattr(model, "model", 0),
     )
-    others = (m for m in found if isinstance(m, nn.Module) and m is not model)
+    others = (m for m in candidates if isinstance(m, nn.Module) and m is not model)
     return next((m for m in others if "input_ids" in inspect.signature(m.forward).parameters), model.base_model)
 
 

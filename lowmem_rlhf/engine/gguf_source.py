@@ -71,13 +71,13 @@ def check_gguf(file: Path, model: Any) -> None:
 def _check_tensors(file: Path, header: GGUFHeader, arch: str, model: Any) -> None:
     shapes = {name: shape for name, shape in header.shapes.items() if not _further(name, header.fields, arch, model)}
     loaded = {p.data_ptr(): p.numel() for p in model.state_dict().values()}
-    stored, made = sum(prod(shape) for shape in shapes.values()), sum(loaded.values())
-    if stored != made:
+    stored, read = sum(prod(shape) for shape in shapes.values()), sum(loaded.values())
+    if stored != read:
         known = _gguf_names(arch, model)
         dropped = {name for name in shapes if known and name not in known and "_exps" not in name}
         what = f" ({few(dropped)})" if dropped else ""
         raise UserError(
-            f"GGUF file {file}: of its {stored:,} numbers transformers makes a model of {made:,}{what}; {_REMEDY}"
+            f"GGUF file {file}: of its {stored:,} numbers transformers makes a model of {read:,}{what}; {_REMEDY}"
         )
 
 
@@ -97,8 +97,8 @@ def _gguf_names(arch: str, model: Any) -> set[str]:
         return set()
     names = gguf.get_tensor_name_map(kind, model.config.num_hidden_layers)
     parts = [key.split(".") for key in model.state_dict()]
-    found = (names.get_name(".".join(part[cut:]), (".weight", ".bias")) for part in parts for cut in range(3))
-    return {name for name in found if name}
+    candidates = (names.get_name(".".join(part[cut:]), (".weight", ".bias")) for part in parts for cut in range(3))
+    return {name for name in candidates if name}
 
 
 def _scales_positions(config: Any) -> bool:

@@ -205,19 +205,19 @@ class _Up(torch.autograd.Function):
         ctx.down.unpacked = ctx.down.saved_tensors
         _, xa = ctx.down.unpacked
         grad_xa = torch.zeros_like(xa)
-        found: list[torch.Tensor | None] = []
+        gradients: list[torch.Tensor | None] = []
         for grad, columns, b, scaled in zip(grads, *ctx.adapters.of_layers(), strict=True):
-            needed = ctx.needs_input_grad[5 + len(found) : 5 + len(found) + len(scaled)]
+            needed = ctx.needs_input_grad[5 + len(gradients) : 5 + len(gradients) + len(scaled)]
             if grad is None:
-                found += [None] * len(scaled)
+                gradients += [None] * len(scaled)
                 continue
             grad_xa[:, columns] = grad @ b
             parts = (grad.t() @ xa[:, columns]).split([rank for rank, _ in scaled], dim=1) if any(needed) else scaled
-            found += [
+            gradients += [
                 part.float().mul_(scaling) if wanted else None
                 for part, (_, scaling), wanted in zip(parts, scaled, needed, strict=True)
             ]
-        return grad_x, grad_xa, None, None, None, *found
+        return grad_x, grad_xa, None, None, None, *gradients
 
 
 def _input_gradient(layers: Sequence["SharedLoraLinear"], grads: Sequence[torch.Tensor | None]) -> torch.Tensor | None:

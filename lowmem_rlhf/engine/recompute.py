@@ -30,15 +30,15 @@ def recompute_layers(model: PreTrainedModel, layers: bool | int, offload: bool) 
     Raises:
         UserError: the model has fewer layers.
     """
-    found = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
-    count = len(found) if layers is True else int(layers)
-    if not 0 <= count <= len(found):
+    checkpointed = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+    count = len(checkpointed) if layers is True else int(layers)
+    if not 0 <= count <= len(checkpointed):
         raise UserError(
-            f"hardware.gradient_checkpointing: got {count}, but the model has {len(found)} layers; give at most "
-            f"{len(found)}, or true for all of them"
+            f"hardware.gradient_checkpointing: got {count}, but the model has {len(checkpointed)} layers; give at most "
+            f"{len(checkpointed)}, or true for all of them"
         )
     away = offload and not capabilities(model.device).on_cpu
-    for index, layer in enumerate(found):
+    for index, layer in enumerate(checkpointed):
         layer.gradient_checkpointing = index < count
         layer._gradient_checkpointing_func = _recomputed_from_host if away else _recomputed  # type: ignore[assignment]
 

@@ -165,11 +165,11 @@ class Roles(nn.Module):
         Raises:
             RuntimeError: nothing trains.
         """
-        found = {name: p for name, p in self.peft.named_parameters() if p.requires_grad}
-        found |= {f"heads.{name}": p for name, p in self.heads.named_parameters() if p.requires_grad}
-        if not found:
+        parameters = {name: p for name, p in self.peft.named_parameters() if p.requires_grad}
+        parameters |= {f"heads.{name}": p for name, p in self.heads.named_parameters() if p.requires_grad}
+        if not parameters:
             raise RuntimeError("no parameter of the shared base is trainable: nothing would be learned")
-        return found
+        return parameters
 
     def adapters_changed(self) -> None:
         """To be called after every change of adapter weights: the 16-bit copies are made anew."""
@@ -202,8 +202,8 @@ class Roles(nn.Module):
         """
         state = load_file(folder / WEIGHTS, device="cpu")
         have = self.adapter_state(role)
-        if said := differing_tensors(state, have):
-            raise UserError(f"the adapter in {folder} does not fit this base: its files {said}")
+        if misfit := differing_tensors(state, have):
+            raise UserError(f"the adapter in {folder} does not fit this base: its files {misfit}")
         with torch.no_grad():
             set_peft_model_state_dict(self.peft, state, adapter_name=role)
         self.adapters_changed()
@@ -230,8 +230,8 @@ class Roles(nn.Module):
                 f"{folder} holds an adapter without a head ({HEAD}): it gives no score; take a reward model's"
             )
         state, have = load_file(folder / HEAD, device="cpu"), dict(self.heads[role].named_parameters())
-        if said := differing_tensors(state, have):
-            raise UserError(f"the head in {folder} does not fit this base: its files {said}")
+        if misfit := differing_tensors(state, have):
+            raise UserError(f"the head in {folder} does not fit this base: its files {misfit}")
         with torch.no_grad():
             for name, p in have.items():
                 p.copy_(state[name])

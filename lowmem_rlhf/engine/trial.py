@@ -101,16 +101,16 @@ def nudged_layers(model: nn.Module, dtype: torch.dtype, seed: int = 0) -> Iterat
             handle.remove()
 
 
-def rows_within_noise(got: torch.Tensor, want: torch.Tensor, moved: torch.Tensor, given: torch.Tensor) -> bool:
+def rows_within_noise(got: torch.Tensor, want: torch.Tensor, moved: torch.Tensor, source: torch.Tensor) -> bool:
     """Say whether two results (.., H) are no further apart than rounding explains: every row, and every element of it.
 
     Args:
         moved: what the way that gave ``want`` gives for an input that was `nudged`: its distance is that of rounding.
-        given: the same way's input (.., H), to which it adds: where both cancel, the rounding of the larger one stays.
+        source: the same way's input (.., H), to which it adds: where both cancel, the rounding of the larger one stays.
     """
     eps = torch.finfo(want.dtype).eps
-    got, want, moved, given = (x.detach().to("cpu", torch.float32).flatten(0, -2) for x in (got, want, moved, given))
-    off, size = (got - want).abs(), eps * (want.abs() + given.abs())
+    got, want, moved, source = (x.detach().to("cpu", torch.float32).flatten(0, -2) for x in (got, want, moved, source))
+    off, size = (got - want).abs(), eps * (want.abs() + source.abs())
     noise = (moved - want).square().mean(-1, keepdim=True)
     of_rows = off.square().mean(-1, keepdim=True) <= ROW_NOISE**2 * (noise + size.square().mean(-1, keepdim=True))
     return bool(of_rows.all() and (off <= ELEMENT_NOISE * noise.sqrt() + ROUNDINGS * size).all())

@@ -57,7 +57,7 @@ def load_whole(
     """
     with _unconverted() as unconverted:
         try:
-            model, found = auto.from_pretrained(
+            model, loading = auto.from_pretrained(
                 path, output_loading_info=True, ignore_mismatched_sizes=True, **settings
             )
         except RuntimeError as error:
@@ -67,13 +67,13 @@ def load_whole(
                     f"{what}, a tensor that belongs to it is missing or has another shape; {_REMEDY}"
                 ) from error
             raise
-    other = {key: (tuple(is_there), tuple(wanted)) for key, is_there, wanted in found["mismatched_keys"]}
+    other = {key: (tuple(is_there), tuple(wanted)) for key, is_there, wanted in loading["mismatched_keys"]}
     other |= _other_shapes(model)
-    absent = {key for key in {*found["missing_keys"]} if not may_lack(key, model)}
-    beyond = {key for key in found["unexpected_keys"] if not _OLD_BUFFER.search(key) and not may_hold(key, model)}
-    if said := difference(absent, beyond, {key: shapes for key, shapes in other.items() if not may_lack(key, model)}):
+    absent = {key for key in {*loading["missing_keys"]} if not may_lack(key, model)}
+    beyond = {key for key in loading["unexpected_keys"] if not _OLD_BUFFER.search(key) and not may_hold(key, model)}
+    if misfit := difference(absent, beyond, {key: shapes for key, shapes in other.items() if not may_lack(key, model)}):
         whose = f"model {name!r} is no {kind}" if kind and absent else f"model {name!r} does not fit its configuration"
-        raise UserError(f"{whose}: its files {said}; {_REMEDY}")
+        raise UserError(f"{whose}: its files {misfit}; {_REMEDY}")
     return model
 
 
@@ -105,15 +105,15 @@ def in_body(key: str, model: Any) -> bool:
 
 def _other_shapes(model: nn.Module) -> dict[str, tuple[Shape, Shape]]:
     """Return linear layers, quantized ones too, whose weight has not the layer's shape."""
-    found: dict[str, tuple[Shape, Shape]] = {}
+    others: dict[str, tuple[Shape, Shape]] = {}
     for name, module in model.named_modules():
         weight = getattr(module, "weight", None)
         if isinstance(module, nn.Linear) and torch.is_tensor(weight):
             is_there = tuple((getattr(weight, "quant_state", None) or weight).shape)
             wanted = (module.out_features, module.in_features)
             if is_there != wanted:
-                found[f"{name}.weight"] = (is_there, wanted)
-    return found
+                others[f"{name}.weight"] = (is_there, wanted)
+    return others
 
 
 def few(names: Collection[str]) -> str:

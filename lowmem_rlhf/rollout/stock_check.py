@@ -142,21 +142,21 @@ def checked(base: SharedBase, dequantize: bool = False) -> StockCheck:
     Raises:
         UserError: its log-probs are not those of stock transformers.
     """
-    found = check(base, dequantize)
-    if not found.exact and base.packable:
+    result = check(base, dequantize)
+    if not result.exact and base.packable:
         base.pad("packed, its log-probs are not those of stock transformers")
-        found = check(base, dequantize)
-    if not found.exact:
+        result = check(base, dequantize)
+    if not result.exact:
         distance, what = (
-            (found.decoded, "as sampled") if found.allows(found.trained) else (found.trained, "as trained on")
+            (result.decoded, "as sampled") if result.allows(result.trained) else (result.trained, "as trained on")
         )
         raise UserError(
             f"model {base.model_id!r} ({type(base.model).__name__}) is refused: here its log-probs, {what}, differ "
             f"from stock transformers' by {distance.mean:.2g} nats a token (at most {distance.largest:.2g}), and "
-            f"rounding in {str(base.dtype).removeprefix('torch.')} explains {found.noise.mean:.2g}; take another model"
+            f"rounding in {str(base.dtype).removeprefix('torch.')} explains {result.noise.mean:.2g}; take another model"
             + ("" if base.dtype == torch.float32 else ", or try hardware.compute_dtype=float32")
         )
-    return found
+    return result
 
 
 @torch.no_grad()
@@ -240,7 +240,7 @@ def _decoded(base: SharedBase, groups: Sequence[Group], dequantize: bool) -> Log
     """Return the log-probs (T,) of the completions as decoding computes them, token by token."""
     completions = [c for group in groups for c in group.completions]
     row_prompt = [number for number, group in enumerate(groups) for _ in group.completions]
-    found: list[list[torch.Tensor]] = [[] for _ in completions]
+    by_row: list[list[torch.Tensor]] = [[] for _ in completions]
     longest = max(map(len, completions))
     with base.decoding(dequantize):
         state, hidden = wave_engine(base).start(
@@ -253,7 +253,7 @@ def _decoded(base: SharedBase, groups: Sequence[Group], dequantize: bool) -> Log
             tokens = torch.tensor([completions[row][t] for row in live], dtype=torch.long, device=base.device)
             logps = base.head.logits(hidden).log_softmax(-1, dtype=torch.float32).gather(-1, tokens[:, None])
             for row, logp in zip(live, logps[:, 0], strict=True):
-                found[row].append(logp)
+                by_row[row].append(logp)
             stay = [place for place, row in enumerate(live) if len(completions[row]) > t + 1]
             if not stay:
                 break
@@ -261,7 +261,7 @@ def _decoded(base: SharedBase, groups: Sequence[Group], dequantize: bool) -> Log
                 state.keep(stay)
                 tokens, live = tokens[torch.tensor(stay, dtype=torch.long, device=base.device)], [live[i] for i in stay]
             hidden = state.next_states(base, tokens)
-    return torch.stack([logp for row in found for logp in row]).cpu()
+    return torch.stack([logp for row in by_row for logp in row]).cpu()
 
 
 def _rows(groups: Sequence[Group]) -> list[tuple[list[int], int]]:
@@ -271,13 +271,13 @@ def _rows(groups: Sequence[Group]) -> list[tuple[list[int], int]]:
 
 def _alone(model: Any, groups: Sequence[Group]) -> tuple[LogProbs, float]:
     """Return the log-probs (T,) of a stock model that runs each row alone, and its largest logit."""
-    found, largest = [], 0.0
+    logps, largest = [], 0.0
     for text, begins in _rows(groups):
         ids = torch.tensor([text], dtype=torch.long, device=model.device)
         logits = model(input_ids=ids, use_cache=False).logits[0, begins - 1 : -1].float()
-        found.append(logits.log_softmax(-1).gather(-1, ids[0, begins:, None])[:, 0])
+        logps.append(logits.log_softmax(-1).gather(-1, ids[0, begins:, None])[:, 0])
         largest = max(largest, float(logits.abs().max()))
-    return torch.cat(found).cpu(), largest
+    return torch.cat(logps).cpu(), largest
 
 
 def _batched(model: Any, groups: Sequence[Group]) -> LogProbs:
@@ -288,18 +288,18 @@ def _batched(model: Any, groups: Sequence[Group]) -> LogProbs:
     seen = [[1] * len(text) + [0] * (longest - len(text)) for text, _ in rows]
     ids, mask = (torch.tensor(x, dtype=torch.long, device=model.device) for x in (padded, seen))
     logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
-    found = []
+    logps = []
     for row, (text, begins) in enumerate(rows):
         own = logits[row, begins - 1 : len(text) - 1].float().log_softmax(-1)
-        found.append(own.gather(-1, ids[row, begins : len(text), None])[:, 0])
-    return torch.cat(found).cpu()
+        logps.append(own.gather(-1, ids[row, begins : len(text), None])[:, 0])
+    return torch.cat(logps).cpu()
 
 
 def _self_noise(model: Any, dtype: torch.dtype, groups: Sequence[Group], alone: LogProbs) -> Distance:
     """Return how far a stock model is from itself: batched, and with every layer's result moved by a rounding."""
     batched = _batched(model, groups)
-    found = [Distance.between(batched, alone)]
+    distances = [Distance.between(batched, alone)]
     for seed in range(NUDGES):
         with nudged_layers(model, dtype, seed):
-            found.append(Distance.between(_batched(model, groups), batched))
-    return Distance(*(max(pair) for pair in zip(*(vars(one).values() for one in found), strict=True)))
+            distances.append(Distance.between(_batched(model, groups), batched))
+    return Distance(*(max(pair) for pair in zip(*(vars(one).values() for one in distances), strict=True)))

@@ -68,7 +68,7 @@ def start_folder(run: Path) -> Path | None:
 
 
 def map_paths(recipe: Recipe, change: Callable[[str], str]) -> Recipe:
-    """Return a recipe with `change` applied to every value that may be a path: models, adapters, data, files of code."""
+    """Return a recipe with `change` applied to every value that may be a path: models, adapters, data, code."""
     update: dict[str, Any] = {"model": change(recipe.model)}
     if recipe.adapter is not None:
         update["adapter"] = change(recipe.adapter)

@@ -41,8 +41,8 @@ class Seen:
         if not self.unlike:
             reasons.append("all completions of each prompt were the same text, so that none is better than the others")
             remedies.append("raise generation.temperature, or take a model that knows more than one answer")
-        said = ", and ".join(reasons)
-        return f"nothing was learned: {said}; look at samples.jsonl; {', and '.join(remedies)}"
+        why = ", and ".join(reasons)
+        return f"nothing was learned: {why}; look at samples.jsonl; {', and '.join(remedies)}"
 
 
 def all_alike(rollout: Rollout) -> list[bool]:

@@ -57,12 +57,12 @@ class SamplingCheck:
         """
         if difference is None or difference <= WARN * self.expected:
             return
-        found = (
+        sentence = (
             f"step {step}: log-probs of sampled tokens differ between sampling and training by {difference:.2g} nats a "
             f"token (sampling/logp_difference), where rounding in {self.precision} explains {self.expected:.2g}"
         )
         if not difference <= STOP * self.expected:
-            raise RunError(f"{found}: the policy that samples is not the one that trains; {self._advice}")
+            raise RunError(f"{sentence}: the policy that samples is not the one that trains; {self._advice}")
         if not self._warned:
-            say(f"{found}; {self._advice}")
+            say(f"{sentence}; {self._advice}")
             self._warned = True

@@ -4,6 +4,8 @@ import pytest
 import torch
 from training_cases import CPU
 
+from lowmem_rlhf.engine.ladder import Ladder, RolloutLimits
+from lowmem_rlhf.engine.passes import BatchLimits
 from lowmem_rlhf.errors import RunError
 from lowmem_rlhf.hardware.memory import retry_with_smaller
 
@@ -61,3 +63,48 @@ def test_other_errors_pass():
 
     with pytest.raises(RuntimeError, match="something else"):
         retry_with_smaller(work, 8, 1, "hardware.x", CPU, print)
+
+
+# The ladder of a run
+
+
+def fits_up_to(most: int, size_of):
+    """Return work that is done with limits of a size, and the sizes that it was asked with."""
+    sizes = []
+
+    def work(limits):
+        sizes.append(size_of(limits))
+        if sizes[-1] > most:
+            raise torch.OutOfMemoryError("out of memory")
+        return limits
+
+    return work, sizes
+
+
+def a_ladder() -> Ladder:
+    sizes = {"micro_batch_tokens": 200, "score_batch_tokens": 800, "logits_tile_tokens": 32}
+    return Ladder(CPU, rollout_batch_size=16, temperature=0.7, **sizes)
+
+
+def test_each_kind_of_work_has_its_size_and_keeps_the_one_that_fitted():
+    ladder, said = a_ladder(), []
+    (update, updates), (score, scores) = (fits_up_to(100, lambda limits: limits.micro_batch_tokens) for _ in range(2))
+    rollout, rollouts = fits_up_to(4, lambda limits: limits.rows)
+    for _ in range(2):
+        assert ladder.update(update, said.append) == BatchLimits(0.7, 100, 32)
+        assert ladder.score(score, said.append) == BatchLimits(0.7, 100, 32)
+        assert ladder.rollout(rollout, said.append) == RolloutLimits(4, 200, 32)
+    assert (updates, scores, rollouts) == ([200, 100, 100], [800, 400, 200, 100, 100], [16, 8, 4, 4])
+    assert [line.partition("; ")[0].rpartition(" ")[2] for line in said] == [
+        "hardware.micro_batch_tokens=200",
+        *(f"hardware.score_batch_tokens={size}" for size in (800, 400, 200)),
+        *(f"hardware.rollout_batch_size={size}" for size in (16, 8)),
+    ]
+
+
+def test_a_rollout_may_shrink_to_one_completion_and_passes_to_the_least_tokens():
+    ladder = a_ladder()
+    with pytest.raises(RunError, match=r"ran out even with hardware\.rollout_batch_size=1;"):
+        ladder.rollout(fits_up_to(0, lambda limits: limits.rows)[0], print)
+    with pytest.raises(RunError, match=r"ran out even with hardware\.micro_batch_tokens=64;"):
+        ladder.update(fits_up_to(63, lambda limits: limits.micro_batch_tokens)[0], print)

@@ -51,10 +51,10 @@ class PPOStatistics:
 
     def metrics(self) -> dict[str, float]:
         """Return means over all tokens taken in, and the ratio's deviation and range; nothing if there were none."""
-        found: dict[str, float] = {}
+        means: dict[str, float] = {}
         if self.tokens:
             loss, approx_kl, approx_kl_k3, clipped, off, squares = (x / self.tokens for x in self._policy)
-            found = {
+            means = {
                 "policy/loss": loss,
                 "policy/approx_kl": approx_kl,
                 "policy/approx_kl_k3": approx_kl_k3,
@@ -66,5 +66,5 @@ class PPOStatistics:
             }
         if self.value_tokens:
             loss, clipped = (x / self.value_tokens for x in self._value)
-            found |= {"value/loss": loss, "value/clip_fraction": clipped}
-        return found
+            means |= {"value/loss": loss, "value/clip_fraction": clipped}
+        return means

@@ -94,14 +94,14 @@ def library() -> Any:
     if compiler is None:
         return None
     try:
-        found = ctypes.CDLL(str(_compiled(compiler)))
+        compiled = ctypes.CDLL(str(_compiled(compiler)))
     except (OSError, subprocess.CalledProcessError):
         return None
-    found.lowmem_decode.argtypes = (POINTER(Pass), POINTER(Layer))
-    found.lowmem_multiply.argtypes = (POINTER(Linear), c_int64, *[c_void_p] * 4, c_int64)
-    found.lowmem_product.argtypes = (c_int64, c_int64, c_int64, c_void_p, c_void_p, c_void_p, c_int64)
-    found.lowmem_decode.restype = found.lowmem_multiply.restype = found.lowmem_product.restype = None
-    return found
+    compiled.lowmem_decode.argtypes = (POINTER(Pass), POINTER(Layer))
+    compiled.lowmem_multiply.argtypes = (POINTER(Linear), c_int64, *[c_void_p] * 4, c_int64)
+    compiled.lowmem_product.argtypes = (c_int64, c_int64, c_int64, c_void_p, c_void_p, c_void_p, c_int64)
+    compiled.lowmem_decode.restype = compiled.lowmem_multiply.restype = compiled.lowmem_product.restype = None
+    return compiled
 
 
 def few_rows(x: torch.Tensor, layer: Any) -> torch.Tensor | None:
@@ -121,12 +121,12 @@ def few_rows(x: torch.Tensor, layer: Any) -> torch.Tensor | None:
         and layer.weight.is_contiguous()
         and not torch.is_grad_enabled()
     )
-    if not suits or (found := library()) is None:
+    if not suits or (native := library()) is None:
         return None
     x, weight = x.contiguous(), layer.weight
     y = torch.empty((x.shape[0], weight.shape[0]), dtype=x.dtype, device=x.device)
     sizes, pointers = (x.shape[0], *weight.shape), (x.data_ptr(), weight.data_ptr(), y.data_ptr())
-    found.lowmem_product(*sizes, *pointers, torch.get_num_threads())
+    native.lowmem_product(*sizes, *pointers, torch.get_num_threads())
     return y
 
 
@@ -277,9 +277,9 @@ def native_decoder(layers: Sequence[Any], dtype: torch.dtype) -> NativeDecoder |
         and all(_plain(norm, first.norms[0], dtype) for norm in layer.norms)
         for layer in layers
     )
-    if not same or window is not None or softcap or first.head_size % 2 or (found := library()) is None:
+    if not same or window is not None or softcap or first.head_size % 2 or (native := library()) is None:
         return None
-    return NativeDecoder(found.lowmem_decode, layers, dtype)
+    return NativeDecoder(native.lowmem_decode, layers, dtype)
 
 
 def _plain(norm: Any, first: Any, dtype: torch.dtype) -> bool:

@@ -61,8 +61,8 @@ def try_fast_decoder(base: Any) -> FastDecoder | None:
     observed = _Observed(TRIAL_TOKENS, base.device)
     with _watched(blocks) as calls:
         states = base.hidden_states(ids, positions, observed)
-    found = [fast_layer(block, observed.seen.get(i)) for i, block in enumerate(blocks)]
-    layers = [layer for layer in found if layer is not None]
+    fast_layers = [fast_layer(block, observed.seen.get(i)) for i, block in enumerate(blocks)]
+    layers = [layer for layer in fast_layers if layer is not None]
     if not len(layers) == len(calls) == len(blocks) or not _same_around(decoder, calls, ids, positions, states):
         return None
     for number, one in enumerate(zip(blocks, layers, calls, strict=True)):
@@ -102,10 +102,10 @@ def _same_around(
     if any(table.dtype != x.dtype for table in tables):  # heads are turned in fp32 (OLMo)
         return False
     for call in calls:
-        given = call.others.get("position_embeddings")
-        if not torch.equal(call.x, x) or not isinstance(given, tuple) or len(given) != 2:
+        own_tables = call.others.get("position_embeddings")
+        if not torch.equal(call.x, x) or not isinstance(own_tables, tuple) or len(own_tables) != 2:
             return False
-        if not all(torch.equal(one, table) for one, table in zip(given, tables, strict=True)):
+        if not all(torch.equal(one, table) for one, table in zip(own_tables, tables, strict=True)):
             return False
         x = call.result
     return torch.equal(decoder.norm(x)[0], states)
