@@ -32,7 +32,7 @@ NAMED = FAMILIES[: FAMILIES.index("mistral")]  # get every case; the others get 
 
 
 @dataclass(frozen=True)
-class PlanInputs:
+class Case:
     """One step to be measured.
 
     Attributes:
@@ -156,7 +156,7 @@ REAL: tuple[dict[str, Any], ...] = (
 )
 
 
-def cases(families: tuple[str, ...] = FAMILIES, quick: bool = False) -> Iterator[PlanInputs]:
+def cases(families: tuple[str, ...] = FAMILIES, quick: bool = False) -> Iterator[Case]:
     """Yield the cases of these families; with ``quick`` two for each."""
     for family in families:
         if family == SMOLLM:
@@ -166,7 +166,7 @@ def cases(families: tuple[str, ...] = FAMILIES, quick: bool = False) -> Iterator
         else:
             shapes = (SHAPES if family in NAMED else FEW) + (SETTINGS if family == "llama" else ())
         for shape in shapes:
-            yield PlanInputs(family, **shape)
+            yield Case(family, **shape)
 
 
 def write_model(family: str, vocabulary: int, folder: Path, **sizes: int) -> Path:

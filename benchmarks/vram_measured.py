@@ -26,7 +26,7 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-from vram_cases import FAMILIES, GGUF, SMOLLM, PlanInputs, cases, write_model
+from vram_cases import FAMILIES, GGUF, SMOLLM, Case, cases, write_model
 from work import ROOT
 
 MEAN, WORST = 0.03, 0.08  # what is promised of the errors
@@ -42,7 +42,7 @@ def options() -> argparse.ArgumentParser:
     return parser
 
 
-def measure(case: PlanInputs) -> dict[str, Any]:
+def measure(case: Case) -> dict[str, Any]:
     """Take the step of a case; return predicted and measured bytes and the error of each phase and of the step."""
     import torch
     from model_folders import model_folder
@@ -131,7 +131,7 @@ def machine() -> dict[str, Any]:
     }
 
 
-def run(chosen: Sequence[PlanInputs], processes: int) -> list[dict[str, Any]]:
+def run(chosen: Sequence[Case], processes: int) -> list[dict[str, Any]]:
     """Measure all cases, so many at once, with a bar on stderr; return them in order."""
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn

@@ -7,6 +7,7 @@ import math
 from dataclasses import dataclass, field
 from typing import Any
 
+from lowmem_rlhf.algorithms.spec import resolve
 from lowmem_rlhf.architecture.adapters import adapter_folder
 from lowmem_rlhf.data.bad_rows import RowReport
 from lowmem_rlhf.data.examples import classes_of
@@ -118,7 +119,7 @@ def look(recipe: Recipe, shown: int = 3, network: bool = True, most: int | None 
             f"{', '.join(away)} is on the Hub; `lowmem-rlhf data` looks at it, and so does training before it starts"
         )
         _check_rewards(seen, None, None)
-        _check_loss(seen)
+        _check_algorithm(seen)
         _look_for_adapter(seen)
         return seen
     recipe, line = with_format(recipe)
@@ -142,7 +143,7 @@ def look(recipe: Recipe, shown: int = 3, network: bool = True, most: int | None 
     if whole:
         _check_kinds(seen)
     _check_rewards(seen, rows, held_out)
-    _check_loss(seen)
+    _check_algorithm(seen)
     _look_for_adapter(seen)
     return seen
 
@@ -184,14 +185,13 @@ def _check_kinds(seen: Look) -> None:
             seen.errors.append(str(error))
 
 
-def _check_loss(seen: Look) -> None:
-    """Check a loss of the user's own, whose file imports torch; the others need no look."""
-    if ":" not in seen.recipe.grpo.loss_type:
+def _check_algorithm(seen: Look) -> None:
+    """Ask the algorithm for what only it can check, where that takes no time."""
+    spec = seen.recipe.spec
+    if spec.check is None or not spec.checks_quickly:
         return
-    from lowmem_rlhf.algorithms.build import check_algorithm
-
     try:
-        check_algorithm(seen.recipe)
+        resolve(spec.check)(seen.recipe)
     except UserError as error:
         seen.errors.append(str(error))
 

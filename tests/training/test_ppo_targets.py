@@ -7,9 +7,9 @@ import pytest
 import torch
 from ppo_cases import rows_of
 
-from lowmem_rlhf.algorithms.build import ALGORITHMS
 from lowmem_rlhf.algorithms.common.padded import unpad_rows
 from lowmem_rlhf.algorithms.ppo.policy_gradient import CriticValues, ScoredRollout
+from lowmem_rlhf.algorithms.spec import resolve
 from lowmem_rlhf.recipe.loading import validate_recipe
 from lowmem_rlhf.rollout.rollout import Completion, Rollout
 
@@ -21,7 +21,8 @@ def ppo_of(algorithm, settings, generations=1, length=10):
     """Return the algorithm of a recipe with these settings."""
     values = {"model": "none", "algorithm": algorithm, "data": {"train": "arithmetic"}, "rewards": ["length"]}
     generation = {"num_generations": generations, "max_completion_length": length}
-    return ALGORITHMS[algorithm](validate_recipe({**values, "generation": generation, "ppo": settings}))
+    recipe = validate_recipe({**values, "generation": generation, "ppo": settings})
+    return resolve(recipe.spec.learner)(recipe)
 
 
 def answers_of(lengths, cut=(), generations=1):

@@ -18,7 +18,6 @@ import torch
 
 from lowmem_rlhf.algorithms.grpo.math import token_loss
 from lowmem_rlhf.errors import UserError
-from lowmem_rlhf.recipe.schema import Recipe
 from lowmem_rlhf.rewards.loading import function_from_file, line_in
 
 
@@ -114,15 +113,6 @@ def load_loss(loss_type: str) -> Loss:
         return Loss(LOSSES[loss_type])
     function = function_from_file(loss_type, "grpo.loss_type", "a loss", "(inputs)")
     return Loss(function, _needs_advantage(loss_type, function))
-
-
-def check_loss(recipe: Recipe) -> None:
-    """Check a recipe's loss before anything is loaded.
-
-    Raises:
-        UserError: as `load_loss`.
-    """
-    load_loss(recipe.grpo.loss_type)
 
 
 def _needs_advantage(name: str, function: LossFunction) -> bool:
