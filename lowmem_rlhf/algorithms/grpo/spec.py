@@ -13,14 +13,6 @@ def _compares(recipe: "Recipe") -> str:
     return "" if recipe.grpo.scale_rewards == "none" else "GRPO"
 
 
-def _check_loss(recipe: "Recipe") -> None:
-    """Try a loss of the user's own; its file imports torch, so that the shipped ones are not asked here."""
-    if ":" in recipe.grpo.loss_type:
-        from lowmem_rlhf.algorithms.grpo.losses import load_loss
-
-        load_loss(recipe.grpo.loss_type)
-
-
 SPEC = AlgorithmSpec(
     name="grpo",
     title="GRPO",
@@ -31,7 +23,7 @@ SPEC = AlgorithmSpec(
     updates=lambda recipe: recipe.grpo.num_iterations,
     compares=_compares,
     in_fits=True,
-    check=_check_loss,
+    check="lowmem_rlhf.algorithms.grpo.check:check_loss",
     checks_quickly=True,
     learner="lowmem_rlhf.algorithms.grpo.trainer:GRPO",
 )
