@@ -1,8 +1,11 @@
 """The wheel carries recipes and profiles, and the package finds them without a checkout."""
 
+import json
 import os
 import subprocess
 import sys
+import sysconfig
+import venv
 import zipfile
 from pathlib import Path
 
@@ -12,11 +15,17 @@ ROOT = Path(__file__).parents[1]
 
 
 @pytest.fixture(scope="module")
-def unpacked(tmp_path_factory):
+def wheel(tmp_path_factory):
     folder = tmp_path_factory.mktemp("wheel")
     command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", str(folder), str(ROOT)]
     subprocess.run(command, check=True, timeout=300)
     (wheel,) = folder.glob("lowmem_rlhf-*.whl")
+    return wheel
+
+
+@pytest.fixture(scope="module")
+def unpacked(wheel):
+    folder = wheel.parent
     with zipfile.ZipFile(wheel) as archive:
         archive.extractall(folder / "site")
     return folder / "site"
@@ -41,3 +50,34 @@ def test_the_installed_package_finds_its_recipes_outside_the_checkout(unpacked, 
         result = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment, timeout=120)
         assert result.returncode == 0, result.stderr
         assert expected in result.stdout
+
+
+@pytest.fixture(scope="module")
+def clean_python(wheel, tmp_path_factory):
+    """Return the interpreter of a new environment with the wheel; its dependencies are those of this one."""
+    folder = tmp_path_factory.mktemp("environment")
+    venv.create(folder, with_pip=False)
+    (site,) = folder.glob("[Ll]ib*/**/site-packages")
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(site)
+    for place in dict.fromkeys(sysconfig.get_path(name) for name in ("purelib", "platlib")):
+        with (site / "dependencies.pth").open("a", encoding="utf-8") as file:
+            file.write(f"{place}\n")  # what editable installs add there is not followed from here
+    return next(path for path in (folder / "bin" / "python", folder / "Scripts" / "python.exe") if path.exists())
+
+
+def test_the_script_of_the_readme_runs_on_the_installed_wheel(clean_python, smollm2, tmp_path):
+    section = (ROOT / "README.md").read_text(encoding="utf-8").split("## From Python")[1]
+    script = section.split("```python\n")[1].split("```")[0]
+    assert len([line for line in script.splitlines() if line.strip()]) <= 12
+    small = "generation.num_generations=2", "training.prompts_per_step=2", "generation.max_completion_length=8"
+    assert 'overrides=["training.max_steps=2"]' in script
+    script = script.replace('"training.max_steps=2"', ", ".join(f'"{one}"' for one in ("training.max_steps=2", *small)))
+    script += "import json; print(json.dumps([lm.__file__, len(run.metrics()), run.recipe.rewards[0].function]))\n"
+    environment = {key: value for key, value in os.environ.items() if key not in ("PYTHONPATH", "PYTHONHOME")}
+    command = [str(clean_python), "-c", script]
+    result = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment, timeout=600)
+    assert result.returncode == 0, result.stderr
+    file, steps, reward = json.loads(result.stdout.splitlines()[-1])
+    assert Path(file).is_relative_to(clean_python.parents[1]) and (steps, reward) == (2, "python:has_answer")
+    assert (tmp_path / "runs" / "quickstart" / "export" / "merged" / "model.safetensors").is_file()

@@ -4,7 +4,7 @@ from lowmem_rlhf.recipe.schema import Recipe
 
 
 def check_loss(recipe: Recipe) -> None:
-    """Try a loss of the user's own on a few numbers; the shipped ones need no trial, and torch is not imported for them.
+    """Try a loss of the user's own on a few numbers; for the shipped ones, which need no trial, torch is not imported.
 
     Raises:
         UserError: as `losses.load_loss`.
