@@ -89,7 +89,10 @@ def __getattr__(name: str) -> Any:
         return import_module("lowmem_rlhf.algorithms")
     if name not in _PLACES:
         raise AttributeError(f"module 'lowmem_rlhf' has no attribute {name!r}")
-    value = getattr(import_module(f"lowmem_rlhf.{_PLACES[name]}"), name)
+    from lowmem_rlhf.quiet import hushed
+
+    with hushed(lambda text: None):  # libraries that talk while they are imported
+        value = getattr(import_module(f"lowmem_rlhf.{_PLACES[name]}"), name)
     globals()[name] = value
     return value
 

@@ -1,6 +1,7 @@
 """A plan as an object: a table when it is printed, a picture in a notebook."""
 
 import io
+import json
 from collections.abc import Sequence
 from typing import Any
 
@@ -49,7 +50,8 @@ class PlanView:
 
     def __init__(self, values: dict[str, Any], name: str = "", advice: str = "") -> None:
         """Wrap the values of a plan."""
-        self.values, self.advice = values, advice
+        self.values: dict[str, Any] = json.loads(json.dumps(values))  # lists for tuples, as in plan.json
+        self.advice = advice
         self._name = name
 
     @property

@@ -1,0 +1,1 @@
+"""Rows: read as they are, turned into prompts and examples, checked before anything is trained."""

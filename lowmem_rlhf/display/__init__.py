@@ -1,0 +1,1 @@
+"""What people see of a run while it works: terminals, pipes, notebooks, tables."""

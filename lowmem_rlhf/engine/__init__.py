@@ -1,0 +1,1 @@
+"""What runs a model: the shared base and its roles, packing, attention, log-probs, adapters, passes."""

@@ -1,0 +1,1 @@
+"""Devices: found, described, and what each kind can do."""

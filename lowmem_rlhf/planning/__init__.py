@@ -1,0 +1,1 @@
+"""From free memory and a recipe to every setting, with its reason. No torch."""

@@ -1,0 +1,1 @@
+"""Pictures and report.html: values in, pictures out."""

@@ -1,0 +1,1 @@
+"""Completions of prompts and the engines that sample them."""

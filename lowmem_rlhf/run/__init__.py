@@ -1,0 +1,1 @@
+"""The run directory: what a run leaves on disk, and the rules for starting, resuming and reading one."""

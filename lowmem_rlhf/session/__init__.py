@@ -1,0 +1,1 @@
+"""From a recipe to a finished run: check, plan, open, run."""

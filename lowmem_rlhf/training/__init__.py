@@ -1,0 +1,1 @@
+"""The loop around the algorithms: steps, evaluation, optimizer, checkpoints, the probe."""

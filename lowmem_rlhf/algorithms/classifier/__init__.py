@@ -1,0 +1,1 @@
+"""Sequence classifiers, trained whole, for the `classifier` reward."""

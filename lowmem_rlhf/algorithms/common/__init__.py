@@ -1,0 +1,1 @@
+"""Mathematics and settings that several algorithms share."""

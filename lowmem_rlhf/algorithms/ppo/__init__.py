@@ -1,0 +1,1 @@
+"""PPO: clipped policy optimisation with a critic."""

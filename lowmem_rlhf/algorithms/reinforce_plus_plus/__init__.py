@@ -1,0 +1,1 @@
+"""REINFORCE++: advantages normalised over the batch, without a critic."""

@@ -1,0 +1,1 @@
+"""Reward models from preference pairs, as an adapter with a score head."""

@@ -1,0 +1,1 @@
+"""RLOO: REINFORCE with the mean of the other completions as baseline."""

@@ -1,0 +1,1 @@
+"""TRL's own trainers on the shared base."""

@@ -1,0 +1,1 @@
+"""Decoding: products of few rows, the decoder without modules, and both in C."""

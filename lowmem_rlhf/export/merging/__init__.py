@@ -1,0 +1,1 @@
+"""A run's adapter merged into its base, from file to file."""

@@ -1,0 +1,1 @@
+"""Ollama: the Modelfile and its template."""

@@ -1,0 +1,1 @@
+"""Bytes of a run, phase by phase: pure arithmetic."""
