@@ -45,7 +45,7 @@ class _Part:
 
 
 class OwnCaches:
-    """What is kept of rows that are being written: the model's own caches."""
+    """The model's own caches of rows that are being written."""
 
     def __init__(self, parts: list[_Part], device: torch.device) -> None:
         self._parts, self.device = parts, device

@@ -233,7 +233,7 @@ def test_ctrl_c_says_how_to_go_on(train, monkeypatch):
     def interrupted(self, view):
         if self.step == 2:
             raise KeyboardInterrupt
-        real(self, view)
+        return real(self, view)
 
     monkeypatch.setattr(Trainer, "_train_step", interrupted)
     done = train("training.max_steps=4")

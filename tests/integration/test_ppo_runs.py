@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file
 from tiny_runs import learned, tiny_recipe, write_jsonl
 
+from lowmem_rlhf.algorithms import build
 from lowmem_rlhf.algorithms.grpo.trainer import GRPO
 from lowmem_rlhf.algorithms.ppo import policy_gradient
 from lowmem_rlhf.algorithms.ppo import trainer as ppo
@@ -30,8 +31,8 @@ from lowmem_rlhf.rollout.rollout import Completion, Rollout
 from lowmem_rlhf.run.directory import RunDirectory
 from lowmem_rlhf.session import train as session
 from lowmem_rlhf.session.train import train
-from lowmem_rlhf.training import roles as build
 from lowmem_rlhf.training.online import Trainer
+from lowmem_rlhf.training.roles import add_roles
 
 CONTRACT = [
     *("step", "reward/mean", "reward/std", "reward/length", "kl", "entropy", "loss", "grad_norm", "learning_rate"),
@@ -112,7 +113,7 @@ def roles_of(recipe: Recipe) -> SharedBase:
     recipe = session._as_saved(recipe)
     plan = running_plan(recipe)
     base = session.open_base(recipe, plan)
-    build.add_roles(base, recipe, load_rewards(recipe.rewards, "cpu", 0, recipe.model))
+    add_roles(base, recipe, load_rewards(recipe.rewards, "cpu", 0, recipe.model))
     return base
 
 
@@ -293,7 +294,7 @@ def test_all_roles_lie_on_one_copy_of_the_base(with_all_roles, quantization, dty
     base = session.open_base(recipe, plan)
     logps_in(base, POLICY)
     before, alive = storages(base), weights_alive(base)
-    build.add_roles(base, recipe, load_rewards(recipe.rewards, "cpu", 0, recipe.model))
+    add_roles(base, recipe, load_rewards(recipe.rewards, "cpu", 0, recipe.model))
     assert base.roles == {REFERENCE: (INITIAL,), POLICY: (POLICY,), INITIAL: (INITIAL,), REWARD: (REWARD,)} | {
         CRITIC: (INITIAL, CRITIC)
     }

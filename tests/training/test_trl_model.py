@@ -127,7 +127,7 @@ def test_policy_and_reference_are_one_base(wide, tmp_path, start):
     loop = loop_of(recipe, tmp_path)
     base = loop.base
     step(loop)
-    adapters = {id(p): p for n, p in base.peft.named_parameters() if ".policy." in n or ".start." in n}
+    adapters = {id(p): p for n, p in base.peft.named_parameters() if ".policy." in n or ".initial." in n}
     # fp32 masters, and of a frozen adapter the 16-bit numbers that it multiplies with
     count = sum(p.numel() for p in base.trainable().values())
     assert sum(p.numel() * p.element_size() for p in adapters.values()) == count * (4 + (2 if start else 0))
