@@ -32,7 +32,8 @@ from lowmem_rlhf.recipe.loading import validate_recipe
 from lowmem_rlhf.recipe.schema import Recipe
 from lowmem_rlhf.rewards.adapter import AdapterReward, load_adapter_reward
 from lowmem_rlhf.rewards.loading import Reward
-from lowmem_rlhf.rollout.rollout import Rollout, Scores
+from lowmem_rlhf.rollout.rollout import Rollout
+from lowmem_rlhf.rollout.scores import Scores
 from lowmem_rlhf.training.optimizer import Optimizer
 from lowmem_rlhf.training.roles import add_roles
 

@@ -10,7 +10,7 @@ from typing import Any
 from lowmem_rlhf.errors import LowmemError, RunError
 from lowmem_rlhf.rewards.functions import Completion
 from lowmem_rlhf.rewards.loading import GIVEN, Reward, accepted, line_in
-from lowmem_rlhf.rollout.rollout import Scores
+from lowmem_rlhf.rollout.scores import Scores
 
 
 def score(

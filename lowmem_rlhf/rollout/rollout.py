@@ -7,10 +7,11 @@ Shapes: B prompts, G completions a prompt, N = B * G completions.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from lowmem_rlhf.engine.packing import Group
+from lowmem_rlhf.rollout.scores import Scores
 
 
 @dataclass(frozen=True)
@@ -26,16 +27,6 @@ class Completion:
     ids: list[int]
     logps: list[float]
     truncated: bool
-
-
-@dataclass(frozen=True)
-class Scores:
-    """The rewards of N completions."""
-
-    by_name: dict[str, list[float | None]]  # per function, N values; None: it does not apply to that completion
-    total: list[float]  # (N,) weighted sums; NaN where no function applies
-    metrics: dict[str, float] = field(default_factory=dict)  # means of what functions reported with TRL's log_metric
-    extra: dict[str, list[Any]] = field(default_factory=dict)  # columns they reported with TRL's log_extra
 
 
 @dataclass(frozen=True)

@@ -12,8 +12,9 @@ from lowmem_rlhf.recipe.schema import Recipe
 from lowmem_rlhf.rewards.loading import Reward
 from lowmem_rlhf.rewards.scoring import score
 from lowmem_rlhf.rollout.engine import Engine
-from lowmem_rlhf.rollout.rollout import Completion, Scores
+from lowmem_rlhf.rollout.rollout import Completion
 from lowmem_rlhf.rollout.sampling import Sampling
+from lowmem_rlhf.rollout.scores import Scores
 
 CORRECT = 1.0  # the accuracy reward's value from which a completion counts as correct
 

@@ -1,6 +1,7 @@
 """The floor's FLOP and byte formulas, against torch's own count of our passes and against tensors that are there."""
 
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from lowmem_rlhf.algorithms.grpo import update
 from lowmem_rlhf.algorithms.grpo.settings import GRPOSettings
 from lowmem_rlhf.architecture.dimensions import dimensions_from_config
 from lowmem_rlhf.engine.ladder import RolloutLimits
+from lowmem_rlhf.engine.passes import completion_logprobs
 from lowmem_rlhf.planning.memory.rollout import kv_bytes_per_token
 from lowmem_rlhf.rollout.engine import wave_engine
 from lowmem_rlhf.rollout.sampling import Sampling
@@ -59,13 +61,14 @@ def products(flops: Flops) -> int:
 def case(request):
     base, _ = tiny_base(request.param)
     dims = dimensions_from_config(base.model.config.to_dict(), request.param)
-    return base, dims, as_batch(ragged_groups(shapes=SHAPES))
+    batch = as_batch(ragged_groups(shapes=SHAPES))
+    return base, dims, replace(batch, advantages=[1.0] * len(batch.completions))
 
 
 def test_a_pass_without_gradients_takes_the_flops_of_the_formula(case):
     base, dims, batch = case
     with base.role("reference"):
-        found = counted(lambda: update.score(base, batch, range(6), WHOLE))
+        found = counted(lambda: completion_logprobs(base, batch.groups(range(6)), WHOLE))
     expected = forward(dims, 0, TOKENS.packed, RECTANGLES, TOKENS.scored)
     assert found == {"products": products(expected), "attention": expected.attention}
     assert forward(dims, 0, TOKENS.packed, TOKENS.pairs, TOKENS.scored).attention < expected.attention

@@ -1,0 +1,14 @@
+"""What rewards say of the completions of a rollout. Loads without torch."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Scores:
+    """The rewards of N completions."""
+
+    by_name: dict[str, list[float | None]]  # per function, N values; None: it does not apply to that completion
+    total: list[float]  # (N,) weighted sums; NaN where no function applies
+    metrics: dict[str, float] = field(default_factory=dict)  # means of what functions reported with TRL's log_metric
+    extra: dict[str, list[Any]] = field(default_factory=dict)  # columns they reported with TRL's log_extra
