@@ -91,7 +91,7 @@ class PlanView:
         from lowmem_rlhf.display.live import print_plan
 
         text = io.StringIO()
-        print_plan(self.values, Console(file=text, width=_WIDTH))
+        print_plan(self.values, Console(file=text, width=_WIDTH, force_jupyter=False))
         return "\n".join([text.getvalue().rstrip(), *([self.advice] if self.advice else [])])
 
     def _repr_png_(self) -> bytes:
