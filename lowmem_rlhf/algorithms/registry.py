@@ -3,10 +3,7 @@
 Loads without torch.
 """
 
-import importlib.util
-import sys
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 from lowmem_rlhf.algorithms.classifier.spec import SPEC as CLASSIFIER
@@ -21,12 +18,12 @@ from lowmem_rlhf.algorithms.trl.spec import SPECS as TRL
 from lowmem_rlhf.algorithms.trl.spec import check_name
 from lowmem_rlhf.errors import UserError
 from lowmem_rlhf.suggest import did_you_mean, spelled
+from lowmem_rlhf.user_code import find_file, import_file, member, no_file, split_reference
 
 _SHIPPED = (GRPO, PPO, RLOO, REINFORCE_PLUS_PLUS, SFT, REWARD_MODEL, CLASSIFIER, *TRL)
 DEFAULT = GRPO.name
 _specs: dict[str, AlgorithmSpec] = {spec.name: spec for spec in _SHIPPED}
 _written: dict[str, AlgorithmSpec] = {}  # a user's own, by what a recipe calls it: path.py:SPEC
-_files: dict[tuple[Path, int], ModuleType] = {}  # by the time of their last change
 
 
 def names() -> tuple[str, ...]:
@@ -126,22 +123,15 @@ def load_own(written: str, run: Path | None = None) -> AlgorithmSpec:
     Raises:
         UserError: no such file, it cannot be imported, or it has no spec of that name.
     """
-    source, _, name = written.rpartition(":")
-    if not source.endswith(".py") or not name.isidentifier():
-        raise UserError(f"algorithm: got {written!r}; an algorithm of your own is written path.py:SPEC")
-    places = [folder / Path(source).expanduser() for folder in (*_start(run), Path())]
-    path = next((place.resolve() for place in places if place.is_file()), None)
+    source, name = split_reference(written, "algorithm", "path.py:SPEC", "an algorithm")
+    path = find_file(source, (*_start(run), Path()))
     if path is None and written in _written:  # the recipe was read in another folder
         return _written[written]
     if path is None:
-        raise UserError(f"algorithm: there is no file {source}; give its path from the current folder")
-    module = _module(path, source)
+        raise no_file(source, "algorithm")
+    module = import_file(path, source, "algorithm")
     own = [key for key, value in vars(module).items() if isinstance(value, AlgorithmSpec)]
-    if not hasattr(module, name):
-        raise UserError(
-            f"algorithm: {source} defines no {name!r}{did_you_mean(name, own)} (it has: {', '.join(own) or 'no spec'})"
-        )
-    spec = getattr(module, name)
+    spec = member(module, name, source, "algorithm", own, "spec")
     if not isinstance(spec, AlgorithmSpec):
         raise UserError(f"algorithm: {written} is a {type(spec).__name__}, not an AlgorithmSpec")
     if _written.get(written) is not spec:
@@ -155,26 +145,3 @@ def _start(run: Path | None) -> list[Path]:
 
     start = start_folder(run) if run else None
     return [start] if start else []
-
-
-def _module(path: Path, source: str) -> ModuleType:
-    """Return a file's module; the same one as long as the file does not change."""
-    key = (path, path.stat().st_mtime_ns)
-    if key in _files:
-        return _files[key]
-    name = f"lowmem_rlhf_user_{path.stem}_{abs(hash(path))}"
-    found = importlib.util.spec_from_file_location(name, path)
-    assert found is not None and found.loader is not None
-    module = importlib.util.module_from_spec(found)
-    sys.modules[name] = module  # dataclasses look a class's module up there
-    sys.path.insert(0, str(path.parent))  # a file may import its neighbours, as a script can
-    try:
-        found.loader.exec_module(module)
-    except (Exception, SystemExit) as error:
-        del sys.modules[name]
-        reason = " ".join(str(error).split()) or "no message"
-        raise UserError(f"algorithm: {source} cannot be imported: {type(error).__name__}: {reason}") from error
-    finally:
-        sys.path.remove(str(path.parent))
-    _files[key] = module
-    return module

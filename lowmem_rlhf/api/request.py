@@ -13,7 +13,7 @@ from lowmem_rlhf.inference.loaded import LoadedModel
 from lowmem_rlhf.recipe.loading import load_recipe, recipe_of
 from lowmem_rlhf.recipe.python_objects import PREFIX
 from lowmem_rlhf.recipe.schema import Recipe
-from lowmem_rlhf.rewards.loading import check_callable
+from lowmem_rlhf.rewards.loading import check_reward_function
 
 RecipeLike = str | Path | Mapping[str, Any] | Recipe
 RewardLike = str | Callable[..., Any] | tuple[Any, float] | Mapping[str, Any]
@@ -131,7 +131,7 @@ def reward_configs(rewards: Sequence[RewardLike]) -> tuple[list[dict[str, Any]],
         function = config.get("function")
         if function is not None and not isinstance(function, str):
             name = str(config.get("name") or _name_of(function))
-            check_callable(function, name)
+            check_reward_function(function, name)
             if functions.get(f"{PREFIX}{name}", function) is not function:
                 raise UserError(f"rewards: two functions are called {name!r}; give one a name: {{'name': ...}}")
             config["function"] = f"{PREFIX}{name}"

@@ -1,14 +1,9 @@
 """From the `rewards` of a recipe to callables: shipped functions and learned rewards by name, the user's own as
 ``path.py:function``."""
 
-import importlib.util
 import inspect
-import sys
-import traceback
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from pathlib import Path
-from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from lowmem_rlhf.errors import UserError
@@ -16,6 +11,7 @@ from lowmem_rlhf.recipe.python_objects import is_python, python_object
 from lowmem_rlhf.recipe.sections import LEARNED_REWARDS, REWARD_ADAPTER, RewardConfig
 from lowmem_rlhf.rewards.functions import SHIPPED
 from lowmem_rlhf.suggest import did_you_mean
+from lowmem_rlhf.user_code import check_callable, file_of, is_user_code, load_function
 
 if TYPE_CHECKING:
     from lowmem_rlhf.rewards.learned import Room
@@ -26,6 +22,10 @@ GIVEN = (
     *("prompts", "completions", "prompt_ids", "completion_ids", "prompt_texts"),
     *("trainer_state", "log_extra", "log_metric"),
 )
+
+# Of messages about a user's function: the recipe's key, what it is and how it is called.
+_WORDS = ("rewards", "a reward function", "(prompts, completions, **columns)")
+_NAMES = (*SHIPPED, *LEARNED_REWARDS, REWARD_ADAPTER)
 
 
 @dataclass(frozen=True)
@@ -97,27 +97,21 @@ def check_reward_columns(rewards: list[Reward], columns: Iterable[str]) -> None:
                 )
 
 
+def check_reward_function(function: Any, name: str) -> None:
+    """Check that an object can be called as a reward function.
+
+    Raises:
+        UserError: it cannot.
+    """
+    check_callable(function, name, *_WORDS)
+
+
 def accepted(function: Callable[..., Any], arguments: dict[str, Any]) -> dict[str, Any]:
     """Return the arguments that a function takes: all of them when it has ``**kwargs``."""
     parameters = _parameters(function)
     if any(one.kind is one.VAR_KEYWORD for one in parameters.values()):
         return arguments
     return {name: value for name, value in arguments.items() if name in parameters}
-
-
-def line_in(error: BaseException, source: str) -> int | None:
-    """Return the line of a user's file in which an error arose: of the calls in that file the last; None without one.
-
-    Args:
-        source: the file, as `Reward.source`.
-    """
-    if not source:
-        return None
-    file = str(Path(source).expanduser().resolve())
-    if isinstance(error, SyntaxError) and error.filename == file:
-        return error.lineno
-    lines = [line for frame, line in traceback.walk_tb(error.__traceback__) if frame.f_code.co_filename == file]
-    return lines[-1] if lines else None
 
 
 def _load(config: RewardConfig, room: "Room | None", model: str, revision: str | None) -> Reward:
@@ -131,9 +125,10 @@ def _load(config: RewardConfig, room: "Room | None", model: str, revision: str |
     source = ""
     if is_python(config.function):
         function = python_object(config.function, "rewards")
-        source = _file_of(function)
-    elif ".py" in config.function or ":" in config.function:
-        function, source = function_from_file(config.function), config.function.rpartition(":")[0]
+        source = file_of(function)
+    elif is_user_code(config.function):
+        function = load_function(config.function, *_WORDS)
+        source = config.function.rpartition(":")[0]
     elif config.function in SHIPPED:
         function = SHIPPED[config.function]
     else:
@@ -153,95 +148,6 @@ def _learned(config: RewardConfig, room: "Room | None") -> Reward:
     function, device, reason = load_learned(config, room)
     placement = {"model": config.options["model"], "device": device, "reason": reason}
     return Reward(config.name, function, config.weight, columns=function.columns, placement=placement)
-
-
-def function_from_file(
-    reference: str,
-    key: str = "rewards",
-    kind: str = "a reward function",
-    call: str = "(prompts, completions, **columns)",
-) -> Callable[..., Any]:
-    """Return the user's own function that a recipe names; its file is executed.
-
-    Args:
-        reference: ``path.py:function``.
-        key: where the recipe names it, for messages.
-        kind, call: what it should be, and how it is called.
-
-    Raises:
-        UserError: it is not written so; the file is absent or fails; or it has no such function.
-    """
-    source, _, name = reference.rpartition(":")
-    if not source.endswith(".py") or not name.isidentifier():
-        raise UserError(f"{key}: got {reference!r}; a function of your own is written path.py:function")
-    path = Path(source).expanduser()
-    if not path.is_file():
-        raise UserError(f"{key}: there is no file {source}; give its path from the current folder")
-    module = _import(path.resolve(), source, key)
-    own = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
-    if not hasattr(module, name):
-        known = ", ".join(own) or "no function"
-        raise UserError(f"{key}: {source} defines no {name!r}{did_you_mean(name, own)} (it has: {known})")
-    function = getattr(module, name)
-    check_callable(function, reference, key, kind, call)
-    return function
-
-
-def check_callable(
-    function: Any,
-    name: str,
-    key: str = "rewards",
-    kind: str = "a reward function",
-    call: str = "(prompts, completions, **columns)",
-) -> None:
-    """Check that an object can be called, as a reward function or what ``kind`` says.
-
-    Raises:
-        UserError: it cannot.
-    """
-    if not callable(function) or inspect.isclass(function) or not _has_signature(function):
-        found = "class" if inspect.isclass(function) else type(function).__name__
-        raise UserError(f"{key}: {name} is a {found}, not {kind}; name something that is called with {call}")
-
-
-def _file_of(function: Callable[..., Any]) -> str:
-    """Return the file that a function stands in, for messages; empty where there is none, as in a notebook."""
-    try:
-        file = inspect.getsourcefile(function) or ""
-    except TypeError:  # an object that is called
-        return ""
-    return file if Path(file).is_file() else ""
-
-
-def _import(path: Path, source: str, key: str) -> ModuleType:
-    name = f"lowmem_rlhf_user_{path.stem}_{abs(hash(path))}"
-    spec = importlib.util.spec_from_file_location(name, path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module  # dataclasses and pickle look a class's module up there
-    sys.path.insert(0, str(path.parent))  # a file may import its neighbours, as a script can
-    try:
-        spec.loader.exec_module(module)
-    except (Exception, SystemExit) as error:
-        del sys.modules[name]
-        reason = " ".join(str(error).split()) or "no message"
-        line = line_in(error, source)
-        place = source if line is None else f"{source}, line {line},"
-        raise UserError(f"{key}: {place} cannot be imported: {type(error).__name__}: {reason}") from error
-    finally:
-        sys.path.remove(str(path.parent))
-    return module
-
-
-_NAMES = (*SHIPPED, *LEARNED_REWARDS, REWARD_ADAPTER)
-
-
-def _has_signature(function: Callable[..., Any]) -> bool:
-    try:
-        inspect.signature(function)
-    except (TypeError, ValueError):  # some functions written in C
-        return False
-    return True
 
 
 def _parameters(function: Callable[..., Any]) -> dict[str, inspect.Parameter]:

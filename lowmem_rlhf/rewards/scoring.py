@@ -9,8 +9,9 @@ from typing import Any
 
 from lowmem_rlhf.errors import LowmemError, RunError
 from lowmem_rlhf.rewards.functions import Completion
-from lowmem_rlhf.rewards.loading import GIVEN, Reward, accepted, line_in
+from lowmem_rlhf.rewards.loading import GIVEN, Reward, accepted
 from lowmem_rlhf.rollout.scores import Scores
+from lowmem_rlhf.user_code import describe, line_in
 
 
 def score(
@@ -78,10 +79,9 @@ def _call(reward: Reward, lent: dict[str, Any], shared: dict[str, Any]) -> Any:
     except LowmemError:
         raise
     except (Exception, SystemExit) as error:
-        reason = " ".join(str(error).split()) or "no message"
         line = line_in(error, reward.source)
         place = "" if line is None else f" in {reward.source}, line {line}"
-        raise RunError(f"reward function {reward.name} failed{place}: {type(error).__name__}: {reason}") from error
+        raise RunError(f"reward function {reward.name} failed{place}: {describe(error)}") from error
 
 
 def _copied(value: Any) -> Any:

@@ -25,7 +25,7 @@ FILE = Path(__file__).resolve().parent / "toy_algorithm" / "raft.py"
 @pytest.fixture(autouse=True)
 def nothing_stays(monkeypatch):
     """Let an algorithm be known for one test alone."""
-    for name in ("_specs", "_written", "_files"):
+    for name in ("_specs", "_written"):
         monkeypatch.setattr(registry, name, dict(getattr(registry, name)))
     added = set(schema._added)
     yield
@@ -121,7 +121,7 @@ def test_its_settings_are_overridden_and_an_algorithm_is_chosen_on_the_command_l
         ("raft.py:RAF", "algorithm: raft.py defines no 'RAF'; did you mean 'RAFT'? (it has: RAFT)"),
         ("raft.py:NO_SPEC", "algorithm: raft.py:NO_SPEC is a ModelMetaclass, not an AlgorithmSpec"),
         ("raft.py", "algorithm: got 'raft.py'; an algorithm of your own is written path.py:SPEC"),
-        ("broken.py:SPEC", "algorithm: broken.py cannot be imported: ZeroDivisionError: division by zero"),
+        ("broken.py:SPEC", "algorithm: broken.py, line 1, cannot be imported: ZeroDivisionError: division by zero"),
     ],
 )
 def test_a_file_that_gives_no_algorithm_is_one_sentence(command, here, name, message):

@@ -18,7 +18,7 @@ import torch
 
 from lowmem_rlhf.algorithms.grpo.math import token_loss
 from lowmem_rlhf.errors import UserError
-from lowmem_rlhf.rewards.loading import function_from_file, line_in
+from lowmem_rlhf.user_code import describe, line_in, load_function
 
 
 @dataclass(frozen=True)
@@ -111,7 +111,7 @@ def load_loss(loss_type: str) -> Loss:
     """
     if loss_type in LOSSES:
         return Loss(LOSSES[loss_type])
-    function = function_from_file(loss_type, "grpo.loss_type", "a loss", "(inputs)")
+    function = load_function(loss_type, "grpo.loss_type", "a loss", "(inputs)")
     return Loss(function, _needs_advantage(loss_type, function))
 
 
@@ -157,9 +157,8 @@ def _tried(name: str, function: LossFunction, inputs: LossInputs) -> tuple[torch
             loss: Any = function(replace(inputs, logps=logps))
     except Exception as error:
         line = line_in(error, name.rpartition(":")[0])
-        reason = " ".join(str(error).split()) or "no message"
         place = "" if line is None else f", line {line}"
-        raise UserError(f"grpo.loss_type: {name}{place} fails on a trial: {type(error).__name__}: {reason}") from error
+        raise UserError(f"grpo.loss_type: {name}{place} fails on a trial: {describe(error)}") from error
     if not torch.is_tensor(loss) or loss.shape != logps.shape:
         got = f"a tensor of shape {tuple(loss.shape)}" if torch.is_tensor(loss) else f"a {type(loss).__name__}"
         raise UserError(
