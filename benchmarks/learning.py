@@ -44,6 +44,7 @@ def main() -> None:
         raise SystemExit(f"{unknown[0]!r} has no twin; there are {', '.join(TWINS)}")
     if not (DATA / "style").is_dir():
         raise SystemExit(f"the data of the twins is not here ({DATA})")
+    from lowmem_rlhf.display.run_display import ConsoleDisplay
     from lowmem_rlhf.recipe.loading import load_recipe
     from lowmem_rlhf.report.plots import plot_reward
     from lowmem_rlhf.run.directory import open_run
@@ -55,7 +56,7 @@ def main() -> None:
     for name in work.names or TWINS:
         folder = work.output / name
         if not (folder / "report.html").is_file():
-            train(load_recipe(name, TWINS[name](work.output)), folder, resume=folder.exists())
+            train(load_recipe(name, TWINS[name](work.output)), folder, folder.exists(), ConsoleDisplay())
         found[name] = result(folder)
         if work.plots and name != "style_classifier":
             run = open_run(folder)

@@ -15,7 +15,7 @@ from lowmem_rlhf.algorithms.spec import resolve
 from lowmem_rlhf.data.preview import with_format
 from lowmem_rlhf.data.provenance import check_base, check_learned, check_resumed_data, run_inputs
 from lowmem_rlhf.data.values import Row
-from lowmem_rlhf.display.run_display import RunDisplay, steps_shown
+from lowmem_rlhf.display.run_display import RunDisplay, display_for, steps_shown
 from lowmem_rlhf.errors import UserError
 from lowmem_rlhf.hardware.cpu_process import bound_kernel_caches
 from lowmem_rlhf.hardware.detect import detect
@@ -23,6 +23,7 @@ from lowmem_rlhf.inference.base import LoadedModel, check_computes, held_against
 from lowmem_rlhf.planning.advice import warning, why_not
 from lowmem_rlhf.planning.plan import Plan, check_positions
 from lowmem_rlhf.planning.run_plan import planned, resumed_plan, running_plan
+from lowmem_rlhf.progress import current
 from lowmem_rlhf.recipe.schema import Recipe
 from lowmem_rlhf.run.directory import RunDirectory, default_output
 from lowmem_rlhf.run.start import as_written, located, paths_explained
@@ -75,20 +76,25 @@ class Planned:
 
 
 def train(
-    recipe: Recipe, output: Path | None, resume: bool, display: RunDisplay, loaded: LoadedModel | None = None
+    recipe: Recipe,
+    output: Path | None = None,
+    resume: bool = False,
+    display: RunDisplay | None = None,
+    loaded: LoadedModel | None = None,
 ) -> RunDirectory:
     """Run a recipe and return its run directory.
 
     Args:
         output: the run's folder; None: ``runs/NAME``.
         resume: go on from the last checkpoint of the run that is there.
-        display: where the run is shown.
+        display: where the run is shown; None: on the current display, which shows nothing where none was entered.
         loaded: a model that the caller has loaded already.
 
     Raises:
         UserError: the input is wrong; nothing was trained.
         RunError: the run had begun and failed; a note says which step is kept.
     """
+    display = display or display_for(current())
     checked = check(recipe, output, resume, display)
     if (own_run := recipe.spec.run) is not None:
         check_computes(detect(recipe.hardware.device))

@@ -4,6 +4,7 @@ Dong et al. 2023, "RAFT: Reward rAnked FineTuning", with a share of a prompt's c
 Named in a recipe as ``algorithm: raft.py:RAFT``; its spec loads without torch, so planning does too.
 """
 
+from dataclasses import replace
 from typing import Any
 
 from pydantic import Field
@@ -28,41 +29,40 @@ class Raft:
         """Take one optimizer step on the mean log-prob of the better completions' tokens."""
         from lowmem_rlhf.engine.passes import completion_logprobs, micro_batches, packed_logprobs
         from lowmem_rlhf.engine.roles import POLICY
-        from lowmem_rlhf.rollout.rollout import Batch
+        from lowmem_rlhf.training.loop import StepOutput
         from lowmem_rlhf.training.metrics import sampling_difference
-        from lowmem_rlhf.training.online import Learned
 
-        totals, base = rollout.scores.total, trainer.base
+        totals, base = rollout.scored.total, trainer.base
         means = [sum(totals[i : i + self.group]) / self.group for i in range(0, len(totals), self.group)]
         above = [float(total > means[row // self.group] + self.margin) for row, total in enumerate(totals)]
-        batch = Batch([one.prompt_ids for one in rollout.examples], rollout.completions, above, self.group)
+        rollout = replace(rollout, advantages=above)
         rows = [row for row, better in enumerate(above) if better]
         tokens = sum(len(rollout.completions[row].ids) for row in rows)
 
-        def score(passes: Any) -> Any:
+        def score(limits: Any) -> Any:
             with base.role(POLICY):
-                return completion_logprobs(base, batch.groups(range(len(totals))), passes)
+                return completion_logprobs(base, rollout.groups(range(len(totals))), limits)
 
-        def work(passes: Any) -> float:
+        def work(limits: Any) -> float:
             trainer.optimizer.zero_grad()
             loss = 0.0
             with base.role(POLICY):
-                for packed in micro_batches(base, batch.groups(rows), passes.micro_batch_tokens):
-                    logps, _ = packed_logprobs(base, packed, passes.temperature, passes.tile)
+                for packed in micro_batches(base, rollout.groups(rows), limits.micro_batch_tokens):
+                    logps, _ = packed_logprobs(base, packed, limits.temperature, limits.tile)
                     share = -logps.sum() / tokens
                     (share * trainer.optimizer.loss_scale).backward()
                     loss += float(share.detach())
             return loss
 
         with trainer.timed("score"):
-            difference = sampling_difference(batch, trainer.scored(score, progress))
+            difference = sampling_difference(rollout, trainer.ladder.score(score, progress.message))
         with trainer.timed("update"):
-            loss = trainer.with_fewer_tokens(work, progress)
+            loss = trainer.ladder.update(work, progress.message)
             norm = trainer.optimizer.step()
             base.adapters_changed()
             trainer.optimizer.drop_gradients()
-        told = {"loss": loss, "grad_norm": norm, "tokens/trained": tokens, "sampling/logp_difference": difference}
-        return Learned(batch, told, rows)
+        metrics = {"loss": loss, "grad_norm": norm, "tokens/trained": tokens, "sampling/logp_difference": difference}
+        return StepOutput(metrics, tokens, rollout=rollout)
 
     def state(self) -> dict[str, Any]:
         """Nothing is kept between steps."""
