@@ -187,7 +187,9 @@ def ragged_groups(seed: int = 0, shapes: Sequence[tuple[int, Sequence[int]]] = (
 def as_batch(groups: Sequence[Group]) -> Rollout:
     """Return the whole batch of groups that all have the same number of completions."""
     completions = [Completion(list(c), [0.0] * len(c), False) for g in groups for c in g.completions]
-    return Rollout([list(g.prompt) for g in groups], completions, len(groups[0].completions))
+    return Rollout(
+        [list(g.prompt) for g in groups], completions, len(groups[0].completions), advantages=[1.0] * len(completions)
+    )
 
 
 def sampled_difference(base: SharedBase) -> float:

@@ -14,7 +14,7 @@ from lowmem_rlhf.algorithms.grpo import update
 from lowmem_rlhf.algorithms.grpo.settings import GRPOSettings
 from lowmem_rlhf.architecture.dimensions import dimensions_from_config
 from lowmem_rlhf.engine.ladder import RolloutLimits
-from lowmem_rlhf.engine.passes import completion_logprobs
+from lowmem_rlhf.engine.passes import BatchLimits, completion_logprobs
 from lowmem_rlhf.planning.memory.rollout import kv_bytes_per_token
 from lowmem_rlhf.rollout.engine import wave_engine
 from lowmem_rlhf.rollout.sampling import Sampling
@@ -23,7 +23,7 @@ RANK = 4  # of tiny_base
 SHAPES = [(7, [6, 6, 6]), (5, [6, 6, 6])]
 TOKENS = Tokens([7, 5], [6] * 6)
 RECTANGLES = 7 * 7 + 5 * 5 + 3 * 5 * (7 + 5) + 3 * 5 * (5 + 5)  # what attention computes: it masks half of a square
-WHOLE = update.BatchLimits(1.0, 10_000, 64)
+WHOLE = BatchLimits(1.0, 10_000, 64)
 OBJECTIVE = update.Objective.of(GRPOSettings(beta=0.0), 6)
 FAMILIES = ("llama", "llama-tied-biased", "qwen3", "gemma2", "phi", "gpt2")
 

@@ -134,7 +134,7 @@ class FixedEngine:
 @pytest.fixture
 def registered():
     """Register the engine, for this test alone."""
-    engines.register("fixed", FixedEngine, lambda memory: {"kv_cache": 12_345})
+    engines.register_engine("fixed", FixedEngine, lambda memory: {"kv_cache": 12_345})
     yield
     del engines.ENGINES["fixed"], ROLLOUT_BYTES["fixed"]
 
@@ -178,4 +178,4 @@ def test_an_engine_that_nobody_has_registered_is_refused_before_anything_is_load
 
 def test_a_name_is_registered_once(registered):
     with pytest.raises(ValueError, match=r"engine 'auto' is there already"):
-        engines.register("auto", FixedEngine)
+        engines.register_engine("auto", FixedEngine)

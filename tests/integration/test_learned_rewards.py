@@ -8,6 +8,7 @@ from tiny_classifiers import save_classifier, save_sentence_encoder
 from tiny_runs import learned, tiny_recipe, write_jsonl
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
+from lowmem_rlhf.display.run_display import ConsoleDisplay
 from lowmem_rlhf.errors import RunError, UserError
 from lowmem_rlhf.session.train import train
 
@@ -35,7 +36,7 @@ def recipe(tiny_model: Path, tmp_path: Path):
 
 
 def test_learned_rewards_train_the_policy(recipe, tmp_path, capsys):
-    run = train(recipe(), tmp_path / "run")
+    run = train(recipe(), tmp_path / "run", display=ConsoleDisplay())
     assert [row["step"] for row in run.metrics()] == [1, 2, 3]
     model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "bert").eval().requires_grad_(False)
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "bert")

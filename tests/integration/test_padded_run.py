@@ -8,6 +8,7 @@ from safetensors.torch import load_file
 from tiny_runs import save_tiny_model, tiny_recipe
 
 from lowmem_rlhf.display.lines import Lines
+from lowmem_rlhf.display.run_display import ConsoleDisplay
 from lowmem_rlhf.engine.base import SharedBase
 from lowmem_rlhf.errors import UserError
 from lowmem_rlhf.progress import shown_by
@@ -23,7 +24,7 @@ UNPACKABLE = {
 def test_a_model_that_cannot_be_packed_trains_and_the_run_says_how(model_type, tmp_path, capsys):
     model = save_tiny_model(tmp_path / "model", 0, model_type, **UNPACKABLE[model_type])
     with shown_by(Lines(sys.stderr)):
-        run = train(tiny_recipe(model), tmp_path / "run")
+        run = train(tiny_recipe(model), tmp_path / "run", display=ConsoleDisplay())
     printed, said = capsys.readouterr()
     assert "cannot be packed" in printed
     assert "rows are padded" in printed

@@ -19,6 +19,7 @@ from lowmem_rlhf.algorithms.ppo import trainer as ppo
 from lowmem_rlhf.algorithms.ppo import update as ppo_update
 from lowmem_rlhf.algorithms.ppo.trainer import PPO
 from lowmem_rlhf.architecture.adapters import saved_adapter
+from lowmem_rlhf.display.run_display import ConsoleDisplay
 from lowmem_rlhf.engine.base import SharedBase
 from lowmem_rlhf.engine.passes import BatchLimits, completion_logprobs, head_outputs, with_bootstrap_position
 from lowmem_rlhf.engine.roles import CRITIC, INITIAL, POLICY, REFERENCE, REWARD
@@ -102,7 +103,7 @@ def watched(monkeypatch) -> Callable[[Recipe, Path], Trainer]:
 
         with monkeypatch.context() as patch:
             patch.setattr(build, "make_trainer", made)
-            train(recipe, path)
+            train(recipe, path, display=ConsoleDisplay())
         return found[0]
 
     return run

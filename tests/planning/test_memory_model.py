@@ -11,10 +11,17 @@ from planning_cases import CONFIGS, card, cpu
 
 from lowmem_rlhf.architecture.dimensions import ModelDimensions, dimensions_from_config
 from lowmem_rlhf.planning import shapes
-from lowmem_rlhf.planning.memory import phases as memory
 from lowmem_rlhf.planning.memory import rollout as rollouts
 from lowmem_rlhf.planning.memory.layers import Layer
-from lowmem_rlhf.planning.memory.resident import Memory, Settings
+from lowmem_rlhf.planning.memory.phases import ALLOCATOR_FACTOR, peak_phase, phases
+from lowmem_rlhf.planning.memory.resident import (
+    Memory,
+    Settings,
+    block_weight_bytes,
+    embedding_bytes,
+    logits_tile_bytes,
+    total,
+)
 from lowmem_rlhf.recipe.loading import load_recipe
 from lowmem_rlhf.recipe.schema import Recipe
 
@@ -33,16 +40,14 @@ def memory_of(*overrides: str, model: str = "Qwen2.5-0.5B", device=None, **setti
 
 def test_weights_by_hand():
     model = dims("Qwen2.5-0.5B")
-    assert memory.block_weight_bytes(model, "none", 2) == 2 * model.linear_parameters
-    assert memory.block_weight_bytes(model, "nf4", 2) / model.linear_parameters == pytest.approx(
-        0.5 + 0.127 / 8, abs=1e-4
-    )
-    assert 1 < memory.block_weight_bytes(model, "int8", 2) / model.linear_parameters < 1.005
-    assert memory.embedding_bytes(model, 2) == pytest.approx(151936 * 896 * 2, rel=0.002)  # tied: once
-    assert memory.embedding_bytes(dims("Qwen2.5-7B"), 2) / 2**30 == pytest.approx(2.03, abs=0.01)
-    away = memory.embedding_bytes(dims("Qwen2.5-7B"), 2) - memory.embedding_bytes(dims("Qwen2.5-7B"), 2, offloaded=True)
+    assert block_weight_bytes(model, "none", 2) == 2 * model.linear_parameters
+    assert block_weight_bytes(model, "nf4", 2) / model.linear_parameters == pytest.approx(0.5 + 0.127 / 8, abs=1e-4)
+    assert 1 < block_weight_bytes(model, "int8", 2) / model.linear_parameters < 1.005
+    assert embedding_bytes(model, 2) == pytest.approx(151936 * 896 * 2, rel=0.002)  # tied: once
+    assert embedding_bytes(dims("Qwen2.5-7B"), 2) / 2**30 == pytest.approx(2.03, abs=0.01)
+    away = embedding_bytes(dims("Qwen2.5-7B"), 2) - embedding_bytes(dims("Qwen2.5-7B"), 2, offloaded=True)
     assert away == 152064 * 3584 * 2
-    assert memory.embedding_bytes(model, 2, offloaded=True) == memory.embedding_bytes(model, 2)  # it is the head
+    assert embedding_bytes(model, 2, offloaded=True) == embedding_bytes(model, 2)  # it is the head
 
 
 def test_an_adapter_parameter_takes_sixteen_bytes_with_adamw():
@@ -82,7 +87,8 @@ SHAPES = [
 
 @pytest.mark.parametrize(("prompt", "fed", "scored", "generations", "groups", "tokens"), SHAPES)
 def test_a_row_is_no_less_than_what_the_packer_makes(prompt, fed, scored, generations, groups, tokens):
-    packing = pytest.importorskip("lowmem_rlhf.engine.packing")
+    from lowmem_rlhf.engine import packing
+
     shape = shapes.packed_shape(prompt, fed, scored, generations, groups, tokens)
     given = [
         packing.Group([1] * prompt, [[2] * (fed + 1) for _ in range(generations)], list(range(generations)))
@@ -138,11 +144,11 @@ def test_an_export_needs_no_optimizer_and_never_decides_whether_a_run_fits():
         recipe = load_recipe("grpo_gsm8k", [f"algorithm={algorithm}"])
         least = {"micro_batch_tokens": 832, "score_batch_tokens": 832, "rollout_batch_size": 1}
         tight = replace(SETTINGS, optim="adamw_8bit", lora={**LORA, "r": 4}, **least)
-        found = memory.phases(dims(model), recipe, tight, card(10.75))
+        found = phases(dims(model), recipe, tight, card(10.75))
         assert found["export"].keys() == {
             "weights", "embeddings", "adapters", "adapter_copies", "workspaces", "compared_logits", "allocator",
         }  # fmt: skip
-        assert memory.peak_phase(found)[0] != "export"
+        assert peak_phase(found)[0] != "export"
 
 
 def test_cublas_keeps_a_workspace_for_each_of_two_threads():
@@ -155,25 +161,27 @@ def test_cublas_keeps_a_workspace_for_each_of_two_threads():
 
 
 def test_the_tile_has_the_heads_shape():
-    logprobs = pytest.importorskip("lowmem_rlhf.engine.logprobs")
-    torch = pytest.importorskip("torch")
+    import torch
+
+    from lowmem_rlhf.engine import logprobs
+
     model = dims("Qwen2.5-0.5B")
     head = logprobs.Head(torch.nn.Linear(model.hidden_size, model.vocab_size, bias=False, device="meta"))
     for positions, tile in ((2000, 64), (2000, 1), (30, 64), (513, 512)):
         most, chunk = head.shape_of_tiles(positions, tile)
         rows = max(part.stop - part.start for part in logprobs.tiles(positions, most))
-        assert memory.logits_tile_bytes(model, positions, tile, 2, gradient=False) == rows * chunk * (2 + 8)
+        assert logits_tile_bytes(model, positions, tile, 2, gradient=False) == rows * chunk * (2 + 8)
         rows_of_head = rows * model.hidden_size * (2 + 4)
-        with_gradient = memory.logits_tile_bytes(model, positions, tile, 2, gradient=True)
+        with_gradient = logits_tile_bytes(model, positions, tile, 2, gradient=True)
         assert with_gradient == rows * chunk * (2 + 8) + rows_of_head
-    assert memory.logits_tile_bytes(model, 0, 64, 2, gradient=True) == 0
+    assert logits_tile_bytes(model, 0, 64, 2, gradient=True) == 0
 
 
 @pytest.mark.parametrize("algorithm", ["grpo", "ppo", "sft"])
 def test_a_recomputed_layer_more_never_takes_more(algorithm):
     def update(checkpointing: bool | int) -> int:
         more = ["rewards=[]", "data.completion=answer", "data.answer=null"] if algorithm == "sft" else []
-        return memory.total(memory_of(f"algorithm={algorithm}", *more, gradient_checkpointing=checkpointing).update())
+        return total(memory_of(f"algorithm={algorithm}", *more, gradient_checkpointing=checkpointing).update())
 
     sizes = [update(count) for count in range(25)]
     assert sizes == sorted(sizes, reverse=True) and sizes[0] > 3 * sizes[-1]
@@ -190,8 +198,8 @@ def test_more_tokens_rows_or_length_never_take_less(model, algorithm, device):
     recipe = load_recipe("grpo_gsm8k", [f"algorithm={algorithm}", *more])
 
     def sizes(found: Recipe = recipe, **settings) -> dict[str, int]:
-        by_phase = memory.phases(dims(model), found, replace(SETTINGS, **settings), device)
-        return {name: memory.total(components) for name, components in by_phase.items()}
+        by_phase = phases(dims(model), found, replace(SETTINGS, **settings), device)
+        return {name: total(components) for name, components in by_phase.items()}
 
     def grows(points: list[dict[str, int]]) -> None:
         for less, more in pairwise(points):
@@ -212,7 +220,7 @@ def test_more_tokens_rows_or_length_never_take_less(model, algorithm, device):
 
 def test_a_layer_keeps_what_is_predicted():
     """Tensors that autograd keeps for one more layer of a packed pass, counted by storage."""
-    torch = pytest.importorskip("torch")
+    import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
     from lowmem_rlhf.engine.attention import PackedContext
@@ -250,15 +258,15 @@ def test_a_layer_keeps_what_is_predicted():
 @pytest.mark.parametrize("algorithm", ["grpo", "ppo"])
 def test_phases_are_integers_and_sum_up(algorithm):
     model, recipe = dims("Qwen2.5-0.5B"), load_recipe("grpo_gsm8k", [f"algorithm={algorithm}"])
-    on_card = memory.phases(model, recipe, SETTINGS, card(11))
+    on_card = phases(model, recipe, SETTINGS, card(11))
     assert list(on_card) == ["rollout", "scoring", "update", "optimizer", "export"]
     for components in on_card.values():
         assert all(isinstance(size, int) and size >= 0 for size in components.values())
-        live = memory.total(components) - components["allocator"]
-        assert components["allocator"] == round(live * (memory.ALLOCATOR_FACTOR - 1))
-    name, peak = memory.peak_phase(on_card)
+        live = total(components) - components["allocator"]
+        assert components["allocator"] == round(live * (ALLOCATOR_FACTOR - 1))
+    name, peak = peak_phase(on_card)
     assert peak == sum(on_card[name].values()) == max(sum(phase.values()) for phase in on_card.values())
-    assert all(phase["allocator"] == 0 for phase in memory.phases(model, recipe, SETTINGS, cpu(11)).values())
+    assert all(phase["allocator"] == 0 for phase in phases(model, recipe, SETTINGS, cpu(11)).values())
 
 
 def test_a_card_needs_a_buffer_in_adamw_and_no_explicit_scores():

@@ -7,6 +7,7 @@ import pytest
 import torch
 from tiny_models import save_tiny
 
+from lowmem_rlhf.display.run_display import ConsoleDisplay
 from lowmem_rlhf.engine.base import SharedBase
 from lowmem_rlhf.errors import UserError
 from lowmem_rlhf.hardware.capabilities import CPU_PROCESS_BYTES
@@ -152,7 +153,9 @@ def test_a_run_that_asks_for_it_keeps_what_was_found(folder, tmp_path, capsys):
     _, recipe, _ = case(folder, "sft", probe=True)
     data = recipe.data.model_copy(update={"train_size": 8})
     training = recipe.training.model_copy(update={"max_steps": 1})
-    run = train(recipe.model_copy(update={"data": data, "training": training}), tmp_path / "run")
+    run = train(
+        recipe.model_copy(update={"data": data, "training": training}), tmp_path / "run", display=ConsoleDisplay()
+    )
     kept = json.loads((run.path / "plan.json").read_text())["probe"]
     assert kept["said"] in capsys.readouterr().out
     assert set(kept["phases"]) == {"scoring", "update"} and kept["ratio"] > 0.5
@@ -177,14 +180,14 @@ def one_step(recipe):
 
 def test_a_run_that_nobody_knows_to_fit_warns_on_a_cpu(unknown, tmp_path, capsys):
     recipe = one_step(recipe_of(unknown, "sft"))
-    plan = json.loads((train(recipe, tmp_path / "run").path / "plan.json").read_text())
+    plan = json.loads((train(recipe, tmp_path / "run", display=ConsoleDisplay()).path / "plan.json").read_text())
     assert "warning: whether this run fits is not known" in capsys.readouterr().out
     assert plan["verdict"] == "unknown" and "probe" not in plan
 
 
 def test_the_probe_knows_whether_an_unknown_model_fits(unknown, tmp_path, capsys):
     recipe = one_step(recipe_of(unknown, "sft", probe=True))
-    plan = json.loads((train(recipe, tmp_path / "run").path / "plan.json").read_text())
+    plan = json.loads((train(recipe, tmp_path / "run", display=ConsoleDisplay()).path / "plan.json").read_text())
     assert plan["verdict"] == "yes" and set(plan["probe"]["phases"]) == {"scoring", "update"}
     assert "warning" not in capsys.readouterr().out
 
