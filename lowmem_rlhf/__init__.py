@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from lowmem_rlhf.engine.passes import head_outputs as head_outputs
     from lowmem_rlhf.engine.passes import micro_batches as micro_batches
     from lowmem_rlhf.engine.passes import packed_logprobs as packed_logprobs
+    from lowmem_rlhf.engine.passes import packed_outputs as packed_outputs
     from lowmem_rlhf.errors import LowmemError as LowmemError
     from lowmem_rlhf.errors import RunError as RunError
     from lowmem_rlhf.errors import UserError as UserError
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
     from lowmem_rlhf.export.formats.table import register_format as register_format
     from lowmem_rlhf.progress import Progress as Progress
     from lowmem_rlhf.recipe.schema import Recipe as Recipe
+    from lowmem_rlhf.rollout.engine import Engine as Engine
     from lowmem_rlhf.rollout.engine import engine_for as engine_for
     from lowmem_rlhf.rollout.engine import register_engine as register_engine
     from lowmem_rlhf.rollout.rollout import Completion as Completion
@@ -66,9 +68,11 @@ _PLACES = {
     "micro_batches": "engine.passes",
     "packed_logprobs": "engine.passes",
     "completion_logprobs": "engine.passes",
+    "packed_outputs": "engine.passes",
     "head_outputs": "engine.passes",
     "tiled_logprobs": "engine.logprobs",
     "RolloutLimits": "engine.ladder",
+    "Engine": "rollout.engine",
     "engine_for": "rollout.engine",
     "Sampling": "rollout.sampling",
     "Completion": "rollout.rollout",
