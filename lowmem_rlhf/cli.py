@@ -30,7 +30,7 @@ Overrides = Annotated[
 
 def main() -> None:
     """Run the command line; errors that are the user's to mend are one clear message without a traceback."""
-    from lowmem_rlhf.display.lines import Lines
+    from lowmem_rlhf.display.lines import Bars
     from lowmem_rlhf.hardware.cpu_process import bound_kernel_caches, let_waiting_threads_sleep
     from lowmem_rlhf.hardware.detect import pin_cuda_order
     from lowmem_rlhf.progress import shown_by
@@ -42,7 +42,7 @@ def main() -> None:
     bound_kernel_caches()
     let_waiting_threads_sleep()
     try:
-        with shown_by(Lines()):
+        with Bars() as display, shown_by(display):
             app(standalone_mode=True)
     except LowmemError as error:
         print(f"error: {with_notes(str(error), error)}", file=sys.stderr)
@@ -148,7 +148,7 @@ def plan(
         _what_fits(resolved, models, plot, as_json)
         return
     made = plan_recipe(resolved)
-    resolved = _looked_at(resolved, network=False)
+    resolved = _checked(resolved, network=False)
     if as_json:
         _print_json(made.to_dict())
     else:
@@ -160,21 +160,21 @@ def plan(
         _say(picture, as_json)
 
 
-def _looked_at(recipe: "Recipe", network: bool) -> "Recipe":
+def _checked(recipe: "Recipe", network: bool) -> "Recipe":
     """Hold a recipe's data and rewards against the checks of training; return it with the columns that were found."""
     from lowmem_rlhf.quiet import hush
-    from lowmem_rlhf.session.check import look
+    from lowmem_rlhf.session.check import check_recipe
 
     hush()
     try:
-        seen = look(recipe, 0, network, most=5000)  # a plan takes seconds
+        check = check_recipe(recipe, 0, network, most=5000)  # a plan takes seconds
     except OfflineError as error:  # training needs what a plan can do without
         print(f"rows were not looked at: {error}", file=sys.stderr)
         return recipe
-    seen.check()
-    for line in seen.lines():
+    check.raise_errors()
+    for line in check.lines():
         print(line, file=sys.stderr)
-    return seen.recipe
+    return check.recipe
 
 
 def _what_fits(recipe: "Recipe", models: str | None, plot: Path | None, as_json: bool) -> None:
@@ -210,15 +210,15 @@ def data(
     from lowmem_rlhf.quiet import hush
     from lowmem_rlhf.recipe.loading import load_recipe
     from lowmem_rlhf.report.data_view import print_preview
-    from lowmem_rlhf.session.check import look
+    from lowmem_rlhf.session.check import check_recipe
 
     hush()
-    seen = look(load_recipe(recipe, overrides), rows)
+    check = check_recipe(load_recipe(recipe, overrides), rows)
     if as_json:
-        _print_json(seen.to_dict())
+        _print_json(check.to_dict())
     else:
-        print_preview(seen.to_dict())
-    seen.check()
+        print_preview(check.to_dict())
+    check.raise_errors()
 
 
 @app.command()
@@ -244,7 +244,7 @@ def train(
     resolved = load_recipe(recipe, overrides)
     if dry_run:
         made = running_plan(resolved)
-        resolved = _looked_at(resolved, network=True)
+        resolved = _checked(resolved, network=True)
         print(resolved.to_yaml())
         print_plan(made.to_dict())
         if not made.fits:
@@ -275,18 +275,18 @@ def chat(
     as_json: Json = False,
 ) -> None:
     """Talk to the policy that a run has trained."""
-    from lowmem_rlhf.display.lines import Lines
     from lowmem_rlhf.inference.chat.show import answer, interact, show
     from lowmem_rlhf.inference.chat.talk import ChatOptions
     from lowmem_rlhf.inference.open_run import OpenRun
     from lowmem_rlhf.inference.opening import conversation
-    from lowmem_rlhf.progress import shown_by
+    from lowmem_rlhf.quiet import hush
     from lowmem_rlhf.run.directory import open_run
 
     if as_json and prompt is None:
         raise UserError("--json prints one answer; give its prompt with --prompt TEXT")
     options = ChatOptions(compare, max_tokens, temperature, seed)
-    with shown_by(Lines()), conversation(OpenRun(open_run(run), step), device, options) as talk:
+    hush()
+    with conversation(OpenRun(open_run(run), step), device, options) as talk:
         if prompt is None:
             interact(talk)
         elif as_json:
@@ -317,11 +317,10 @@ def evaluate(
     as_json: Json = False,
 ) -> None:
     """Measure a run's policy beside its reference, or a model, on held-out data, with intervals."""
-    from lowmem_rlhf.display.lines import Lines
     from lowmem_rlhf.display.outcome import print_outcome
     from lowmem_rlhf.evaluation.command import Request, run_evaluation
     from lowmem_rlhf.files import dumps
-    from lowmem_rlhf.progress import shown_by
+    from lowmem_rlhf.quiet import hush
 
     given = {
         "evaluation.num_samples": samples,
@@ -331,8 +330,8 @@ def evaluate(
     asked = [f"{key}={value}" for key, value in given.items() if value is not None]
     tasks = [task for task in (lm_eval or "").split(",") if task]
     request = Request(what, overrides or [], asked, recipe, against, step, device, tasks, limit, chat)
-    with shown_by(Lines()):
-        outcome, path = run_evaluation(request)
+    hush()
+    outcome, path = run_evaluation(request)
     if as_json:
         print(dumps(outcome, indent=2))
         return
@@ -368,11 +367,13 @@ def export(
     from lowmem_rlhf.export.export import Export
     from lowmem_rlhf.export.options import ExportOptions
     from lowmem_rlhf.progress import shown_by
+    from lowmem_rlhf.quiet import hush
     from lowmem_rlhf.run.directory import open_run
 
     job = Export(open_run(run), ExportOptions(format, onto, dtype, quantize, output, step, heads, device, push))
     try:
         with ByteBars() as display, shown_by(display):
+            hush()
             outcome = job.plan() if dry_run else job.make()
     except KeyboardInterrupt as stop:
         print(with_notes("interrupted", stop), file=sys.stderr)

@@ -48,6 +48,11 @@ def message(text: str) -> None:
     current().message(text)
 
 
+def reported_as(name: str) -> ProgressCallback:
+    """Return a callback that shows a phase on the current display."""
+    return lambda done, total: current().phase(name, done, total)
+
+
 @contextmanager
 def shown_by(progress: Progress) -> Iterator[None]:
     """Let everything inside the block report to this display."""

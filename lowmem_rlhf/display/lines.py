@@ -1,10 +1,19 @@
-"""Messages as plain lines, and bars of bytes: for commands whose result is on the standard output."""
+"""Messages as plain lines, with a bar for the current phase: for commands whose result is on the standard output."""
 
 import sys
 from typing import TextIO
 
 from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    TextColumn,
+    TimeRemainingColumn,
+    TransferSpeedColumn,
+)
 
 
 class Lines:
@@ -22,11 +31,13 @@ class Lines:
         print(text, file=self.stream or sys.stderr, flush=True)
 
 
-class ByteBars(Lines):
-    """`Lines` with a bar for the current phase, whose units are bytes; nothing where nobody watches.
+class Bars(Lines):
+    """`Lines` with a bar and the time left for the current phase; nothing where nobody watches.
 
-    It is entered with ``with``. The bar goes when its phase is complete, when another one begins, or at the end.
+    It is entered with ``with``. The bar stops when its phase is complete, when another one begins, or at the end.
     """
+
+    transient = False  # whether a bar goes when it stops
 
     def __init__(self, console: Console | None = None) -> None:
         """Show the bar on a console, standard error's by default."""
@@ -35,28 +46,43 @@ class ByteBars(Lines):
         self._bar: Progress | None = None
         self._name = ""
 
-    def __enter__(self) -> "ByteBars":
+    def __enter__(self) -> "Bars":
         return self
 
     def __exit__(self, *error: object) -> None:
-        self._stop()
+        self.stop()
 
     def phase(self, name: str, done: int = 0, total: int | None = None) -> None:
-        """Move the bar of a phase to ``done`` of ``total`` (None: unknown) bytes."""
+        """Move the bar of a phase to ``done`` of ``total`` (None: unknown) units."""
         if not self.console.is_interactive:
             return
         if self._bar is None or name != self._name:
-            self._stop()
-            columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(True), TransferSpeedColumn())
-            self._bar = Progress(*columns, TimeRemainingColumn(), console=self.console, transient=True)
+            self.stop()
+            columns = (TextColumn("{task.description}"), BarColumn(), *self.columns(), TimeRemainingColumn())
+            self._bar = Progress(*columns, console=self.console, transient=self.transient)
             self._bar.add_task(name, total=total)
             self._bar.start()
             self._name = name
         self._bar.update(self._bar.task_ids[0], completed=done, total=total)
         if done == total:
-            self._stop()
+            self.stop()
 
-    def _stop(self) -> None:
+    def stop(self) -> None:
+        """Stop the bar, if there is one."""
         if self._bar is not None:
             self._bar.stop()
             self._bar = None
+
+    def columns(self) -> tuple[ProgressColumn, ...]:
+        """Return what tells how far a phase is."""
+        return (MofNCompleteColumn(),)
+
+
+class ByteBars(Bars):
+    """`Bars` of phases whose units are bytes, which go when they are complete."""
+
+    transient = True
+
+    def columns(self) -> tuple[ProgressColumn, ...]:
+        """Return the size and the speed."""
+        return (DownloadColumn(True), TransferSpeedColumn())

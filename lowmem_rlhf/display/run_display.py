@@ -6,9 +6,8 @@ from contextlib import contextmanager
 from typing import Any, Protocol
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
-from rich.progress import Progress as Bars
 
+from lowmem_rlhf.display.lines import Bars
 from lowmem_rlhf.display.live import LiveView, print_evaluation, print_plan
 from lowmem_rlhf.errors import UserError
 from lowmem_rlhf.progress import Progress, Silence
@@ -43,42 +42,34 @@ class ConsoleDisplay:
 
     def __init__(self, console: Console | None = None, notes: Console | None = None) -> None:
         """Show on a console; bars before the steps go to ``notes``, standard error by default."""
-        self.console, self._notes = console or Console(), notes or Console(stderr=True)
+        self.console, self._bars = console or Console(), Bars(notes)
         self._view: LiveView | None = None
-        self._bars: Bars | None = None
-        self._tasks: dict[str, Any] = {}
 
     def phase(self, name: str, done: int = 0, total: int | None = None) -> None:
         """Show a bar, in a terminal."""
         if self._view is not None:
             self._view.phase(name, done, total)
-        elif self._notes.is_interactive:
-            if self._bars is None:
-                columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-                self._bars = Bars(*columns, console=self._notes)
-                self._bars.start()
-            if name not in self._tasks:
-                self._tasks[name] = self._bars.add_task(name, total=total)
-            self._bars.update(self._tasks[name], completed=done, total=total)
+        else:
+            self._bars.phase(name, done, total)
 
     def message(self, text: str) -> None:
         """Show a line that stays."""
         if self._view is not None:
             self._view.message(text)
             return
-        self._stop_bars()
+        self._bars.stop()
         encoding = self.console.encoding
         self.console.file.write(text.encode(encoding, "replace").decode(encoding, "replace") + "\n")
         self.console.file.flush()
 
     def plan(self, plan: dict[str, Any]) -> None:
         """Show the table of settings and memory."""
-        self._stop_bars()
+        self._bars.stop()
         print_plan(plan, self.console)
 
     def begin(self, total_steps: int, step: int) -> None:
         """Open the live view."""
-        self._stop_bars()
+        self._bars.stop()
         self._view = LiveView(total_steps, step, self.console)
         self._view.__enter__()
 
@@ -92,16 +83,11 @@ class ConsoleDisplay:
         if self._view is not None:
             self._view.__exit__(None, None, None)
             self._view = None
-        self._stop_bars()
+        self._bars.stop()
 
     def evaluation(self, evaluation: dict[str, Any]) -> None:
         """Show the table of held-out results."""
         print_evaluation(evaluation, self.console)
-
-    def _stop_bars(self) -> None:
-        if self._bars is not None:
-            self._bars.stop()
-            self._bars, self._tasks = None, {}
 
 
 class ForwardingDisplay:

@@ -6,7 +6,6 @@ from typing import Any
 
 from lowmem_rlhf.errors import UserError
 from lowmem_rlhf.inference.open_run import OpenRun
-from lowmem_rlhf.quiet import hush
 from lowmem_rlhf.recipe.loading import load_recipe, validate_recipe
 from lowmem_rlhf.recipe.schema import Recipe
 from lowmem_rlhf.run.directory import RECIPE, RunDirectory
@@ -50,7 +49,6 @@ def run_evaluation(request: Request) -> tuple[dict[str, Any], Path | None]:
         UserError: the request is wrong; RunError: it failed.
     """
     _check(request)
-    hush()
     if not is_run(request.what):
         return _of_model(request), None
     opened = OpenRun(RunDirectory(Path(request.what)), request.step)

@@ -17,7 +17,6 @@ from lm_eval.tasks import TaskManager
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from lowmem_rlhf.architecture.stops import text_ids, written_text
-from lowmem_rlhf.display.bars import progress_bar
 from lowmem_rlhf.engine.ladder import RolloutLimits
 from lowmem_rlhf.engine.logprobs import tiles
 from lowmem_rlhf.engine.packing import Group, PackedBatch
@@ -26,7 +25,7 @@ from lowmem_rlhf.errors import UserError
 from lowmem_rlhf.evaluation.intervals import Column, Estimate, Z, differences, estimates
 from lowmem_rlhf.evaluation.target import EvalTarget
 from lowmem_rlhf.inference.opening import memory_explained
-from lowmem_rlhf.progress import message
+from lowmem_rlhf.progress import message, reported_as
 from lowmem_rlhf.rollout.sampling import Sampling
 from lowmem_rlhf.suggest import did_you_mean
 
@@ -89,9 +88,9 @@ class SharedBaseLM(TemplateLM):  # type: ignore[misc]
         found: dict[int, tuple[float, bool]] = dict.fromkeys(range(len(requests)), (0.0, True))
 
         def work(limits: BatchLimits) -> None:
-            with progress_bar(f"{self._name}, log-probs") as shown:
-                for packed in micro_batches(self._base, groups, limits.micro_batch_tokens, shown):
-                    found.update(self._scored(packed))
+            shown = reported_as(f"{self._name}, log-probs")
+            for packed in micro_batches(self._base, groups, limits.micro_batch_tokens, shown):
+                found.update(self._scored(packed))
 
         with self._base.role(self._role):
             self._target.ladder.score(work, message)
@@ -152,7 +151,8 @@ class SharedBaseLM(TemplateLM):  # type: ignore[misc]
 
         def work(limits: RolloutLimits) -> list[str]:
             engine = self._target.engine
-            with base.role(self._role), progress_bar(f"{self._name}, answers") as shown:
+            shown = reported_as(f"{self._name}, answers")
+            with base.role(self._role):
                 engine.sync()
                 groups = engine.generate(prompts, 1, most, Sampling(temperature), limits, seed, shown)
             return [written_text(base.tokenizer, one.ids, base.stop_ids) for [one] in groups]

@@ -11,7 +11,6 @@ from lowmem_rlhf.data.bad_rows import RowReport
 from lowmem_rlhf.data.examples import examples_of
 from lowmem_rlhf.data.prompts import build_examples
 from lowmem_rlhf.data.supervised import Pair, Supervised
-from lowmem_rlhf.display.bars import progress_bar
 from lowmem_rlhf.engine.ladder import RolloutLimits
 from lowmem_rlhf.engine.passes import BatchLimits, completion_logprobs, head_outputs
 from lowmem_rlhf.engine.roles import POLICY
@@ -20,12 +19,11 @@ from lowmem_rlhf.evaluation.intervals import Column
 from lowmem_rlhf.evaluation.quantities import of_completions, of_losses, of_pairs
 from lowmem_rlhf.evaluation.target import EvalTarget
 from lowmem_rlhf.inference.opening import memory_explained
-from lowmem_rlhf.progress import message
+from lowmem_rlhf.progress import ProgressCallback, message, reported_as
 from lowmem_rlhf.rollout.rollout import Completion, Rollout
 from lowmem_rlhf.training.evaluate import TrainerState, sample
 
 Columns = dict[str, Column]
-Shown = Callable[[int, int], None]
 T = TypeVar("T")
 
 
@@ -74,8 +72,8 @@ def _answers(target: EvalTarget) -> Measured:
     for name, role in target.roles.items():
 
         def work(limits: RolloutLimits, name: str = name, role: str = role) -> Columns:
-            with base.role(role), progress_bar(name) as shown:
-                done = sample(base, target.engine, examples, recipe, target.rewards, limits, state, shown)
+            with base.role(role):
+                done = sample(base, target.engine, examples, recipe, target.rewards, limits, state, reported_as(name))
             return of_completions(done, recipe.evaluation.accuracy)
 
         columns[name] = target.ladder.rollout(work, message)
@@ -104,9 +102,9 @@ def _loss(target: EvalTarget, role: str, examples: list[Supervised], name: str) 
     completions = [Completion(one.completion_ids, [], False) for one in examples]
     batch = Rollout([one.prompt_ids for one in examples], completions, 1)
 
-    def work(passes: BatchLimits, shown: Shown) -> dict[int, torch.Tensor]:
+    def work(limits: BatchLimits, shown: ProgressCallback) -> dict[int, torch.Tensor]:
         with target.base.role(role):
-            return completion_logprobs(target.base, batch.groups(range(len(examples))), passes, shown)
+            return completion_logprobs(target.base, batch.groups(range(len(examples))), limits, shown)
 
     logps = _fitted(target, work, f"{name}, loss")
     losses = []
@@ -121,8 +119,8 @@ def _pairs(target: EvalTarget) -> Measured:
     base, recipe = target.base, target.recipe
     pairs: list[Pair] = examples_of(recipe, target.rows, base.tokens, _report(target))
 
-    def work(passes: BatchLimits, shown: Shown) -> dict[int, torch.Tensor]:
-        return head_outputs(base, POLICY, pair_groups(pairs), passes, shown)
+    def work(limits: BatchLimits, shown: ProgressCallback) -> dict[int, torch.Tensor]:
+        return head_outputs(base, POLICY, pair_groups(pairs), limits, shown)
 
     scores = _fitted(target, work, POLICY)
     ends = torch.stack([scores[row][-1] for row in range(2 * len(pairs))])
@@ -142,9 +140,9 @@ def _preferred(target: EvalTarget) -> Measured:
     columns: dict[str, Columns] = {}
     for name, role in target.roles.items():
 
-        def work(passes: BatchLimits, shown: Shown, role: str = role) -> dict[int, torch.Tensor]:
+        def work(limits: BatchLimits, shown: ProgressCallback, role: str = role) -> dict[int, torch.Tensor]:
             with base.role(role):
-                return completion_logprobs(base, batch.groups(range(len(answers))), passes, shown)
+                return completion_logprobs(base, batch.groups(range(len(answers))), limits, shown)
 
         logps = _fitted(target, work, f"{name}, pairs")
         means = torch.stack([logps[row].mean() for row in range(len(answers))])
@@ -152,11 +150,6 @@ def _preferred(target: EvalTarget) -> Measured:
     return Measured("pair", len(pairs), columns)
 
 
-def _fitted(target: EvalTarget, work: Callable[[BatchLimits, Shown], T], name: str) -> T:
+def _fitted(target: EvalTarget, work: Callable[[BatchLimits, ProgressCallback], T], name: str) -> T:
     """Run passes over a batch, with smaller micro-batches if memory runs out."""
-
-    def shown_work(limits: BatchLimits) -> T:
-        with progress_bar(name) as shown:
-            return work(limits, shown)
-
-    return target.ladder.score(shown_work, message)
+    return target.ladder.score(lambda limits: work(limits, reported_as(name)), message)

@@ -28,7 +28,6 @@ from lowmem_rlhf.inference.opening import add_start, check_device, open_trained
 from lowmem_rlhf.planning.plan import Plan, Settings
 from lowmem_rlhf.planning.run_plan import running_plan
 from lowmem_rlhf.progress import message
-from lowmem_rlhf.quiet import hush
 from lowmem_rlhf.recipe.field_roles import fields_with
 from lowmem_rlhf.recipe.loading import load_recipe
 from lowmem_rlhf.recipe.schema import Recipe
@@ -140,7 +139,6 @@ def open_model_target(
         raise UserError(
             f"--recipe {recipe.name}: {recipe.algorithm} judges texts and has nothing to evaluate of a model"
         )
-    hush()
     detected = detect(device or recipe.hardware.device)
     hardware: dict[str, Any] = {"device": device or recipe.hardware.device}
     keys = {override.partition("=")[0].strip() for override in overrides}

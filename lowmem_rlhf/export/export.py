@@ -18,7 +18,6 @@ from lowmem_rlhf.export.target import EXPORT, check_disk, check_target, free_dis
 from lowmem_rlhf.files import begin_folder, delete, dumps, finish_folder
 from lowmem_rlhf.inference.open_run import OpenRun
 from lowmem_rlhf.inference.opening import check_device
-from lowmem_rlhf.quiet import hush
 from lowmem_rlhf.run.directory import RunDirectory
 from lowmem_rlhf.run.start import paths_explained
 
@@ -66,7 +65,6 @@ class Export:
             RunError: the disk is too small or filled up, or the export is not what the live policy is.
         """
         job = self.job
-        hush()
         check_device(job.hardware, job.settings["compute_dtype"])
         with paths_explained(job.run.path, self.written):
             job.opened.check()

@@ -43,7 +43,7 @@ def answer_prompts(
     from lowmem_rlhf.engine.roles import POLICY, REFERENCE
     from lowmem_rlhf.inference.chat.talk import Prompts, room_for
     from lowmem_rlhf.inference.opening import memory_explained
-    from lowmem_rlhf.progress import current
+    from lowmem_rlhf.progress import reported_as
     from lowmem_rlhf.rollout.engine import engine_for
     from lowmem_rlhf.rollout.sampling import Sampling
 
@@ -62,13 +62,9 @@ def answer_prompts(
     sampling = Sampling(heat, generation.top_p, generation.top_k, generation.min_p) if heat else Sampling(0.0)
     most = room_for(base, recipe.model, max(ids, key=len), max_tokens or generation.max_completion_length)
     engine, limits = engine_for(base, generation.engine, dequantize), RolloutLimits(max(n, 8), 2048, 64)
-
-    def shown(done: int, total: int) -> None:
-        current().phase("completions", done, total)
-
     answers: dict[str, list[list[str]]] = {}
     for role in (POLICY, REFERENCE) if compare else (POLICY,):
         with memory_explained(recipe), base.role(role):
-            groups = engine.generate(ids, n, most, sampling, limits, seed, shown)
+            groups = engine.generate(ids, n, most, sampling, limits, seed, reported_as("completions"))
         answers[role] = [[written_text(base.tokenizer, one.ids, base.stop_ids) for one in group] for group in groups]
     return answers

@@ -14,7 +14,6 @@ from lowmem_rlhf.hardware.device import Device
 from lowmem_rlhf.inference.base import open_base
 from lowmem_rlhf.inference.chat.talk import ChatOptions, Talk
 from lowmem_rlhf.inference.open_run import OpenRun
-from lowmem_rlhf.quiet import hush
 from lowmem_rlhf.recipe.schema import Recipe
 from lowmem_rlhf.run.start import paths_explained
 
@@ -73,7 +72,6 @@ def open_trained(opened: OpenRun, device: str | None = None) -> "SharedBase":
 
 def _open(opened: OpenRun, device: str | None) -> "SharedBase":
     folder, plan, recipe = opened.adapter_folder, opened.plan, opened.recipe
-    hush()
     hardware = detect(device or recipe.hardware.device)
     check_device(hardware, plan.settings.compute_dtype)
     from safetensors import SafetensorError

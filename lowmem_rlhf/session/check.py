@@ -1,4 +1,4 @@
-"""A look before a run: what a recipe's rows become, and every fault of its inputs that needs no weights.
+"""The check of a recipe before its run: what its rows become, and every fault of its inputs that needs no weights.
 
 `lowmem-rlhf data` prints it; `plan`, `--dry-run` and training hold their recipe against the same checks.
 """
@@ -15,9 +15,9 @@ from lowmem_rlhf.data.preview import SplitPreview, preview_split, with_format
 from lowmem_rlhf.data.sources import is_on_hub, load_rows
 from lowmem_rlhf.data.tasks import Split
 from lowmem_rlhf.data.values import Row
-from lowmem_rlhf.display.bars import progress_bar
 from lowmem_rlhf.engine.tokenizer import Tokens, load_tokens
 from lowmem_rlhf.errors import UserError
+from lowmem_rlhf.progress import reported_as
 from lowmem_rlhf.recipe.data_sources import is_generated
 from lowmem_rlhf.recipe.schema import Recipe
 from lowmem_rlhf.recipe.sections import LEARNED_REWARDS, REWARD_ADAPTER
@@ -28,19 +28,19 @@ SPLITS: tuple[Split, Split] = ("train", "eval")
 
 
 @dataclass
-class Look:
-    """What was seen.
+class RecipeCheck:
+    """What was found.
 
     Attributes:
         recipe: with the columns of the format that its data have.
         splits: ``train``, and ``eval`` where something is held out; empty where the data were not at hand.
-        said: what is worth saying of the recipe as a whole.
+        notes: what is worth saying of the recipe as a whole.
         errors: what keeps it from running, a message each.
     """
 
     recipe: Recipe
     splits: dict[str, SplitPreview] = field(default_factory=dict)
-    said: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
     errors: list[str] = field(default_factory=list)
 
     def to_dict(self) -> dict[str, Any]:
@@ -50,7 +50,7 @@ class Look:
             "recipe": recipe.name,
             "algorithm": recipe.algorithm,
             "model": recipe.model,
-            "said": self.said,
+            "said": self.notes,
             **{name: split.to_dict() for name, split in self.splits.items()},
             "step": self._step(),
             "errors": self.errors,
@@ -58,13 +58,13 @@ class Look:
 
     def lines(self) -> list[str]:
         """Return what is worth saying, of the recipe, of what is left out of its rows, and of the others."""
-        found = list(self.said)
+        lines = list(self.notes)
         for split in self.splits.values():
-            found += ["\n  ".join(split.dropped)] if split.dropped else []
-            found += split.said
-        return found
+            lines += ["\n  ".join(split.dropped)] if split.dropped else []
+            lines += split.said
+        return lines
 
-    def check(self) -> None:
+    def raise_errors(self) -> None:
         """Check that the recipe can run.
 
         Raises:
@@ -97,8 +97,8 @@ class Look:
         }
 
 
-def look(recipe: Recipe, shown: int = 3, network: bool = True, most: int | None = None) -> Look:
-    """Look at a recipe's data, rewards and tokenizer.
+def check_recipe(recipe: Recipe, shown: int = 3, network: bool = True, most: int | None = None) -> RecipeCheck:
+    """Check a recipe's data, rewards and tokenizer.
 
     Where no example is to be shown, rows that are all generated are not tokenized: nothing is wrong with them, and
     torch need not be imported.
@@ -114,97 +114,102 @@ def look(recipe: Recipe, shown: int = 3, network: bool = True, most: int | None 
     sources = [("data.train", recipe.data.train), ("data.eval", recipe.data.eval)]
     away = [f"{key} ({source})" for key, source in sources if source and is_on_hub(source)]
     if away and not network:
-        seen = Look(recipe)
-        seen.said.append(
+        check = RecipeCheck(recipe)
+        check.notes.append(
             f"{', '.join(away)} is on the Hub; `lowmem-rlhf data` looks at it, and so does training before it starts"
         )
-        _check_rewards(seen, None, None)
-        _check_algorithm(seen)
-        _look_for_adapter(seen)
-        return seen
+        _check_rewards(check, None, None)
+        _check_algorithm(check)
+        _check_adapter(check)
+        return check
     recipe, line = with_format(recipe)
-    seen = Look(recipe, said=[line] if line else [])
+    check = RecipeCheck(recipe, notes=[line] if line else [])
     tokens = None
     if shown or not all(is_generated(source) for _, source in sources if source):
         options = recipe.data.chat_template_kwargs
         tokens = load_tokens(recipe.model, recipe.revision, recipe.trust_remote_code, network, options)
     if tokens is None and not is_generated(recipe.data.train):
-        seen.said.append(f"the tokenizer of {recipe.model} is not on this disk, so that no row was tokenized")
+        check.notes.append(f"the tokenizer of {recipe.model} is not on this disk, so that no row was tokenized")
     rows, held_out = (load_rows(recipe.data, split, recipe.training.seed) for split in SPLITS)
     report, whole = None, True
-    for split, found in zip(SPLITS, (rows, held_out), strict=True):
-        if tokens is not None and most is not None and len(found) > most:
+    for split, of_split in zip(SPLITS, (rows, held_out), strict=True):
+        if tokens is not None and most is not None and len(of_split) > most:
             whole = False
-            seen.said.append(
-                f"of {len(found):,} {split} rows the first {most:,} were looked at; `lowmem-rlhf data` looks at all"
+            check.notes.append(
+                f"of {len(of_split):,} {split} rows the first {most:,} were looked at; `lowmem-rlhf data` looks at all"
             )
-        if found:
-            report = _look_at(seen, split, found[:most], tokens, shown, report)
+        if of_split:
+            report = _check_split(check, split, of_split[:most], tokens, shown, report)
     if whole:
-        _check_kinds(seen)
-    _check_rewards(seen, rows, held_out)
-    _check_algorithm(seen)
-    _look_for_adapter(seen)
-    return seen
+        _check_kinds(check)
+    _check_rewards(check, rows, held_out)
+    _check_algorithm(check)
+    _check_adapter(check)
+    return check
 
 
-def _look_at(
-    seen: Look, split: Split, rows: list[Row], tokens: Tokens | None, shown: int, before: RowReport | None = None
+def _check_split(
+    check: RecipeCheck,
+    split: Split,
+    rows: list[Row],
+    tokens: Tokens | None,
+    shown: int,
+    before: RowReport | None,
 ) -> RowReport | None:
     report = None
     try:
-        with progress_bar(f"{split} rows") as progress:
-            seen.splits[split], report = preview_split(seen.recipe, split, rows, tokens, shown, progress, before)
+        progress = reported_as(f"{split} rows")
+        check.splits[split], report = preview_split(check.recipe, split, rows, tokens, shown, progress, before)
         if tokens is not None:
             report.check()
     except UserError as error:
-        seen.errors.append(str(error))
+        check.errors.append(str(error))
     return report
 
 
-def _look_for_adapter(seen: Look) -> None:
+def _check_adapter(check: RecipeCheck) -> None:
     """Say that the first stage is missing: no fault of a plan, which may be made before any stage has run."""
     try:
-        if seen.recipe.adapter:
-            adapter_folder(seen.recipe.adapter)
+        if check.recipe.adapter:
+            adapter_folder(check.recipe.adapter)
     except UserError as error:
-        seen.said.append(f"training cannot begin yet: {error}")
+        check.notes.append(f"training cannot begin yet: {error}")
 
 
-def _check_kinds(seen: Look) -> None:
+def _check_kinds(check: RecipeCheck) -> None:
     """Check that there are answers, or classes, of more than one kind: of all rows, as a file may be sorted by them."""
-    train, held_out = seen.splits.get("train"), seen.splits.get("eval")
+    train, held_out = check.splits.get("train"), check.splits.get("eval")
     if train is None or not train.kept:
         return
     if train.fault:
-        seen.errors.append(train.fault)
-    if seen.recipe.spec.rows == "texts":
+        check.errors.append(train.fault)
+    if check.recipe.spec.rows == "texts":
         try:
             classes_of(train.classes, held_out.classes if held_out else ())
         except UserError as error:
-            seen.errors.append(str(error))
+            check.errors.append(str(error))
 
 
-def _check_algorithm(seen: Look) -> None:
+def _check_algorithm(check: RecipeCheck) -> None:
     """Ask the algorithm for what only it can check, where that takes no time."""
-    spec = seen.recipe.spec
+    spec = check.recipe.spec
     if spec.check is None or not spec.checks_quickly:
         return
     try:
-        resolve(spec.check)(seen.recipe)
+        resolve(spec.check)(check.recipe)
     except UserError as error:
-        seen.errors.append(str(error))
+        check.errors.append(str(error))
 
 
-def _check_rewards(seen: Look, train: list[Row] | None, held_out: list[Row] | None) -> None:
+def _check_rewards(check: RecipeCheck, train: list[Row] | None, held_out: list[Row] | None) -> None:
     """Check rewards that are functions; the models of learned ones are loaded when training starts."""
-    recipe = seen.recipe
+    recipe = check.recipe
     functions = [one for one in recipe.rewards if one.function not in (*LEARNED_REWARDS, REWARD_ADAPTER)]
     try:
         rewards = load_rewards(functions)
         if train:
             given = ["answer"] if recipe.data.answer is not None else []
             check_reward_columns(rewards, dict.fromkeys(name for row in train for name in [*row, *given]))
-            seen.said += check_run_references(rewards, recipe, train, held_out or [])
+            check.notes += check_run_references(rewards, recipe, train, held_out or [])
     except UserError as error:
-        seen.errors.append(str(error))
+        check.errors.append(str(error))

@@ -93,7 +93,7 @@ def test_held_out_rows_are_given_or_taken_out_of_the_rows(over_rows, rows):
     few = with_keys(over_rows, data={"eval_size": 128})
     run = lm.train(few, data=rows, rewards=[longer], overrides=["training.max_steps=1"], progress=Display(), output="a")
     assert run.evaluation()["before"]["problems"] == 6
-    assert "6 of the 24 rows are held out; data.eval_size (128 in the recipe) sets how many" in said
+    assert "6 of the 24 rows given are held out; data.eval_size (the recipe says 128) sets how many" in said
     assert "steps 1/1" in said and any(one.startswith("rollout ") for one in said)
     run = quiet(
         over_rows, data=rows, eval_data=rows[:2], rewards=[longer], overrides=["training.max_steps=1"], output="b"

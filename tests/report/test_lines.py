@@ -4,9 +4,9 @@ from io import StringIO
 
 from rich.console import Console
 
-from lowmem_rlhf.display.lines import ByteBars, Lines
+from lowmem_rlhf.display.lines import Bars, ByteBars, Lines
 from lowmem_rlhf.export.timed import timed
-from lowmem_rlhf.progress import current, message, shown_by
+from lowmem_rlhf.progress import current, message, reported_as, shown_by
 
 
 def work() -> None:
@@ -37,6 +37,18 @@ def test_a_terminal_sees_a_bar_of_bytes():
     text = shown(interactive=True)
     assert "merging as float16" in text and "4.0/4.0 MiB" in text and "a note between" in text
     assert text.endswith("\x1b[?25h\r\x1b[1A\x1b[2K")  # the bar is gone, and the cursor is back
+
+
+def test_a_terminal_sees_a_bar_of_pieces_that_stays():
+    console = Console(file=StringIO(), force_terminal=True, force_interactive=True, width=120)
+    with Bars(console) as display, shown_by(display):
+        move = reported_as("policy, loss")
+        for done in range(1, 4):
+            move(done, 3)
+        text = console.file.getvalue()
+        assert "policy, loss" in text and "3/3" in text
+        assert text.endswith("\n\x1b[?25h")  # complete: the bar stays, and the cursor is back
+    assert console.file.getvalue() == text
 
 
 def test_a_phase_that_is_cut_short_leaves_no_bar():

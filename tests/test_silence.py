@@ -1,0 +1,46 @@
+"""Nothing is printed, and no other library is silenced for good, outside the command line and the displays."""
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import lowmem_rlhf
+
+PACKAGE = Path(lowmem_rlhf.__file__).parent
+SHOWS = ("display", "report")  # rooms whose work is to show values
+# the chat's own display; a process of its own whose output is its answer
+FILES = ("cli.py", "inference/chat/show.py", "architecture/count_class.py")
+
+
+def calls(names: set[str]) -> Iterator[str]:
+    """Yield where a function or class of one of these names is called, as FILE."""
+    for file in sorted(PACKAGE.rglob("*.py")):
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Call):
+                called = node.func
+                name = called.id if isinstance(called, ast.Name) else getattr(called, "attr", "")
+                owner = ast.unparse(called.value) if isinstance(called, ast.Attribute) else ""
+                if name in names or f"{owner}.{name}" in names:
+                    yield str(file.relative_to(PACKAGE).as_posix())
+
+
+def is_display(file: str) -> bool:
+    return file in FILES or file.split("/")[0] in SHOWS
+
+
+def test_only_the_command_line_and_the_displays_print():
+    printing = set(calls({"print", "sys.stdout.write", "sys.stderr.write"}))
+    assert {"cli.py", "display/lines.py"} <= printing
+    assert not [file for file in printing if not is_display(file)]
+
+
+def test_only_displays_make_consoles():
+    making = set(calls({"Console"}))
+    # a plan's table as text is its repr in Python
+    assert [file for file in sorted(making) if not is_display(file)] == ["api/plan.py"]
+    assert "display/lines.py" in making
+
+
+def test_only_the_command_line_silences_other_libraries_for_good():
+    assert set(calls({"hush"})) == {"cli.py"}
+    assert set(calls({"basicConfig", "filterwarnings"})) == {"quiet.py"}
