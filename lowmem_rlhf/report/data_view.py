@@ -23,7 +23,7 @@ _LEARNED = ("learned", "chosen", "rejected", "good answer", "bad answer", "class
 
 
 def print_preview(preview: Mapping[str, Any], console: Console | None = None) -> None:
-    """Print what `session.check.look` gives as a dictionary.
+    """Print what `session.check.RecipeCheck` gives as a dictionary.
 
     Special tokens are written out and line breaks shown as such; what is learned is named and coloured.
     """

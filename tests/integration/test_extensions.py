@@ -12,7 +12,7 @@ from lowmem_rlhf.planning.memory.rollout import ROLLOUT_BYTES
 from lowmem_rlhf.report import html
 from lowmem_rlhf.rollout import engine as engines
 from lowmem_rlhf.rollout.rollout import Completion, Rollout
-from lowmem_rlhf.session.check import look
+from lowmem_rlhf.session.check import check_recipe
 from lowmem_rlhf.session.train import train
 
 LOSSES = '''
@@ -104,7 +104,7 @@ def test_a_loss_that_hangs_on_the_split_is_refused_before_weights_are_loaded(tin
         UserError, match=r"grpo\.loss_type: .*averaged gives a token another loss when its batch is cut"
     ):
         train(recipe, tmp_path / "run")
-    [message] = look(recipe).errors
+    [message] = check_recipe(recipe).errors
     assert "averaged gives a token another loss" in message
     assert not (tmp_path / "run").exists()
 
