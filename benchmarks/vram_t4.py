@@ -3,7 +3,7 @@
     python benchmarks/vram_t4.py [--rows CSV] [--configs FOLDER] [--json]
 
 Each row of the file is a run of stock transformers and peft: how it was trained and what it took, in MiB. The model
-(lowmem_rlhf/planning/stock.py) gets the columns model, quant, dq, prec, attn, opt, r, targets, gc, bs and seq, and the
+(benchmarks/stock_memory/) gets the columns model, quant, dq, prec, attn, opt, r, targets, gc, bs and seq, and the
 sizes of the model; it never sees what was measured. Compared are peak_alloc (what torch had allocated at the peak) and
 process (what the whole process had taken: reserved memory and the CUDA context, whose size is the column ctx).
 

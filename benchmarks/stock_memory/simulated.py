@@ -36,7 +36,7 @@ class Storage:
         self.graph.allocator.release(self.block)
 
 
-class Sized:
+class SimTensor:
     """A tensor of ``count`` elements of ``width`` bytes. ``node`` is None where no gradient is needed."""
 
     __slots__ = ("count", "node", "storage", "width")
@@ -71,10 +71,10 @@ class Node:
 class Region:
     """A checkpointed call: how many tensors it saves, and those that its second run has saved anew."""
 
-    def __init__(self, call: Callable[[Sized], Sized], given: Sized) -> None:
+    def __init__(self, call: Callable[[SimTensor], SimTensor], given: SimTensor) -> None:
         self.call, self.given = call, given
         self.count = 0
-        self.kept: dict[int, Sized | None] | None = None
+        self.kept: dict[int, SimTensor | None] | None = None
 
 
 class _EnoughError(Exception):
@@ -101,7 +101,7 @@ class Graph:
         self.part = "other"
         self.bytes: dict[str, int] = {}
         self.bytes_at_peak: dict[str, int] = {}
-        self.gradients: dict[Any, Sized] = {}
+        self.gradients: dict[Any, SimTensor] = {}
         self.in_backward = False
         self._peak = self._number = 0
         self._region: Region | None = None
@@ -118,37 +118,37 @@ class Graph:
         self.allocator.reset_peaks()
         self._peak = 0
 
-    def empty(self, count: int, width: int) -> Sized:
+    def empty(self, count: int, width: int) -> SimTensor:
         """Take memory for a tensor."""
         storage = Storage(self, self.allocator.allocate(count * width))
         if self.allocator.allocated > self._peak:
             self._peak, self.bytes_at_peak = self.allocator.allocated, self.bytes.copy()
-        return Sized(storage, count, width)
+        return SimTensor(storage, count, width)
 
-    def like(self, tensor: Sized, width: int | None = None) -> Sized:
+    def like(self, tensor: SimTensor, width: int | None = None) -> SimTensor:
         """Take memory for a tensor of the same shape."""
         return self.empty(tensor.count, tensor.width if width is None else width)
 
-    def leaf(self, tensor: Sized, key: Any) -> Sized:
+    def leaf(self, tensor: SimTensor, key: Any) -> SimTensor:
         """Return the tensor as one whose gradient is stored in `gradients`; its node holds it (``AccumulateGrad``)."""
 
-        def store(grad: Sized, _: Sized) -> tuple[()]:
+        def store(grad: SimTensor, _: SimTensor) -> tuple[()]:
             self.gradients[key] = grad
             return ()
 
-        held = Sized(tensor.storage, tensor.count, tensor.width)
-        return Sized(tensor.storage, tensor.count, tensor.width, Node(LEAF, self.part, (), [held], store))
+        held = SimTensor(tensor.storage, tensor.count, tensor.width)
+        return SimTensor(tensor.storage, tensor.count, tensor.width, Node(LEAF, self.part, (), [held], store))
 
     def op(
         self,
-        inputs: tuple[Sized, ...],
+        inputs: tuple[SimTensor, ...],
         count: int,
         width: int,
-        backward: Callable[..., tuple[Sized | None, ...]],
-        save: tuple[Sized | None, ...] = (),
+        backward: Callable[..., tuple[SimTensor | None, ...]],
+        save: tuple[SimTensor | None, ...] = (),
         save_result: bool = False,
         view: bool = False,
-    ) -> Sized:
+    ) -> SimTensor:
         """Run an operation that makes one tensor.
 
         Args:
@@ -162,7 +162,7 @@ class Graph:
         nodes = tuple([x.node for x in inputs])
         needed = any(nodes)
         saved = [self._pack(x) for x in save] if needed else []
-        out = Sized(inputs[0].storage, count, width) if view else self.empty(count, width)
+        out = SimTensor(inputs[0].storage, count, width) if view else self.empty(count, width)
         if needed:
             if save_result:
                 saved.append(self._pack(out))
@@ -170,7 +170,7 @@ class Graph:
             out.node = Node(self._number, self.part, nodes, saved, backward)
         return out
 
-    def checkpoint(self, call: Callable[[Sized], Sized], given: Sized) -> Sized:
+    def checkpoint(self, call: Callable[[SimTensor], SimTensor], given: SimTensor) -> SimTensor:
         """Run ``call(given)`` without keeping what its backward pass reads."""
         self._region = Region(call, given)
         try:
@@ -178,7 +178,7 @@ class Graph:
         finally:
             self._region = None
 
-    def backward(self, root: Node, grad: Sized) -> None:
+    def backward(self, root: Node, grad: SimTensor) -> None:
         """Send a gradient through the graph, which comes apart on the way."""
         _count_users(root)
         self.in_backward = True
@@ -201,7 +201,7 @@ class Graph:
                     heapq.heappush(ready, into)
         self.in_backward = False
 
-    def _run(self, node: Node, grad: Sized) -> list[Sized | None]:
+    def _run(self, node: Node, grad: SimTensor) -> list[SimTensor | None]:
         self.part = node.part
         saved = [self._unpack(x) for x in node.saved]
         self.part = node.part  # a region that was run again has left another
@@ -210,15 +210,15 @@ class Graph:
             node.saved, node.backward = [], None
         return out
 
-    def _accumulate(self, buffers: dict[Node, Sized], node: Node, given: Sized) -> None:
+    def _accumulate(self, buffers: dict[Node, SimTensor], node: Node, given: SimTensor) -> None:
         if node not in buffers:
             buffers[node] = given
         # the buffer holds it, and the call has it as an argument: nobody else may
         elif not self.adds_in_place or getrefcount(buffers[node]) > 2 or getrefcount(buffers[node].storage) > 2:
             buffers[node] = self.like(buffers[node])
 
-    def _pack(self, tensor: Sized | None) -> Any:
-        kept = None if tensor is None else Sized(tensor.storage, tensor.count, tensor.width)
+    def _pack(self, tensor: SimTensor | None) -> Any:
+        kept = None if tensor is None else SimTensor(tensor.storage, tensor.count, tensor.width)
         region = self._region
         if region is None:
             return kept

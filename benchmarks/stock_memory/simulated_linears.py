@@ -3,7 +3,7 @@
 from typing import Any
 
 from stock_memory.allocator import CachingAllocator
-from stock_memory.simulated import WEIGHT, Sized
+from stock_memory.simulated import WEIGHT, SimTensor
 from stock_memory.simulated_ops import Ops
 
 NF4_BLOCK = 64  # weights that share a scale
@@ -19,20 +19,20 @@ class Linears(Ops):
 
     def __init__(self, allocator: CachingAllocator) -> None:
         super().__init__(allocator)
-        self.masters: dict[Any, Sized] = {}
+        self.masters: dict[Any, SimTensor] = {}
 
-    def linear(self, x: Sized, inputs: int, outputs: int) -> Sized:
+    def linear(self, x: SimTensor, inputs: int, outputs: int) -> SimTensor:
         """A frozen 16- or 32-bit layer: keeps the weight, so ``x`` may go."""
         rows, width = x.count // inputs, x.width
         out = self.op((x,), rows * outputs, width, lambda g, _: (self.matmul(rows * inputs, width),), (WEIGHT,))
         self.workspace()
         return out
 
-    def trained(self, x: Sized, inputs: int, outputs: int, key: Any) -> Sized:
+    def trained(self, x: SimTensor, inputs: int, outputs: int, key: Any) -> SimTensor:
         """A float32 layer of an adapter: keeps ``x``."""
         rows = x.count // inputs
 
-        def backward(g: Sized, a: Sized, b: None) -> tuple[Sized, Sized]:
+        def backward(g: SimTensor, a: SimTensor, b: None) -> tuple[SimTensor, SimTensor]:
             with self.counted_as("gradients"):
                 weight = self.matmul(inputs * outputs, 4)
             return self.matmul(rows * inputs, 4), weight
@@ -41,7 +41,7 @@ class Linears(Ops):
         self.workspace()
         return out
 
-    def linear_4bit(self, x: Sized, inputs: int, outputs: int, compute: int, double: bool) -> Sized:
+    def linear_4bit(self, x: SimTensor, inputs: int, outputs: int, compute: int, double: bool) -> SimTensor:
         """bitsandbytes' ``Linear4bit``: ``x`` and beside the product the whole weight in the compute dtype, each way.
 
         ``MatMul4Bit`` keeps neither. The result has the dtype of ``x`` again. With ``double`` quantization the scales
@@ -49,7 +49,7 @@ class Linears(Ops):
         """
         width, rows = x.width, x.count // inputs
 
-        def weight() -> Sized:
+        def weight() -> SimTensor:
             if double:
                 scales = self.empty(inputs * outputs // NF4_BLOCK, 4)
             out = self.empty(inputs * outputs, compute)
@@ -57,7 +57,7 @@ class Linears(Ops):
                 del scales
             return out
 
-        def backward(g: Sized) -> tuple[Sized]:
+        def backward(g: SimTensor) -> tuple[SimTensor]:
             dequantized = weight()
             out = self.matmul(rows * inputs, compute)
             del dequantized
@@ -70,7 +70,7 @@ class Linears(Ops):
         del dequantized
         return self.cast(out, width)
 
-    def linear_8bit(self, x: Sized, inputs: int, outputs: int) -> Sized:
+    def linear_8bit(self, x: SimTensor, inputs: int, outputs: int) -> SimTensor:
         """bitsandbytes' ``Linear8bitLt``: 8-bit ``x``, a 32-bit integer product, then 16 bits.
 
         ``MatMul8bitLt`` keeps ``x`` as an attribute, where no checkpoint can take it away, and makes the weight in the
@@ -78,7 +78,7 @@ class Linears(Ops):
         """
         width, rows = x.width, x.count // inputs
 
-        def backward(g: Sized, kept: Sized = Sized(x.storage, x.count, width)) -> tuple[Sized]:  # noqa: B008
+        def backward(g: SimTensor, kept: SimTensor = SimTensor(x.storage, x.count, width)) -> tuple[SimTensor]:  # noqa: B008
             weight = self.empty(inputs * outputs, kept.width)
             out = self.matmul(rows * inputs, width)
             del weight

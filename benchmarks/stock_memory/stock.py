@@ -3,8 +3,8 @@
 This is not how our own engine works. It is what was measured in public, so it shows that the arithmetic is right.
 
 Nothing is fitted to a formula for the peak. `predict` loads the model and takes two steps on tensors that are only
-sizes (sized.py, sized_ops.py, stock_step.py), whose blocks come from torch's allocator (allocator.py). What is alive at
-the peak, and how much the allocator had to reserve for it, is read off. The one free number is `AHEAD`.
+sizes (simulated.py, simulated_ops.py, stock_step.py), whose blocks come from torch's allocator (allocator.py). What is
+alive at the peak, and how much the allocator had to reserve for it, is read off. The one free number is `AHEAD`.
 """
 
 from collections import deque
@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from random import Random
 
 from stock_memory.allocator import MIB, CachingAllocator
-from stock_memory.simulated import Sized
+from stock_memory.simulated import SimTensor
 from stock_memory.simulated_linears import DOUBLE_QUANT_BLOCK, NF4_BLOCK
 from stock_memory.stock_run import StockRun
 from stock_memory.stock_step import StockStep
@@ -69,7 +69,7 @@ def predict(run: StockRun, capacity: int | None = None) -> StockMemory:
     return StockMemory(loaded, forward, max(allocated, allocator.peak_allocated), allocator.reserved, parts)
 
 
-def load(step: StockStep) -> list[Sized]:
+def load(step: StockStep) -> list[SimTensor]:
     """Take the memory of the weights and the adapters, in the order in which they arrive.
 
     - 16-bit: ``model.to("cuda")`` takes one parameter after the other.
@@ -100,10 +100,10 @@ def load(step: StockStep) -> list[Sized]:
     return weights
 
 
-def _quantized(step: StockStep, arriving: list[tuple[bool, int]]) -> list[Sized]:
+def _quantized(step: StockStep, arriving: list[tuple[bool, int]]) -> list[SimTensor]:
     draw, width, weights = Random(0), step.run.compute_width, []
-    plain: list[Sized] = []
-    waiting: deque[tuple[bool, Sized]] = deque()
+    plain: list[SimTensor] = []
+    waiting: deque[tuple[bool, SimTensor]] = deque()
     ahead = 0
     for quantizable, count in arriving:
         waiting.append((quantizable, step.empty(count, width)))
@@ -120,14 +120,14 @@ def _quantized(step: StockStep, arriving: list[tuple[bool, int]]) -> list[Sized]
     return weights
 
 
-def _placed(step: StockStep, quantizable: bool, weight: Sized, plain: list[Sized]) -> list[Sized]:
+def _placed(step: StockStep, quantizable: bool, weight: SimTensor, plain: list[SimTensor]) -> list[SimTensor]:
     if quantizable:
         return _quantize(step, weight.count)
     plain.append(weight)
     return []
 
 
-def _quantize(step: StockStep, count: int) -> list[Sized]:
+def _quantize(step: StockStep, count: int) -> list[SimTensor]:
     if step.run.quantization == "int8":
         return [step.empty(count, 1), step.empty(count // step.sizes.hidden_size, 4)]
     scales = step.empty(count // NF4_BLOCK, 4)

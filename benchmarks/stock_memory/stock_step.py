@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from stock_memory.allocator import CachingAllocator
-from stock_memory.simulated import Sized
+from stock_memory.simulated import SimTensor
 from stock_memory.simulated_linears import Linears
 from stock_memory.stock_run import StockRun
 
@@ -34,13 +34,13 @@ class StockStep(Linears):
         self.qkv, self.out, self.mlp = names[:first], names[first], names[first + 1 :]
         self.eager = run.attention == "eager" or self.sizes.attention_softcap is not None  # sdpa has no soft cap
         self.dropouts = DROPOUTS.get(self.sizes.model_type, ())
-        self.states: list[Sized] = []
-        self.lasting: tuple[Sized, ...] = ()
+        self.states: list[SimTensor] = []
+        self.lasting: tuple[SimTensor, ...] = ()
         self._layer = 0
 
     # --- the whole model ---------------------------------------------------------------------------------------------
 
-    def forward(self) -> tuple[Sized, Sized]:
+    def forward(self) -> tuple[SimTensor, SimTensor]:
         """Return logits and loss, as ``model(input_ids, attention_mask, labels)`` does."""
         run, sizes = self.run, self.sizes
         with self.counted_as("hidden states"):
@@ -67,7 +67,7 @@ class StockStep(Linears):
             loss = self.cross_entropy(logits)
         return logits, loss
 
-    def backward_from(self, loss: Sized) -> None:
+    def backward_from(self, loss: SimTensor) -> None:
         """Fill the gradients."""
         assert loss.node is not None
         self.backward(loss.node, self.empty(1, 4))
@@ -84,7 +84,7 @@ class StockStep(Linears):
                 del roots
         self.gradients.clear()
 
-    def _states_of(self, count: int) -> Iterator[Sized]:
+    def _states_of(self, count: int) -> Iterator[SimTensor]:
         name = self.run.optimizer
         if "paged" in name or name == "sgd":  # paged states are managed memory, outside the allocator
             return
@@ -97,7 +97,7 @@ class StockStep(Linears):
             else:
                 yield self.empty(count, 4)
 
-    def _positions(self) -> tuple[Sized, Sized]:
+    def _positions(self) -> tuple[SimTensor, SimTensor]:
         """cos and sin: float32 first, then in the dtype between the layers."""
         count, width = self.run.sequence_length * self.sizes.rotary_dim, self.run.hidden_width
         frequencies = self.empty(count // 2, 4)
@@ -107,7 +107,7 @@ class StockStep(Linears):
         del frequencies, angles
         return self.cast(cos, width), self.cast(sin, width)
 
-    def _masks(self) -> tuple[Sized, ...]:
+    def _masks(self) -> tuple[SimTensor, ...]:
         """An additive mask for each sequence, made from boolean ones; for sdpa none, or a boolean one for a window."""
         run, sizes, square = self.run, self.sizes, self.run.sequence_length**2
         windows = [sizes.sliding_layers > 0, sizes.sliding_layers < sizes.num_layers]  # one for each kind of layer
@@ -127,13 +127,13 @@ class StockStep(Linears):
     # --- one layer ---------------------------------------------------------------------------------------------------
 
     def _call(self, layer: int) -> Any:
-        def call(x: Sized) -> Sized:
+        def call(x: SimTensor) -> SimTensor:
             self._layer = layer
             return self._decoder_layer(x)
 
         return call
 
-    def _decoder_layer(self, x: Sized) -> Sized:
+    def _decoder_layer(self, x: SimTensor) -> SimTensor:
         self.part = "layer"
         place, residual = self.sizes.norm_place, x
         if self.sizes.parallel:
@@ -154,23 +154,23 @@ class StockStep(Linears):
         with self.counted_as("hidden states"):
             return self.add(residual, x)
 
-    def _parallel_layer(self, x: Sized) -> Sized:
+    def _parallel_layer(self, x: SimTensor) -> SimTensor:
         normed = self._norm(x)
         attended, _ = self._attention(normed)
         y = self.add(attended, self._mlp(normed if self.sizes.norms == 1 else self._norm(x)))
         with self.counted_as("hidden states"):
             return self.add(y, x)
 
-    def _norm(self, x: Sized) -> Sized:
+    def _norm(self, x: SimTensor) -> SimTensor:
         kind, size = self.sizes.model_type, self.sizes.hidden_size
         if self.sizes.norm == "rms":
             return self.rms_norm(x, size, kind in CAST_LAST)
         return self.layer_norm(x, size, kind in UPCAST_LAYER_NORM)
 
-    def _dropped(self, x: Sized) -> Sized:
+    def _dropped(self, x: SimTensor) -> SimTensor:
         return self.dropout(x) if "residual" in self.dropouts else x
 
-    def _mlp(self, x: Sized) -> Sized:
+    def _mlp(self, x: SimTensor) -> SimTensor:
         if not self.sizes.gated:
             first, second = self.mlp
             activate = {"gelu_new": self.gelu_new, "relu": self.tanh}.get(self.sizes.activation, self.activate)
@@ -183,13 +183,13 @@ class StockStep(Linears):
             return self._linear(up, down)
         return self._linear(self.mul(self.activate(self._linear(x, gates[0])), self._linear(x, gates[1])), down)
 
-    def _attention(self, x: Sized) -> tuple[Sized, Sized | None]:
+    def _attention(self, x: SimTensor) -> tuple[SimTensor, SimTensor | None]:
         q, k, v = self._heads(x)
         q, k = self._rotated(q), self._rotated(k)
         out, scores = self._eager(q, k, v) if self.eager else (self._sdpa(q, k, v), None)
         return self._linear(out, self.out), scores
 
-    def _heads(self, x: Sized) -> tuple[Sized, Sized, Sized]:
+    def _heads(self, x: SimTensor) -> tuple[SimTensor, SimTensor, SimTensor]:
         sizes, rows = self.sizes, self.run.tokens
         if len(self.qkv) == 3:
             q, k, v = (self._linear(x, name) for name in self.qkv)
@@ -204,30 +204,30 @@ class StockStep(Linears):
             q, k = self._head_norm(q, sizes.num_heads), self._head_norm(k, sizes.num_kv_heads)
         return self.folded(q), self.folded(k), self.folded(v)
 
-    def _head_norm(self, x: Sized, heads: int) -> Sized:
+    def _head_norm(self, x: SimTensor, heads: int) -> SimTensor:
         size = self.sizes.head_dim * (heads if self.sizes.qk_norm == "all" else 1)
         return self.rms_norm(x, size, self.sizes.model_type in CAST_LAST)
 
-    def _rotated(self, x: Sized) -> Sized:
+    def _rotated(self, x: SimTensor) -> SimTensor:
         turned = x.count * self.sizes.rotary_dim // self.sizes.head_dim
         if turned in (0, x.count) and self.sizes.model_type != "phi3":  # Phi-3 cuts and joins even then
             return self.rotate(x) if turned else x
         first, passed = self.slice(x, turned), self.slice(x, x.count - turned)
         return self.join(self.rotate(first), passed)
 
-    def _sdpa(self, q: Sized, k: Sized, v: Sized) -> Sized:
+    def _sdpa(self, q: SimTensor, k: SimTensor, v: SimTensor) -> SimTensor:
         run, groups = self.run, self.sizes.num_heads // self.sizes.num_kv_heads
         k, v = self.repeat(k, groups), self.repeat(v, groups)
         rows = run.batch_size * self.sizes.num_heads * (-(-run.sequence_length // 32) * 32)
         return self.efficient_attention(q, k, v, rows)
 
-    def _eager(self, q: Sized, k: Sized, v: Sized) -> tuple[Sized, Sized]:
+    def _eager(self, q: SimTensor, k: SimTensor, v: SimTensor) -> tuple[SimTensor, SimTensor]:
         run, sizes = self.run, self.sizes
         groups, several = sizes.num_heads // sizes.num_kv_heads, run.batch_size > 1
         keys, values = self.repeat(k, groups), self.repeat(v, groups)
         count = run.batch_size * sizes.num_heads * run.sequence_length**2
 
-        def one_batch(y: Sized, contiguous: bool) -> Sized:
+        def one_batch(y: SimTensor, contiguous: bool) -> SimTensor:
             """``(B, heads, T, dim)`` as ``(B * heads, T, dim)``: a copy unless it already lies so."""
             return self.shift(y) if several and not contiguous else y
 
@@ -245,7 +245,7 @@ class StockStep(Linears):
             out = self.folded(out)
         return self.shift(out), scores
 
-    def _linear(self, x: Sized, name: str) -> Sized:
+    def _linear(self, x: SimTensor, name: str) -> SimTensor:
         """A layer and, where it has one, its adapter, as peft's ``Linear``, ``Linear4bit`` and ``Linear8bitLt`` do."""
         kind, linear = self.run.quantization, self.linears[name]
         if kind == "none":
@@ -269,7 +269,7 @@ class StockStep(Linears):
         del delta
         return self.cast(result, width)
 
-    def _delta(self, x: Sized, name: str) -> Sized:
+    def _delta(self, x: SimTensor, name: str) -> SimTensor:
         linear, layer, r = self.linears[name], self._layer, self.run.r
         low = self.trained(x, linear.inputs, r, (layer, name, "A"))
         return self.trained(low, r, linear.outputs, (layer, name, "B"))

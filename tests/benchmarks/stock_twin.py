@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
 from stock_memory.allocator import Block
-from stock_memory.simulated import Sized
+from stock_memory.simulated import SimTensor
 from stock_memory.stock_run import StockRun
 from stock_memory.stock_step import StockStep
 from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
@@ -55,7 +55,7 @@ class OnCpu(StockStep):
     def workspace(self) -> None:
         pass
 
-    def dropout(self, x: Sized) -> Sized:
+    def dropout(self, x: SimTensor) -> SimTensor:
         return x  # another kernel; the configurations of the tests drop nothing
 
 

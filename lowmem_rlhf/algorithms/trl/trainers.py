@@ -150,7 +150,7 @@ def make_trainer(recipe: Recipe, base: SharedBase, rows: Sequence[dict[str, Any]
     """Return an instance of the recipe's trainer whose model is the policy, and whose data are these rows.
 
     Args:
-        rows: as `trl_data` makes them; they are taken as they are.
+        rows: as `data.batch_rows` makes them; they are taken as they are.
         tile: positions whose logits exist at once.
 
     Raises:
