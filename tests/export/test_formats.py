@@ -12,6 +12,7 @@ from typer.testing import CliRunner
 
 import lowmem_rlhf
 from lowmem_rlhf import cli
+from lowmem_rlhf.algorithms.registry import spec_of
 from lowmem_rlhf.errors import RunError, UserError
 from lowmem_rlhf.export import push
 from lowmem_rlhf.export.formats.format import ExportBytes, ExportFormat, Written
@@ -55,8 +56,8 @@ class ToyFormat(ExportFormat):
             raise RunError(f"the toy is off by {difference}; nothing was kept")
         return {"largest_difference": difference}
 
-    def usage(self, folder, name, base, algorithm):
-        return f"Read {folder.joinpath('toy.json').name} of {name}, trained by {algorithm}."
+    def usage(self, folder, name, base, spec):
+        return f"Read {folder.joinpath('toy.json').name} of {name}, trained by {spec.name}."
 
 
 @pytest.fixture
@@ -143,7 +144,7 @@ def test_the_docs_show_what_the_card_says_of_use(tmp_path):
     docs = (PACKAGE.parent / "docs" / "export.md").read_text(encoding="utf-8")
     for name, format in FORMATS.items():
         for algorithm in ("grpo", *(["reward_model"] if format.holds_scores else [])):
-            assert format.usage(tmp_path, "NAME", "BASE", algorithm) in docs, (name, algorithm)
+            assert format.usage(tmp_path, "NAME", "BASE", spec_of(algorithm)) in docs, (name, algorithm)
 
 
 def compared_texts(file: Path) -> set[str]:
