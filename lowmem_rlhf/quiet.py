@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 LIBRARIES = ("bitsandbytes", "transformers", "datasets", "accelerate")
-_WARNINGS_OF = r"(bitsandbytes|torch|peft|transformers|accelerate)(\.|$)"
+_WARNINGS_OF = r"(bitsandbytes|torch|peft|transformers|accelerate|datasets|tqdm)(\.|$)"
 _OURS = "lowmem_rlhf"
 
 

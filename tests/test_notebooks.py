@@ -1,11 +1,15 @@
 """The notebooks run as they are, on small settings; what is kept of their outputs names no folder of a machine."""
 
 import re
+import sys
 from pathlib import Path
 
 import nbformat
 import pytest
 from nbclient import NotebookClient
+
+sys.path.append(str(Path(__file__).parent / "integration"))
+from tiny_runs import save_tiny_chat_model
 
 NOTEBOOKS = sorted((Path(__file__).parents[1] / "notebooks").glob("*.ipynb"))
 SMALLER = [
@@ -16,12 +20,18 @@ SMALLER = [
 ]
 
 
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    return save_tiny_chat_model(tmp_path_factory.mktemp("model") / "tiny")
+
+
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
-def test_a_notebook_runs(path, smollm2, tmp_path):
+def test_a_notebook_runs(path, smollm2, tiny, tmp_path):
     notebook = nbformat.read(path, as_version=4)
     (parameters,) = [cell for cell in notebook.cells if "parameters" in cell.metadata.get("tags", ())]
     assert re.findall(r"^(\w+) = ", parameters.source, re.MULTILINE) == ["STEPS", "SMALLER"]
-    parameters.source = f"STEPS = 1\nSMALLER = {SMALLER!r}"
+    model = [] if path.stem == "quickstart" else [f"model={tiny}"]  # one with the real model
+    parameters.source = f"STEPS = 1\nSMALLER = {[*SMALLER, *model]!r}"
     NotebookClient(
         notebook, timeout=600, kernel_name="python3", resources={"metadata": {"path": str(tmp_path)}}
     ).execute()

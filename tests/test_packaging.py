@@ -11,6 +11,9 @@ from pathlib import Path
 
 import pytest
 
+sys.path.append(str(Path(__file__).parent / "integration"))
+from tiny_runs import save_tiny_chat_model
+
 ROOT = Path(__file__).parents[1]
 
 
@@ -57,7 +60,7 @@ def clean_python(wheel, tmp_path_factory):
     """Return the interpreter of a new environment with the wheel; its dependencies are those of this one."""
     folder = tmp_path_factory.mktemp("environment")
     venv.create(folder, with_pip=False)
-    (site,) = folder.glob("[Ll]ib*/**/site-packages")
+    (site,) = {path.resolve() for path in folder.glob("[Ll]ib*/**/site-packages")}
     with zipfile.ZipFile(wheel) as archive:
         archive.extractall(site)
     for place in dict.fromkeys(sysconfig.get_path(name) for name in ("purelib", "platlib")):
@@ -66,13 +69,13 @@ def clean_python(wheel, tmp_path_factory):
     return next(path for path in (folder / "bin" / "python", folder / "Scripts" / "python.exe") if path.exists())
 
 
-def test_the_script_of_the_readme_runs_on_the_installed_wheel(clean_python, smollm2, tmp_path):
+def test_the_script_of_the_readme_runs_on_the_installed_wheel(clean_python, tmp_path):
     section = (ROOT / "README.md").read_text(encoding="utf-8").split("## From Python")[1]
     script = section.split("```python\n")[1].split("```")[0]
     assert len([line for line in script.splitlines() if line.strip()]) <= 12
-    small = "generation.num_generations=2", "training.prompts_per_step=2", "generation.max_completion_length=8"
-    assert 'overrides=["training.max_steps=2"]' in script
-    script = script.replace('"training.max_steps=2"', ", ".join(f'"{one}"' for one in ("training.max_steps=2", *small)))
+    small = [f"model={save_tiny_chat_model(tmp_path / 'tiny')}", "training.max_steps=2", "data.eval_size=4"]
+    assert '["training.max_steps=2"]' in script
+    script = script.replace('["training.max_steps=2"]', repr(small))
     script += "import json; print(json.dumps([lm.__file__, len(run.metrics()), run.recipe.rewards[0].function]))\n"
     environment = {key: value for key, value in os.environ.items() if key not in ("PYTHONPATH", "PYTHONHOME")}
     command = [str(clean_python), "-c", script]

@@ -43,6 +43,18 @@ def save_tiny_model(folder: Path, seed: int = 0, model_type: str = "llama", **ch
     return folder
 
 
+def save_tiny_chat_model(folder: Path) -> Path:
+    """Write the model of `save_tiny_model` with a chat template; return the folder."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(save_tiny_model(folder))
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ m['content'] }}{% if m['role'] == 'user' %}={% endif %}{% endfor %}"
+    )
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
 def tiny_values(model: Path | str) -> dict[str, Any]:
     """Return the values of a recipe of three steps whose reward, the completion's length, is easy to move."""
     return {
