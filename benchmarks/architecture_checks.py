@@ -39,7 +39,7 @@ LORA = {"r": 4, "lora_alpha": 8}
 EXACT = 1e-3  # bound of differences in fp32: of log-probs, and of a tensor's gradient relative to its norm
 NOISE, SLACK = 3.0, 0.005  # in 16 bits: no more than so many times stock's own distance from fp32, and a little
 
-Found = dict[str, Any]
+Findings = dict[str, Any]
 
 
 class StockFails(Exception):
@@ -78,7 +78,7 @@ def load_ours(folder: Path, quantization: str, dtype: str, targets: str | list[s
     return base
 
 
-def exactness(folder: Path, scratch: Path, found: Found) -> None:
+def exactness(folder: Path, scratch: Path, findings: Findings) -> None:
     """Find what fp32 shows: the layout, log-probs, gradients, sampled log-probs, and stock's own noise.
 
     Args:
@@ -88,9 +88,9 @@ def exactness(folder: Path, scratch: Path, found: Found) -> None:
         StockFails: see there.
     """
     groups = ragged()
-    stock, untouched = _stock_without_adapter(folder, groups, found)
-    base = _load_with_targets(folder, stock, found)
-    found["stage"] = "adapter"
+    stock, untouched = _stock_without_adapter(folder, groups, findings)
+    base = _load_with_targets(folder, stock, findings)
+    findings["stage"] = "adapter"
     fill_adapter(base)
     base.save_adapter(scratch)
     weights = weights_like(groups)
@@ -100,56 +100,56 @@ def exactness(folder: Path, scratch: Path, found: Found) -> None:
         _, again = with_gradients(stock, stock_batched, groups, weights)
     except Exception as error:
         raise StockFails(f"the adapter in stock peft: {told(error)}") from error
-    found["stock_gradients"] = gradient_difference(again, want_gradients)
-    found["adapter_effect"] = largest(want, untouched)
-    found["stage"] = "log-probs"
+    findings["stock_gradients"] = gradient_difference(again, want_gradients)
+    findings["adapter_effect"] = largest(want, untouched)
+    findings["stage"] = "log-probs"
     with torch.no_grad(), base.role(REFERENCE):
-        found["logps"] = largest(ours_at_once(base, groups), untouched)
-    found["gradients"] = 0.0
+        findings["logps"] = largest(ours_at_once(base, groups), untouched)
+    findings["gradients"] = 0.0
     for checkpointing, tokens in ((False, 1000), (True, 40)):
         base.set_gradient_checkpointing(checkpointing)
         base.peft.zero_grad()
         with base.role(POLICY):
             got = ours_at_once(base, groups, weights, tokens)
-        found["logps"] = max(found["logps"], largest(got, want))
-        found["gradients"] = max(found["gradients"], gradient_difference(gradients(base.peft), want_gradients))
-    found["stage"] = "sampled"
+        findings["logps"] = max(findings["logps"], largest(got, want))
+        findings["gradients"] = max(findings["gradients"], gradient_difference(gradients(base.peft), want_gradients))
+    findings["stage"] = "sampled"
     drawn, logps = sampled(base, groups)
     with torch.no_grad():
-        found["sampled"] = largest(logps, stock_alone(stock, drawn))
+        findings["sampled"] = largest(logps, stock_alone(stock, drawn))
 
 
-def _stock_without_adapter(folder: Path, groups: Sequence[Group], found: Found) -> tuple[Any, Logps]:
+def _stock_without_adapter(folder: Path, groups: Sequence[Group], findings: Findings) -> tuple[Any, Logps]:
     """Return the stock model in fp32 and its log-probs; find how far they are from those of a padded batch."""
     try:
         stock = load_stock(folder, "none", "float32")
         with torch.no_grad():
             alone = stock_alone(stock, groups)
-            found["stock_self"] = largest(stock_batched(stock, groups), alone)
+            findings["stock_self"] = largest(stock_batched(stock, groups), alone)
     except Exception as error:
         raise StockFails(told(error)) from error
-    if not found["stock_self"] <= EXACT:
-        raise StockFails(f"alone and in a padded batch its log-probs differ by {found['stock_self']:.2g}")
+    if not findings["stock_self"] <= EXACT:
+        raise StockFails(f"alone and in a padded batch its log-probs differ by {findings['stock_self']:.2g}")
     return stock, alone
 
 
-def _load_with_targets(folder: Path, stock: Any, found: Found) -> SharedBase:
+def _load_with_targets(folder: Path, stock: Any, findings: Findings) -> SharedBase:
     """Load a folder with adapters on all linear layers, or where that is refused on those of the attention."""
-    found["stage"] = "load"
+    findings["stage"] = "load"
     try:
         base = load_ours(folder, "none", "float32")
     except LowmemError as refusal:
         targets = attention_layers(stock)
         if "target_modules" not in str(refusal) or not targets:
             raise
-        found["all_linear"], found["targets"] = one_line(refusal), targets
+        findings["all_linear"], findings["targets"] = one_line(refusal), targets
         base = load_ours(folder, "none", "float32", targets)
-    found["way"] = "packed" if base.packable else "padded"
-    found["note"] = base.note
+    findings["way"] = "packed" if base.packable else "padded"
+    findings["note"] = base.note
     return base
 
 
-def rounded(folder: Path, scratch: Path, found: Found, quantization: str, dtype: str, targets: Any) -> None:
+def rounded(folder: Path, scratch: Path, findings: Findings, quantization: str, dtype: str, targets: Any) -> None:
     """Find what a 16-bit dtype or a quantization shows, against the same (quantized) weights in fp32.
 
     ``noise`` is how far stock in that dtype is from stock in fp32, or alone from batched; ``logps`` and ``sampled`` is
@@ -170,23 +170,23 @@ def rounded(folder: Path, scratch: Path, found: Found, quantization: str, dtype:
             noise = sizes(alone, want, stock_batched(stock, groups))
     except Exception as error:
         raise StockFails(told(error)) from error
-    found["experts"] = any("expert" in name for name, _ in stock.named_parameters())
-    found["stage"] = "load"
+    findings["experts"] = any("expert" in name for name, _ in stock.named_parameters())
+    findings["stage"] = "load"
     base = load_ours(folder, quantization, dtype, targets)
     base.load_adapter(scratch)
-    found["stage"] = "log-probs"
+    findings["stage"] = "log-probs"
     base.set_gradient_checkpointing(True)
     with base.role(POLICY):
         got = ours_at_once(base, groups, weights)
-    found |= {"noise": noise, "logps": sizes(got, want), "cosine": cosine(gradients(base.peft), want_gradients)}
-    found["stage"] = "sampled"
+    findings |= {"noise": noise, "logps": sizes(got, want), "cosine": cosine(gradients(base.peft), want_gradients)}
+    findings["stage"] = "sampled"
     for way, dequantize in (("sampled", False), ("sampled_dequantized", True))[: 1 + (quantization == "nf4")]:
         drawn, logps = sampled(base, groups, dequantize)
         with torch.no_grad():
             exact = stock_alone(truth, drawn)
             again = sizes(stock_alone(stock, drawn), exact)
-        found[f"{way}_noise"] = [max(pair) for pair in zip(noise, again, strict=True)]
-        found[way] = sizes(logps, exact)
+        findings[f"{way}_noise"] = [max(pair) for pair in zip(noise, again, strict=True)]
+        findings[way] = sizes(logps, exact)
 
 
 def with_adapter(model: Any, folder: Path) -> Any:
@@ -203,32 +203,34 @@ def with_adapter(model: Any, folder: Path) -> Any:
     return adapted
 
 
-def ended(found: Found, run: Callable[[], None]) -> Found:
-    """Run a part that fills ``found``; add a verdict and its reason where it did not end well."""
+def ended(findings: Findings, run: Callable[[], None]) -> Findings:
+    """Run a part that fills ``findings``; add a verdict and its reason where it did not end well."""
     try:
         run()
-        found.pop("stage", None)
+        findings.pop("stage", None)
     except LowmemError as error:
-        found |= {"verdict": "refused", "why": one_line(error)}
+        findings |= {"verdict": "refused", "why": one_line(error)}
     except StockFails as error:
-        found |= {"verdict": "stock_fails", "why": str(error)}
+        findings |= {"verdict": "stock_fails", "why": str(error)}
     except Exception as error:
-        found |= {"verdict": "traceback", "why": told(error), "traceback": traceback.format_exc()[-2500:]}
-    return found
+        findings |= {"verdict": "traceback", "why": told(error), "traceback": traceback.format_exc()[-2500:]}
+    return findings
 
 
-def off(found: Found) -> list[str]:
+def off(findings: Findings) -> list[str]:
     """Return which of a part's numbers are beyond their bounds.
 
     In 16 bits the median counts, and of a model without experts the mean as well: another expert for one token moves
     the mean of few tokens by more than rounding does.
     """
-    if "noise" not in found:
-        bounds = {"logps": EXACT, "gradients": max(EXACT, 10 * found.get("stock_gradients", 0)), "sampled": EXACT}
-        return [key for key, bound in bounds.items() if not found.get(key, 0) <= bound]
-    counted = slice(1, 2) if found["experts"] else slice(2)
+    if "noise" not in findings:
+        bounds = {"logps": EXACT, "gradients": max(EXACT, 10 * findings.get("stock_gradients", 0)), "sampled": EXACT}
+        return [key for key, bound in bounds.items() if not findings.get(key, 0) <= bound]
+    counted = slice(1, 2) if findings["experts"] else slice(2)
     ways = [("logps", "noise"), *((way, f"{way}_noise") for way in ("sampled", "sampled_dequantized"))]
-    return [w for w, noise in ways if w in found and any(map(_beyond, found[w][counted], found[noise][counted]))]
+    return [
+        w for w, noise in ways if w in findings and any(map(_beyond, findings[w][counted], findings[noise][counted]))
+    ]
 
 
 def _beyond(distance: float, noise: float) -> bool:

@@ -227,13 +227,13 @@ class Run:
 
     def _opened(self, compare: bool) -> "tuple[SharedBase, Recipe]":
         from lowmem_rlhf.inference.open_run import OpenRun
-        from lowmem_rlhf.inference.opening import add_start, open_policy
+        from lowmem_rlhf.inference.opening import add_initial_adapter, open_policy
 
         if self._policy is None:
             opened = OpenRun(self._directory)
             self._policy = open_policy(opened), opened.recipe
         if compare and not self._compares:
-            add_start(*self._policy)
+            add_initial_adapter(*self._policy)
             self._compares = True
         return self._policy
 

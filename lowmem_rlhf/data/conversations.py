@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from lowmem_rlhf.data.bad_rows import RowError
-from lowmem_rlhf.data.messages import Message, is_light
+from lowmem_rlhf.data.messages import Message, has_weight
 
 
 def answered(messages: Sequence[Message], column: str, learn_all: bool = False) -> list[Message]:
@@ -34,9 +34,9 @@ def answered(messages: Sequence[Message], column: str, learn_all: bool = False) 
             f"column {column!r} begins with the assistant's message; begin it with the user's",
         )
     if learn_all:
-        weighed = [place for place, one in enumerate(messages) if one["role"] == "assistant" and not is_light(one)]
+        weighed = [place for place, one in enumerate(messages) if one["role"] == "assistant" and has_weight(one)]
         messages = messages[: weighed[-1] + 1] if weighed else messages
-    if is_light(messages[-1]):
+    if not has_weight(messages[-1]):
         raise RowError(
             "an answer of weight 0",
             f"the last answer of column {column!r} has weight 0 and is not to be learned; remove the row"
@@ -54,7 +54,7 @@ def places_learned(messages: Sequence[Message], column: str) -> list[int]:
     Raises:
         RowError: one is empty, or goes on with another answer.
     """
-    places = [place for place, one in enumerate(messages) if one["role"] == "assistant" and not is_light(one)]
+    places = [place for place, one in enumerate(messages) if one["role"] == "assistant" and has_weight(one)]
     for place in places if len(places) > 1 else ():
         if not str(messages[place]["content"]).strip() and not messages[place].get("tool_calls"):
             raise RowError(

@@ -204,9 +204,9 @@ def _as_text(call: Message) -> Message:
     return {**call, "function": {**function, "arguments": json.dumps(function["arguments"], ensure_ascii=False)}}
 
 
-def is_light(message: Message) -> bool:
-    """Whether a message has weight 0: it is read, and not learned."""
-    return message.get("weight") in (0, "0")
+def has_weight(message: Message) -> bool:
+    """Whether a message may be learned; one of weight 0 is only read."""
+    return message.get("weight") not in (0, "0")
 
 
 def tools_of(row: Mapping[str, Any]) -> Any:

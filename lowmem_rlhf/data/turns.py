@@ -9,7 +9,7 @@ from typing import Any
 
 from lowmem_rlhf.data.bad_rows import RowError
 from lowmem_rlhf.data.conversations import places_learned
-from lowmem_rlhf.data.messages import Message, is_light
+from lowmem_rlhf.data.messages import Message, has_weight
 from lowmem_rlhf.data.prompt_writer import Prompt, PromptWriter
 from lowmem_rlhf.data.rendered import is_written, squeezed
 from lowmem_rlhf.data.values import Row
@@ -105,7 +105,7 @@ class TurnWriter:
         """
         messages, report = self.prompts.conversation(row, learn_all), self.prompts.report
         report.learn_all = learn_all
-        answers = [one for one in messages if one["role"] == "assistant" and not is_light(one)]
+        answers = [one for one in messages if one["role"] == "assistant" and has_weight(one)]
         report.answers.append(len(answers))
         if not learn_all or len(answers) == 1:
             return None, [(self.prompts.prompt(row, messages[:-1]), messages[-1])]

@@ -24,7 +24,7 @@ from lowmem_rlhf.hardware.detect import detect
 from lowmem_rlhf.hardware.device import Device
 from lowmem_rlhf.inference.base import held_against_stock, open_base
 from lowmem_rlhf.inference.open_run import OpenRun
-from lowmem_rlhf.inference.opening import add_start, check_device, open_trained
+from lowmem_rlhf.inference.opening import add_initial_adapter, check_device, open_trained
 from lowmem_rlhf.planning.plan import Plan, Settings
 from lowmem_rlhf.planning.run_plan import running_plan
 from lowmem_rlhf.progress import message
@@ -105,7 +105,7 @@ def _open_run(opened: OpenRun, recipe: Recipe, overrides: list[str], device: str
     base = open_trained(opened, device)
     roles = {POLICY: POLICY}
     if recipe.spec.output == "text":  # a score head that has not learned says nothing
-        add_start(base, recipe)
+        add_initial_adapter(base, recipe)
         roles = {REFERENCE: REFERENCE, POLICY: POLICY}
     last = max((int(row["step"]) for row in run.metrics() if "step" in row), default=0)
     if recipe.training.num_train_epochs is not None:  # the steps that came of them

@@ -35,7 +35,7 @@ def conversation(opened: OpenRun, device: str | None, options: ChatOptions) -> I
     if options.compare:
         with paths_explained(opened.directory.path, opened.written):
             opened.check_initial_adapter()
-            add_start(base, recipe)
+            add_initial_adapter(base, recipe)
     dequantize = opened.plan.settings.rollout_weights == "dequantized"
     with memory_explained(recipe), base.decoding(dequantize):
         yield Talk(base, recipe, options)
@@ -92,7 +92,7 @@ def _open(opened: OpenRun, device: str | None) -> "SharedBase":
     return base
 
 
-def add_start(base: "SharedBase", recipe: Recipe) -> None:
+def add_initial_adapter(base: "SharedBase", recipe: Recipe) -> None:
     """Let the reference be what training began with, where that was an adapter.
 
     Raises:

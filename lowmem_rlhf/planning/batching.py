@@ -13,17 +13,18 @@ TILE_BYTES = 128 * MIB
 FASTER_ROWS = 32  # up to so many a CPU's 4-bit product is faster than the product with a 16-bit copy
 
 
-def logits_tile_tokens(case: PlanInputs) -> tuple[int, str]:
+def logits_tile_tokens(inputs: PlanInputs) -> tuple[int, str]:
     """Choose the power of two whose tile comes closest below 128 MiB; on the CPU between 256 and 512 positions."""
-    if pinned := case.pinned("logits_tile_tokens"):
+    if pinned := inputs.pinned("logits_tile_tokens"):
         return pinned, PINNED
-    row = case.dims.vocab_size * 10
+    row = inputs.dims.vocab_size * 10
     tokens = 1 << max(4, min(10, (TILE_BYTES // row).bit_length() - 1))
-    tokens = max(256, min(512, tokens)) if case.on_cpu else tokens
-    return tokens, f"a tile over {case.dims.vocab_size:,} tokens of vocabulary takes about {tokens * row / MIB:.0f} MiB"
+    tokens = max(256, min(512, tokens)) if inputs.on_cpu else tokens
+    vocabulary = inputs.dims.vocab_size
+    return tokens, f"a tile over {vocabulary:,} tokens of vocabulary takes about {tokens * row / MIB:.0f} MiB"
 
 
-def gradient_checkpointing(case: PlanInputs, settings: Settings) -> tuple[bool | int, str]:
+def gradient_checkpointing(inputs: PlanInputs, settings: Settings) -> tuple[bool | int, str]:
     """Choose the fewest recomputed layers for a whole group in a micro-batch, or as much of one as fits.
 
     Returns:
@@ -32,21 +33,21 @@ def gradient_checkpointing(case: PlanInputs, settings: Settings) -> tuple[bool |
     Raises:
         UserError: the model has fewer layers than the pinned number.
     """
-    pinned, layers = case.pinned("gradient_checkpointing"), case.dims.num_layers
+    pinned, layers = inputs.pinned("gradient_checkpointing"), inputs.dims.num_layers
     if pinned is not None:
         if pinned > layers:
             raise UserError(
-                f"hardware.gradient_checkpointing: got {pinned}, but {case.recipe.model!r} has {layers} layers; give "
+                f"hardware.gradient_checkpointing: got {pinned}, but {inputs.recipe.model!r} has {layers} layers; give "
                 f"at most {layers}, or true for all of them"
             )
         return pinned, PINNED
-    tokens = case.pinned("micro_batch_tokens") or _group_tokens(case, settings)
+    tokens = inputs.pinned("micro_batch_tokens") or _group_tokens(inputs, settings)
 
     def need(count: int) -> int:
-        return case.peak(replace(settings, gradient_checkpointing=count, micro_batch_tokens=tokens), "update")
+        return inputs.peak(replace(settings, gradient_checkpointing=count, micro_batch_tokens=tokens), "update")
 
-    count = _first(range(layers + 1), lambda count: need(count) <= case.budget)
-    share = f"of {gib(case.budget)}"
+    count = _first(range(layers + 1), lambda count: need(count) <= inputs.budget)
+    share = f"of {gib(inputs.budget)}"
     if count == 0:
         return False, f"the update keeps all activations of {tokens} tokens: {gib(need(0))} {share}"
     if count is None or count == layers:
@@ -54,47 +55,48 @@ def gradient_checkpointing(case: PlanInputs, settings: Settings) -> tuple[bool |
     return count, f"the fewest of {layers} layers with which {tokens} tokens fit: {gib(need(count))} {share}"
 
 
-def _group_tokens(case: PlanInputs, settings: Settings) -> int:
+def _group_tokens(inputs: PlanInputs, settings: Settings) -> int:
     """Return a group's tokens, at most the cap, or the most that fit with every layer recomputed.
 
     More comes before fewer recomputed layers, as a group that is split repeats its prompt; beyond a whole group a
     larger micro-batch computes nothing less.
     """
-    least, top = _micro_batch_limits(case)
-    group = min(group_tokens(case.recipe), top)
+    least, top = _micro_batch_limits(inputs)
+    group = min(group_tokens(inputs.recipe), top)
 
     def fits(tokens: int) -> bool:
         cut = replace(settings, micro_batch_tokens=tokens, score_batch_tokens=tokens)
-        return case.peak(cut, "scoring", "update") <= case.budget
+        return inputs.peak(cut, "scoring", "update") <= inputs.budget
 
     return _first(_token_steps(least, group), fits) or least
 
 
-def micro_batch_tokens(case: PlanInputs, settings: Settings) -> tuple[int, str]:
+def micro_batch_tokens(inputs: PlanInputs, settings: Settings) -> tuple[int, str]:
     """Choose the most packed tokens of one pass that fit, at least the longest prompt with its completion.
 
     Raises:
         UserError: the pinned number is less than that.
     """
-    least, top = _micro_batch_limits(case)
-    if pinned := _pinned_tokens(case, "micro_batch_tokens", least):
+    least, top = _micro_batch_limits(inputs)
+    if pinned := _pinned_tokens(inputs, "micro_batch_tokens", least):
         return pinned, PINNED
-    steps = sorted({*_token_steps(least, top), min(group_tokens(case.recipe), top)}, reverse=True)
+    steps = sorted({*_token_steps(least, top), min(group_tokens(inputs.recipe), top)}, reverse=True)
 
     def need(tokens: int) -> int:
-        return case.peak(replace(settings, micro_batch_tokens=tokens, score_batch_tokens=tokens), "scoring", "update")
+        return inputs.peak(replace(settings, micro_batch_tokens=tokens, score_batch_tokens=tokens), "scoring", "update")
 
-    tokens = _first(steps, lambda size: need(size) <= case.budget)
+    tokens = _first(steps, lambda size: need(size) <= inputs.budget)
     if tokens is None:
         return least, f"the longest prompt and completion need {least} tokens: {gib(need(least))}"
-    share = f"the update takes {gib(need(tokens))} of {gib(case.budget)}"
+    share = f"the update takes {gib(need(tokens))} of {gib(inputs.budget)}"
     if tokens < top:
         return tokens, f"the most that fits: {share}"
-    what = "a whole step" if tokens == step_tokens(case.recipe) else "the cap for a CPU" if case.on_cpu else "the cap"
+    cap = "the cap for a CPU" if inputs.on_cpu else "the cap"
+    what = "a whole step" if tokens == step_tokens(inputs.recipe) else cap
     return tokens, f"{what}: {share}"
 
 
-def score_batch_tokens(case: PlanInputs, settings: Settings) -> tuple[int, str]:
+def score_batch_tokens(inputs: PlanInputs, settings: Settings) -> tuple[int, str]:
     """Choose the packed tokens of a pass without gradients: those of the update, or more where a group is larger.
 
     Such a pass keeps nothing for a backward one, so a whole group often fits where the update must split it, and its
@@ -103,47 +105,47 @@ def score_batch_tokens(case: PlanInputs, settings: Settings) -> tuple[int, str]:
     Raises:
         UserError: the pinned number is less than the longest prompt with its completion.
     """
-    least, top = _micro_batch_limits(case)
-    if pinned := _pinned_tokens(case, "score_batch_tokens", least):
+    least, top = _micro_batch_limits(inputs)
+    if pinned := _pinned_tokens(inputs, "score_batch_tokens", least):
         return pinned, PINNED
-    update, group = settings.micro_batch_tokens, min(group_tokens(case.recipe), top)
+    update, group = settings.micro_batch_tokens, min(group_tokens(inputs.recipe), top)
     if update >= group:
         return update, "as in the update: a whole group goes into one pass"
 
     def need(tokens: int) -> int:
-        return case.peak(replace(settings, score_batch_tokens=tokens), "scoring")
+        return inputs.peak(replace(settings, score_batch_tokens=tokens), "scoring")
 
-    tokens = _first(_token_steps(update, group), lambda size: need(size) <= case.budget) or update
+    tokens = _first(_token_steps(update, group), lambda size: need(size) <= inputs.budget) or update
     what = "a whole group" if tokens == group else f"the most of a group of {group} that fits"
-    return tokens, f"{what}: passes without gradients take {gib(need(tokens))} of {gib(case.budget)}"
+    return tokens, f"{what}: passes without gradients take {gib(need(tokens))} of {gib(inputs.budget)}"
 
 
-def rollout_batch_size(case: PlanInputs, settings: Settings) -> tuple[int, str]:
+def rollout_batch_size(inputs: PlanInputs, settings: Settings) -> tuple[int, str]:
     """Choose how many completions are written at once: a whole step, else whole groups, else fewer than a group.
 
     Where only held-out completions are sampled (SFT with rewards), the whole is the evaluation.
     """
-    if pinned := case.pinned("rollout_batch_size"):
+    if pinned := inputs.pinned("rollout_batch_size"):
         return pinned, PINNED
-    if not samples_completions(case.recipe):
+    if not samples_completions(inputs.recipe):
         return 1, "nothing is sampled"
-    group, prompts, whole = case.recipe.generation.num_generations, case.recipe.training.prompts_per_step, "a step"
-    if not case.recipe.spec.samples:
-        group, prompts, whole = case.recipe.evaluation.num_samples, case.recipe.data.eval_size, "the evaluation"
+    group, prompts, whole = inputs.recipe.generation.num_generations, inputs.recipe.training.prompts_per_step, "a step"
+    if not inputs.recipe.spec.samples:
+        group, prompts, whole = inputs.recipe.evaluation.num_samples, inputs.recipe.data.eval_size, "the evaluation"
     sizes = [group * count for count in range(prompts, 0, -1)] + list(range(group - 1, 0, -1))
 
     def need(rows: int) -> int:
-        return case.peak(replace(settings, rollout_batch_size=rows), "rollout")
+        return inputs.peak(replace(settings, rollout_batch_size=rows), "rollout")
 
-    rows = _first(sizes, lambda size: need(size) <= case.budget)
+    rows = _first(sizes, lambda size: need(size) <= inputs.budget)
     if rows is None:
         return 1, f"even one completion at a time takes {gib(need(1))}"
-    cache = case.phases(replace(settings, rollout_batch_size=rows))["rollout"]["kv_cache"]
-    share = f"its key-value cache takes {gib(cache)}, the rollout {gib(need(rows))} of {gib(case.budget)}"
+    cache = inputs.phases(replace(settings, rollout_batch_size=rows))["rollout"]["kv_cache"]
+    share = f"its key-value cache takes {gib(cache)}, the rollout {gib(need(rows))} of {gib(inputs.budget)}"
     return rows, f"{f'all of {whole}' if rows == sizes[0] else f'the most of {sizes[0]} that fits'}: {share}"
 
 
-def rollout_weights(case: PlanInputs, settings: Settings) -> tuple[str, str]:
+def rollout_weights(inputs: PlanInputs, settings: Settings) -> tuple[str, str]:
     """Choose whether sampling reads a 16-bit copy of NF4 weights, made anew for each rollout.
 
     The copy is the very numbers that NF4 stands for, and the adapter stays beside it, so the sampling policy is the
@@ -152,37 +154,37 @@ def rollout_weights(case: PlanInputs, settings: Settings) -> tuple[str, str]:
     `benchmarks/techniques.py`), or by bitsandbytes', at few rows. On a GPU bitsandbytes multiplies 4-bit weights
     directly; too few steps were measured there to say which is faster, so it is left to the recipe.
     """
-    if pinned := case.pinned("rollout_weights"):
+    if pinned := inputs.pinned("rollout_weights"):
         return pinned, PINNED
-    if settings.quantization != "nf4" or not samples_completions(case.recipe):
+    if settings.quantization != "nf4" or not samples_completions(inputs.recipe):
         return "quantized", "the weights are not 4-bit" if settings.quantization != "nf4" else "nothing is sampled"
-    if not case.on_cpu:
+    if not inputs.on_cpu:
         return "quantized", "a GPU multiplies 4-bit weights directly"
-    fast = case.device.multiplies_four_bit(settings.compute_dtype)
-    if fast and case.device.compiler:
+    fast = inputs.device.multiplies_four_bit(settings.compute_dtype)
+    if fast and inputs.device.compiler:
         return "quantized", "this CPU multiplies 4-bit weights as they lie, faster than a 16-bit copy"
     if fast and settings.rollout_batch_size <= FASTER_ROWS:
         return "quantized", f"this CPU multiplies 4-bit weights directly, faster at up to {FASTER_ROWS} rows"
     wanted = replace(settings, rollout_weights="dequantized")
-    need = case.peak(wanted, "rollout")
-    if need > case.budget:
-        return "quantized", f"with a 16-bit copy the rollout would take {gib(need)} of {gib(case.budget)}"
+    need = inputs.peak(wanted, "rollout")
+    if need > inputs.budget:
+        return "quantized", f"with a 16-bit copy the rollout would take {gib(need)} of {gib(inputs.budget)}"
     return "dequantized", f"a 16-bit copy saves dequantizing for every token; the rollout takes {gib(need)} with it"
 
 
-def _pinned_tokens(case: PlanInputs, key: str, least: int) -> int | None:
-    pinned: int | None = case.pinned(key)
+def _pinned_tokens(inputs: PlanInputs, key: str, least: int) -> int | None:
+    pinned: int | None = inputs.pinned(key)
     if pinned is not None and pinned < least:
         raise UserError(
             f"hardware.{key}: got {pinned}, but a prompt and its completion may have {least} tokens; give at least "
-            f"{least}, or lower {' or '.join(length_keys(case.recipe))}"
+            f"{least}, or lower {' or '.join(length_keys(inputs.recipe))}"
         )
     return pinned
 
 
-def _micro_batch_limits(case: PlanInputs) -> tuple[int, int]:
-    least = row_tokens(case.recipe)
-    return least, max(least, min(step_tokens(case.recipe), MICRO_BATCH_CAP["cpu" if case.on_cpu else "gpu"]))
+def _micro_batch_limits(inputs: PlanInputs) -> tuple[int, int]:
+    least = row_tokens(inputs.recipe)
+    return least, max(least, min(step_tokens(inputs.recipe), MICRO_BATCH_CAP["cpu" if inputs.on_cpu else "gpu"]))
 
 
 def _token_steps(least: int, most: int) -> list[int]:

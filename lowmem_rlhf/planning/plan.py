@@ -146,41 +146,41 @@ def plan_for(recipe: Recipe, device: Device, profile: str, dims: ModelDimensions
         UserError: as `make_plan`.
     """
     check_positions(recipe, dims.max_positions, f"has only {dims.max_positions} positions")
-    case = PlanInputs(recipe, device, dims, budget_bytes(device))
-    settings, reasons = _settings(case)
+    inputs = PlanInputs(recipe, device, dims, budget_bytes(device))
+    settings, reasons = _settings(inputs)
     if dims.note:
         reasons["quantization"] = f"{reasons['quantization']}; {dims.note}"
-    by_phase = case.phases(settings)
+    by_phase = inputs.phases(settings)
     phase, peak = peak_phase(by_phase)
-    if peak > case.budget:
+    if peak > inputs.budget:
         key = _SETTING_OF_PHASE[phase]
-        reasons[key] = f"{reasons[key]}; {shortage(phase, by_phase[phase], case.budget)}"
+        reasons[key] = f"{reasons[key]}; {shortage(phase, by_phase[phase], inputs.budget)}"
     live = max(total(components) - components["allocator"] for components in by_phase.values())
     memory = {
-        "budget_bytes": case.budget,
+        "budget_bytes": inputs.budget,
         "peak_bytes": peak,
         "low_bytes": live,
-        "high_bytes": live if case.on_cpu else round(live * ALLOCATOR_HIGH),
+        "high_bytes": live if inputs.on_cpu else round(live * ALLOCATOR_HIGH),
         "phases": by_phase,
     }
-    if case.on_cpu:
+    if inputs.on_cpu:
         memory["process"] = process_bytes(live)
-    verdict, between = verdict_of(dims, memory, case.on_cpu)
-    return Plan(peak <= case.budget, verdict, between, device, profile, settings, reasons, memory)
+    verdict, between = verdict_of(dims, memory, inputs.on_cpu)
+    return Plan(peak <= inputs.budget, verdict, between, device, profile, settings, reasons, memory)
 
 
-def _settings(case: PlanInputs) -> tuple[Settings, dict[str, str]]:
+def _settings(inputs: PlanInputs) -> tuple[Settings, dict[str, str]]:
     """Choose all settings, the first ones for the smallest working set, then how passes are cut."""
     reasons: dict[str, str] = {}
-    quantization, reasons["quantization"] = precision.quantization(case)
-    settings = precision.smallest(case, quantization)
-    reasons["compute_dtype"] = precision.compute_dtype(case, quantization)[1]
+    quantization, reasons["quantization"] = precision.quantization(inputs)
+    settings = precision.smallest(inputs, quantization)
+    reasons["compute_dtype"] = precision.compute_dtype(inputs, quantization)[1]
     for key in ("optim", "offload_checkpoints", "offload_embeddings"):
-        value, reasons[key] = getattr(precision, key)(case, settings)
+        value, reasons[key] = getattr(precision, key)(inputs, settings)
         settings = replace(settings, **{key: value})
-    rank, reason = precision.rank(case, settings)
-    settings = precision.with_rank(case, settings, rank)
-    reasons["lora"] = _lora_reason(case, rank, reason)
+    rank, reason = precision.rank(inputs, settings)
+    settings = precision.with_rank(inputs, settings, rank)
+    reasons["lora"] = _lora_reason(inputs, rank, reason)
     for key in (
         "gradient_checkpointing",
         "micro_batch_tokens",
@@ -188,9 +188,9 @@ def _settings(case: PlanInputs) -> tuple[Settings, dict[str, str]]:
         "rollout_batch_size",
         "rollout_weights",
     ):
-        value, reasons[key] = getattr(batching, key)(case, settings)
+        value, reasons[key] = getattr(batching, key)(inputs, settings)
         settings = replace(settings, **{key: value})
-    reasons["logits_tile_tokens"] = batching.logits_tile_tokens(case)[1]
+    reasons["logits_tile_tokens"] = batching.logits_tile_tokens(inputs)[1]
     return settings, reasons
 
 
@@ -204,10 +204,10 @@ def shortage(phase: str, components: Components, budget: int) -> str:
     )
 
 
-def _lora_reason(case: PlanInputs, rank: int, reason: str) -> str:
-    trained, frozen = adapters_of(case.recipe)
-    millions = case.dims.lora_parameters(rank, case.recipe.lora.target_modules) / 1e6
-    share = 100e6 * millions / case.dims.num_parameters
+def _lora_reason(inputs: PlanInputs, rank: int, reason: str) -> str:
+    trained, frozen = adapters_of(inputs.recipe)
+    millions = inputs.dims.lora_parameters(rank, inputs.recipe.lora.target_modules) / 1e6
+    share = 100e6 * millions / inputs.dims.num_parameters
     more = f"; {trained} adapters train and {frozen} are frozen" if trained + frozen > 1 else ""
     return f"rank {rank}: {reason}; {millions:.2f} million adapter parameters, {share:.2g} % of the model's{more}"
 

@@ -15,15 +15,15 @@ from lowmem_rlhf.rewards.similarity import Similarity, load_similarity
 
 
 @dataclass
-class Room:
+class DeviceBudget:
     """The policy's device, and what is still free there for rewards."""
 
     device: str = "cpu"
     free_bytes: int = 0
 
 
-def load_learned(config: RewardConfig, room: Room) -> tuple[Classifier | Similarity, str, str]:
-    """Load a learned reward; return it with its device and why it is there. Takes what it needs from the room.
+def load_learned(config: RewardConfig, budget: DeviceBudget) -> tuple[Classifier | Similarity, str, str]:
+    """Load a learned reward; return it with its device and why it is there. Takes what it needs from the budget.
 
     Raises:
         UserError: an option that the model or the machine does not have; the message names the reward.
@@ -32,7 +32,7 @@ def load_learned(config: RewardConfig, room: Room) -> tuple[Classifier | Similar
     options: Any = LEARNED_REWARDS[config.function].model_validate(config.options)
     try:
         reward = _load(options)
-        device, reason = _placed(reward, options.device, room)
+        device, reason = _placed(reward, options.device, budget)
         reward.encoder.to(device)
     except LowmemError as error:
         raise type(error)(f"rewards: {config.name}: {error}") from error
@@ -46,17 +46,17 @@ def _load(options: Any) -> Classifier | Similarity:
     return load_similarity(options)
 
 
-def _placed(reward: Classifier | Similarity, wanted: str, room: Room) -> tuple[str, str]:
-    """Return the device and why: what the recipe says, else the policy's where the room is large enough."""
+def _placed(reward: Classifier | Similarity, wanted: str, budget: DeviceBudget) -> tuple[str, str]:
+    """Return the device and why: what the recipe says, else the policy's where the budget is large enough."""
     if wanted != "auto":
         device, reason = detect(wanted).torch_device, PINNED
         if not torch_reaches(device):
             raise UserError(f"device: got {wanted!r}, which this torch ({torch.__version__}) cannot use; take cpu")
     else:
         encoder = reward.encoder
-        device, reason = reward_device(encoder.weight_bytes, encoder.work_bytes, room.device, room.free_bytes)
+        device, reason = reward_device(encoder.weight_bytes, encoder.work_bytes, budget.device, budget.free_bytes)
         if not torch_reaches(device):
             device, reason = "cpu", f"this torch ({torch.__version__}) cannot use {device}"
-    if device == room.device:
-        room.free_bytes -= reward_bytes(reward.encoder.weight_bytes, reward.encoder.work_bytes, device)
+    if device == budget.device:
+        budget.free_bytes -= reward_bytes(reward.encoder.weight_bytes, reward.encoder.work_bytes, device)
     return device, reason

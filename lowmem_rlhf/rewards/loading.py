@@ -14,7 +14,7 @@ from lowmem_rlhf.suggest import did_you_mean
 from lowmem_rlhf.user_code import check_callable, file_of, is_user_code, load_function
 
 if TYPE_CHECKING:
-    from lowmem_rlhf.rewards.learned import Room
+    from lowmem_rlhf.rewards.learned import DeviceBudget
 
 # What every reward function is given besides the columns of the data and its own options: TRL's, and `prompt_texts`,
 # the prompts as the model read them.
@@ -69,10 +69,10 @@ def load_rewards(
     """
     if not any(config.function in LEARNED_REWARDS for config in configs):
         return [_load(config, None, model, revision) for config in configs]
-    from lowmem_rlhf.rewards.learned import Room
+    from lowmem_rlhf.rewards.learned import DeviceBudget
 
-    room = Room(device, free_bytes)
-    return [_load(config, room, model, revision) for config in configs]
+    budget = DeviceBudget(device, free_bytes)
+    return [_load(config, budget, model, revision) for config in configs]
 
 
 def placements(rewards: Iterable[Reward]) -> dict[str, dict[str, str]]:
@@ -114,9 +114,9 @@ def accepted(function: Callable[..., Any], arguments: dict[str, Any]) -> dict[st
     return {name: value for name, value in arguments.items() if name in parameters}
 
 
-def _load(config: RewardConfig, room: "Room | None", model: str, revision: str | None) -> Reward:
+def _load(config: RewardConfig, budget: "DeviceBudget | None", model: str, revision: str | None) -> Reward:
     if config.function in LEARNED_REWARDS:
-        return _learned(config, room)
+        return _learned(config, budget)
     if config.function == REWARD_ADAPTER:
         from lowmem_rlhf.rewards.adapter import load_adapter_reward
 
@@ -141,11 +141,11 @@ def _load(config: RewardConfig, room: "Room | None", model: str, revision: str |
     return reward
 
 
-def _learned(config: RewardConfig, room: "Room | None") -> Reward:
+def _learned(config: RewardConfig, budget: "DeviceBudget | None") -> Reward:
     from lowmem_rlhf.rewards.learned import load_learned
 
-    assert room is not None
-    function, device, reason = load_learned(config, room)
+    assert budget is not None
+    function, device, reason = load_learned(config, budget)
     placement = {"model": config.options["model"], "device": device, "reason": reason}
     return Reward(config.name, function, config.weight, columns=function.columns, placement=placement)
 

@@ -54,7 +54,7 @@ def rollout_copy_bytes(memory: Memory) -> int:
     return round(fits * each)
 
 
-def joined_adapter_bytes(memory: Memory) -> int:
+def grouped_adapter_bytes(memory: Memory) -> int:
     """Bytes of each group of layers' B in one block matrix, ``(sum of ranks) * (sum of outputs)``.
 
     Made where the weights of such layers are multiplied at once: q, k and v; gate and up.
@@ -77,20 +77,21 @@ def shared_base_bytes(memory: Memory) -> Components:
     prompts = prompts_at_once(recipe, rows)
     at_once = min(prompts, max(1, memory.settings.micro_batch_tokens // prompt))
     token = kv_bytes_per_token(dims, width)
-    layer, lent = memory.layer(prompts_shape(prompt, at_once * prompt)), _lent(memory, at_once * prompt)
-    if lent and len(memory.adapted) == len(dims.linears):
+    layer = memory.layer(prompts_shape(prompt, at_once * prompt))
+    with_copy = _prefills_with_copy(memory, at_once * prompt)
+    if with_copy and len(memory.adapted) == len(dims.linears):
         layer = replace(layer, dense=0)
-    kept = dims.num_layers * layer.kept_keys(together=lent)
+    keys = dims.num_layers * layer.kept_keys(together=with_copy)
     earlier, cache = (prompts - at_once) * prompt * token, prompts * prompt * token
     own = rows * (length - 1) * token  # the last token of each is not fed
     moments: list[Components] = [
-        {"kv_cache": earlier + kept, "prefill_activations": layer.forward_peak(keeps_keys=True) + layer.positions()},
-        {"kv_cache": kept + cache},
+        {"kv_cache": earlier + keys, "prefill_activations": layer.forward_peak(keeps_keys=True) + layer.positions()},
+        {"kv_cache": keys + cache},
         {"kv_cache": cache + round(1.5 * cache / dims.num_layers)},
         {"kv_cache": cache + own + round(rows * _room_before(length - 1) * token / dims.num_layers)},
         {"kv_cache": cache + own} | _decoding(memory, rows, prompt + length),
     ]
-    copies = {"rollout_copy": rollout_copy_bytes(memory) + joined_adapter_bytes(memory)}
+    copies = {"rollout_copy": rollout_copy_bytes(memory) + grouped_adapter_bytes(memory)}
     return memory.adapter_copies() | copies | max(moments, key=total)
 
 
@@ -100,7 +101,7 @@ def _room_before(limit: int) -> int:
     return max(0, limit - 1) // step * step
 
 
-def _lent(memory: Memory, rows: int) -> bool:
+def _prefills_with_copy(memory: Memory, rows: int) -> bool:
     """Whether a prefill pass with so many tokens multiplies with the copy: then q, k and v come from one product."""
     most = FOUR_BIT_ROWS if memory.four_bit_in_place else KERNEL_ROWS
     return bool(rollout_copy_bytes(memory)) and (memory.settings.rollout_weights == "dequantized" or rows <= most)
