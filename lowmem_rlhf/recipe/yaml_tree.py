@@ -78,7 +78,7 @@ class BadYAML(ValueError):
     """A text is not YAML that a recipe may hold; the message names the line."""
 
 
-class _Reader(Reader, Scanner, Parser, Composer, BaseResolver):  # type: ignore[misc]
+class _Reader(Reader, Scanner, Parser, Composer, BaseResolver):
     """PyYAML up to the tree of nodes; a scalar's tag only says whether it was quoted."""
 
     def __init__(self, text: str) -> None:
@@ -90,7 +90,9 @@ class _Reader(Reader, Scanner, Parser, Composer, BaseResolver):  # type: ignore[
 
     def resolve(self, kind: Any, value: Any, implicit: Any) -> Any:
         """Return the tag of a node that has none."""
-        return _PLAIN if kind is ScalarNode and implicit[0] else super().resolve(kind, value, implicit)
+        if kind is ScalarNode and implicit[0]:
+            return _PLAIN
+        return super().resolve(kind, value, implicit)  # type: ignore[no-untyped-call]
 
 
 def read_yaml(text: str) -> Tree:

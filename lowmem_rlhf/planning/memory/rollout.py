@@ -65,7 +65,8 @@ def grouped_adapter_bytes(memory: Memory) -> int:
     groups: dict[str, list[int]] = {}
     for place, linear in enumerate(memory.adapted):
         groups.setdefault(together.get(linear.name, str(place)), []).append(linear.outputs)
-    blocks = sum(memory.settings.lora["r"] * len(outs) * sum(outs) for outs in groups.values())
+    rank: int = memory.settings.lora["r"]
+    blocks = sum(rank * len(outs) * sum(outs) for outs in groups.values())
     return memory.dims.num_layers * memory.width * blocks
 
 
