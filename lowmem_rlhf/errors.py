@@ -23,6 +23,11 @@ class RunError(LowmemError):
     exit_code = 1
 
 
+def one_line(error: BaseException) -> str:
+    """Return an error's message on one line; its type where it has none."""
+    return " ".join(str(error).split()) or type(error).__name__
+
+
 def with_notes(text: str, error: BaseException) -> str:
     """Return a text with an error's notes, which say what is kept."""
     return "; ".join([text, *getattr(error, "__notes__", ())])

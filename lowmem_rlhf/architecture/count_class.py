@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from lowmem_rlhf.architecture.config_fields import LIMITS
+from lowmem_rlhf.errors import one_line
 
 # beside the sizes in LIMITS, what the memory model reads of a config; a class may know it under another name
 FIELDS = (*LIMITS, "num_key_value_heads", "head_dim", "max_position_embeddings", "sliding_window", "layer_types")
@@ -104,5 +105,5 @@ if __name__ == "__main__":
     except LookupError as error:
         sys.exit(str(error))
     except Exception as error:
-        reason = " ".join(str(error).split()) or type(error).__name__
+        reason = one_line(error)
         sys.exit(f"its class in transformers refuses this config: {reason}")

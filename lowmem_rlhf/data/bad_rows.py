@@ -4,13 +4,14 @@ No torch here.
 """
 
 import logging
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 from lowmem_rlhf.data.values import Row, numbered
 from lowmem_rlhf.errors import UserError
+from lowmem_rlhf.progress import ProgressCallback
 from lowmem_rlhf.recipe.sections import DataConfig
 
 logger = logging.getLogger(__name__)
@@ -75,7 +76,7 @@ class RowReport:
         self.long: LongRows | None = None
         self.learn_all = False
         self.spoken: RowReport | None = None  # of an earlier reading of these rows
-        self.progress: Callable[[int, int], None] | None = None  # called with (rows done, rows in all)
+        self.progress: ProgressCallback | None = None  # called with (rows done, rows in all)
 
     def each(self, rows: Iterable[Mapping[str, Any]]) -> list[Row]:
         """Return the rows, numbered, and remember how many they are."""

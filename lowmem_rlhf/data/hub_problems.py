@@ -2,7 +2,7 @@
 
 import glob
 
-from lowmem_rlhf.data.readers import one_line
+from lowmem_rlhf.errors import one_line
 from lowmem_rlhf.paths import local_path
 from lowmem_rlhf.recipe.data_sources import ENDINGS, is_folder
 

@@ -13,7 +13,7 @@ from lowmem_rlhf.data.csv_reader import read_csv
 from lowmem_rlhf.data.json_reader import read_json
 from lowmem_rlhf.data.table import ArrowTable, DatasetTable, RowTable, Table
 from lowmem_rlhf.data.text_files import BrokenFile, NoRows, decode, read_bytes
-from lowmem_rlhf.errors import UserError
+from lowmem_rlhf.errors import UserError, one_line
 from lowmem_rlhf.paths import local_path, path_hint
 from lowmem_rlhf.recipe.data_sources import COMPRESSIONS, ENDINGS, FORMATS, REMEDIES, ending
 from lowmem_rlhf.suggest import did_you_mean
@@ -191,8 +191,3 @@ def same_file(one: str, other: str) -> bool:
         return os.path.samefile(first, second)
     except OSError:
         return first.resolve() == second.resolve()
-
-
-def one_line(error: BaseException) -> str:
-    """Return the message of an error in one line."""
-    return " ".join(str(error).split()) or type(error).__name__

@@ -8,7 +8,7 @@ import random
 from dataclasses import dataclass, fields
 from typing import Any, Literal
 
-from lowmem_rlhf.errors import UserError
+from lowmem_rlhf.errors import UserError, one_line
 from lowmem_rlhf.recipe.data_sources import ARITHMETIC, REASONING_GYM
 from lowmem_rlhf.suggest import did_you_mean
 
@@ -125,7 +125,7 @@ def reasoning_gym_task(task: str, options: dict[str, Any], size: int = 1, seed: 
     try:
         return reasoning_gym.create_dataset(task, **options, size=size, seed=seed)
     except Exception as error:
-        reason = " ".join(str(error).split()) or type(error).__name__
+        reason = one_line(error)
         raise UserError(f"data.options: {REASONING_GYM}{task} refuses {options}: {reason}") from error
 
 

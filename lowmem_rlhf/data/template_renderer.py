@@ -9,6 +9,7 @@ from typing import Any
 from lowmem_rlhf.data.bad_rows import RowError
 from lowmem_rlhf.data.messages import Message, with_text_arguments
 from lowmem_rlhf.data.rendered import THINK, shows_mapping
+from lowmem_rlhf.errors import one_line
 from lowmem_rlhf.suggest import did_you_mean
 
 SENTINEL = "Zq7x"  # a text that no template knows, for finding where an answer stands
@@ -53,7 +54,7 @@ class TemplateRenderer:
                 with suppress(Exception):  # those that want text, as OpenAI's messages have it (DeepSeek-V3)
                     return written(other)
             roles = ", ".join(str(one["role"]) for one in messages)
-            reason = " ".join(str(error).split()) or type(error).__name__
+            reason = one_line(error)
             hint = (
                 "; for a template without a system role, leave data.system out or put it into data.template"
                 if any(one["role"] == "system" for one in messages)

@@ -17,7 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAn
 from lowmem_rlhf.architecture.source import cache_folder, resolve_model
 from lowmem_rlhf.engine.gguf_source import check_gguf, complete_config
 from lowmem_rlhf.engine.whole import load_whole
-from lowmem_rlhf.errors import UserError
+from lowmem_rlhf.errors import UserError, one_line
 from lowmem_rlhf.hardware.memory import is_out_of_memory
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
@@ -176,7 +176,7 @@ def convert_gguf(path: Path) -> Path:
 
 def first_sentence(error: Exception) -> str:
     """Return what an error says first, on one line."""
-    text = " ".join(str(error).split()) or type(error).__name__
+    text = one_line(error)
     return text.split(". ")[0].rstrip(".")[:300]
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from lowmem_rlhf.architecture.source import is_local, resolve_model
 from lowmem_rlhf.architecture.stops import stop_ids_of, turn_end
-from lowmem_rlhf.errors import OfflineError, UserError
+from lowmem_rlhf.errors import OfflineError, UserError, one_line
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ def load_tokens(
         except Exception as error:
             if not network and not is_local(path):
                 return None
-            reason = " ".join(str(error).split())[:300] or type(error).__name__
+            reason = one_line(error)[:300]
             raise (UserError if is_local(path) else OfflineError)(
                 f"model {model!r}: its tokenizer cannot be loaded: {reason}; give a Hub id that can be reached, a "
                 "local folder in the transformers format, or a .gguf file"

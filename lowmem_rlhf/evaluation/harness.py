@@ -21,7 +21,7 @@ from lowmem_rlhf.engine.ladder import RolloutLimits
 from lowmem_rlhf.engine.logprobs import tiles
 from lowmem_rlhf.engine.packing import Group, PackedBatch
 from lowmem_rlhf.engine.passes import BatchLimits, micro_batches
-from lowmem_rlhf.errors import UserError
+from lowmem_rlhf.errors import UserError, one_line
 from lowmem_rlhf.evaluation.intervals import Column, Estimate, Z, differences, estimates
 from lowmem_rlhf.evaluation.target import EvalTarget
 from lowmem_rlhf.inference.opening import memory_explained
@@ -197,7 +197,7 @@ def run_tasks(target: EvalTarget, tasks: Sequence[str], limit: int | None = None
                     apply_chat_template=chat,
                 )
         except OSError as error:  # what is not on the disk or cannot be reached
-            reason = " ".join(str(error).split())[:300]
+            reason = one_line(error)[:300]
             raise UserError(
                 f"--lm-eval {','.join(tasks)}: the data of a task cannot be had ({reason}); it comes from the Hub, go "
                 "online once or name a local file in a task's YAML"

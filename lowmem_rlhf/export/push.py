@@ -4,7 +4,7 @@ import os
 from pathlib import Path
 
 from lowmem_rlhf import __version__
-from lowmem_rlhf.errors import LowmemError, RunError, UserError
+from lowmem_rlhf.errors import LowmemError, RunError, UserError, one_line
 
 _LOGIN = "run `hf auth login`, or set HF_TOKEN to a token with write access (https://huggingface.co/settings/tokens)"
 
@@ -108,5 +108,5 @@ def _is_network(error: BaseException) -> bool:
 
 
 def _first(error: BaseException) -> str:
-    text = " ".join(str(error).split()) or type(error).__name__
+    text = one_line(error)
     return text.split(". ")[0].rstrip(".:")[:300]

@@ -1,6 +1,6 @@
 """Held-out evaluation: sample completions of prompts never trained on and score them with the recipe's rewards."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -8,6 +8,7 @@ from lowmem_rlhf.architecture.stops import written_text
 from lowmem_rlhf.data.prompts import Example
 from lowmem_rlhf.engine.base import SharedBase
 from lowmem_rlhf.engine.ladder import RolloutLimits
+from lowmem_rlhf.progress import ProgressCallback
 from lowmem_rlhf.recipe.schema import Recipe
 from lowmem_rlhf.rewards.loading import Reward
 from lowmem_rlhf.rewards.scoring import score
@@ -95,7 +96,7 @@ def sample(
     rewards: Sequence[Reward],
     limits: RolloutLimits,
     state: TrainerState,
-    progress: Callable[[int, int], None] | None = None,
+    progress: ProgressCallback | None = None,
 ) -> Sampled:
     """Answer held-out examples as `evaluation` says, in the role that ``base`` is in, and score the answers.
 
@@ -133,7 +134,7 @@ def evaluate(
     rewards: Sequence[Reward],
     limits: RolloutLimits,
     state: TrainerState,
-    progress: Callable[[int, int], None] | None = None,
+    progress: ProgressCallback | None = None,
 ) -> dict[str, Any]:
     """Return accuracy and the mean of every reward on held-out examples (see `sample`)."""
     sampled = sample(base, engine, examples, recipe, rewards, limits, state, progress)
