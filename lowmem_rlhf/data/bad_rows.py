@@ -80,9 +80,9 @@ class RowReport:
 
     def each(self, rows: Iterable[Mapping[str, Any]]) -> list[Row]:
         """Return the rows, numbered, and remember how many they are."""
-        found = numbered(rows)
-        self.rows = len(found)
-        return found
+        numbered_rows = numbered(rows)
+        self.rows = len(numbered_rows)
+        return numbered_rows
 
     def chunks(self, rows: Sequence[Row]) -> Iterator[Sequence[Row]]:
         """Yield the rows a thousand at a time; what is done with a chunk counts as progress."""
@@ -93,9 +93,9 @@ class RowReport:
 
     def again(self) -> "RowReport":
         """Return a report for the same rows, read once more for something else: what was said is not said again."""
-        found = RowReport(self._data, self._source, before=self._before)
-        found.spoken = self
-        return found
+        report = RowReport(self._data, self._source, before=self._before)
+        report.spoken = self
+        return report
 
     @contextmanager
     def row(self, number: int) -> Iterator[None]:
@@ -147,14 +147,14 @@ class RowReport:
 
     def left_out(self) -> list[dict[str, Any]]:
         """Return the reasons with their number of rows, the first row's number and what is wrong with it."""
-        found = [
+        reasons = [
             {"reason": reason, "count": len(rows), "row": rows[0][0], "example": rows[0][1]}
             for reason, rows in self.bad.items()
         ]
         if self.long and (above := self.long.above):
             text = f"its {self.long.noun} has {above[0][1]} tokens, {self.long.key} is {self.long.limit}"
-            found.append({"reason": "too long", "count": len(above), "row": above[0][0], "example": text})
-        return found
+            reasons.append({"reason": "too long", "count": len(above), "row": above[0][0], "example": text})
+        return reasons
 
     def said(self) -> list[str]:
         """Return a line for each thing that was noted, and one on conversations of several answers."""
@@ -200,20 +200,20 @@ class RowReport:
     def _errors(self) -> list[str]:
         if self._data.bad_rows == "drop":
             return []
-        found = []
+        faults = []
         for rows in self.bad.values():
             others = f" ({len(rows)} of {self.rows} rows are like that)" if len(rows) > 1 else ""
             drops = len(self.bad) == 1 and len(rows) < self.rows
             remedy = ", or set data.bad_rows=drop to leave such rows out" if drops else ""
-            found.append(f"{self._place(rows[0][0])}: {rows[0][1]}{others}{remedy}")
+            faults.append(f"{self._place(rows[0][0])}: {rows[0][1]}{others}{remedy}")
         if self.long and self._data.long_prompts == "error" and (above := self.long.above):
             one, most = self.long, max(length for _, length in above)
-            found.append(
+            faults.append(
                 f"{self._place(above[0][0])}: its {one.noun} has {above[0][1]} tokens, {one.key} is {one.limit} "
                 f"({len(above)} of {self.rows} {one.noun}s are above it, the longest has {most}); raise {one.key} to "
                 f"{most}, or set data.long_prompts=drop"
             )
-        return found
+        return faults
 
     def _none_left(self) -> str:
         if self.long and not self.bad:

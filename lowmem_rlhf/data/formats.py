@@ -24,26 +24,26 @@ def detect_format(recipe: Recipe, names: Sequence[str], rows: Sequence[Row]) -> 
         names: the columns of the training data.
         rows: a few of its rows.
     """
-    given = recipe.data.model_fields_set
-    found, said = _changes(recipe, set(names), list(rows[:20]), given)
-    if not found:
+    set_fields = recipe.data.model_fields_set
+    changes, format_name = _changes(recipe, set(names), list(rows[:20]), set_fields)
+    if not changes:
         return recipe, ""
-    shown = ", ".join(f"data.{key}={'null' if value is None else repr(value)}" for key, value in found.items())
-    return recipe.model_copy(update={"data": recipe.data.model_copy(update=found)}), f"{said}: {shown}"
+    shown = ", ".join(f"data.{key}={'null' if value is None else repr(value)}" for key, value in changes.items())
+    return recipe.model_copy(update={"data": recipe.data.model_copy(update=changes)}), f"{format_name}: {shown}"
 
 
-def _changes(recipe: Recipe, names: set[str], rows: list[Row], given: set[str]) -> tuple[dict[str, Any], str]:
+def _changes(recipe: Recipe, names: set[str], rows: list[Row], set_fields: set[str]) -> tuple[dict[str, Any], str]:
     data = recipe.data
-    own = {"prompt", "template", "messages", "text"} & given
+    own = {"prompt", "template", "messages", "text"} & set_fields
     if own and all(name.split(".")[0] in names for name in used_columns(data)) and not _is_pair(recipe):
         return {}, ""
     if recipe.spec.rows == "answers" and _may_be_labelled(data, names):
-        return _labelled(data, names, given)
+        return _labelled(data, names, set_fields)
     if _is_pair(recipe):
-        return _pair(data, names, rows, given)
+        return _pair(data, names, rows, set_fields)
     if recipe.spec.rows == "completions" and not own:
         return _supervised(data, names, rows)
-    return _online(data, names, rows, given) if recipe.spec.samples and not own else ({}, "")
+    return _online(data, names, rows, set_fields) if recipe.spec.samples and not own else ({}, "")
 
 
 def _is_pair(recipe: Recipe) -> bool:
@@ -53,8 +53,8 @@ def _is_pair(recipe: Recipe) -> bool:
 _OPENAI_PAIR = {"prompt": "input.messages", "chosen": "preferred_output", "rejected": "non_preferred_output"}
 
 
-def _pair(data: DataConfig, names: set[str], rows: list[Row], given: set[str]) -> tuple[dict[str, Any], str]:
-    usual = (data.chosen, data.rejected) == ("chosen", "rejected") and "prompt" not in given
+def _pair(data: DataConfig, names: set[str], rows: list[Row], set_fields: set[str]) -> tuple[dict[str, Any], str]:
+    usual = (data.chosen, data.rejected) == ("chosen", "rejected") and "prompt" not in set_fields
     if usual and {name.split(".")[0] for name in _OPENAI_PAIR.values()} <= names:
         return dict(_OPENAI_PAIR), "OpenAI's preference pairs"
     if data.prompt is None or data.template is not None or not {data.chosen, data.rejected} <= names:
@@ -63,7 +63,7 @@ def _pair(data: DataConfig, names: set[str], rows: list[Row], given: set[str]) -
     whole = bool(values) and all(is_conversation(value) and len(value) > 1 for value in values if value)
     dialogue = bool(values) and all(isinstance(v, str) and v.lstrip().startswith("Human:") for v in values if v)
     if data.prompt in names or not (whole or dialogue):
-        if "prompt" not in given and data.prompt not in names and (other := _first(_PROMPTS, names)):
+        if "prompt" not in set_fields and data.prompt not in names and (other := _first(_PROMPTS, names)):
             return _asked(other, names), "preference pairs"
         return {}, ""
     kind = "whole conversations" if whole else "dialogues of Human and Assistant"
@@ -76,13 +76,13 @@ def _may_be_labelled(data: DataConfig, names: set[str]) -> bool:
     return named <= names and data.chosen in (None, "chosen") and not {"chosen", "rejected"} & names
 
 
-def _labelled(data: DataConfig, names: set[str], given: set[str]) -> tuple[dict[str, Any], str]:
-    found: dict[str, Any] = {}
-    if "prompt" not in given and data.prompt not in names and "prompt" in names:
-        found = {"prompt": "prompt"}
+def _labelled(data: DataConfig, names: set[str], set_fields: set[str]) -> tuple[dict[str, Any], str]:
+    changes: dict[str, Any] = {}
+    if "prompt" not in set_fields and data.prompt not in names and "prompt" in names:
+        changes = {"prompt": "prompt"}
     if data.label is None:
-        found |= {"completion": "completion", "label": "label", "chosen": None, "rejected": None}
-    return found, "labelled answers (KTO)"
+        changes |= {"completion": "completion", "label": "label", "chosen": None, "rejected": None}
+    return changes, "labelled answers (KTO)"
 
 
 def _supervised(data: DataConfig, names: set[str], rows: list[Row]) -> tuple[dict[str, Any], str]:
@@ -114,11 +114,11 @@ def _asked(prompt: str, names: set[str]) -> dict[str, Any]:
     return {"prompt": prompt}
 
 
-def _online(data: DataConfig, names: set[str], rows: list[Row], given: set[str]) -> tuple[dict[str, Any], str]:
+def _online(data: DataConfig, names: set[str], rows: list[Row], set_fields: set[str]) -> tuple[dict[str, Any], str]:
     if data.prompt in names:
         return {}, ""
     answer: dict[str, Any] = {}
-    if "answer" not in given and data.answer not in names:
+    if "answer" not in set_fields and data.answer not in names:
         answer = {"answer": None}
     if (column := _first(_PROMPTS, names)) is not None:
         return {**_asked(column, names), **answer}, "prompts"

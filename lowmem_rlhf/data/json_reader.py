@@ -109,12 +109,12 @@ def _read_lines(text: str) -> list[Row]:
 def _documents(text: str) -> list[Any]:
     """Return the JSON values of a text, one after another."""
     decoder, start = _decoder(), 0
-    found: list[Any] = []
+    values: list[Any] = []
     while True:
         while start < len(text) and text[start] in _SPACE:
             start += 1
         if start == len(text):
-            return found
+            return values
         try:
             value, start = decoder.raw_decode(text, start)
         except json.JSONDecodeError as error:
@@ -123,7 +123,7 @@ def _documents(text: str) -> list[Any]:
             raise BrokenFile(f"line {_line_of_depth(text)} {_too_deep()}") from error
         except _Refused as error:
             raise BrokenFile(f"the object that begins in line {_line_of_refused(text, start)} {error}") from error
-        found.append(value)
+        values.append(value)
 
 
 def _not_json(error: json.JSONDecodeError, line: int) -> str:
@@ -154,12 +154,12 @@ def _constant(literal: str) -> float:
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    made = dict(pairs)
-    if len(made) < len(pairs):
+    mapping = dict(pairs)
+    if len(mapping) < len(pairs):
         names = [name for name, _ in pairs]
         twice = next(name for name in names if names.count(name) > 1)
         raise _Refused(f"has the key {twice!r} twice; which value counts cannot be known, remove one")
-    return made
+    return mapping
 
 
 def _check_row(row: Any, where: str, may_hold_halves: bool) -> None:
@@ -197,10 +197,10 @@ def _too_deep() -> str:
 
 def _line_of_depth(text: str) -> int:
     depth = 0
-    for found in re.finditer(r'"(?:[^"\\]|\\.)*"|[\[{]|[\]}]', text):
-        depth += 1 if found[0] in "[{" else -1 if found[0] in "]}" else 0
+    for match in re.finditer(r'"(?:[^"\\]|\\.)*"|[\[{]|[\]}]', text):
+        depth += 1 if match[0] in "[{" else -1 if match[0] in "]}" else 0
         if depth > MAX_DEPTH:
-            return text.count("\n", 0, found.start()) + 1
+            return text.count("\n", 0, match.start()) + 1
     return 1
 
 

@@ -64,14 +64,14 @@ def build_examples(
     """
     report = report or RowReport(data)
     writer = PromptWriter(data, tokenizer, stop_ids, report)
-    given = report.each(rows)
-    check_answer_part(given, data)
-    names = dict.fromkeys(name for row in given for name in row)
-    kept: list[Example] = []
-    for chunk in report.chunks(given):
-        kept += _examples(chunk, names, writer, report)
-    report.finish(len(kept))
-    return kept
+    numbered_rows = report.each(rows)
+    check_answer_part(numbered_rows, data)
+    names = dict.fromkeys(name for row in numbered_rows for name in row)
+    examples: list[Example] = []
+    for chunk in report.chunks(numbered_rows):
+        examples += _examples(chunk, names, writer, report)
+    report.finish(len(examples))
+    return examples
 
 
 def _examples(rows: Sequence[Row], names: Iterable[str], writer: PromptWriter, report: RowReport) -> list[Example]:
@@ -80,19 +80,19 @@ def _examples(rows: Sequence[Row], names: Iterable[str], writer: PromptWriter, r
     for row in rows:
         with report.row(row.number):
             prompts.append(writer.prompt(row))
-    kept = []
-    for made, ids in zip(prompts, writer.prompt_ids(prompts), strict=True):
-        number = made.row.number
+    examples = []
+    for prompt, ids in zip(prompts, writer.prompt_ids(prompts), strict=True):
+        number = prompt.row.number
         with report.row(number):
             writer.check_end(ids)
             if not report.fits(number, len(ids), data.max_prompt_length, "data.max_prompt_length", "prompt"):
                 continue
-            kept.append(Example(made.prompt, ids, _columns(made.row, data, names), made.text))
-            if not isinstance(made.prompt, str) and made.prompt[-1]["role"] == "assistant":
+            examples.append(Example(prompt.prompt, ids, _columns(prompt.row, data, names), prompt.text))
+            if not isinstance(prompt.prompt, str) and prompt.prompt[-1]["role"] == "assistant":
                 report.note(_CONTINUED, number)
             elif writer.template is not None and (header := writer.template.renderer.header_left_out):
                 report.note(_NO_HEADER.format(short(header)), number)
-    return kept
+    return examples
 
 
 def _columns(row: Row, data: DataConfig, names: Iterable[str]) -> dict[str, Any]:

@@ -49,11 +49,11 @@ def _literal(value: Any) -> Any:
 
 def data_inputs(data: DataConfig, train: Rows, held_out: Rows) -> dict[str, Any]:
     """Return what inputs.json says of the data: by split the source, its rows, and a Hub data set's commit."""
-    found = {"train": {"source": data.train, **rows_fingerprint(train), **_revision(data.train)}}
+    inputs = {"train": {"source": data.train, **rows_fingerprint(train), **_revision(data.train)}}
     if held_out:
         source = data.eval or data.train
-        found["eval"] = {"source": source, **rows_fingerprint(held_out), **_revision(source)}
-    return found
+        inputs["eval"] = {"source": source, **rows_fingerprint(held_out), **_revision(source)}
+    return inputs
 
 
 def _revision(source: str) -> dict[str, str]:
@@ -71,25 +71,25 @@ def _revision(source: str) -> dict[str, str]:
 
 def base_inputs(recipe: Recipe) -> dict[str, Any]:
     """Return what inputs.json says of the base: its name, and the fingerprint of its files where they are here."""
-    found = fingerprint(recipe.model, recipe.revision)
-    return {"model": recipe.model, **(found.to_dict() if found else {})}
+    base = fingerprint(recipe.model, recipe.revision)
+    return {"model": recipe.model, **(base.to_dict() if base else {})}
 
 
 def learned_inputs(recipe: Recipe) -> dict[str, Any]:
     """Return what inputs.json says of what was learned before: the adapter that training begins with, and the models
     and adapters of rewards, by the recipe's key or the reward's name."""
-    found: dict[str, Any] = {}
+    inputs: dict[str, Any] = {}
     if recipe.adapter is not None:
-        found["adapter"] = {"source": recipe.adapter, "weights": _adapter_weights(recipe.adapter)}
+        inputs["adapter"] = {"source": recipe.adapter, "weights": _adapter_weights(recipe.adapter)}
     for reward in recipe.rewards:
         if reward.function == REWARD_ADAPTER:
             source = reward.options["adapter"]
-            found[f"rewards.{reward.name}"] = {"source": source, "weights": _adapter_weights(source)}
+            inputs[f"rewards.{reward.name}"] = {"source": source, "weights": _adapter_weights(source)}
         elif reward.function in LEARNED_REWARDS:
             source = reward.options["model"]
             its = fingerprint(source, reward.options.get("revision"))
-            found[f"rewards.{reward.name}"] = {"source": source, "weights": its.weights if its else None}
-    return {key: value for key, value in found.items() if value["weights"]}
+            inputs[f"rewards.{reward.name}"] = {"source": source, "weights": its.weights if its else None}
+    return {key: value for key, value in inputs.items() if value["weights"]}
 
 
 def _adapter_weights(reference: str) -> str | None:
@@ -106,15 +106,15 @@ def run_inputs(recipe: Recipe, train: Rows, held_out: Rows) -> dict[str, Any]:
     return {"data": data, "base": base, **({"learned": learned} if (learned := learned_inputs(recipe)) else {})}
 
 
-def rows_differ(kept: Any, rows: Rows) -> str:
+def rows_differ(recorded: Any, rows: Rows) -> str:
     """Return how rows differ from those that were kept of a split; nothing where they do not or nothing was kept."""
-    if not isinstance(kept, dict) or "sha256" not in kept:
+    if not isinstance(recorded, dict) or "sha256" not in recorded:
         return ""
     now = rows_fingerprint(rows)
-    if now["sha256"] == kept["sha256"]:
+    if now["sha256"] == recorded["sha256"]:
         return ""
-    if now["rows"] != kept.get("rows"):
-        return f"{_count(kept.get('rows'))} rows, now {_count(now['rows'])}"
+    if now["rows"] != recorded.get("rows"):
+        return f"{_count(recorded.get('rows'))} rows, now {_count(now['rows'])}"
     return f"{_count(now['rows'])} rows as then, with other values or in another order"
 
 
@@ -128,12 +128,12 @@ def check_resumed_data(run: "RunDirectory", recipe: Recipe, train: Rows, held_ou
     Raises:
         UserError: they are others.
     """
-    kept = run.inputs().get("data") or {}
+    recorded = run.inputs().get("data") or {}
     for split, rows in (("train", train), ("eval", held_out)):
-        if difference := rows_differ(kept.get(split), rows):
+        if difference := rows_differ(recorded.get(split), rows):
             source = recipe.data.eval or recipe.data.train if split == "eval" else recipe.data.train
             which = "rows" if split == "train" else "held-out rows"
-            was, now = kept[split].get("revision"), _revision(source).get("revision")
+            was, now = recorded[split].get("revision"), _revision(source).get("revision")
             moved = f"; its commit was {was[:SHOWN]}, is now {now[:SHOWN]}" if was and now and now != was else ""
             raise UserError(
                 f"--resume: the {which} of {source} are not those that the run began with ({difference}{moved}); put "
@@ -143,15 +143,15 @@ def check_resumed_data(run: "RunDirectory", recipe: Recipe, train: Rows, held_ou
 
 def other_learned(run: "RunDirectory", recipe: Recipe) -> dict[str, str]:
     """Return by key (see `learned_inputs`) what was learned before the run and is not what it was then, in words."""
-    kept, found = run.inputs().get("learned") or {}, {}
-    for key, now in learned_inputs(recipe).items() if kept else ():
-        was = (kept.get(key) or {}).get("weights")
+    recorded, differences = run.inputs().get("learned") or {}, {}
+    for key, now in learned_inputs(recipe).items() if recorded else ():
+        was = (recorded.get(key) or {}).get("weights")
         if was and was != now["weights"]:
-            found[key] = (
+            differences[key] = (
                 f"{key}: {now['source']} is not what the run in {run.path} was trained with: other weights "
                 f"({was[:SHOWN]}, now {now['weights'][:SHOWN]})"
             )
-    return found
+    return differences
 
 
 def check_learned(run: "RunDirectory", recipe: Recipe, resume: bool = False) -> None:
@@ -176,33 +176,33 @@ def check_base(run: "RunDirectory", recipe: Recipe, resume: bool = False) -> str
         UserError: its weights or its config are others; on a resume its tokenizer or chat template too.
     """
     values = run.inputs().get("base")
-    kept, now = read_fingerprint(values), fingerprint(recipe.model, recipe.revision)
-    if kept is None or now is None:
+    recorded, now = read_fingerprint(values), fingerprint(recipe.model, recipe.revision)
+    if recorded is None or now is None:
         return ""
-    parts = kept.differing(now)
-    if kept.kind != now.kind:
-        difference = f"its files were {kept.kind}, are now {now.kind}"
+    parts = recorded.differing(now)
+    if recorded.kind != now.kind:
+        difference = f"its files were {recorded.kind}, are now {now.kind}"
     elif not parts:
         return ""
     else:
-        difference = told(parts[0], kept, now)
+        difference = told(parts[0], recorded, now)
     if parts == ["tokenizer"] and not resume:
         return f"{recipe.model} has another tokenizer or chat template than the run in {run.path} was trained with"
     head = "--resume: " if resume else ""
     raise UserError(
         f"{head}model {recipe.model!r} is not the base that the run in {run.path} was trained on: {difference}; "
-        f"{_base_back(run, kept, now, resume)}"
+        f"{_base_back(run, recorded, now, resume)}"
     )
 
 
-def told(part: str, kept: Fingerprint, now: Fingerprint) -> str:
+def told(part: str, recorded: Fingerprint, now: Fingerprint) -> str:
     """Return in words that a part of a model is another one."""
     names = {"weights": "weights", "config": "config.json", "tokenizer": "tokenizer or chat template"}
-    return f"other {names[part]} ({getattr(kept, part)[:SHOWN]}, now {getattr(now, part)[:SHOWN]})"
+    return f"other {names[part]} ({getattr(recorded, part)[:SHOWN]}, now {getattr(now, part)[:SHOWN]})"
 
 
-def _base_back(run: "RunDirectory", kept: Fingerprint, now: Fingerprint, resume: bool) -> str:
-    if kept.commit and now.commit and kept.commit != now.commit:
-        also = f" and give revision={kept.commit}" if resume else ""
-        return f"the Hub has moved on: write `revision: {kept.commit}` into {run.path / 'recipe.yaml'}{also}"
+def _base_back(run: "RunDirectory", recorded: Fingerprint, now: Fingerprint, resume: bool) -> str:
+    if recorded.commit and now.commit and recorded.commit != now.commit:
+        also = f" and give revision={recorded.commit}" if resume else ""
+        return f"the Hub has moved on: write `revision: {recorded.commit}` into {run.path / 'recipe.yaml'}{also}"
     return "restore the files that it was trained on"

@@ -91,14 +91,14 @@ def build_supervised(
         UserError: such rows where they are errors (all reasons in one message), or none left.
     """
     report = report or RowReport(data)
-    made = [(row.number, one) for row, one in supervised_rows(rows, data, settings, tokenizer, stop_ids, report)]
-    kept = []
-    for number, one in made:
+    candidates = [(row.number, one) for row, one in supervised_rows(rows, data, settings, tokenizer, stop_ids, report)]
+    examples = []
+    for number, one in candidates:
         length = len(one.prompt_ids) + len(one.completion_ids)
         if report.fits(number, length, settings.max_length, length_key, "example"):
-            kept.append(one)
-    report.finish(len(kept))
-    return kept
+            examples.append(one)
+    report.finish(len(examples))
+    return examples
 
 
 def supervised_rows(
@@ -115,17 +115,19 @@ def supervised_rows(
     Args:
         check: called with each row; a `RowError` in it counts for the row.
     """
-    found: list[tuple[Row, Supervised]] = []
+    examples: list[tuple[Row, Supervised]] = []
     if data.text is not None:
         for chunk in report.chunks(report.each(rows)):
-            found += _whole_texts(chunk, data.text, tokenizer, stop_ids, report)
-        return found
+            examples += _whole_texts(chunk, data.text, tokenizer, stop_ids, report)
+        return examples
     writer = TurnWriter(PromptWriter(data, tokenizer, stop_ids, report))
     for chunk in report.chunks(report.each(rows)):
-        found += _supervised(chunk, writer, settings, report, check)
+        examples += _supervised(chunk, writer, settings, report, check)
     if not settings.completion_only_loss:
-        found = [(row, Supervised(one.prompt_ids[:1], one.prompt_ids[1:] + one.completion_ids)) for row, one in found]
-    return found
+        examples = [
+            (row, Supervised(one.prompt_ids[:1], one.prompt_ids[1:] + one.completion_ids)) for row, one in examples
+        ]
+    return examples
 
 
 def _supervised(
@@ -145,12 +147,12 @@ def _supervised(
             if one_text is not None:
                 whole.append(one_text)
             drafts += [_draft(writer, prompt, [answer]) for prompt, answer in parts]
-    found = [(row, Supervised(prompt, answers[0])) for row, prompt, answers in _tokenized(drafts, writer, report)]
+    examples = [(row, Supervised(prompt, answers[0])) for row, prompt, answers in _tokenized(drafts, writer, report)]
     writer.compare_seams([seam for one in whole for seam in seams(*one)])
     for prompt, segments in whole:
         with report.row(prompt.row.number):
-            found.append((prompt.row, Supervised(*writer.learned_segments(prompt, segments))))
-    return sorted(found, key=lambda item: item[0].number)
+            examples.append((prompt.row, Supervised(*writer.learned_segments(prompt, segments))))
+    return sorted(examples, key=lambda item: item[0].number)
 
 
 def build_pairs(
@@ -178,14 +180,14 @@ def build_pairs(
     """
     report = report or RowReport(data)
     writer = TurnWriter(PromptWriter(data, tokenizer, stop_ids, report))
-    kept = []
+    pairs = []
     for chunk in report.chunks(report.each(rows)):
         for number, pair in _pairs(chunk, writer, report):
             length = len(pair.prompt_ids) + max(len(pair.chosen_ids), len(pair.rejected_ids))
             if report.fits(number, length, max_length, length_key, "pair"):
-                kept.append(pair)
-    report.finish(len(kept))
-    return kept
+                pairs.append(pair)
+    report.finish(len(pairs))
+    return pairs
 
 
 def _pairs(rows: Sequence[Row], writer: TurnWriter, report: RowReport) -> list[tuple[int, Pair]]:
@@ -197,7 +199,7 @@ def _pairs(rows: Sequence[Row], writer: TurnWriter, report: RowReport) -> list[t
             value, better, worse = pair_of(row, writer.prompts)
             margins[row.number] = margin_of(row, data.margin)
             drafts.append(_draft(writer, writer.prompts.prompt(row, value), [better, worse]))
-    found = []
+    pairs = []
     for row, prompt_ids, (chosen, rejected) in _tokenized(drafts, writer, report):
         with report.row(row.number):
             if chosen == rejected:
@@ -206,8 +208,8 @@ def _pairs(rows: Sequence[Row], writer: TurnWriter, report: RowReport) -> list[t
                     f"columns {data.chosen!r} and {data.rejected!r} hold the same answer, from which nothing can be "
                     "learned; remove the row",
                 )
-            found.append((row.number, Pair(prompt_ids, chosen, rejected, margins[row.number])))
-    return found
+            pairs.append((row.number, Pair(prompt_ids, chosen, rejected, margins[row.number])))
+    return pairs
 
 
 def labelled_texts(rows: Rows, data: DataConfig, report: RowReport | None = None) -> tuple[list[str], list[str]]:
@@ -219,7 +221,7 @@ def labelled_texts(rows: Rows, data: DataConfig, report: RowReport | None = None
     """
     assert data.text is not None and data.label is not None  # the recipe has seen to it
     report = report or RowReport(data)
-    found: list[tuple[str, str]] = []
+    labelled: list[tuple[str, str]] = []
     for row in report.each(rows):
         with report.row(row.number):
             text, label = filled(cell(row, data.text, "data.text"), data.text), cell(row, data.label, "data.label")
@@ -227,9 +229,9 @@ def labelled_texts(rows: Rows, data: DataConfig, report: RowReport | None = None
                 raise RowError(
                     "no class", f"column {data.label!r} must hold a class, a text or a whole number; got {label!r}"
                 )
-            found.append((text, text_of(label)))
-    report.finish(len(found))
-    return [text for text, _ in found], [label for _, label in found]
+            labelled.append((text, text_of(label)))
+    report.finish(len(labelled))
+    return [text for text, _ in labelled], [label for _, label in labelled]
 
 
 def _draft(writer: TurnWriter, prompt: Prompt, answers: Sequence[Message]) -> _Draft:
@@ -242,14 +244,14 @@ def _tokenized(
     """Return row, prompt ids and the ids of each answer, of the drafts that are sound."""
     prompt_ids = writer.prompts.prompt_ids([draft.prompt for draft in drafts])
     turn_ids = iter(writer.turn_ids([turn for draft in drafts for turn in draft.turns]))
-    found = []
+    tokenized = []
     for draft, ids in zip(drafts, prompt_ids, strict=True):
         raw = [next(turn_ids) for _ in draft.turns]
         with report.row(draft.prompt.row.number):
             writer.prompts.check_end(ids)
-            found.append((draft.prompt.row, ids, [writer.ended(one) for one in raw]))
+            tokenized.append((draft.prompt.row, ids, [writer.ended(one) for one in raw]))
     writer.compare_seams([(draft.prompt, turn) for draft in drafts for turn in draft.turns])
-    return found
+    return tokenized
 
 
 def _whole_texts(
@@ -260,10 +262,10 @@ def _whole_texts(
         with report.row(row.number):
             texts.append((row, filled(cell(row, column, "data.text"), column)))
     ids = tokenizer([text for _, text in texts])["input_ids"] if texts else []
-    found = []
+    examples = []
     for (row, _), one in zip(texts, ids, strict=True):
         with report.row(row.number):
             if not one:
                 raise RowError("a text without tokens", f"column {column!r} has no tokens; remove the row")
-            found.append((row, Supervised(one[:1], ended(one[1:], tokenizer, stop_ids))))
-    return found
+            examples.append((row, Supervised(one[:1], ended(one[1:], tokenizer, stop_ids))))
+    return examples

@@ -111,8 +111,8 @@ class ArrowTable(Table):
     def rows(self, places: Iterable[int]) -> list[Row]:
         """Return the rows at places, in that order."""
         chosen = list(places)
-        found = self._table.take(chosen) if chosen else self._table.slice(0, 0)
-        values = found.to_pylist(maps_as_pydicts="lossy")
+        selected = self._table.take(chosen) if chosen else self._table.slice(0, 0)
+        values = selected.to_pylist(maps_as_pydicts="lossy")
         return [Row(one, place + 1) for place, one in zip(chosen, values, strict=True)]
 
     def parts(self, columns: Sequence[str]) -> Iterable[Mapping[str, Any]]:
@@ -141,11 +141,11 @@ class JoinedTable(Table):
     def rows(self, places: Iterable[int]) -> list[Row]:
         """Return the rows at places, in that order."""
         chosen = [self._places[place] for place in places]
-        found: dict[tuple[int, int], Row] = {}
+        by_place: dict[tuple[int, int], Row] = {}
         for table in {id(table): table for table, _ in chosen}.values():
             wanted = [place for owner, place in chosen if owner is table]
-            found.update(((id(table), place), row) for place, row in zip(wanted, table.rows(wanted), strict=True))
-        return [found[id(table), place] for table, place in chosen]
+            by_place.update(((id(table), place), row) for place, row in zip(wanted, table.rows(wanted), strict=True))
+        return [by_place[id(table), place] for table, place in chosen]
 
     def parts(self, columns: Sequence[str]) -> Iterable[Mapping[str, Any]]:
         """Return every row."""

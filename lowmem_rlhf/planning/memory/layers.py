@@ -81,10 +81,10 @@ class Layer:
         `_saved_keys`), SDPA's result and its log-sum-exp, and the joined result; norms of heads keep q and k before
         them.
         """
-        kept = 2 * self.dims.hidden_size + self.ranks / 2 + self.queries
+        elements = 2 * self.dims.hidden_size + self.ranks / 2 + self.queries
         if self.block.qk_norm != "none":
-            kept += self.queries + self.keys
-        return self.of(kept) + self._saved_queries() + self._saved_keys() + self._saved_results()
+            elements += self.queries + self.keys
+        return self.of(elements) + self._saved_queries() + self._saved_keys() + self._saved_results()
 
     def _saved_queries(self) -> int:
         """Queries once; once more for the part whose scores are explicit, where they are scaled first."""
