@@ -85,16 +85,16 @@ class SharedBaseLM(TemplateLM):  # type: ignore[misc]
     ) -> list[tuple[float, bool]]:
         """Return for each continuation of a context its log-prob and whether greedy decoding would produce it."""
         groups = self._grouped([(context, continuation) for _, context, continuation in requests])
-        found: dict[int, tuple[float, bool]] = dict.fromkeys(range(len(requests)), (0.0, True))
+        scores: dict[int, tuple[float, bool]] = dict.fromkeys(range(len(requests)), (0.0, True))
 
         def work(limits: BatchLimits) -> None:
             shown = reported_as(f"{self._name}, log-probs")
             for packed in micro_batches(self._base, groups, limits.micro_batch_tokens, shown):
-                found.update(self._scored(packed))
+                scores.update(self._scored(packed))
 
         with self._base.role(self._role):
             self._target.ladder.score(work, message)
-        return [found[row] for row in range(len(requests))]
+        return [scores[row] for row in range(len(requests))]
 
     def _grouped(self, pairs: Sequence[tuple[list[int], list[int]]]) -> list[Group]:
         """Return the continuations grouped by context; a context that leaves too little room loses its first tokens."""

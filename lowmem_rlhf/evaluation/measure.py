@@ -109,8 +109,8 @@ def _loss(target: EvalTarget, role: str, examples: list[Supervised], name: str) 
     logps = _fitted(target, work, f"{name}, loss")
     losses = []
     for row, one in enumerate(examples):
-        kept = one.learned or [True] * len(one.completion_ids)
-        learned = torch.tensor(kept, dtype=torch.bool, device=logps[row].device)
+        mask = one.learned or [True] * len(one.completion_ids)
+        learned = torch.tensor(mask, dtype=torch.bool, device=logps[row].device)
         losses.append(-float(logps[row].double()[learned].sum()))
     return of_losses(losses, [one.learned_tokens for one in examples])
 

@@ -25,8 +25,8 @@ def why_not(plan: Plan, recipe: Recipe) -> str:
         return ""
     phase, _ = peak_phase(plan.memory["phases"])
     lack = shortage(phase, plan.memory["phases"][phase], plan.memory["budget_bytes"])
-    found = changes(plan, recipe)
-    helps = f"try {', or '.join(found)}" if found else "a card with more free memory is needed"
+    suggestions = changes(plan, recipe)
+    helps = f"try {', or '.join(suggestions)}" if suggestions else "a card with more free memory is needed"
     by = "by its estimate " if plan.verdict == "unknown" else ""
     return f"{by}the plan does not fit on {plan.device.name}: {lack}; {helps}"
 
@@ -62,16 +62,16 @@ def _fitting(plan: Plan, recipe: Recipe) -> Iterator[tuple[str, Plan]]:
         free = _with(recipe, "hardware", **dict.fromkeys(pinned, "auto"))
         unpinned.append(("leaving all of hardware.* to the plan", free))
     for text, changed in unpinned:
-        if made := _planned(changed, plan, dims):
-            yield text, made
+        if planned := _planned(changed, plan, dims):
+            yield text, planned
     for key in reversed(length_keys(recipe)):
         shorter = partial(_shorter, plan, recipe, dims, key)
         length = longest_that_fits(length_keys(recipe)[key], shorter)
-        if length and (made := shorter(length)):
-            yield f"{key}={length}", made
+        if length and (planned := shorter(length)):
+            yield f"{key}={length}", planned
     for name, smaller in smaller_than(dims):
-        if made := _planned(recipe, plan, smaller):
-            yield f"model={name}", made
+        if planned := _planned(recipe, plan, smaller):
+            yield f"model={name}", planned
             break
 
 
@@ -87,10 +87,10 @@ def longest_that_fits(most: int, fits: Callable[[int], object]) -> int:
 def _planned(recipe: Recipe, plan: Plan, dims: ModelDimensions) -> Plan | None:
     """Return the plan of a changed recipe for the same device if it fits."""
     try:
-        made = plan_for(recipe, plan.device, plan.profile, dims)
+        changed_plan = plan_for(recipe, plan.device, plan.profile, dims)
     except UserError:  # a change that cannot be, such as more positions than a smaller model has
         return None
-    return made if made.fits else None
+    return changed_plan if changed_plan.fits else None
 
 
 def _shorter(plan: Plan, recipe: Recipe, dims: ModelDimensions, key: str, length: int) -> Plan | None:

@@ -64,11 +64,11 @@ def resumed_plan(recipe: Recipe, path: Path) -> Plan:
     """Plan as `running_plan`, with the settings of the run in ``path`` that would change what is computed."""
     began = RunDirectory(path).plan().get("settings", {})
     numeric = fields_with(HardwareConfig, changes_numbers=True)  # they stay, whatever memory is free today
-    kept = {key: began[key] for key in numeric if getattr(recipe.hardware, key) == "auto" and key in began}
+    pinned = {key: began[key] for key in numeric if getattr(recipe.hardware, key) == "auto" and key in began}
     shape = {key: began["lora"][key] for key in ("r", "lora_alpha") if began and getattr(recipe.lora, key) == "auto"}
-    update = {"hardware": recipe.hardware.model_copy(update=kept), "lora": recipe.lora.model_copy(update=shape)}
+    update = {"hardware": recipe.hardware.model_copy(update=pinned), "lora": recipe.lora.model_copy(update=shape)}
     plan = running_plan(recipe.model_copy(update=update))
-    return replace(plan, reasons={**plan.reasons, **dict.fromkeys(kept, "as the run began")})
+    return replace(plan, reasons={**plan.reasons, **dict.fromkeys(pinned, "as the run began")})
 
 
 def planned(recipe: Recipe, plan: Plan) -> Recipe:

@@ -36,6 +36,6 @@ def _is_choice(kind: Any) -> bool:
 
 def choices_of(annotation: Any) -> Sequence[str]:
     """Return the texts that a value (or an item of a list) may be chosen from."""
-    found = [str(one) for kind in kinds_of(annotation) if _is_choice(kind) for one in get_args(kind)]
+    choices = [str(one) for kind in kinds_of(annotation) if _is_choice(kind) for one in get_args(kind)]
     items = item_of(annotation)
-    return found if items in (None, Any) else [*found, *choices_of(items)]
+    return choices if items in (None, Any) else [*choices, *choices_of(items)]

@@ -168,8 +168,8 @@ def _know_algorithms(tree: dict[str, Tree], overrides: Sequence[str], run: Path 
         run: the run directory that the recipe lies in.
     """
     named = tree.get("algorithm")
-    given = [value for key, _, value in (one.partition("=") for one in overrides) if key.strip() == "algorithm"]
-    written = given[-1:] or ([named.text] if isinstance(named, Scalar) else [])
+    overridden = [value for key, _, value in (one.partition("=") for one in overrides) if key.strip() == "algorithm"]
+    written = overridden[-1:] or ([named.text] if isinstance(named, Scalar) else [])
     for name in filter(is_own, written):
         load_own(name.strip(), run)
 
@@ -199,8 +199,8 @@ def _lengths(place: Sequence[str | int], value: Tree | None) -> _Given:
     inside = {place[1]: value} if len(place) == 2 else value
     if not isinstance(inside, dict):
         return {}
-    found = {str(key): one for key, one in inside.items() if key in _LENGTHS and one is not None}
-    return {key: not (isinstance(one, Scalar) and one.is_null) for key, one in found.items()}
+    lengths = {str(key): one for key, one in inside.items() if key in _LENGTHS and one is not None}
+    return {key: not (isinstance(one, Scalar) and one.is_null) for key, one in lengths.items()}
 
 
 def _one_length(values: dict[str, Any], in_file: _Given, given: _Given, of_a_run: bool) -> dict[str, str]:
@@ -213,12 +213,12 @@ def _one_length(values: dict[str, Any], in_file: _Given, given: _Given, of_a_run
         of_a_run: it is a run's own recipe; older ones hold epochs and the steps that came of them.
     """
     last = next((key for key in reversed(given) if given[key]), None)
-    there = [key for key in _LENGTHS if in_file.get(key)]
-    if last is None and len(there) > 1 and not of_a_run:
+    written = [key for key in _LENGTHS if in_file.get(key)]
+    if last is None and len(written) > 1 and not of_a_run:
         return {"training.max_steps, training.num_train_epochs": "got both; a run has one length, leave one out"}
-    kept = last or ("num_train_epochs" if "num_train_epochs" in there else next(iter(there), None))
-    if kept is not None and isinstance(section := values.get("training"), dict):
-        section.pop(next(key for key in _LENGTHS if key != kept), None)
+    chosen = last or ("num_train_epochs" if "num_train_epochs" in written else next(iter(written), None))
+    if chosen is not None and isinstance(section := values.get("training"), dict):
+        section.pop(next(key for key in _LENGTHS if key != chosen), None)
     return {}
 
 

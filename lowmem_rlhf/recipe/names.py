@@ -127,8 +127,8 @@ def suggestion(where: list[str | int], allowed: list[str], schema: type[BaseMode
     if folded in {one.casefold() for one in allowed}:
         return near
     keys = _dotted_keys(schema)
-    if found := ALIASES.get(folded) or tuple(key for key in keys if key.rsplit(".", 1)[-1] == folded):
-        return _mean(found)
+    if meant := ALIASES.get(folded) or tuple(key for key in keys if key.rsplit(".", 1)[-1] == folded):
+        return _mean(meant)
     if near:
         return near
     if folded in ELSEWHERE:

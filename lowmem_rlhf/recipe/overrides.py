@@ -86,16 +86,16 @@ def _part_in(here: Any, part: str | int, above: Path) -> Any:
 
 def _put(holder: Any, path: Path, value: Tree) -> None:
     part = _part_in(holder, path[-1], path[:-1])
-    there = holder.get(part) if isinstance(holder, dict) else holder[part]
-    holder[part] = merged(there, value) if isinstance(there, dict) and isinstance(value, dict) else value
+    held = holder.get(part) if isinstance(holder, dict) else holder[part]
+    holder[part] = merged(held, value) if isinstance(held, dict) and isinstance(value, dict) else value
 
 
 def merged(below: dict[str, Tree], above: dict[str, Tree]) -> dict[str, Tree]:
     """Return keys with those of a second mapping put over them, at every depth; lists are replaced."""
     result = dict(below)
     for key, value in above.items():
-        there = result.get(key)
-        result[key] = merged(there, value) if isinstance(there, dict) and isinstance(value, dict) else value
+        held = result.get(key)
+        result[key] = merged(held, value) if isinstance(held, dict) and isinstance(value, dict) else value
     return result
 
 

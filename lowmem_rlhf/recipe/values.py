@@ -49,8 +49,8 @@ def part_of(annotation: Any, part: str | int, tree: Tree | None) -> Any:
     """Return the annotation of a part of a value: a key of it, or an item; Any where the schema says nothing."""
     if isinstance(part, int):
         return item_of(annotation) or Any
-    given = tree if isinstance(tree, dict) else {}
-    texts = {key: one.text for key, one in given.items() if isinstance(one, Scalar)}
+    entries = tree if isinstance(tree, dict) else {}
+    texts = {key: one.text for key, one in entries.items() if isinstance(one, Scalar)}
     return section.kind_of(part, texts) if (section := section_of(annotation)) else Any
 
 
@@ -97,8 +97,8 @@ class _Typing:
         return {name: value for name, value in values.items() if value is not _LEFT}
 
     def _scalar(self, scalar: Scalar, annotation: Any, key: str) -> Any:
-        if found := _CONTROL.search(scalar.text):
-            self.reading.problems[key] = _control(found[0])
+        if match := _CONTROL.search(scalar.text):
+            self.reading.problems[key] = _control(match[0])
             return _LEFT
         if scalar.doubt:
             self.reading.notes.append(
@@ -142,5 +142,5 @@ def _value_or_section(item: Any) -> Any:
 
 def _control(character: str) -> str:
     escape = _ESCAPES.get(ord(character))
-    made = f", which is what YAML makes of {escape} in double quotes" if escape else ""
-    return f"holds the control character U+{ord(character):04X}{made}; write the text in single quotes, or take it out"
+    cause = f", which is what YAML makes of {escape} in double quotes" if escape else ""
+    return f"holds the control character U+{ord(character):04X}{cause}; write the text in single quotes, or take it out"

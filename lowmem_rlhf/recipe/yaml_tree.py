@@ -150,7 +150,7 @@ def _tree(node: Node, text: str, above: tuple[Node, ...]) -> Tree:
 
 
 def _mapping(node: MappingNode, text: str, above: tuple[Node, ...]) -> dict[str, Tree]:
-    found: dict[str, Tree] = {}
+    mapping: dict[str, Tree] = {}
     merged: dict[str, Tree] = {}
     for key, value in node.value:
         line = key.start_mark.line + 1
@@ -163,10 +163,10 @@ def _mapping(node: MappingNode, text: str, above: tuple[Node, ...]) -> dict[str,
                     raise BadYAML(f"line {line}: << takes keys with values")
                 merged = {**part, **merged}
             continue
-        if key.value in found:
+        if key.value in mapping:
             raise BadYAML(f"line {line}: the key {key.value!r} is given twice")
-        found[key.value] = inside
-    return {**merged, **found}
+        mapping[key.value] = inside
+    return {**merged, **mapping}
 
 
 def _short(tag: str) -> str:

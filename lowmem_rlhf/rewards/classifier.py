@@ -92,9 +92,9 @@ def label_index(label: int | str | None, names: dict[int, str], model: str) -> i
         raise UserError(f"label: missing; the labels of model {model!r} are {known}")
     if label in names:
         return int(label)
-    found = [index for index, name in names.items() if name == label]
-    if not found:
+    places = [index for index, name in names.items() if name == label]
+    if not places:
         raise UserError(
             f"label: got {label!r}; the labels of model {model!r} are {known}{did_you_mean(str(label), names.values())}"
         )
-    return found[0]
+    return places[0]

@@ -74,8 +74,8 @@ class Encoder:
             return []
         self.tokenizer.truncation_side = "right" if self.keep == "start" else "left"
         length = {"truncation": True, "max_length": self.max_length} if self.max_length else {}
-        found = self.tokenizer(list(texts), add_special_tokens=special, padding=False, verbose=False, **length)
-        return [ids or [self.model.config.pad_token_id] for ids in found["input_ids"]]
+        encoded = self.tokenizer(list(texts), add_special_tokens=special, padding=False, verbose=False, **length)
+        return [ids or [self.model.config.pad_token_id] for ids in encoded["input_ids"]]
 
     @torch.no_grad()
     def read(
@@ -95,15 +95,15 @@ class Encoder:
             RunError: a number is not finite, or not even the longest text fits into the device's memory.
         """
         ids = self.tokens(texts, special)
-        found: dict[int, torch.Tensor] = {}
+        by_text: dict[int, torch.Tensor] = {}
 
         def work(batch_tokens: int) -> None:
             for batch in batches_by_tokens([len(one) for one in ids], batch_tokens):
-                found.update(zip(batch, self._pass([ids[i] for i in batch], head), strict=True))
+                by_text.update(zip(batch, self._pass([ids[i] for i in batch], head), strict=True))
 
         longest = max((len(one) for one in ids), default=1)
         self.within_memory(work, longest, "the reward's batch_tokens", logging.getLogger(__name__).warning)
-        rows = [found[index] for index in range(len(ids))]
+        rows = [by_text[index] for index in range(len(ids))]
         for text, row in zip(texts, rows, strict=True):
             if not bool(torch.isfinite(row).all()):
                 raise RunError(

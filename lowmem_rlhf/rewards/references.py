@@ -64,31 +64,33 @@ def check_references(
         UserError: a reward reads none; or reasoning-gym is needed and not installed.
     """
     known = numbered(rows)
-    said = []
+    notes = []
     for reward in rewards:
         reader = _reader(reward)
         if reader is None or not known:
             continue
         column = data.answer if reader.column == "answer" and data.answer is not None else reader.column
-        given = [(row, value_at(row, column)) for row in known]
-        there = [(row, value) for row, value in given if not _is_empty(value)]
-        if not there:
+        values = [(row, value_at(row, column)) for row in known]
+        references = [(row, value) for row, value in values if not _is_empty(value)]
+        if not references:
             raise UserError(
                 f"rewards: {reward.name} has no reference answer to read: column {column!r} is empty in all "
                 f"{len(known)} rows; name another column in data.answer, or leave the reward out"
             )
-        lost = [(row, value) for row, value in there if not reader.reads(row, value)]
+        lost = [(row, value) for row, value in references if not reader.reads(row, value)]
         if not lost:
             continue
         row, value = lost[0]
         first = f"first, row {row.number}: {_shown(value)}"
-        if len(lost) == len(there):
-            raise UserError(f"rewards: {reward.name} reads none of the {len(there)} {noun} ({first}); {reader.remedy}")
-        said.append(
-            f"rewards: {reward.name} reads {len(there) - len(lost)} of the {len(there)} {noun} and does not apply to "
-            f"the others ({first})"
+        if len(lost) == len(references):
+            raise UserError(
+                f"rewards: {reward.name} reads none of the {len(references)} {noun} ({first}); {reader.remedy}"
+            )
+        notes.append(
+            f"rewards: {reward.name} reads {len(references) - len(lost)} of the {len(references)} {noun} and does not "
+            f"apply to the others ({first})"
         )
-    return said
+    return notes
 
 
 def check_run_references(
@@ -103,8 +105,8 @@ def check_run_references(
         rows: trained on; judged only where training samples.
         held_out: judged always.
     """
-    said = check_references(rewards, rows, recipe.data) if recipe.spec.samples else []
-    return said + check_references(rewards, held_out, recipe.data, "held-out reference answers")
+    notes = check_references(rewards, rows, recipe.data) if recipe.spec.samples else []
+    return notes + check_references(rewards, held_out, recipe.data, "held-out reference answers")
 
 
 def _reader(reward: Reward) -> _Reader | None:

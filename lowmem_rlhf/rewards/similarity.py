@@ -88,13 +88,13 @@ def pooled(hidden: torch.Tensor, mask: torch.Tensor, pooling: str) -> torch.Tens
         pooling: ``mean``, ``max``, or ``cls``: the first token's embedding.
     """
     hidden = hidden.float()
-    there = mask.unsqueeze(-1)  # (B, T, 1)
+    weights = mask.unsqueeze(-1)  # (B, T, 1)
     if pooling == "cls":
         vectors = hidden[:, 0]
     elif pooling == "max":
-        vectors = hidden.masked_fill(there == 0, -torch.inf).amax(dim=1)
+        vectors = hidden.masked_fill(weights == 0, -torch.inf).amax(dim=1)
     else:
-        vectors = (hidden * there).sum(dim=1) / there.sum(dim=1).clamp(min=1)
+        vectors = (hidden * weights).sum(dim=1) / weights.sum(dim=1).clamp(min=1)
     return F.normalize(vectors, dim=-1)
 
 

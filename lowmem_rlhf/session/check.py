@@ -208,8 +208,8 @@ def _check_rewards(check: RecipeCheck, train: list[Row] | None, held_out: list[R
     try:
         rewards = load_rewards(functions)
         if train:
-            given = ["answer"] if recipe.data.answer is not None else []
-            check_reward_columns(rewards, dict.fromkeys(name for row in train for name in [*row, *given]))
+            named_columns = ["answer"] if recipe.data.answer is not None else []
+            check_reward_columns(rewards, dict.fromkeys(name for row in train for name in [*row, *named_columns]))
             check.notes += check_run_references(rewards, recipe, train, held_out or [])
     except UserError as error:
         check.errors.append(str(error))

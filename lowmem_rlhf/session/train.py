@@ -127,9 +127,9 @@ def check(recipe: Recipe, output: Path | None, resume: bool, display: RunDisplay
     with paths_explained(path, recipe) if resume else nullcontext():
         written, recipe = recipe, located(recipe, path) if resume else recipe
         _check_trackers(recipe)
-        recipe, said = with_format(recipe)
-        if said:
-            display.message(said)
+        recipe, note = with_format(recipe)
+        if note:
+            display.message(note)
         if recipe.rewards and recipe.spec.rewards == "refused":
             raise UserError(f"rewards: {recipe.algorithm} learns from its data alone; leave them out (rewards=[])")
         if recipe.spec.check is not None:
@@ -240,8 +240,8 @@ def _open(planned: Planned, display: RunDisplay, loaded: LoadedModel | None) -> 
 
     def run_directory(resolved: Recipe) -> RunDirectory:
         inputs = None if resume else run_inputs(recipe, planned.rows, planned.held_out)
-        kept = as_written(resolved, checked.written, path)
-        return RunDirectory.create(path, kept, {**plan.to_dict(), **facts}, resume, inputs)
+        written = as_written(resolved, checked.written, path)
+        return RunDirectory.create(path, written, {**plan.to_dict(), **facts}, resume, inputs)
 
     trainer = make_trainer(recipe, plan, base, rewards, data, run_directory)
     if resume:
@@ -278,11 +278,11 @@ def _as_saved(recipe: Recipe) -> Recipe:
             )
     targets = recipe.lora.target_modules
     if isinstance(targets, list) and isinstance(saved.target_modules, list):
-        wanted, there = ({name.rsplit(".", 1)[-1] for name in names} for names in (targets, saved.target_modules))
-        if wanted != there:
+        wanted, saved_names = ({name.rsplit(".", 1)[-1] for name in names} for names in (targets, saved.target_modules))
+        if wanted != saved_names:
             raise UserError(
                 f"lora.target_modules: got {', '.join(targets)}, but the adapter that the recipe continues from "
-                f"({recipe.adapter}) is beside {', '.join(sorted(there))}; leave it out or set it to that"
+                f"({recipe.adapter}) is beside {', '.join(sorted(saved_names))}; leave it out or set it to that"
             )
     lora = recipe.lora.model_copy(update={"r": saved.r, "lora_alpha": saved.lora_alpha})
     return recipe.model_copy(update={"lora": lora})

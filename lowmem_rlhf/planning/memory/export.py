@@ -61,14 +61,15 @@ def export_memory_bytes(
     width = WIDTHS[compute_dtype]
     base = block_weight_bytes(dims, quantization, width) + embedding_bytes(dims, width)
     wide = base + embedding_bytes(dims, 4 - width)
-    kept = (5 if onto == "quantized" else 7) * LOGITS_BYTES  # two models' with either arithmetic, a third's, its own
+    # two models' with either arithmetic, a third's, its own
+    compared_logits = (5 if onto == "quantized" else 7) * LOGITS_BYTES
     parts = {
         "merge": merge_memory_bytes(dims, quantization if onto == "quantized" else "none", compute_dtype),
         "live_policy": wide + 4 * LOGITS_BYTES,
         "stock_policy": wide + 6 * LOGITS_BYTES,
-        "original_policy": dims.num_parameters * 4 + kept,
-        "loaded_again": dims.num_parameters * WIDTHS[dtype] + kept,
-        "gguf_loaded_again": dims.num_parameters * 4 + kept,
+        "original_policy": dims.num_parameters * 4 + compared_logits,
+        "loaded_again": dims.num_parameters * WIDTHS[dtype] + compared_logits,
+        "gguf_loaded_again": dims.num_parameters * 4 + compared_logits,
     }
     if onto == "quantized":
         del parts["original_policy"]

@@ -265,10 +265,10 @@ class Memory:
         layers, hidden, scored = self.dims.num_layers, layer.hidden, layer.shape.scored
         count = recomputed_layers(self.dims, self.settings.gradient_checkpointing)
         inputs = hidden * (min(count, 1) if self.settings.offload_checkpoints else count)
-        kept = (layers - count) * layer.saved()
+        saved = (layers - count) * layer.saved()
         states = layer.of(self.dims.hidden_size, scored)
         held = states if self.recipe.spec.keeps_states else 0
-        both = {"positions": layer.positions(), "stored_activations": inputs + kept}
+        both = {"positions": layer.positions(), "stored_activations": inputs + saved}
         loss: Components = {"final_states": hidden, "scored_states": 2 * states}
         if language:
             tile = self.settings.logits_tile_tokens
