@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from lowmem_rlhf.errors import UserError
+from lowmem_rlhf.hardware.capabilities import capabilities, kind_of
 from lowmem_rlhf.recipe.schema import Recipe
 
 
@@ -39,7 +40,7 @@ class LoadedModel:
         device = str(parameter.device)
         return {
             "model": self.name,
-            "hardware.device": device.partition(":")[0] if device.startswith("cpu") else device,
+            "hardware.device": kind_of(device) if capabilities(device).on_cpu else device,
             "hardware.quantization": self._quantization(),
             "hardware.compute_dtype": str(parameter.dtype).removeprefix("torch."),
             "hardware.offload_embeddings": False,

@@ -65,7 +65,7 @@ class OpenRun:
 
     def plan_on(self, device: Device) -> Plan:
         """Return the plan for loading the run's base on a device, which need not be the one that it was trained on."""
-        offload = self.plan.settings.offload_embeddings and device.torch_device != "cpu"
+        offload = self.plan.settings.offload_embeddings and not device.on_cpu
         return replace(self.plan, device=device, settings=replace(self.plan.settings, offload_embeddings=offload))
 
     @cached_property

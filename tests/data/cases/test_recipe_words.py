@@ -14,11 +14,13 @@ from pydantic import Field
 from tiny_models import save_tiny
 
 from lowmem_rlhf.algorithms.common.epochs import with_epochs
+from lowmem_rlhf.display.lines import Lines
 from lowmem_rlhf.errors import UserError
 from lowmem_rlhf.evaluation.target import open_run_target
 from lowmem_rlhf.export.formats.table import check_options
 from lowmem_rlhf.export.options import ExportOptions
 from lowmem_rlhf.inference.open_run import OpenRun
+from lowmem_rlhf.progress import shown_by
 from lowmem_rlhf.recipe.loading import find_recipe, load_recipe, validate_recipe
 from lowmem_rlhf.recipe.names import ALIASES
 from lowmem_rlhf.recipe.overrides import apply_override
@@ -36,7 +38,8 @@ HEAD = "model: m\nalgorithm: sft\ndata:\n  train: rows.jsonl\n"
 def place(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("TOKEN", "secret")
-    return tmp_path
+    with shown_by(Lines()):  # as on the command line
+        yield tmp_path
 
 
 def recipe(text: str = "", *overrides: str) -> Recipe:
