@@ -1,10 +1,17 @@
 """Nothing is printed, and no other library is silenced for good, outside the command line and the displays."""
 
 import ast
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import pytest
+
 import lowmem_rlhf
+
+sys.path.append(str(Path(__file__).parent / "integration"))
+from tiny_runs import save_tiny_model, tiny_values
 
 PACKAGE = Path(lowmem_rlhf.__file__).parent
 SHOWS = ("display", "report")  # rooms whose work is to show values
@@ -44,3 +51,28 @@ def test_only_displays_make_consoles():
 def test_only_the_command_line_silences_other_libraries_for_good():
     assert set(calls({"hush"})) == {"cli.py"}
     assert set(calls({"basicConfig", "filterwarnings"})) == {"quiet.py"}
+
+
+SILENT = """
+import lowmem_rlhf as lm
+
+lm.train({recipe!r}, output="run", progress=None)
+"""
+LATER = """
+import lowmem_rlhf as lm
+
+with lm.open_run("run", progress=None) as run:
+    assert run.{call}
+"""
+
+
+@pytest.mark.long
+def test_a_python_call_that_asks_for_silence_is_silent(tmp_path, monkeypatch):
+    """In processes of their own: libraries talk while they are imported, which is once."""
+    monkeypatch.chdir(tmp_path)
+    recipe = tiny_values(save_tiny_model(tmp_path / "model"))
+    recipe["training"] = {**recipe["training"], "max_steps": 1}
+    calls = ("generate('1+2=', compare=True)", "evaluate()", "export('adapter')")
+    for program in (SILENT.format(recipe=recipe), *(LATER.format(call=call) for call in calls)):
+        done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+        assert (done.returncode, done.stdout, done.stderr) == (0, "", "")

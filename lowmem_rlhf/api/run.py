@@ -139,10 +139,10 @@ class Run:
             UserError: the run has no finished adapter or no policy, or a prompt is empty or too long.
             RunError: the device's memory ran out.
         """
-        from lowmem_rlhf.inference.generate import answer_prompts
-
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
         with self._inside():
+            from lowmem_rlhf.inference.generate import answer_prompts
+
             base, recipe = self._opened(compare)
             dequantize = self._directory.plan()["settings"].get("rollout_weights") == "dequantized"
             answers = answer_prompts(base, recipe, prompts, n, compare, max_tokens, temperature, seed, dequantize)
@@ -167,13 +167,14 @@ class Run:
         Raises:
             UserError: what is asked for does not fit the run; RunError: it failed.
         """
-        from lowmem_rlhf.evaluation.evaluate import evaluate_run
         from lowmem_rlhf.inference.open_run import OpenRun
         from lowmem_rlhf.report.html import write_report
         from lowmem_rlhf.run.evaluations import append_evaluation
 
         self.close()  # one copy of the base at a time
         with self._inside():
+            from lowmem_rlhf.evaluation.evaluate import evaluate_run
+
             outcome = evaluate_run(OpenRun(self._directory, step), override_texts(overrides), device)
         append_evaluation(self.path, outcome)
         write_report(self._directory)
@@ -239,6 +240,10 @@ class Run:
 
     @contextmanager
     def _inside(self) -> Iterator[None]:
+        """Let what runs inside report to the display, find the program's objects, and keep other libraries quiet.
+
+        What loads them is imported inside: bitsandbytes talks while it is imported.
+        """
         display = display_for(self._progress)
         try:
             with shown_by(display), hushed(display.message), given(self._objects):

@@ -185,7 +185,7 @@ def check_base(run: "RunDirectory", recipe: Recipe, resume: bool = False) -> str
     elif not parts:
         return ""
     else:
-        difference = told(parts[0], recorded, now)
+        difference = describe_difference(parts[0], recorded, now)
     if parts == ["tokenizer"] and not resume:
         return f"{recipe.model} has another tokenizer or chat template than the run in {run.path} was trained with"
     head = "--resume: " if resume else ""
@@ -195,7 +195,7 @@ def check_base(run: "RunDirectory", recipe: Recipe, resume: bool = False) -> str
     )
 
 
-def told(part: str, recorded: Fingerprint, now: Fingerprint) -> str:
+def describe_difference(part: str, recorded: Fingerprint, now: Fingerprint) -> str:
     """Return in words that a part of a model is another one."""
     names = {"weights": "weights", "config": "config.json", "tokenizer": "tokenizer or chat template"}
     return f"other {names[part]} ({getattr(recorded, part)[:SHOWN]}, now {getattr(now, part)[:SHOWN]})"

@@ -161,7 +161,7 @@ class Trainer(Loop):
         output = self.algorithm.learn(rollout, self, progress)
         assert output.rollout is not None
         self.seen = self.seen.with_rollout(rollout)  # not before: a step that fails is taken again
-        self.sampling.look(output.metrics.get("sampling/logp_difference"), self.step + 1, progress.message)
+        self.sampling.check(output.metrics.get("sampling/logp_difference"), self.step + 1, progress.message)
         return replace(
             output,
             metrics={**rollout_metrics(output.rollout), **output.metrics},

@@ -46,7 +46,7 @@ class SamplingCheck:
         self._advice = f"try {', or '.join(ways)}"
         self._warned = False
 
-    def look(self, difference: float | None, step: int, say: Callable[[str], None]) -> None:
+    def check(self, difference: float | None, step: int, say: Callable[[str], None]) -> None:
         """Say once that a step's difference is beyond what rounding explains.
 
         Args:

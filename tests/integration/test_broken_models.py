@@ -95,7 +95,7 @@ def what_the_metric_does(difference):
     """Return what a run in fp32 does at a step with this `sampling/logp_difference`."""
     said = []
     try:
-        SamplingCheck("none", "float32", 1.0).look(difference, 1, said.append)
+        SamplingCheck("none", "float32", 1.0).check(difference, 1, said.append)
     except RunError:
         return "stops"
     return "warns" if said else "nothing"
@@ -136,12 +136,12 @@ def test_the_metric_warns_once_and_stops_beyond_its_bounds(precision, expected, 
     said = []
     looks = SamplingCheck(*precision, temperature)
     unit = expected / temperature
-    looks.look(None, 1, said.append)
-    looks.look(0.99 * WARN * unit, 1, said.append)
+    looks.check(None, 1, said.append)
+    looks.check(0.99 * WARN * unit, 1, said.append)
     assert not said
-    looks.look(1.01 * WARN * unit, 2, said.append)
-    looks.look(0.99 * STOP * unit, 3, said.append)
+    looks.check(1.01 * WARN * unit, 2, said.append)
+    looks.check(0.99 * STOP * unit, 3, said.append)
     assert len(said) == 1 and said[0].startswith("step 2") and precision[1] in said[0]
     for beyond in (1.01 * STOP * unit, float("nan")):
         with pytest.raises(RunError, match="not the one that trains"):
-            looks.look(beyond, 4, said.append)
+            looks.check(beyond, 4, said.append)

@@ -10,7 +10,7 @@ from lowmem_rlhf.export.job import ExportJob
 from lowmem_rlhf.export.local_paths import without_folders
 from lowmem_rlhf.run.base_file import BASE
 
-CRITIC, START = "critic", "start"  # folders of an exported adapter
+CRITIC, INITIAL = "critic", "start"  # folders of an exported adapter
 
 
 def copy_heads(job: ExportJob, folder: Path) -> dict[str, list[str]]:
@@ -33,7 +33,7 @@ def copy_heads(job: ExportJob, folder: Path) -> dict[str, list[str]]:
     parts = {CRITIC: critic}
     if job.recipe.adapter and job.recipe.spec.critic(job.recipe) == "adapter":  # it lies above the initial one
         job.opened.check_initial_adapter()
-        parts[START] = adapter_folder(job.recipe.adapter)
+        parts[INITIAL] = adapter_folder(job.recipe.adapter)
     copied = []
     for part, source in parts.items():
         copied += [f"{part}/{name}" for name in copy_adapter(source, folder / part, (WEIGHTS, CONFIG, HEAD))]
