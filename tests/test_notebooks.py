@@ -15,7 +15,7 @@ NOTEBOOKS = sorted((Path(__file__).parents[1] / "notebooks").glob("*.ipynb"))
 SMALLER = [
     "training.prompts_per_step=2",
     "generation.num_generations=2",
-    "generation.max_completion_length=6",
+    "generation.max_completion_length=16",
     "data.eval_size=2",
 ]
 
