@@ -85,6 +85,7 @@ class AlgorithmSpec:
         in_fits: whether the tables of what fits on which card have it.
         probed: whether the plan's largest shapes are tried before the first step.
         check: ``(recipe)``, raises UserError before anything is loaded for what only its own libraries can check.
+        functions: keys of its section that may name a function of the user's own, as ``path.py:function``.
         checks_quickly: whether `plan` and `data`, which take seconds, ask ``check`` too.
         learner: ``(recipe) -> training.online.Algorithm`` of what samples, for the default of ``build``.
         build: ``(recipe, plan, base, rewards, data, run_directory) -> Loop``.
@@ -115,6 +116,7 @@ class AlgorithmSpec:
     in_fits: bool = False
     probed: bool = True
     check: Reference | None = None
+    functions: tuple[str, ...] = ()
     checks_quickly: bool = False
     learner: Reference | None = None
     build: Reference = "lowmem_rlhf.algorithms.build:online"

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path, PureWindowsPath
 from typing import Any
 
+from lowmem_rlhf.algorithms.registry import find_spec
 from lowmem_rlhf.errors import UserError
 from lowmem_rlhf.files import atomic_write, dumps
 from lowmem_rlhf.recipe.data_sources import is_file, is_generated
@@ -75,8 +76,10 @@ def map_paths(recipe: Recipe, change: Callable[[str], str]) -> Recipe:
     sources = {key: change(value) for key in ("train", "eval") if (value := getattr(recipe.data, key)) is not None}
     update["data"] = recipe.data.model_copy(update=sources)
     update["rewards"] = [_mapped(reward, change) for reward in recipe.rewards]
-    if ":" in recipe.grpo.loss_type:
-        update["grpo"] = recipe.grpo.model_copy(update={"loss_type": _of_file(recipe.grpo.loss_type, change)})
+    if (spec := find_spec(recipe.algorithm)) is not None and spec.functions:
+        section = spec.own(recipe)
+        functions = {key: _of_file(getattr(section, key), change) for key in spec.functions}
+        update[spec.section] = section.model_copy(update=functions)
     return recipe.model_copy(update=update)
 
 

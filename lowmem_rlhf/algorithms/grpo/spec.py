@@ -24,6 +24,7 @@ SPEC = AlgorithmSpec(
     compares=_compares,
     in_fits=True,
     check="lowmem_rlhf.algorithms.grpo.check:check_loss",
+    functions=("loss_type",),
     checks_quickly=True,
     learner="lowmem_rlhf.algorithms.grpo.trainer:GRPO",
 )
