@@ -87,7 +87,7 @@ class OurPPOStep(OurStep):
         """
         critic, reward = (_adapter(self.base, role) for role in (CRITIC, REWARD))
         trained = [*critic, *self.base.heads[CRITIC].parameters()]
-        states = [value for p in trained for value in self.optimizer.optimizer.state[p].values()]
+        states = [value for p in trained for value in self.optimizer.torch_optimizer.state[p].values()]
         return {
             "critic_adapter": _bytes(critic),
             "critic_optimizer_state": _bytes(states),

@@ -30,7 +30,7 @@ from lowmem_rlhf.engine.packing import Group, pack
 from lowmem_rlhf.engine.passes import packed_logprobs
 from lowmem_rlhf.recipe.loading import validate_recipe
 from lowmem_rlhf.session.train import train
-from lowmem_rlhf.training import online
+from lowmem_rlhf.training.online import Trainer
 from lowmem_rlhf.training.optimizer import Optimizer
 
 CARD, DEVICE = card_of(sys.argv[1])
@@ -220,11 +220,11 @@ CASES: dict[str, Callable[[], Any]] = {
     "ppo-float32-cpu": lambda: all_roles("cpu", "float32"),
     "ppo-float32-card": lambda: all_roles("card", "float32"),
     "ppo-float16-card": lambda: all_roles("card", "float16"),
-    "oom-nowhere": lambda: out_of_memory("oom-nowhere", online, "generate", lambda call: None),
-    "oom-in-rollout": lambda: out_of_memory("oom-in-rollout", online, "generate", fail_once(300)),
+    "oom-nowhere": lambda: out_of_memory("oom-nowhere", Trainer, "_rollout", lambda call: None),
+    "oom-in-rollout": lambda: out_of_memory("oom-in-rollout", Trainer, "_rollout", fail_once(300)),
     "oom-in-update": lambda: out_of_memory("oom-in-update", grpo, "update", fail_once(600)),
     "oom-in-optimizer": lambda: out_of_memory("oom-in-optimizer", Optimizer, "step", fail_once(30)),
-    "hopeless-rollout": lambda: out_of_memory("hopeless-rollout", online, "generate", no_room_in_step_2),
+    "hopeless-rollout": lambda: out_of_memory("hopeless-rollout", Trainer, "_rollout", no_room_in_step_2),
     "hopeless-update": lambda: out_of_memory("hopeless-update", grpo, "update", no_room_in_step_2),
     "oom-in-offloaded-update": lambda: out_of_memory(
         "oom-in-offloaded-update", grpo, "update", fail_once(600), offload_checkpoints=True
