@@ -13,9 +13,9 @@ from tiny_runs import save_tiny_chat_model
 
 NOTEBOOKS = sorted((Path(__file__).parents[1] / "notebooks").glob("*.ipynb"))
 SMALLER = [
-    "training.prompts_per_step=2",
-    "generation.num_generations=2",
-    "generation.max_completion_length=16",
+    "training.prompts_per_step=4",
+    "generation.num_generations=8",
+    "generation.max_completion_length=12",
     "data.eval_size=2",
 ]
 
@@ -30,8 +30,12 @@ def test_a_notebook_runs(path, smollm2, tiny, tmp_path):
     notebook = nbformat.read(path, as_version=4)
     (parameters,) = [cell for cell in notebook.cells if "parameters" in cell.metadata.get("tags", ())]
     assert re.findall(r"^(\w+) = ", parameters.source, re.MULTILINE) == ["STEPS", "SMALLER"]
-    model = [] if path.stem == "quickstart" else [f"model={tiny}"]  # one with the real model
-    parameters.source = f"STEPS = 1\nSMALLER = {[*SMALLER, *model]!r}"
+    more: dict[str, list[str]] = {
+        "quickstart": [],  # with the real model
+        "your_reward_and_data": [f"model={tiny}"],
+        "export_and_chat": [f"model={tiny}", "rewards=[{function: length, options: {target: 9}}]"],
+    }
+    parameters.source = f"STEPS = 1\nSMALLER = {[*SMALLER, *more[path.stem]]!r}"
     NotebookClient(
         notebook, timeout=600, kernel_name="python3", resources={"metadata": {"path": str(tmp_path)}}
     ).execute()
