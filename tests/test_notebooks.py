@@ -32,7 +32,7 @@ def test_a_notebook_runs(path, smollm2, tiny, tmp_path):
     assert re.findall(r"^(\w+) = ", parameters.source, re.MULTILINE) == ["STEPS", "SMALLER"]
     more: dict[str, list[str]] = {
         "quickstart": [],  # with the real model
-        "your_reward_and_data": [f"model={tiny}"],
+        "your_reward_and_data": [f"model={tiny}", "data.max_prompt_length=128"],
         "export_and_chat": [f"model={tiny}", "rewards=[{function: length, options: {target: 9}}]"],
     }
     parameters.source = f"STEPS = 1\nSMALLER = {[*SMALLER, *more[path.stem]]!r}"

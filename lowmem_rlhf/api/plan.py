@@ -3,9 +3,13 @@
 import io
 import json
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Any
 
 from lowmem_rlhf.api.request import Overrides, RecipeLike, RewardLike, override_texts, request_of
+from lowmem_rlhf.errors import OfflineError
+from lowmem_rlhf.quiet import hushed
+from lowmem_rlhf.recipe.python_objects import given
 
 _WIDTH = 120
 
@@ -28,15 +32,22 @@ def plan(
         vram: plan for this much memory, for example ``"11GB"``.
 
     Raises:
-        UserError: the recipe, the model or the card is not known or cannot be planned for.
+        UserError: the recipe, the model or the card is not known or cannot be planned for, or data or rewards are not
+            what the recipe needs, as ``lowmem-rlhf plan`` checks them.
     """
     from lowmem_rlhf.planning.advice import why_not
     from lowmem_rlhf.planning.run_plan import plan_recipe
+    from lowmem_rlhf.session.check import check_recipe
 
     card = {"hardware.profile": profile, "hardware.vram": vram}
     texts = [*override_texts(overrides), *override_texts({k: v for k, v in card.items() if v is not None})]
-    resolved = request_of(recipe, model=model, data=data, rewards=rewards, overrides=texts).recipe
+    request = request_of(recipe, model=model, data=data, rewards=rewards, overrides=texts)
+    resolved = request.recipe
     made = plan_recipe(resolved)
+    with hushed(lambda text: None), given(request.objects), suppress(OfflineError):  # no rows, and a plan all the same
+        check = check_recipe(resolved, 0, network=False, most=5000)
+        check.raise_errors()
+        resolved = check.recipe
     return PlanView(made.to_dict(), f"{resolved.name}, {resolved.model}", "" if made.fits else why_not(made, resolved))
 
 

@@ -1,8 +1,10 @@
 """What a caller of the Python API asks for, made into a recipe and the objects that it names. No torch here."""
 
 import json
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from numbers import Real
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,7 @@ Overrides = Sequence[str] | Mapping[str, Any]
 
 TRAIN, EVAL = f"{PREFIX}data", f"{PREFIX}eval_data"
 _OF_A_SOURCE = ("data.eval", "data.config", "data.field", "data.options")  # what a recipe says of its own data
+_HELD_OUT = ("eval", "test", "validation")  # names of the split to evaluate on, the first that is there
 HELD_OUT_SHARE = 4  # of rows that a program gives, one in so many is held out at most where nobody says how many
 
 
@@ -107,9 +110,16 @@ def _text(key: str, value: Any) -> str:
     if isinstance(value, str | Path):
         return str(value)
     try:
-        return json.dumps(value)
+        return json.dumps(value, default=_of_numpy)
     except (TypeError, ValueError) as error:
         raise UserError(f"overrides: {key}: got a {type(value).__name__}, which no recipe can hold") from error
+
+
+def _of_numpy(value: Any) -> Any:
+    """Return a number of numpy's as Python's."""
+    if getattr(value, "shape", None) == ():
+        return value.item()
+    raise TypeError
 
 
 def reward_configs(rewards: Sequence[RewardLike]) -> tuple[list[dict[str, Any]], dict[str, Callable[..., Any]]]:
@@ -132,6 +142,8 @@ def reward_configs(rewards: Sequence[RewardLike]) -> tuple[list[dict[str, Any]],
         if function is not None and not isinstance(function, str):
             name = str(config.get("name") or _name_of(function))
             check_reward_function(function, name)
+            if f"{PREFIX}{name}" in (TRAIN, EVAL):
+                raise UserError(f"rewards: a function is called {name!r}, as the rows are; give it another name")
             if functions.get(f"{PREFIX}{name}", function) is not function:
                 raise UserError(f"rewards: two functions are called {name!r}; give one a name: {{'name': ...}}")
             config["function"] = f"{PREFIX}{name}"
@@ -146,10 +158,16 @@ def _reward(one: RewardLike) -> Mapping[str, Any]:
             raise UserError(f"rewards: got {dict(one)!r} without `function`; give {{'function': ..., 'weight': ...}}")
         return one
     if isinstance(one, tuple):
-        if len(one) != 2 or isinstance(one[1], bool) or not isinstance(one[1], int | float):
-            raise UserError(f"rewards: got {one!r}; a pair is a function (or its name) with its weight")
-        return {"function": one[0], "weight": one[1]}
+        if len(one) != 2 or isinstance(one[1], bool) or not _finite(one[1]):
+            raise UserError(
+                f"rewards: got {one!r}; a pair is a function (or its name) with its weight, a finite number"
+            )
+        return {"function": one[0], "weight": float(one[1])}
     return {"function": one}
+
+
+def _finite(weight: Any) -> bool:
+    return isinstance(weight, Real) and math.isfinite(weight)
 
 
 def _name_of(function: Any) -> str:
@@ -178,9 +196,13 @@ def _model(model: Any, tokenizer: Any, changes: dict[str, Any]) -> LoadedModel |
 def _objects(data: Any, eval_data: Any, changes: dict[str, Any]) -> dict[str, Any]:
     """Return tables by name, and put into ``changes`` what the recipe says of them."""
     objects: dict[str, Any] = {}
-    if isinstance(data, Mapping) and "train" in data and not isinstance(data["train"], str):  # splits by name
+    if isinstance(data, Mapping) and "train" in data:  # splits by name
+        if (unknown := set(data) - {"train", *_HELD_OUT}) and not hasattr(data, "column_names"):
+            raise UserError(f"data: got the split {min(map(str, unknown))!r}; splits are train and eval (or test)")
+        if data["train"] is None:
+            raise UserError("data: got None as the split 'train'; give rows, a path or a Hub id")
         if eval_data is None:
-            eval_data = next((data[name] for name in ("eval", "test", "validation") if name in data), None)
+            eval_data = next((data[name] for name in _HELD_OUT if name in data), None)
         data = data["train"]
     if data is not None:
         changes["data.train"] = _source(data, TRAIN, "data", objects)

@@ -1,6 +1,6 @@
 """A run as an object: what it measured, what its model says, and its ways out."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
@@ -139,6 +139,8 @@ class Run:
             UserError: the run has no finished adapter or no policy, or a prompt is empty or too long.
             RunError: the device's memory ran out.
         """
+        if isinstance(prompt, Mapping) or not isinstance(prompt, Iterable):
+            raise UserError(f"generate: got a {type(prompt).__name__}; give a text, or a list of texts")
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
         with self._inside():
             from lowmem_rlhf.inference.generate import answer_prompts

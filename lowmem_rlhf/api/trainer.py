@@ -179,6 +179,8 @@ class Trainer:
                         break
                     self._display.step(finished.metrics)
                     yield finished
+                    if self._loop is None:  # closed by the caller
+                        return
             finally:
                 with self._inside():
                     steps.close()

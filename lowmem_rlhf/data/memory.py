@@ -1,11 +1,12 @@
 """Rows that a Python program holds, as a table: a `datasets.Dataset`, a DataFrame, or mappings of columns to values."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from lowmem_rlhf.data.table import DatasetTable, RowTable, Table
 from lowmem_rlhf.data.values import Row
-from lowmem_rlhf.errors import UserError
+from lowmem_rlhf.errors import LowmemError, UserError
+from lowmem_rlhf.user_code import describe
 
 
 def table_of(rows: Any, name: str) -> Table:
@@ -20,8 +21,13 @@ def table_of(rows: Any, name: str) -> Table:
     """
     origins = frozenset({f"object {id(rows)}"})  # the same rows given twice are known as such
     if hasattr(rows, "select_columns") and hasattr(rows, "column_names") and hasattr(rows, "__len__"):
-        table: Table = DatasetTable(rows, origins)
-    elif hasattr(rows, "to_dict") and hasattr(rows, "notna"):
+        shown_as = getattr(rows, "format", {}).get("type")
+        as_values = shown_as in (None, "custom")  # and not as tensors or arrays; custom: a transform of the program's
+        table: Table = DatasetTable(rows if as_values else rows.with_format(None), origins)
+    elif hasattr(rows, "to_dict") and hasattr(rows, "notna") and hasattr(rows, "columns"):
+        if not rows.columns.is_unique:
+            twice = rows.columns[rows.columns.duplicated()][0]
+            raise UserError(f"{name}: got a DataFrame with two columns {twice!r}; rename one or leave it out")
         present = rows.astype(object).where(rows.notna(), None)
         table = RowTable(_rows(present.to_dict("records"), name), [str(one) for one in rows.columns], origins)
     elif isinstance(rows, str | bytes | Mapping) or not isinstance(rows, Iterable):
@@ -32,13 +38,13 @@ def table_of(rows: Any, name: str) -> Table:
     else:
         table = RowTable(_rows(rows, name), None, origins)
     if not len(table):
-        raise UserError(f"{name}: there is no row in it; give at least one")
+        raise UserError(f"{name}: there is no row in it; give at least one (a generator is read once)")
     return table
 
 
 def _rows(rows: Iterable[Any], name: str) -> list[Row]:
     numbered = []
-    for number, row in enumerate(rows, start=1):
+    for number, row in enumerate(_read(rows, name), start=1):
         if not isinstance(row, Mapping):
             raise UserError(
                 f"{name}: row {number} is a {type(row).__name__}; a row maps columns to values, for example "
@@ -50,6 +56,20 @@ def _rows(rows: Iterable[Any], name: str) -> list[Row]:
     return numbered
 
 
+def _read(rows: Iterable[Any], name: str) -> Iterator[Any]:
+    """Go through rows; what the program's own code raises on the way is told as such."""
+    try:
+        yield from rows
+    except LowmemError:
+        raise
+    except Exception as error:
+        raise UserError(f"{name}: reading the rows failed: {describe(error)}") from error
+
+
 def _plain(value: Any) -> Any:
-    """Return a number of numpy's as Python's."""
-    return value.item() if hasattr(value, "item") and getattr(value, "shape", None) == () else value
+    """Return numbers and arrays of numpy's or torch's as Python's numbers and lists, also those inside a value."""
+    if getattr(value, "shape", None) is not None and hasattr(value, "tolist"):
+        value = value.tolist()
+    if isinstance(value, list | tuple):
+        return [_plain(one) for one in value]
+    return {key: _plain(one) for key, one in value.items()} if isinstance(value, dict) else value

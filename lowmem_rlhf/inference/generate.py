@@ -1,5 +1,6 @@
 """Answers of a trained policy to prompts, all at once; beside them those of the reference."""
 
+import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -47,12 +48,16 @@ def answer_prompts(
     from lowmem_rlhf.rollout.engine import engine_for
     from lowmem_rlhf.rollout.sampling import Sampling
 
-    if n < 1 or (max_tokens is not None and max_tokens < 1):
-        raise UserError(f"generate: got n={n}, max_tokens={max_tokens}; both are at least 1")
-    if not prompts or any(not isinstance(one, str) or not one.strip() for one in prompts):
+    if any(type(one) is not int or one < 1 for one in (n, 1 if max_tokens is None else max_tokens)):
+        raise UserError(f"generate: got n={n!r}, max_tokens={max_tokens!r}; both are whole numbers of at least 1")
+    if type(seed) is not int or not 0 <= seed < 2**63:
+        raise UserError(f"generate: got seed={seed!r}; it is a whole number from 0 to 2**63 - 1")
+    if wrong := [one for one in prompts if not isinstance(one, str)]:
+        raise UserError(f"generate: got a {type(wrong[0]).__name__} as a prompt; a prompt is a text, what a user types")
+    if not prompts or not all(one.strip() for one in prompts):
         raise UserError("generate: got no prompt, or an empty one; give a text to answer")
-    if temperature is not None and temperature < 0:
-        raise UserError(f"generate: got temperature={temperature:g}; it is at least 0 (the likeliest tokens)")
+    if temperature is not None and not (isinstance(temperature, int | float) and 0 <= temperature < math.inf):
+        raise UserError(f"generate: got temperature={temperature!r}; it is at least 0 (the likeliest tokens)")
     generation = recipe.generation
     writer = Prompts(recipe.data, base.tokenizer, base.stop_ids)
     ids = [writer.ids(writer.turn(one), []) for one in prompts]

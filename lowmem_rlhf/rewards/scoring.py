@@ -5,6 +5,7 @@ import copy
 import inspect
 import math
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from lowmem_rlhf.errors import LowmemError, RunError
@@ -72,7 +73,7 @@ def _call(reward: Reward, lent: dict[str, Any], shared: dict[str, Any]) -> Any:
         copies = {name: _copied(value) for name, value in accepted(reward.function, lent).items()}
         result = reward.function(**copies, **accepted(reward.function, shared))
         if inspect.isawaitable(result):
-            result = asyncio.run(_awaited(result))
+            result = _finished(result)
         return list(result) if isinstance(result, Iterator) else result  # the body of a generator runs here
     except RunError as error:
         raise RunError(f"reward {reward.name}: {error}") from error
@@ -91,12 +92,23 @@ def _copied(value: Any) -> Any:
     return value[:] if all(type(one) is int for one in value) else [_copied(one) for one in value]
 
 
-async def _awaited(result: Any) -> Any:
-    return await result
+def _finished(result: Any) -> Any:
+    """Return what an asynchronous function gives; where a loop runs already (as in a notebook), in a thread."""
+
+    async def awaited() -> Any:
+        return await result
+
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        return asyncio.run(awaited())
+    with ThreadPoolExecutor(1) as thread:
+        return thread.submit(asyncio.run, awaited()).result()
 
 
 def _values(name: str, result: Any, expected: int) -> list[float | None]:
-    if isinstance(result, str | bytes | dict) or not hasattr(result, "__iter__"):
+    single = getattr(result, "shape", None) == ()  # of a tensor or array that holds one number
+    if single or isinstance(result, str | bytes | dict) or not hasattr(result, "__iter__"):
         raise RunError(
             f"reward function {name} returned a {type(result).__name__}; it must return a list of {expected} numbers, "
             "one a completion"

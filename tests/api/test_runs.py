@@ -54,7 +54,7 @@ def test_a_prompt_that_cannot_be_answered_is_a_sentence(run):
     for prompt, sentence in (("", "an empty one"), ([], "no prompt"), ("1" * 400, "positions")):
         with pytest.raises(lm.UserError, match=sentence):
             run.generate(prompt)
-    with pytest.raises(lm.UserError, match="both are at least 1"):
+    with pytest.raises(lm.UserError, match="both are whole numbers of at least 1"):
         run.generate("1+1", n=0)
 
 
