@@ -3,13 +3,17 @@
 The object belongs to the run from then on: adapters are put beside its linear layers, and its attention is replaced.
 """
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from lowmem_rlhf.architecture.hub import cached_config
 from lowmem_rlhf.errors import UserError
 from lowmem_rlhf.hardware.capabilities import capabilities, kind_of
 from lowmem_rlhf.recipe.schema import Recipe
+
+COMPARED = 2**24  # numbers of a loaded model that are held against its files
 
 
 @dataclass(frozen=True)
@@ -82,6 +86,39 @@ class LoadedModel:
             )
         if len({parameter.device for parameter in model.parameters()}) > 1:
             raise UserError("model: the object lies on several devices; load it on one (device_map={'': DEVICE})")
+        if (changed := self._changed_weight()) is not None:
+            raise UserError(
+                f"model: {changed} of the object is not the one in {self.name}, with which the run would be opened and "
+                "exported; save the object with save_pretrained, together with its tokenizer, and give that folder"
+            )
+
+    def _changed_weight(self) -> str | None:
+        """Return the name of a weight that differs from the one in the files, of those of 16 bits and more.
+
+        The smallest are compared first, `COMPARED` numbers in all: whoever has trained a model has changed its norms.
+        """
+        import torch
+        from safetensors import safe_open
+
+        cached = None if Path(self.name).is_dir() else cached_config(self.name, None)
+        folder = Path(self.name) if Path(self.name).is_dir() else cached and cached.parent
+        if folder is None:
+            return None
+        held, prefix = dict(self.model.named_parameters()), f"{self.model.base_model_prefix}."
+        left = COMPARED
+        for file in sorted(folder.glob("*.safetensors")):
+            with safe_open(file, "pt") as stored:
+                sizes = {name: math.prod(stored.get_slice(name).get_shape()) for name in stored.keys()}  # noqa: SIM118
+                for name in sorted(sizes, key=sizes.__getitem__):
+                    weight = held.get(name, held.get(prefix + name))
+                    if sizes[name] > left or weight is None or not weight.is_floating_point():
+                        continue
+                    tensor = stored.get_tensor(name)
+                    if tensor.shape == weight.shape:
+                        left -= sizes[name]
+                        if not torch.equal(weight.detach().cpu(), tensor.to(weight.dtype)):
+                            return name
+        return None
 
     def _quantization(self) -> str:
         settings = getattr(self.model.config, "quantization_config", None)

@@ -75,6 +75,18 @@ def test_numbers_of_numpy_are_numbers(values, rows):
     assert run.recipe.rewards[0].weight == 1.0
 
 
+@pytest.mark.parametrize("part", ["model.norm.weight", "model.layers.1.mlp.up_proj.weight"])
+def test_a_loaded_model_with_other_weights_than_its_files_is_refused(values, tiny_model, part, tmp_path):
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.bfloat16)
+    with torch.no_grad():
+        model.get_parameter(part).flatten()[-1] += 1
+    with pytest.raises(lm.UserError, match=f"model: {part} of the object is not the one in"):
+        quiet(values, model=model)
+    assert not (tmp_path / "runs").exists()
+
+
 def failing():
     yield {"question": "1+1", "answer": "2"}
     raise ValueError("no more")
