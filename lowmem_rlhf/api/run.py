@@ -42,6 +42,9 @@ def open_run(
     Raises:
         UserError: there is no run in that folder.
     """
+    if not isinstance(path, str | Path):
+        raise UserError(f"open_run: got a {type(path).__name__}; give the folder that `train` wrote")
+    display_for(progress)  # raises now, and not at the first answer
     return Run(open_directory(path).path, given_objects(data, eval_data, rewards), progress)
 
 

@@ -210,7 +210,11 @@ class Trainer:
 
 
 def _path(output: str | Path | None) -> Path | None:
-    return None if output is None else Path(output)
+    if output is None:
+        return None
+    if not isinstance(output, str | Path) or not str(output):
+        raise UserError(f"output: got {output!r}; give the folder of the run, for example 'runs/NAME'")
+    return Path(output)
 
 
 def _free() -> None:

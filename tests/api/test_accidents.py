@@ -104,6 +104,8 @@ MISTAKES = {
     "a split misspelt": ({"data": {"train": "a.jsonl", "evla": "b.jsonl"}}, "got the split 'evla'"),
     "a split of None": ({"data": {"train": None}}, "got None as the split 'train'"),
     "a reward called data": ({"rewards": [data]}, "as the rows are; give it another name"),
+    "an output that is no folder": ({"output": 3}, "output: got 3; give the folder of the run"),
+    "an empty output": ({"output": ""}, "output: got ''; give the folder"),
     "a weight that is none": ({"rewards": [(longer, float("nan"))]}, "a finite number"),
 }
 
@@ -151,3 +153,11 @@ def test_a_plan_checks_what_the_command_line_checks(values, rows):
     with pytest.raises(lm.UserError, match=r"nope\.jsonl"):
         lm.plan(values, data="nope.jsonl")
     assert lm.plan(values, data=rows, rewards=[longer]).fits
+
+
+@pytest.mark.parametrize(
+    ("folder", "progress", "sentence"), [(None, None, "open_run: got a NoneType"), (".", "no", "progress")]
+)
+def test_open_run_says_what_it_takes(folder, progress, sentence):
+    with pytest.raises(lm.UserError, match=sentence):
+        lm.open_run(folder, progress=progress)
