@@ -12,7 +12,7 @@ from lowmem_rlhf.suggest import spelled
 class Section(BaseModel):
     """A part of a recipe; a key that is not a field is an error, and a choice may be written in capitals."""
 
-    model_config = ConfigDict(extra="forbid", validate_default=True)
+    model_config = ConfigDict(extra="forbid", validate_default=True, allow_inf_nan=False)
 
     @classmethod
     def kind_of(cls, key: str, given: Mapping[str, Any]) -> Any:

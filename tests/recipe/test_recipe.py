@@ -343,3 +343,10 @@ def test_bounds_of_the_importance_correction_are_ordered_and_given():
     assert "importance_sampling_clip_min: got 3; it should be less than importance_sampling_clip_max, which is 2" in low
     none = refusal("grpo.importance_sampling_correction=true", "grpo.importance_sampling_clip_max=null")
     assert "a bound is missing" in none
+
+
+@pytest.mark.parametrize("value", [".nan", ".inf"])
+@pytest.mark.parametrize("key", ["training.learning_rate", "grpo.beta", "generation.temperature", "lora.lora_alpha"])
+def test_a_number_is_finite(key, value):
+    with pytest.raises(UserError, match=rf"{key}: got {value[1:]}; it should be a finite number"):
+        load_recipe("quickstart", [f"{key}={value}"])
