@@ -163,11 +163,11 @@ def plan(
 def _checked(recipe: "Recipe", network: bool) -> "Recipe":
     """Hold a recipe's data and rewards against the checks of training; return it with the columns that were found."""
     from lowmem_rlhf.quiet import hush
-    from lowmem_rlhf.session.check import check_recipe
+    from lowmem_rlhf.session.check import QUICK_ROWS, check_recipe
 
     hush()
     try:
-        check = check_recipe(recipe, 0, network, most=5000)  # a plan takes seconds
+        check = check_recipe(recipe, 0, network, most=QUICK_ROWS)
     except OfflineError as error:  # training needs what a plan can do without
         print(f"rows were not looked at: {error}", file=sys.stderr)
         return recipe

@@ -37,7 +37,7 @@ def plan(
     """
     from lowmem_rlhf.planning.advice import why_not
     from lowmem_rlhf.planning.run_plan import plan_recipe
-    from lowmem_rlhf.session.check import check_recipe
+    from lowmem_rlhf.session.check import QUICK_ROWS, check_recipe
 
     card = {"hardware.profile": profile, "hardware.vram": vram}
     texts = [*override_texts(overrides), *override_texts({k: v for k, v in card.items() if v is not None})]
@@ -45,7 +45,7 @@ def plan(
     resolved = request.recipe
     made = plan_recipe(resolved)
     with hushed(lambda text: None), given(request.objects), suppress(OfflineError):  # no rows, and a plan all the same
-        check = check_recipe(resolved, 0, network=False, most=5000)
+        check = check_recipe(resolved, 0, network=False, most=QUICK_ROWS)
         check.raise_errors()
         resolved = check.recipe
     return PlanView(made.to_dict(), f"{resolved.name}, {resolved.model}", "" if made.fits else why_not(made, resolved))

@@ -1,14 +1,13 @@
 """What a caller of the Python API asks for, made into a recipe and the objects that it names. No torch here."""
 
 import json
-import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from numbers import Real
 from pathlib import Path
 from typing import Any
 
-from lowmem_rlhf.data.memory import table_of
+from lowmem_rlhf.data.memory import plain, table_of
 from lowmem_rlhf.data.table import Table
 from lowmem_rlhf.errors import UserError
 from lowmem_rlhf.inference.loaded import LoadedModel
@@ -110,16 +109,9 @@ def _text(key: str, value: Any) -> str:
     if isinstance(value, str | Path):
         return str(value)
     try:
-        return json.dumps(value, default=_of_numpy)
+        return json.dumps(value, default=plain)  # numbers and arrays of numpy's
     except (TypeError, ValueError) as error:
         raise UserError(f"overrides: {key}: got a {type(value).__name__}, which no recipe can hold") from error
-
-
-def _of_numpy(value: Any) -> Any:
-    """Return a number of numpy's as Python's."""
-    if getattr(value, "shape", None) == ():
-        return value.item()
-    raise TypeError
 
 
 def reward_configs(rewards: Sequence[RewardLike]) -> tuple[list[dict[str, Any]], dict[str, Callable[..., Any]]]:
@@ -158,16 +150,10 @@ def _reward(one: RewardLike) -> Mapping[str, Any]:
             raise UserError(f"rewards: got {dict(one)!r} without `function`; give {{'function': ..., 'weight': ...}}")
         return one
     if isinstance(one, tuple):
-        if len(one) != 2 or isinstance(one[1], bool) or not _finite(one[1]):
-            raise UserError(
-                f"rewards: got {one!r}; a pair is a function (or its name) with its weight, a finite number"
-            )
+        if len(one) != 2 or isinstance(one[1], bool) or not isinstance(one[1], Real):
+            raise UserError(f"rewards: got {one!r}; a pair is a function (or its name) with its weight, a number")
         return {"function": one[0], "weight": float(one[1])}
     return {"function": one}
-
-
-def _finite(weight: Any) -> bool:
-    return isinstance(weight, Real) and math.isfinite(weight)
 
 
 def _name_of(function: Any) -> str:

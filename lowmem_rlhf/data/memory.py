@@ -17,7 +17,8 @@ def table_of(rows: Any, name: str) -> Table:
         name: the argument, for messages.
 
     Raises:
-        UserError: it is something else, a row is no mapping or has a column that is no text, or there is no row.
+        UserError: it is something else, reading it fails, a row is no mapping or has a column that is no text, two
+            columns have one name, or there is no row.
     """
     origins = frozenset({f"object {id(rows)}"})  # the same rows given twice are known as such
     if hasattr(rows, "select_columns") and hasattr(rows, "column_names") and hasattr(rows, "__len__"):
@@ -52,7 +53,7 @@ def _rows(rows: Iterable[Any], name: str) -> list[Row]:
             )
         if wrong := [column for column in row if not isinstance(column, str)]:
             raise UserError(f"{name}: row {number} has the column {wrong[0]!r}; the name of a column is a text")
-        numbered.append(Row({column: _plain(value) for column, value in row.items()}, number))
+        numbered.append(Row({column: plain(value) for column, value in row.items()}, number))
     return numbered
 
 
@@ -66,10 +67,10 @@ def _read(rows: Iterable[Any], name: str) -> Iterator[Any]:
         raise UserError(f"{name}: reading the rows failed: {describe(error)}") from error
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
     """Return numbers and arrays of numpy's or torch's as Python's numbers and lists, also those inside a value."""
     if getattr(value, "shape", None) is not None and hasattr(value, "tolist"):
         value = value.tolist()
     if isinstance(value, list | tuple):
-        return [_plain(one) for one in value]
-    return {key: _plain(one) for key, one in value.items()} if isinstance(value, dict) else value
+        return [plain(one) for one in value]
+    return {key: plain(one) for key, one in value.items()} if isinstance(value, dict) else value

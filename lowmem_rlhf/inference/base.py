@@ -50,6 +50,7 @@ def open_base(
     message(f"loading {recipe.model}{where}" if loaded is None else f"{recipe.model} is loaded already")
     try:
         if loaded is not None:
+            loaded.check_weights(recipe)
             base = SharedBase(as_base(loaded.model), loaded.own_tokenizer(recipe), recipe.model, **shape)
             base.chat_template_kwargs = recipe.data.chat_template_kwargs
             return base

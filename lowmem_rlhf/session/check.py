@@ -24,6 +24,7 @@ from lowmem_rlhf.recipe.sections import LEARNED_REWARDS, REWARD_ADAPTER
 from lowmem_rlhf.rewards.loading import check_reward_columns, load_rewards
 from lowmem_rlhf.rewards.references import check_run_references
 
+QUICK_ROWS = 5000  # of each split that are looked at where an answer takes seconds, as of `plan`
 SPLITS: tuple[Split, Split] = ("train", "eval")
 
 

@@ -75,14 +75,20 @@ def test_numbers_of_numpy_are_numbers(values, rows):
     assert run.recipe.rewards[0].weight == 1.0
 
 
-@pytest.mark.parametrize("part", ["model.norm.weight", "model.layers.1.mlp.up_proj.weight"])
-def test_a_loaded_model_with_other_weights_than_its_files_is_refused(values, tiny_model, part, tmp_path):
+@pytest.mark.parametrize("change", ["a merged adapter", "a norm", "random"])
+def test_a_loaded_model_with_other_weights_than_its_files_is_refused(values, tiny_model, change, tmp_path):
+    from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.bfloat16)
-    with torch.no_grad():
-        model.get_parameter(part).flatten()[-1] += 1
-    with pytest.raises(lm.UserError, match=f"model: {part} of the object is not the one in"):
+    if change == "a merged adapter":
+        lora = LoraConfig(r=2, target_modules=["v_proj"], layers_to_transform=[1], init_lora_weights=False)
+        model = get_peft_model(model, lora).merge_and_unload()
+    elif change == "a norm":
+        model.model.norm.weight.data[-1] += 1
+    else:
+        model = AutoModelForCausalLM.from_config(model.config)
+    with pytest.raises(lm.UserError, match="of the object is not the one in"):
         quiet(values, model=model)
     assert not (tmp_path / "runs").exists()
 
@@ -106,7 +112,10 @@ MISTAKES = {
     "a reward called data": ({"rewards": [data]}, "as the rows are; give it another name"),
     "an output that is no folder": ({"output": 3}, "output: got 3; give the folder of the run"),
     "an empty output": ({"output": ""}, "output: got ''; give the folder"),
-    "a weight that is none": ({"rewards": [(longer, float("nan"))]}, "a finite number"),
+    "a weight that is none": (
+        {"rewards": [(longer, float("nan"))]},
+        "it should be a finite number",
+    ),
 }
 
 
