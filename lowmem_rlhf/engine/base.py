@@ -262,6 +262,11 @@ class SharedBase(Roles):
             f"others in lora.target_modules ({names(layers.keys() - idle)})"
         )
 
+    def free(self) -> None:
+        """Let go of the weights, whoever still holds the base: it computes nothing from now on."""
+        for tensor in (*self.parameters(), *self.buffers()):
+            tensor.grad, tensor.data = None, tensor.data.new_empty(0)
+
     @contextmanager
     def decoding(self, dequantize: bool) -> Iterator["SharedBase"]:
         """Hold NF4 weights inside the block in a form for decoding (see `set_decode_weights`)."""

@@ -5,8 +5,9 @@ a recipe that is wrong, no weights are loaded for a plan that does not fit or fo
 """
 
 import importlib.util
-from collections.abc import Sequence
-from contextlib import nullcontext
+import traceback
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -29,8 +30,13 @@ from lowmem_rlhf.run.directory import RunDirectory, default_output
 from lowmem_rlhf.run.start import as_written, located, paths_explained
 
 if TYPE_CHECKING:
+    from lowmem_rlhf.data.examples import TrainingData
+    from lowmem_rlhf.engine.base import SharedBase
     from lowmem_rlhf.rewards.loading import Reward
     from lowmem_rlhf.training.loop import Loop
+
+# packages whose frames hold tensors of a step
+_OF_A_STEP = {"lowmem_rlhf", "torch", "transformers", "peft", "bitsandbytes", "accelerate", "trl"}
 
 
 @dataclass(frozen=True)
@@ -101,7 +107,10 @@ def train(
         run: RunDirectory = resolve(own_run)(checked.recipe, checked.path, resume, display)
         return run
     trainer = open_run_of(plan(checked, display), display, loaded)
-    with steps_shown(display, trainer.recipe.training.max_steps, trainer.step):
+    with (
+        _freed_where_it_fails(trainer.base, loaded),
+        steps_shown(display, trainer.recipe.training.max_steps, trainer.step),
+    ):
         trainer.train(display, display.step)
     finish(trainer, display)
     return trainer.run
@@ -201,22 +210,30 @@ def open_run_of(planned: Planned, display: RunDisplay, loaded: LoadedModel | Non
 
 
 def _open(planned: Planned, display: RunDisplay, loaded: LoadedModel | None) -> "Loop":
-    from lowmem_rlhf.algorithms.build import make_trainer
     from lowmem_rlhf.data.examples import read_data
     from lowmem_rlhf.engine.tokenizer import load_tokens
-    from lowmem_rlhf.training.roles import add_roles
 
-    checked, recipe, plan, rewards = planned.checked, planned.recipe, planned.plan, planned.rewards
-    path, resume, facts = checked.path, checked.resume, dict(planned.facts)
+    recipe = planned.recipe
     options = recipe.data.chat_template_kwargs
     tokens = load_tokens(recipe.model, recipe.revision, recipe.trust_remote_code, chat_template_kwargs=options)
     assert tokens is not None  # the Hub may be asked
     data = read_data(
         recipe, planned.rows, planned.held_out, tokens, lambda done, total: display.phase("rows", done, total)
     )
-    base = open_base(recipe, plan, loaded=loaded)
-    if base.stop_ids != tokens.stop_ids:  # a model may know of more ends than its files say
-        data = read_data(recipe, planned.rows, planned.held_out, base.tokens)
+    base = open_base(recipe, planned.plan, loaded=loaded)
+    with _freed_where_it_fails(base, loaded):
+        if base.stop_ids != tokens.stop_ids:  # a model may know of more ends than its files say
+            data = read_data(recipe, planned.rows, planned.held_out, base.tokens)
+        return _begun(base, data, planned, display)
+
+
+def _begun(base: "SharedBase", data: "TrainingData", planned: Planned, display: RunDisplay) -> "Loop":
+    """Hold a loaded base against the recipe, put the roles on it, and begin the run's folder."""
+    from lowmem_rlhf.algorithms.build import make_trainer
+    from lowmem_rlhf.training.roles import add_roles
+
+    checked, recipe, plan, rewards = planned.checked, planned.recipe, planned.plan, planned.rewards
+    path, resume, facts = checked.path, checked.resume, dict(planned.facts)
     if resume:
         check_base(RunDirectory(path), recipe, resume)  # once more: now a Hub's model is here
     limit = base.rotary_limit
@@ -248,6 +265,28 @@ def _open(planned: Planned, display: RunDisplay, loaded: LoadedModel | None) -> 
         trainer.resume()
     display.message(f"run directory: {trainer.run.path}")
     return trainer
+
+
+@contextmanager
+def _freed_where_it_fails(base: "SharedBase", loaded: LoadedModel | None) -> Iterator[None]:
+    """Free a base that was loaded here when the block raises: a notebook keeps the last error, and so its frames.
+
+    Frames that have ended lose their locals, but for those of the user's own functions; the closures that they ran keep
+    theirs, and so the weights themselves are let go.
+    """
+    try:
+        yield
+    except BaseException as error:
+        chain: BaseException | None = error
+        while chain is not None:
+            for frame, _ in traceback.walk_tb(chain.__traceback__):
+                if str(frame.f_globals.get("__name__")).partition(".")[0] in _OF_A_STEP:
+                    with suppress(RuntimeError):  # it still runs
+                        frame.clear()
+            chain = chain.__cause__ or chain.__context__
+        if loaded is None:
+            base.free()
+        raise
 
 
 def _probes(recipe: Recipe, plan: Plan) -> bool:

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import lowmem_rlhf as lm
+from lowmem_rlhf.hardware.live_bytes import LiveBytes
 
 
 def longer(completions, **columns):
@@ -38,6 +39,26 @@ def test_an_asynchronous_reward_works_where_a_loop_runs_already(values, rows):
         return quiet(values, data=rows, rewards=[slow])
 
     assert asyncio.run(cell()).metrics()[0]["reward/mean"] > 0
+
+
+def interrupted(completions, **columns):
+    raise KeyboardInterrupt
+
+
+def in_the_second_step(completions, trainer_state, **columns):
+    if trainer_state.global_step == 1:
+        raise ValueError("no more")
+    return longer(completions)
+
+
+@pytest.mark.parametrize("reward", [interrupted, in_the_second_step])
+def test_a_failed_run_is_free_while_a_notebook_keeps_its_error(values, rows, tiny_model, reward, monkeypatch):
+    weights = (tiny_model / "model.safetensors").stat().st_size
+    before = LiveBytes().current
+    with pytest.raises((KeyboardInterrupt, lm.RunError)) as caught:
+        quiet(values, data=rows, rewards=[reward], overrides={"training.max_steps": 2})
+    assert caught.value.__traceback__ is not None
+    assert LiveBytes().current - before < weights / 4
 
 
 def test_a_trainer_closed_in_its_loop_ends_it(values):
