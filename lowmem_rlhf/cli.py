@@ -3,18 +3,34 @@
 import io
 import json
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
 from lowmem_rlhf import __version__
 from lowmem_rlhf.errors import LowmemError, OfflineError, UserError, with_notes
+from lowmem_rlhf.stopping import cause, exit_code, stoppable
 
 if TYPE_CHECKING:
     from lowmem_rlhf.recipe.schema import Recipe
 
+
+class _Commands(TyperGroup):
+    """The commands; one that is stopped by a signal says what is kept and exits with the signal's code."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt as stop:
+            _tell(with_notes(cause(stop), stop))
+            raise typer.Exit(exit_code(stop)) from None
+
+
 app = typer.Typer(
+    cls=_Commands,
     help="RLHF on one consumer graphics card: name a recipe, the settings follow from the card.",
     no_args_is_help=True,
     add_completion=False,
@@ -42,11 +58,17 @@ def main() -> None:
     bound_kernel_caches()
     let_waiting_threads_sleep()
     try:
-        with Bars() as display, shown_by(display):
+        with stoppable(), Bars() as display, shown_by(display):
             app(standalone_mode=True)
     except LowmemError as error:
-        print(f"error: {with_notes(str(error), error)}", file=sys.stderr)
+        _tell(f"error: {with_notes(str(error), error)}")
         sys.exit(error.exit_code)
+
+
+def _tell(line: str) -> None:
+    """Print on standard error, where somebody is there to read it."""
+    with suppress(OSError, ValueError):  # the terminal is closed
+        print(line, file=sys.stderr, flush=True)
 
 
 def _version(show: bool) -> None:
@@ -250,14 +272,10 @@ def train(
         if not made.fits:
             print(why_not(made, resolved))
         return
-    try:
-        hush()
-        display = ConsoleDisplay()
-        with shown_by(display):
-            run = run_recipe(resolved, output, resume, display)
-    except KeyboardInterrupt as stop:
-        print(with_notes("interrupted", stop), file=sys.stderr)
-        raise typer.Exit(1) from None
+    hush()
+    display = ConsoleDisplay()
+    with shown_by(display):
+        run = run_recipe(resolved, output, resume, display)
     result = resolved.spec.leaves
     print(f"{result + ':':8} {run.path / result}\nreport:  {run.path / 'report.html'}")
 
@@ -371,13 +389,9 @@ def export(
     from lowmem_rlhf.run.directory import open_run
 
     job = Export(open_run(run), ExportOptions(format, onto, dtype, quantize, output, step, heads, device, push))
-    try:
-        with ByteBars() as display, shown_by(display):
-            hush()
-            outcome = job.plan() if dry_run else job.make()
-    except KeyboardInterrupt as stop:
-        print(with_notes("interrupted", stop), file=sys.stderr)
-        raise typer.Exit(1) from None
+    with ByteBars() as display, shown_by(display):
+        hush()
+        outcome = job.plan() if dry_run else job.make()
     if as_json:
         _print_json(outcome)
     elif dry_run:

@@ -14,6 +14,7 @@ from rich.text import Text
 
 from lowmem_rlhf.errors import UserError
 from lowmem_rlhf.inference.chat.talk import Reply, Talk
+from lowmem_rlhf.stopping import only_interrupted
 
 WIDE = 100  # columns of a terminal from which two answers stand side by side
 TURN = 8  # tokens that a role writes before it is the other's turn: its 16-bit adapter copies are made once a turn
@@ -96,7 +97,9 @@ def interact(talk: Talk) -> None:
             continue
         try:
             show(replies)
-        except KeyboardInterrupt:
+        except KeyboardInterrupt as stop:
+            if not only_interrupted(stop):
+                raise
             print(flush=True)
         talk.remember(line, replies)
 
@@ -117,7 +120,9 @@ def _line() -> str:
             import readline  # noqa: F401  (`input` then edits lines and recalls them)
     try:
         return input("> " if typed else "")
-    except (EOFError, KeyboardInterrupt):
+    except (EOFError, KeyboardInterrupt) as end:
+        if isinstance(end, KeyboardInterrupt) and not only_interrupted(end):
+            raise
         if typed:
             _say("")
         return ""
