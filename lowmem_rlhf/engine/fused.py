@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from lowmem_rlhf.engine.trial import norm_weights, simple_attributes, trial_rows, twin, within_rounding
+from lowmem_rlhf.hardware.memory import is_out_of_memory
 
 GATED_MLP = {"gate_proj", "up_proj", "down_proj", "act_fn"}  # the parts of one
 FP32 = 4 * torch.finfo(torch.float32).eps  # of the size of inner results: their rounding
@@ -250,7 +251,9 @@ def _fused_mlp(module: Any, dtype: torch.dtype) -> Any:
     exact = down(kind[0](gate(x.double())) * up(x.double()))
     try:
         got = twin(module, parts)(x.to(device))
-    except (RuntimeError, TypeError, AttributeError, ValueError):  # it does something else with its layers
+    except (RuntimeError, TypeError, AttributeError, ValueError) as error:  # it does something else with its layers
+        if is_out_of_memory(error):
+            raise
         return None
     inner_error = FP32 * (1.0 + gate(x).abs() * up(x).abs())
     if not torch.is_tensor(got) or not within_rounding(got, exact, x.dtype, inner_error):

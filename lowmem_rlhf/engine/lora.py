@@ -17,6 +17,7 @@ from transformers.pytorch_utils import Conv1D
 
 from lowmem_rlhf.architecture.families import family_of
 from lowmem_rlhf.engine.grouped_lora import GroupedLoraLinear
+from lowmem_rlhf.hardware.memory import is_out_of_memory
 
 LINEAR = 0.02  # of the largest result: rounding moves a product by less
 
@@ -69,7 +70,9 @@ def only_looks_linear(module: nn.Module) -> bool:
     x = torch.linspace(-1, 1, 2 * module.in_features, dtype=weight.dtype, device=weight.device).view(2, -1)
     try:
         got = module(x)
-    except (RuntimeError, ValueError, TypeError, IndexError):  # it takes other inputs
+    except (RuntimeError, ValueError, TypeError, IndexError) as error:  # it takes other inputs
+        if is_out_of_memory(error):
+            raise
         return True
     want = F.linear(x, weight, module.bias)
     return not torch.is_tensor(got) or not torch.allclose(got, want, rtol=0, atol=LINEAR * float(want.abs().max()))

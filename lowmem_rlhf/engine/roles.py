@@ -5,7 +5,7 @@ policy started from; ``critic`` and ``reward`` are adapters of their own with a 
 with a context manager and costs nothing: the layers look up which adapters are active.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -78,13 +78,30 @@ class Roles(nn.Module):
         """
         config = lora_config(r, lora_alpha, target_modules, self.model_id, self.model, use_rslora)
         trains = {name: p.requires_grad for name, p in self.peft.named_parameters()}
-        with torch.device("cpu"), torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            self.peft.add_adapter(role, config)
-        for name, p in self.peft.named_parameters():
-            # peft switches all adapters but its active one off, and renames the weights of layers that had none yet
-            p.requires_grad_(trains.get(name, f".{role}." in name))
+        try:
+            with torch.device("cpu"), torch.random.fork_rng(devices=[]):
+                torch.manual_seed(seed)
+                self.peft.add_adapter(role, config)
+        except BaseException:
+            self.remove_role(role)
+            raise
+        finally:
+            for name, p in self.peft.named_parameters():
+                # peft switches all adapters but its active one off, and renames weights of layers that had none yet
+                p.requires_grad_(trains.get(name, f".{role}." in name))
         self.roles[role] = (below, role) if below else (role,)
+
+    def remove_role(self, role: str) -> None:
+        """Remove a role with its adapter and head, also one that was added in part only."""
+        for layer in self.adapter_layers():
+            for name in (*layer.adapter_layer_names, *layer.other_param_names):
+                held = getattr(layer, name, None)
+                if isinstance(held, dict | nn.ModuleDict | nn.ParameterDict) and role in held:
+                    del held[role]
+        for held in (self.peft.peft_config, self.roles, self.heads):
+            if role in held:
+                del held[role]
+        self.adapters_changed()
 
     def add_saved_role(self, role: str, saved: SavedAdapter) -> None:
         """Add a role with a frozen adapter, and its head if it has one, from disk.
@@ -93,11 +110,15 @@ class Roles(nn.Module):
             UserError: it does not fit this base.
         """
         self.add_role(role, saved.r, saved.lora_alpha, saved.target_modules, use_rslora=saved.use_rslora)
-        self.load_adapter(saved.folder, role)
-        if saved.head is not None:
-            self.add_head(role)
-            self.load_head(saved.folder, role)
-        self.freeze(role)
+        try:
+            self.load_adapter(saved.folder, role)
+            if saved.head is not None:
+                self.add_head(role)
+                self.load_head(saved.folder, role)
+            self.freeze(role)
+        except BaseException:
+            self.remove_role(role)
+            raise
 
     def start_from(self, saved: SavedAdapter) -> None:
         """Let the policy go on from a saved adapter; the reference is then the base with that adapter, frozen.
@@ -175,20 +196,36 @@ class Roles(nn.Module):
         """To be called after every change of adapter weights: the 16-bit copies are made anew."""
         self.active.version += 1
 
-    def adapter_state(self, role: str = POLICY) -> dict[str, torch.Tensor]:
-        """Return the adapter's weights under peft's names, on the CPU."""
-        state = get_peft_model_state_dict(self.peft, adapter_name=role, save_embedding_layers=False)
+    def adapter_state(
+        self, role: str = POLICY, parameters: Mapping[str, torch.Tensor] | None = None
+    ) -> dict[str, torch.Tensor]:
+        """Return the adapter's weights under peft's names, on the CPU.
+
+        Args:
+            parameters: by the names of `trainable`, to be taken in place of the base's own.
+        """
+        state = get_peft_model_state_dict(
+            self.peft, state_dict=parameters, adapter_name=role, save_embedding_layers=False
+        )
         return {name: tensor.detach().to("cpu").contiguous() for name, tensor in state.items()}
 
-    def save_adapter(self, folder: Path, role: str = POLICY) -> None:
-        """Write the adapter in peft's format (adapter_model.safetensors, adapter_config.json), and a head beside it."""
+    def save_adapter(
+        self, folder: Path, role: str = POLICY, parameters: Mapping[str, torch.Tensor] | None = None
+    ) -> None:
+        """Write the adapter in peft's format (adapter_model.safetensors, adapter_config.json), and a head beside it.
+
+        Args:
+            parameters: see `adapter_state`.
+        """
         folder.mkdir(parents=True, exist_ok=True)
         if role in self.heads:
-            state = {name: p.detach().to("cpu").contiguous() for name, p in self.heads[role].named_parameters()}
+            live = {f"heads.{role}.{name}": p for name, p in self.heads[role].named_parameters()}
+            state = {name.rpartition(".")[2]: (parameters or live)[name] for name in live}
+            state = {name: tensor.detach().to("cpu").contiguous() for name, tensor in state.items()}
             save_file(state, folder / HEAD, metadata={"format": "pt"})
         if role not in self.peft.peft_config:
             return  # a head on another role's adapter
-        save_file(self.adapter_state(role), folder / WEIGHTS, metadata={"format": "pt"})
+        save_file(self.adapter_state(role, parameters), folder / WEIGHTS, metadata={"format": "pt"})
         config = self.peft.peft_config[role]
         training, config.inference_mode = config.inference_mode, True
         config.save_pretrained(str(folder))

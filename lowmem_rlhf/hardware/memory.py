@@ -64,10 +64,52 @@ def device_counter(device: torch.device, name: str) -> Callable[..., Any] | None
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether an error says that memory ran out; cuBLAS, bitsandbytes and the CPU have no type of their own for it."""
-    if isinstance(error, torch.OutOfMemoryError):
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
     signs = ("out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "can't allocate memory")
     return isinstance(error, RuntimeError) and any(sign in str(error) for sign in signs)
+
+
+def retried(
+    work: Callable[[], T], smaller: Callable[[], str], device: torch.device, say: Callable[[str], None] | None = None
+) -> T:
+    """Run ``work()``; when the device's memory runs out, make it smaller and run it again.
+
+    Args:
+        work: must leave nothing behind when it fails.
+        smaller: makes the work smaller and returns what was done; an empty text where nothing is left to do. The work
+            is then run once more as it is, since another program may have taken the memory for a moment only.
+        say: is given what was done.
+
+    Raises:
+        RuntimeError: the last out-of-memory error, without the frames that hold the tensors of the failed try.
+    """
+    last = False
+    while True:
+        try:
+            return work()
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            failure = _without_frames(error)
+        release(device)  # not before: until here the error's frames held what the failed try had made
+        if sentence := smaller():
+            last = False
+            if say:
+                say(sentence)
+        elif last:
+            raise failure
+        else:
+            last = True
+
+
+def _without_frames(error: BaseException) -> BaseException:
+    """Return an error that no longer holds the locals of the calls that it came through, nor do those behind it."""
+    one: BaseException | None = error
+    while one is not None:
+        one.__traceback__ = None
+        one = one.__cause__ or one.__context__
+    return error
 
 
 def retry_with_smaller(
@@ -82,7 +124,7 @@ def retry_with_smaller(
 
     Args:
         work: must leave nothing behind when it fails.
-        least: the smallest size worth trying.
+        least: the smallest size worth trying; it is tried twice.
         key: the recipe's key that pins the size, for messages.
 
     Returns:
@@ -91,18 +133,20 @@ def retry_with_smaller(
     Raises:
         RunError: not even the least size fits.
     """
-    while True:
-        try:
-            return work(size), size
-        except RuntimeError as error:
-            if not is_out_of_memory(error):
-                raise
-            if size <= least:
-                raise RunError(
-                    f"the device's memory ran out even with {key}={size}; shorten generation.max_completion_length, "
-                    "take a smaller model or hardware.quantization=nf4"
-                ) from error
-        release(device)
-        smaller = max(least, size // 2)
-        say(f"the device's memory ran out with {key}={size}; going on with {smaller}")
-        size = smaller
+
+    def smaller() -> str:
+        nonlocal size
+        if size <= least:
+            return ""
+        before, size = size, max(least, size // 2)
+        return f"the device's memory ran out with {key}={before}; going on with {size}"
+
+    try:
+        return retried(lambda: work(size), smaller, device, say), size
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        raise RunError(
+            f"the device's memory ran out even with {key}={size}; shorten generation.max_completion_length, "
+            "take a smaller model or hardware.quantization=nf4"
+        ) from error

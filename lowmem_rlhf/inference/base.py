@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING, Any
 
-from lowmem_rlhf.errors import RunError, UserError
+from lowmem_rlhf.errors import UserError
 from lowmem_rlhf.hardware.detect import torch_reaches
 from lowmem_rlhf.hardware.device import Device
 from lowmem_rlhf.inference.loaded import LoadedModel
@@ -21,7 +21,7 @@ def open_base(
     adapter: "SavedAdapter | None" = None,
     loaded: LoadedModel | None = None,
     where: str = "",
-    remedy: str = "set hardware.quantization=nf4",
+    remedy: str = "",
 ) -> "SharedBase":
     """Load a base on the plan's device in the plan's precision, with an untrained policy adapter on it.
 
@@ -30,7 +30,7 @@ def open_base(
         adapter: whose shape the policy's adapter gets; None: the one that training begins with, or the recipe's `lora`.
         loaded: a model that is loaded already, which then is the base.
         where: what the message about loading ends with.
-        remedy: what to do where memory runs out.
+        remedy: what to do where memory runs out; absent: what the plan knows.
 
     Raises:
         UserError: torch does not reach the device, the model cannot be loaded, or an adapter does not suit it.
@@ -41,20 +41,16 @@ def open_base(
     from lowmem_rlhf.architecture.adapters import saved_adapter
     from lowmem_rlhf.engine.base import SharedBase
     from lowmem_rlhf.engine.load import as_base
-    from lowmem_rlhf.hardware.memory import is_out_of_memory
+    from lowmem_rlhf.training.memory import opening_ladder
 
     check_computes(plan.device)
     if adapter is None and recipe.adapter:
         adapter = saved_adapter(recipe.adapter, recipe.model, recipe.revision)
     shape = {**_shape(recipe, adapter), "seed": recipe.training.seed}
     message(f"loading {recipe.model}{where}" if loaded is None else f"{recipe.model} is loaded already")
-    try:
-        if loaded is not None:
-            loaded.check_weights(recipe)
-            base = SharedBase(as_base(loaded.model), loaded.own_tokenizer(recipe), recipe.model, **shape)
-            base.chat_template_kwargs = recipe.data.chat_template_kwargs
-            return base
-        base = SharedBase.load(
+
+    def load() -> SharedBase:
+        return SharedBase.load(
             recipe.model,
             torch.device(plan.device.torch_device),
             plan.settings.quantization,
@@ -64,12 +60,15 @@ def open_base(
             plan.settings.offload_embeddings,
             **shape,
         )
-    except RuntimeError as error:
-        if not is_out_of_memory(error):
-            raise
-        raise RunError(
-            f"the device's memory ran out while loading {recipe.model}; close other programs that use it, or {remedy}"
-        ) from error
+
+    if loaded is None:
+        ladder = opening_ladder(recipe, plan)
+        if remedy:
+            ladder.explain = lambda phase: f"close other programs that use it, or {remedy}"
+        base = ladder.survive("loading", load, message, sizes=False)
+    else:
+        loaded.check_weights(recipe)
+        base = SharedBase(as_base(loaded.model), loaded.own_tokenizer(recipe), recipe.model, **shape)
     base.chat_template_kwargs = recipe.data.chat_template_kwargs
     return base
 
@@ -97,22 +96,13 @@ def held_against_stock(base: "SharedBase", recipe: Recipe, dequantize: bool) -> 
         UserError: it computes something else.
         RunError: the device's memory ran out.
     """
-    from lowmem_rlhf.hardware.memory import is_out_of_memory
     from lowmem_rlhf.rollout.stock_check import TESTED_WITH, checked, is_tested
 
     if recipe.hardware.check == "auto" and is_tested(base.model):
         return {
             "said": f"{base.model.config.model_type} is held against transformers {TESTED_WITH} by this package's tests"
         }
-    try:
-        comparison = checked(base, dequantize)
-    except RuntimeError as error:
-        if not is_out_of_memory(error):
-            raise
-        raise RunError(
-            f"the device's memory ran out while {recipe.model} was held against stock transformers; close other "
-            "programs that use it, or set hardware.quantization=nf4"
-        ) from error
+    comparison = checked(base, dequantize)
     message(comparison.said)
     return comparison.to_dict()
 

@@ -67,7 +67,8 @@ class WaveEngine(ABC):
         """Sample completions; see `rollout.engine.Engine.generate`."""
         uniforms = drawn_ahead(len(prompts) * num_generations, max_completion_length, seed)
         completions: list[Completion | None] = [None] * len(uniforms)
-        with nullcontext() if self.dequantize is None else self.base.decoding(self.dequantize):
+        copies = None if self.dequantize is None else self.dequantize and limits.copy_weights
+        with nullcontext() if copies is None else self.base.decoding(copies):
             for wave in self.waves(prompts, num_generations, max_completion_length, limits.rows):
                 self._write(prompts, wave, uniforms, sampling, limits, completions, progress)
         complete = [c for c in completions if c is not None]

@@ -175,6 +175,15 @@ class RunDirectory:
         """Write the held-out results, ``{"before": {...}, "after": {...}}``; ``after`` may still be missing."""
         atomic_write(self.path / EVALUATION, dumps(evaluation, indent=2) + "\n")
 
+    def change_settings(self, settings: dict[str, Any], reason: str) -> None:
+        """Write settings that changed while the run goes on into plan.json, with the reason."""
+        plan = self.plan()
+        if not plan:
+            return
+        plan["settings"] = {**plan.get("settings", {}), **settings}
+        plan["reasons"] = {**plan.get("reasons", {}), **dict.fromkeys(settings, reason)}
+        atomic_write(self.path / PLAN, dumps(plan, indent=2) + "\n")
+
     def rewind(self, step: int) -> None:
         """Go back to ``step``: drop later lines and torn ones from the logs, and later checkpoints."""
         for name in (METRICS, SAMPLES):

@@ -28,6 +28,7 @@ from lowmem_rlhf.progress import current
 from lowmem_rlhf.recipe.schema import Recipe
 from lowmem_rlhf.run.directory import RunDirectory, default_output
 from lowmem_rlhf.run.start import as_written, located, paths_explained
+from lowmem_rlhf.stopping import telling_what_is_kept
 
 if TYPE_CHECKING:
     from lowmem_rlhf.data.examples import TrainingData
@@ -110,6 +111,7 @@ def train(
     with (
         _freed_where_it_fails(trainer.base, loaded),
         steps_shown(display, trainer.recipe.training.max_steps, trainer.step),
+        telling_what_is_kept(trainer.what_is_kept),
     ):
         trainer.train(display, display.step)
     finish(trainer, display)
@@ -230,6 +232,7 @@ def _open(planned: Planned, display: RunDisplay, loaded: LoadedModel | None) -> 
 def _begun(base: "SharedBase", data: "TrainingData", planned: Planned, display: RunDisplay) -> "Loop":
     """Hold a loaded base against the recipe, put the roles on it, and begin the run's folder."""
     from lowmem_rlhf.algorithms.build import make_trainer
+    from lowmem_rlhf.training.memory import opening_ladder
     from lowmem_rlhf.training.roles import add_roles
 
     checked, recipe, plan, rewards = planned.checked, planned.recipe, planned.plan, planned.rewards
@@ -240,12 +243,18 @@ def _begun(base: "SharedBase", data: "TrainingData", planned: Planned, display: 
     check_positions(
         recipe, limit, f"takes other rotary factors for all texts of a pass once one has over {limit} tokens"
     )
-    facts["check"] = held_against_stock(base, recipe, plan.settings.rollout_weights == "dequantized")
+    ladder = opening_ladder(recipe, plan)
+    facts["check"] = ladder.survive(
+        "loading",
+        lambda: held_against_stock(base, recipe, plan.settings.rollout_weights == "dequantized"),
+        display.message,
+        sizes=False,
+    )
     if base.note:
         display.message(base.note)
         key = "micro_batch_tokens"
         plan = replace(plan, reasons={**plan.reasons, key: f"{plan.reasons[key]}; {base.note}"})
-    add_roles(base, recipe, rewards)
+    ladder.survive("loading", lambda: add_roles(base, recipe, rewards), display.message, sizes=False)
     if planned.probes:
         from lowmem_rlhf.training.probe import probe
 

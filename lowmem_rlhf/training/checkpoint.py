@@ -6,31 +6,32 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
+from safetensors.torch import save_file
 
 from lowmem_rlhf.engine.base import SharedBase
 from lowmem_rlhf.errors import UserError
 from lowmem_rlhf.run.directory import RunDirectory
-from lowmem_rlhf.training.optimizer import Optimizer
+from lowmem_rlhf.training.optimizer import OPTIMIZER, Optimizer
+from lowmem_rlhf.training.trained_state import TrainedState
 
 STATE = "state.json"
 
 
-def save_checkpoint(
-    run: RunDirectory,
-    step: int,
-    base: SharedBase,
-    optimizer: Optimizer,
-    counters: dict[str, Any],
-    others: Sequence[str] = (),
-) -> Path:
-    """Write checkpoints/step-N whole or not at all; return its folder. Roles besides the policy get folders in it."""
-    folder = run.begin_checkpoint(step)
-    base.save_adapter(folder)
+def save_checkpoint(run: RunDirectory, base: SharedBase, state: TrainedState, others: Sequence[str] = ()) -> Path:
+    """Write checkpoints/step-N whole or not at all; return its folder. Roles besides the policy get folders in it.
+
+    Args:
+        base: whose adapters' names and configurations these are; its tensors are not read.
+        state: what is saved.
+    """
+    folder = run.begin_checkpoint(state.step)
+    base.save_adapter(folder, parameters=state.parameters)
     for role in others:
-        base.save_adapter(folder / role, role)
-    state = {"step": step, "optimizer": optimizer.save(folder), "counters": counters}
-    (folder / STATE).write_text(json.dumps(state), encoding="utf-8")
-    return run.finish_checkpoint(step)
+        base.save_adapter(folder / role, role, state.parameters)
+    save_file(state.moments, folder / OPTIMIZER)
+    values = {"step": state.step, "optimizer": state.optimizer, "counters": state.counters}
+    (folder / STATE).write_text(json.dumps(values), encoding="utf-8")
+    return run.finish_checkpoint(state.step)
 
 
 def load_checkpoint(

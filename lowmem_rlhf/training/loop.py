@@ -5,6 +5,7 @@ learns from given texts). All randomness is a function of (seed, step), so a res
 one would have.
 """
 
+import copy
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Generator, Iterator, Sequence
@@ -19,15 +20,22 @@ from accelerate.utils import set_seed
 from lowmem_rlhf.engine.base import SharedBase
 from lowmem_rlhf.engine.ladder import Ladder
 from lowmem_rlhf.engine.roles import CRITIC, POLICY
-from lowmem_rlhf.errors import RunError
+from lowmem_rlhf.errors import RunError, one_line
 from lowmem_rlhf.hardware.memory import clock, is_out_of_memory, peak_bytes, reset_peak
 from lowmem_rlhf.planning.plan import Plan
 from lowmem_rlhf.progress import Progress, message
 from lowmem_rlhf.recipe.schema import Recipe
 from lowmem_rlhf.rollout.rollout import Rollout
 from lowmem_rlhf.run.directory import RunDirectory
+from lowmem_rlhf.stopping import check_stop
 from lowmem_rlhf.training.checkpoint import load_checkpoint, save_checkpoint
+from lowmem_rlhf.training.memory import explain_shortage, savings_of
 from lowmem_rlhf.training.optimizer import Optimizer
+from lowmem_rlhf.training.random_state import RandomState
+from lowmem_rlhf.training.trained_state import StateKeeper
+
+LADDER = "ladder"  # the settings that memory has changed, in a checkpoint's counters
+PHASES = {"score": "scoring"}  # of the plan, by the part of a step where they have other names
 
 
 @dataclass(frozen=True)
@@ -46,6 +54,21 @@ class StepOutput:
     learned_tokens: int
     samples: Sequence[dict[str, Any]] = field(default_factory=tuple)
     rollout: Rollout | None = None
+
+
+@dataclass(frozen=True)
+class _Finished:
+    """A step that is done and not yet on record.
+
+    Attributes:
+        step: its number.
+        output: with all metrics.
+        counters: of a checkpoint after it.
+    """
+
+    step: int
+    output: StepOutput
+    counters: dict[str, Any]
 
 
 class Loop(ABC):
@@ -73,21 +96,30 @@ class Loop(ABC):
         self.recipe, self.base, self.run = recipe, base, run
         settings = plan.settings
         self.ladder = ladder or Ladder.of(settings, base.device, recipe.generation.temperature)
+        self.ladder.savings = savings_of(base, settings)
+        self.ladder.explain = explain_shortage(recipe, plan, self.ladder)
         self.accelerator = _accelerator(base.device, recipe, run)
         set_seed(recipe.training.seed)
         base.set_gradient_checkpointing(settings.gradient_checkpointing, settings.offload_checkpoints)
-        self.optimizer = Optimizer(
-            base.trainable(),
-            recipe.training,
-            settings.optim,
-            recipe.training.max_steps * updates,
-            base.device,
-            scale_loss=base.dtype == torch.float16,
+        self.optimizer = self.ladder.survive(
+            "optimizer",
+            lambda: Optimizer(
+                base.trainable(),
+                recipe.training,
+                settings.optim,
+                recipe.training.max_steps * updates,
+                base.device,
+                scale_loss=base.dtype == torch.float16,
+            ),
+            message,
         )
         self.step = 0
         self.learned_tokens = 0  # tokens that taught something, over all steps
-        self._taken = 0  # optimizer steps of this process at the last finished step
+        self._keeper = StateKeeper(self.optimizer, base.device, run.path)
+        self._finished: _Finished | None = None
+        self._settings: dict[str, Any] = {}  # that the ladder has changed, as plan.json has them
         self._times: dict[str, float] = {}
+        self._part = "training"  # of a step, that runs now
 
     @abstractmethod
     def one_step(self, progress: Progress) -> StepOutput:
@@ -115,7 +147,18 @@ class Loop(ABC):
             message("there is no checkpoint yet: the run starts over")
             return
         message(f"going on after step {latest[0]}")
-        self.step, counters = load_checkpoint(latest[1], self.base, self.optimizer, self._others())
+        self.step, counters = self.ladder.survive(
+            "checkpoint", lambda: load_checkpoint(latest[1], self.base, self.optimizer, self._others()), message
+        )
+        self._load_counters(counters)
+
+    def _counters(self, learned_tokens: int) -> dict[str, Any]:
+        counters = {"learned_tokens": learned_tokens, **self.state()}
+        return {**counters, LADDER: changed} if (changed := self.ladder.changed) else counters
+
+    def _load_counters(self, counters: dict[str, Any]) -> None:
+        counters = copy.deepcopy(counters)
+        self.ladder.lower(counters.pop(LADDER, {}))
         self.learned_tokens = counters.pop("learned_tokens")
         self.load_state(counters)
 
@@ -128,8 +171,8 @@ class Loop(ABC):
 
         Raises:
             RunError: a reward function failed, memory ran out for good, or nothing was learned.
-            KeyboardInterrupt: the user stopped it. A note on this error and on any other says which step is kept:
-                the last finished one, unless the next had begun to change the weights.
+            KeyboardInterrupt: the user stopped it. A note on this error and on any other says which step is kept,
+                the last finished one; what the next one had begun is taken back.
         """
         try:
             with closing(self._steps(progress)) as steps:
@@ -157,6 +200,7 @@ class Loop(ABC):
 
     def _steps(self, progress: Progress) -> Generator[StepOutput, None, None]:
         evaluation = self.run.evaluation()
+        self._keeper.keep(self.step, self._counters(self.learned_tokens))
         if "before" not in evaluation:
             self._evaluate("before", evaluation, progress)
         try:
@@ -165,23 +209,17 @@ class Loop(ABC):
                 if self.step % self.recipe.training.save_steps == 0:
                     self._save()
                 yield finished
-        except BaseException as error:
-            if is_out_of_memory(error):
-                raise RunError(
-                    f"the device's memory ran out in step {self.step + 1}; close other programs that use it, or set "
-                    "hardware.quantization=nf4 or hardware.optim=adamw_8bit"
-                ) from error
-            raise
         finally:
             self.accelerator.end_training()
         if self.recipe.training.max_steps and not self.learned_tokens:
             raise RunError(self.why_nothing())
         self._save()
         self._evaluate("after", evaluation, progress)
+        parameters = self._keeper.state().parameters
         with self.run.new_adapter() as folder:
-            self.base.save_adapter(folder)
+            self.base.save_adapter(folder, parameters=parameters)
             for role in self._others():
-                self.base.save_adapter(folder / role, role)
+                self.base.save_adapter(folder / role, role, parameters)
 
     def _others(self) -> list[str]:
         """Return the roles that train besides the policy."""
@@ -190,50 +228,70 @@ class Loop(ABC):
     def _save(self) -> None:
         latest = self.run.latest_checkpoint()
         if latest is None or latest[0] < self.step:
-            counters = {"learned_tokens": self.learned_tokens, **self.state()}
-            save_checkpoint(self.run, self.step, self.base, self.optimizer, counters, self._others())
+            save_checkpoint(self.run, self.base, self._keeper.state(), self._others())
 
     def _keep(self) -> str:
-        """Save the finished steps as long as the weights are theirs; return which are on the disk, and why no more."""
-        lost_as = "the next one had begun to change the weights"
-        if self.step and self.optimizer.taken == self._taken:
-            try:
+        """Save the last finished step, whatever the next has done to the weights; return what is on the disk."""
+        lost_as = ""
+        try:
+            if self._finished is not None:
+                self._record(again=True)
+            if self.step:
                 self._save()
-            except BaseException as error:  # what ended the run is told, and not this
-                lost_as = f"they could not be saved ({' '.join(str(error).split()) or type(error).__name__})"
+        except BaseException as error:  # what ended the run is told, and not this
+            lost_as = f", as they could not be saved ({one_line(error)})"
+        return self.what_is_kept() + lost_as
+
+    def what_is_kept(self) -> str:
+        """Return which step is on the disk, and which ones are not."""
         latest = self.run.latest_checkpoint()
         saved = latest[0] if latest else 0
         note = f"step {saved} is kept, --resume goes on from it" if latest else "no step is kept, --resume starts over"
-        lost = f"step {self.step} is" if self.step == saved + 1 else f"steps {saved + 1} to {self.step} are"
-        return f"{note}; {lost} lost, as {lost_as}" if saved < self.step else note
+        last = self.step if self._finished is None else self._finished.step
+        lost = f"step {last} is" if last == saved + 1 else f"steps {saved + 1} to {last} are"
+        return f"{note}; {lost} lost" if saved < last else note
 
     def _evaluate(self, when: str, evaluation: dict[str, Any], progress: Progress) -> None:
-        if results := self.evaluate(when, progress):
+        work = lambda: self.evaluate(when, progress)  # noqa: E731
+        if results := self.ladder.survive("evaluation", work, progress.message):
             evaluation[when] = results
             self.run.write_evaluation(evaluation)
 
     @contextmanager
     def timed(self, name: str) -> Iterator[None]:
         """Measure a part of the step."""
+        self._part = PHASES.get(name, name)
         began = clock(self.base.device)
         yield
         self._times[name] = clock(self.base.device) - began
 
     def _train_step(self, progress: Progress) -> StepOutput:
-        reset_peak(self.base.device)
+        """Take one step, once more from its beginning where memory runs out, and put it on record."""
         learning_rate, skipped = self.optimizer.learning_rate, self.optimizer.skipped
         before = None if self.learned_tokens else self._adapter_sum()
-        self._times = {}
-        output = self.one_step(progress)
+        random_state = RandomState.now(self.base.device)
+
+        def attempt() -> StepOutput:
+            check_stop()
+            try:
+                return self._attempt(progress)
+            except (RuntimeError, MemoryError) as error:
+                if is_out_of_memory(error):
+                    self._part = "optimizer" if self.optimizer.stepping else self._part
+                    self._take_back()
+                    random_state.restore()
+                raise
+
+        output = self.ladder.survive(lambda: self._part, attempt, progress.message)
+        check_stop()
+        learned = 0
         # a warm-up begins with a learning rate of zero; float16 may have left the update out
         if output.learned_tokens and learning_rate and self.optimizer.skipped == skipped:
             if before is not None and before == self._adapter_sum():
                 raise RunError("the first optimizer step did not change the adapter: nothing would be learned")
-            self.learned_tokens += output.learned_tokens
-        self.step += 1
-        self._taken = self.optimizer.taken
+            learned = output.learned_tokens
         metrics = {
-            "step": self.step,
+            "step": self.step + 1,
             **output.metrics,
             "learning_rate": learning_rate,
             "loss_scale/skipped_steps": self.optimizer.skipped,
@@ -241,10 +299,45 @@ class Loop(ABC):
             "time/step": sum(self._times.values()),
             "memory/peak_bytes": peak_bytes(self.base.device),
         }
-        self.run.log_metrics(metrics)
-        self.run.log_samples(self.step, output.samples)
+        if self.ladder.failures:
+            metrics["memory/retries"] = self.ladder.failures
+        if grown := self.ladder.step_finished():
+            progress.message(grown)
+        output = replace(output, metrics=metrics)
+        self._finished = _Finished(self.step + 1, output, self._counters(self.learned_tokens + learned))
+        self._record()
         self.accelerator.log({k: v for k, v in metrics.items() if v is not None}, step=self.step)
-        return replace(output, metrics=metrics)
+        return output
+
+    def _attempt(self, progress: Progress) -> StepOutput:
+        reset_peak(self.base.device)
+        self._times = {}
+        return self.one_step(progress)
+
+    def _record(self, again: bool = False) -> None:
+        """Write the rows of the step that is done, and keep its state: from then on it is finished.
+
+        Args:
+            again: it may have been done in part.
+        """
+        assert self._finished is not None
+        done = self._finished
+        if again:
+            self.run.rewind(done.step - 1)
+        self.run.log_metrics(done.output.metrics)
+        self.run.log_samples(done.step, done.output.samples)
+        if (changed := self.ladder.changed) != self._settings:
+            self.run.change_settings(changed, f"changed in step {done.step}, when memory ran out or was free again")
+            self._settings = changed
+        self._keeper.keep(done.step, done.counters)
+        self.step, self.learned_tokens = done.step, done.counters["learned_tokens"]
+        self._finished = None
+
+    def _take_back(self) -> None:
+        """Be as at the end of the last finished step."""
+        self._load_counters(self._keeper.put_back().counters)
+        self.optimizer.stepping = False
+        self.base.adapters_changed()
 
     def _adapter_sum(self) -> float:
         """A number that any change of the policy's adapter (or its head) changes; a critic's does not count."""

@@ -160,7 +160,7 @@ class Trainer(Loop):
                 progress.message(sentence)
         output = self.algorithm.learn(rollout, self, progress)
         assert output.rollout is not None
-        self.seen = self.seen.with_rollout(rollout)  # not before: a step that fails is taken again
+        self.seen = self.seen.with_rollout(rollout)
         self.sampling.check(output.metrics.get("sampling/logp_difference"), self.step + 1, progress.message)
         return replace(
             output,

@@ -5,17 +5,19 @@ What stays out: unpickling. A checkpoint's tensors are safetensors, its numbers 
 
 import math
 import warnings
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import nn
 from transformers import get_scheduler
 
 from lowmem_rlhf.errors import RunError, UserError
 from lowmem_rlhf.recipe.sections import TrainingConfig
 
+OPTIMIZER = "optimizer.safetensors"  # a checkpoint's file of the state's tensors
 INITIAL_LOSS_SCALE = 2.0**12  # torch's 65536 overflows float16 in the first steps and only loses them
 
 
@@ -44,6 +46,7 @@ class Optimizer:
         self.max_grad_norm = training.max_grad_norm
         self.skipped = 0  # steps left out because float16 gradients overflowed
         self.taken = 0  # steps begun by this process: parameters may have changed since it was last lower
+        self.stepping = False  # a step has begun and has not ended, or failed within
         settings: dict[str, Any] = {"lr": training.learning_rate, "weight_decay": training.weight_decay}
         with torch.device("cpu"):  # the step counters that the optimizers make for themselves
             if optim == "adamw_8bit":
@@ -92,9 +95,11 @@ class Optimizer:
             )
         before = self.loss_scale
         self.taken += 1
+        self.stepping = True
         with torch.device("cpu"):
             self.scaler.step(self.torch_optimizer)
             self.scaler.update()
+        self.stepping = False
         if self.loss_scale < before:
             self.skipped += 1
             if self.loss_scale < 1:
@@ -111,24 +116,55 @@ class Optimizer:
         for parameter in self.parameters.values():
             parameter.grad = None
 
-    def save(self, folder: Path) -> dict[str, Any]:
-        """Write the tensors of the state into optimizer.safetensors; return its plain values, fit for JSON."""
-        tensors: dict[str, torch.Tensor] = {}
-        numbers: dict[str, Any] = {}
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """Return the tensors of the optimizer's state (moments), where they lie, by ``parameter|name``."""
+        return {place: value for place, value in self._state() if isinstance(value, torch.Tensor)}
+
+    def plain(self) -> dict[str, Any]:
+        """Return the rest of the state: plain values, fit for JSON."""
+        return {
+            "optim": self.optim,
+            "scheduler": {"last_epoch": self.scheduler.last_epoch},
+            "scaler": self.scaler.state_dict(),
+            "numbers": {place: value for place, value in self._state() if not isinstance(value, torch.Tensor)},
+            "skipped": self.skipped,
+        }
+
+    def _state(self) -> Iterator[tuple[str, Any]]:
         for name, parameter in self.parameters.items():
             # not state_dict(), where bitsandbytes wraps the 8-bit moments into one more dict
             for key, value in self.torch_optimizer.state.get(parameter, {}).items():
-                if isinstance(value, torch.Tensor):
-                    tensors[f"{name}|{key}"] = value.detach().to("cpu").clone()
+                yield f"{name}|{key}", value
+
+    @torch.no_grad()
+    def put_back(self, tensors: Mapping[str, torch.Tensor], plain: dict[str, Any]) -> None:
+        """Be again as when `tensors` and `plain` gave these, copied since then; nothing is allocated on the device."""
+        for name, parameter in self.parameters.items():
+            state = self.torch_optimizer.state.get(parameter, {})
+            for key in list(state):
+                place = f"{name}|{key}"
+                if place in tensors:
+                    state[key].copy_(tensors[place])
+                elif place in plain["numbers"]:
+                    state[key] = plain["numbers"][place]
                 else:
-                    numbers[f"{name}|{key}"] = value
-        save_file(tensors, folder / "optimizer.safetensors")
-        scheduler = {"last_epoch": self.scheduler.last_epoch}
-        plain = {"optim": self.optim, "scheduler": scheduler, "scaler": self.scaler.state_dict()}
-        return {**plain, "numbers": numbers, "skipped": self.skipped}
+                    del state[key]
+            if not state:
+                self.torch_optimizer.state.pop(parameter, None)
+        self._put_back_plain(plain)
+
+    def _put_back_plain(self, plain: dict[str, Any]) -> None:
+        with torch.device("cpu"):
+            self.scheduler.last_epoch = plain["scheduler"]["last_epoch"] - 1
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # that the optimizer was not stepped first; it was, by the run before
+                self.scheduler.step()
+        if plain["scaler"] and self.scaler.is_enabled():
+            self.scaler.load_state_dict(plain["scaler"])
+        self.skipped = plain["skipped"]
 
     def load(self, folder: Path, plain: dict[str, Any]) -> None:
-        """Take over what `save` wrote.
+        """Take over what a checkpoint holds: `tensors` in its file, and `plain`.
 
         Raises:
             UserError: the state belongs to other parameters or another optimizer.
@@ -140,7 +176,7 @@ class Optimizer:
             )
         index = {name: i for i, name in enumerate(self.parameters)}
         state: dict[int, dict[str, Any]] = {}
-        tensors = load_file(folder / "optimizer.safetensors", device="cpu")
+        tensors = load_file(folder / OPTIMIZER, device="cpu")
         for place, value in [*tensors.items(), *plain["numbers"].items()]:
             name, _, key = place.partition("|")
             if name not in index:
@@ -151,10 +187,4 @@ class Optimizer:
         whole = self.torch_optimizer.state_dict()
         with torch.device("cpu"):
             self.torch_optimizer.load_state_dict({**whole, "state": state})
-            self.scheduler.last_epoch = plain["scheduler"]["last_epoch"] - 1
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # that the optimizer was not stepped first; it was, by the run before
-                self.scheduler.step()
-        if plain["scaler"] and self.scaler.is_enabled():
-            self.scaler.load_state_dict(plain["scaler"])
-        self.skipped = plain["skipped"]
+        self._put_back_plain(plain)

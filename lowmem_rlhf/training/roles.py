@@ -15,20 +15,27 @@ from lowmem_rlhf.rewards.loading import Reward
 
 
 def add_roles(base: SharedBase, recipe: Recipe, rewards: Sequence[Reward]) -> None:
-    """Put on the base what a recipe needs besides the policy: its start, a critic, reward adapters.
+    """Put on the base what a recipe needs besides the policy: its start, a critic, reward adapters; all or none.
 
     Raises:
         UserError: an adapter does not fit the base.
     """
-    if recipe.adapter:
-        saved = saved_adapter(recipe.adapter, recipe.model, recipe.revision)
-        if recipe.spec.reference == "below":
-            base.start_from(saved)
-        else:
-            base.load_adapter(saved.folder)
-    bind_rewards(base, rewards)
-    if kind := recipe.spec.critic(recipe):
-        _add_critic(base, recipe, kind)
+    before = dict(base.roles)
+    try:
+        if recipe.adapter:
+            saved = saved_adapter(recipe.adapter, recipe.model, recipe.revision)
+            if recipe.spec.reference == "below":
+                base.start_from(saved)
+            else:
+                base.load_adapter(saved.folder)
+        bind_rewards(base, rewards)
+        if kind := recipe.spec.critic(recipe):
+            _add_critic(base, recipe, kind)
+    except BaseException:  # they are added all or none, so that they can be added once more
+        for role in base.roles.keys() - before.keys():
+            base.remove_role(role)
+        base.roles.update(before)
+        raise
 
 
 def bind_rewards(base: SharedBase, rewards: Sequence[Reward]) -> None:

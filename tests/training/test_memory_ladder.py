@@ -47,14 +47,14 @@ def test_the_least_size_is_tried_and_is_the_last():
     error, sizes, _ = climb(63, 100, 64)
     assert isinstance(error, RunError)
     assert "ran out even with hardware.x=64" in str(error)
-    assert sizes == [100, 64]
+    assert sizes == [100, 64, 64]  # another program may have had the memory for a moment only
 
 
 def test_a_size_pinned_below_the_least_is_not_raised():
     assert climb(10, 8, 64)[:2] == (("done with 8", 8), [8])
     error, sizes, _ = climb(4, 8, 64)
     assert isinstance(error, RunError)
-    assert sizes == [8]
+    assert sizes == [8, 8]
 
 
 def test_other_errors_pass():
@@ -104,7 +104,7 @@ def test_each_kind_of_work_has_its_size_and_keeps_the_one_that_fitted():
 
 def test_a_rollout_may_shrink_to_one_completion_and_passes_to_the_least_tokens():
     ladder = a_ladder()
-    with pytest.raises(RunError, match=r"ran out even with hardware\.rollout_batch_size=1;"):
+    with pytest.raises(RunError, match=r"ran out in the rollout phase even with hardware\.rollout_batch_size=1;"):
         ladder.rollout(fits_up_to(0, lambda limits: limits.rows)[0], print)
-    with pytest.raises(RunError, match=r"ran out even with hardware\.micro_batch_tokens=64;"):
+    with pytest.raises(RunError, match=r"ran out in the update phase even with hardware\.micro_batch_tokens=64;"):
         ladder.update(fits_up_to(63, lambda limits: limits.micro_batch_tokens)[0], print)

@@ -118,14 +118,6 @@ class PolicyGradient(ABC):
 
     def learn(self, rollout: Rollout, trainer: "Trainer", progress: Progress) -> StepOutput:
         """Score one rollout in all roles and take the optimizer steps."""
-        before = self.state()
-        try:
-            return self._learn(rollout, trainer, progress)
-        except BaseException:
-            self.load_state(before)  # the step will be taken again, by the run that resumes
-            raise
-
-    def _learn(self, rollout: Rollout, trainer: "Trainer", progress: Progress) -> StepOutput:
         rows = [row for row, total in enumerate(rollout.scored.total) if total == total]  # NaN: no reward applies
         if not rows:
             without = replace(rollout, advantages=[0.0] * len(rollout.completions))

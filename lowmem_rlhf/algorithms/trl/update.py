@@ -32,11 +32,12 @@ from lowmem_rlhf.engine.passes import BatchLimits, micro_batches, packed_logprob
 from lowmem_rlhf.engine.roles import POLICY
 from lowmem_rlhf.errors import UserError
 from lowmem_rlhf.planning.plan import Plan
-from lowmem_rlhf.progress import Progress
+from lowmem_rlhf.progress import Progress, message
 from lowmem_rlhf.recipe.schema import Recipe
 from lowmem_rlhf.rewards.loading import Reward
 from lowmem_rlhf.run.directory import RunDirectory
 from lowmem_rlhf.training.loop import Loop, StepOutput
+from lowmem_rlhf.training.memory import explain_shortage
 from lowmem_rlhf.training.online import CompletionEvaluator
 
 # what TRL measures on all logits, which are not there
@@ -236,10 +237,18 @@ def make_trl_loop(
     train = data.train
     recipe = with_epochs(recipe, len(train))
     kind = TRL_TRAINERS[recipe.algorithm]
-    if recipe.adapter and kind.reference:
-        base.refer_to(saved_adapter(recipe.adapter, recipe.model, recipe.revision))
-    trainer = make_trainer(recipe, base, batch_rows(train[:2], kind), plan.settings.logits_tile_tokens)
-    _try_out(trainer, base, batch_rows(train[:2], kind))
     ladder = Ladder.of(plan.settings, base.device, recipe.generation.temperature)
+    ladder.explain = explain_shortage(recipe, plan, ladder)
+    if recipe.adapter and kind.reference:
+        saved = saved_adapter(recipe.adapter, recipe.model, recipe.revision)
+        ladder.survive("loading", lambda: base.refer_to(saved), message, sizes=False)
+    rows = batch_rows(train[:2], kind)
+
+    def tried() -> Any:
+        trainer = make_trainer(recipe, base, rows, plan.settings.logits_tile_tokens)
+        _try_out(trainer, base, rows)
+        return trainer
+
+    trainer = ladder.survive("scoring", tried, message, sizes=False)
     evaluator = CompletionEvaluator(recipe, plan, base, rewards, data.prompts, ladder) if data.prompts else None
     return TRLLoop(recipe, plan, base, trainer, train, data.held_out, run_directory(recipe), evaluator, ladder)

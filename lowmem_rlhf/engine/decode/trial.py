@@ -19,6 +19,7 @@ from lowmem_rlhf.engine.attention import PackedContext
 from lowmem_rlhf.engine.decode.fast_decoder import FastDecoder, FastDecoderLayer, fast_layer, rotary_tables
 from lowmem_rlhf.engine.packing import Bucket
 from lowmem_rlhf.engine.trial import norm_weights, nudged, rows_within_noise, twin
+from lowmem_rlhf.hardware.memory import is_out_of_memory
 
 TRIAL_TOKENS = 6
 RANK = 8  # of the stand-ins for products
@@ -191,7 +192,9 @@ def _same_form(
     try:
         want = stock(x, **{**call.others, "position_embeddings": tables, CONTEXT: _context(x)})
         got = fast.run(number, x[0], *rotary_tables(decoder, x, positions), _context(x))
-    except (RuntimeError, TypeError, AttributeError, ValueError, KeyError):  # it uses its parts in another way
+    except (RuntimeError, TypeError, AttributeError, ValueError, KeyError) as error:  # it uses its parts in another way
+        if is_out_of_memory(error):
+            raise
         return False
     change, wanted = got - x[0], (want[0] if isinstance(want, tuple) else want)[0] - x[0]
     return bool(((change - wanted).abs() <= CLOSE * wanted.abs().amax(-1, keepdim=True)).all())

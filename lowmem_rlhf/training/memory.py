@@ -1,0 +1,84 @@
+"""What a run does when memory runs out, beyond smaller sizes, and what it says when nothing helps."""
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import torch
+
+from lowmem_rlhf.architecture.lookup import model_dimensions
+from lowmem_rlhf.engine.base import SharedBase
+from lowmem_rlhf.engine.host_embedding import HostEmbedding, embeddings_to_host
+from lowmem_rlhf.engine.ladder import Ladder, Saving
+from lowmem_rlhf.hardware.capabilities import capabilities
+from lowmem_rlhf.hardware.memory import device_counter, free_bytes
+from lowmem_rlhf.planning.advice import changes
+from lowmem_rlhf.planning.inputs import gib
+from lowmem_rlhf.planning.memory.phases import phases
+from lowmem_rlhf.planning.memory.resident import Components, Settings, total
+from lowmem_rlhf.planning.plan import Plan
+from lowmem_rlhf.recipe.schema import Recipe
+
+_UPDATE, _ROLLOUT = frozenset({"update"}), frozenset({"rollout"})
+_ALL = frozenset({"rollout", "scoring", "update", "optimizer"})
+
+
+def savings_of(base: SharedBase, settings: Settings) -> list[Saving]:
+    """Return what saves memory at a price and is not taken yet, the cheapest first."""
+    found: list[Saving] = []
+    if settings.rollout_weights == "dequantized":
+        found.append(Saving(_ROLLOUT, "rollout_weights", "quantized", lambda: None))  # the limits say it
+    if settings.gradient_checkpointing is not True:
+        recompute = lambda: base.set_gradient_checkpointing(True, settings.offload_checkpoints)  # noqa: E731
+        found.append(Saving(_UPDATE, "gradient_checkpointing", True, recompute))
+    if not capabilities(base.device).on_cpu:
+        if not settings.offload_checkpoints:
+            offload = lambda: base.set_gradient_checkpointing(True, offload=True)  # noqa: E731
+            found.append(Saving(_UPDATE, "offload_checkpoints", True, offload))
+        embedding, head = base.model.get_input_embeddings(), base.model.get_output_embeddings()
+        tied = head is not None and head.weight is embedding.weight
+        if not tied and not isinstance(embedding, HostEmbedding):
+            found.append(Saving(_ALL, "offload_embeddings", True, lambda: embeddings_to_host(base.model)))
+    return found
+
+
+def explain_shortage(recipe: Recipe, plan: Plan, ladder: Ladder) -> Callable[[str], str]:
+    """Return what says of a phase what it takes with the ladder's sizes, what there is, and what would fit."""
+
+    def explain(phase: str) -> str:
+        free = available_bytes(ladder.device)
+        settings = replace(plan.settings, **ladder.changed)
+        dims = model_dimensions(recipe.model, recipe.revision, recipe.trust_remote_code)
+        by_phase = phases(dims, recipe, settings, plan.device)
+        need = _need(by_phase, phase)
+        short = replace(plan, device=replace(plan.device, free_bytes=free))
+        helps = changes(short, recipe)
+        remedy = f"try {', or '.join(helps)}" if helps else "a card with more free memory is needed"
+        return (
+            f"{gib(need)} are predicted for it and {gib(free)} are there for this run; close other programs that use "
+            f"the device, or {remedy}"
+        )
+
+    return explain
+
+
+def _need(by_phase: dict[str, Components], phase: str) -> int:
+    """Return the predicted bytes of a phase; of what runs outside of a step those that it resembles."""
+    if phase in by_phase:
+        return total(by_phase[phase])
+    if phase == "evaluation":
+        return total(by_phase.get("rollout", by_phase["scoring"]))
+    return sum(by_phase["update"][key] for key in ("weights", "embeddings", "adapters"))
+
+
+def opening_ladder(recipe: Recipe, plan: Plan) -> Ladder:
+    """Return the ladder of what comes before a run's first step, which has no sizes: it is tried once more."""
+    device = torch.device(plan.device.torch_device)
+    ladder = Ladder.of(plan.settings, device, recipe.generation.temperature)
+    ladder.explain = explain_shortage(recipe, plan, ladder)
+    return ladder
+
+
+def available_bytes(device: torch.device) -> int:
+    """Return the bytes of the device that this process holds or could have."""
+    held = device_counter(device, "memory_reserved")
+    return free_bytes(device) + (int(held(device)) if held else 0)
