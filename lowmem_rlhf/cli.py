@@ -1,6 +1,5 @@
 """The command line. Typer commands, nothing else; torch is imported only by the commands that compute."""
 
-import io
 import json
 import sys
 from contextlib import suppress
@@ -47,19 +46,20 @@ Overrides = Annotated[
 def main() -> None:
     """Run the command line; errors that are the user's to mend are one clear message without a traceback."""
     from lowmem_rlhf.display.lines import Bars
+    from lowmem_rlhf.display.terminal import prepare_streams
     from lowmem_rlhf.hardware.cpu_process import bound_kernel_caches, let_waiting_threads_sleep
     from lowmem_rlhf.hardware.detect import pin_cuda_order
     from lowmem_rlhf.progress import shown_by
 
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="replace")  # consoles that lack a character of a recipe
+    prepare_streams()
     pin_cuda_order()  # before torch: card numbers then mean the same to NVML and to CUDA
     bound_kernel_caches()
     let_waiting_threads_sleep()
     try:
         with stoppable(), Bars() as display, shown_by(display):
             app(standalone_mode=True)
+    except KeyboardInterrupt as stop:
+        sys.exit(exit_code(stop))
     except LowmemError as error:
         _tell(f"error: {with_notes(str(error), error)}")
         sys.exit(error.exit_code)

@@ -74,6 +74,10 @@ def stoppable() -> Iterator[None]:
             signal.signal(number, _on_signal)
     try:
         yield
+    except OSError as error:  # a terminal that was closed cannot be written to
+        if _received is None:
+            raise
+        raise Stopped(_received) from error
     finally:
         for number, handler in before.items():
             if signal.getsignal(number) is _on_signal:

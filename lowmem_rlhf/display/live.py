@@ -205,6 +205,8 @@ def _ranges(plan_dict: dict[str, Any], unknown: bool) -> Iterator[str]:
     if process := memory.get("process"):
         parts = ", ".join(f"{name.replace('_', ' ')} {format_bytes(size)}" for name, size in process.items())
         yield f"the process will show up to {format_bytes(sum(process.values()))}: {parts}"
+    if host := memory.get("host"):
+        yield f"in host memory: {format_bytes(host['trained_state'])}, the state of the last finished step"
 
 
 def _biggest(parts: dict[str, float]) -> str:

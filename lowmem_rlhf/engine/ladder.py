@@ -187,6 +187,7 @@ class Ladder:
         Raises:
             RunError: nothing is left to make smaller, and it does not fit.
         """
+
         def name() -> str:
             return phase if isinstance(phase, str) else phase()
 

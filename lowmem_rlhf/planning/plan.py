@@ -30,7 +30,7 @@ from lowmem_rlhf.hardware.device import Device
 from lowmem_rlhf.planning import batching, precision
 from lowmem_rlhf.planning.inputs import PlanInputs, budget_bytes, gib
 from lowmem_rlhf.planning.memory.phases import peak_phase
-from lowmem_rlhf.planning.memory.resident import ALLOCATOR_HIGH, Components, Settings, total
+from lowmem_rlhf.planning.memory.resident import ALLOCATOR_HIGH, Components, Memory, Settings, total
 from lowmem_rlhf.planning.shapes import (
     adapters_of,
     length_keys,
@@ -63,7 +63,8 @@ class Plan:
         reasons: one sentence for every setting, under the setting's name.
         memory: ``budget_bytes``, ``peak_bytes`` (of the largest phase, as expected), ``low_bytes`` (its live tensors
             alone), ``high_bytes`` (with the allocator at the 90th percentile), ``phases`` (bytes by component); on a
-            CPU ``process`` (bytes by component of what the process will show).
+            CPU ``process`` (bytes by component of what the process will show), elsewhere ``host`` (bytes by component
+            of what lies in host memory: the state of the last finished step).
     """
 
     fits: bool
@@ -165,6 +166,8 @@ def plan_for(recipe: Recipe, device: Device, profile: str, dims: ModelDimensions
     }
     if inputs.on_cpu:
         memory["process"] = process_bytes(live)
+    else:
+        memory["host"] = {"trained_state": Memory(dims, recipe, settings, device).trained_state()}
     verdict, between = verdict_of(dims, memory, inputs.on_cpu)
     return Plan(peak <= inputs.budget, verdict, between, device, profile, settings, reasons, memory)
 

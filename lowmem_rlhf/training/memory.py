@@ -3,18 +3,19 @@
 from collections.abc import Callable
 from dataclasses import replace
 
+import psutil
 import torch
 
 from lowmem_rlhf.architecture.lookup import model_dimensions
 from lowmem_rlhf.engine.base import SharedBase
 from lowmem_rlhf.engine.host_embedding import HostEmbedding, embeddings_to_host
 from lowmem_rlhf.engine.ladder import Ladder, Saving
-from lowmem_rlhf.hardware.capabilities import capabilities
+from lowmem_rlhf.hardware.capabilities import MIB, capabilities
 from lowmem_rlhf.hardware.memory import device_counter, free_bytes
 from lowmem_rlhf.planning.advice import changes
 from lowmem_rlhf.planning.inputs import gib
 from lowmem_rlhf.planning.memory.phases import phases
-from lowmem_rlhf.planning.memory.resident import Components, Settings, total
+from lowmem_rlhf.planning.memory.resident import GIB, Components, Settings, total
 from lowmem_rlhf.planning.plan import Plan
 from lowmem_rlhf.recipe.schema import Recipe
 
@@ -54,11 +55,15 @@ def explain_shortage(recipe: Recipe, plan: Plan, ladder: Ladder) -> Callable[[st
         helps = changes(short, recipe)
         remedy = f"try {', or '.join(helps)}" if helps else "a card with more free memory is needed"
         return (
-            f"{gib(need)} are predicted for it and {gib(free)} are there for this run; close other programs that use "
-            f"the device, or {remedy}"
+            f"{_size(need)} are predicted for it and {_size(free)} are there for this run; close other programs that "
+            f"use the device, or {remedy}"
         )
 
     return explain
+
+
+def _size(count: int) -> str:
+    return gib(count) if count >= GIB / 10 else f"{count / MIB:.1f} MiB"
 
 
 def _need(by_phase: dict[str, Components], phase: str) -> int:
@@ -80,5 +85,6 @@ def opening_ladder(recipe: Recipe, plan: Plan) -> Ladder:
 
 def available_bytes(device: torch.device) -> int:
     """Return the bytes of the device that this process holds or could have."""
-    held = device_counter(device, "memory_reserved")
-    return free_bytes(device) + (int(held(device)) if held else 0)
+    reserved = device_counter(device, "memory_reserved")
+    held = int(reserved(device)) if reserved else psutil.Process().memory_info().rss
+    return free_bytes(device) + held

@@ -190,6 +190,11 @@ class Memory:
             "workspaces": 2 * self.workspace,
         }
 
+    def trained_state(self) -> int:
+        """Return the bytes of what trains and of its moments, which lie in host memory once more on a card."""
+        trained = self.one_adapter * self.trained
+        return 4 * trained + optimizer_state_bytes(trained, self.settings.optim)
+
     def adapter_copies(self, adapters: int = 1) -> Components:
         """Return the copies in the compute dtype of the adapters of the role that computes."""
         return {"adapter_copies": self.width * self.one_adapter * adapters}
