@@ -1,26 +1,10 @@
-"""One tiny model for all whole runs."""
+"""One thread, and the fixtures of whole runs."""
 
-import os
-import shutil
-import subprocess
-import sys
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Iterator
 
 import pytest
 import torch
-from tiny_runs import save_tiny_model
-
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
-HERE = Path(__file__).resolve().parent
-VCARD = HERE.parents[2] / "shared" / "vcard"
-CARDS = ["vcard:0", *(["cuda:0"] if torch.cuda.is_available() else [])]
-
-
-@pytest.fixture(scope="session")
-def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return the folder of a random two-layer Llama with its tokenizer."""
-    return save_tiny_model(tmp_path_factory.mktemp("model"))
+from card_fixtures import card_device, on_the_card, tiny_model  # noqa: F401
 
 
 @pytest.fixture(autouse=True)
@@ -30,34 +14,3 @@ def one_thread(request: pytest.FixtureRequest) -> Iterator[None]:
     torch.set_num_threads(before if request.node.get_closest_marker("slow") else 1)
     yield
     torch.set_num_threads(before)
-
-
-@pytest.fixture(scope="session", params=CARDS)
-def card_device(request: pytest.FixtureRequest) -> str:
-    """Return the device that card tests run on: the virtual card, and the machine's own where it has one."""
-    return str(request.param)
-
-
-@pytest.fixture(scope="session")
-def on_the_card(card_device: str) -> Callable[..., None]:
-    """Return what runs a script of this folder, told of the card by its first argument (`cards.card_of`), and waits."""
-    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
-    if card_device == "vcard:0":
-        if not (VCARD / "vcard.py").is_file():
-            pytest.skip(f"the virtual card is not here ({VCARD})")
-        for tool in ("gcc", "ninja"):
-            if not shutil.which(tool, path=path):
-                pytest.skip(f"the virtual card is compiled with {tool}, which is not here")
-    card = "cuda" if card_device == "cuda:0" else str(VCARD)
-
-    def run(script: str, *arguments: str, made: Path) -> None:
-        done = subprocess.run(
-            [sys.executable, str(HERE / script), card, *arguments],
-            env={**os.environ, "PATH": path, "TORCHDYNAMO_DISABLE": "1", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"},
-            cwd=HERE.parents[1],
-            capture_output=True,
-            text=True,
-        )
-        assert made.is_file(), done.stderr[-3000:]
-
-    return run

@@ -9,7 +9,7 @@ import torch
 @pytest.fixture(scope="module")
 def facts(on_the_card, tmp_path_factory):
     file = tmp_path_factory.mktemp("capabilities") / "facts.json"
-    on_the_card("card_capabilities_process.py", str(file), made=file)
+    on_the_card("integration/card_capabilities_process.py", str(file), made=file)
     return json.loads(file.read_text())
 
 

@@ -19,7 +19,7 @@ from lowmem_rlhf.session.train import train
 def card(on_the_card, tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
     """Run all cases of card_process.py once; return the folder of their runs and what the process saw."""
     output = tmp_path_factory.mktemp("card")
-    on_the_card("card_process.py", str(tiny_model), str(output), made=output / "facts.json")
+    on_the_card("integration/card_process.py", str(tiny_model), str(output), made=output / "facts.json")
     return output, json.loads((output / "facts.json").read_text())
 
 

@@ -26,7 +26,7 @@ GATE = 252 * 160
 @pytest.fixture(scope="module")
 def output(on_the_card, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("engine")
-    on_the_card("card_engine_process.py", str(folder), made=folder / "peaks.json")
+    on_the_card("integration/card_engine_process.py", str(folder), made=folder / "peaks.json")
     return folder
 
 

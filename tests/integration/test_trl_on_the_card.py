@@ -12,7 +12,7 @@ from lowmem_rlhf.run.directory import RunDirectory
 @pytest.fixture(scope="module")
 def card(on_the_card, tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("card")
-    on_the_card("card_trl_process.py", str(tiny_model), str(folder), made=folder / "failed.json")
+    on_the_card("integration/card_trl_process.py", str(tiny_model), str(folder), made=folder / "failed.json")
     assert json.loads((folder / "failed.json").read_text()) == {}
     return folder
 

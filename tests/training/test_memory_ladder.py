@@ -1,10 +1,13 @@
-"""When the device's memory runs out: halve the size, go on, and give up with one clear sentence at the least size."""
+"""When the device's memory runs out: once more, then halve the size, and one clear sentence at the least size."""
+
+import weakref
+from functools import partial
 
 import pytest
 import torch
 from training_cases import CPU
 
-from lowmem_rlhf.engine.ladder import Ladder, RolloutLimits
+from lowmem_rlhf.engine.ladder import PATIENCE, Ladder, RolloutLimits, Saving
 from lowmem_rlhf.engine.passes import BatchLimits
 from lowmem_rlhf.errors import RunError
 from lowmem_rlhf.hardware.memory import retry_with_smaller
@@ -94,12 +97,109 @@ def test_each_kind_of_work_has_its_size_and_keeps_the_one_that_fitted():
         assert ladder.update(update, said.append) == BatchLimits(0.7, 100, 32)
         assert ladder.score(score, said.append) == BatchLimits(0.7, 100, 32)
         assert ladder.rollout(rollout, said.append) == RolloutLimits(4, 200, 32)
-    assert (updates, scores, rollouts) == ([200, 100, 100], [800, 400, 200, 100, 100], [16, 8, 4, 4])
-    assert [line.partition("; ")[0].rpartition(" ")[2] for line in said] == [
+    # the first failure of each phase is answered with the same size
+    assert (updates, scores, rollouts) == ([200, 200, 100, 100], [800, 800, 400, 200, 100, 100], [16, 16, 8, 4, 4])
+    assert ladder.changed == {"micro_batch_tokens": 100, "score_batch_tokens": 100, "rollout_batch_size": 4}
+    repeated = [line for line in said if line.endswith("phase; trying once more")]
+    assert [line.split()[-5] for line in repeated] == ["update", "scoring", "rollout"]
+    assert [line.partition("; ")[0].rpartition(" ")[2] for line in said if line not in repeated] == [
         "hardware.micro_batch_tokens=200",
         *(f"hardware.score_batch_tokens={size}" for size in (800, 400, 200)),
         *(f"hardware.rollout_batch_size={size}" for size in (16, 8)),
     ]
+
+
+def test_an_allocation_that_fails_once_changes_no_size():
+    ladder, said = a_ladder(), []
+    failures = iter([torch.OutOfMemoryError("out of memory"), MemoryError(), None, None])
+
+    def work(limits):
+        if error := next(failures):
+            raise error
+        return limits.micro_batch_tokens
+
+    with pytest.raises(StopIteration):
+        assert ladder.update(work, said.append) == 100  # the second failure in a row halves
+        assert ladder.update(work, said.append) == 100
+        ladder.update(work, said.append)
+    assert len(said) == 2 and ladder.failures == 2
+
+
+def test_what_saves_memory_at_a_price_comes_after_the_sizes_and_stays():
+    ladder, said, done = a_ladder(), [], []
+    for key, phase in {"rollout_weights": "rollout", "gradient_checkpointing": "update"}.items():
+        ladder.savings.append(Saving(frozenset({phase}), key, True, partial(done.append, key)))
+
+    def work(limits):
+        if "gradient_checkpointing" not in done:
+            raise torch.OutOfMemoryError("out of memory")
+        return limits.micro_batch_tokens
+
+    assert ladder.update(work, said.append) == 64
+    assert done == ["gradient_checkpointing"] and [one.key for one in ladder.savings] == ["rollout_weights"]
+    assert said[-1].endswith("ran out in the update phase; going on with hardware.gradient_checkpointing=true")
+    assert ladder.changed == {"micro_batch_tokens": 64, "gradient_checkpointing": True}
+
+
+def test_a_resumed_run_begins_with_what_it_had_come_down_to():
+    ladder, done = a_ladder(), []
+    ladder.savings.append(Saving(frozenset({"update"}), "gradient_checkpointing", True, partial(done.append, 1)))
+    changed = {"micro_batch_tokens": 64, "rollout_batch_size": 100, "gradient_checkpointing": True}
+    ladder.lower(changed)
+    assert ladder.changed == {"micro_batch_tokens": 64, "gradient_checkpointing": True} and done == [1]
+
+
+def test_sizes_grow_again_after_quiet_steps_and_more_slowly_after_each_failure():
+    ladder, fits = a_ladder(), 50
+
+    def work(limits):
+        if limits.rows > fits:
+            raise torch.OutOfMemoryError("out of memory")
+        return limits.rows
+
+    def steps_until_it_grows() -> int:
+        return next(step for step in range(1, 10_000) if ladder.step_finished())
+
+    fits = 4
+    assert ladder.rollout(work, print) == 4
+    assert steps_until_it_grows() == PATIENCE and ladder.rollout_batch_size == 8
+    assert ladder.rollout(work, print) == 4  # it is still too much
+    assert steps_until_it_grows() == 2 * PATIENCE
+    fits = 50  # the game is over
+    assert ladder.rollout(work, print) == 8
+    assert steps_until_it_grows() == 2 * PATIENCE and ladder.rollout(work, print) == 16
+    assert ladder.changed == {} and not any(ladder.step_finished() for _ in range(1000))
+
+
+def test_work_without_a_size_is_tried_again_and_ends_with_what_would_help():
+    ladder, calls = a_ladder(), []
+    ladder.explain = lambda phase: f"the {phase} phase needs another card"
+
+    def work():
+        calls.append(1)
+        raise torch.OutOfMemoryError("out of memory")
+
+    with pytest.raises(RunError) as caught:
+        ladder.survive("loading", work, print, sizes=False)
+    assert str(caught.value) == "the device's memory ran out in the loading phase; the loading phase needs another card"
+    assert len(calls) == 3 and ladder.changed == {}
+
+
+def test_a_failed_try_holds_no_memory_when_the_next_one_begins():
+    alive = []
+
+    class Large:
+        pass
+
+    def work(size: int) -> str:
+        alive[:] = [one for one in alive if one() is not None]
+        if size > 1:
+            large = Large()
+            alive.append(weakref.ref(large))
+            raise torch.OutOfMemoryError("out of memory")
+        return f"{len(alive)} of before are alive"
+
+    assert retry_with_smaller(work, 4, 1, "hardware.x", CPU, print) == ("0 of before are alive", 1)
 
 
 def test_a_rollout_may_shrink_to_one_completion_and_passes_to_the_least_tokens():
