@@ -51,7 +51,11 @@ TRAINING_BATCHING = FieldRole(
 LEARNED = FieldRole(changes_numbers=True, may_change_on_resume=False)
 LENGTH = FieldRole(changes_numbers=True, may_change_on_resume=True)  # of the run; the learning rate follows it
 RECORDS = FieldRole(changes_numbers=False, may_change_on_resume=True)  # what is written down, and how often
+# what is done about a fault, which a sound run has none of
+FAULTS = FieldRole(changes_numbers=False, may_change_on_resume=True, may_change_in_evaluation=True)
 LEARNED_AND_MEASURED = FieldRole(changes_numbers=True, may_change_on_resume=False, may_change_in_evaluation=True)
+# what is done about a fault, which a sound run has none of
+FAULTS = FieldRole(changes_numbers=False, may_change_on_resume=True, may_change_in_evaluation=True)
 MEASURED = FieldRole(changes_numbers=False, may_change_on_resume=False, may_change_in_evaluation=True)
 
 
@@ -78,7 +82,7 @@ def keys_with(recipe: type[BaseModel], **wanted: bool) -> tuple[str, ...]:
     """Return the dotted keys of a recipe whose fields have these roles, as `fields_with` finds them.
 
     Where every field of a section has them, ``SECTION.*`` stands for all, and the key alone for a list of sections
-    (``rewards``); these come first.
+    (``rewards``); these come first. ``rewards[].NAME`` is a field of each of a list.
     """
     whole: list[str] = []
     single: list[str] = []
@@ -88,8 +92,8 @@ def keys_with(recipe: type[BaseModel], **wanted: bool) -> tuple[str, ...]:
             names = fields_with(section, **wanted)
             if len(names) == len(section.model_fields):
                 whole.append(f"{key}.*" if listed is None else key)
-            elif listed is None:
-                single += [f"{key}.{name}" for name in names]
+            else:
+                single += [f"{key}.{name}" if listed is None else f"{key}[].{name}" for name in names]
     return (*whole, *single)
 
 

@@ -20,6 +20,7 @@ from pydantic import (
 from lowmem_rlhf.recipe.errors import OptionErrors, explain
 from lowmem_rlhf.recipe.field_roles import (
     BATCHING,
+    FAULTS,
     LEARNED,
     LEARNED_AND_MEASURED,
     LENGTH,
@@ -226,6 +227,9 @@ REWARD_ADAPTER = "reward_adapter"
 REWARD_OPTIONS: dict[str, type[Section]] = {**LEARNED_REWARDS, REWARD_ADAPTER: AdapterRewardConfig}
 
 
+OnError = Literal["fail", "skip", "zero"]
+
+
 class RewardConfig(Section):
     """One reward with its weight."""
 
@@ -235,6 +239,10 @@ class RewardConfig(Section):
     weight: Annotated[float, LEARNED_AND_MEASURED] = 1.0
     # of a function: extra keyword arguments
     options: Annotated[dict[str, Any], LEARNED_AND_MEASURED] = Field(default_factory=dict)
+    # of a function: seconds that one call, for all completions of a step, may take; null: any time
+    timeout: Annotated[float | None, FAULTS] = Field(1800.0, gt=0)
+    # what a call that fails means: the run ends, or its completions get no value of this reward, or the value 0
+    on_error: Annotated[OnError, FAULTS] = "fail"
 
     @classmethod
     def kind_of(cls, key: str, given: Mapping[str, Any]) -> Any:

@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 from lowmem_rlhf.errors import UserError
 from lowmem_rlhf.recipe.python_objects import is_python, python_object
-from lowmem_rlhf.recipe.sections import LEARNED_REWARDS, REWARD_ADAPTER, RewardConfig
+from lowmem_rlhf.recipe.sections import LEARNED_REWARDS, REWARD_ADAPTER, OnError, RewardConfig
 from lowmem_rlhf.rewards.functions import SHIPPED
+from lowmem_rlhf.rewards.process_state import RandomStream
 from lowmem_rlhf.suggest import did_you_mean
 from lowmem_rlhf.user_code import check_callable, file_of, is_user_code, load_function
 
@@ -28,6 +29,24 @@ _WORDS = ("rewards", "a reward function", "(prompts, completions, **columns)")
 _NAMES = (*SHIPPED, *LEARNED_REWARDS, REWARD_ADAPTER)
 
 
+@dataclass
+class CallRecord:
+    """What the calls of a reward function by this process have been.
+
+    Attributes:
+        failed: calls that gave no completion a value.
+        first_fault: the sentence about the first one; empty: none.
+        threads_said: whether threads that it left running were spoken of.
+        random: its random numbers.
+    """
+
+    calls: int = 0
+    failed: int = 0
+    first_fault: str = ""
+    threads_said: bool = False
+    random: RandomStream = field(default_factory=RandomStream)
+
+
 @dataclass(frozen=True)
 class Reward:
     """A reward function with its metric's name, its weight in the total and its options.
@@ -35,6 +54,9 @@ class Reward:
     Attributes:
         columns: columns of the data that it needs besides those its signature names.
         placement: ``device`` and ``reason`` of a learned reward's model.
+        timeout, on_error: see `RewardConfig`.
+        learned: whether it is a model of this package's, which needs no guard.
+        record: of its calls.
     """
 
     name: str
@@ -44,6 +66,10 @@ class Reward:
     columns: tuple[str, ...] = ()
     placement: dict[str, str] | None = None
     source: str = ""  # the user's file, as the recipe names it
+    timeout: float | None = None
+    on_error: OnError = "fail"
+    learned: bool = False
+    record: CallRecord = field(default_factory=CallRecord, compare=False, repr=False)
 
 
 def load_rewards(
@@ -78,6 +104,16 @@ def load_rewards(
 def placements(rewards: Iterable[Reward]) -> dict[str, dict[str, str]]:
     """Return by name where the models of learned rewards lie, and why."""
     return {reward.name: reward.placement for reward in rewards if reward.placement}
+
+
+def failed_always(rewards: Iterable[Reward]) -> list[str]:
+    """Return a sentence for each reward that has failed in every call of this process, with the first fault."""
+    return [
+        f"reward {reward.name} failed in each of its {reward.record.calls} calls, so nothing was learned from it: "
+        f"{reward.record.first_fault}"
+        for reward in rewards
+        if reward.record.calls and reward.record.failed == reward.record.calls
+    ]
 
 
 def check_reward_columns(rewards: list[Reward], columns: Iterable[str]) -> None:
@@ -121,7 +157,7 @@ def _load(config: RewardConfig, budget: "DeviceBudget | None", model: str, revis
         from lowmem_rlhf.rewards.adapter import load_adapter_reward
 
         adapter = load_adapter_reward(config.name, config.options["adapter"], model, revision)
-        return Reward(config.name, adapter, config.weight)
+        return Reward(config.name, adapter, config.weight, on_error=config.on_error, learned=True)
     source = ""
     if is_python(config.function):
         function = python_object(config.function, "rewards")
@@ -136,7 +172,15 @@ def _load(config: RewardConfig, budget: "DeviceBudget | None", model: str, revis
             f"rewards: got {config.function!r}; give path.py:function or one of {', '.join(_NAMES)}"
             f"{did_you_mean(config.function, _NAMES)}"
         )
-    reward = Reward(config.name, function, config.weight, dict(config.options), source=source)
+    reward = Reward(
+        config.name,
+        function,
+        config.weight,
+        dict(config.options),
+        source=source,
+        timeout=config.timeout,
+        on_error=config.on_error,
+    )
     _check_options(reward, shipped=config.function in SHIPPED)
     return reward
 
@@ -147,7 +191,15 @@ def _learned(config: RewardConfig, budget: "DeviceBudget | None") -> Reward:
     assert budget is not None
     function, device, reason = load_learned(config, budget)
     placement = {"model": config.options["model"], "device": device, "reason": reason}
-    return Reward(config.name, function, config.weight, columns=function.columns, placement=placement)
+    return Reward(
+        config.name,
+        function,
+        config.weight,
+        columns=function.columns,
+        placement=placement,
+        on_error=config.on_error,
+        learned=True,
+    )
 
 
 def _parameters(function: Callable[..., Any]) -> dict[str, inspect.Parameter]:

@@ -1,18 +1,25 @@
 """Scoring completions: every reward function once for the whole batch, then the weighted sum."""
 
-import asyncio
 import copy
 import inspect
 import math
+import threading
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from itertools import islice
 from typing import Any
 
-from lowmem_rlhf.errors import LowmemError, RunError
+from lowmem_rlhf.errors import RunError
+from lowmem_rlhf.files import dumps
+from lowmem_rlhf.progress import message
 from lowmem_rlhf.rewards.functions import Completion
+from lowmem_rlhf.rewards.guarded import FunctionFault, finished, guarded, is_memory_fault
 from lowmem_rlhf.rewards.loading import GIVEN, Reward, accepted
+from lowmem_rlhf.rewards.process_state import new_threads
 from lowmem_rlhf.rollout.scores import Scores
-from lowmem_rlhf.user_code import describe, line_in
+
+_FLOAT32 = (2 - 2**-23) * 2.0**127  # the largest number of float32, in which rewards are computed with
+_LARGEST_TOTAL = 1e18  # its square, of which advantages are made, is still one of float32
+_SHOWN = 60  # characters of a value in a message
 
 
 def score(
@@ -40,8 +47,13 @@ def score(
         prompt_ids: (N,) token ids of each prompt.
         prompt_texts: (N,) each prompt as the model read it, its chat template's tokens written out.
 
+    Where a function does something wrong and its `on_error` is not ``fail``, the completions concerned get None or 0,
+    which is said once and counted.
+
     Raises:
-        RunError: a function raises, gives another number of values than N, or gives something that is not a number.
+        RunError: a function whose `on_error` is ``fail`` raises, does not return in time, gives another number of
+            values than N, or something that is no number of float32; or a sum of rewards is too large to learn from.
+        KeyboardInterrupt, UserError, RuntimeError: as of `guarded`; the last one where the device's memory ran out.
     """
     metrics: dict[str, list[float]] = {}
     extra: dict[str, list[Any]] = {}
@@ -51,38 +63,90 @@ def score(
         "prompt_ids": list(prompt_ids),
         "prompt_texts": list(prompt_texts),
         "completion_ids": list(completion_ids),
+        "trainer_state": trainer_state,
     }
     shared = {
-        "trainer_state": trainer_state,
-        "log_extra": lambda column, values: extra.setdefault(column, []).extend(values),
-        "log_metric": lambda name, value: metrics.setdefault(name, []).append(float(value)),
+        "log_extra": lambda column, values: extra.setdefault(str(column), []).extend(_recordable(v) for v in values),
+        "log_metric": lambda name, value: metrics.setdefault(str(name), []).append(float(value)),
     }
     own = {name: values for name, values in columns.items() if name not in GIVEN}
-    by_name = {}
+    by_name, failures = {}, {}
     for reward in rewards:
-        result = _call(reward, {**own, **reward.options, **lent}, shared)
-        by_name[reward.name] = _values(reward.name, result, len(completions))
+        values, failed = _scored(reward, {**own, **reward.options, **lent}, shared, len(completions))
+        by_name[reward.name] = values
+        if reward.on_error != "fail":
+            failures[reward.name] = failed
     weights = [reward.weight for reward in rewards]
     total = [_weighted(weights, row) for row in zip(*by_name.values(), strict=True)]
-    return Scores(by_name, total, {name: sum(values) / len(values) for name, values in metrics.items()}, extra)
+    _check_totals(rewards, by_name, total)
+    means = {name: sum(values) / len(values) for name, values in metrics.items()}
+    return Scores(by_name, total, means, extra, failures)
 
 
-def _call(reward: Reward, lent: dict[str, Any], shared: dict[str, Any]) -> Any:
-    """Call a function with copies: what it edits is neither trained on nor seen by the next function or step."""
+def _scored(
+    reward: Reward, lent: dict[str, Any], shared: dict[str, Any], count: int
+) -> tuple[list[float | None], tuple[int, int]]:
+    """Return a function's values, and of how many completions there is none for an error, and for the time limit."""
+    record, instead = reward.record, None if reward.on_error == "skip" else 0.0
+    record.calls += 1
     try:
+        found = _called(reward, lent, shared, count)
+    except FunctionFault as fault:
+        record.failed += 1
+        _accept(reward, fault)
+        return [instead] * count, (0, count) if fault.timed_out else (count, 0)
+    faults = [value for value in found if isinstance(value, FunctionFault)]
+    if faults:
+        record.failed += len(faults) == count
+        _accept(reward, faults[0])
+    return [instead if isinstance(value, FunctionFault) else value for value in found], (len(faults), 0)
+
+
+def _accept(reward: Reward, fault: FunctionFault) -> None:
+    """Say what a function did, the first time, where the run goes on.
+
+    Raises:
+        RunError: the run does not.
+    """
+    if reward.on_error == "fail":
+        raise RunError(str(fault)) from fault.__cause__ or fault
+    if not reward.record.first_fault:
+        what = "are left out of the sum" if reward.on_error == "skip" else "count as 0"
+        message(
+            f"{fault}; the values that it does not give {what}, as its on_error is {reward.on_error}: this is said "
+            f"once, and counted as reward/{reward.name}/errors and reward/{reward.name}/timeouts"
+        )
+    reward.record.first_fault = reward.record.first_fault or str(fault)
+
+
+def _called(
+    reward: Reward, lent: dict[str, Any], shared: dict[str, Any], count: int
+) -> list[float | FunctionFault | None]:
+    """Call a function with copies: what it edits is neither trained on nor seen by the next function or step."""
+    what = f"reward function {reward.name}"
+
+    def call() -> list[float | FunctionFault | None]:
         copies = {name: _copied(value) for name, value in accepted(reward.function, lent).items()}
         result = reward.function(**copies, **accepted(reward.function, shared))
-        if inspect.isawaitable(result):
-            result = _finished(result)
-        return list(result) if isinstance(result, Iterator) else result  # the body of a generator runs here
-    except RunError as error:
-        raise RunError(f"reward {reward.name}: {error}") from error
-    except LowmemError:
-        raise
-    except (Exception, SystemExit) as error:
-        line = line_in(error, reward.source)
-        place = "" if line is None else f" in {reward.source}, line {line}"
-        raise RunError(f"reward function {reward.name} failed{place}: {describe(error)}") from error
+        return _values(what, finished(result) if inspect.isawaitable(result) else result, count)
+
+    if reward.learned:
+        try:
+            return call()
+        except RunError as error:
+            if is_memory_fault(error):
+                raise RunError(f"reward {reward.name}: {error}") from error
+            raise FunctionFault(f"reward {reward.name}: {error}") from error
+    before = {thread.ident for thread in threading.enumerate()}
+    try:
+        return guarded(call, what, reward.source, reward.timeout, reward.record.random)
+    finally:
+        if (left := new_threads(before)) and not reward.record.threads_said:
+            reward.record.threads_said = True
+            message(
+                f"{what} has left a thread running ({', '.join(left)}), for which the program waits at its end; let "
+                "the function end it, or start it with daemon=True"
+            )
 
 
 def _copied(value: Any) -> Any:
@@ -92,50 +156,69 @@ def _copied(value: Any) -> Any:
     return value[:] if all(type(one) is int for one in value) else [_copied(one) for one in value]
 
 
-def _finished(result: Any) -> Any:
-    """Return what an asynchronous function gives; where a loop runs already (as in a notebook), in a thread."""
-
-    async def awaited() -> Any:
-        return await result
-
+def _recordable(value: Any) -> Any:
+    """Return a value that samples.jsonl can hold: as it is, or as Python shows it."""
     try:
-        asyncio.get_running_loop()
-    except RuntimeError:
-        return asyncio.run(awaited())
-    with ThreadPoolExecutor(1) as thread:
-        return thread.submit(asyncio.run, awaited()).result()
+        dumps(value)
+    except Exception:  # of any kind of object
+        return repr(value)
+    return value
 
 
-def _values(name: str, result: Any, expected: int) -> list[float | None]:
+def _values(what: str, result: Any, expected: int) -> list[float | FunctionFault | None]:
+    """Return the values that a function gives, each a number, None, or what is wrong with it.
+
+    Raises:
+        FunctionFault: they are not a list of as many as there are completions.
+    """
     single = getattr(result, "shape", None) == ()  # of a tensor or array that holds one number
     if single or isinstance(result, str | bytes | dict) or not hasattr(result, "__iter__"):
-        raise RunError(
-            f"reward function {name} returned a {type(result).__name__}; it must return a list of {expected} numbers, "
-            "one a completion"
+        raise FunctionFault(
+            f"{what} returned a {type(result).__name__}; it must return a list of {expected} numbers, one a completion"
         )
-    values = list(result)
+    # the body of a generator runs here, and one that never ends is not followed for ever
+    values = list(islice(result, expected + 1)) if isinstance(result, Iterator) else list(result)
     if len(values) != expected:
-        raise RunError(
-            f"reward function {name} returned {len(values)} values for {expected} completions; it must return one each"
+        more = "more than " if isinstance(result, Iterator) and len(values) > expected else ""
+        counted = expected if more else len(values)
+        raise FunctionFault(
+            f"{what} returned {more}{counted} values for {expected} completions; it must return one each"
         )
-    return [_number(name, index, value) for index, value in enumerate(values)]
+    return [_number(what, index, value) for index, value in enumerate(values)]
 
 
-def _number(name: str, index: int, value: Any) -> float | None:
+def _number(what: str, index: int, value: Any) -> float | FunctionFault | None:
     if value is None:
         return None
     try:
         number = math.nan if isinstance(value, str | bytes) else float(value)
     except (TypeError, ValueError, RuntimeError, OverflowError):
         number = math.nan
-    if not math.isfinite(number):
-        raise RunError(
-            f"reward function {name} returned {value!r} for completion {index + 1}; it must return a finite number, or "
-            "None where it does not apply"
-        )
-    return number
+    if abs(number) <= _FLOAT32:
+        return number
+    shown = repr(value)
+    return FunctionFault(
+        f"{what} returned {shown if len(shown) <= _SHOWN else shown[:_SHOWN] + '...'} for completion {index + 1}; it "
+        f"must return a finite number{' of float32' if math.isfinite(number) else ''}, or None where it does not apply"
+    )
 
 
 def _weighted(weights: list[float], row: tuple[float | None, ...]) -> float:
     parts = [weight * value for weight, value in zip(weights, row, strict=True) if value is not None]
     return math.fsum(parts) if parts else math.nan
+
+
+def _check_totals(rewards: Sequence[Reward], by_name: dict[str, list[float | None]], total: list[float]) -> None:
+    """Check that advantages can be made of the sums.
+
+    Raises:
+        RunError: one is too large.
+    """
+    for index, value in enumerate(total):
+        if abs(value) > _LARGEST_TOTAL:
+            largest = max(rewards, key=lambda one: abs(one.weight * (by_name[one.name][index] or 0.0)))
+            raise RunError(
+                f"the rewards of completion {index + 1} add up to {value:.3g}, most of it from {largest.name} (weight "
+                f"{largest.weight:g}); advantages are computed in float32, which overflows beyond {_LARGEST_TOTAL:g}: "
+                "give smaller values, or lower its weight"
+            )

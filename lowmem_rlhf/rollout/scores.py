@@ -12,3 +12,5 @@ class Scores:
     total: list[float]  # (N,) weighted sums; NaN where no function applies
     metrics: dict[str, float] = field(default_factory=dict)  # means of what functions reported with TRL's log_metric
     extra: dict[str, list[Any]] = field(default_factory=dict)  # columns they reported with TRL's log_extra
+    # per function whose on_error is not fail, the completions that have no value for an error, and for the time limit
+    failures: dict[str, tuple[int, int]] = field(default_factory=dict)

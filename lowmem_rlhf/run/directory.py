@@ -139,7 +139,7 @@ class RunDirectory:
         lines = [
             f"  {key}: was {saved.get(key, 'absent')!r}, is now {wanted.get(key, 'absent')!r}"
             for key in dict.fromkeys([*saved, *wanted])
-            if saved.get(key) != wanted.get(key) and not {key, f"{key.partition('.')[0]}.*"}.intersection(MAY_CHANGE)
+            if saved.get(key) != wanted.get(key) and not _may_change(key)
         ]
         if lines:
             head = f"--resume: the recipe differs from the one that the run in {self.path} began with:"
@@ -315,6 +315,12 @@ def default_output(name: str, resume: bool = False) -> Path:
         number, last = number + 1, candidate
         candidate = Path("runs") / f"{base}-{number}"
     return last if resume else candidate
+
+
+def _may_change(key: str) -> bool:
+    """Whether a resume may change the key of a flattened recipe."""
+    names = {re.sub(r"\[\d+\]", "[]", key), f"{key.partition('.')[0]}.*"}
+    return bool(names.intersection(MAY_CHANGE))
 
 
 def _flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:

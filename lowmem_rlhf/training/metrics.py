@@ -1,5 +1,6 @@
 """What a step tells: the rows of metrics.jsonl and samples.jsonl."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,12 +12,17 @@ from lowmem_rlhf.training.evaluate import mean
 
 @dataclass(frozen=True)
 class Seen:
-    """Completions of a run, and how many ended by themselves, got a reward, and have an unlike one in their group."""
+    """Completions of a run, and how many ended by themselves, got a reward, and have an unlike one in their group.
+
+    Attributes:
+        judged_apart: those whose group has different rewards.
+    """
 
     completions: int = 0
     ended: int = 0
     rewarded: int = 0
     unlike: int = 0
+    judged_apart: int = 0
 
     def with_rollout(self, rollout: Rollout) -> "Seen":
         """Return the counts with those of one more step."""
@@ -25,14 +31,19 @@ class Seen:
             self.ended + sum(not one.truncated for one in rollout.completions),
             self.rewarded + sum(total == total for total in rollout.scored.total),
             self.unlike + sum(not alike for alike in all_alike(rollout)),
+            self.judged_apart + sum(_judged_apart(rollout)),
         )
 
-    def why_nothing(self, max_completion_length: int) -> str:
-        """Return why nothing was learned, where that shows here; empty where it does not."""
-        if not self.completions or (self.rewarded and self.ended and self.unlike):
+    def why_nothing(self, max_completion_length: int, failed: Sequence[str] = ()) -> str:
+        """Return why nothing was learned, where that shows here; empty where it does not.
+
+        Args:
+            failed: a sentence for each reward that failed in all of its calls.
+        """
+        if not self.completions or (self.rewarded and self.ended and self.unlike and not failed):
             return ""
-        reasons, remedies = [], []
-        if not self.rewarded:
+        reasons, remedies = list(failed), ["mend the function"] if failed else []
+        if not self.rewarded and not failed:
             reasons.append("no reward applied to any completion (reward/mean is null in every step)")
             remedies.append("look at the reward functions and at the reference answers that they are given")
         if not self.ended:
@@ -43,6 +54,15 @@ class Seen:
             remedies.append("raise generation.temperature, or take a model that knows more than one answer")
         why = ", and ".join(reasons)
         return f"nothing was learned: {why}; look at samples.jsonl; {', and '.join(remedies)}"
+
+
+def _judged_apart(rollout: Rollout) -> list[bool]:
+    """Return of each completion whether its group has different rewards."""
+    group, apart = rollout.num_generations, list[bool]()
+    for start in range(0, len(rollout.completions), group):
+        totals = {total for total in rollout.scored.total[start : start + group] if total == total}
+        apart += [len(totals) > 1] * group
+    return apart
 
 
 def all_alike(rollout: Rollout) -> list[bool]:
@@ -59,12 +79,12 @@ def all_alike(rollout: Rollout) -> list[bool]:
 
 
 def silent_rewards(rollout: Rollout) -> list[str]:
-    """Return a sentence for each reward that applied to no completion of the run's first step."""
+    """Return a sentence for each reward that applied to no completion of the run's first step, and did not fail."""
     return [
         f"reward {name} gave None for all {len(values)} completions of step 1, so it applied to none; look at what "
         "the function returns and at the columns that it reads"
         for name, values in rollout.scored.by_name.items()
-        if values and all(value is None for value in values)
+        if values and all(value is None for value in values) and not any(rollout.scored.failures.get(name, ()))
     ]
 
 
@@ -74,11 +94,16 @@ def rollout_metrics(rollout: Rollout) -> dict[str, Any]:
     totals = torch.tensor([t for t in scores.total if t == t], dtype=torch.float32, device="cpu")
     lengths = [len(c.ids) for c in completions]
     with_signal = {row // rollout.num_generations for row, value in enumerate(rollout.known_advantages) if value}
-    return {
+    own = {
         "reward/mean": float(totals.mean()) if len(totals) else None,
         "reward/std": float(totals.std()) if len(totals) > 1 else 0.0,
         **{f"reward/{name}": mean(values) for name, values in scores.by_name.items()},
-        **scores.metrics,
+        **{f"reward/{name}/errors": errors for name, (errors, _) in scores.failures.items()},
+        **{f"reward/{name}/timeouts": timeouts for name, (_, timeouts) in scores.failures.items()},
+    }
+    return {
+        **own,
+        **{name: value for name, value in scores.metrics.items() if name not in (*own, "step")},
         "completion/mean_length": sum(lengths) / len(lengths),
         "completion/truncated": sum(c.truncated for c in completions) / len(lengths),
         "groups/without_signal": 1 - len(with_signal) / len(rollout.prompts),
@@ -100,7 +125,7 @@ def samples(rollout: Rollout, prompts: int) -> list[dict[str, Any]]:
     """Return the first completion of each of the first few prompts, with its numbers."""
     assert rollout.questions is not None and rollout.texts is not None
     group, scores = rollout.num_generations, rollout.scored
-    return [
+    rows = [
         {
             "prompt": rollout.questions[row // group],
             "completion": rollout.texts[row],
@@ -108,7 +133,10 @@ def samples(rollout: Rollout, prompts: int) -> list[dict[str, Any]]:
             "advantage": rollout.known_advantages[row],
             "tokens": len(rollout.completions[row].ids),
             "truncated": rollout.completions[row].truncated,
-            **{name: values[row] for name, values in scores.extra.items() if len(values) == len(rollout.texts)},
         }
         for row in range(0, len(rollout.completions), group)[:prompts]
     ]
+    for row, told in zip(range(0, len(rollout.completions), group), rows, strict=False):
+        known = [name for name, values in scores.extra.items() if len(values) == len(rollout.texts)]
+        told.update({name: scores.extra[name][row] for name in known if name not in (*told, "step")})
+    return rows

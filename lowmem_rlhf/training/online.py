@@ -16,7 +16,7 @@ from lowmem_rlhf.engine.roles import POLICY
 from lowmem_rlhf.planning.plan import Plan
 from lowmem_rlhf.progress import Progress
 from lowmem_rlhf.recipe.schema import Recipe
-from lowmem_rlhf.rewards.loading import Reward
+from lowmem_rlhf.rewards.loading import Reward, failed_always
 from lowmem_rlhf.rollout.engine import Engine, engine_for
 from lowmem_rlhf.rollout.rollout import Completion, Rollout
 from lowmem_rlhf.run.directory import RunDirectory
@@ -112,6 +112,12 @@ class Trainer(Loop):
         "left; look at samples.jsonl, make the task easier or the reward finer, or raise generation.num_generations"
     )
 
+    rewards_differed = (
+        "nothing was learned, although completions of a prompt had different rewards: no optimizer step with a "
+        "learning rate above 0 was taken on them; look at learning_rate, grad_norm and loss_scale/skipped_steps in "
+        "metrics.jsonl"
+    )
+
     def __init__(
         self,
         recipe: Recipe,
@@ -145,10 +151,16 @@ class Trainer(Loop):
 
     def why_nothing(self) -> str:
         """See `Loop.why_nothing`."""
-        return self.seen.why_nothing(self.recipe.generation.max_completion_length) or self.nothing_learned
+        failed = failed_always(self.rewards)
+        if why := self.seen.why_nothing(self.recipe.generation.max_completion_length, failed):
+            return why
+        return self.rewards_differed if self.seen.judged_apart else self.nothing_learned
 
     def evaluate(self, when: str, progress: Progress) -> dict[str, Any]:
         """Sample held-out completions in the policy's role and score them."""
+        if when == "after":
+            for sentence in failed_always(self.rewards):
+                progress.message(sentence)
         return self.evaluator.evaluate(when, progress, self.step)
 
     def one_step(self, progress: Progress) -> StepOutput:
