@@ -51,8 +51,6 @@ TRAINING_BATCHING = FieldRole(
 LEARNED = FieldRole(changes_numbers=True, may_change_on_resume=False)
 LENGTH = FieldRole(changes_numbers=True, may_change_on_resume=True)  # of the run; the learning rate follows it
 RECORDS = FieldRole(changes_numbers=False, may_change_on_resume=True)  # what is written down, and how often
-# what is done about a fault, which a sound run has none of
-FAULTS = FieldRole(changes_numbers=False, may_change_on_resume=True, may_change_in_evaluation=True)
 LEARNED_AND_MEASURED = FieldRole(changes_numbers=True, may_change_on_resume=False, may_change_in_evaluation=True)
 # what is done about a fault, which a sound run has none of
 FAULTS = FieldRole(changes_numbers=False, may_change_on_resume=True, may_change_in_evaluation=True)

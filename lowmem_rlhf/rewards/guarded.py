@@ -70,11 +70,21 @@ def guarded(
     return result  # type: ignore[no-any-return]
 
 
-def finished(result: Any) -> Any:
-    """Return what an asynchronous function gives; where a loop runs already (as in a notebook), from a thread."""
+def finished(result: Any, seconds: float | None) -> Any:
+    """Return what an asynchronous function gives; where a loop runs already (as in a notebook), from a thread.
+
+    Raises:
+        TimeLimitExceeded: it takes longer than so many seconds.
+    """
 
     async def awaited() -> Any:
-        return await result
+        try:
+            async with asyncio.timeout(seconds) as limit:
+                return await result
+        except TimeoutError:
+            if limit.expired():
+                raise TimeLimitExceeded from None
+            raise
 
     try:
         asyncio.get_running_loop()

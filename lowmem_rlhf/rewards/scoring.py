@@ -128,7 +128,7 @@ def _called(
     def call() -> list[float | FunctionFault | None]:
         copies = {name: _copied(value) for name, value in accepted(reward.function, lent).items()}
         result = reward.function(**copies, **accepted(reward.function, shared))
-        return _values(what, finished(result) if inspect.isawaitable(result) else result, count)
+        return _values(what, finished(result, reward.timeout) if inspect.isawaitable(result) else result, count)
 
     if reward.learned:
         try:
