@@ -2,7 +2,7 @@
 
 import json
 import sys
-from contextlib import suppress
+from contextlib import AbstractContextManager, nullcontext, redirect_stdout, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -82,6 +82,11 @@ def _options(
     version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print it.")] = False,
 ) -> None:
     pass
+
+
+def _prints_aside(as_json: bool) -> AbstractContextManager[Any]:
+    """Send what a user's functions print to standard error, where standard output is one JSON object."""
+    return redirect_stdout(sys.stderr) if as_json else nullcontext()
 
 
 def _print_json(value: Any) -> None:
@@ -189,7 +194,8 @@ def _checked(recipe: "Recipe", network: bool) -> "Recipe":
 
     hush()
     try:
-        check = check_recipe(recipe, 0, network, most=QUICK_ROWS)
+        with _prints_aside(True):
+            check = check_recipe(recipe, 0, network, most=QUICK_ROWS)
     except OfflineError as error:  # training needs what a plan can do without
         print(f"rows were not looked at: {error}", file=sys.stderr)
         return recipe
@@ -235,7 +241,8 @@ def data(
     from lowmem_rlhf.session.check import check_recipe
 
     hush()
-    check = check_recipe(load_recipe(recipe, overrides), rows)
+    with _prints_aside(as_json):
+        check = check_recipe(load_recipe(recipe, overrides), rows)
     if as_json:
         _print_json(check.to_dict())
     else:
@@ -261,6 +268,7 @@ def train(
     from lowmem_rlhf.progress import shown_by
     from lowmem_rlhf.quiet import hush
     from lowmem_rlhf.recipe.loading import load_recipe
+    from lowmem_rlhf.rewards.time_limit import end_process, stuck_calls_end_with
     from lowmem_rlhf.session.train import train as run_recipe
 
     resolved = load_recipe(recipe, overrides)
@@ -274,7 +282,7 @@ def train(
         return
     hush()
     display = ConsoleDisplay()
-    with shown_by(display):
+    with shown_by(display), stuck_calls_end_with(end_process, own_process=True):
         run = run_recipe(resolved, output, resume, display)
     result = resolved.spec.leaves
     print(f"{result + ':':8} {run.path / result}\nreport:  {run.path / 'report.html'}")
@@ -339,6 +347,7 @@ def evaluate(
     from lowmem_rlhf.evaluation.command import Request, run_evaluation
     from lowmem_rlhf.files import dumps
     from lowmem_rlhf.quiet import hush
+    from lowmem_rlhf.rewards.time_limit import end_process, stuck_calls_end_with
 
     given = {
         "evaluation.num_samples": samples,
@@ -349,7 +358,8 @@ def evaluate(
     tasks = [task for task in (lm_eval or "").split(",") if task]
     request = Request(what, overrides or [], asked, recipe, against, step, device, tasks, limit, chat)
     hush()
-    outcome, path = run_evaluation(request)
+    with _prints_aside(as_json), stuck_calls_end_with(end_process, own_process=True):
+        outcome, path = run_evaluation(request)
     if as_json:
         print(dumps(outcome, indent=2))
         return

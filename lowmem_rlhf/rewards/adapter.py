@@ -3,16 +3,20 @@
 It reads the very tokens of the rollout, so no text is tokenized again, and each prompt runs once for its completions.
 """
 
+import math
 from collections.abc import Sequence
 from itertools import groupby
-from typing import Any
+from typing import Any, NoReturn
+
+import torch
 
 from lowmem_rlhf.architecture.adapters import HEAD, SavedAdapter, saved_adapter
 from lowmem_rlhf.engine.base import SharedBase
 from lowmem_rlhf.engine.ladder import Ladder
 from lowmem_rlhf.engine.packing import Group
 from lowmem_rlhf.engine.passes import BatchLimits, head_outputs, with_bootstrap_position
-from lowmem_rlhf.errors import UserError
+from lowmem_rlhf.errors import RunError, UserError
+from lowmem_rlhf.progress import message
 
 
 class AdapterReward:
@@ -31,9 +35,24 @@ class AdapterReward:
         self.ladder: Ladder | None = None  # of the work on that base, which the reward's passes are a part of
 
     def bind(self, base: SharedBase, role: str) -> None:
-        """Put the adapter and its head on the base as this role."""
+        """Put the adapter and its head on the base as this role.
+
+        Raises:
+            UserError: the adapter does not fit the base, or its weights are not finite.
+        """
         base.add_saved_role(role, self.saved)
         self.base, self.role = base, role
+        for key, weight in base.model.named_parameters():
+            if f".{role}." in f"{key}." and not bool(torch.isfinite(weight).all()):
+                self._refuse(key)
+        if not all(bool(torch.isfinite(weight).all()) for weight in base.heads[role].parameters()):
+            self._refuse(HEAD)
+
+    def _refuse(self, key: str) -> NoReturn:
+        raise UserError(
+            f"rewards: {self.name}: adapter {self.saved.folder} has numbers that are not finite (NaN or inf) in {key}; "
+            "take a checkpoint before it went wrong, or train it again"
+        )
 
     def __call__(
         self, prompt_ids: Sequence[Sequence[int]], completion_ids: Sequence[Sequence[int]], **columns: Any
@@ -46,7 +65,14 @@ class AdapterReward:
             scores = head_outputs(base, self.role, groups, limits)
             return [float(scores[row][-1]) for row in range(len(completion_ids))]
 
-        return self.ladder.score(work, print)
+        scores = self.ladder.score(work, message)
+        for index, value in enumerate(scores):
+            if not math.isfinite(value):
+                raise RunError(
+                    f"its adapter in {self.saved.folder} gives {value} for completion {index + 1} of {len(scores)}; "
+                    "the numbers of the base overflow, or the adapter is broken"
+                )
+        return scores
 
 
 def load_adapter_reward(name: str, adapter: str, model: str, revision: str | None = None) -> AdapterReward:

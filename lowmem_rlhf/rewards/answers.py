@@ -7,6 +7,8 @@ signals (main thread, not Windows) and a power tower would compute for ever.
 
 import logging
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from fractions import Fraction
 from typing import Any
 
@@ -115,7 +117,20 @@ def _comparable(text: str) -> bool:
 def _verify(reference: str, answer: str) -> bool:
     from math_verify import parse, verify
 
-    for name in ("math_verify.parser", "math_verify.grader"):  # they warn that the time limit is off, which is meant
-        logging.getLogger(name).setLevel(logging.ERROR)
-    gold, got = (parse(rf"\boxed{{{text}}}", parsing_timeout=None) for text in (reference, answer))
-    return bool(gold and got and verify(gold, got, timeout_seconds=None))
+    with _unwarned():
+        gold, got = (parse(rf"\boxed{{{text}}}", parsing_timeout=None) for text in (reference, answer))
+        return bool(gold and got and verify(gold, got, timeout_seconds=None))
+
+
+@contextmanager
+def _unwarned() -> Iterator[None]:
+    """Keep math-verify from warning that its time limit is off, which is meant."""
+    loggers = [logging.getLogger(name) for name in ("math_verify.parser", "math_verify.grader")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)

@@ -29,6 +29,7 @@ class Encoder:
     """A model in evaluation mode and how it reads texts.
 
     Attributes:
+        name: the model's, for messages.
         max_length: tokens that it reads of a text, None where it knows no limit.
         keep: which end of a longer text is read, ``start`` or ``end``.
         batch_tokens: the most tokens of one pass, padding included (a single longer text makes a pass of its own).
@@ -39,6 +40,7 @@ class Encoder:
     max_length: int | None
     keep: str
     batch_tokens: int
+    name: str = ""
 
     @property
     def weight_bytes(self) -> int:
@@ -104,7 +106,7 @@ class Encoder:
         longest = max((len(one) for one in ids), default=1)
         self.within_memory(work, longest, "the reward's batch_tokens", logging.getLogger(__name__).warning)
         rows = [by_text[index] for index in range(len(ids))]
-        for text, row in zip(texts, rows, strict=True):
+        for index, (text, row) in enumerate(zip(texts, rows, strict=True)):
             if not bool(torch.isfinite(row).all()):
                 raise RunError(
                     f"its model gives {row.tolist()[:3]} for the text {text[:40]!r}; "
@@ -113,6 +115,7 @@ class Encoder:
                         if self.model.dtype == torch.float32
                         else "set its option dtype=float32"
                     )
+                    + f" (model {self.name!r}, text {index + 1} of {len(texts)})"
                 )
         return torch.stack(rows) if rows else torch.empty(0, 0, dtype=torch.float32, device="cpu")
 
@@ -214,13 +217,27 @@ def load_encoder(
             f"model {name!r} has the wrong tokenizer: it knows {len(tokenizer):,} tokens, and the model "
             f"{model.get_input_embeddings().num_embeddings:,}"
         )
+    _check_finite(name, model, options.dtype)
     config = model.config
     config.use_cache = False
     if getattr(config, "pad_token_id", None) is None:  # such models find a text's last token by it
         config.pad_token_id = next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0)
     model.requires_grad_(False).eval()
     length = _length(name, model, tokenizer, options.max_length)
-    return Encoder(model, tokenizer, length, keep, options.batch_tokens)
+    return Encoder(model, tokenizer, length, keep, options.batch_tokens, name)
+
+
+def _check_finite(name: str, model: nn.Module, dtype: str) -> None:
+    """Check that every weight is a number.
+
+    Raises:
+        UserError: one is not, in the file or in this type.
+    """
+    for key, weight in model.named_parameters():
+        ends = torch.stack(weight.aminmax()) if weight.numel() and weight.is_floating_point() else None
+        if ends is not None and not bool(torch.isfinite(ends).all()):
+            remedy = "fetch it again" if dtype == "float32" else f"fetch it again, or set dtype=float32 (now {dtype})"
+            raise UserError(f"model {name!r}: its weight {key} has numbers that are not finite (NaN or inf); {remedy}")
 
 
 def _parts(model: nn.Module) -> set[str]:

@@ -14,9 +14,12 @@ from typing import Any, Literal
 from lowmem_rlhf.data.values import is_missing, text_of
 from lowmem_rlhf.errors import UserError
 from lowmem_rlhf.rewards.answers import is_answer, same_value, stated_answer
+from lowmem_rlhf.rewards.evaluated_answers import is_evaluable
+from lowmem_rlhf.rewards.time_limit import TimeLimitExceeded, limited
 
 Completion = str | list[dict[str, Any]]
 _OPENED = "<think>"
+_SECONDS = 30.0  # for the scoring of one answer by reasoning-gym
 
 
 def completion_text(completion: Completion) -> str:
@@ -126,8 +129,8 @@ def reasoning_gym_answer(
 ) -> list[float | None]:
     """The task's own score, 0.0 to 1.0, of what stands in the last ``<answer>...</answer>``, or of the whole answer.
 
-    Reasoning up to ``</think>`` is not looked at. A text that the task's scoring cannot read scores 0.0. The columns
-    are those of `data.train: reasoning_gym/TASK`.
+    Reasoning up to ``</think>`` is not looked at. A text that the task's scoring cannot read scores 0.0, as does one
+    that it would compute too long (see `evaluated_answers`). The columns are those of `data.train: reasoning_gym/TASK`.
 
     Raises:
         UserError: reasoning-gym is not installed.
@@ -135,11 +138,17 @@ def reasoning_gym_answer(
     scores: list[float | None] = []
     for completion, name, options, problem in zip(completions, task, task_options, entry, strict=True):
         scorer = _scorer(name, json.dumps(options, sort_keys=True))
-        try:
-            scores.append(float(scorer.score_answer(_answer_part(completion_text(completion)), problem)))
-        except Exception:  # the scoring functions of some tasks fail on text that is not in the task's form
-            scores.append(0.0)
+        scores.append(_score_of(scorer, name, _answer_part(completion_text(completion)), problem))
     return scores
+
+
+def _score_of(scorer: Any, task: str, answer: str, problem: dict[str, Any]) -> float:
+    if not is_evaluable(task, answer):
+        return 0.0
+    try:
+        return float(limited(lambda: scorer.score_answer(answer, problem), _SECONDS, f"the scoring of {task}"))
+    except (Exception, SystemExit, TimeLimitExceeded):  # some tasks' scoring fails on text that is not in their form
+        return 0.0
 
 
 def reads_problem(task: Any, task_options: Any, entry: Any) -> bool:

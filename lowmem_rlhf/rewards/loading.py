@@ -10,7 +10,7 @@ from lowmem_rlhf.errors import UserError
 from lowmem_rlhf.recipe.python_objects import is_python, python_object
 from lowmem_rlhf.recipe.sections import LEARNED_REWARDS, REWARD_ADAPTER, OnError, RewardConfig
 from lowmem_rlhf.rewards.functions import SHIPPED
-from lowmem_rlhf.rewards.process_state import RandomStream
+from lowmem_rlhf.rewards.process_state import RandomStream, preserved
 from lowmem_rlhf.suggest import did_you_mean
 from lowmem_rlhf.user_code import check_callable, file_of, is_user_code, load_function
 
@@ -163,7 +163,8 @@ def _load(config: RewardConfig, budget: "DeviceBudget | None", model: str, revis
         function = python_object(config.function, "rewards")
         source = file_of(function)
     elif is_user_code(config.function):
-        function = load_function(config.function, *_WORDS)
+        with preserved(path=False):
+            function = load_function(config.function, *_WORDS)
         source = config.function.rpartition(":")[0]
     elif config.function in SHIPPED:
         function = SHIPPED[config.function]

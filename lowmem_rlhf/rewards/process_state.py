@@ -24,6 +24,7 @@ from lowmem_rlhf.errors import RunError
 
 Part = tuple[Callable[[], Any], Callable[[Any], object]]  # what reads a part of the state, and what sets it
 
+_PATH: Part = (lambda: list(sys.path), lambda value: sys.path.__setitem__(slice(None), value))
 _HANDLED = tuple(
     getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGALRM", "SIGURG") if hasattr(signal, name)
 )
@@ -36,7 +37,7 @@ class FolderGone(RunError):
 
 
 @contextmanager
-def preserved() -> Iterator[None]:
+def preserved(path: bool = True) -> Iterator[None]:
     """Put the state of the process back at the end of the block, however it ends.
 
     These are: gradient and inference mode, autocast, default type and device, threads, deterministic algorithms and
@@ -44,10 +45,13 @@ def preserved() -> Iterator[None]:
     environment variables that there were, filters of warnings, logging, locale, recursion limit, garbage collection,
     and in the main thread signal handlers and the alarm.
 
+    Args:
+        path: also ``sys.path``; False while a user's file is imported, whose functions may import more later.
+
     Raises:
         FolderGone: the current folder is.
     """
-    parts = _parts()
+    parts = [*([_PATH] if path else []), *_parts()]
     values = [read() for read, _ in parts]
     streams = {name: getattr(sys, name) for name in ("stdin", "stdout", "stderr")}
     environment, alarm = dict(os.environ), _Alarm()
@@ -169,7 +173,6 @@ def _random_state() -> list[tuple[Callable[[Any], object], Any]]:
 
 def _parts() -> list[Part]:
     parts: list[Part] = [
-        (lambda: list(sys.path), lambda value: sys.path.__setitem__(slice(None), value)),
         (sys.getrecursionlimit, sys.setrecursionlimit),
         (gc.isenabled, lambda on: gc.enable() if on else gc.disable()),
         (lambda: locale.setlocale(locale.LC_ALL), lambda value: locale.setlocale(locale.LC_ALL, value)),

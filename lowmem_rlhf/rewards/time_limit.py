@@ -39,7 +39,7 @@ def end_process(message: str) -> None:
 
 
 @contextmanager
-def stuck_calls_end_with(hook: StuckHook, own_process: bool = False) -> Iterator[None]:
+def stuck_calls_end_with(hook: StuckHook, own_process: bool | None = None) -> Iterator[None]:
     """Let a hook end the run inside the block when a call can be interrupted by nothing.
 
     Args:
@@ -47,11 +47,11 @@ def stuck_calls_end_with(hook: StuckHook, own_process: bool = False) -> Iterator
             the process. The default is `end_process`.
         own_process: also end the process where the call holds Python's lock, so that no hook can run: faulthandler
             then prints where it stands, and the exit code is 1. A program of the user's may have an alarm of
-            faulthandler of its own, which this would replace.
+            faulthandler of its own, which this would replace. None: as outside of the block.
     """
     global _hook, _own_process
     before = _hook, _own_process
-    _hook, _own_process = hook, own_process
+    _hook, _own_process = hook, before[1] if own_process is None else own_process
     try:
         yield
     finally:
@@ -154,14 +154,16 @@ def _interruptible(watched: _Watched) -> Iterator[None]:
 @contextmanager
 def _last_resort(seconds: float) -> Iterator[None]:
     """End the process some time after the hook should have done so, without Python's help."""
-    if not (_own_process and sys.__stderr__ is not None):
-        yield
-        return
-    faulthandler.dump_traceback_later(seconds + 2 * GRACE, exit=True, file=sys.__stderr__)
+    armed = False
+    if _own_process and sys.__stderr__ is not None:
+        with suppress(OSError, ValueError):  # it is closed, or no file
+            faulthandler.dump_traceback_later(seconds + 2 * GRACE, exit=True, file=sys.__stderr__)
+            armed = True
     try:
         yield
     finally:
-        faulthandler.cancel_dump_traceback_later()
+        if armed:
+            faulthandler.cancel_dump_traceback_later()
 
 
 class _Watchdog:

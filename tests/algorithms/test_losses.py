@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from lowmem_rlhf.algorithms.grpo.losses import LOSSES, LossInputs, clipped_surrogate, load_loss
-from lowmem_rlhf.errors import UserError
+from lowmem_rlhf.errors import RunError, UserError
 from lowmem_rlhf.recipe.loading import validate_recipe
 
 LENGTHS = [2, 5, 3]
@@ -99,6 +99,48 @@ def test_what_is_no_loss_is_refused_in_one_sentence(tmp_path, text):
         load(tmp_path, text + "\n")
     message = str(error.value)
     assert message.startswith("grpo.loss_type: ") and REFUSED[text] in message and "\n" not in message
+
+
+FAILS_LATER = {
+    "raise SystemExit": r"failed in .*losses\.py, line \d: SystemExit: no message",
+    "raise KeyboardInterrupt": r"failed in .*losses\.py, line \d: KeyboardInterrupt",
+    "loss = loss.sum()": r"gave a tensor of shape \(\) for inputs\.logps of shape \(10,\)",
+    "loss = loss.detach()": "gave a loss without a gradient",
+    "loss = loss / 0.0": r"gave -inf for a token \(log-prob -1\.338, advantage -1\.5\)",
+    "loss = loss.log()": "gave nan for a token",
+    "loss = 1.0": "gave a float",
+}
+
+
+@pytest.mark.parametrize("line", FAILS_LATER)
+def test_a_loss_that_goes_wrong_in_the_run_is_named(tmp_path, line):
+    body = ["loss = -inputs.logps * inputs.advantages", "if len(inputs.logps) > 9:", f"    {line}", "return loss"]
+    loss = load(tmp_path, "\n    ".join(["def mine(inputs):", *body]))
+    with pytest.raises(RunError, match=r"^grpo\.loss_type: .*losses\.py:mine " + FAILS_LATER[line]):
+        loss.function(inputs_of())
+
+
+def test_a_loss_changes_nothing_but_its_own_numbers(tmp_path):
+    text = (
+        "def mine(inputs):\n    torch.manual_seed(0)\n    inputs.advantages.zero_()\n    inputs.old_logps.zero_()\n"
+        "    loss = -inputs.logps * inputs.lengths\n    torch.set_grad_enabled(False)\n"
+        "    torch.set_default_dtype(torch.float64)\n    return loss\n"
+    )
+    loss, inputs = load(tmp_path, text), inputs_of()
+    old, state = inputs.old_logps.clone(), torch.get_rng_state()
+    loss.function(inputs).sum().backward()
+    assert torch.equal(inputs.old_logps, old) and inputs.advantages.any() and torch.get_default_dtype() == torch.float32
+    assert torch.equal(torch.get_rng_state(), state) and torch.equal(inputs.logps.grad, -inputs.lengths)
+
+
+def test_memory_that_runs_out_in_a_loss_is_said_as_such(tmp_path):
+    loss = load(
+        tmp_path,
+        "def mine(inputs):\n    if len(inputs.logps) > 9:\n        raise torch.OutOfMemoryError('CUDA out of memory')\n"
+        "    return -inputs.logps\n",
+    )
+    with pytest.raises(torch.OutOfMemoryError):
+        loss.function(inputs_of())
 
 
 def recipe_with(loss_type: str):

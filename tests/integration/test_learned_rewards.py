@@ -73,7 +73,7 @@ def test_a_wrong_classifier_ends_before_anything_is_written(recipe, tmp_path):
 def test_a_classifier_that_breaks_ends_the_run_with_one_sentence(recipe, tmp_path):
     ready = recipe(output="logit")
     model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "bert")
-    torch.nn.init.constant_(model.classifier.bias, torch.inf)
+    torch.nn.init.constant_(model.classifier.weight, 3e38)
     model.save_pretrained(tmp_path / "bert")
     with pytest.raises(RunError, match=r"reward style: its model gives .*; its weights are broken"):
         train(ready, tmp_path / "run")

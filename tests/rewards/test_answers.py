@@ -90,3 +90,26 @@ def test_same_value_off_the_main_thread():
 
     with ThreadPoolExecutor(1) as pool:
         assert pool.submit(same_value, "0.75", r"\frac{3}{4}").result()
+
+
+@pytest.mark.parametrize(
+    "unit", ["a", "(", "1/", "1,111", "9", r"\boxed{", "####", "answer is ", "{", "-", "**", "1 x "]
+)
+def test_long_texts_are_read_in_no_time(unit):
+    """Quadratic time would take minutes."""
+    from lowmem_rlhf.rewards.functions import SHIPPED
+
+    many = unit * (1_000_000 // len(unit))
+    texts = [many, f"1{many}", f"{many} 1", f"#### {many}", rf"\boxed{{{many}}}", f"The answer is {many}"]
+    for name in ("gsm8k_answer", "arithmetic_answer"):
+        scores = SHIPPED[name](texts, answer=[r"\frac{1}{2}"] * len(texts))
+        assert set(scores) <= {0.0, 1.0}
+
+
+def test_math_verify_logs_as_before():
+    import logging
+
+    loggers = [logging.getLogger(name) for name in ("math_verify.parser", "math_verify.grader")]
+    before = [logger.level for logger in loggers]
+    assert same_value(r"\frac{1}{2}", "0.5")
+    assert [logger.level for logger in loggers] == before != [logging.ERROR] * 2

@@ -100,3 +100,41 @@ def test_reasoning_gym_answer():
         assert function(completions=right, **columns) == [1.0] * 4, task
         assert function(completions=[row["answer"] for row in rows], **columns) == [1.0] * 4, task
         assert all(value < 0.5 for value in function(completions=["<answer>?!</answer>"] * 4, **columns)), task
+
+
+def test_an_answer_that_would_be_computed_for_ever_is_wrong():
+    pytest.importorskip("reasoning_gym")
+    from lowmem_rlhf.data.tasks import reasoning_gym_task
+    from lowmem_rlhf.rewards.functions import reasoning_gym_answer
+
+    hostile = ["9**9**9**9", "(9**99)**99**9", "9^9^9^9", "factorial(10**9)", "99999999!!", "exit()", "[9**9**9**9]"]
+    hostile += ["__import__('os')", "1+" * 50_000 + "1", "(" * 100_000, "[[0]*10**10]"]
+    for task in ("countdown", "puzzle24", "simple_integration", "polynomial_multiplication", "spiral_matrix"):
+        problem = reasoning_gym_task(task, {"size": 1, "seed": 1})[0]
+        count = len(hostile)
+        scores = reasoning_gym_answer(hostile, [task] * count, [{"size": 1, "seed": 1}] * count, [problem] * count)
+        assert max(scores) <= 0.05, (task, scores)
+        assert reasoning_gym_answer([problem["answer"]], [task], [{"size": 1, "seed": 1}], [problem]) == [1.0]
+
+
+@pytest.mark.parametrize(
+    ("task", "answer", "evaluable"),
+    [
+        ("simple_integration", "x**5/5 + 3*x**(1/2) - sin(x)*exp(2*x) + C", True),
+        ("polynomial_multiplication", "(x + 1)**2 * (y - 3)^12 + 2**n", True),
+        ("polynomial_multiplication", "x**100000", False),
+        ("polynomial_multiplication", "((x**99)**99)**99", True),
+        ("polynomial_multiplication", "(((9**99)**99)**99)**99", False),
+        ("polynomial_multiplication", "9**(9**9)", False),
+        ("polynomial_multiplication", "gamma(99999)", False),
+        ("countdown", "(25 + 3) * 4 - 1/2", True),
+        ("countdown", "2**3", False),
+        ("n_queens", "[['Q', '_'], ['_', 'Q']]", True),
+        ("n_queens", "exit()", False),
+        ("caesar_cipher", "9**9**9**9 (any text)", True),
+    ],
+)
+def test_which_answers_are_evaluated(task, answer, evaluable):
+    from lowmem_rlhf.rewards.evaluated_answers import is_evaluable
+
+    assert is_evaluable(task, answer) == evaluable

@@ -256,14 +256,34 @@ def test_options_the_model_or_the_machine_lacks_are_refused(folders):
         refused("cuda", model=folders["bert"], label=0, device="cuda:7")
 
 
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+def test_weights_that_are_no_numbers_are_refused(folders, tmp_path, value):
+    folder = shutil.copytree(folders["bert"], tmp_path / "broken")
+    model = AutoModelForSequenceClassification.from_pretrained(folder)
+    model.classifier.weight.data[1, 2] = value
+    model.save_pretrained(folder)
+    refused(r"model '.*broken': its weight classifier\.weight has numbers that are not finite", model=folder, label=0)
+
+
+def test_weights_that_are_numbers_in_float32_alone_are_refused_in_float16(folders, tmp_path):
+    folder = shutil.copytree(folders["bert"], tmp_path / "large")
+    model = AutoModelForSequenceClassification.from_pretrained(folder)
+    model.classifier.weight.data[1, 2] = 1e6
+    model.save_pretrained(folder)
+    refused(r"not finite .*; fetch it again, or set dtype=float32", model=folder, label=0, dtype="float16")
+
+
 def test_weights_that_give_no_numbers_end_the_run_with_a_sentence(folders, tmp_path):
     folder = shutil.copytree(folders["bert"], tmp_path / "broken")
     model = AutoModelForSequenceClassification.from_pretrained(folder)
-    torch.nn.init.constant_(model.classifier.bias, torch.nan)
+    torch.nn.init.constant_(model.classifier.weight, 3e38)
+    torch.nn.init.constant_(model.classifier.bias, 3e38)
     model.save_pretrained(folder)
     for dtype, hint in (("float32", "its weights are broken"), ("bfloat16", "set its option dtype=float32")):
-        with pytest.raises(RunError, match=rf"reward classifier: its model gives \[nan.* for the text 'w1'; {hint}"):
-            rewards_of(load(model=folder, label=0, dtype=dtype), ["w1"])
+        with pytest.raises(
+            RunError, match=rf"its model gives \[.* for the text 'w1'; {hint} \(model '.*broken', text 1"
+        ):
+            rewards_of(load(model=folder, label=0, dtype=dtype), ["w1", "w2 w3"])
 
 
 def test_bfloat16_is_close(folders):

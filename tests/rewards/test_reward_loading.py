@@ -1,3 +1,6 @@
+import sys
+from pathlib import Path
+
 import pytest
 
 from lowmem_rlhf.errors import UserError
@@ -117,3 +120,24 @@ def test_columns_that_rewards_need(users_file):
         check_reward_columns([load("gsm8k_answer")], ["answers"])
     with pytest.raises(UserError, match=r"reasoning_gym_answer needs a column 'task', .*its columns: none"):
         check_reward_columns([load("reasoning_gym_answer")], [])
+
+
+def test_a_file_that_is_imported_changes_nothing_but_the_path(tmp_path, monkeypatch):
+    import torch
+
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    monkeypatch.chdir(tmp_path)
+    file = tmp_path / "vandal.py"
+    file.write_text(
+        "import os, sys, torch\nos.chdir('/')\ntorch.set_default_dtype(torch.float64)\nsys.path.append('lib')\n"
+        "def mine(completions, **_):\n    return [0.0 for _ in completions]\n"
+    )
+    load_rewards([RewardConfig(function=f"{file}:mine")])
+    assert Path.cwd() == tmp_path and torch.get_default_dtype() == torch.float32 and "lib" in sys.path
+
+
+def test_timeout_and_policy_are_read():
+    (default,) = load_rewards([RewardConfig(function="arithmetic_answer")])
+    assert (default.timeout, default.on_error) == (1800.0, "fail")
+    (other,) = load_rewards([RewardConfig(function="arithmetic_answer", timeout=None, on_error="skip")])
+    assert (other.timeout, other.on_error) == (None, "skip")

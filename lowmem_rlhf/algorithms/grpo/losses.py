@@ -11,13 +11,15 @@ Shapes: S scored tokens of a micro-batch, N completions of the whole batch.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
 
 from lowmem_rlhf.algorithms.grpo.math import token_loss
-from lowmem_rlhf.errors import UserError
+from lowmem_rlhf.errors import RunError, UserError
+from lowmem_rlhf.rewards.guarded import FunctionFault, guarded
+from lowmem_rlhf.rewards.process_state import RandomStream, preserved
 from lowmem_rlhf.user_code import describe, line_in, load_function
 
 
@@ -111,8 +113,55 @@ def load_loss(loss_type: str) -> Loss:
     """
     if loss_type in LOSSES:
         return Loss(LOSSES[loss_type])
-    function = load_function(loss_type, "grpo.loss_type", "a loss", "(inputs)")
-    return Loss(function, _needs_advantage(loss_type, function))
+    with preserved(path=False):
+        function = load_function(loss_type, "grpo.loss_type", "a loss", "(inputs)")
+    return Loss(_checked(loss_type, function), _needs_advantage(loss_type, function))
+
+
+def _checked(name: str, function: LossFunction) -> LossFunction:
+    """Return a user's loss, called so that it cannot harm the run; what it gives is looked at in every micro-batch.
+
+    Raises (when called):
+        RunError: it fails, or gives something else than a finite number a token, with a gradient.
+    """
+    what, source, random = f"grpo.loss_type: {name}", _file(name), RandomStream()
+
+    def call(inputs: LossInputs) -> torch.Tensor:
+        own: dict[str, Any] = {
+            one.name: value.clone() for one in fields(inputs) if torch.is_tensor(value := getattr(inputs, one.name))
+        }
+        try:
+            loss: Any = guarded(lambda: function(replace(inputs, **own)), what, source, random=random)
+        except FunctionFault as fault:
+            raise RunError(str(fault)) from fault.__cause__
+        if problem := _problem(loss, inputs.logps):
+            raise RunError(f"{what} {problem}")
+        if not bool(torch.isfinite(loss.detach()).all()):
+            first = int((~torch.isfinite(loss.detach())).nonzero()[0])
+            raise RunError(
+                f"{what} gave {float(loss.detach()[first])} for a token (log-prob {float(inputs.logps.detach()[first]):.4g}, "
+                f"advantage {float(inputs.advantages[first]):.4g}); give a finite number a token"
+            )
+        return loss  # type: ignore[no-any-return]  # it is one
+
+    return call
+
+
+def _file(name: str) -> str:
+    return name.rpartition(":")[0]
+
+
+def _problem(loss: Any, logps: torch.Tensor) -> str:
+    """Return what is wrong with what a loss gave for log-probs (S,); empty: nothing."""
+    if not torch.is_tensor(loss) or loss.shape != logps.shape:
+        got = f"a tensor of shape {tuple(loss.shape)}" if torch.is_tensor(loss) else f"a {type(loss).__name__}"
+        return (
+            f"gave {got} for inputs.logps of shape {tuple(logps.shape)}; give one number a token, whose sum over all "
+            "tokens is the loss"
+        )
+    if not loss.requires_grad:
+        return "gave a loss without a gradient; compute it from inputs.logps"
+    return ""
 
 
 def _needs_advantage(name: str, function: LossFunction) -> bool:
@@ -152,20 +201,15 @@ def _cut(inputs: LossInputs, part: slice) -> LossInputs:
 def _tried(name: str, function: LossFunction, inputs: LossInputs) -> tuple[torch.Tensor, torch.Tensor]:
     """Return a loss and its gradient, both (S,)."""
     logps = inputs.logps.clone().requires_grad_()
-    try:
-        with torch.enable_grad():
-            loss: Any = function(replace(inputs, logps=logps))
-    except Exception as error:
-        line = line_in(error, name.rpartition(":")[0])
-        place = "" if line is None else f", line {line}"
-        raise UserError(f"grpo.loss_type: {name}{place} fails on a trial: {describe(error)}") from error
-    if not torch.is_tensor(loss) or loss.shape != logps.shape:
-        got = f"a tensor of shape {tuple(loss.shape)}" if torch.is_tensor(loss) else f"a {type(loss).__name__}"
-        raise UserError(
-            f"grpo.loss_type: {name} gave {got} for inputs.logps of shape {tuple(logps.shape)}; give one number a "
-            "token, whose sum over all tokens is the loss"
-        )
-    if not loss.requires_grad:
-        raise UserError(f"grpo.loss_type: {name} gave a loss without a gradient; compute it from inputs.logps")
+    with torch.enable_grad():
+        try:
+            loss: Any = guarded(lambda: function(replace(inputs, logps=logps)), f"grpo.loss_type: {name}")
+        except FunctionFault as fault:
+            error = fault.__cause__ or fault
+            line = line_in(error, _file(name))
+            place = "" if line is None else f", line {line}"
+            raise UserError(f"grpo.loss_type: {name}{place} fails on a trial: {describe(error)}") from error
+    if problem := _problem(loss, logps):
+        raise UserError(f"grpo.loss_type: {name} {problem}")
     (gradient,) = torch.autograd.grad(loss.sum(), logps)
     return loss.detach(), gradient
