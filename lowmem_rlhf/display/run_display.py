@@ -1,7 +1,8 @@
 """What a run shows (plan, steps, results): on a console, in a notebook, on a program's own display, or nowhere."""
 
 import sys
-from collections.abc import Iterator
+import warnings
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, Protocol
 
@@ -9,7 +10,7 @@ from rich.console import Console
 
 from lowmem_rlhf.display.lines import Bars
 from lowmem_rlhf.display.live import LiveView, print_evaluation, print_plan
-from lowmem_rlhf.errors import UserError
+from lowmem_rlhf.errors import UserError, one_line
 from lowmem_rlhf.progress import Progress, Silence
 
 
@@ -125,6 +126,29 @@ class ForwardingDisplay:
         """Leave it out: it is in the run."""
 
 
+class _OwnDisplay:
+    """A program's own display; one that fails is told nothing more, which is a warning, and the run goes on."""
+
+    def __init__(self, display: Any) -> None:
+        self._display, self._failed = display, False
+
+    def __getattr__(self, name: str) -> Callable[..., None]:
+        method = getattr(self._display, name)
+
+        def call(*args: Any, **named: Any) -> None:
+            if self._failed:
+                return
+            try:
+                method(*args, **named)
+            except Exception as error:
+                self._failed = True
+                warnings.warn(
+                    f"progress: the display failed in {name} and is told nothing more: {one_line(error)}", stacklevel=2
+                )
+
+        return call
+
+
 def display_for(progress: Any) -> RunDisplay:
     """Return the display that a caller asks for.
 
@@ -144,10 +168,11 @@ def display_for(progress: Any) -> RunDisplay:
     if progress is None or progress is False:
         return ForwardingDisplay(Silence())
     if all(callable(getattr(progress, name, None)) for name in ("plan", "begin", "step", "end", "evaluation")):
-        whole: RunDisplay = progress
-        return whole
+        whole: Any = _OwnDisplay(progress)
+        return whole  # type: ignore[no-any-return]  # it has the methods of what it wraps
     if all(callable(getattr(progress, name, None)) for name in ("phase", "message")):
-        return ForwardingDisplay(progress)
+        forwarded: Any = _OwnDisplay(progress)
+        return ForwardingDisplay(forwarded)
     raise UserError(
         f'progress: got {progress!r}; give "auto", None for silence, or an object with the methods phase and message'
     )

@@ -70,6 +70,25 @@ def guarded(
     return result  # type: ignore[no-any-return]
 
 
+@contextmanager
+def faults_named(what: str, source: str) -> Iterator[None]:
+    """Turn an error that arises in a user's file into one sentence with file and line.
+
+    For code that takes part in the training itself, an algorithm: it is given what it changes, and no state is put
+    back.
+
+    Raises:
+        RunError: an error of the file's; any other is raised as it is.
+    """
+    try:
+        yield
+    except (Exception, SystemExit) as error:
+        line = line_in(error, source)
+        if line is None or isinstance(error, LowmemError) or is_memory_fault(error):
+            raise
+        raise RunError(f"{what} failed in {source}, line {line}: {_described(error)}") from error
+
+
 def finished(result: Any, seconds: float | None) -> Any:
     """Return what an asynchronous function gives; where a loop runs already (as in a notebook), from a thread.
 

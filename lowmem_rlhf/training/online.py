@@ -16,6 +16,7 @@ from lowmem_rlhf.engine.roles import POLICY
 from lowmem_rlhf.planning.plan import Plan
 from lowmem_rlhf.progress import Progress
 from lowmem_rlhf.recipe.schema import Recipe
+from lowmem_rlhf.rewards.guarded import faults_named
 from lowmem_rlhf.rewards.loading import Reward, failed_always
 from lowmem_rlhf.rollout.engine import Engine, engine_for
 from lowmem_rlhf.rollout.rollout import Completion, Rollout
@@ -170,7 +171,9 @@ class Trainer(Loop):
         if self.step == 0:
             for sentence in silent_rewards(rollout):
                 progress.message(sentence)
-        output = self.algorithm.learn(rollout, self, progress)
+        name = self.recipe.algorithm
+        with faults_named(f"algorithm {name}", name.rpartition(":")[0]):
+            output = self.algorithm.learn(rollout, self, progress)
         assert output.rollout is not None
         self.seen = self.seen.with_rollout(rollout)
         self.sampling.check(output.metrics.get("sampling/logp_difference"), self.step + 1, progress.message)

@@ -183,3 +183,19 @@ def test_its_run_is_opened_from_another_folder(command, here, model, monkeypatch
     assert RunDirectory(place).recipe().spec.name == "raft"
     registry._written.clear()
     assert load_recipe(str(place / "recipe.yaml"), quiet=True).algorithm == "raft.py:RAFT"
+
+
+def test_an_error_of_an_algorithm_is_one_sentence_with_its_line(here, command):
+    text = (
+        (here / "raft.py")
+        .read_text()
+        .replace("totals, base = rollout.scored.total, ", "totals, base = rollout.score, ")
+    )
+    (here / "raft.py").write_text(text)
+    line = 1 + text[: text.index("rollout.score, ")].count("\n")
+    code, _, err = command("train", "raft.yaml")
+    assert code == 1
+    sentence = (
+        f"error: algorithm raft.py:RAFT failed in raft.py, line {line}: AttributeError: 'Rollout' object has no attri"
+    )
+    assert err.splitlines()[-1].startswith(sentence) and "Traceback" not in err

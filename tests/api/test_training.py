@@ -103,6 +103,23 @@ def test_held_out_rows_are_given_or_taken_out_of_the_rows(over_rows, rows):
         quiet(over_rows, data=rows, eval_data=rows, rewards=[longer], output="c")
 
 
+def test_a_display_that_fails_does_not_end_the_run(recipe):
+    class Display:
+        calls = 0
+
+        def phase(self, name, done=0, total=None):
+            self.calls += 1
+            raise ValueError("no window")
+
+        def message(self, text):
+            pass
+
+    display = Display()
+    with pytest.warns(UserWarning, match="the display failed in phase and is told nothing more: no window"):
+        run = lm.train(recipe, overrides=["training.max_steps=1"], progress=display, output="run")
+    assert len(run.metrics()) == 1 and display.calls == 1
+
+
 def test_the_loop_is_the_users_and_gives_the_same_run(recipe):
     wanted = quiet(recipe, output="whole")
     trainer = lm.Trainer(recipe, output="by_hand", progress=None)

@@ -110,11 +110,11 @@ def test_an_answer_that_would_be_computed_for_ever_is_wrong():
     hostile = ["9**9**9**9", "(9**99)**99**9", "9^9^9^9", "factorial(10**9)", "99999999!!", "exit()", "[9**9**9**9]"]
     hostile += ["__import__('os')", "1+" * 50_000 + "1", "(" * 100_000, "[[0]*10**10]"]
     for task in ("countdown", "puzzle24", "simple_integration", "polynomial_multiplication", "spiral_matrix"):
-        problem = reasoning_gym_task(task, {"size": 1, "seed": 1})[0]
+        problem = reasoning_gym_task(task, {})[0]
         count = len(hostile)
-        scores = reasoning_gym_answer(hostile, [task] * count, [{"size": 1, "seed": 1}] * count, [problem] * count)
+        scores = reasoning_gym_answer(hostile, [task] * count, [{}] * count, [problem] * count)
         assert max(scores) <= 0.05, (task, scores)
-        assert reasoning_gym_answer([problem["answer"]], [task], [{"size": 1, "seed": 1}], [problem]) == [1.0]
+        assert reasoning_gym_answer([problem["answer"]], [task], [{}], [problem]) == [1.0]
 
 
 @pytest.mark.parametrize(

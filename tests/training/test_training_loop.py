@@ -16,6 +16,7 @@ from lowmem_rlhf.engine.decode import fast_decoder
 from lowmem_rlhf.errors import RunError
 from lowmem_rlhf.rollout.shared_prompt import SharedPromptEngine
 from lowmem_rlhf.training import online
+from lowmem_rlhf.training.metrics import Seen
 from lowmem_rlhf.training.optimizer import Optimizer
 
 CONTRACT = [
@@ -247,6 +248,19 @@ def test_rewards_that_never_differ_are_an_error(model_folder, tmp_path, beta):
     with pytest.raises(RunError, match="nothing was learned"):
         train(trainer)
     assert not (trainer.run.path / "adapter").exists()
+
+
+def test_rewards_are_not_blamed_where_they_differed(model_folder, tmp_path):
+    trainer = trainer_of(recipe_of(model_folder, training={"max_steps": 1}), tmp_path / "run")
+    train(trainer)
+    assert trainer.seen == Seen(16, trainer.seen.ended, 16, 16, trainer.seen.judged_apart) and trainer.seen.judged_apart
+    assert trainer.why_nothing().startswith(
+        "nothing was learned, although completions of a prompt had different rewards"
+    )
+    trainer.load_state(
+        {"seen": {"completions": 16, "ended": 3, "rewarded": 16, "unlike": 16}}
+    )  # of an older checkpoint
+    assert trainer.why_nothing().startswith("nothing was learned: in every step all completions of each prompt had the")
 
 
 @pytest.mark.parametrize("beta", [0.0, 0.04])

@@ -136,11 +136,13 @@ def _checked(name: str, function: LossFunction) -> LossFunction:
             raise RunError(str(fault)) from fault.__cause__
         if problem := _problem(loss, inputs.logps):
             raise RunError(f"{what} {problem}")
-        if not bool(torch.isfinite(loss.detach()).all()):
-            first = int((~torch.isfinite(loss.detach())).nonzero()[0])
+        finite = torch.isfinite(loss.detach())
+        if not bool(finite.all()):
+            first = int((~finite).nonzero()[0])
+            value, logp, advantage = (float(one.detach()[first]) for one in (loss, inputs.logps, inputs.advantages))
             raise RunError(
-                f"{what} gave {float(loss.detach()[first])} for a token (log-prob {float(inputs.logps.detach()[first]):.4g}, "
-                f"advantage {float(inputs.advantages[first]):.4g}); give a finite number a token"
+                f"{what} gave {value} for a token (log-prob {logp:.4g}, advantage {advantage:.4g}); give a finite "
+                "number a token"
             )
         return loss  # type: ignore[no-any-return]  # it is one
 
