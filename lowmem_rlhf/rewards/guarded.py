@@ -47,7 +47,7 @@ def guarded(
         what: such as ``reward function NAME``, for messages.
         source: the user's file, as the recipe names it.
         seconds: the time limit (`time_limit.limited`); None: there is none.
-        random: where its random numbers come from; None: the run's.
+        random: where its random numbers come from, call after call; None: a stream that begins anew.
 
     Raises:
         FunctionFault: it raises anything (SystemExit and KeyboardInterrupt, too), or takes longer than its limit.
