@@ -35,7 +35,7 @@ def test_a_file_of_a_reward_and_a_loss_is_imported_once(file):
     file.write_text(BOTH + "\nimported = open('imported.txt', 'a').write('once ')\n")
     (reward,) = load_rewards([RewardConfig(function="both.py:reward")])
     loss = load_loss("both.py:loss")
-    assert reward.function.__globals__ is loss.function.__globals__
+    assert reward.function.__globals__ is loss.function.__wrapped__.__globals__
     assert (file.parent / "imported.txt").read_text() == "once "
 
 

@@ -12,6 +12,7 @@ Shapes: S scored tokens of a micro-batch, N completions of the whole batch.
 
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
+from functools import wraps
 from typing import Any
 
 import torch
@@ -126,6 +127,7 @@ def _checked(name: str, function: LossFunction) -> LossFunction:
     """
     what, source, random = f"grpo.loss_type: {name}", _file(name), RandomStream()
 
+    @wraps(function)
     def call(inputs: LossInputs) -> torch.Tensor:
         own: dict[str, Any] = {
             one.name: value.clone() for one in fields(inputs) if torch.is_tensor(value := getattr(inputs, one.name))
