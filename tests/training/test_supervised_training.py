@@ -24,6 +24,7 @@ from lowmem_rlhf.data.supervised import Pair, Supervised, build_supervised
 from lowmem_rlhf.engine.base import SharedBase
 from lowmem_rlhf.engine.passes import BatchLimits
 from lowmem_rlhf.engine.roles import POLICY
+from lowmem_rlhf.errors import RunError, UserError
 from lowmem_rlhf.planning.run_plan import running_plan
 from lowmem_rlhf.recipe.loading import validate_recipe
 from lowmem_rlhf.rewards.adapter import load_adapter_reward
@@ -329,6 +330,29 @@ def test_the_reward_scores_what_the_reward_model_scored(make, tmp_path):
     order = [3, 0, 6, 1, 7, 2, 5, 4]  # completions of a prompt need not stand together
     mixed = reward([prompts[i] for i in order], [answers[i] for i in order])
     assert mixed == pytest.approx([values[i] for i in order], abs=1e-5)
+
+
+@pytest.mark.parametrize("part", ["adapter", "head", "scores"])
+def test_a_reward_s_adapter_that_is_no_numbers_is_refused(make, tmp_path, part):
+    base, _ = tiny_base("llama")
+    make(RewardModel, base, pairs(), pairs(seed=7))
+    head = base.heads[POLICY].weight
+    with torch.no_grad():
+        if part == "adapter":
+            next(p for name, p in base.model.named_parameters() if f".{POLICY}." in name)[0, 0] = torch.nan
+        else:
+            head.fill_(torch.inf if part == "head" else 3e38)
+    base.save_adapter(tmp_path / "adapter")
+    reward = load_adapter_reward("liking", str(tmp_path / "adapter"), "tiny/llama")
+    other, _ = tiny_base("llama", adapter=0.3)
+    if part != "scores":
+        with pytest.raises(UserError, match=r"^rewards: liking: adapter .*adapter has numbers that are not finite"):
+            reward.bind(other, "reward")
+        return
+    reward.bind(other, "reward")
+    reward.ladder = ladder_of(16)
+    with pytest.raises(RunError, match=r"its adapter in .*adapter gives -?(inf|nan) for completion \d of 2"):
+        reward([[3, 4], [3, 4]], [[5, 6], [7]])
 
 
 @pytest.mark.parametrize("kind", [SFT, RewardModel])
