@@ -10,16 +10,22 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
-
 from lowmem_rlhf.architecture.adapter_base import check_adapter_base
+from lowmem_rlhf.architecture.adapter_files import (
+    CONFIG,
+    HEAD,
+    WEIGHTS,
+    check_fields,
+    check_ranks,
+    is_scale,
+    tensors_of,
+)
 from lowmem_rlhf.architecture.lookup import model_dimensions
 from lowmem_rlhf.errors import UserError
 from lowmem_rlhf.run.directory import ADAPTER, MODEL, RunDirectory
 from lowmem_rlhf.run.stages import first_stage, run_of, to_finish
 from lowmem_rlhf.suggest import did_you_mean
 
-WEIGHTS, CONFIG, HEAD = "adapter_model.safetensors", "adapter_config.json", "head.safetensors"
 # what peft can add to a low-rank product and this package does not compute
 MORE = (
     *("use_dora", "lora_bias", "modules_to_save", "trainable_token_indices", "velora_config"),
@@ -130,6 +136,7 @@ def saved_adapter(reference: str, model: str, revision: str | None = None) -> Sa
         config: dict[str, Any] = dict(json.loads((folder / CONFIG).read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError) as error:
         raise UserError(f"adapter {reference!r}: {CONFIG} cannot be read ({error})") from error
+    check_fields(reference, config)
     _check_kind(reference, folder, config, model, revision)
     base = str(config.get("base_model_name_or_path") or "")
     check_adapter_base(reference, folder, base, config.get("revision"), model, revision)
@@ -137,16 +144,18 @@ def saved_adapter(reference: str, model: str, revision: str | None = None) -> Sa
     if not isinstance(target, str):  # peft lists what it would have taken, also what was excluded
         target = sorted(name for name in target if name.rsplit(".", 1)[-1] not in (config.get("exclude_modules") or ()))
     r, alpha = config.get("r"), config.get("lora_alpha")
-    if isinstance(r, bool) or not isinstance(r, int) or r < 1 or not isinstance(alpha, int | float):
+    if isinstance(r, bool) or not isinstance(r, int) or r < 1 or not is_scale(alpha):
         raise UserError(
-            f"adapter {reference!r}: {CONFIG} must have a whole number above 0 as r and a number as lora_alpha; got "
-            f"{r!r} and {alpha!r}"
+            f"adapter {reference!r}: {CONFIG} must have a whole number above 0 as r and a number above 0 as lora_alpha "
+            f"(finite); got {r!r} and {alpha!r}"
         )
-    _layer_names(folder)
+    check_ranks(reference, folder, r)
+    if (folder / HEAD).is_file():
+        tensors_of(folder, HEAD)
     return SavedAdapter(
         folder=folder,
         r=r,
-        lora_alpha=float(alpha),
+        lora_alpha=float(alpha),  # type: ignore[arg-type]
         target_modules=target,
         use_rslora=bool(config.get("use_rslora")),
         base=base,
@@ -171,7 +180,7 @@ def _check_kind(reference: str, folder: Path, config: dict[str, Any], model: str
             "no reference; train one with the usual start (init_lora_weights=true)"
         )
     more = [name for name in MORE if config.get(name)] or _patterns(config, folder)
-    if config.get("bias", "none") != "none":
+    if (config.get("bias") or "none") != "none":
         more.append("bias")
     if more:
         raise UserError(
@@ -226,11 +235,4 @@ def _layer_names(folder: Path) -> set[str]:
     Raises:
         UserError: it cannot be read.
     """
-    try:
-        with safe_open(folder / WEIGHTS, framework="numpy") as file:
-            return {name.rsplit(".lora_", 1)[0] for name in file.keys()}  # noqa: SIM118 (not a dict)
-    except (OSError, SafetensorError) as error:
-        of_run = run_of(folder.parent) or run_of(folder.parent.parent)
-        remedy = "take a checkpoint" if of_run else "it may be cut short, or a pointer of Git LFS: fetch it again"
-        also = " (chat, eval and export: --step N)" if of_run else ""
-        raise UserError(f"adapter {folder}: {WEIGHTS} cannot be read ({error}); {remedy}{also}") from error
+    return {name.rsplit(".lora_", 1)[0] for name in tensors_of(folder)}

@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from lowmem_rlhf.architecture.source import is_local, resolve_model
+from lowmem_rlhf.architecture.weight_files import INDEX, SINGLE, header
 from lowmem_rlhf.errors import UserError
 from lowmem_rlhf.run.base_file import Fingerprint
 
-SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 BLOCK = 16 * 1024  # bytes read at a place
 PLACES = 2048  # in all tensors of a model, one in each of them at least
 GGUF_HEAD, GGUF_BLOCK, GGUF_BLOCKS = 1 << 20, 64 * 1024, 64
@@ -23,7 +23,6 @@ GGUF_HEAD, GGUF_BLOCK, GGUF_BLOCKS = 1 << 20, 64 * 1024, 64
 UNTOLD = ("_name_or_path", "transformers_version", "torch_dtype", "dtype")
 VOCABULARIES = (("tokenizer.json",), ("tokenizer.model",), ("vocab.json", "merges.txt"), ("vocab.txt",))
 FRAME = ("bos_token", "eos_token", "add_bos_token", "add_eos_token")  # of tokenizer_config.json
-_HEADER_LIMIT = 100_000_000  # as the safetensors library has it
 
 
 def fingerprint(model: str, revision: str | None = None) -> Fingerprint | None:
@@ -86,7 +85,7 @@ def _weight_files(folder: Path) -> list[Path]:
 @lru_cache(maxsize=32)
 def _safetensors(files: tuple[tuple[Path, int, int], ...]) -> str:
     """Return the hash of tensors, whatever file they lie in."""
-    headers = [(file, *_header(file)) for file, _, _ in files]
+    headers = [(file, *header(file)) for file, _, _ in files]
     names = [name for _, _, tensors in headers for name in tensors]
     ends = [
         data + max((told["data_offsets"][1] for told in tensors.values()), default=0) for _, data, tensors in headers
@@ -103,19 +102,6 @@ def _safetensors(files: tuple[tuple[Path, int, int], ...]) -> str:
                 _sample(file, digest, data + begin, data + end, many, BLOCK)
                 digests[name] = digest.hexdigest()
     return hashlib.sha256("".join(f"{name}:{digests[name]}\n" for name in sorted(digests)).encode()).hexdigest()
-
-
-def _header(path: Path) -> tuple[int, dict[str, Any]]:
-    """Return where the tensors' bytes begin, and the tensors (the format: huggingface/safetensors#format)."""
-    with path.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        if length > _HEADER_LIMIT:
-            raise ValueError("no safetensors file")
-        tensors = json.loads(file.read(length))
-    if not isinstance(tensors, dict) or not tensors:
-        raise ValueError("no safetensors file")
-    tensors.pop("__metadata__", None)
-    return 8 + length, tensors
 
 
 def _sample(file: Any, digest: Any, begin: int, end: int, many: int, block: int) -> None:

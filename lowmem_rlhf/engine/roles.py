@@ -18,7 +18,7 @@ from torch import nn
 from lowmem_rlhf.architecture.adapters import HEAD, WEIGHTS, SavedAdapter
 from lowmem_rlhf.engine.logprobs import Head
 from lowmem_rlhf.engine.lora import ActiveAdapters, SharedLoraLinear, lora_config
-from lowmem_rlhf.engine.whole import differing_tensors
+from lowmem_rlhf.engine.whole import differing_tensors, few
 from lowmem_rlhf.errors import UserError
 
 POLICY, REFERENCE, INITIAL, CRITIC, REWARD = "policy", "reference", "initial", "critic", "reward"
@@ -109,13 +109,19 @@ class Roles(nn.Module):
         Raises:
             UserError: it does not fit this base.
         """
-        self.add_role(role, saved.r, saved.lora_alpha, saved.target_modules, use_rslora=saved.use_rslora)
         try:
+            self.add_role(role, saved.r, saved.lora_alpha, saved.target_modules, use_rslora=saved.use_rslora)
             self.load_adapter(saved.folder, role)
             if saved.head is not None:
                 self.add_head(role)
                 self.load_head(saved.folder, role)
             self.freeze(role)
+        except ValueError as error:  # peft finds no such layers, or some that take no adapter
+            self.remove_role(role)
+            raise UserError(
+                f"the adapter in {saved.folder} does not fit this base, whose layers are not those that it names "
+                f"(target_modules {saved.target_modules!r}); give the model that it was trained on"
+            ) from error
         except BaseException:
             self.remove_role(role)
             raise
@@ -241,6 +247,7 @@ class Roles(nn.Module):
         have = self.adapter_state(role)
         if misfit := differing_tensors(state, have):
             raise UserError(f"the adapter in {folder} does not fit this base: its files {misfit}")
+        _check_numbers("adapter", folder, state)
         with torch.no_grad():
             set_peft_model_state_dict(self.peft, state, adapter_name=role)
         self.adapters_changed()
@@ -269,6 +276,21 @@ class Roles(nn.Module):
         state, have = load_file(folder / HEAD, device="cpu"), dict(self.heads[role].named_parameters())
         if misfit := differing_tensors(state, have):
             raise UserError(f"the head in {folder} does not fit this base: its files {misfit}")
+        _check_numbers("head", folder, state)
         with torch.no_grad():
             for name, p in have.items():
                 p.copy_(state[name])
+
+
+def _check_numbers(what: str, folder: Path, state: dict[str, torch.Tensor]) -> None:
+    """Check that the tensors of a file are finite numbers.
+
+    Raises:
+        UserError: one is not.
+    """
+    broken = {name for name, tensor in state.items() if not bool(tensor.isfinite().all())}
+    if broken:
+        raise UserError(
+            f"the {what} in {folder} has values that are not finite in {few(broken)}: nothing can be computed with it; "
+            "fetch it again, or take an earlier checkpoint of the run that it is from"
+        )

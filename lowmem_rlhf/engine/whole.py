@@ -1,24 +1,29 @@
 """Whether a model has got all of its weights from its files, and the files hold no others: otherwise it is refused.
 
+Weights that are no numbers, or layers of zeros alone, are refused too (`weights`).
+
 transformers fills a tensor that is missing or of another shape with random numbers and says so in a log that nobody
 reads; of quantized layers it does not look at the shape at all.
 """
 
 import logging
 import re
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
+from lowmem_rlhf.architecture.weight_files import check_weight_files
+from lowmem_rlhf.engine.weights import SHOWN, before_quantization, broken_weights, few
 from lowmem_rlhf.errors import UserError
+from lowmem_rlhf.hardware.memory import is_out_of_memory
 
 Exempt = Callable[[str, Any], bool]  # a tensor's name and the model -> whether it does not matter
 Shape = tuple[int, ...]
 
-SHOWN = 3  # tensors that a message names of each kind
 # what older versions of transformers stored beside the weights: made anew from the configuration, never read
 _OLD_BUFFER = re.compile(r"(^|\.)(inv_freq|position_ids|masked_bias|causal_mask|attn\.bias|attn\.attention\.bias)$")
 _REMEDY = (
@@ -38,6 +43,7 @@ def load_whole(
     kind: str = "",
     may_lack: Exempt = _never,
     may_hold: Exempt = _never,
+    wider: str = "hardware.compute_dtype=bfloat16 and another quantization",
     **settings: Any,
 ) -> Any:
     """Return what ``auto.from_pretrained`` loads, every tensor of which came from the files.
@@ -49,19 +55,22 @@ def load_whole(
         kind: what the model is to be, for the message about a tensor that it lacks.
         may_lack: which tensors may be missing or of another shape, and begin at random.
         may_hold: which tensors the files may hold beyond the model's.
+        wider: what to set where float16 is too narrow for the weights.
         settings: more for ``from_pretrained``.
 
     Raises:
-        UserError: a tensor is missing, is one too many or has another shape.
+        UserError: a tensor is missing, is one too many, has another shape, or is no weight.
         OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError: as ``from_pretrained``.
     """
-    with _unconverted() as unconverted:
+    if "gguf_file" not in settings and Path(path).is_dir():
+        check_weight_files(Path(path), name)
+    with _unconverted() as unconverted, before_quantization() as quantized:
         try:
             model, loading = auto.from_pretrained(
                 path, output_loading_info=True, ignore_mismatched_sizes=True, **settings
             )
         except RuntimeError as error:
-            if unconverted:
+            if unconverted and not is_out_of_memory(error):
                 what = f"model {name!r}: of its files {few(unconverted)} cannot be made"
                 raise UserError(
                     f"{what}, a tensor that belongs to it is missing or has another shape; {_REMEDY}"
@@ -74,6 +83,15 @@ def load_whole(
     if misfit := difference(absent, beyond, {key: shapes for key, shapes in other.items() if not may_lack(key, model)}):
         whose = f"model {name!r} is no {kind}" if kind and absent else f"model {name!r} does not fit its configuration"
         raise UserError(f"{whose}: its files {misfit}; {_REMEDY}")
+    if unusable := broken_weights(model, quantized):
+        int8 = getattr(settings.get("quantization_config"), "load_in_8bit", False)
+        half = settings.get("dtype") == torch.float16 or int8
+        remedy = f"; float16{', in which int8 is made,' if int8 else ''} has no number above 65504" if half else ""
+        remedy += f": where the files have, take {wider}" if half else ""
+        raise UserError(
+            f"model {name!r} has {unusable}: nothing can be computed with such weights; fetch the model again, or take "
+            f"another one{remedy}"
+        )
     return model
 
 
@@ -114,12 +132,6 @@ def _other_shapes(model: nn.Module) -> dict[str, tuple[Shape, Shape]]:
             if is_there != wanted:
                 others[f"{name}.weight"] = (is_there, wanted)
     return others
-
-
-def few(names: Collection[str]) -> str:
-    """Return how many tensors there are, and the first of them by name."""
-    shown = ", ".join(sorted(names)[:SHOWN]) + (", ..." if len(names) > SHOWN else "")
-    return f"{len(names)} tensor{'s' if len(names) > 1 else ''} ({shown})"
 
 
 @contextmanager

@@ -41,6 +41,7 @@ def open_base(
     from lowmem_rlhf.architecture.adapters import saved_adapter
     from lowmem_rlhf.engine.base import SharedBase
     from lowmem_rlhf.engine.load import as_base
+    from lowmem_rlhf.engine.weights import broken_weights
     from lowmem_rlhf.training.memory import opening_ladder
 
     check_computes(plan.device)
@@ -68,6 +69,8 @@ def open_base(
         base = ladder.survive("loading", load, message, sizes=False)
     else:
         loaded.check_weights(recipe)
+        if unusable := broken_weights(loaded.model):
+            raise UserError(f"model: the object has {unusable}: nothing can be computed with it; load it again")
         base = SharedBase(as_base(loaded.model), loaded.own_tokenizer(recipe), recipe.model, **shape)
     base.chat_template_kwargs = recipe.data.chat_template_kwargs
     return base

@@ -6,9 +6,7 @@ It reads the very tokens of the rollout, so no text is tokenized again, and each
 import math
 from collections.abc import Sequence
 from itertools import groupby
-from typing import Any, NoReturn
-
-import torch
+from typing import Any
 
 from lowmem_rlhf.architecture.adapters import HEAD, SavedAdapter, saved_adapter
 from lowmem_rlhf.engine.base import SharedBase
@@ -40,19 +38,11 @@ class AdapterReward:
         Raises:
             UserError: the adapter does not fit the base, or its weights are not finite.
         """
-        base.add_saved_role(role, self.saved)
+        try:
+            base.add_saved_role(role, self.saved)
+        except UserError as error:
+            raise UserError(f"rewards: {self.name}: {error}") from error
         self.base, self.role = base, role
-        for key, weight in base.model.named_parameters():
-            if f".{role}." in f"{key}." and not bool(torch.isfinite(weight).all()):
-                self._refuse(key)
-        if not all(bool(torch.isfinite(weight).all()) for weight in base.heads[role].parameters()):
-            self._refuse(HEAD)
-
-    def _refuse(self, key: str) -> NoReturn:
-        raise UserError(
-            f"rewards: {self.name}: adapter {self.saved.folder} has numbers that are not finite (NaN or inf) in {key}; "
-            "take a checkpoint before it went wrong, or train it again"
-        )
 
     def __call__(
         self, prompt_ids: Sequence[Sequence[int]], completion_ids: Sequence[Sequence[int]], **columns: Any

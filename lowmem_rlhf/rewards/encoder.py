@@ -202,6 +202,7 @@ def load_encoder(
                 kind,
                 may_lack,
                 may_hold,
+                "dtype=float32",
                 revision=options.revision,
                 trust_remote_code=False,
                 dtype=DTYPES[options.dtype],
@@ -217,7 +218,6 @@ def load_encoder(
             f"model {name!r} has the wrong tokenizer: it knows {len(tokenizer):,} tokens, and the model "
             f"{model.get_input_embeddings().num_embeddings:,}"
         )
-    _check_finite(name, model, options.dtype)
     config = model.config
     config.use_cache = False
     if getattr(config, "pad_token_id", None) is None:  # such models find a text's last token by it
@@ -225,19 +225,6 @@ def load_encoder(
     model.requires_grad_(False).eval()
     length = _length(name, model, tokenizer, options.max_length)
     return Encoder(model, tokenizer, length, keep, options.batch_tokens, name)
-
-
-def _check_finite(name: str, model: nn.Module, dtype: str) -> None:
-    """Check that every weight is a number.
-
-    Raises:
-        UserError: one is not, in the file or in this type.
-    """
-    for key, weight in model.named_parameters():
-        ends = torch.stack(weight.aminmax()) if weight.numel() and weight.is_floating_point() else None
-        if ends is not None and not bool(torch.isfinite(ends).all()):
-            remedy = "fetch it again" if dtype == "float32" else f"fetch it again, or set dtype=float32 (now {dtype})"
-            raise UserError(f"model {name!r}: its weight {key} has numbers that are not finite (NaN or inf); {remedy}")
 
 
 def _parts(model: nn.Module) -> set[str]:

@@ -191,9 +191,12 @@ def _described(error: BaseException) -> str:
 
 
 def is_memory_fault(error: BaseException) -> bool:
-    """Whether an error, or what it was raised from, says that the device's memory ran out."""
+    """Whether an error, or what it was raised from, says that the device's memory ran out (not the host's)."""
     if "torch" not in sys.modules:
         return False
     from lowmem_rlhf.hardware.memory import is_out_of_memory
 
-    return is_out_of_memory(error) or (error.__cause__ is not None and is_out_of_memory(error.__cause__))
+    both = [
+        one for one in (error, error.__cause__) if isinstance(one, RuntimeError)
+    ]
+    return any(is_out_of_memory(one) for one in both)

@@ -99,6 +99,9 @@ class Unclosable:
         raise io.UnsupportedOperation("detach")
 
 
+RandomStates = list[tuple[Callable[[Any], object], Any]]
+
+
 class RandomStream:
     """The random numbers of one function: Python's, NumPy's and torch's, a stream of its own.
 
@@ -107,20 +110,18 @@ class RandomStream:
     """
 
     def __init__(self) -> None:
-        self._state: list[tuple[Callable[[Any], object], Any]] = []
+        self._state: RandomStates = []
 
     @contextmanager
     def drawn_from(self) -> Iterator[None]:
         """Let what runs in the block draw from this stream."""
-        before = _random_state()
-        for write, value in self._state:
-            write(value)
+        before = random_states()
+        set_random_states(self._state)
         try:
             yield
         finally:
-            self._state = _random_state()
-            for write, value in before:
-                write(value)
+            self._state = random_states()
+            set_random_states(before)
 
 
 class _Alarm:
@@ -154,9 +155,9 @@ def new_threads(before: set[int | None]) -> list[str]:
     ]
 
 
-def _random_state() -> list[tuple[Callable[[Any], object], Any]]:
-    """Return what sets each generator, with its state."""
-    states: list[tuple[Callable[[Any], object], Any]] = [(random.setstate, random.getstate())]
+def random_states() -> RandomStates:
+    """Return what sets each global generator (Python's, NumPy's, torch's), with its state."""
+    states: RandomStates = [(random.setstate, random.getstate())]
     if (numpy := sys.modules.get("numpy")) is not None:
         states.append((numpy.random.set_state, numpy.random.get_state()))
     if (torch := _torch()) is None:
@@ -169,6 +170,12 @@ def _random_state() -> list[tuple[Callable[[Any], object], Any]]:
         read, write = ("get_rng_state_all", "set_rng_state_all") if of_all else ("get_rng_state", "set_rng_state")
         states.append((getattr(module, write), getattr(module, read)()))
     return states
+
+
+def set_random_states(states: RandomStates) -> None:
+    """Set the global generators to what `random_states` returned."""
+    for write, value in states:
+        write(value)
 
 
 def _parts() -> list[Part]:

@@ -86,7 +86,7 @@ def test_weights_that_would_be_unpickled_are_refused(tmp_path):
 def test_a_damaged_weights_file_is_one_sentence(tmp_path):
     save_tiny("llama", tmp_path)
     (tmp_path / "model.safetensors").write_bytes(b"\x00" * 100)
-    refuse(tmp_path, "cannot be loaded")
+    refuse(tmp_path, "model.safetensors cannot be read as a safetensors file")
 
 
 def test_a_checkpoint_that_is_already_quantized_is_refused(tiny_folder, tmp_path):

@@ -75,6 +75,82 @@ def test_every_kind_is_named_at_once(tiny_folder, tmp_path):
     refuse(changed(tiny_folder, tmp_path / "m", change), *(DAMAGE[kind][1] for kind in ("lacks", "one more", "longer")))
 
 
+def valued(key, value, whole=False):
+    """Return a change that puts a value into a tensor, or fills it."""
+
+    def change(state):
+        state[key] = torch.full_like(state[key], value) if whole else state[key].clone()
+        state[key].view(-1)[5] = value
+
+    return change
+
+
+NO_NUMBERS = "values that are not finite in 1 tensor"
+WEIGHTS = {
+    "nan": (valued(UP, torch.nan), f"{NO_NUMBERS} ({UP})"),
+    "-inf": (valued(UP, -torch.inf), f"{NO_NUMBERS} ({UP})"),
+    "in the embedding": (valued("model.embed_tokens.weight", torch.nan), f"{NO_NUMBERS} (model.embed_tokens.weight)"),
+    "in a norm": (valued(NORM, torch.inf), f"{NO_NUMBERS} ({NORM})"),
+    "in the head": (valued("lm_head.weight", torch.nan), f"{NO_NUMBERS} (lm_head.weight)"),
+    "zeros": (valued(UP, 0, whole=True), f"nothing but zeros in 1 tensor ({UP})"),
+    "no embedding": (
+        valued("model.embed_tokens.weight", 0, whole=True),
+        "nothing but zeros in 1 tensor (model.embed_tokens.weight)",
+    ),
+}
+
+
+@pytest.mark.parametrize("damage", WEIGHTS)
+@pytest.mark.parametrize("quantization", ["none", "nf4", "int8"])
+def test_weights_that_are_no_numbers_are_refused_by_name(tiny_folder, tmp_path, quantization, damage):
+    change, said = WEIGHTS[damage]
+    refuse(changed(tiny_folder, tmp_path / "m", change), said, "fetch the model again", quantization=quantization)
+
+
+def test_large_weights_are_numbers_where_the_dtype_has_them(tiny_folder, tmp_path):
+    large = changed(tiny_folder, tmp_path / "m", valued(UP, 1e5))
+    for quantization in ("none", "nf4"):
+        load_base(str(large), quantization, "bfloat16", CPU)
+        with pytest.raises(UserError, match=r"not finite .*float16 has no number above 65504.*compute_dtype=bfloat16"):
+            load_base(str(large), quantization, "float16", CPU)
+    refuse(large, NO_NUMBERS, "float16, in which int8 is made, has no number above 65504", quantization="int8")
+    zero_norm = changed(tiny_folder, tmp_path / "gemma-like", valued(NORM, 0, whole=True))  # where it is one plus this
+    load_base(str(zero_norm), "none", "float32", CPU)
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.int64, torch.bool, torch.float8_e4m3fn])
+def test_weights_of_a_dtype_that_is_no_weights_are_refused(tiny_folder, tmp_path, dtype):
+    folder = changed(tiny_folder, tmp_path / "m", lambda state: state.update({UP: state[UP].to(dtype)}))
+    refuse(folder, "1 weights that are no floating-point numbers", f"({UP} is", "take the original 16-bit weights")
+
+
+CUT = {
+    "empty": (lambda data: b"", "model.safetensors is no safetensors file"),
+    "header": (lambda data: data[:100], "model.safetensors is cut short in its header"),
+    "end": (lambda data: data[:-1], "model.safetensors is cut short: it has"),
+    "longer": (lambda data: data + b"abc", "model.safetensors has 3 bytes too many"),
+    "garbage": (lambda data: data[:8] + b"x" * (len(data) - 8), "cannot be read as a safetensors file"),
+    "a pointer": (lambda data: b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "a pointer of Git LFS"),
+}
+
+
+@pytest.mark.parametrize("damage", CUT)
+def test_a_file_that_is_cut_or_no_model_is_named(tiny_folder, tmp_path, damage):
+    change, said = CUT[damage]
+    folder = shutil.copytree(tiny_folder, tmp_path / "m")
+    file = folder / "model.safetensors"
+    file.write_bytes(change(file.read_bytes()))
+    refuse(folder, said, "fetch the model again")
+
+
+@pytest.mark.parametrize("index", ["[]", '{"weight_map": {"a": 3}}', '{"weight_map": [1]}', "{}", '{"weight_'])
+def test_an_index_that_is_none_is_named(tiny_folder, tmp_path, index):
+    folder = shutil.copytree(tiny_folder, tmp_path / "m")
+    (folder / "model.safetensors").unlink()
+    (folder / "model.safetensors.index.json").write_text(index)
+    refuse(folder, "model.safetensors.index.json cannot be read as an index")
+
+
 @pytest.mark.parametrize("quantization", ["none", "nf4"])
 def test_tied_weights_may_be_left_out_but_not_all_of_them(tmp_path, quantization):
     folder = save_tiny("llama-tied-biased", tmp_path / "tied")
@@ -124,7 +200,7 @@ def test_shards(tiny_folder, tmp_path):
     load_base(str(whole), "nf4", "float32", CPU)
     lacks_file = shutil.copytree(whole, tmp_path / "lacks-file")
     (lacks_file / shards[-1].name).unlink()
-    refuse(lacks_file, "cannot be loaded", shards[-1].name)
+    refuse(lacks_file, "files that model.safetensors.index.json names are missing", shards[-1].name)
     lacks_entry = shutil.copytree(whole, tmp_path / "lacks-entry")
     index = json.loads((whole / "model.safetensors.index.json").read_text())
     index["weight_map"] = {key: file for key, file in index["weight_map"].items() if file != shards[-1].name}
@@ -274,6 +350,19 @@ def test_an_export_that_is_not_whole_is_no_proof(tiny_folder, tmp_path):
         read_model(tmp_path / "any.gguf", cut)
 
 
+@pytest.mark.parametrize("names", [["c_attn"], ["input_layernorm"], ["q_proj"]])
+def test_an_adapter_beside_other_layers_is_refused(tmp_path, names):
+    from lowmem_rlhf.architecture.adapters import saved_adapter
+
+    base, _ = tiny_base("llama")
+    base.save_adapter(tmp_path)
+    file = tmp_path / "adapter_config.json"
+    config = json.loads(file.read_text()) | {"target_modules": names, "exclude_modules": None}
+    file.write_text(json.dumps(config))
+    with pytest.raises(UserError, match=r"the adapter in .* does not fit this base"):
+        base.add_saved_role("reward", saved_adapter(str(tmp_path), config["base_model_name_or_path"]))
+
+
 def test_an_adapter_and_a_head_are_the_roles_or_refused_by_name(tmp_path):
     from lowmem_rlhf.engine.roles import POLICY
 
@@ -291,6 +380,8 @@ def test_an_adapter_and_a_head_are_the_roles_or_refused_by_name(tmp_path):
             f"({key}: (5, 48) in place of (4, 48))",
         ),
         ("head", "head", lambda s: s.update({"bias": torch.ones(1)}), "hold 1 tensor (bias)"),
+        ("nan", "adapter_model", valued(key, torch.nan), f"not finite in 1 tensor ({key})"),
+        ("inf", "head", valued("weight", torch.inf), "the head in"),
     ):
         folder = shutil.copytree(tmp_path / "whole", tmp_path / name)
         state = load_file(folder / f"{file}.safetensors")

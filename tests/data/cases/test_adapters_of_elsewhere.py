@@ -194,6 +194,57 @@ def test_an_adapter_that_is_more_or_less_says_what(model, kind):
     assert said in refused(saved_adapter, stock_adapter(model, "adapter", **settings), model)
 
 
+BY_HAND = {
+    "r": (None, 0, -1, "16", 1.5, True),
+    "lora_alpha": (None, 0, -2, "16", True, float("nan"), float("inf"), [1]),
+    "peft_type": (None, 3, "IA3"),
+    "bias": ("all", 3, ["none"]),
+    "target_modules": (3, ["q_proj", None], {"q_proj": 1}, "proj("),
+    "exclude_modules": (3, [None]),
+    "rank_pattern": ({"q_proj": 8}, {"(": 1}, [1], "q_proj"),
+    "alpha_pattern": ({"q_proj": 8}, {"(": 1}, 3),
+    "use_dora": (True,),
+    "modules_to_save": (["lm_head"],),
+    "base_model_name_or_path": (3,),
+}
+
+
+def test_a_configuration_that_peft_did_not_write_is_one_sentence(model):
+    adapter = stock_adapter(model, "adapter")
+    file = Path(adapter) / "adapter_config.json"
+    right = file.read_text()
+    for key, values in BY_HAND.items():
+        for value in values:
+            file.write_text(right)
+            assert key in refused(saved_adapter, configure(adapter, **{key: value}), model) or key == "peft_type"
+    for key in ("r", "lora_alpha", "peft_type"):
+        file.write_text(json.dumps({name: value for name, value in json.loads(right).items() if name != key}))
+        assert repr(adapter) in refused(saved_adapter, adapter, model)
+    for text in ("", "[]", "3", "null", '{"r"'):
+        file.write_text(text)
+        assert repr(adapter) in refused(saved_adapter, adapter, model)
+    file.write_text(right)
+    assert saved_adapter(configure(adapter, use_rslora=True), model).use_rslora
+
+
+def test_weights_that_do_not_belong_to_the_configuration_are_named(model):
+    adapter = stock_adapter(model, "adapter")
+    assert "says r=4, and base_model" in refused(saved_adapter, configure(adapter, r=4), model)
+    configure(adapter, r=2)
+    file = Path(adapter) / "adapter_model.safetensors"
+    whole, tensors = file.read_bytes(), load_file(file)
+    save_file({name: tensor.to(torch.int8) for name, tensor in tensors.items()}, file)
+    assert "is of I8, and not of floating-point numbers" in refused(saved_adapter, adapter, model)
+    save_file({"score.weight": torch.ones(1, 64)}, file)
+    assert "holds no matrix of an adapter" in refused(saved_adapter, adapter, model)
+    for cut in (whole[:-1], whole[:50], b"", b"version https://git-lfs.github.com/spec/v1"):
+        file.write_bytes(cut)
+        assert "adapter_model.safetensors cannot be read" in refused(saved_adapter, adapter, model)
+    file.write_bytes(whole)
+    (Path(adapter) / "head.safetensors").write_bytes(whole[:60])
+    assert "head.safetensors cannot be read" in refused(saved_adapter, adapter, model)
+
+
 def test_all_layers_by_their_numbers_are_all_layers(model):
     assert saved_adapter(stock_adapter(model, "adapter", layers_to_transform=[0, 1]), model).r == 2
 
