@@ -261,18 +261,18 @@ class Ladder:
                 changed.append((f"hardware.{key}={before}", str(getattr(self, key))))
         return changed
 
-    def step_finished(self) -> str:
-        """Count a step without a failure; return what has grown again, an empty text where nothing has."""
+    def step_finished(self) -> list[str]:
+        """Count a step without a failure; return a sentence where something has grown again."""
         self._quiet += 1
         self._steps += 1
         small = {key: planned for key, planned in self._planned.items() if getattr(self, key) < planned}
         if not small or self._quiet < self._patience:
-            return ""
+            return []
         self._quiet, self._grew = 0, True
         for key, planned in small.items():
             setattr(self, key, min(planned, 2 * getattr(self, key)))
         grown = ", ".join(f"hardware.{key}={getattr(self, key)}" for key in small)
-        return f"memory has sufficed for {self._patience} steps; going on with {grown}"
+        return [f"memory has sufficed for {self._patience} steps; going on with {grown}"]
 
 
 _REMEDY = (

@@ -93,7 +93,7 @@ class HardwareConfig(Section):
     rollout_weights: Annotated[Literal["auto", "quantized", "dequantized"], WHERE] = "auto"
     logits_tile_tokens: Annotated[CountOrAuto, BATCHING] = "auto"
     optim: Annotated[Literal["auto", "adamw", "adamw_8bit"], PRECISION] = "auto"
-    # hold the model against stock transformers; auto: not tested types
+    # hold the model against stock transformers (auto: not tested types), and its weights at the end against the start's
     check: Annotated[Literal["auto", "always"], WHERE] = "auto"
     probe: Annotated[bool | Auto, WHERE] = "auto"  # try the largest planned shapes before step 1; auto: not on a CPU
 

@@ -138,6 +138,7 @@ def check(recipe: Recipe, output: Path | None, resume: bool, display: RunDisplay
     with paths_explained(path, recipe) if resume else nullcontext():
         written, recipe = recipe, located(recipe, path) if resume else recipe
         _check_trackers(recipe)
+        _check_rate(recipe)
         recipe, note = with_format(recipe)
         if note:
             display.message(note)
@@ -334,6 +335,17 @@ def _as_saved(recipe: Recipe) -> Recipe:
             )
     lora = recipe.lora.model_copy(update={"r": saved.r, "lora_alpha": saved.lora_alpha})
     return recipe.model_copy(update={"lora": lora})
+
+
+def _check_rate(recipe: Recipe) -> None:
+    """Refuse a run whose only optimizer step is the first of a warm-up, which has a learning rate of zero."""
+    training = recipe.training
+    steps = training.max_steps * recipe.spec.updates(recipe) if training.num_train_epochs is None else 0
+    if steps == 1 and training.warmup_steps and training.lr_scheduler_type != "constant":
+        raise UserError(
+            f"training.warmup_steps: got {training.warmup_steps} for a run of one optimizer step, whose learning rate "
+            "would be 0; set training.warmup_steps=0 or raise training.max_steps"
+        )
 
 
 def _check_trackers(recipe: Recipe) -> None:

@@ -18,20 +18,23 @@ from accelerate import Accelerator
 from accelerate.utils import set_seed
 
 from lowmem_rlhf.engine.base import SharedBase
+from lowmem_rlhf.engine.checksum import DRIFTED, base_checksum
 from lowmem_rlhf.engine.ladder import Ladder
-from lowmem_rlhf.engine.roles import CRITIC, POLICY
+from lowmem_rlhf.engine.roles import CRITIC
 from lowmem_rlhf.errors import RunError, one_line
 from lowmem_rlhf.hardware.memory import clock, is_out_of_memory, peak_bytes, reset_peak
 from lowmem_rlhf.planning.plan import Plan
 from lowmem_rlhf.progress import Progress, message
 from lowmem_rlhf.recipe.schema import Recipe
+from lowmem_rlhf.rewards.process_state import random_states, set_random_states
 from lowmem_rlhf.rollout.rollout import Rollout
 from lowmem_rlhf.run.directory import RunDirectory
 from lowmem_rlhf.stopping import check_stop
 from lowmem_rlhf.training.checkpoint import load_checkpoint, save_checkpoint
+from lowmem_rlhf.training.health import HealthWatch
+from lowmem_rlhf.training.learning import LostTokens, no_gradient, parts_of, sums, unchanged, warm_up_remark
 from lowmem_rlhf.training.memory import explain_shortage, savings_of
 from lowmem_rlhf.training.optimizer import Optimizer
-from lowmem_rlhf.training.random_state import RandomState
 from lowmem_rlhf.training.trained_state import StateKeeper
 
 LADDER = "ladder"  # the settings that memory has changed, in a checkpoint's counters
@@ -83,6 +86,7 @@ class Loop(ABC):
     """
 
     nothing_learned = "nothing was learned: no token of the run had anything to teach"
+    base_is_always_checked = False  # that it is the same at the end, whatever hardware.check says
 
     def __init__(
         self,
@@ -98,6 +102,7 @@ class Loop(ABC):
         self.ladder = ladder or Ladder.of(settings, base.device, recipe.generation.temperature)
         self.ladder.savings = savings_of(base, settings)
         self.ladder.explain = explain_shortage(recipe, plan, self.ladder)
+        self.checks_base = recipe.hardware.check == "always" or self.base_is_always_checked
         self.accelerator = _accelerator(base.device, recipe, run)
         set_seed(recipe.training.seed)
         base.set_gradient_checkpointing(settings.gradient_checkpointing, settings.offload_checkpoints)
@@ -113,6 +118,8 @@ class Loop(ABC):
             ),
             message,
         )
+        self.health = HealthWatch(base.head.vocabulary, recipe.training.max_grad_norm)
+        self.lost = LostTokens(recipe.training, self.optimizer)
         self.step = 0
         self.learned_tokens = 0  # tokens that taught something, over all steps
         self._keeper = StateKeeper(self.optimizer, base.device, run.path)
@@ -153,13 +160,16 @@ class Loop(ABC):
         self._load_counters(counters)
 
     def _counters(self, learned_tokens: int) -> dict[str, Any]:
-        counters = {"learned_tokens": learned_tokens, **self.state()}
+        watches = {"health": self.health.state(), "lost": self.lost.state()}
+        counters = {"learned_tokens": learned_tokens, **watches, **self.state()}
         return {**counters, LADDER: changed} if (changed := self.ladder.changed) else counters
 
     def _load_counters(self, counters: dict[str, Any]) -> None:
         counters = copy.deepcopy(counters)
         self.ladder.lower(counters.pop(LADDER, {}))
         self.learned_tokens = counters.pop("learned_tokens")
+        self.health.load_state(counters.pop("health", {}))  # older checkpoints have none
+        self.lost.load_state(counters.pop("lost", {}))
         self.load_state(counters)
 
     def train(self, progress: Progress, on_step: Callable[[dict[str, Any]], None] | None = None) -> dict[str, Any]:
@@ -203,16 +213,25 @@ class Loop(ABC):
         self._keeper.keep(self.step, self._counters(self.learned_tokens))
         if "before" not in evaluation:
             self._evaluate("before", evaluation, progress)
+        checksum = base_checksum(self.base) if self.checks_base else ""
+        if self.step == 0 and (remark := warm_up_remark(self.recipe.training, self.optimizer.total_steps)):
+            progress.message(remark)
         try:
             while self.step < self.recipe.training.max_steps:
                 finished = self._train_step(progress)
                 if self.step % self.recipe.training.save_steps == 0:
                     self._save()
                 yield finished
+        except RuntimeError as error:
+            if (sentence := no_gradient(error)) is not None:
+                raise RunError(sentence) from error
+            raise
         finally:
             self.accelerator.end_training()
         if self.recipe.training.max_steps and not self.learned_tokens:
-            raise RunError(self.why_nothing())
+            raise RunError(self.lost.why() or self.why_nothing())
+        if checksum and base_checksum(self.base) != checksum:
+            raise RunError(DRIFTED)
         self._save()
         self._evaluate("after", evaluation, progress)
         parameters = self._keeper.state().parameters
@@ -220,6 +239,8 @@ class Loop(ABC):
             self.base.save_adapter(folder, parameters=parameters)
             for role in self._others():
                 self.base.save_adapter(folder / role, role, parameters)
+        if summary := self.health.summary():
+            progress.message(summary)
 
     def _others(self) -> list[str]:
         """Return the roles that train besides the policy."""
@@ -268,8 +289,8 @@ class Loop(ABC):
     def _train_step(self, progress: Progress) -> StepOutput:
         """Take one step, once more from its beginning where memory runs out, and put it on record."""
         learning_rate, skipped = self.optimizer.learning_rate, self.optimizer.skipped
-        before = None if self.learned_tokens else self._adapter_sum()
-        random_state = RandomState.now(self.base.device)
+        before = None if self.learned_tokens else sums(parts_of(self.base))
+        states = random_states()  # of generators that no work of ours draws from, but a user's function may
 
         def attempt() -> StepOutput:
             check_stop()
@@ -279,17 +300,19 @@ class Loop(ABC):
                 if is_out_of_memory(error):
                     self._part = "optimizer" if self.optimizer.stepping else self._part
                     self._take_back()
-                    random_state.restore()
+                    set_random_states(states)
                 raise
 
         output = self.ladder.survive(lambda: self._part, attempt, progress.message)
         check_stop()
         learned = 0
-        # a warm-up begins with a learning rate of zero; float16 may have left the update out
+        # a warm-up begins with a learning rate of zero; a step with a number that is not finite is left out
         if output.learned_tokens and learning_rate and self.optimizer.skipped == skipped:
-            if before is not None and before == self._adapter_sum():
-                raise RunError("the first optimizer step did not change the adapter: nothing would be learned")
+            if before is not None and (sentence := unchanged(before, sums(parts_of(self.base)), output.metrics)):
+                raise RunError(sentence)
             learned = output.learned_tokens
+        else:
+            self.lost.add(output.learned_tokens, left_out=self.optimizer.skipped > skipped)
         metrics = {
             "step": self.step + 1,
             **output.metrics,
@@ -301,8 +324,8 @@ class Loop(ABC):
         }
         if self.ladder.failures:
             metrics["memory/retries"] = self.ladder.failures
-        if grown := self.ladder.step_finished():
-            progress.message(grown)
+        for sentence in [*self.optimizer.say(), *self.health.observe(metrics), *self.ladder.step_finished()]:
+            progress.message(sentence)
         output = replace(output, metrics=metrics)
         self._finished = _Finished(self.step + 1, output, self._counters(self.learned_tokens + learned))
         self._record()
@@ -312,7 +335,12 @@ class Loop(ABC):
     def _attempt(self, progress: Progress) -> StepOutput:
         reset_peak(self.base.device)
         self._times = {}
-        return self.one_step(progress)
+        self.optimizer.at_step = self.step + 1
+        taken = self.optimizer.taken
+        output = self.one_step(progress)
+        if self.optimizer.taken != taken:
+            self.optimizer.check_weights()
+        return output
 
     def _record(self, again: bool = False) -> None:
         """Write the rows of the step that is done, and keep its state: from then on it is finished.
@@ -338,11 +366,6 @@ class Loop(ABC):
         self._load_counters(self._keeper.put_back().counters)
         self.optimizer.stepping = False
         self.base.adapters_changed()
-
-    def _adapter_sum(self) -> float:
-        """A number that any change of the policy's adapter (or its head) changes; a critic's does not count."""
-        own = [p for name, p in self.optimizer.parameters.items() if f".{POLICY}." in name]
-        return sum(float(p.detach().cpu().double().abs().sum()) for p in own)
 
 
 def _accelerator(device: torch.device, recipe: Recipe, run: RunDirectory) -> Accelerator:

@@ -1,5 +1,6 @@
 """What a step tells: the rows of metrics.jsonl and samples.jsonl."""
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,8 +15,8 @@ from lowmem_rlhf.training.evaluate import mean
 class Seen:
     """Completions of a run, and how many ended by themselves, got a reward, and have an unlike one in their group.
 
-    Attributes:
-        judged_apart: those whose group has different rewards.
+    Of those that were cut, ``cut_with_advantage`` had an advantage and an unlike one in their group; ``judged_apart``
+    are those whose group has different rewards.
     """
 
     completions: int = 0
@@ -23,24 +24,31 @@ class Seen:
     rewarded: int = 0
     unlike: int = 0
     judged_apart: int = 0
+    cut_with_advantage: int = 0
 
     def with_rollout(self, rollout: Rollout) -> "Seen":
         """Return the counts with those of one more step."""
+        alike = all_alike(rollout)
+        rows = zip(rollout.completions, rollout.known_advantages, alike, strict=True)
         return Seen(
             self.completions + len(rollout.completions),
             self.ended + sum(not one.truncated for one in rollout.completions),
             self.rewarded + sum(total == total for total in rollout.scored.total),
-            self.unlike + sum(not alike for alike in all_alike(rollout)),
+            self.unlike + sum(not one for one in alike),
             self.judged_apart + sum(_judged_apart(rollout)),
+            self.cut_with_advantage + sum(c.truncated and bool(value) and not same for c, value, same in rows),
         )
 
-    def why_nothing(self, max_completion_length: int, failed: Sequence[str] = ()) -> str:
+    def why_nothing(self, max_completion_length: int, failed: Sequence[str] = (), cut_are_masked: bool = False) -> str:
         """Return why nothing was learned, where that shows here; empty where it does not.
 
         Args:
             failed: a sentence for each reward that failed in all of its calls.
+            cut_are_masked: nothing is learned from completions that were cut.
         """
-        if not self.completions or (self.rewarded and self.ended and self.unlike and not failed):
+        masked = self.cut_with_advantage if cut_are_masked else 0
+        no_cause = self.rewarded and self.ended and self.unlike and not masked and not failed
+        if not self.completions or no_cause:
             return ""
         reasons, remedies = list(failed), ["mend the function"] if failed else []
         if not self.rewarded and not failed:
@@ -52,6 +60,12 @@ class Seen:
         if not self.unlike:
             reasons.append("all completions of each prompt were the same text, so that none is better than the others")
             remedies.append("raise generation.temperature, or take a model that knows more than one answer")
+        if self.ended and masked:
+            reasons.append(
+                f"every completion with an advantage was cut at {max_completion_length} tokens, and such completions "
+                "were left out (grpo.mask_truncated_completions)"
+            )
+            remedies.append("raise generation.max_completion_length, or set grpo.mask_truncated_completions=false")
         why = ", and ".join(reasons)
         return f"nothing was learned: {why}; look at samples.jsonl; {', and '.join(remedies)}"
 
@@ -76,6 +90,14 @@ def all_alike(rollout: Rollout) -> list[bool]:
         first, *others = (one.ids for one in rollout.completions[start : start + group])
         alike += [bool(others) and all(ids == first for ids in others)] * group
     return alike
+
+
+def most_common(rollout: Rollout) -> float | None:
+    """Return the share of the completions that have the commonest one's tokens; None where there is one prompt only."""
+    if len({tuple(prompt) for prompt in rollout.prompts}) < 2:
+        return None
+    counts = Counter(tuple(one.ids) for one in rollout.completions)
+    return counts.most_common(1)[0][1] / len(rollout.completions)
 
 
 def silent_rewards(rollout: Rollout) -> list[str]:
@@ -106,6 +128,7 @@ def rollout_metrics(rollout: Rollout) -> dict[str, Any]:
         **{name: value for name, value in scores.metrics.items() if name not in (*own, "step")},
         "completion/mean_length": sum(lengths) / len(lengths),
         "completion/truncated": sum(c.truncated for c in completions) / len(lengths),
+        "completion/most_common": most_common(rollout),
         "groups/without_signal": 1 - len(with_signal) / len(rollout.prompts),
         "tokens/generated": sum(lengths),
     }

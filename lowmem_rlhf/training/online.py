@@ -4,6 +4,7 @@ One direction, a stage takes the previous one's values. What is done with a scor
 PPO, RLOO or REINFORCE++ (`algorithms`).
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from typing import Any, Protocol
@@ -153,7 +154,8 @@ class Trainer(Loop):
     def why_nothing(self) -> str:
         """See `Loop.why_nothing`."""
         failed = failed_always(self.rewards)
-        if why := self.seen.why_nothing(self.recipe.generation.max_completion_length, failed):
+        length, masked = self.recipe.generation.max_completion_length, self.recipe.grpo.mask_truncated_completions
+        if why := self.seen.why_nothing(length, failed, masked):
             return why
         return self.rewards_differed if self.seen.judged_apart else self.nothing_learned
 
@@ -171,12 +173,15 @@ class Trainer(Loop):
         if self.step == 0:
             for sentence in silent_rewards(rollout):
                 progress.message(sentence)
-        name = self.recipe.algorithm
+        skipped, name = self.optimizer.skipped, self.recipe.algorithm
         with faults_named(f"algorithm {name}", name.rpartition(":")[0]):
             output = self.algorithm.learn(rollout, self, progress)
         assert output.rollout is not None
-        self.seen = self.seen.with_rollout(rollout)
-        self.sampling.check(output.metrics.get("sampling/logp_difference"), self.step + 1, progress.message)
+        self.seen = self.seen.with_rollout(output.rollout)
+        difference = output.metrics.get("sampling/logp_difference")
+        if difference is not None and not math.isfinite(difference) and self.optimizer.skipped > skipped:
+            difference = None  # the step was left out for it, which says more
+        self.sampling.check(difference, self.step + 1, progress.message)
         return replace(
             output,
             metrics={**rollout_metrics(output.rollout), **output.metrics},

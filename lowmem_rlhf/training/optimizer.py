@@ -19,10 +19,22 @@ from lowmem_rlhf.recipe.sections import TrainingConfig
 
 OPTIMIZER = "optimizer.safetensors"  # a checkpoint's file of the state's tensors
 INITIAL_LOSS_SCALE = 2.0**12  # torch's 65536 overflows float16 in the first steps and only loses them
+# optimizer steps in a row that may be left out because a number is not finite: one odd batch is survived, and more than
+# a few in a row are no longer the batch's fault
+MOST_SKIPPED = 5
 
 
 class Optimizer:
-    """Clips, steps and schedules; with float16 it scales the loss and skips a step whose gradients overflowed.
+    """Clips, steps and schedules; a step whose loss or gradient is not finite is left out.
+
+    With float16 the loss is scaled, and a step whose gradients overflowed makes the scale smaller. A step whose
+    gradient is exactly zero leaves weights and moments as they are, where TRL's optimizer drifts on by its momentum and
+    its weight decay; the schedule goes on.
+
+    Attributes:
+        skipped: steps left out so far because a number was not finite.
+        at_step: the step of the run that is being taken, for messages.
+        total_steps: optimizer steps of the whole run.
 
     Args:
         parameters: what trains, by name (fp32 masters).
@@ -44,7 +56,11 @@ class Optimizer:
         self.parameters = parameters
         self.optim = optim
         self.max_grad_norm = training.max_grad_norm
-        self.skipped = 0  # steps left out because float16 gradients overflowed
+        self.total_steps = total_steps
+        self.skipped = 0
+        self.at_step = 0
+        self._remarks: list[str] = []
+        self._in_a_row, self._fault = 0, ""  # steps left out one after the other, and what the first of them met
         self.taken = 0  # steps begun by this process: parameters may have changed since it was last lower
         self.stepping = False  # a step has begun and has not ended, or failed within
         settings: dict[str, Any] = {"lr": training.learning_rate, "weight_decay": training.weight_decay}
@@ -80,19 +96,46 @@ class Optimizer:
             else:
                 parameter.grad.zero_()
 
-    def step(self) -> float:
+    def step(self, loss: float = 0.0, **before: float) -> float:
         """Clip to ``max_grad_norm``, step, schedule; return the gradient's norm before clipping.
 
+        Args:
+            loss: of which this is the gradient, unscaled; the step is left out where it is not finite.
+            before: numbers that the loss was made of, by name and in the order in which they were computed: the first
+                that is not finite is named as the cause.
+
         Raises:
-            RunError: the gradient is not finite, other than by an overflow of float16; no weight was changed.
+            RunError: loss or gradient was not finite in `MOST_SKIPPED` steps in a row, or float16 overflows at every
+                scale; none of these steps changed a weight.
         """
+        if not math.isfinite(loss):  # the loss scale has no part in it, and stays as it is
+            name, value = next(((n, v) for n, v in before.items() if not math.isfinite(v)), ("loss", loss))
+            self._leave_out(f"the {name.replace('_', ' ')} ({value})")
+            return math.nan
         self.scaler.unscale_(self.torch_optimizer)
-        norm = float(nn.utils.clip_grad_norm_(self.parameters.values(), self.max_grad_norm))
-        if not self.scaler.is_enabled() and not math.isfinite(norm):
-            raise RunError(
-                f"the gradient became {norm}; nothing of this step was kept. Lower training.learning_rate, and look at "
-                "the last samples for what went wrong before"
-            )
+        gradients = [p.grad for p in self.parameters.values() if p.grad is not None]
+        total = nn.utils.get_total_norm(gradients)
+        norm = float(total)
+        overflowed = not math.isfinite(norm) and all(bool(one.isfinite().all()) for one in gradients)
+        if overflowed:
+            norm = self._clip_beyond_float32(gradients)
+        elif math.isfinite(norm) or self.scaler.is_enabled():
+            nn.utils.clip_grads_with_norm_(self.parameters.values(), self.max_grad_norm, total)
+        else:
+            self._leave_out(f"the gradient ({norm})")
+            return norm
+        if norm == 0 and not any(bool(one.any()) for one in gradients):
+            self._let_be()
+        else:
+            self._take()
+        return norm
+
+    def say(self) -> list[str]:
+        """Return the sentences that are worth saying since this was last called."""
+        remarks, self._remarks = self._remarks, []
+        return remarks
+
+    def _take(self) -> None:
         before = self.loss_scale
         self.taken += 1
         self.stepping = True
@@ -108,8 +151,74 @@ class Optimizer:
                     "hardware.compute_dtype=bfloat16 or float32"
                 )
         else:
+            self._in_a_row = 0
             self.scheduler.step()
+
+    def _let_be(self) -> None:
+        """Go on in the schedule without a step: nothing was to be learned, so nothing moves."""
+        if self.scaler.is_enabled():
+            self.scaler.update()  # what unscale_ began
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # that the optimizer was not stepped first
+            self.scheduler.step()
+
+    def _clip_beyond_float32(self, gradients: list[torch.Tensor]) -> float:
+        """Clip finite gradients whose norm is above float32's largest number; return the norm."""
+        norm = math.hypot(*(float(one.double().norm()) for one in gradients))
+        for one in gradients:
+            one.copy_(one.double().mul_(min(1.0, self.max_grad_norm / norm)))
         return norm
+
+    def _leave_out(self, what: str) -> None:
+        """Count a step that is not taken, and say so once in a row.
+
+        Raises:
+            RunError: it is one too many.
+        """
+        self.skipped += 1
+        self._in_a_row += 1
+        if self._in_a_row == 1:
+            self._fault = f"{what} of step {self.at_step}" if self.at_step else what
+            self._remarks.append(
+                f"{self._fault} is not finite: the optimizer step is left out, no weight was changed; after "
+                f"{MOST_SKIPPED} such steps in a row the run ends"
+            )
+        if self._in_a_row >= MOST_SKIPPED:
+            raise RunError(
+                f"{MOST_SKIPPED} optimizer steps in a row had a number that is not finite, and none of them was taken; "
+                f"the first was {self._fault}. {self._remedy()}"
+            )
+
+    def _remedy(self) -> str:
+        lower = f"ower training.learning_rate (now {self.learning_rate:g}), and look at the last samples and metrics"
+        if self.scaler.is_enabled():
+            return f"Set hardware.compute_dtype=bfloat16 or float32, or l{lower} for what went wrong before"
+        return f"L{lower} for what went wrong before"
+
+    def why_left_out(self) -> str:
+        """Return why steps were left out, and what to do."""
+        if self._fault:
+            return f"the first was left out for {self._fault}, which is not finite. {self._remedy()}"
+        return (
+            f"the gradients overflowed float16 in every step, and the loss scale is down to {self.loss_scale:g}; take "
+            "more steps, or hardware.compute_dtype=bfloat16 or float32"
+        )
+
+    def check_weights(self) -> None:
+        """Check that every weight that trains is a finite number.
+
+        Raises:
+            RunError: one is not.
+        """
+        largest = nn.utils.get_total_norm([p.detach() for p in self.parameters.values()], math.inf)
+        if math.isfinite(float(largest)):
+            return
+        broken = [name for name, p in self.parameters.items() if not bool(p.isfinite().all())]
+        raise RunError(
+            f"{len(broken)} of {len(self.parameters)} trained tensors are no longer finite after step {self.at_step} "
+            f"({broken[0]} first): the optimizer's step was too large; lower training.learning_rate (now "
+            f"{self.learning_rate:g}; 1e-5 to 1e-3 are usual for adapters)"
+        )
 
     def drop_gradients(self) -> None:
         """Give the gradients' memory back: until the next update it is the rollout's."""
@@ -128,6 +237,8 @@ class Optimizer:
             "scaler": self.scaler.state_dict(),
             "numbers": {place: value for place, value in self._state() if not isinstance(value, torch.Tensor)},
             "skipped": self.skipped,
+            "in_a_row": self._in_a_row,
+            "fault": self._fault,
         }
 
     def _state(self) -> Iterator[tuple[str, Any]]:
@@ -162,6 +273,8 @@ class Optimizer:
         if plain["scaler"] and self.scaler.is_enabled():
             self.scaler.load_state_dict(plain["scaler"])
         self.skipped = plain["skipped"]
+        self._in_a_row, self._fault = plain.get("in_a_row", 0), plain.get("fault", "")
+        self._remarks = []
 
     def load(self, folder: Path, plain: dict[str, Any]) -> None:
         """Take over what a checkpoint holds: `tensors` in its file, and `plain`.

@@ -246,8 +246,8 @@ def test_ctrl_c_within_an_optimizer_step_says_what_is_lost(train, monkeypatch):
 
     real = Optimizer.step
 
-    def interrupted(self):
-        norm = real(self)
+    def interrupted(self, *loss, **before):
+        norm = real(self, *loss, **before)
         if self.taken == 2:
             raise KeyboardInterrupt
         return norm

@@ -26,8 +26,7 @@ from training_cases import (
 
 from lowmem_rlhf.algorithms.grpo.update import update
 from lowmem_rlhf.errors import RunError, UserError
-from lowmem_rlhf.recipe.sections import TrainingConfig
-from lowmem_rlhf.training.optimizer import INITIAL_LOSS_SCALE, OPTIMIZER, Optimizer
+from lowmem_rlhf.training.optimizer import INITIAL_LOSS_SCALE, MOST_SKIPPED, OPTIMIZER, Optimizer
 
 
 def parameters(*shapes: tuple[int, ...]) -> dict[str, nn.Parameter]:
@@ -152,13 +151,6 @@ def test_gradients_are_clipped_to_the_norm_and_their_norm_is_returned():
     torch.testing.assert_close(below.parameters["p0"].grad, torch.tensor([0.1, 0.1]))
 
 
-def test_a_step_without_a_loss_is_still_a_step():
-    optimizer = stepper_of(parameters(), learning_rate=0.1, lr_scheduler_type="linear")
-    optimizer.zero_grad()
-    assert optimizer.step() == 0.0
-    assert optimizer.scheduler.last_epoch == 1
-
-
 # float16
 
 
@@ -235,15 +227,109 @@ def test_a_gradient_that_overflows_in_the_backward_pass_is_found():
     assert all(torch.equal(p, before[n]) for n, p in weights(base).items())
 
 
-@pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_a_gradient_that_is_not_finite_changes_nothing_and_is_an_error(value):
-    parameter = torch.nn.Parameter(torch.ones(4))
-    optimizer = Optimizer({"w": parameter}, TrainingConfig(), "adamw", 10, torch.device("cpu"), scale_loss=False)
+def whole(optimizer: Optimizer) -> list[torch.Tensor]:
+    """Return copies of all weights and of all that the optimizer keeps of them."""
+    state = [v for one in optimizer.torch_optimizer.state.values() for v in one.values() if torch.is_tensor(v)]
+    return [tensor.detach().clone() for tensor in [*optimizer.parameters.values(), *state]]
+
+
+def same(some: list[torch.Tensor], others: list[torch.Tensor]) -> bool:
+    return len(some) == len(others) and all(map(torch.equal, some, others))
+
+
+def a_step(optimizer: Optimizer, value: float, loss: float = 0.0, **before: float) -> float:
+    """Take a step whose gradients are all this number."""
     optimizer.zero_grad()
-    parameter.grad[0] = value
-    with pytest.raises(RunError, match=r"gradient became .*learning_rate"):
-        optimizer.step()
-    assert torch.equal(parameter.detach(), torch.ones(4)) and optimizer.taken == 0
+    for p in optimizer.parameters.values():
+        p.grad += value
+    return optimizer.step(loss, **before)
+
+
+FAULTS = {
+    "nan gradient": ({"value": math.nan}, "the gradient (nan)"),
+    "inf gradient": ({"value": math.inf}, "the gradient (inf)"),
+    "loss": ({"value": 0.1, "loss": math.inf}, "the loss (inf)"),
+    "logits": ({"value": 0.1, "loss": math.nan, "logits": math.nan}, "the logits (nan)"),
+    "finite logits": ({"value": 0.1, "loss": math.nan, "logits": 2.0}, "the loss (nan)"),
+}
+
+
+# where the loss is scaled, its scale answers for the gradient
+LEFT_OUT = [(fault, scaled) for fault in FAULTS for scaled in (False, True) if not (scaled and "gradient" in fault)]
+
+
+@pytest.mark.parametrize("optim", ["adamw", "adamw_8bit"])
+@pytest.mark.parametrize(("fault", "scaled"), LEFT_OUT)
+def test_a_number_that_is_not_finite_leaves_the_step_out_and_several_end_the_run(fault, optim, scaled):
+    broken, said = FAULTS[fault]
+    optimizer = stepper_of(parameters(), optim, learning_rate=0.1, weight_decay=0.1, scale_loss=scaled)
+    run(optimizer, 0, 2)
+    before, scale = whole(optimizer), optimizer.loss_scale
+    optimizer.at_step = 7
+    for _ in range(MOST_SKIPPED - 1):
+        assert not math.isfinite(a_step(optimizer, **broken))
+    assert same(whole(optimizer), before) and optimizer.loss_scale == scale
+    assert (optimizer.skipped, optimizer.taken, optimizer.scheduler.last_epoch) == (MOST_SKIPPED - 1, 2, 2)
+    (sentence,) = optimizer.say()
+    assert sentence.startswith(f"{said} of step 7 is not finite") and not optimizer.say()
+    with pytest.raises(RunError) as caught:
+        a_step(optimizer, **broken)
+    assert f"the first was {said} of step 7." in str(caught.value) and "training.learning_rate" in str(caught.value)
+    assert ("compute_dtype" in str(caught.value)) == scaled
+    assert same(whole(optimizer), before)
+
+
+def test_a_good_step_between_begins_the_count_anew_and_a_file_keeps_it(tmp_path):
+    optimizer = stepper_of(parameters(), learning_rate=0.1)
+    for _ in range(3):
+        for _ in range(MOST_SKIPPED - 1):
+            a_step(optimizer, math.nan)
+        a_step(optimizer, 0.1)
+    assert (optimizer.skipped, optimizer.taken) == (3 * (MOST_SKIPPED - 1), 3)
+    for _ in range(MOST_SKIPPED - 1):
+        a_step(optimizer, math.nan)
+    plain = json.loads(json.dumps(saved(optimizer, tmp_path)))
+    resumed = stepper_of(parameters(), learning_rate=0.1)
+    resumed.load(tmp_path, plain)
+    with pytest.raises(RunError, match="in a row"):
+        a_step(resumed, math.nan)
+
+
+@pytest.mark.parametrize("scaled", [False, True])
+@pytest.mark.parametrize("optim", ["adamw", "adamw_8bit"])
+def test_a_step_without_any_gradient_moves_nothing_but_the_schedule(optim, scaled):
+    settings = {"learning_rate": 0.1, "weight_decay": 0.1, "lr_scheduler_type": "linear"}
+    optimizer = stepper_of(parameters(), optim, scale_loss=scaled, **settings)
+    run(optimizer, 0, 2)  # so that there is a momentum
+    before = whole(optimizer)
+    assert a_step(optimizer, 0.0) == 0.0
+    assert same(whole(optimizer), before)
+    assert optimizer.scheduler.last_epoch == 3 and optimizer.learning_rate == pytest.approx(0.07)
+    assert a_step(optimizer, 1e-30) == 0.0  # its square is zero in float32, and it is a gradient
+    assert not same(whole(optimizer), before)
+
+
+@pytest.mark.parametrize("scaled", [False, True])
+def test_finite_gradients_whose_norm_is_beyond_float32_are_clipped_to_their_direction(scaled):
+    optimizer = stepper_of(parameters((2,), (2,)), learning_rate=0.1, max_grad_norm=1.0, scale_loss=scaled)
+    optimizer.zero_grad()
+    for p, gradient in zip(optimizer.parameters.values(), ([3.0, 0.0], [0.0, 4.0]), strict=True):
+        p.grad += torch.tensor(gradient) * 5e37
+    assert optimizer.step() == pytest.approx(2.5e38 / optimizer.loss_scale, rel=1e-6)
+    joined = torch.cat([p.grad for p in optimizer.parameters.values()])
+    torch.testing.assert_close(joined, torch.tensor([0.6, 0.0, 0.0, 0.8]))
+    assert optimizer.taken == 1
+
+
+def test_weights_that_a_step_made_infinite_are_found():
+    optimizer = stepper_of(parameters(), learning_rate=1e36, lr_scheduler_type="constant")
+    for step in range(1, 401):
+        a_step(optimizer, 0.1)
+        optimizer.at_step = step
+        if step == 300:
+            optimizer.check_weights()  # they are as large as 3e38 now, and still numbers
+    with pytest.raises(RunError, match=r"2 of 2 trained tensors .*step 400 \(p0 first\).*learning_rate \(now 1e\+36"):
+        optimizer.check_weights()
 
 
 def test_float16_that_overflows_at_every_scale_is_an_error():

@@ -81,9 +81,9 @@ def one_step(trainer):
     """Take a step; return its metrics, and the gradients before it was taken."""
     found, step = {}, trainer.optimizer.step
 
-    def spy():
+    def spy(*loss, **before):
         found.update({name: p.grad.clone() for name, p in trainer.optimizer.parameters.items()})
-        return step()
+        return step(*loss, **before)
 
     trainer.optimizer.step = spy
     return trainer.one_step(Talk(1)).metrics, found
@@ -346,7 +346,9 @@ def test_a_reward_s_adapter_that_is_no_numbers_is_refused(make, tmp_path, part):
     reward = load_adapter_reward("liking", str(tmp_path / "adapter"), "tiny/llama")
     other, _ = tiny_base("llama", adapter=0.3)
     if part != "scores":
-        with pytest.raises(UserError, match=r"^rewards: liking: adapter .*adapter has numbers that are not finite"):
+        with pytest.raises(
+            UserError, match=rf"^rewards: liking: the {part} in .*adapter has values that are not finite"
+        ):
             reward.bind(other, "reward")
         return
     reward.bind(other, "reward")

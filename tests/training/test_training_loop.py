@@ -253,7 +253,8 @@ def test_rewards_that_never_differ_are_an_error(model_folder, tmp_path, beta):
 def test_rewards_are_not_blamed_where_they_differed(model_folder, tmp_path):
     trainer = trainer_of(recipe_of(model_folder, training={"max_steps": 1}), tmp_path / "run")
     train(trainer)
-    assert trainer.seen == Seen(16, trainer.seen.ended, 16, 16, trainer.seen.judged_apart) and trainer.seen.judged_apart
+    seen = trainer.seen
+    assert seen == Seen(16, seen.ended, 16, 16, seen.judged_apart, seen.cut_with_advantage) and seen.judged_apart
     assert trainer.why_nothing().startswith(
         "nothing was learned, although completions of a prompt had different rewards"
     )
@@ -293,7 +294,7 @@ def test_a_warm_up_may_start_at_a_learning_rate_of_zero(model_folder, tmp_path):
 
 def test_an_adapter_that_does_not_move_after_the_warm_up_is_an_error_too(model_folder, tmp_path, monkeypatch):
     recipe = recipe_of(model_folder, training={"warmup_steps": 1})
-    monkeypatch.setattr(Optimizer, "step", lambda self: self.scheduler.step() or 1.0)
+    monkeypatch.setattr(Optimizer, "step", lambda self, *loss, **before: self.scheduler.step() or 1.0)
     trainer = trainer_of(recipe, tmp_path / "run")
     with pytest.raises(RunError, match="did not change the adapter"):
         train(trainer)
@@ -360,7 +361,8 @@ def test_a_step_goes_on_with_less_memory_and_the_same_result(model_folder, tmp_p
     trainer = trainer_of(recipe_of(model_folder), tmp_path / "run")
     _, said = train(trainer)
     assert said
-    assert all("the device's memory ran out with hardware." in line for line in said)
+    assert all("the device's memory ran out" in line for line in said)
+    assert any("ran out with hardware." in line for line in said)
     ladder = trainer.ladder
     tokens = ladder.score_batch_tokens if where == "scoring" else ladder.micro_batch_tokens
     assert (ladder.rollout_batch_size, tokens) == sizes
@@ -399,8 +401,8 @@ def test_a_step_interrupted_after_an_optimizer_step_is_taken_back(model_folder, 
     trainer = trainer_of(recipe, tmp_path / "run")
     original, taken = Optimizer.step, itertools.count(1)
 
-    def step(self):
-        norm = original(self)
+    def step(self, *loss, **before):
+        norm = original(self, *loss, **before)
         if next(taken) == 6 + iteration:  # of the fourth step; the third is finished and not yet saved
             raise KeyboardInterrupt
         return norm

@@ -76,10 +76,10 @@ def step(loop: TRLLoop) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
     found: dict[str, torch.Tensor] = {}
     take = loop.optimizer.step
 
-    def spy() -> float:
+    def spy(*loss: float, **before: float) -> float:
         scale = loop.optimizer.loss_scale
         found.update({name: p.grad / scale for name, p in loop.optimizer.parameters.items()})  # type: ignore[operator]
-        return take()
+        return take(*loss, **before)
 
     loop.optimizer.step = spy  # type: ignore[method-assign]
     metrics = loop.one_step(Talk(1)).metrics

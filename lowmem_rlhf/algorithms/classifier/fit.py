@@ -16,11 +16,14 @@ import torch.nn.functional as F
 
 from lowmem_rlhf.data.examples import classes_of
 from lowmem_rlhf.engine.whole import in_body
-from lowmem_rlhf.errors import UserError
+from lowmem_rlhf.errors import RunError, UserError
 from lowmem_rlhf.files import begin_folder, finish_folder
 from lowmem_rlhf.hardware.detect import detect
+from lowmem_rlhf.progress import message
 from lowmem_rlhf.recipe.sections import LearnedReward, TrainingConfig
 from lowmem_rlhf.rewards.encoder import Encoder, batches_by_tokens, load_encoder
+from lowmem_rlhf.training.health import HealthWatch
+from lowmem_rlhf.training.learning import LostTokens, Parts, no_gradient, sums, unchanged, warm_up_remark
 from lowmem_rlhf.training.optimizer import Optimizer
 
 LabelledTexts = tuple[Sequence[str], Sequence[str]]  # N texts, the label of each
@@ -63,7 +66,7 @@ def train_classifier(
 
     Raises:
         UserError: the texts cannot be learned from, the model cannot be loaded, or the folder is taken.
-        RunError: the gradient became infinite, or memory ran out.
+        RunError: numbers were not finite, nothing was learned, or memory ran out.
     """
     labels = _check(train, held_out, output)
     torch.manual_seed(training.seed)
@@ -131,16 +134,45 @@ def _train(
     steps = epochs * math.ceil(len(ids) / size)
     parameters = dict(encoder.model.named_parameters())
     optimizer = Optimizer(parameters, training, "adamw", steps, encoder.model.device, scale_loss=False)
+    parts, before = _parts(encoder, parameters), None
+    watch = HealthWatch(len(encoder.tokenizer), training.max_grad_norm)
     losses: list[float] = []
+    if remark := warm_up_remark(training, steps):
+        message(remark)
     for epoch in range(epochs):
         order = list(range(len(ids)))
         random.Random(f"{training.seed} {epoch}").shuffle(order)
         for first in range(0, len(order), size):
             rows = order[first : first + size]
+            optimizer.at_step, rate, skipped = len(losses) + 1, optimizer.learning_rate, optimizer.skipped
+            start = sums(parts) if before is None else before
             losses.append(_gradient(encoder, optimizer, [ids[row] for row in rows], [targets[row] for row in rows]))
-            optimizer.step()
+            norm = optimizer.step(losses[-1])
+            optimizer.check_weights()
+            if before is None and rate and optimizer.skipped == skipped:
+                before = start
+                if sentence := unchanged(before, sums(parts), {"grad_norm": norm}):
+                    raise RunError(sentence)
+            metrics = {"step": len(losses), "loss": losses[-1], "grad_norm": norm, "learning_rate": rate}
+            for sentence in [*optimizer.say(), *watch.observe(metrics)]:
+                message(sentence)
             progress(len(losses), steps, losses[-1])
+    if before is None:
+        lost = LostTokens(training, optimizer)
+        lost.add(len(ids), left_out=optimizer.skipped > 0)
+        raise RunError(lost.why())
+    if summary := watch.summary():
+        message(summary)
     return losses
+
+
+def _parts(encoder: Encoder, parameters: dict[str, torch.nn.Parameter]) -> Parts:
+    """Return the weights of the body and of the head that train."""
+    body = f"{encoder.model.base_model_prefix}."
+    return {
+        "body": [p for name, p in parameters.items() if name.startswith(body) and p.requires_grad],
+        "head": [p for name, p in parameters.items() if not name.startswith(body) and p.requires_grad],
+    }
 
 
 def _gradient(encoder: Encoder, optimizer: Optimizer, ids: list[list[int]], targets: list[int]) -> float:
@@ -158,7 +190,12 @@ def _gradient(encoder: Encoder, optimizer: Optimizer, ids: list[list[int]], targ
         return total
 
     longest = max(len(one) for one in ids)
-    return encoder.within_memory(work, longest, "batch_tokens", print)
+    try:
+        return encoder.within_memory(work, longest, "batch_tokens", print)
+    except RuntimeError as error:
+        if (sentence := no_gradient(error)) is not None:
+            raise RunError(sentence) from error
+        raise
 
 
 def _measure(encoder: Encoder, held_out: LabelledTexts, labels: list[str]) -> dict[str, float]:

@@ -26,7 +26,7 @@ def train_classifier_run(recipe: Recipe, path: Path, resume: bool, display: RunD
 
     Raises:
         UserError: the data or the model does not suit; or ``resume``, which a run of minutes does not have.
-        RunError: the gradient became infinite, memory ran out, or the user interrupted it.
+        RunError: numbers were not finite, nothing was learned, memory ran out, or the user interrupted it.
     """
     if resume:
         raise UserError("--resume: a classifier's run cannot be continued; start it anew with another --output")

@@ -1,7 +1,8 @@
 """Scoring and the policy update: packed micro-batches sized in tokens, one optimizer step as for the whole batch.
 
 What is left out: nothing of GRPO. A completion whose advantage is zero has a gradient of exactly zero when there is no
-KL term; it is not run through the model then, but it counts in every mean of the loss.
+KL term; it is not run through the model then, but it counts in every mean of the loss. A batch of such completions
+alone moves no weight, where TRL's optimizer drifts on by its momentum and its weight decay.
 """
 
 from collections.abc import Sequence
@@ -237,7 +238,7 @@ def update(
                 return backward(base, rollout, objective, limits, ref_logps, old, optimizer.loss_scale, shown)
 
         stats = ladder.update(gradient, progress.message)
-        norm = optimizer.step()
+        norm = optimizer.step(stats.loss, logits=stats.entropy)
         base.adapters_changed()
         if first is None:
             first = stats

@@ -7,6 +7,7 @@ the targets of a scored rollout, and whether a critic has a say in them.
 Shapes: M completions that a reward applies to, L tokens of the longest one.
 """
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -181,7 +182,8 @@ class PolicyGradient(ABC):
             "objective/non_score_reward": -coefficient * per_completion,
         }
         targets, more = self.targets(scored)
-        self.kl.update(per_completion, len(scored.rows))
+        if math.isfinite(per_completion):  # else the update leaves its steps out, and says why
+            self.kl.update(per_completion, len(scored.rows))
         return targets, {**metrics, **more}
 
     def _nothing(self) -> dict[str, Any]:

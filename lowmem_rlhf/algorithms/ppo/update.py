@@ -127,7 +127,7 @@ def update(
         if done > 1 and settings.target_kl and part.stats.metrics()["policy/approx_kl"] > 1.5 * settings.target_kl:
             progress.message(f"epoch {epoch + 1}: approx_kl is above 1.5 times ppo.target_kl; the step ends here")
             break
-        result.grad_norm = optimizer.step()
+        result.grad_norm = optimizer.step(part.loss, logits=part.entropy)
         base.adapters_changed()
         progress.phase("update", done, len(minis))
     result.loss /= done

@@ -81,7 +81,7 @@ class RewardModel(Loop):
 
         with self.timed("update"):
             loss, ends, fed = self.ladder.update(work, progress.message)
-            norm = self.optimizer.step()
+            norm = self.optimizer.step(loss, scores=float(ends.abs().sum()))
             self.base.adapters_changed()
             self.optimizer.drop_gradients()
         metrics = {"loss": loss, "grad_norm": norm, "tokens/trained": fed, **_pair_metrics(ends, pairs)}

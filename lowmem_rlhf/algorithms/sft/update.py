@@ -74,7 +74,7 @@ class SFT(Loop):
 
         with self.timed("update"):
             loss, entropy, fed = self.ladder.update(work, progress.message)
-            norm = self.optimizer.step()
+            norm = self.optimizer.step(loss, logits=entropy)
             self.base.adapters_changed()
             self.optimizer.drop_gradients()
         metrics = {"loss": loss, "entropy": entropy / learned, "grad_norm": norm, "tokens/trained": fed}

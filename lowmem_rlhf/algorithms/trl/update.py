@@ -95,7 +95,7 @@ class TRLLoop(Loop):
 
         with self.timed("update"):
             measured, fed = self.ladder.update(work, progress.message)
-            norm = self.optimizer.step()
+            norm = self.optimizer.step(measured["loss"], logits=measured.get("entropy", 0.0))
             self.base.adapters_changed()
             self.optimizer.drop_gradients()
         metrics = {**_named(measured), "grad_norm": norm, "tokens/trained": fed}
