@@ -10,7 +10,7 @@ import typer
 from typer.core import TyperGroup
 
 from lowmem_rlhf import __version__
-from lowmem_rlhf.errors import LowmemError, OfflineError, UserError, with_notes
+from lowmem_rlhf.errors import LowmemError, OfflineError, RunError, UserError, with_notes
 from lowmem_rlhf.stopping import cause, exit_code, stoppable
 
 if TYPE_CHECKING:
@@ -359,13 +359,13 @@ def evaluate(
     request = Request(what, overrides or [], asked, recipe, against, step, device, tasks, limit, chat)
     hush()
     with _prints_aside(as_json), stuck_calls_end_with(end_process, own_process=True):
-        outcome, path = run_evaluation(request)
-    if as_json:
-        print(dumps(outcome, indent=2))
-        return
-    print_outcome(outcome)
-    if path:
-        print(f"kept in {path}")
+        outcome, kept = run_evaluation(request)
+    print(dumps(outcome, indent=2)) if as_json else print_outcome(outcome)
+    if isinstance(kept, RunError):
+        sys.stdout.flush()
+        raise kept
+    if kept and not as_json:
+        print(f"kept in {kept}")
 
 
 @app.command()

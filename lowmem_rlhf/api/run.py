@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 from lowmem_rlhf.api.plan import PlanView
 from lowmem_rlhf.api.request import Overrides, RewardLike, given_objects, override_texts
 from lowmem_rlhf.display.run_display import display_for
-from lowmem_rlhf.errors import UserError
-from lowmem_rlhf.progress import shown_by
+from lowmem_rlhf.errors import RunError, UserError
+from lowmem_rlhf.progress import message, shown_by
 from lowmem_rlhf.quiet import hushed
 from lowmem_rlhf.recipe.python_objects import given
 from lowmem_rlhf.recipe.schema import Recipe
@@ -49,16 +49,11 @@ def open_run(
 
 
 class Run:
-    """A run on the disk. Its model is loaded when it is first asked for something, and freed by `close`.
-
-    Attributes:
-        path: the run directory.
-    """
+    """A run on the disk. Its model is loaded when it is first asked for something, and freed by `close`."""
 
     def __init__(self, path: Path, objects: Mapping[str, Any] | None = None, progress: Any = "auto") -> None:
         """Wrap a run directory; nothing is read yet. Use `open_run` or `train`."""
-        self.path = Path(path)
-        self._directory = RunDirectory(self.path)
+        self._directory = RunDirectory(Path(path))
         self._objects, self._progress = dict(objects or {}), progress
         self._policy: tuple[SharedBase, Recipe] | None = None
         self._compares = False
@@ -66,6 +61,11 @@ class Run:
     def __repr__(self) -> str:
         """Name the folder and how far the run is."""
         return f"<Run {str(self.path)!r}, {len(self.metrics())} steps>"
+
+    @property
+    def path(self) -> Path:
+        """The run directory."""
+        return self._directory.path
 
     @property
     def recipe(self) -> Recipe:
@@ -169,6 +169,8 @@ class Run:
         Returns:
             What ``eval --json`` prints.
 
+        An outcome that the run's folder cannot take is returned all the same, and that is said.
+
         Raises:
             UserError: what is asked for does not fit the run; RunError: it failed.
         """
@@ -181,8 +183,11 @@ class Run:
             from lowmem_rlhf.evaluation.evaluate import evaluate_run
 
             outcome = evaluate_run(OpenRun(self._directory, step), override_texts(overrides), device)
-        append_evaluation(self.path, outcome)
-        write_report(self._directory)
+            try:
+                append_evaluation(self.path, outcome)
+                write_report(self._directory)
+            except RunError as error:  # what was measured is not lost by that
+                message(f"{error}; the outcome was returned and not kept")
         return outcome
 
     def export(self, format: str = "merged", **options: Any) -> dict[str, Any]:

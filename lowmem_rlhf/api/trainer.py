@@ -89,7 +89,6 @@ class Trainer:
     Attributes:
         recipe: as it runs.
         plan: the chosen settings with their reasons.
-        path: the run's folder.
     """
 
     def __init__(
@@ -138,8 +137,13 @@ class Trainer:
             self.plan: Plan = planned.plan
             self._loop = session.open_run_of(planned, self._display, request.loaded)
         self.recipe: Recipe = self._loop.recipe
-        self.path: Path = self._loop.run.path
+        self._directory = self._loop.run
         self._steps: Iterator[StepOutput] | None = None
+
+    @property
+    def path(self) -> Path:
+        """The run's folder."""
+        return self._directory.path
 
     @property
     def base(self) -> "SharedBase":
@@ -190,7 +194,9 @@ class Trainer:
         self.close()
 
     def close(self) -> None:
-        """Free the base and everything on the device; the run on the disk stays."""
+        """Free the base and everything on the device; the run on the disk stays, and others may go on with it."""
+        if self._loop is not None:
+            self._loop.run.unlock()
         self._loop = None
         _free()
 

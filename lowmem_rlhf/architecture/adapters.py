@@ -22,7 +22,9 @@ from lowmem_rlhf.architecture.adapter_files import (
 )
 from lowmem_rlhf.architecture.lookup import model_dimensions
 from lowmem_rlhf.errors import UserError
+from lowmem_rlhf.run.checkpoints import STATE, check_adapter
 from lowmem_rlhf.run.directory import ADAPTER, MODEL, RunDirectory
+from lowmem_rlhf.run.proof import HASHES
 from lowmem_rlhf.run.stages import first_stage, run_of, to_finish
 from lowmem_rlhf.suggest import did_you_mean
 
@@ -67,11 +69,12 @@ def adapter_folder(reference: str) -> Path:
     """Return the folder with an adapter's files for a run directory, a checkpoint or the folder itself.
 
     Raises:
-        UserError: there is none.
+        UserError: there is none, or it is damaged.
     """
     path = Path(reference).expanduser()
     for folder in (path / ADAPTER, path):
         if (folder / CONFIG).is_file() and (folder / WEIGHTS).is_file():
+            check_adapter(folder, f"put that file back; a folder without {HASHES} and {STATE} is taken as it is")
             return folder
     if not path.exists():
         raise UserError(f"adapter {reference!r} does not exist{_instead_of_missing(reference)}")

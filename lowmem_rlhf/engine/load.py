@@ -18,6 +18,7 @@ from lowmem_rlhf.architecture.source import cache_folder, resolve_model
 from lowmem_rlhf.engine.gguf_source import check_gguf, complete_config
 from lowmem_rlhf.engine.whole import load_whole
 from lowmem_rlhf.errors import UserError, one_line
+from lowmem_rlhf.files import check_room, writing
 from lowmem_rlhf.hardware.memory import is_out_of_memory
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
@@ -162,15 +163,20 @@ def convert_gguf(path: Path) -> Path:
                 setattr(model, mark, None if mark == "hf_quantizer" else False)
         if hasattr(model.config, "quantization_config"):
             del model.config.quantization_config
-        target.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
-        try:
-            model.save_pretrained(temporary)
-            tokenizer.save_pretrained(temporary)
-            with contextlib.suppress(OSError):  # another process was faster
-                temporary.rename(target)
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)
+        with writing(target, UserError, "or set LOWMEM_RLHF_CACHE to a folder elsewhere: the GGUF is kept there"):
+            check_room(target, sum(p.numel() * p.element_size() for p in model.parameters()))
+            target.parent.mkdir(parents=True, exist_ok=True)
+            temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
+            try:
+                model.save_pretrained(temporary)
+                tokenizer.save_pretrained(temporary)
+                try:
+                    temporary.rename(target)
+                except OSError:
+                    if not target.is_dir():  # else another process was faster
+                        raise
+            finally:
+                shutil.rmtree(temporary, ignore_errors=True)
     return target
 
 

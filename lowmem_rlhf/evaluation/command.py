@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lowmem_rlhf.errors import UserError
+from lowmem_rlhf.errors import RunError, UserError
 from lowmem_rlhf.inference.open_run import OpenRun
 from lowmem_rlhf.recipe.loading import load_recipe, validate_recipe
 from lowmem_rlhf.recipe.schema import Recipe
@@ -39,11 +39,12 @@ class Request:
     chat: bool = False
 
 
-def run_evaluation(request: Request) -> tuple[dict[str, Any], Path | None]:
+def run_evaluation(request: Request) -> tuple[dict[str, Any], Path | RunError | None]:
     """Evaluate; the outcome of a run is kept in its folder, and its report.html shows it.
 
     Returns:
-        The outcome (see `run.evaluations`), and the file that it is kept in (None: it is of a model).
+        The outcome (see `run.evaluations`), and the file that it is kept in (None: it is of a model), or why it could
+        not be kept, which is to be raised once the outcome is shown.
 
     Raises:
         UserError: the request is wrong; RunError: it failed.
@@ -53,10 +54,13 @@ def run_evaluation(request: Request) -> tuple[dict[str, Any], Path | None]:
         return _of_model(request), None
     opened = OpenRun(RunDirectory(Path(request.what)), request.step)
     outcome = _of_run(opened, request)
-    path = append_evaluation(opened.directory.path, outcome)
     from lowmem_rlhf.report.html import write_report
 
-    write_report(opened.directory)
+    try:
+        path = append_evaluation(opened.directory.path, outcome)
+        write_report(opened.directory)
+    except RunError as error:
+        return outcome, error
     return outcome, path
 
 

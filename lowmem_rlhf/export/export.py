@@ -3,22 +3,22 @@
 What is written and how it is proven is a format's own (`export.formats`).
 """
 
-import errno
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from lowmem_rlhf.architecture.lookup import model_dimensions
-from lowmem_rlhf.errors import RunError, UserError
+from lowmem_rlhf.errors import LowmemError, RunError, UserError
 from lowmem_rlhf.export.formats.table import FORMATS, check_options
 from lowmem_rlhf.export.job import ExportJob
 from lowmem_rlhf.export.options import ExportOptions
 from lowmem_rlhf.export.target import EXPORT, check_disk, check_target, free_disk
-from lowmem_rlhf.files import begin_folder, delete, dumps, finish_folder
+from lowmem_rlhf.files import begin_folder, delete, dumps, fault_number, finish_folder, why_not_written
 from lowmem_rlhf.inference.open_run import OpenRun
 from lowmem_rlhf.inference.opening import check_device
 from lowmem_rlhf.run.directory import RunDirectory
+from lowmem_rlhf.run.lock import Lock
 from lowmem_rlhf.run.start import paths_explained
 
 
@@ -98,23 +98,27 @@ class Export:
     def _whole_or_not(self) -> Iterator[Path]:
         """Yield a temporary folder that becomes the export when the block ends without an error."""
         folder, target = None, self.job.target
+        lock = Lock(target.absolute().with_name(f".{target.name}.lock"), f"the export in {target}")
         try:
+            lock.file.parent.mkdir(parents=True, exist_ok=True)
+            lock.acquire()
             folder = begin_folder(target)
             yield folder
             finish_folder(target)
-        except OSError as error:
-            full = error.errno in (errno.ENOSPC, getattr(errno, "EDQUOT", None))
-            what = "the disk is full" if full else str(error)
-            raise RunError(
-                f"the export to {target} cannot be written: {what}; nothing was kept, make room or choose another "
-                "folder with --output"
-            ) from error
+        except Exception as error:
+            if (number := fault_number(error)) is None or isinstance(error, LowmemError):
+                raise
+            why = why_not_written(error, number, "or choose another folder with --output")
+            kept = why.replace("; ", "; nothing was kept, ", 1)
+            raise RunError(f"the export to {target} cannot be written: {kept}") from error
         except KeyboardInterrupt as stop:
             stop.add_note("nothing was kept")
             raise
         finally:
             if folder is not None:
-                delete(folder)
+                with suppress(OSError):
+                    delete(folder)
+            lock.remove()
 
     def _push(self, repo: str) -> str:
         from lowmem_rlhf.export.push import push

@@ -15,8 +15,10 @@ from lowmem_rlhf.errors import UserError
 from lowmem_rlhf.hardware.device import Device
 from lowmem_rlhf.planning.plan import Plan
 from lowmem_rlhf.recipe.schema import Recipe
+from lowmem_rlhf.run.checkpoints import check_adapter
 from lowmem_rlhf.run.directory import ADAPTER, RunDirectory
 from lowmem_rlhf.run.start import located
+from lowmem_rlhf.run.text_files import changed_text_files
 
 logger = logging.getLogger(__name__)
 
@@ -42,6 +44,8 @@ class OpenRun:
         Raises:
             UserError: as `RunDirectory.recipe`.
         """
+        for name in changed_text_files(self.directory.path):
+            logger.warning(f"{self.directory.path / name} is not what the run wrote: it is damaged, gone or was edited")
         return self.directory.recipe()
 
     @cached_property
@@ -73,7 +77,7 @@ class OpenRun:
         """The folder of the run's finished adapter, or of the checkpoint of the step.
 
         Raises:
-            UserError: it is not there; the message names the steps there are.
+            UserError: it is not there, and the message names the steps there are; or it is damaged.
         """
         path = self.directory.path
         checkpoints = dict(self.directory.checkpoints())
@@ -82,8 +86,14 @@ class OpenRun:
             if self.step not in checkpoints:
                 remedy = f"there is {steps}" if checkpoints else "there is none; leave --step out"
                 raise UserError(f"--step {self.step}: the run in {path} holds no checkpoint of that step; {remedy}")
+            check_adapter(checkpoints[self.step], f"leave --step out, or take another one (there is {steps})")
             return checkpoints[self.step]
         if (path / ADAPTER).is_dir():
+            check_adapter(
+                path / ADAPTER,
+                f"the `train` that made it, with --output {path} --resume, writes it anew"
+                f"{f', or take a checkpoint with --step ({steps})' if checkpoints else ''}",
+            )
             return path / ADAPTER
         now = f", or take a checkpoint with --step ({steps})" if checkpoints else ""
         raise UserError(

@@ -17,7 +17,7 @@ from lowmem_rlhf.display.format import (
     number,
 )
 from lowmem_rlhf.display.outcome import about, outcome_rows
-from lowmem_rlhf.files import atomic_write
+from lowmem_rlhf.files import atomic_write, writing
 from lowmem_rlhf.report.plots import draw_run, to_png
 from lowmem_rlhf.run.directory import RECIPE, REPORT, RunDirectory
 from lowmem_rlhf.run.evaluations import read_evaluations
@@ -67,6 +67,7 @@ def write_report(run: RunDirectory) -> Path:
 
     Raises:
         UserError: a file of the run cannot be read.
+        RunError: the report cannot be written.
     """
     metrics, evaluation, plan, recipe = run.metrics(), run.evaluation(), run.plan(), run.recipe_values()
     name = str(recipe.get("name") or run.path.name)
@@ -89,7 +90,8 @@ def write_report(run: RunDirectory) -> Path:
         f"{_header(name, recipe, metrics, evaluation)}\n{''.join(sections)}</main>\n</body>\n</html>\n"
     )
     path = run.path / REPORT
-    atomic_write(path, page)
+    with writing(path, remedy="then write it with `lowmem-rlhf report RUN`"):
+        atomic_write(path, page)
     return path
 
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from lowmem_rlhf.algorithms.registry import spec_of
 from lowmem_rlhf.errors import UserError
-from lowmem_rlhf.files import atomic_write
+from lowmem_rlhf.files import atomic_write, writing
 from lowmem_rlhf.planning.fits import Fit, WhatFits
 from lowmem_rlhf.report.fits_view import GIB, PRICE, gigabytes, precision_text, short_name, title
 from lowmem_rlhf.report.plots import INK, MUTED, RED, style_axes
@@ -77,10 +77,8 @@ def save_picture(figure: "Figure", path: Path) -> Path:
     """
     buffer = io.BytesIO()
     figure.savefig(buffer, format=path.suffix.lower().lstrip("."), dpi=DPI)
-    try:
+    with writing(f"--plot {path}: the file", UserError):
         atomic_write(path, buffer.getvalue())
-    except OSError as error:
-        raise UserError(f"--plot {path}: the file cannot be written ({error.strerror or error})") from error
     return path
 
 

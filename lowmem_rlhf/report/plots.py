@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lowmem_rlhf.display.format import number
-from lowmem_rlhf.files import atomic_write
+from lowmem_rlhf.files import atomic_write, writing
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -106,8 +106,9 @@ def _render(figure: "Figure", kind: str, dpi: int) -> bytes:
 
 def _write(figure: "Figure", path: str | Path, dpi: int) -> Path:
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    atomic_write(path, _render(figure, path.suffix.lstrip(".") or "png", dpi))
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        atomic_write(path, _render(figure, path.suffix.lstrip(".") or "png", dpi))
     return path
 
 

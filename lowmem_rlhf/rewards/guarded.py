@@ -196,7 +196,5 @@ def is_memory_fault(error: BaseException) -> bool:
         return False
     from lowmem_rlhf.hardware.memory import is_out_of_memory
 
-    both = [
-        one for one in (error, error.__cause__) if isinstance(one, RuntimeError)
-    ]
+    both = [one for one in (error, error.__cause__) if isinstance(one, RuntimeError)]
     return any(is_out_of_memory(one) for one in both)

@@ -2,54 +2,69 @@
 
 Files appear whole or not at all (see :mod:`lowmem_rlhf.files`), so a run that is killed at any moment can be read and
 resumed. ``metrics.jsonl`` and ``samples.jsonl`` grow by appended lines; a line torn by a kill is ignored by readers and
-dropped by a resume. No torch here.
+dropped by a resume. What is read back has to be what was written (see :mod:`lowmem_rlhf.run.proof`), and one process at
+a time writes (see :mod:`lowmem_rlhf.run.lock`). No torch here.
 """
 
-import json
 import re
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from lowmem_rlhf.algorithms.registry import is_own, load_own
 from lowmem_rlhf.errors import UserError
 from lowmem_rlhf.files import (
     append_lines,
-    atomic_write,
     begin_folder,
+    check_room,
     delete,
     dumps,
     finish_folder,
     is_temp,
-    read_lines,
-    temp_path,
+    set_aside,
+    sync_file,
+    sync_folder,
+    writing,
 )
-from lowmem_rlhf.recipe.field_roles import keys_with
-from lowmem_rlhf.recipe.loading import validate_recipe
+from lowmem_rlhf.progress import message
 from lowmem_rlhf.recipe.schema import Recipe
 from lowmem_rlhf.run.base_file import write_base
+from lowmem_rlhf.run.checkpoints import STATE, write_state
+from lowmem_rlhf.run.lock import LOCK, Lock
+from lowmem_rlhf.run.logs import LogProof, rewind_log
+from lowmem_rlhf.run.proof import HASHES, Damaged, read_sealed, write_hashes
+from lowmem_rlhf.run.reading import (
+    ADAPTER,
+    CHECKPOINTS,
+    EVALUATION,
+    INPUTS,
+    METRICS,
+    MODEL,
+    PLAN,
+    RECIPE,
+    REPORT,
+    SAMPLES,
+    RunReader,
+)
+from lowmem_rlhf.run.rules import Found, check_new, check_resume, check_text_files, check_there, find_checkpoint
 from lowmem_rlhf.run.start import write_start
+from lowmem_rlhf.run.text_files import adopt_text_files, changed_text_files, hashes_damaged, write_text_file
 
-RECIPE, PLAN, METRICS, SAMPLES = "recipe.yaml", "plan.json", "metrics.jsonl", "samples.jsonl"
-EVALUATION, REPORT, CHECKPOINTS, ADAPTER = "evaluation.json", "report.html", "checkpoints", "adapter"
-INPUTS = "inputs.json"
-MODEL = "model"  # of a classifier's run, in place of the adapter
+__all__ = ["ADAPTER", "INPUTS", "MODEL", "RECIPE", "REPORT", "RunDirectory", "default_output", "open_run"]
 
-# What a resume may change: how long, how often and where, never what is learned.
-MAY_CHANGE = keys_with(Recipe, may_change_on_resume=True)
-_DESKTOP_FILES = {".DS_Store", "Thumbs.db", "desktop.ini"}
+_GO_ON = "then go on with --resume"
 
 
-class RunDirectory:
+class RunDirectory(RunReader):
     """One run on disk. Make one with :meth:`create`, read one with :func:`open_run`."""
 
     def __init__(self, path: Path, save_total_limit: int | None = None) -> None:
         """Wrap a folder; nothing is checked or written. Without ``save_total_limit`` every checkpoint is kept."""
-        self.path = Path(path)
+        super().__init__(path)
         self.save_total_limit = save_total_limit
+        self._lock = Lock(self._absolute / LOCK, f"the run in {path}")
+        self._logs = {name: LogProof(self._absolute / name) for name in (METRICS, SAMPLES)}
+        self._base: Any = None  # of inputs.json, once it is read or written
 
     @classmethod
     def create(
@@ -62,7 +77,8 @@ class RunDirectory:
     ) -> "RunDirectory":
         """Start a run in a new or empty folder, or continue the one that is there.
 
-        A resume takes the logs back to the latest checkpoint (see :meth:`rewind`), without one to the start.
+        A resume goes back to the latest checkpoint that is what was written; damaged ones are set aside, and the logs
+        taken back to it (see :meth:`rewind`), without one to the start. The run is locked until `unlock`.
 
         Args:
             path: the folder.
@@ -72,30 +88,38 @@ class RunDirectory:
             inputs: what inputs.json holds (see `data.provenance`); None: what is there stays.
 
         Raises:
-            UserError: the folder holds another run or foreign files, is a file or cannot be written; with ``resume``,
-                there is no run, or the recipe differs in what is learned. Nothing was changed then.
+            UserError: the folder holds another run or foreign files, is a file or cannot be written, or another process
+                writes there; with ``resume``, there is no run, the recipe differs in what is learned or ends before the
+                steps done, or no checkpoint is whole. Nothing was changed then.
         """
         run = cls(Path(path), recipe.training.save_total_limit)
-        try:
-            cls.check(run.path, recipe, resume)
-            if resume:
-                start = run._last_step()
-                run.rewind(start)
-                evaluation = run.evaluation()
-                if start < recipe.training.max_steps and evaluation.pop("after", None) is not None:
-                    run.write_evaluation(evaluation)
+        with writing(f"output folder {path}", UserError, "or choose another one with --output"):
+            run._lock.check()
+            check_there(run) if resume else check_new(run)
             run.path.mkdir(parents=True, exist_ok=True)
-            run._clean()
-            atomic_write(run.path / RECIPE, recipe.to_yaml())
-            atomic_write(run.path / PLAN, dumps(plan_dict, indent=2) + "\n")
-            write_start(run.path, recipe)
-            if inputs is not None:
-                atomic_write(run.path / INPUTS, dumps(inputs, indent=2) + "\n")
-        except OSError as error:
-            raise UserError(
-                f"output folder {path} cannot be written ({error.strerror or error}); choose another one with --output"
-            ) from error
+            try:
+                run._lock.acquire()
+                run._begin(recipe, plan_dict, resume, inputs)
+            except BaseException:
+                run._lock.release() if resume or run.holds_run() else run._lock.remove()
+                raise
         return run
+
+    def _begin(
+        self, recipe: Recipe, plan_dict: dict[str, Any], resume: bool, inputs: dict[str, Any] | None = None
+    ) -> None:
+        found = self._check(recipe, resume, resolved=True)  # nobody else writes from here on
+        if resume:
+            self._go_back(found, recipe.training.max_steps)
+        self._clean()
+        write_text_file(self.path, RECIPE, recipe.to_yaml())
+        write_text_file(self.path, PLAN, dumps(plan_dict, indent=2) + "\n")
+        write_start(self.path, recipe)
+        if inputs is not None:
+            write_text_file(self.path, INPUTS, dumps(inputs, indent=2) + "\n")
+        adopt_text_files(self.path, (INPUTS, EVALUATION))
+        self._base = self.inputs().get("base")
+        sync_folder(self._absolute.parent)
 
     @classmethod
     def check(cls, path: str | Path, recipe: Recipe, resume: bool) -> None:
@@ -104,55 +128,68 @@ class RunDirectory:
         Raises:
             UserError: as for `create`.
         """
-        run = cls(Path(path))
-        run._check_resume(recipe) if resume else run._check_new()
+        cls(Path(path))._check(recipe, resume)
 
-    def _last_step(self) -> int:
-        latest = self.latest_checkpoint()
-        return latest[0] if latest else 0
-
-    def _check_new(self) -> None:
-        if not self.path.exists():
-            return
-        if not self.path.is_dir():
-            raise UserError(f"output {self.path} is a file, not a folder; choose another one with --output")
-        if self._holds_run():
+    def _check(self, recipe: Recipe, resume: bool, resolved: bool = False) -> Found:
+        """Check as `check`; return the checkpoints. A length in epochs is known only once the recipe is resolved."""
+        self._lock.check()
+        if not resume:
+            check_new(self)
+            return Found(None, [])
+        check_resume(self, recipe)
+        found = find_checkpoint(self)
+        done = found.latest[0] if found.latest else 0
+        if recipe.training.max_steps < done and (resolved or recipe.training.num_train_epochs is None):
             raise UserError(
-                f"output folder {self.path} already holds a run; continue it with --resume, or choose another folder "
-                "with --output"
+                f"--resume: training.max_steps: got {recipe.training.max_steps}, and the run in {self.path} has taken "
+                f"{done} steps; give {done} or more, or start a new run with another --output"
             )
-        foreign = sorted(p.name for p in self.path.iterdir() if not is_temp(p) and p.name not in _DESKTOP_FILES)
-        if foreign:
-            shown = ", ".join(foreign[:3]) + (", ..." if len(foreign) > 3 else "")
-            raise UserError(
-                f"output folder {self.path} is not empty and holds no run ({shown}); choose another one with --output"
-            )
+        return found
 
-    def _check_resume(self, recipe: Recipe) -> None:
-        if not self._holds_run():
-            raise UserError(
-                f"--resume: there is no run in {self.path}; name the run's folder with --output, or start one "
-                "without --resume"
+    def _go_back(self, found: Found, max_steps: int) -> None:
+        """Take everything back to the checkpoint that the run goes on from."""
+        for folder, what in found.damaged:
+            aside = set_aside(folder)
+            message(f"{folder} is damaged ({what}): it is {aside.name} now, and an earlier one is taken")
+        step = found.latest[0] if found.latest else 0
+        self.rewind(step)
+        self._prune()
+        if hashes_damaged(self.path):
+            message(
+                f"{self.path / HASHES} is damaged: {RECIPE}, {PLAN}, {INPUTS} and {EVALUATION} are taken as they are"
             )
-        saved = _flatten(self.recipe().model_dump())
-        wanted = _flatten(recipe.model_dump())
-        lines = [
-            f"  {key}: was {saved.get(key, 'absent')!r}, is now {wanted.get(key, 'absent')!r}"
-            for key in dict.fromkeys([*saved, *wanted])
-            if saved.get(key) != wanted.get(key) and not _may_change(key)
-        ]
-        if lines:
-            head = f"--resume: the recipe differs from the one that the run in {self.path} began with:"
-            whole = [key for key in MAY_CHANGE if key.endswith(".*")]
-            single = [key for key in MAY_CHANGE if key not in whole]
-            tail = (
-                "Undo these changes, or start a new run with another --output (a resume may change "
-                f"{', '.join(single)} and {', '.join(whole)})."
-            )
-            raise UserError("\n".join([head, *lines, tail]))
+        file = self.path / EVALUATION
+        evaluation: dict[str, Any] = {}
+        damage = "is not what the run wrote" if EVALUATION in changed_text_files(self.path) else ""
+        try:
+            evaluation = self.evaluation()
+        except UserError as error:
+            damage = str(error).removeprefix(f"{file} ")
+        if damage and file.exists():
+            message(f"{file} {damage}: it is {set_aside(file).name} now, and what it says is not used")
+        elif step < max_steps and evaluation.pop("after", None) is not None:
+            self._write_evaluation(evaluation)
 
-    def _holds_run(self) -> bool:
-        return any((self.path / name).exists() for name in (RECIPE, METRICS, CHECKPOINTS))
+    def check_text_files(self) -> None:
+        """Check that what a resume computes from is what the run wrote.
+
+        Raises:
+            UserError: recipe.yaml, plan.json or inputs.json was changed by something else.
+        """
+        check_text_files(self)
+
+    def lock(self) -> None:
+        """Be the one that writes the run, as `create` already made it, until `unlock`.
+
+        Raises:
+            UserError: another process is it, or has been it since this one was.
+        """
+        with writing(self.path / LOCK, UserError):
+            self._lock.acquire()
+
+    def unlock(self) -> None:
+        """Let others write the run."""
+        self._lock.release()
 
     def _clean(self) -> None:
         """Remove what a killed process left half-written."""
@@ -164,16 +201,28 @@ class RunDirectory:
     # Writing
 
     def log_metrics(self, metrics: dict[str, Any]) -> None:
-        """Append one step's metrics (with its ``step``); numbers that are not finite become null."""
-        append_lines(self.path / METRICS, [{"step": metrics["step"], **metrics}])
+        """Append one step's metrics (with its ``step``); numbers that are not finite become null.
+
+        Raises:
+            RunError: the system refuses to write; so of all that is written.
+        """
+        self._append(METRICS, [{"step": metrics["step"], **metrics}])
 
     def log_samples(self, step: int, samples: Iterable[dict[str, Any]]) -> None:
         """Append a step's samples: ``prompt`` (text or chat messages), ``completion``, ``rewards`` by name, ..."""
-        append_lines(self.path / SAMPLES, [{"step": step, **sample} for sample in samples])
+        self._append(SAMPLES, [{"step": step, **sample} for sample in samples])
+
+    def _append(self, name: str, rows: list[dict[str, Any]]) -> None:
+        with writing(self.path / name, remedy=_GO_ON):
+            append_lines(self.path / name, rows)
 
     def write_evaluation(self, evaluation: dict[str, Any]) -> None:
         """Write the held-out results, ``{"before": {...}, "after": {...}}``; ``after`` may still be missing."""
-        atomic_write(self.path / EVALUATION, dumps(evaluation, indent=2) + "\n")
+        with writing(self.path / EVALUATION, remedy=_GO_ON):
+            self._write_evaluation(evaluation)
+
+    def _write_evaluation(self, evaluation: dict[str, Any]) -> None:
+        write_text_file(self.path, EVALUATION, dumps(evaluation, indent=2) + "\n")
 
     def change_settings(self, settings: dict[str, Any], reason: str) -> None:
         """Write settings that changed while the run goes on into plan.json, with the reason."""
@@ -182,112 +231,87 @@ class RunDirectory:
             return
         plan["settings"] = {**plan.get("settings", {}), **settings}
         plan["reasons"] = {**plan.get("reasons", {}), **dict.fromkeys(settings, reason)}
-        atomic_write(self.path / PLAN, dumps(plan, indent=2) + "\n")
+        with writing(self.path / PLAN, remedy=_GO_ON):
+            write_text_file(self.path, PLAN, dumps(plan, indent=2) + "\n")
 
     def rewind(self, step: int) -> None:
-        """Go back to ``step``: drop later lines and torn ones from the logs, and later checkpoints."""
-        for name in (METRICS, SAMPLES):
-            file = self.path / name
-            if file.exists():
-                earlier = [line + b"\n" for line, row in read_lines(file) if row.get("step", 0) <= step]
-                atomic_write(file, b"".join(earlier))
+        """Go back to ``step``: drop later lines and torn ones from the logs, and later checkpoints.
+
+        A log that is not what it was then is said, and what can be read of it stays.
+        """
+        proofs: dict[str, Any] = {}
+        with suppress(Damaged, UserError, KeyError):
+            logs = read_sealed(dict(self.checkpoints())[step] / STATE)[0].get("logs")
+            proofs = logs if isinstance(logs, dict) else {}
+        for name in self._logs:
+            rewind_log(self._absolute / name, self.path / name, step, proofs.get(name), name == METRICS)
         for later, folder in self.checkpoints():
             if later > step:
                 delete(folder)
 
-    def begin_checkpoint(self, step: int) -> Path:
-        """Return an empty temporary folder to save step ``step`` into; call :meth:`finish_checkpoint` after it."""
-        return begin_folder(self.path / CHECKPOINTS / f"step-{step}")
+    @contextmanager
+    def new_checkpoint(self, step: int, healthy: bool = True, needed: int = 0) -> Iterator[tuple[Path, dict[str, Any]]]:
+        """Yield a temporary folder and the values of its state.json, both to be filled.
 
-    def finish_checkpoint(self, step: int) -> Path:
-        """Make the checkpoint appear as ``checkpoints/step-N`` and delete the oldest beyond ``save_total_limit``."""
+        When the block ends without an error they become ``checkpoints/step-N``, with the hashes of all files, and the
+        oldest ones beyond ``save_total_limit`` are deleted, but never the latest one that is healthy. The logs reach
+        the disk before it.
+
+        Args:
+            step: the steps done.
+            healthy: training is in order.
+            needed: bytes that are about to be written.
+
+        Raises:
+            RunError: the disk has not the room, or the system refuses to write; nothing of it stays.
+        """
         target = self.path / CHECKPOINTS / f"step-{step}"
-        write_base(temp_path(target), self.inputs().get("base"))
-        folder = finish_folder(target)
-        if self.save_total_limit is not None:
-            for _, old in self.checkpoints()[: -self.save_total_limit]:
-                delete(old)
-        return folder
+        with writing(target, remedy=_GO_ON):
+            check_room(target, needed, _GO_ON)
+            with self._new_folder(target) as folder:
+                state: dict[str, Any] = {}
+                yield folder, state
+                write_base(folder, self._base_values())
+                for name in self._logs:
+                    sync_file(self._absolute / name)
+                logs = {name: log.values() for name, log in self._logs.items()}
+                write_state(folder, step, healthy, logs, state)
+        with suppress(OSError):  # what is too many goes with the next one
+            self._prune()
 
     @contextmanager
     def new_adapter(self) -> Iterator[Path]:
         """Yield a temporary folder that becomes ``adapter/`` when the block ends without an error."""
         target = self.path / ADAPTER
+        with writing(target, remedy=_GO_ON), self._new_folder(target) as folder:
+            yield folder
+            write_base(folder, self._base_values())
+            write_hashes(folder)
+
+    def _base_values(self) -> Any:
+        """Return what is known of the base, read once: a run does not end by a damage to a file that it has read."""
+        self._base = self._base or self.inputs().get("base")
+        return self._base
+
+    @contextmanager
+    def _new_folder(self, target: Path) -> Iterator[Path]:
+        """Yield a temporary folder that takes a folder's place at the end of the block, or goes with its error."""
         folder = begin_folder(target)
-        yield folder
-        write_base(folder, self.inputs().get("base"))
-        finish_folder(target)
-
-    # Reading
-
-    def checkpoints(self) -> list[tuple[int, Path]]:
-        """Return the finished checkpoints, oldest first."""
-        folder = self.path / CHECKPOINTS
-        folders = [] if not folder.is_dir() else [p for p in folder.iterdir() if p.is_dir()]
-        return sorted((int(m[1]), p) for p in folders if (m := re.fullmatch(r"step-(\d+)", p.name)))
-
-    def latest_checkpoint(self) -> tuple[int, Path] | None:
-        """Return ``(step, folder)`` of the latest finished checkpoint."""
-        checkpoints = self.checkpoints()
-        return checkpoints[-1] if checkpoints else None
-
-    def metrics(self) -> list[dict[str, Any]]:
-        """Return the metrics, one row a step."""
-        return [row for _, row in read_lines(self.path / METRICS)]
-
-    def samples(self) -> list[dict[str, Any]]:
-        """Return the logged samples, oldest first."""
-        return [row for _, row in read_lines(self.path / SAMPLES)]
-
-    def evaluation(self) -> dict[str, Any]:
-        """Return the held-out results; empty when there are none yet."""
-        return self._json(EVALUATION)
-
-    def plan(self) -> dict[str, Any]:
-        """Return the plan; empty when there is none."""
-        return self._json(PLAN)
-
-    def inputs(self) -> dict[str, Any]:
-        """Return what is known of the data and the base; empty of a run that kept none."""
-        return {key: value for key, value in self._json(INPUTS).items() if isinstance(value, dict)}
-
-    def recipe(self) -> Recipe:
-        """Return the resolved recipe, with its paths as they were written.
-
-        Raises:
-            UserError: there is no readable recipe.yaml, or it is not one of this version.
-        """
-        values = self.recipe_values()
-        if is_own(algorithm := str(values.get("algorithm"))):
-            load_own(algorithm, self.path)
-        return validate_recipe(values, source=str(self.path / RECIPE))
-
-    def recipe_values(self) -> dict[str, Any]:
-        """Return the resolved recipe as plain values.
-
-        Raises:
-            UserError: there is no readable recipe.yaml.
-        """
-        file = self.path / RECIPE
         try:
-            values = yaml.safe_load(file.read_text(encoding="utf-8"))
-        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-            raise UserError(f"{file} cannot be read: {' '.join(str(error).split())}") from error
-        if not isinstance(values, dict):
-            raise UserError(f"{file} is not a mapping of keys to values")
-        return values
+            yield folder
+            finish_folder(target)
+        except BaseException:
+            with suppress(OSError):
+                delete(folder)
+            raise
 
-    def _json(self, name: str) -> dict[str, Any]:
-        file = self.path / name
-        if not file.exists():
-            return {}
-        try:
-            value = json.loads(file.read_bytes())
-        except ValueError as error:
-            raise UserError(f"{file} is not JSON: {error}") from error
-        if not isinstance(value, dict):
-            raise UserError(f"{file} is not a JSON object")
-        return value
+    def _prune(self) -> None:
+        """Delete the oldest checkpoints beyond the limit, but the latest one that is healthy."""
+        if self.save_total_limit is not None and (surplus := self.checkpoints()[: -self.save_total_limit]):
+            healthy = self.last_healthy()
+            for checkpoint in surplus:
+                if checkpoint != healthy:
+                    delete(checkpoint[1])
 
 
 def open_run(path: str | Path) -> RunDirectory:
@@ -315,23 +339,3 @@ def default_output(name: str, resume: bool = False) -> Path:
         number, last = number + 1, candidate
         candidate = Path("runs") / f"{base}-{number}"
     return last if resume else candidate
-
-
-def _may_change(key: str) -> bool:
-    """Whether a resume may change the key of a flattened recipe."""
-    names = {re.sub(r"\[\d+\]", "[]", key), f"{key.partition('.')[0]}.*"}
-    return bool(names.intersection(MAY_CHANGE))
-
-
-def _flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Return nested values under dotted keys as overrides write them, for example ``rewards[0].weight``."""
-    flat: dict[str, Any] = {}
-    for key, value in values.items():
-        if isinstance(value, dict) and value:
-            flat |= _flatten(value, f"{prefix}{key}.")
-        elif isinstance(value, list) and value and all(isinstance(item, dict) for item in value):
-            for index, item in enumerate(value):
-                flat |= _flatten(item, f"{prefix}{key}[{index}].")
-        else:
-            flat[f"{prefix}{key}"] = value
-    return flat

@@ -8,23 +8,21 @@ by target, each with ``value``, ``low`` and ``high``), ``difference`` (second ta
 from pathlib import Path
 from typing import Any
 
-from lowmem_rlhf.errors import UserError
-from lowmem_rlhf.files import append_lines, read_lines
+from lowmem_rlhf.files import append_lines, read_lines, writing
+from lowmem_rlhf.run.lock import one_at_a_time
 
 EVALUATIONS = "evaluations.jsonl"
 
 
 def append_evaluation(folder: Path, outcome: dict[str, Any]) -> Path:
-    """Append an evaluation to those of a run; return the file.
+    """Append an evaluation to those of a run, after any other process that does; return the file.
 
     Raises:
-        UserError: the run's folder cannot be written.
+        RunError: the run's folder cannot be written.
     """
     path = folder / EVALUATIONS
-    try:
+    with writing(path), path.open("ab") as file, one_at_a_time(file):
         append_lines(path, [outcome])
-    except OSError as error:
-        raise UserError(f"{path} cannot be written ({error.strerror or error}); --json prints the results") from error
     return path
 
 

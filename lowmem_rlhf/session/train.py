@@ -161,6 +161,8 @@ def plan(checked: Checked, display: RunDisplay) -> Planned:
 
 def _plan(checked: Checked, display: RunDisplay) -> Planned:
     recipe, path, resume = checked.recipe, checked.path, checked.resume
+    if resume:
+        RunDirectory(path).check_text_files()
     plan = resumed_plan(recipe, path) if resume else running_plan(recipe)
     probes = _probes(recipe, plan)
     if not plan.fits and not (plan.verdict == "unknown" and probes):
@@ -272,7 +274,11 @@ def _begun(base: "SharedBase", data: "TrainingData", planned: Planned, display: 
 
     trainer = make_trainer(recipe, plan, base, rewards, data, run_directory)
     if resume:
-        trainer.resume()
+        try:
+            trainer.resume()
+        except BaseException:
+            trainer.run.unlock()
+            raise
     display.message(f"run directory: {trainer.run.path}")
     return trainer
 

@@ -21,7 +21,7 @@ from lowmem_rlhf.engine.base import SharedBase
 from lowmem_rlhf.engine.checksum import DRIFTED, base_checksum
 from lowmem_rlhf.engine.ladder import Ladder
 from lowmem_rlhf.engine.roles import CRITIC
-from lowmem_rlhf.errors import RunError, one_line
+from lowmem_rlhf.errors import RunError, UserError, one_line
 from lowmem_rlhf.hardware.memory import clock, is_out_of_memory, peak_bytes, reset_peak
 from lowmem_rlhf.planning.plan import Plan
 from lowmem_rlhf.progress import Progress, message
@@ -157,7 +157,10 @@ class Loop(ABC):
         self.step, counters = self.ladder.survive(
             "checkpoint", lambda: load_checkpoint(latest[1], self.base, self.optimizer, self._others()), message
         )
-        self._load_counters(counters)
+        try:
+            self._load_counters(counters)
+        except (KeyError, TypeError, ValueError, AttributeError) as error:  # of a checkpoint without hashes
+            raise UserError(f"checkpoint {latest[1]} has other counters ({error}); delete it") from error
 
     def _counters(self, learned_tokens: int) -> dict[str, Any]:
         watches = {"health": self.health.state(), "lost": self.lost.state()}
@@ -184,6 +187,7 @@ class Loop(ABC):
             KeyboardInterrupt: the user stopped it. A note on this error and on any other says which step is kept,
                 the last finished one; what the next one had begun is taken back.
         """
+        self.run.lock()
         try:
             with closing(self._steps(progress)) as steps:
                 for finished in steps:
@@ -192,6 +196,8 @@ class Loop(ABC):
         except BaseException as error:
             error.add_note(self._keep())
             raise
+        finally:
+            self.run.unlock()
         return self.run.evaluation()
 
     def steps(self, progress: Progress) -> Generator[StepOutput, None, None]:
@@ -202,16 +208,19 @@ class Loop(ABC):
         Raises:
             RunError: as for `train`.
         """
+        self.run.lock()
         try:
             yield from self._steps(progress)
         except BaseException as error:
             error.add_note(self._keep())
             raise
+        finally:
+            self.run.unlock()
 
     def _steps(self, progress: Progress) -> Generator[StepOutput, None, None]:
         evaluation = self.run.evaluation()
         self._keeper.keep(self.step, self._counters(self.learned_tokens))
-        if "before" not in evaluation:
+        if "before" not in evaluation and not self.step:  # a resumed policy is not what there was before
             self._evaluate("before", evaluation, progress)
         checksum = base_checksum(self.base) if self.checks_base else ""
         if self.step == 0 and (remark := warm_up_remark(self.recipe.training, self.optimizer.total_steps)):
@@ -249,7 +258,7 @@ class Loop(ABC):
     def _save(self) -> None:
         latest = self.run.latest_checkpoint()
         if latest is None or latest[0] < self.step:
-            save_checkpoint(self.run, self.base, self._keeper.state(), self._others())
+            save_checkpoint(self.run, self.base, self._keeper.state(), self._others(), self.health.healthy)
 
     def _keep(self) -> str:
         """Save the last finished step, whatever the next has done to the weights; return what is on the disk."""
@@ -372,7 +381,7 @@ def _accelerator(device: torch.device, recipe: Recipe, run: RunDirectory) -> Acc
     """Return accelerate's state on our device, with the recipe's trackers; nothing is placed or cast by it."""
     os.environ["ACCELERATE_TORCH_DEVICE"] = str(device)
     trackers = list(recipe.training.report_to)
-    accelerator = Accelerator(device_placement=False, log_with=trackers or None, project_dir=str(run.path))
+    accelerator = Accelerator(device_placement=False, log_with=trackers or None, project_dir=str(run.path.absolute()))
     if trackers:
         accelerator.init_trackers(recipe.name, config={"algorithm": recipe.algorithm, "model": recipe.model})
     return accelerator

@@ -8,7 +8,7 @@ import torch
 from tiny_models import CPU, save_tiny, tiny_config, tiny_model
 from transformers import AutoModelForCausalLM
 
-from lowmem_rlhf.engine.load import load_base
+from lowmem_rlhf.engine.load import convert_gguf, load_base
 from lowmem_rlhf.errors import UserError
 
 
@@ -187,3 +187,12 @@ def test_a_damaged_gguf_is_one_sentence_and_leaves_nothing(tmp_path, monkeypatch
     path.write_bytes(b"no gguf at all")
     refuse(path, "is not a GGUF file")
     assert not list((tmp_path / "cache").glob("gguf/*"))
+
+
+def test_a_cache_that_cannot_be_written_is_one_sentence(tmp_path, monkeypatch):
+    (tmp_path / "cache").touch()
+    monkeypatch.setenv("LOWMEM_RLHF_CACHE", str(tmp_path / "cache"))
+    path = tmp_path / "tiny.gguf"
+    write_gguf(path)
+    with pytest.raises(UserError, match=r"tiny-.* cannot be written: .*; .*or set LOWMEM_RLHF_CACHE"):
+        convert_gguf(path)

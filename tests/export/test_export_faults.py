@@ -91,6 +91,19 @@ def test_a_full_disk_says_so_and_leaves_the_older_export(run, monkeypatch):
     assert (run.path / "export" / "merged" / "model-00002-of-00003.safetensors").read_bytes() == before
 
 
+def test_a_second_export_to_the_same_folder_is_refused_while_the_first_writes(run, monkeypatch):
+    refused = []
+
+    def again():
+        with pytest.raises(UserError, match=r"the export in .*merged is being written by this process"):
+            export(run)
+        refused.append(True)
+
+    stop_after(monkeypatch, again)
+    export(run)
+    assert refused and exports(run) == ["merged"]
+
+
 def test_an_interrupted_export_leaves_nothing(run, monkeypatch):
     stop_after(monkeypatch, fail_with(KeyboardInterrupt()))
     with pytest.raises(KeyboardInterrupt) as caught:
@@ -117,7 +130,7 @@ def test_a_killed_export_leaves_no_half_model_and_the_next_one_is_whole(run, mon
         child.start()
         child.join(120)
     assert child.exitcode == -signal.SIGKILL
-    assert exports(run) == [temp_path(Path("merged")).name]
+    assert exports(run) == [".merged.lock", temp_path(Path("merged")).name]
     export(run)
     assert exports(run) == ["merged"]
 
@@ -210,6 +223,9 @@ def test_another_base_than_the_run_s_is_one_sentence(run):
 def test_a_broken_adapter_is_one_sentence(run):
     file = run.path / "adapter" / "adapter_model.safetensors"
     file.write_bytes(file.read_bytes()[:-8])
+    with pytest.raises(UserError, match=r"adapter is damaged: adapter_model.safetensors has .* bytes"):
+        Export(run, ExportOptions()).make()
+    (run.path / "adapter" / "hashes.json").unlink()  # as of a run of before
     with pytest.raises(UserError, match=r"cannot be read .*take a checkpoint"):
         export(run)
 
@@ -252,3 +268,18 @@ def test_a_classifier_is_already_a_model(run):
     (run.path / "recipe.yaml").write_text(json.dumps(recipe))  # which is YAML, too
     with pytest.raises(UserError, match="trained a classifier whole"):
         Export(run, ExportOptions())
+
+
+@pytest.mark.parametrize("format", ["merged", "adapter", "gguf", "ollama"])
+def test_what_the_system_refuses_to_write_is_one_sentence_in_every_format(run, format):
+    resource = pytest.importorskip("resource", reason="Windows has no such limit")
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (8_000, before[1]))  # bytes of a file: for real, in every library
+    try:
+        with pytest.raises(RunError) as caught:
+            export(run, format=format)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    said = "cannot be written: the file would be larger than allowed; nothing was kept, raise the limit"
+    assert said in str(caught.value) and "--output" in str(caught.value)
+    assert exports(run) == []

@@ -197,6 +197,7 @@ def test_heads_of_a_critic_go_along_when_asked(model, plain, tmp_path):
     base.add_role(CRITIC, 4, 8, "all-linear")
     base.add_head(CRITIC, bias=True)
     base.save_adapter(run.path / "adapter" / CRITIC, CRITIC)
+    (run.path / "adapter" / "hashes.json").unlink()
     facts = export(run, heads=True)
     names = [f"critic/{name}" for name in ("adapter_model.safetensors", "adapter_config.json", "head.safetensors")]
     assert facts["heads"] == names and all((run.path / "export" / "merged" / name).is_file() for name in names)
@@ -207,8 +208,8 @@ def test_a_checkpoint_is_exported_by_its_step(plain, model, tmp_path):
     base = SharedBase.load(str(model), CPU, "none", "float32", r=4, lora_alpha=8)
     run = make_run(tmp_path / "run", model, 0.05, base=base)
     size_adapter(base, 0.2, seed=1)
-    base.save_adapter(run.begin_checkpoint(7))
-    run.finish_checkpoint(7)
+    with run.new_checkpoint(7) as (folder, _):
+        base.save_adapter(folder)
     facts = export(run, step=7)
     assert facts["step"] == 7 and facts["relative_change"] == pytest.approx(0.2, rel=0.01)
     with pytest.raises(UserError, match="--step 8"):

@@ -288,7 +288,8 @@ def everything(runs: Path, sft, reward_model, classifier) -> None:
     shutil.copy(sft.path / "recipe.yaml", runs / "unfinished")
     config = shutil.copytree(sft.path / "adapter", runs / "foreign") / "adapter_config.json"
     config.write_text(json.dumps({**json.loads(config.read_text()), "base_model_name_or_path": "org/other"}))
-    (runs / "foreign" / "base.json").unlink()  # as of an adapter that was made elsewhere
+    for file in ("base.json", "hashes.json"):  # as of an adapter that was made elsewhere
+        (runs / "foreign" / file).unlink()
     name = Path(sft.recipe_values()["model"]).name  # that of the other runs' model, of which it is no copy
     other = save_tiny_model(runs / "wide-model" / name, hidden_size=32)
     settings = {"lora": LORA, "rewards": [], "sft": {"max_length": 32}, "training": {"max_steps": 1}}

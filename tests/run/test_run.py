@@ -2,12 +2,13 @@
 
 import json
 import os
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
 
 from lowmem_rlhf import files
-from lowmem_rlhf.errors import UserError
+from lowmem_rlhf.errors import RunError, UserError
 from lowmem_rlhf.recipe.loading import validate_recipe
 from lowmem_rlhf.recipe.schema import Recipe
 from lowmem_rlhf.run.directory import RunDirectory, default_output, open_run
@@ -21,12 +22,26 @@ def recipe(**training: object) -> Recipe:
 
 
 def start(path: Path, **training: object) -> RunDirectory:
-    return RunDirectory.create(path, recipe(**training), PLAN, resume=False)
+    run = RunDirectory.create(path, recipe(**training), PLAN, resume=False)
+    run.unlock()
+    return run
 
 
 def save(run: RunDirectory, step: int) -> Path:
-    (run.begin_checkpoint(step) / "state.json").write_text(str(step))
-    return run.finish_checkpoint(step)
+    with run.new_checkpoint(step) as (folder, _):
+        (folder / "adapter.txt").write_text(str(step))
+    return run.path / "checkpoints" / f"step-{step}"
+
+
+def leave_half(run: RunDirectory, step: int) -> None:
+    """Leave what a kill within a checkpoint leaves."""
+    (run.path / "checkpoints" / f".step-{step}.tmp").mkdir(parents=True)
+
+
+def go_on(path: Path, recipe: Recipe, plan: dict = PLAN) -> RunDirectory:
+    resumed = RunDirectory.create(path, recipe, plan, resume=True)
+    resumed.unlock()
+    return resumed
 
 
 def names(path: Path) -> set[str]:
@@ -35,7 +50,7 @@ def names(path: Path) -> set[str]:
 
 def test_create_writes_recipe_and_plan(tmp_path):
     run = start(tmp_path / "a" / "b")
-    assert names(run.path) == {"recipe.yaml", "plan.json", "local.json"}
+    assert names(run.path) == {"recipe.yaml", "plan.json", "local.json", "hashes.json", ".lock"}
     assert validate_recipe(run.recipe_values()) == recipe()
     assert run.plan() == PLAN
     assert (run.metrics(), run.samples(), run.evaluation(), run.latest_checkpoint()) == ([], [], {}, None)
@@ -45,7 +60,7 @@ def test_an_empty_folder_is_taken(tmp_path):
     (tmp_path / ".DS_Store").touch()
     (tmp_path / ".recipe.yaml.tmp").touch()  # left by a kill before anything was there
     start(tmp_path)
-    assert names(tmp_path) == {".DS_Store", "recipe.yaml", "plan.json", "local.json"}
+    assert names(tmp_path) == {".DS_Store", "recipe.yaml", "plan.json", "local.json", "hashes.json", ".lock"}
 
 
 @pytest.mark.parametrize("left", ["recipe.yaml", "metrics.jsonl", "checkpoints"])
@@ -83,20 +98,20 @@ def test_full_disk_is_a_user_error(tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(UserError, match="No space left"):
+    with pytest.raises(UserError, match="the disk is full"):
         start(tmp_path / "run")
     assert names(tmp_path / "run") == set()
 
 
 def test_resume_without_a_run_is_refused_and_without_a_checkpoint_starts_over(tmp_path):
     with pytest.raises(UserError, match="no run in"):
-        RunDirectory.create(tmp_path / "none", recipe(), PLAN, resume=True)
+        go_on(tmp_path / "none", recipe())
     assert not (tmp_path / "none").exists()
     run = start(tmp_path / "run")
     run.log_metrics({"step": 1})
     run.write_evaluation({"before": {"accuracy": 0.1}})
-    run.begin_checkpoint(5)  # never finished
-    resumed = RunDirectory.create(run.path, recipe(), PLAN, resume=True)
+    leave_half(run, 5)
+    resumed = go_on(run.path, recipe())
     assert resumed.metrics() == [] and resumed.latest_checkpoint() is None
     assert resumed.evaluation() == {"before": {"accuracy": 0.1}}
 
@@ -107,7 +122,7 @@ def test_resume_names_every_difference(tmp_path):
     other = recipe(learning_rate=1e-3, seed=3, max_steps=40)
     other.rewards[0].weight = 2.0
     with pytest.raises(UserError) as caught:
-        RunDirectory.create(run.path, other, PLAN, resume=True)
+        go_on(run.path, other, PLAN)
     text = str(caught.value)
     assert "training.learning_rate: was 1e-05, is now 0.001" in text
     assert "training.seed" in text and "rewards[0].weight: was 1.0, is now 2.0" in text
@@ -120,7 +135,7 @@ def test_resume_may_change_length_logs_and_hardware(tmp_path):
     save(run, 5)
     longer = recipe(max_steps=40, save_steps=7, save_total_limit=9, log_completions=0, report_to=["wandb"])
     longer.hardware.micro_batch_tokens = 64
-    resumed = RunDirectory.create(run.path, longer, {"fits": False}, resume=True)
+    resumed = go_on(run.path, longer, {"fits": False})
     assert validate_recipe(resumed.recipe_values()) == longer
     assert resumed.plan() == {"fits": False}
     assert resumed.save_total_limit == 9
@@ -137,11 +152,11 @@ def test_resume_leaves_the_logs_as_if_never_interrupted(tmp_path):
     for name in ("metrics.jsonl", "samples.jsonl"):
         with (run.path / name).open("ab") as file:
             file.write(b'{"step": 1')  # torn by a kill
-    run.begin_checkpoint(10)
+    leave_half(run, 10)
     assert [row["step"] for row in run.metrics()] == list(range(1, 8))
     assert len(run.samples()) == 14
 
-    resumed = RunDirectory.create(run.path, recipe(), PLAN, resume=True)
+    resumed = go_on(run.path, recipe())
     assert [(run.path / name).read_bytes() for name in ("metrics.jsonl", "samples.jsonl")] == whole
     assert resumed.latest_checkpoint() == (5, run.path / "checkpoints" / "step-5")
     assert names(run.path / "checkpoints") == {"step-5"}
@@ -172,34 +187,36 @@ def test_resume_drops_a_stale_after(tmp_path):
     run = start(tmp_path / "run")
     save(run, 20)
     run.write_evaluation({"before": {"accuracy": 0.1}, "after": {"accuracy": 0.5}})
-    RunDirectory.create(run.path, recipe(), PLAN, resume=True)
+    go_on(run.path, recipe())
     assert "after" in run.evaluation()  # the run was complete
-    RunDirectory.create(run.path, recipe(max_steps=30), PLAN, resume=True)
+    go_on(run.path, recipe(max_steps=30), PLAN)
     assert run.evaluation() == {"before": {"accuracy": 0.1}}
 
 
 def test_checkpoints_appear_whole_and_the_oldest_go(tmp_path):
     run = start(tmp_path / "run", save_total_limit=2)
-    folder = run.begin_checkpoint(2)
-    (folder / "sub").mkdir()
-    (folder / "sub" / "x.bin").write_bytes(b"1")
-    assert run.latest_checkpoint() is None
-    assert (run.finish_checkpoint(2) / "sub" / "x.bin").read_bytes() == b"1"
+    with run.new_checkpoint(2) as (folder, _):
+        (folder / "sub").mkdir()
+        (folder / "sub" / "x.bin").write_bytes(b"1")
+        assert run.latest_checkpoint() is None
+    assert (run.path / "checkpoints" / "step-2" / "sub" / "x.bin").read_bytes() == b"1"
     for step in (4, 10, 100):
         save(run, step)
     assert names(run.path / "checkpoints") == {"step-10", "step-100"}  # by number, not by name
     assert run.latest_checkpoint() == (100, run.path / "checkpoints" / "step-100")
 
 
-def test_begin_checkpoint_is_empty_and_a_checkpoint_can_be_saved_again(tmp_path):
+def test_a_checkpoint_that_fails_leaves_nothing_and_can_be_saved_again(tmp_path):
     run = start(tmp_path / "run")
-    (run.begin_checkpoint(3) / "stale").touch()
-    assert names(run.begin_checkpoint(3)) == set()
-    (run.begin_checkpoint(3) / "a").touch()
-    run.finish_checkpoint(3)
-    (run.begin_checkpoint(3) / "b").touch()
-    assert names(run.finish_checkpoint(3)) == {"b"}
-    assert names(run.path / "checkpoints") == {"step-3"}
+    for number, error in enumerate((OSError(28, "No space left on device"), ZeroDivisionError(), None)):
+        with pytest.raises((RunError, ZeroDivisionError)) if error else nullcontext():
+            with run.new_checkpoint(3) as (folder, _):
+                assert names(folder) == set()
+                (folder / str(number)).touch()
+                if error:
+                    raise error
+            assert names(run.path / "checkpoints") == ({"step-3"} if number == 2 else set())
+    assert names(run.path / "checkpoints" / "step-3") == {"2", "state.json"}
 
 
 def test_rewind_drops_later_checkpoints(tmp_path):
@@ -227,7 +244,7 @@ def test_adapter_appears_only_when_written(tmp_path):
         with run.new_adapter() as folder:
             (folder / "adapter.json").write_text(text)
     assert (run.path / "adapter" / "adapter.json").read_text() == "2"
-    assert names(run.path / "adapter") == {"adapter.json"}
+    assert names(run.path / "adapter") == {"adapter.json", "hashes.json"}
 
 
 def test_json_has_no_nan(tmp_path):

@@ -95,7 +95,9 @@ def test_a_run_learns_and_leaves_what_every_run_leaves(algorithm, runs, model):
     if algorithm != "trl/kto":  # shown also where there is none before
         assert evaluation_rows(evaluation)[0][0] == "accuracy" and evaluation["after"]["accuracy"] >= 0.5
     names = {"recipe.yaml", "plan.json", "metrics.jsonl", "samples.jsonl", "evaluation.json", "report.html", "adapter"}
-    assert {path.name for path in run.path.iterdir()} == names | {"checkpoints", "inputs.json", "local.json"}
+    assert {path.name for path in run.path.iterdir()} == names | {
+        *("checkpoints", "inputs.json", "local.json", "hashes.json", ".lock")
+    }
     assert [step for step, _ in run.checkpoints()] == [3, 6]
     assert "rewards/margins" in (run.path / "report.html").read_text()
     saved = validate_recipe(yaml.safe_load((run.path / "recipe.yaml").read_text()))

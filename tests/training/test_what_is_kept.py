@@ -1,12 +1,19 @@
 """Whatever ends a run, and whenever: the note on the error says what is on the disk; a resume goes on from there."""
 
+import json
 import re
+import shutil
+from contextlib import contextmanager
+from types import SimpleNamespace
 
 import pytest
-from safetensors.torch import load_file
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from training_cases import recipe_of, train, trainer_of
 
-from lowmem_rlhf.errors import RunError
+from lowmem_rlhf import files
+from lowmem_rlhf.engine import roles
+from lowmem_rlhf.errors import RunError, UserError
 from lowmem_rlhf.run.directory import RunDirectory
 from lowmem_rlhf.training import loop
 from lowmem_rlhf.training.online import CompletionEvaluator, Trainer
@@ -136,3 +143,131 @@ def test_a_resumed_run_that_stops_at_once_still_has_what_it_began_with(recipe, t
     with pytest.raises(RunError) as caught:
         train(again)
     assert note(caught.value) == "step 2 is kept, --resume goes on from it"
+
+
+@contextmanager
+def largest_file(size):
+    """Let the system refuse files larger than so many bytes, for real."""
+    resource = pytest.importorskip("resource", reason="Windows has no such limit")
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+@pytest.mark.parametrize("name", ["adapter_model.safetensors", "optimizer.safetensors"])
+def test_a_checkpoint_that_the_disk_refuses_leaves_the_one_before_whole(recipe, tmp_path, uninterrupted, name):
+    trainer = trainer_of(recipe, tmp_path / "run")
+    steps = trainer.steps(Quiet())
+    for _ in range(3):  # the second step is saved
+        next(steps)
+    size = (trainer.run.path / "checkpoints" / "step-2" / name).stat().st_size
+    with largest_file(size - 1), pytest.raises(RunError) as caught:
+        list(steps)
+    cause = "the file would be larger than allowed; raise the limit"
+    assert re.search(f"step-4 cannot be written: {cause}.*then go on with --resume", str(caught.value))
+    assert note(caught.value).startswith(
+        "step 2 is kept, --resume goes on from it; steps 3 to 4 are lost, as they could"
+    )
+    assert [path.name for path in (trainer.run.path / "checkpoints").iterdir()] == ["step-2"]
+    resumed = trainer_of(recipe, tmp_path / "run", resume=True)
+    train(resumed)
+    assert all(tensor.equal(uninterrupted[key]) for key, tensor in adapter(resumed.run).items())
+
+
+class Quiet:
+    def phase(self, name, done=0, total=None):
+        pass
+
+    def message(self, text):
+        pass
+
+
+def test_an_adapter_that_the_disk_refuses_leaves_the_last_step(recipe, tmp_path, monkeypatch):
+    trainer = trainer_of(recipe, tmp_path / "run")
+    real = roles.save_file
+
+    def full(tensors, path, **given):
+        if path.parent.name == ".adapter.tmp":
+            raise SafetensorError('Error while serializing: I/O error: Os { code: 28, kind: StorageFull, message: "" }')
+        real(tensors, path, **given)
+
+    monkeypatch.setattr(roles, "save_file", full)
+    with pytest.raises(RunError, match="adapter cannot be written: the disk is full; make room there") as caught:
+        train(trainer)
+    assert note(caught.value) == "step 4 is kept, --resume goes on from it"
+    assert not list(trainer.run.path.glob("*adapter*"))
+
+
+def test_a_checkpoint_without_room_says_so(recipe, tmp_path, monkeypatch):
+    trainer = trainer_of(recipe, tmp_path / "run")
+    monkeypatch.setattr(files.shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
+    with pytest.raises(RunError, match=r"step-2 needs 0\.\d MB and 0\.0 MB are free on that disk; make room there"):
+        train(trainer)
+    assert trainer.run.latest_checkpoint() is None
+
+
+@pytest.fixture(scope="module")
+def without_hashes(recipe, tmp_path_factory):
+    """Return a run with checkpoints of the second and the fourth step as they were before they held hashes."""
+    trainer = trainer_of(recipe, tmp_path_factory.mktemp("runs") / "old")
+    train(trainer)
+    for _, folder in trainer.run.checkpoints():
+        values = json.loads((folder / "state.json").read_text())
+        state = {key: values[key] for key in ("step", "optimizer", "counters")}
+        (folder / "state.json").write_text(json.dumps(state))
+    (trainer.run.path / "hashes.json").unlink()
+    return trainer.run.path
+
+
+def another_step(folder):
+    shutil.copyfile(folder.with_name("step-2") / "optimizer.safetensors", folder / "optimizer.safetensors")
+
+
+def another_shape(folder):
+    tensors = load_file(folder / "optimizer.safetensors")
+    key = next(name for name in tensors if name.endswith("|exp_avg"))
+    save_file({**tensors, key: tensors[key].T.contiguous()}, folder / "optimizer.safetensors")
+
+
+def another_name(folder):
+    tensors = load_file(folder / "optimizer.safetensors")
+    save_file({f"x{name}": tensor for name, tensor in tensors.items()}, folder / "optimizer.safetensors")
+
+
+def one_step_ahead(folder):
+    tensors = load_file(folder / "optimizer.safetensors")
+    key = next(name for name in tensors if name.endswith("|step"))
+    save_file({**tensors, key: tensors[key] + 1}, folder / "optimizer.safetensors")
+
+
+def without_counters(folder):
+    values = json.loads((folder / "state.json").read_text())
+    (folder / "state.json").write_text(json.dumps({**values, "counters": {}}))
+
+
+FOREIGN = {
+    another_step: "has taken 4 optimizer steps, and the schedule 8",
+    another_shape: "does not fit: exp_avg of .* is",
+    another_name: "which this run does not train",
+    one_step_ahead: "has taken 9 optimizer steps, and the schedule 8",
+    without_counters: "cannot be read .*learned_tokens",
+}
+
+
+@pytest.mark.parametrize("change", FOREIGN)
+def test_a_foreign_optimizer_file_is_noticed_without_hashes_too(recipe, without_hashes, tmp_path, change):
+    path = shutil.copytree(without_hashes, tmp_path / "run")
+    change(path / "checkpoints" / "step-4")
+    with pytest.raises(UserError, match=FOREIGN[change]):
+        trainer_of(recipe, path, resume=True)
+
+
+def test_a_cut_file_is_set_aside_without_hashes_too(recipe, without_hashes, tmp_path):
+    path = shutil.copytree(without_hashes, tmp_path / "run")
+    file = path / "checkpoints" / "step-4" / "optimizer.safetensors"
+    file.write_bytes(file.read_bytes()[:-1])
+    assert trainer_of(recipe, path, resume=True).step == 2
+    assert (path / "checkpoints" / "step-4.damaged").is_dir()

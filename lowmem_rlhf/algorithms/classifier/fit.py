@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from lowmem_rlhf.data.examples import classes_of
 from lowmem_rlhf.engine.whole import in_body
 from lowmem_rlhf.errors import RunError, UserError
-from lowmem_rlhf.files import begin_folder, finish_folder
+from lowmem_rlhf.files import begin_folder, check_room, delete, finish_folder, writing
 from lowmem_rlhf.hardware.detect import detect
 from lowmem_rlhf.progress import message
 from lowmem_rlhf.recipe.sections import LearnedReward, TrainingConfig
@@ -75,10 +75,16 @@ def train_classifier(
     losses = _train(encoder, encoder.tokens(train[0]), _indices(train, labels), training, epochs, progress)
     encoder.model.eval()
     report = ClassifierReport(labels, losses, _measure(encoder, held_out, labels) if held_out[0] else {})
-    folder = begin_folder(output)
-    encoder.model.save_pretrained(folder)
-    encoder.tokenizer.save_pretrained(folder)
-    finish_folder(output)
+    with writing(output):
+        check_room(output, sum(p.numel() * p.element_size() for p in encoder.model.parameters()))
+        folder = begin_folder(output)
+        try:
+            encoder.model.save_pretrained(folder)
+            encoder.tokenizer.save_pretrained(folder)
+            finish_folder(output)
+        except BaseException:
+            delete(folder)
+            raise
     return report
 
 

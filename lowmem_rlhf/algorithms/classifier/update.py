@@ -72,6 +72,9 @@ def train_classifier_run(recipe: Recipe, path: Path, resume: bool, display: RunD
         except KeyboardInterrupt:
             other = f" with another --output than {path}" if run else ""
             raise RunError(f"interrupted; a classifier's run cannot be continued: start it anew{other}") from None
+        finally:
+            if run is not None:
+                run.unlock()
     assert run is not None
     if report.held_out:
         run.write_evaluation({"after": {**report.held_out, "problems": len(held_out[0])}})

@@ -261,12 +261,22 @@ def test_a_resume_sees_weights_config_and_template(project, lowmem_rlhf, caplog)
     refused(resume(lowmem_rlhf, "training.max_steps=3"), "--resume: model './base/final'", "other weights")
 
 
+def without_hashes(run: Path) -> None:
+    """Let a run be one of before there were hashes."""
+    for file in run.rglob("hashes.json"):
+        file.unlink()
+    for file in run.rglob("state.json"):
+        values = json.loads(file.read_text())
+        file.write_text(json.dumps({key: values[key] for key in ("step", "optimizer", "counters")}))
+
+
 @pytest.mark.parametrize(
     "text", ['{"start": 5, "from_run": {}, "paths": 3}', '{"data": 5, "base": [], "learned": "x"}']
 )
 def test_a_run_whose_inputs_are_of_other_kinds_opens_as_before(project, lowmem_rlhf, text):
     for file in (INPUTS, LOCAL):
         (project / "runs" / "first" / file).write_text(text)
+    without_hashes(project / "runs" / "first")
     assert lowmem_rlhf("eval", "runs/first").code == 0
     assert resume(lowmem_rlhf).code == 0
 
@@ -274,6 +284,7 @@ def test_a_run_whose_inputs_are_of_other_kinds_opens_as_before(project, lowmem_r
 def test_a_run_without_inputs_opens_as_before(project, lowmem_rlhf):
     for file in [INPUTS, LOCAL, f"adapter/{BASE}", f"checkpoints/step-1/{BASE}"]:
         (project / "runs" / "first" / file).unlink()
+    without_hashes(project / "runs" / "first")
     assert lowmem_rlhf("eval", "runs/first").code == 0
     assert resume(lowmem_rlhf).code == 0
 
@@ -288,6 +299,7 @@ def test_a_start_adapter_is_found_from_anywhere_and_refused_once_it_was_trained_
     monkeypatch.chdir(project)
     file = project / "runs" / "first" / "adapter" / "adapter_model.safetensors"
     save_file({name: tensor + 1 for name, tensor in load_file(file).items()}, file)
+    without_hashes(project / "runs" / "first")  # trained anew, it would have its own
     said = "adapter: runs/first is not what the run in runs/second was trained with: other weights"
     refused(lowmem_rlhf("eval", "runs/second"), said)
     refused(lowmem_rlhf(*on("runs/second", CHAT), "--compare"), said)
