@@ -160,7 +160,7 @@ def test_plan_for_a_card_keeps_the_contract(run, model, arguments, profile, gib)
         "lora",
     } <= set(plan["settings"])
     assert set(plan["reasons"]) == set(plan["settings"]) and all(plan["reasons"].values())
-    assert set(plan["memory"]) == {"budget_bytes", "peak_bytes", "low_bytes", "high_bytes", "phases"}
+    assert set(plan["memory"]) == {"budget_bytes", "peak_bytes", "low_bytes", "high_bytes", "phases", "host"}
     assert set(plan["memory"]["phases"]) == {"rollout", "scoring", "update", "optimizer", "export"}
     assert plan["profile"] == profile
     assert plan["device"]["total_bytes"] == pytest.approx(gib * 2**30, rel=0.01)

@@ -14,7 +14,7 @@ from lowmem_rlhf.data.json_reader import read_json
 from lowmem_rlhf.data.table import ArrowTable, DatasetTable, RowTable, Table
 from lowmem_rlhf.data.text_files import BrokenFile, NoRows, decode, read_bytes
 from lowmem_rlhf.errors import UserError, one_line
-from lowmem_rlhf.paths import local_path, path_hint
+from lowmem_rlhf.paths import local_path, obstacle, path_hint
 from lowmem_rlhf.recipe.data_sources import COMPRESSIONS, ENDINGS, FORMATS, REMEDIES, ending
 from lowmem_rlhf.suggest import did_you_mean
 
@@ -65,6 +65,8 @@ def read_file(source: str, key: str, field: str | None = None) -> Table:
         UserError: there is no such file, it has another format, cannot be read, or holds no rows.
     """
     path = local_path(source)
+    if why := obstacle(path):
+        raise UserError(f"{key}: {source} {why}; give a file that holds rows ({ENDINGS})")
     if not os.path.isfile(path):
         raise UserError(f"{key}: there is no file {source}{_nearest(path)}{path_hint(source)}")
     if ending(source) not in FORMATS:

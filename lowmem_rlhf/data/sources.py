@@ -13,7 +13,7 @@ from lowmem_rlhf.data.table import Table
 from lowmem_rlhf.data.tasks import Split, generate
 from lowmem_rlhf.data.values import Row, numbered, value_at
 from lowmem_rlhf.errors import UserError
-from lowmem_rlhf.paths import local_path
+from lowmem_rlhf.paths import local_path, obstacle
 from lowmem_rlhf.recipe.data_sources import ARITHMETIC, FORMATS, REASONING_GYM, ending, is_file, is_folder, is_generated
 from lowmem_rlhf.recipe.python_objects import is_python, python_object
 from lowmem_rlhf.recipe.sections import DataConfig
@@ -72,6 +72,8 @@ def split_source(data: DataConfig, split: Split) -> str:
 
 def _check_sources(data: DataConfig) -> None:
     for key, source in (("data.train", data.train), ("data.eval", data.eval)):
+        if source is not None and not is_python(source) and (why := obstacle(local_path(source))):
+            raise UserError(f"{key}: {source} {why}; give a file or a folder that holds rows")
         if source is None or is_generated(source) or is_python(source) or is_file(source) or is_folder(source):
             continue
         if "/" not in source and (hint := did_you_mean(source, [ARITHMETIC])):

@@ -16,6 +16,7 @@ MIB = 1024**2
 GIB = 1024**3
 _SAME_MEMORY = 0.08  # drivers report up to 7 % less than is sold (ECC, reserved); the closest variants differ by 17 %
 _USABLE = 0.96  # of an unknown card's memory: the lowest share among the known cards, rounded down
+_MOST_MEMORY = 1024 * 1024 * GIB
 _UNITS = {"M": MIB, "G": GIB, "T": 1024 * GIB}
 
 
@@ -164,8 +165,10 @@ def parse_bytes(text: str) -> int:
     Raises:
         UserError: not an amount of memory, or none at all.
     """
-    match = re.fullmatch(r"(\d{1,9}(?:\.\d+)?)\s*([MGT])(?:i?B)?", text.strip(), re.IGNORECASE)
+    match = re.fullmatch(r"(\d{1,9}(?:\.\d{1,9})?)\s*([MGT])(?:i?B)?", text.strip(), re.IGNORECASE | re.ASCII)
     amount = int(float(match[1]) * _UNITS[match[2].upper()]) if match else 0
     if amount <= 0:
         raise UserError(f"{text!r} is not an amount of memory; write a number with its unit, such as 11GB or 11000MiB")
+    if amount > _MOST_MEMORY:
+        raise UserError(f"{text!r} is more memory than any machine has; write an amount such as 11GB or 11000MiB")
     return amount

@@ -12,6 +12,7 @@ FORMATS = {".jsonl": "json", ".ndjson": "json", ".json": "json", ".csv": "csv", 
 ENDINGS = ".jsonl, .json, .csv, .tsv, .parquet"
 _ARROW = "name the folder that save_to_disk wrote, or convert it with datasets.Dataset.from_file(FILE).to_parquet(NEW)"
 _PANDAS = "load it where it was made and write it with DataFrame.to_parquet or to_json(orient='records', lines=True)"
+_PICKLE = f"it may be a pickle, and reading one runs what others put there; {_PANDAS}"
 _SHEET = "save the sheet as CSV UTF-8 and give that"
 _UNPACK = "unpack it and give the file that was in it"
 # What to do with files that people have, and that are not read.
@@ -19,7 +20,8 @@ REMEDIES = {
     **dict.fromkeys((".zip", ".tar", ".tgz", ".7z", ".rar"), _UNPACK),
     ".zst": "unpack it with `unzstd` (or compress it with gzip)",
     **dict.fromkeys((".xlsx", ".xls", ".ods"), _SHEET),
-    **dict.fromkeys((".pkl", ".pickle", ".feather", ".npy", ".npz", ".h5"), _PANDAS),
+    **dict.fromkeys((".feather", ".h5"), _PANDAS),
+    **dict.fromkeys((".pkl", ".pickle", ".npy", ".npz", ".pt", ".pth", ".ckpt", ".bin"), _PICKLE),
     ".arrow": _ARROW,
     ".txt": 'write each text as a line {"text": "..."} of a .jsonl file, with data.text=text',
     ".md": 'write each text as a line {"text": "..."} of a .jsonl file, with data.text=text',

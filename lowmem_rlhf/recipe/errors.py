@@ -46,21 +46,37 @@ def explain(errors: Sequence[Any], section: type[BaseModel]) -> list[str]:
             text = str(item["ctx"]["error"])
             lines.append(f"{key}: {text}" if key else text)
         elif item["type"] in ("model_type", "model_attributes_type"):
-            lines.append(f"{key}: got {item['input']!r}; it should hold keys ({', '.join(_fields_at(where, section))})")
+            lines.append(
+                f"{key}: got {_shown(item['input'])}; it should hold keys ({', '.join(_fields_at(where, section))})"
+            )
         else:
             expected.setdefault(key, (item["input"], []))[1].append(_expectation(item["msg"]))
     lines += [
-        f"{key}: got {got!r}; it should be {' or '.join(dict.fromkeys(kinds))}"
+        f"{key}: got {_shown(got)}; it should be {' or '.join(dict.fromkeys(kinds))}"
         for key, (got, kinds) in expected.items()
     ]
     return lines
 
 
+_SHOWN = 120  # characters of a value in a message
+
+
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}..."
+
+
 def _expectation(message: str) -> str:
     """Return what pydantic's message says that a value should be, in plain words."""
+    if "exceeded maximum size" in message:
+        return "a number of fewer digits"
     kind = message.removeprefix("Input should be ").split(", ")[0] if ", unable" in message else message
     kind = kind.removeprefix("Input should be ").removeprefix("Input should ")
-    return _PLAIN_WORDS.get(kind, kind).replace("greater than or equal to", "at least")
+    return (
+        _PLAIN_WORDS.get(kind, kind)
+        .replace("greater than or equal to", "at least")
+        .replace("less than or equal to", "at most")
+    )
 
 
 _PLAIN_WORDS = {

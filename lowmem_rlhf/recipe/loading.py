@@ -14,6 +14,7 @@ from yaml import YAMLError
 
 from lowmem_rlhf.algorithms.registry import is_own, known_own, load_own
 from lowmem_rlhf.errors import UserError
+from lowmem_rlhf.paths import obstacle
 from lowmem_rlhf.progress import message
 from lowmem_rlhf.recipe.errors import explain
 from lowmem_rlhf.recipe.overrides import apply_override
@@ -81,6 +82,12 @@ def find_recipe(recipe: str) -> Path:
     if recipe in (known := shipped_recipes()):
         return known[recipe]
     path = Path(recipe)
+    if not recipe.strip():
+        raise UserError(
+            f"recipe: got {recipe!r}; give a recipe's file, or the name of a shipped one: {', '.join(known)}"
+        )
+    if why := obstacle(path):
+        raise UserError(f"recipe {recipe!r} {why}; give a recipe's file, or the name of a shipped one")
     if path.name.lower().endswith(_ROWS):
         raise UserError(
             f"recipe {recipe!r} has the ending of a data file; give a recipe (a shipped one: {', '.join(known)}), and "
@@ -179,7 +186,12 @@ def _read(path: Path) -> dict[str, Tree]:
         data = path.read_bytes()
         wide = data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))  # as PowerShell writes
         tree = read_yaml(data.decode("utf-16" if wide else "utf-8-sig"))
-    except (BadYAML, UnicodeDecodeError, OSError) as error:
+    except UnicodeDecodeError as error:
+        raise UserError(
+            f"recipe {path} cannot be read as YAML: it is not text in UTF-8 (byte {error.start} is "
+            f"0x{error.object[error.start]:02X})"
+        ) from None
+    except (BadYAML, OSError) as error:
         raise UserError(f"recipe {path} cannot be read as YAML: {' '.join(str(error).split())}") from error
     if isinstance(tree, Scalar) and tree.is_null:
         return {}

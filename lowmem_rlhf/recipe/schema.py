@@ -2,7 +2,7 @@
 
 from typing import Annotated, Any
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 from pydantic.fields import FieldInfo
 
 from lowmem_rlhf.algorithms.classifier.settings import ClassifierSettings
@@ -14,6 +14,7 @@ from lowmem_rlhf.algorithms.sft.settings import SFTSettings
 from lowmem_rlhf.algorithms.spec import AlgorithmSpec
 from lowmem_rlhf.algorithms.trl.settings import check_trl_section
 from lowmem_rlhf.errors import UserError
+from lowmem_rlhf.recipe.file_names import check_folder_name
 from lowmem_rlhf.recipe.section import Section
 from lowmem_rlhf.recipe.sections import (
     DataConfig,
@@ -21,8 +22,9 @@ from lowmem_rlhf.recipe.sections import (
     GenerationConfig,
     HardwareConfig,
     LoraSettings,
-    Name,
     NameOrNull,
+    PathName,
+    PathOrNull,
     RewardConfig,
     TrainingConfig,
 )
@@ -35,13 +37,12 @@ Algorithm = Annotated[str, BeforeValidator(known)]
 class Recipe(Section):
     """A run. Paths are taken as written: relative to the folder the command runs in."""
 
-    name: str = ""
+    name: Annotated[str, AfterValidator(check_folder_name)] = ""
     description: str = ""
     algorithm: Algorithm = DEFAULT  # of `algorithms.registry`, or a user's own: path.py:SPEC
-    adapter: NameOrNull = None  # a run or adapter folder to continue from; the reference is then the model with it
-    model: (
-        Name  # a Hub id, a local folder, a .gguf file, or package:PACKAGE/FILE for a file inside an installed package
-    )
+    adapter: PathOrNull = None  # a run or adapter folder to continue from; the reference is then the model with it
+    # a Hub id, a local folder, a .gguf file, or package:PACKAGE/FILE for a file inside an installed package
+    model: PathName
     revision: NameOrNull = None
     trust_remote_code: bool = False
     hardware: HardwareConfig = Field(default_factory=HardwareConfig)

@@ -3,9 +3,9 @@
 from collections.abc import Mapping
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, model_validator
+from pydantic import BaseModel, ConfigDict, ValidationInfo, field_validator, model_validator
 
-from lowmem_rlhf.recipe.kinds import choices_of
+from lowmem_rlhf.recipe.kinds import choices_of, kinds_of
 from lowmem_rlhf.suggest import spelled
 
 
@@ -23,6 +23,15 @@ class Section(BaseModel):
             given: the texts that stand beside it.
         """
         return cls.model_fields[key].annotation if key in cls.model_fields else Any
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _no_truth_for_a_number(cls, value: Any, info: ValidationInfo) -> Any:
+        """Refuse true and false where a number is asked for: Python counts them as 1 and 0."""
+        kinds = kinds_of(cls.kind_of(str(info.field_name), {}))
+        if isinstance(value, bool) and bool not in kinds and {int, float}.intersection(kinds):
+            raise ValueError(f"got {str(value).lower()}; it should be a number")
+        return value
 
     @model_validator(mode="before")
     @classmethod

@@ -17,6 +17,22 @@ from pydantic import (
     model_validator,
 )
 
+from lowmem_rlhf.recipe.bounds import (
+    MOST_COEFFICIENT,
+    MOST_COMPLETIONS,
+    MOST_IN_A_PASS,
+    MOST_LAYERS,
+    MOST_PROMPTS,
+    MOST_RANK,
+    MOST_RATE,
+    MOST_ROWS,
+    MOST_SECONDS,
+    MOST_STEPS,
+    MOST_TOKENS,
+    SEEDS,
+    Temperature,
+    TemperatureOrGreedy,
+)
 from lowmem_rlhf.recipe.errors import OptionErrors, explain
 from lowmem_rlhf.recipe.field_roles import (
     BATCHING,
@@ -32,10 +48,12 @@ from lowmem_rlhf.recipe.field_roles import (
     TRAINING_BATCHING,
     WHERE,
 )
+from lowmem_rlhf.recipe.file_names import check_name, check_path
 from lowmem_rlhf.recipe.section import Section
 
 Auto = Literal["auto"]
-CountOrAuto = Annotated[int, Field(ge=1)] | Auto
+MOST_GIGABYTES = 1024  # that a number without its unit can mean
+CountOrAuto = Annotated[int, Field(ge=1, le=MOST_IN_A_PASS)] | Auto
 
 # what `apply_chat_template` is given by this package itself
 OWN_TEMPLATE_KWARGS = frozenset(
@@ -69,20 +87,23 @@ def _named_or_null(text: str) -> str:
     return text
 
 
-Name = Annotated[str, AfterValidator(_named)]  # of a file, a column, a split: never an empty text
+Name = Annotated[str, AfterValidator(_named)]  # of a column, a split: never an empty text
 NameOrNull = Annotated[str, AfterValidator(_named_or_null)] | None
+# of a file, a folder or a repository
+PathName = Annotated[str, AfterValidator(_named), AfterValidator(check_path)]
+PathOrNull = Annotated[str, AfterValidator(_named_or_null), AfterValidator(check_path)] | None
 
 
 class HardwareConfig(Section):
     """Which device to use, and settings the plan otherwise chooses."""
 
-    device: Annotated[Name, WHERE] = "auto"  # "auto" or any torch device string: cpu, cuda, cuda:1, ...
+    device: Annotated[PathName, WHERE] = "auto"  # "auto" or any torch device string: cpu, cuda, cuda:1, ...
     profile: Annotated[Name, WHERE] = "auto"  # a name from `lowmem-rlhf profiles`
     vram: Annotated[NameOrNull, WHERE] = None  # plan for this much memory instead of what is free, for example 11GB
     quantization: Annotated[Literal["auto", "nf4", "int8", "none"], PRECISION] = "auto"
     compute_dtype: Annotated[Literal["auto", "bfloat16", "float16", "float32"], PRECISION] = "auto"
     # a number: the first so many layers
-    gradient_checkpointing: Annotated[bool | Annotated[int, Field(ge=0)] | Auto, RECOMPUTING] = "auto"
+    gradient_checkpointing: Annotated[bool | Annotated[int, Field(ge=0, le=MOST_LAYERS)] | Auto, RECOMPUTING] = "auto"
     offload_checkpoints: Annotated[bool | Auto, WHERE] = "auto"  # to host memory, between forward and backward pass
     # the token embedding lies in host memory (where it is not the head too)
     offload_embeddings: Annotated[bool | Auto, PLACEMENT] = "auto"
@@ -100,18 +121,35 @@ class HardwareConfig(Section):
     @field_validator("vram", mode="before")
     @classmethod
     def _with_unit(cls, value: Any) -> Any:
-        number = str(value).strip()
-        if value is not None and number.replace(".", "", 1).isdecimal():
-            raise ValueError(f"got {number}, a number without its unit; write {number}GB")
-        return value
+        """Take a number without its unit as gigabytes, which is how cards are sold."""
+        number = str(value).strip().removesuffix(".")
+        if (
+            value is None
+            or isinstance(value, bool)
+            or not (number.isascii() and number.replace(".", "", 1).isdecimal())
+        ):
+            return value
+        if not 1 <= float(number) <= MOST_GIGABYTES:
+            raise ValueError(
+                f"got {number}; a number without its unit is of gigabytes, from 1 to {MOST_GIGABYTES}; write another "
+                "with its unit, such as 11000MB"
+            )
+        return f"{number}GB"
 
 
 class LoraSettings(Section):
     """The adapters (peft's names). There is no dropout: the sampling policy must be the trained policy."""
 
-    r: Annotated[int, Field(ge=1)] | Auto = "auto"
-    lora_alpha: Annotated[float, Field(gt=0)] | Auto = "auto"  # auto: twice the rank
-    target_modules: Literal["all-linear"] | list[str] = "all-linear"
+    r: Annotated[int, Field(ge=1, le=MOST_RANK)] | Auto = "auto"
+    lora_alpha: Annotated[float, Field(gt=0, le=MOST_COEFFICIENT)] | Auto = "auto"  # auto: twice the rank
+    target_modules: Literal["all-linear"] | Annotated[list[str], Field(min_length=1)] = "all-linear"
+
+    @field_validator("target_modules")
+    @classmethod
+    def _named_each(cls, value: str | list[str]) -> str | list[str]:
+        for name in value if isinstance(value, list) else ():
+            _named(name)
+        return value
 
     def alpha(self, r: int) -> float:
         """Return lora_alpha at a rank."""
@@ -132,14 +170,15 @@ class LoraSettings(Section):
 class DataConfig(Section):
     """Where prompts come from and how a row becomes a prompt."""
 
-    train: Name  # a file (.jsonl, .json, .csv, .tsv, .parquet), a folder, a Hub id, "arithmetic", "reasoning_gym/TASK"
+    # a file (.jsonl, .json, .csv, .tsv, .parquet), a folder, a Hub id, "arithmetic", "reasoning_gym/TASK"
+    train: PathName
     # held-out data; absent: the source's eval split, or rows taken out of train
-    eval: Annotated[NameOrNull, LEARNED_AND_MEASURED] = None
+    eval: Annotated[PathOrNull, LEARNED_AND_MEASURED] = None
     config: NameOrNull = None  # the Hub data set's configuration, for example "main"
     train_split: Name = "train"
     eval_split: Name = "test"
-    train_size: int | None = Field(None, ge=1)
-    eval_size: Annotated[int, LEARNED_AND_MEASURED] = Field(128, ge=0)
+    train_size: int | None = Field(None, ge=1, le=MOST_ROWS)
+    eval_size: Annotated[int, LEARNED_AND_MEASURED] = Field(128, ge=0, le=MOST_ROWS)
     field: NameOrNull = None  # of a .json file: the key that its rows lie under; absent: found where only one can be
     options: dict[str, Any] = Field(default_factory=dict)  # options of a generated task
     prompt: Name | None = "question"  # column: text or messages; a.b: part b of a; null: what a pair shares
@@ -152,11 +191,12 @@ class DataConfig(Section):
     rejected: NameOrNull = None  # reward_model, trl/...: the column with the worse answer (its default: rejected)
     margin: NameOrNull = None  # reward_model: a column with how much better it is
     system: str | None = None  # system message of a chat prompt, or a text put before a plain one
-    template: str | None = None  # the user's turn, with {column} place-holders; {column?} may be empty
-    prompt_words: int | None = Field(None, ge=1)  # only so many first words of the prompt column: a text to go on with
+    template: NameOrNull = None  # the user's turn, with {column} place-holders; {column?} may be empty
+    # only so many first words of the prompt column: a text to go on with
+    prompt_words: int | None = Field(None, ge=1, le=MOST_TOKENS)
     chat: bool | Auto = "auto"  # apply the tokenizer's chat template; auto: when it has one
     chat_template_kwargs: dict[str, Any] = Field(default_factory=dict)  # given to the template: enable_thinking, ...
-    max_prompt_length: Annotated[int, LEARNED_AND_MEASURED] = Field(512, ge=1)  # tokens
+    max_prompt_length: Annotated[int, LEARNED_AND_MEASURED] = Field(512, ge=1, le=MOST_TOKENS)  # tokens
     long_prompts: Annotated[Literal["error", "drop"], LEARNED_AND_MEASURED] = "error"
     bad_rows: Literal["error", "drop"] = "error"  # rows that cannot be learned from, for any reason; long ones included
 
@@ -180,11 +220,11 @@ class DataConfig(Section):
 class GenerationConfig(Section):
     """How completions are sampled."""
 
-    num_generations: Annotated[int, LEARNED_AND_MEASURED] = Field(8, ge=1)
-    max_completion_length: Annotated[int, LEARNED_AND_MEASURED] = Field(256, ge=1)
-    temperature: Annotated[float, LEARNED_AND_MEASURED] = Field(1.0, gt=0)
+    num_generations: Annotated[int, LEARNED_AND_MEASURED] = Field(8, ge=1, le=MOST_COMPLETIONS)
+    max_completion_length: Annotated[int, LEARNED_AND_MEASURED] = Field(256, ge=1, le=MOST_TOKENS)
+    temperature: Annotated[Temperature, LEARNED_AND_MEASURED] = 1.0
     top_p: Annotated[float, LEARNED_AND_MEASURED] = Field(1.0, gt=0, le=1)
-    top_k: Annotated[int, LEARNED_AND_MEASURED] = Field(0, ge=0)  # 0: off
+    top_k: Annotated[int, LEARNED_AND_MEASURED] = Field(0, ge=0, le=MOST_TOKENS)  # 0: off
     min_p: Annotated[float, LEARNED_AND_MEASURED] = Field(0.0, ge=0, lt=1)
     # what samples rollouts: auto, or an engine that was registered (`rollout.engine.register_engine`)
     engine: Annotated[Name, LEARNED_AND_MEASURED] = "auto"
@@ -193,18 +233,20 @@ class GenerationConfig(Section):
 class LearnedReward(Section):
     """The options that every learned reward has."""
 
-    model: Name  # a Hub id, a local folder, or package:PACKAGE/FOLDER, with safetensors weights
+    model: PathName  # a Hub id, a local folder, or package:PACKAGE/FOLDER, with safetensors weights
     revision: NameOrNull = None
-    device: str = "auto"  # auto: the policy's, where the plan leaves room for it, else the CPU; or any torch device
+    device: Name = "auto"  # auto: the policy's, where the plan leaves room for it, else the CPU; or any torch device
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    max_length: Annotated[int, Field(ge=1)] | None = None  # tokens read of a text; absent: all that the model can read
-    batch_tokens: int = Field(4096, ge=1)  # tokens of one pass, padding included
+    # tokens read of a text; absent: all that the model can read
+    max_length: Annotated[int, Field(ge=1, le=MOST_TOKENS)] | None = None
+    batch_tokens: int = Field(4096, ge=1, le=MOST_IN_A_PASS)  # tokens of one pass, padding included
 
 
 class ClassifierReward(LearnedReward):
     """How sure a sequence classifier (BERT and the like) is of one class."""
 
-    label: StrictInt | StrictStr | None = None  # the class, by name or index; a model with one logit needs none
+    # the class, by name or index; a model with one logit needs none
+    label: Annotated[StrictInt, Field(ge=0, le=MOST_IN_A_PASS)] | StrictStr | None = None
     output: Literal["probability", "logit", "log_probability"] = "probability"
     text: Literal["completion", "prompt_and_completion"] = "completion"
 
@@ -212,14 +254,14 @@ class ClassifierReward(LearnedReward):
 class SimilarityReward(LearnedReward):
     """Cosine similarity of the completion's sentence embedding to that of a reference answer."""
 
-    model: str = "sentence-transformers/all-MiniLM-L6-v2"
-    column: str = "answer"  # the reference answer
+    model: PathName = "sentence-transformers/all-MiniLM-L6-v2"
+    column: Name = "answer"  # the reference answer
 
 
 class AdapterRewardConfig(Section):
     """The score of a reward model's adapter on the policy's own base."""
 
-    adapter: str  # a run of algorithm reward_model, or its adapter folder
+    adapter: PathName  # a run of algorithm reward_model, or its adapter folder
 
 
 LEARNED_REWARDS: dict[str, type[LearnedReward]] = {"classifier": ClassifierReward, "similarity": SimilarityReward}
@@ -234,13 +276,14 @@ class RewardConfig(Section):
     """One reward with its weight."""
 
     # a shipped function or learned reward by name, or path.py:function
-    function: Annotated[str, LEARNED_AND_MEASURED]
-    name: Annotated[str, LEARNED_AND_MEASURED] = ""  # the metric's name; default: the function's
-    weight: Annotated[float, LEARNED_AND_MEASURED] = 1.0
+    function: Annotated[PathName, LEARNED_AND_MEASURED]
+    # the metric's name; default: the function's
+    name: Annotated[str, AfterValidator(check_name), LEARNED_AND_MEASURED] = ""
+    weight: Annotated[float, LEARNED_AND_MEASURED] = Field(1.0, ge=-MOST_COEFFICIENT, le=MOST_COEFFICIENT)
     # of a function: extra keyword arguments
     options: Annotated[dict[str, Any], LEARNED_AND_MEASURED] = Field(default_factory=dict)
     # of a function: seconds that one call, for all completions of a step, may take; null: any time
-    timeout: Annotated[float | None, FAULTS] = Field(1800.0, gt=0)
+    timeout: Annotated[float | None, FAULTS] = Field(1800.0, gt=0, le=MOST_SECONDS)
     # what a call that fails means: the run ends, or its completions get no value of this reward, or the value 0
     on_error: Annotated[OnError, FAULTS] = "fail"
 
@@ -264,18 +307,20 @@ class RewardConfig(Section):
 class TrainingConfig(Section):
     """The loop around the algorithm."""
 
-    max_steps: Annotated[int, LENGTH] = Field(100, ge=0)
-    num_train_epochs: Annotated[int | None, LENGTH] = None  # in place of max_steps: passes over all examples
-    prompts_per_step: Annotated[int, LEARNED] = Field(8, ge=1)
-    learning_rate: Annotated[float, LEARNED] = Field(1e-5, gt=0)
+    max_steps: Annotated[int, LENGTH] = Field(100, ge=0, le=MOST_STEPS)
+    # in place of max_steps: passes over all examples
+    num_train_epochs: Annotated[int | None, LENGTH] = Field(None, ge=1, le=MOST_STEPS)
+    prompts_per_step: Annotated[int, LEARNED] = Field(8, ge=1, le=MOST_PROMPTS)
+    learning_rate: Annotated[float, LEARNED] = Field(1e-5, gt=0, le=MOST_RATE)
     lr_scheduler_type: Annotated[Literal["constant", "constant_with_warmup", "linear", "cosine"], LEARNED] = "linear"
-    warmup_steps: Annotated[int, LEARNED] = Field(0, ge=0)
-    weight_decay: Annotated[float, LEARNED] = Field(0.0, ge=0)
-    max_grad_norm: Annotated[float, LEARNED] = Field(1.0, gt=0)
-    seed: Annotated[int, LEARNED] = Field(0, ge=0)
-    save_steps: Annotated[int, RECORDS] = Field(50, ge=1)
-    save_total_limit: Annotated[int, RECORDS] = Field(2, ge=1)
-    log_completions: Annotated[int, RECORDS] = Field(4, ge=0)  # completions a step written to samples.jsonl
+    warmup_steps: Annotated[int, LEARNED] = Field(0, ge=0, le=MOST_STEPS)
+    weight_decay: Annotated[float, LEARNED] = Field(0.0, ge=0, le=MOST_RATE)
+    max_grad_norm: Annotated[float, LEARNED] = Field(1.0, gt=0, le=MOST_COEFFICIENT)
+    seed: Annotated[int, LEARNED] = Field(0, ge=0, le=SEEDS)
+    save_steps: Annotated[int, RECORDS] = Field(50, ge=1, le=MOST_STEPS)
+    save_total_limit: Annotated[int, RECORDS] = Field(2, ge=1, le=MOST_STEPS)
+    # completions a step written to samples.jsonl
+    log_completions: Annotated[int, RECORDS] = Field(4, ge=0, le=MOST_IN_A_PASS)
     report_to: Annotated[list[Literal["tensorboard", "wandb", "trackio", "mlflow"]], RECORDS] = Field(
         default_factory=list
     )
@@ -296,5 +341,5 @@ class EvaluationConfig(Section):
 
     # the reward whose value of at least 1 counts as correct; default: the first
     accuracy: Annotated[str, MEASURED] = ""
-    temperature: Annotated[float | None, MEASURED] = Field(None, ge=0)  # 0: greedy; absent: as in training
-    num_samples: Annotated[int, MEASURED] = Field(1, ge=1)  # completions a problem
+    temperature: Annotated[TemperatureOrGreedy | None, MEASURED] = None  # 0: greedy; absent: as in training
+    num_samples: Annotated[int, MEASURED] = Field(1, ge=1, le=MOST_COMPLETIONS)  # completions a problem

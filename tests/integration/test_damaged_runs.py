@@ -285,7 +285,7 @@ def test_an_evaluation_that_cannot_be_kept_is_printed(run, lowmem_rlhf):
 def test_a_report_and_a_picture_that_cannot_be_written_are_sentences(run, lowmem_rlhf, tmp_path):
     (tmp_path / "a.png").mkdir()
     done = lowmem_rlhf("report", run.path, "--plot", tmp_path / "a.png")
-    assert done.code == 1 and "a.png cannot be written" in done.err
+    assert done.code == 2 and "a.png: it is a folder" in done.err  # before any work
     (run.path / "report.html").unlink(), (run.path / "report.html").mkdir()
     done = lowmem_rlhf("report", run.path)
     assert done.code == 1 and "report.html cannot be written" in done.err

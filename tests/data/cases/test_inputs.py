@@ -277,7 +277,8 @@ def test_a_run_whose_inputs_are_of_other_kinds_opens_as_before(project, lowmem_r
     for file in (INPUTS, LOCAL):
         (project / "runs" / "first" / file).write_text(text)
     without_hashes(project / "runs" / "first")
-    assert lowmem_rlhf("eval", "runs/first").code == 0
+    assert "--trust-run" in lowmem_rlhf("eval", "runs/first").err  # it has lost its id, and lies elsewhere: once
+    assert lowmem_rlhf("eval", "runs/first", "--trust-run").code == 0
     assert resume(lowmem_rlhf).code == 0
 
 
@@ -285,7 +286,7 @@ def test_a_run_without_inputs_opens_as_before(project, lowmem_rlhf):
     for file in [INPUTS, LOCAL, f"adapter/{BASE}", f"checkpoints/step-1/{BASE}"]:
         (project / "runs" / "first" / file).unlink()
     without_hashes(project / "runs" / "first")
-    assert lowmem_rlhf("eval", "runs/first").code == 0
+    assert lowmem_rlhf("eval", "runs/first", "--trust-run").code == 0
     assert resume(lowmem_rlhf).code == 0
 
 
