@@ -11,6 +11,7 @@ from typer.core import TyperGroup
 
 from lowmem_rlhf import __version__
 from lowmem_rlhf.errors import LowmemError, OfflineError, RunError, UserError, with_notes
+from lowmem_rlhf.plain_text import harmless
 from lowmem_rlhf.stopping import cause, exit_code, stoppable
 
 if TYPE_CHECKING:
@@ -37,6 +38,9 @@ app = typer.Typer(
 )
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
+Trust = Annotated[
+    bool, typer.Option("--trust-run", help="Execute the code that the run's recipe names, though it is from elsewhere.")
+]
 RecipeName = Annotated[str, typer.Argument(metavar="RECIPE", help="A recipe file, or the name of a shipped recipe.")]
 Overrides = Annotated[
     list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Changes, e.g. training.max_steps=10.")
@@ -68,7 +72,7 @@ def main() -> None:
 def _tell(line: str) -> None:
     """Print on standard error, where somebody is there to read it."""
     with suppress(OSError, ValueError):  # the terminal is closed
-        print(line, file=sys.stderr, flush=True)
+        print(harmless(line), file=sys.stderr, flush=True)
 
 
 def _version(show: bool) -> None:
@@ -169,7 +173,7 @@ def plan(
         check_picture(plot)
     if models and not all_profiles:
         raise UserError("--models: is for --all-profiles; a recipe's own model is changed with model=NAME")
-    given = [f"hardware.{key}={value}" for key, value in (("profile", profile), ("vram", vram)) if value]
+    given = [f"hardware.{key}={value}" for key, value in (("profile", profile), ("vram", vram)) if value is not None]
     resolved = load_recipe(recipe, [*(overrides or []), *given])
     if all_profiles:
         _what_fits(resolved, models, plot, as_json)
@@ -181,7 +185,7 @@ def plan(
     else:
         print_plan(made.to_dict())
         if not made.fits:
-            print(why_not(made, resolved))
+            print(harmless(why_not(made, resolved)))
     if plot:
         picture = save_picture(draw_phases(made.to_dict(), f"{resolved.name}, {resolved.model}"), plot)
         _say(picture, as_json)
@@ -197,11 +201,11 @@ def _checked(recipe: "Recipe", network: bool) -> "Recipe":
         with _prints_aside(True):
             check = check_recipe(recipe, 0, network, most=QUICK_ROWS)
     except OfflineError as error:  # training needs what a plan can do without
-        print(f"rows were not looked at: {error}", file=sys.stderr)
+        print(harmless(f"rows were not looked at: {error}"), file=sys.stderr)
         return recipe
     check.raise_errors()
     for line in check.lines():
-        print(line, file=sys.stderr)
+        print(harmless(line), file=sys.stderr)
     return check.recipe
 
 
@@ -259,6 +263,7 @@ def train(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print the resolved recipe and the plan, and stop.")
     ] = False,
+    trust_run: Trust = False,
 ) -> None:
     """Run a recipe."""
     from lowmem_rlhf.display.live import print_plan
@@ -269,8 +274,13 @@ def train(
     from lowmem_rlhf.quiet import hush
     from lowmem_rlhf.recipe.loading import load_recipe
     from lowmem_rlhf.rewards.time_limit import end_process, stuck_calls_end_with
+    from lowmem_rlhf.run.directory import open_run
     from lowmem_rlhf.session.train import train as run_recipe
 
+    if trust_run:
+        if not (resume and output):
+            raise UserError("--trust-run: is for a run that goes on; give its folder with --output, and --resume")
+        open_run(output, trust=True)
     resolved = load_recipe(recipe, overrides)
     if dry_run:
         made = running_plan(resolved)
@@ -278,7 +288,7 @@ def train(
         print(resolved.to_yaml())
         print_plan(made.to_dict())
         if not made.fits:
-            print(why_not(made, resolved))
+            print(harmless(why_not(made, resolved)))
         return
     hush()
     display = ConsoleDisplay()
@@ -298,6 +308,7 @@ def chat(
     seed: Annotated[int, typer.Option(min=0, help="Of what is drawn at a temperature above 0.")] = 0,
     device: Annotated[str | None, typer.Option(help="auto, cpu, cuda, ...; default: the recipe's.")] = None,
     step: Annotated[int | None, typer.Option(help="Take this checkpoint and not the finished adapter.")] = None,
+    trust_run: Trust = False,
     as_json: Json = False,
 ) -> None:
     """Talk to the policy that a run has trained."""
@@ -310,9 +321,11 @@ def chat(
 
     if as_json and prompt is None:
         raise UserError("--json prints one answer; give its prompt with --prompt TEXT")
+    if prompt is not None and not prompt.strip():
+        raise UserError("--prompt: the prompt is empty; give a text to answer")
     options = ChatOptions(compare, max_tokens, temperature, seed)
     hush()
-    with conversation(OpenRun(open_run(run), step), device, options) as talk:
+    with conversation(OpenRun(open_run(run, trust_run), step), device, options) as talk:
         if prompt is None:
             interact(talk)
         elif as_json:
@@ -340,6 +353,7 @@ def evaluate(
     ] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Of an lm-eval task's problems, for a quick look.")] = None,
     chat: Annotated[bool, typer.Option("--chat", help="Of lm-eval's prompts: write them as chats.")] = False,
+    trust_run: Trust = False,
     as_json: Json = False,
 ) -> None:
     """Measure a run's policy beside its reference, or a model, on held-out data, with intervals."""
@@ -355,12 +369,14 @@ def evaluate(
         "generation.max_completion_length": max_tokens,
     }
     asked = [f"{key}={value}" for key, value in given.items() if value is not None]
-    tasks = [task for task in (lm_eval or "").split(",") if task]
-    request = Request(what, overrides or [], asked, recipe, against, step, device, tasks, limit, chat)
+    tasks = [task.strip() for task in (lm_eval or "").split(",") if task.strip()]
+    if lm_eval is not None and not tasks:
+        raise UserError(f"--lm-eval: got {lm_eval!r}; give tasks with commas between them, or leave it out")
+    request = Request(what, overrides or [], asked, recipe, against, step, device, tasks, limit, chat, trust_run)
     hush()
     with _prints_aside(as_json), stuck_calls_end_with(end_process, own_process=True):
         outcome, kept = run_evaluation(request)
-    print(dumps(outcome, indent=2)) if as_json else print_outcome(outcome)
+    print(harmless(dumps(outcome, indent=2))) if as_json else print_outcome(outcome)
     if isinstance(kept, RunError):
         sys.stdout.flush()
         raise kept
@@ -387,6 +403,7 @@ def export(
     device: Annotated[str | None, typer.Option(help="auto, cpu, cuda, ...; default: the recipe's.")] = None,
     push: Annotated[str | None, typer.Option(metavar="REPO", help="Upload it to this repository of the Hub.")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the memory and disk it takes, and stop.")] = False,
+    trust_run: Trust = False,
     as_json: Json = False,
 ) -> None:
     """Take the trained model away, proven against the live policy."""
@@ -398,7 +415,10 @@ def export(
     from lowmem_rlhf.quiet import hush
     from lowmem_rlhf.run.directory import open_run
 
-    job = Export(open_run(run), ExportOptions(format, onto, dtype, quantize, output, step, heads, device, push))
+    if push is not None and not push.strip():
+        raise UserError(f"--push: got {push!r}; give OWNER/NAME, or NAME for your own account")
+    options = ExportOptions(format, onto, dtype, quantize, output, step, heads, device, push)
+    job = Export(open_run(run, trust_run), options)
     with ByteBars() as display, shown_by(display):
         hush()
         outcome = job.plan() if dry_run else job.make()
@@ -417,9 +437,12 @@ def report(
 ) -> None:
     """Write a run's report.html."""
     from lowmem_rlhf.report.html import write_report
+    from lowmem_rlhf.report.plan_plots import check_picture
     from lowmem_rlhf.report.plots import plot_reward
     from lowmem_rlhf.run.directory import open_run
 
+    if plot:
+        check_picture(plot)
     opened = open_run(run)
     print(write_report(opened))
     if plot:

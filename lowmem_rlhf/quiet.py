@@ -7,6 +7,8 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+from lowmem_rlhf.plain_text import harmless
+
 LIBRARIES = ("bitsandbytes", "transformers", "datasets", "accelerate")
 _WARNINGS_OF = r"(bitsandbytes|torch|peft|transformers|accelerate|datasets|tqdm)(\.|$)"
 _OURS = "lowmem_rlhf"
@@ -16,7 +18,9 @@ def hush() -> None:
     """Silence other libraries for the rest of this process, as the command line does; our own warnings are printed."""
     for name, value in _environment().items():
         os.environ.setdefault(name, value)
-    logging.basicConfig(format="%(message)s", level=logging.WARNING)
+    handler = logging.StreamHandler()
+    handler.setFormatter(_Harmless("%(message)s"))
+    logging.basicConfig(level=logging.WARNING, handlers=[handler])
     for name in LIBRARIES:
         logging.getLogger(name).setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", module=_WARNINGS_OF)
@@ -45,6 +49,13 @@ def hushed(message: Callable[[str], None]) -> Iterator[None]:
             logger.setLevel(levels[name])
         for key in added:
             os.environ.pop(key, None)
+
+
+class _Harmless(logging.Formatter):
+    """Messages hold names of columns and files, which may hold anything."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return harmless(super().format(record))
 
 
 class _Forwarding(logging.Handler):

@@ -129,7 +129,8 @@ def check_callable(function: Any, name: str, key: str, kind: str, call: str) -> 
     """
     if not callable(function) or inspect.isclass(function) or not _has_signature(function):
         given = "class" if inspect.isclass(function) else type(function).__name__
-        raise UserError(f"{key}: {name} is a {given}, not {kind}; name something that is called with {call}")
+        article = "an" if given[0] in "aeiou" else "a"
+        raise UserError(f"{key}: {name} is {article} {given}, not {kind}; name something that is called with {call}")
 
 
 def line_in(error: BaseException, source: str, path: Path | None = None) -> int | None:

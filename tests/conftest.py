@@ -5,6 +5,10 @@ import os
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
+import tempfile
+
+os.environ["LOWMEM_RLHF_STATE"] = tempfile.mkdtemp(prefix="lowmem-rlhf-state-")  # not the developer's own
+
 import importlib.util
 import io
 import sys

@@ -121,10 +121,15 @@ def load_own(written: str, run: Path | None = None) -> AlgorithmSpec:
         run: a run directory, whose paths are relative to the folder that it was started in.
 
     Raises:
-        UserError: no such file, it cannot be imported, or it has no spec of that name.
+        UserError: no such file, it cannot be imported, or it has no spec of that name; or it is code of elsewhere
+            (see `run.trust`).
     """
     source, name = split_reference(written, "algorithm", "path.py:SPEC", "an algorithm")
     path = find_file(source, (*_start(run), Path()))
+    if run is not None:
+        from lowmem_rlhf.run.trust import check_code
+
+        check_code(run, {"algorithm": written})
     if path is None and written in _written:  # the recipe was read in another folder
         return _written[written]
     if path is None:

@@ -30,6 +30,7 @@ def open_run(
     data: Any = None,
     eval_data: Any = None,
     rewards: Sequence[RewardLike] | None = None,
+    trust: bool = False,
     progress: Any = "auto",
 ) -> "Run":
     """Open a run directory.
@@ -37,6 +38,8 @@ def open_run(
     Args:
         path: the folder that `train` (or ``lowmem-rlhf train``) wrote.
         data, eval_data, rewards: what the run was made with, where those were objects of a program: to evaluate it.
+        trust: the Python files and the model's code that the run's recipe names may be executed; of a run that was
+            trained here and whose code is still the same they may anyway.
         progress: as of `train`.
 
     Raises:
@@ -45,7 +48,7 @@ def open_run(
     if not isinstance(path, str | Path):
         raise UserError(f"open_run: got a {type(path).__name__}; give the folder that `train` wrote")
     display_for(progress)  # raises now, and not at the first answer
-    return Run(open_directory(path).path, given_objects(data, eval_data, rewards), progress)
+    return Run(open_directory(path, trust).path, given_objects(data, eval_data, rewards), progress)
 
 
 class Run:

@@ -22,6 +22,7 @@ from lowmem_rlhf.architecture.adapter_files import (
 )
 from lowmem_rlhf.architecture.lookup import model_dimensions
 from lowmem_rlhf.errors import UserError
+from lowmem_rlhf.paths import local_path, obstacle
 from lowmem_rlhf.run.checkpoints import STATE, check_adapter
 from lowmem_rlhf.run.directory import ADAPTER, MODEL, RunDirectory
 from lowmem_rlhf.run.proof import HASHES
@@ -71,7 +72,9 @@ def adapter_folder(reference: str) -> Path:
     Raises:
         UserError: there is none, or it is damaged.
     """
-    path = Path(reference).expanduser()
+    path = local_path(reference)
+    if why := obstacle(path):
+        raise UserError(f"adapter {reference!r} {why}; give a run's folder or an adapter's")
     for folder in (path / ADAPTER, path):
         if (folder / CONFIG).is_file() and (folder / WEIGHTS).is_file():
             check_adapter(folder, f"put that file back; a folder without {HASHES} and {STATE} is taken as it is")

@@ -6,10 +6,11 @@ import re
 from pathlib import Path
 
 from lowmem_rlhf.errors import UserError
-from lowmem_rlhf.paths import local_path, path_hint
+from lowmem_rlhf.paths import local_path, obstacle, path_hint
 from lowmem_rlhf.suggest import did_you_mean
 
 GGUF_MAGIC = b"GGUF"
+PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 _PACKAGE = "package:"
 
@@ -27,6 +28,8 @@ def resolve_model(model: str) -> str:
     if model.startswith(_PACKAGE):
         return str(_checked(_inside_package(model), model))
     path = local_path(model)
+    if why := obstacle(path):
+        raise UserError(f"model {model!r} {why}; give a local folder, a .gguf file or a Hub id (org/name)")
     if path.exists():
         return str(_checked(path, model))
     if _looks_like_path(model):
@@ -99,4 +102,9 @@ def _checked(path: Path, model: str) -> Path:
         return path
     if path.suffix == ".gguf":
         raise UserError(f"model {model!r} is not a GGUF file: it does not begin with the letters GGUF; fetch it again")
+    if path.suffix.lower() in PICKLES:
+        raise UserError(
+            f"model {model!r} can only be read by unpickling it, which runs what others put there; give the folder "
+            "of a copy with safetensors weights"
+        )
     raise UserError(f"model {model!r} is a file that is no GGUF; give the folder with its config.json")

@@ -6,6 +6,7 @@ from rich.console import Console
 
 from lowmem_rlhf.display.format import format_bytes, format_number, format_value, number
 from lowmem_rlhf.display.live import plain_table
+from lowmem_rlhf.plain_text import harmless
 
 PARTS = {
     "merge": "merging (host memory)",
@@ -53,9 +54,9 @@ def show_result(facts: dict[str, Any], console: Console | None = None) -> None:
     """Print an export's folder, its dtype with the reason, and its proof."""
     console = console or Console()
     if "dtype" in facts:
-        print(f"{facts['dtype']}: {facts['dtype_reason']}")
+        print(harmless(f"{facts['dtype']}: {facts['dtype_reason']}"))
     for note in facts.get("notes") or ():
-        print(note)
+        print(harmless(str(note)))
     rows = [
         (key.replace("_", " "), format_number(v) if number(v) is not None else format_value(v))
         for key, v in facts["proof"].items()

@@ -15,6 +15,8 @@ from rich.progress import (
     TransferSpeedColumn,
 )
 
+from lowmem_rlhf.plain_text import harmless
+
 
 class Lines:
     """A display that prints messages and shows no phases."""
@@ -28,7 +30,7 @@ class Lines:
 
     def message(self, text: str) -> None:
         """Print a line (or several)."""
-        print(text, file=self.stream or sys.stderr, flush=True)
+        print(harmless(text), file=self.stream or sys.stderr, flush=True)
 
 
 class Bars(Lines):

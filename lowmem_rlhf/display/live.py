@@ -20,6 +20,7 @@ from lowmem_rlhf.display.format import (
     format_value,
     number,
 )
+from lowmem_rlhf.plain_text import harmless
 
 _RECENT = 10  # steps that the ETA and the reward's trend look back on
 
@@ -87,7 +88,7 @@ class LiveView:
     def message(self, text: str) -> None:
         """Print a line (or several) that stays, above the display."""
         if self._live is not None:
-            self._live.console.print(Text(text))
+            self._live.console.print(Text(harmless(text)))
         else:
             self._print(text)
 
@@ -97,7 +98,7 @@ class LiveView:
     def _print(self, text: str) -> None:
         # Written as it is: rich would fold the line at 80 columns. Old Windows code pages lack some characters.
         encoding = self.console.encoding
-        self.console.file.write(text.encode(encoding, "replace").decode(encoding, "replace") + "\n")
+        self.console.file.write(harmless(text).encode(encoding, "replace").decode(encoding, "replace") + "\n")
         self.console.file.flush()
 
     def _trend(self) -> str:
@@ -147,9 +148,9 @@ def print_plan(plan_dict: dict[str, Any], console: Console | None = None) -> Non
     facts.append(f"{format_bytes(device.get('free_bytes'))} free")
     if plan_dict.get("profile"):
         facts.append(f"profile {plan_dict['profile']}")
-    console.print(Text(", ".join(facts), style="bold"))
+    console.print(Text(harmless(", ".join(facts)), style="bold"))
     for note in device.get("notes") or ():
-        console.print(Text(str(note), style="dim"))
+        console.print(Text(harmless(str(note)), style="dim"))
     reasons = plan_dict.get("reasons") or {}
     settings = (plan_dict.get("settings") or {}).items()
     console.print()
@@ -215,10 +216,10 @@ def _biggest(parts: dict[str, float]) -> str:
 
 
 def plain_table(columns: Iterable[str], rows: Iterable[tuple[Any, ...]]) -> Table:
-    """Return a table of plain text: brackets in a value are no markup."""
+    """Return a table of plain text: brackets in a value are no markup, and control characters are written out."""
     table = Table(box=None, header_style="bold", pad_edge=False, padding=(0, 3, 0, 0))
     for column in columns:
-        table.add_column(column, overflow="fold")
+        table.add_column(Text(harmless(column)), overflow="fold")
     for row in rows:
-        table.add_row(*(Text(str(cell)) for cell in row))
+        table.add_row(*(Text(harmless(str(cell))) for cell in row))
     return table

@@ -7,6 +7,7 @@ from rich.text import Text
 
 from lowmem_rlhf.display.format import format_number
 from lowmem_rlhf.display.live import plain_table
+from lowmem_rlhf.plain_text import harmless
 
 WIDTH = 120  # columns of a table that goes to a file or another program
 
@@ -38,8 +39,8 @@ def print_outcome(outcome: dict[str, Any], console: Console | None = None) -> No
         console.width = max(console.width, WIDTH)
     head, rows = outcome_rows(outcome)
     console.print(plain_table(head, (tuple(row) for row in rows)))
-    console.print(Text(about(outcome), style="dim"))
-    console.print(Text(str(outcome.get("method", "")), style="dim"))
+    console.print(Text(harmless(about(outcome)), style="dim"))
+    console.print(Text(harmless(str(outcome.get("method", ""))), style="dim"))
 
 
 def _cell(estimate: dict[str, Any] | None) -> str:

@@ -11,6 +11,7 @@ from rich.console import Console
 from lowmem_rlhf.display.lines import Bars
 from lowmem_rlhf.display.live import LiveView, print_evaluation, print_plan
 from lowmem_rlhf.errors import UserError, one_line
+from lowmem_rlhf.plain_text import harmless
 from lowmem_rlhf.progress import Progress, Silence
 
 
@@ -60,7 +61,7 @@ class ConsoleDisplay:
             return
         self._bars.stop()
         encoding = self.console.encoding
-        self.console.file.write(text.encode(encoding, "replace").decode(encoding, "replace") + "\n")
+        self.console.file.write(harmless(text).encode(encoding, "replace").decode(encoding, "replace") + "\n")
         self.console.file.flush()
 
     def plan(self, plan: dict[str, Any]) -> None:

@@ -6,10 +6,12 @@ from typing import Any
 
 from lowmem_rlhf.errors import RunError, UserError
 from lowmem_rlhf.inference.open_run import OpenRun
+from lowmem_rlhf.paths import local_path, obstacle
 from lowmem_rlhf.recipe.loading import load_recipe, validate_recipe
 from lowmem_rlhf.recipe.schema import Recipe
-from lowmem_rlhf.run.directory import RECIPE, RunDirectory
+from lowmem_rlhf.run.directory import RECIPE, open_run
 from lowmem_rlhf.run.evaluations import append_evaluation
+from lowmem_rlhf.run.trust import check_code
 
 TASK_TOKENS = 128  # that the plan of a model on lm-eval's tasks counts with a text; a longer one is a pass of its own
 
@@ -25,6 +27,7 @@ class Request:
         recipe, against: of a model.
         step: of a run's checkpoint.
         tasks, limit, chat: of lm-eval.
+        trust: the code that the run's recipe names may be executed (see `run.trust`).
     """
 
     what: str
@@ -37,6 +40,7 @@ class Request:
     tasks: tuple[str, ...] | list[str] = ()
     limit: int | None = None
     chat: bool = False
+    trust: bool = False
 
 
 def run_evaluation(request: Request) -> tuple[dict[str, Any], Path | RunError | None]:
@@ -49,10 +53,14 @@ def run_evaluation(request: Request) -> tuple[dict[str, Any], Path | RunError | 
     Raises:
         UserError: the request is wrong; RunError: it failed.
     """
+    if not request.what.strip():
+        raise UserError(f"got {request.what!r}; give a run's folder, or a model as in a recipe")
+    if why := obstacle(local_path(request.what)):
+        raise UserError(f"{request.what} {why}; give a run's folder, or a model as in a recipe")
     _check(request)
     if not is_run(request.what):
         return _of_model(request), None
-    opened = OpenRun(RunDirectory(Path(request.what)), request.step)
+    opened = OpenRun(open_run(request.what, request.trust), request.step)
     outcome = _of_run(opened, request)
     from lowmem_rlhf.report.html import write_report
 
@@ -129,6 +137,9 @@ def _of_model(request: Request) -> dict[str, Any]:
             f"{request.what} is no run (it holds no {RECIPE}); for a model give --recipe with the recipe whose "
             "held-out data and rewards are to be used, or --lm-eval with tasks"
         )
+    if not request.recipe:  # the recipe came with the model, and its user has not seen it
+        named = open_run(request.what, request.trust).recipe_values()
+        check_code(Path(request.what), named)
     recipe = load_recipe(source, overrides)
     models = [request.against, request.what] if request.against else [request.what]
     return evaluate_models(models, recipe, overrides, request.device)

@@ -37,6 +37,7 @@ from lowmem_rlhf.rewards.references import check_references
 from lowmem_rlhf.rollout.engine import Engine, engine_for
 from lowmem_rlhf.run.directory import RECIPE
 from lowmem_rlhf.run.start import located, paths_explained
+from lowmem_rlhf.run.trust import check_code
 from lowmem_rlhf.training.roles import bind_rewards, share_ladder
 
 logger = logging.getLogger(__name__)
@@ -77,15 +78,25 @@ def open_run_target(
         judged: read the held-out rows and the rewards.
 
     Raises:
-        UserError: as `open_policy`; an override that is not allowed, or no held-out rows.
+        UserError: as `open_policy`; the run names code of elsewhere (see `run.trust`); an override that is not
+            allowed, or no held-out rows.
         RunError: the device's memory ran out.
     """
     check_overrides(overrides)
-    path = opened.directory.path
+    path, written = opened.directory.path, opened.written  # which asks for what the recipe would execute
     changed = load_recipe(str(path / RECIPE), overrides, quiet=True)
-    recipe = located(changed, path, opened.written)
-    with paths_explained(path, opened.written):
+    recipe = located(changed, path, written)
+    if judged:
+        _check_rewards_code(opened, recipe)
+    with paths_explained(path, written):
         return _open_run(opened, recipe, overrides, device, judged)
+
+
+def _check_rewards_code(opened: OpenRun, recipe: Recipe) -> None:
+    """Check that the rewards that the run itself names may be executed; those of this command's overrides may."""
+    own = {reward.function for reward in opened.recipe.rewards}
+    values = {"rewards": [{"function": one.function if one.function in own else ""} for one in recipe.rewards]}
+    check_code(opened.directory.path, values)
 
 
 def _open_run(opened: OpenRun, recipe: Recipe, overrides: list[str], device: str | None, judged: bool) -> EvalTarget:

@@ -20,6 +20,7 @@ from lowmem_rlhf.inference.opening import check_device
 from lowmem_rlhf.run.directory import RunDirectory
 from lowmem_rlhf.run.lock import Lock
 from lowmem_rlhf.run.start import paths_explained
+from lowmem_rlhf.run.trust import trust_code
 
 
 class Export:
@@ -72,6 +73,7 @@ class Export:
             facts = self._write()
             if job.options.push:
                 facts["pushed"] = self._push(job.options.push)
+            trust_code(job.target, job.run.recipe_values())  # `eval` of it reads the recipe in it
             return {"folder": str(job.target), **facts}
 
     def _check_disk(self) -> None:

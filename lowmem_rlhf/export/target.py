@@ -6,6 +6,7 @@ from pathlib import Path
 from lowmem_rlhf.display.format import format_bytes
 from lowmem_rlhf.errors import RunError, UserError
 from lowmem_rlhf.files import is_temp
+from lowmem_rlhf.paths import cannot_be_written, obstacle
 
 EXPORT = "export.json"
 
@@ -16,8 +17,10 @@ def check_target(target: Path) -> None:
     Raises:
         UserError: something else is there.
     """
-    if target.exists() and not target.is_dir():
+    if obstacle(target) == "" and target.exists() and not target.is_dir():
         raise UserError(f"output {target} is a file, not a folder; choose another one with --output")
+    if why := cannot_be_written(target):
+        raise UserError(f"output: {why}; choose another folder with --output")
     if target.is_dir() and not (target / EXPORT).is_file():
         foreign = sorted(path.name for path in target.iterdir() if not is_temp(path))
         if foreign:

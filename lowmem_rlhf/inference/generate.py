@@ -42,7 +42,7 @@ def answer_prompts(
     """
     from lowmem_rlhf.engine.ladder import RolloutLimits
     from lowmem_rlhf.engine.roles import POLICY, REFERENCE
-    from lowmem_rlhf.inference.chat.talk import Prompts, room_for
+    from lowmem_rlhf.inference.chat.talk import Prompts, check_temperature, room_for
     from lowmem_rlhf.inference.opening import memory_explained
     from lowmem_rlhf.progress import reported_as
     from lowmem_rlhf.rollout.engine import engine_for
@@ -58,6 +58,7 @@ def answer_prompts(
         raise UserError("generate: got no prompt, or an empty one; give a text to answer")
     if temperature is not None and not (isinstance(temperature, int | float) and 0 <= temperature < math.inf):
         raise UserError(f"generate: got temperature={temperature!r}; it is at least 0 (the likeliest tokens)")
+    check_temperature(temperature or 0.0)
     generation = recipe.generation
     writer = Prompts(recipe.data, base.tokenizer, base.stop_ids)
     ids = [writer.ids(writer.turn(one), []) for one in prompts]

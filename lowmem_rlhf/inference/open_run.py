@@ -19,6 +19,7 @@ from lowmem_rlhf.run.checkpoints import check_adapter
 from lowmem_rlhf.run.directory import ADAPTER, RunDirectory
 from lowmem_rlhf.run.start import located
 from lowmem_rlhf.run.text_files import changed_text_files
+from lowmem_rlhf.run.trust import check_code
 
 logger = logging.getLogger(__name__)
 
@@ -42,10 +43,12 @@ class OpenRun:
         """The recipe with its paths as they stand in recipe.yaml.
 
         Raises:
-            UserError: as `RunDirectory.recipe`.
+            UserError: as `RunDirectory.recipe`; or its model's own code is code of elsewhere (see `run.trust`).
         """
         for name in changed_text_files(self.directory.path):
             logger.warning(f"{self.directory.path / name} is not what the run wrote: it is damaged, gone or was edited")
+        values, path = self.directory.recipe_values(), self.directory.path
+        check_code(path, {key: values.get(key) for key in ("algorithm", "model", "revision", "trust_remote_code")})
         return self.directory.recipe()
 
     @cached_property

@@ -8,6 +8,7 @@ from rich.text import Text
 
 from lowmem_rlhf.display.format import format_number
 from lowmem_rlhf.display.live import plain_table
+from lowmem_rlhf.plain_text import harmless
 
 _STEP = {
     "examples": "examples a step",
@@ -28,21 +29,21 @@ def print_preview(preview: Mapping[str, Any], console: Console | None = None) ->
     Special tokens are written out and line breaks shown as such; what is learned is named and coloured.
     """
     console = console or Console()
-    console.print(Text(f"{preview['recipe']}: {preview['algorithm']}, {preview['model']}", style="bold"))
+    console.print(_plain(f"{preview['recipe']}: {preview['algorithm']}, {preview['model']}", style="bold"))
     for line in preview["said"]:
-        console.print(Text(line, style="dim"))
+        console.print(_plain(line, style="dim"))
     for name in ("train", "eval"):
         if (split := preview.get(name)) is None:
             continue
         console.print()
         head = f"{name}: {split['source']}, {_counted(split['rows'], 'row')}, {_counted(split['examples'], 'example')}"
-        console.print(Text(head, style="bold"))
+        console.print(_plain(head, style="bold"))
         for number, example in enumerate(split["shown"], start=1):
             _print_example(number, example, console)
         _print_lengths(split["lengths"], console)
         _print_left_out(split["left_out"], console)
         for line in split["said"]:
-            console.print(Text(f"note: {line}"))
+            console.print(_plain(f"note: {line}"))
     console.print()
     for key, label in _STEP.items():
         if key in preview["step"]:
@@ -50,13 +51,13 @@ def print_preview(preview: Mapping[str, Any], console: Console | None = None) ->
 
 
 def _print_example(number: int, example: Sequence[Mapping[str, Any]], console: Console) -> None:
-    console.print(Text(f"\nexample {number}", style="dim"))
+    console.print(_plain(f"\nexample {number}", style="dim"))
     for part in example:
         learned = part["part"] in _LEARNED
         tokens = f" ({part['tokens']} tokens)" if part["tokens"] else ""
-        console.print(Text(f"  {part['part']}{tokens}", style="green" if learned else "cyan"))
+        console.print(_plain(f"  {part['part']}{tokens}", style="green" if learned else "cyan"))
         for line in part["text"].split("\n"):
-            console.print(Text(f"    | {line}", style="green" if learned else ""))
+            console.print(_plain(f"    | {line}", style="green" if learned else ""))
 
 
 def _print_lengths(lengths: Mapping[str, Any], console: Console) -> None:
@@ -70,7 +71,7 @@ def _print_lengths(lengths: Mapping[str, Any], console: Console) -> None:
     most, width = max(one["count"] for one in bins), len(f"{bins[-1]['to']:,}")
     for one in bins:
         bar = "█" * max(round(_BAR * one["count"] / most), 1 if one["count"] else 0)
-        console.print(Text(f"  {one['from']:>{width},} - {one['to']:>{width},}  {bar} {one['count']:,}"))
+        console.print(_plain(f"  {one['from']:>{width},} - {one['to']:>{width},}  {bar} {one['count']:,}"))
 
 
 def _print_left_out(reasons: Sequence[Mapping[str, Any]], console: Console) -> None:
@@ -79,6 +80,10 @@ def _print_left_out(reasons: Sequence[Mapping[str, Any]], console: Console) -> N
     console.print()
     rows = ((one["reason"], f"{one['count']:,}", one["row"], one["example"]) for one in reasons)
     console.print(plain_table(("left out", "rows", "first", "why"), rows))
+
+
+def _plain(text: str, style: str = "") -> Text:
+    return Text(harmless(text), style=style)
 
 
 def _counted(count: int, noun: str) -> str:

@@ -18,6 +18,8 @@ from lowmem_rlhf.display.format import (
 )
 from lowmem_rlhf.display.outcome import about, outcome_rows
 from lowmem_rlhf.files import atomic_write, writing
+from lowmem_rlhf.paths import without_home
+from lowmem_rlhf.recipe.secrets import masked
 from lowmem_rlhf.report.plots import draw_run, to_png
 from lowmem_rlhf.run.directory import RECIPE, REPORT, RunDirectory
 from lowmem_rlhf.run.evaluations import read_evaluations
@@ -91,7 +93,7 @@ def write_report(run: RunDirectory) -> Path:
     )
     path = run.path / REPORT
     with writing(path, remedy="then write it with `lowmem-rlhf report RUN`"):
-        atomic_write(path, page)
+        atomic_write(path, masked(without_home(page)))
     return path
 
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from lowmem_rlhf.algorithms.registry import spec_of
 from lowmem_rlhf.errors import UserError
 from lowmem_rlhf.files import atomic_write, writing
+from lowmem_rlhf.paths import cannot_be_written, obstacle
 from lowmem_rlhf.planning.fits import Fit, WhatFits
 from lowmem_rlhf.report.fits_view import GIB, PRICE, gigabytes, precision_text, short_name, title
 from lowmem_rlhf.report.plots import INK, MUTED, RED, style_axes
@@ -63,10 +64,14 @@ def check_picture(path: Path) -> None:
     if path.suffix.lower() not in KINDS:
         got = f"{path.suffix!r}" if path.suffix else "no kind at all"
         raise UserError(f"--plot {path}: got {got}; a picture is a {', '.join(KINDS[:-1])} or {KINDS[-1]} file")
+    if why := obstacle(path):
+        raise UserError(f"--plot {path}: it {why}; choose another name")
     if not path.parent.is_dir():
         raise UserError(f"--plot {path}: the folder {str(path.parent)!r} does not exist; make it first")
     if path.is_dir():
         raise UserError(f"--plot {path}: it is a folder; name a file in it")
+    if why := cannot_be_written(path):
+        raise UserError(f"--plot {path}: {why}; choose another folder")
 
 
 def save_picture(figure: "Figure", path: Path) -> Path:

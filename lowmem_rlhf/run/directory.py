@@ -26,6 +26,7 @@ from lowmem_rlhf.files import (
     sync_folder,
     writing,
 )
+from lowmem_rlhf.paths import obstacle
 from lowmem_rlhf.progress import message
 from lowmem_rlhf.recipe.schema import Recipe
 from lowmem_rlhf.run.base_file import write_base
@@ -49,6 +50,7 @@ from lowmem_rlhf.run.reading import (
 from lowmem_rlhf.run.rules import Found, check_new, check_resume, check_text_files, check_there, find_checkpoint
 from lowmem_rlhf.run.start import write_start
 from lowmem_rlhf.run.text_files import adopt_text_files, changed_text_files, hashes_damaged, write_text_file
+from lowmem_rlhf.run.trust import trust_code
 
 __all__ = ["ADAPTER", "INPUTS", "MODEL", "RECIPE", "REPORT", "RunDirectory", "default_output", "open_run"]
 
@@ -115,6 +117,7 @@ class RunDirectory(RunReader):
         write_text_file(self.path, RECIPE, recipe.to_yaml())
         write_text_file(self.path, PLAN, dumps(plan_dict, indent=2) + "\n")
         write_start(self.path, recipe)
+        trust_code(self.path, recipe.model_dump())
         if inputs is not None:
             write_text_file(self.path, INPUTS, dumps(inputs, indent=2) + "\n")
         adopt_text_files(self.path, (INPUTS, EVALUATION))
@@ -314,15 +317,24 @@ class RunDirectory(RunReader):
                     delete(checkpoint[1])
 
 
-def open_run(path: str | Path) -> RunDirectory:
+def open_run(path: str | Path, trust: bool = False) -> RunDirectory:
     """Open a run for reading.
+
+    Args:
+        path: the folder.
+        trust: the code that its recipe names may be executed, from now on (see `run.trust`).
 
     Raises:
         UserError: there is no run in that folder.
     """
     folder = Path(path)
+    if why := obstacle(folder):
+        raise UserError(f"run {path} {why}; give the folder that `train` wrote, for example runs/NAME")
     if (folder / RECIPE).is_file():
-        return RunDirectory(folder)
+        run = RunDirectory(folder)
+        if trust:
+            trust_code(folder, run.recipe_values())
+        return run
     problem = "does not exist" if not folder.exists() else f"is no run: it holds no {RECIPE}"
     inside = next((f"; did you mean {p}?" for p in list(folder.parents)[:2] if (p / RECIPE).is_file()), "")
     raise UserError(f"{path} {problem}; give the folder that `train` wrote, for example runs/NAME{inside}")

@@ -14,6 +14,7 @@ from lowmem_rlhf.files import read_lines
 from lowmem_rlhf.recipe.loading import validate_recipe
 from lowmem_rlhf.recipe.schema import Recipe
 from lowmem_rlhf.run.checkpoints import is_healthy, step_of
+from lowmem_rlhf.run.trust import check_code
 
 RECIPE, PLAN, METRICS, SAMPLES = "recipe.yaml", "plan.json", "metrics.jsonl", "samples.jsonl"
 EVALUATION, REPORT, CHECKPOINTS, ADAPTER = "evaluation.json", "report.html", "checkpoints", "adapter"
@@ -79,10 +80,12 @@ class RunReader:
         """Return the resolved recipe, with its paths as they were written.
 
         Raises:
-            UserError: there is no readable recipe.yaml, or it is not one of this version.
+            UserError: there is no readable recipe.yaml, it is not one of this version, or its algorithm is code of
+                elsewhere (see `run.trust`).
         """
         values = self.recipe_values()
         if is_own(algorithm := str(values.get("algorithm"))):
+            check_code(self.path, {"algorithm": algorithm})
             load_own(algorithm, self.path)
         return validate_recipe(values, source=str(self.path / RECIPE))
 

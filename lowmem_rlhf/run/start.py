@@ -1,11 +1,13 @@
 """Where a run was started: its recipe's paths are relative to that folder, wherever the run is opened. No torch here.
 
-``local.json`` of the run directory holds the folder. It means something on this machine only, so no export and no model
-card includes it.
+``local.json`` of the run directory holds the folder, and the run's id. It means something on this machine only, so no
+export and no model card includes it.
 """
 
 import json
 import os
+import re
+import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path, PureWindowsPath
@@ -24,13 +26,15 @@ PATH_OPTIONS = ("model", "adapter")  # of rewards
 
 
 def write_start(run: Path, recipe: Recipe) -> None:
-    """Write the current folder into a run's local.json, unless that names a folder that still exists.
+    """Write the current folder into a run's local.json, unless that names a folder that still exists, and a new id.
 
     Args:
         run: the run directory.
         recipe: as it was written.
     """
     if start_folder(run) is not None:
+        if run_id(run) is None:
+            atomic_write(run / LOCAL, dumps({**_values(run), "id": uuid.uuid4().hex}, indent=2) + "\n")
         return
     here = Path.cwd()
     try:
@@ -38,7 +42,7 @@ def write_start(run: Path, recipe: Recipe) -> None:
     except ValueError:  # another drive of Windows
         between = None
     paths = [text for text in dict.fromkeys(_paths(recipe)) if _is_relative(text) and (here / text).exists()]
-    values = {"start": str(here), "from_run": between, "paths": paths}
+    values = {"id": run_id(run) or uuid.uuid4().hex, "start": str(here), "from_run": between, "paths": paths}
     atomic_write(run / LOCAL, dumps(values, indent=2) + "\n")
 
 
@@ -49,11 +53,17 @@ def _values(run: Path) -> dict[str, Any]:
         return {}
     if not isinstance(values, dict):
         return {}
-    known = {key: values[key] for key in ("start", "from_run") if isinstance(values.get(key), str)}
+    known = {key: values[key] for key in ("id", "start", "from_run") if isinstance(values.get(key), str)}
     paths = values.get("paths")
     if isinstance(paths, list) and all(isinstance(one, str) for one in paths):
         known["paths"] = paths
     return known
+
+
+def run_id(run: Path) -> str | None:
+    """Return the id that a run was given when it began; None of one that has none."""
+    known = str(_values(run).get("id"))
+    return known if re.fullmatch(r"[0-9a-f]{32}", known) else None
 
 
 def start_folder(run: Path) -> Path | None:

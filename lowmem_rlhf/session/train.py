@@ -21,6 +21,7 @@ from lowmem_rlhf.errors import UserError
 from lowmem_rlhf.hardware.cpu_process import bound_kernel_caches
 from lowmem_rlhf.hardware.detect import detect
 from lowmem_rlhf.inference.base import LoadedModel, check_computes, held_against_stock, open_base
+from lowmem_rlhf.paths import cannot_be_written
 from lowmem_rlhf.planning.advice import warning, why_not
 from lowmem_rlhf.planning.plan import Plan, check_positions
 from lowmem_rlhf.planning.run_plan import planned, resumed_plan, running_plan
@@ -28,6 +29,7 @@ from lowmem_rlhf.progress import current
 from lowmem_rlhf.recipe.schema import Recipe
 from lowmem_rlhf.run.directory import RunDirectory, default_output
 from lowmem_rlhf.run.start import as_written, located, paths_explained
+from lowmem_rlhf.run.trust import check_code
 from lowmem_rlhf.stopping import telling_what_is_kept
 
 if TYPE_CHECKING:
@@ -135,6 +137,10 @@ def check(recipe: Recipe, output: Path | None, resume: bool, display: RunDisplay
     """
     bound_kernel_caches()
     path = output or default_output(recipe.name, resume)
+    if resume:
+        check_code(path, recipe.model_dump(), resumed=True)
+    elif why := cannot_be_written(path):
+        raise UserError(f"output: {why}; choose another folder with --output")
     with paths_explained(path, recipe) if resume else nullcontext():
         written, recipe = recipe, located(recipe, path) if resume else recipe
         _check_trackers(recipe)

@@ -14,7 +14,7 @@ SIGNATURES = {
     "train": TRAINING,
     "Trainer": TRAINING,
     "plan": "recipe, *, profile=None, vram=None, model=None, data=None, rewards=None, overrides=()",
-    "open_run": "path, *, data=None, eval_data=None, rewards=None, progress='auto'",
+    "open_run": "path, *, data=None, eval_data=None, rewards=None, trust=False, progress='auto'",
     "recipes": "",
     "Run.generate": "self, prompt, n=1, *, compare=False, max_tokens=None, temperature=None, seed=0",
     "Run.evaluate": "self, overrides=(), *, step=None, device=None",

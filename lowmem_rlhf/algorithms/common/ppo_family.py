@@ -4,6 +4,7 @@ from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field
 
+from lowmem_rlhf.recipe.bounds import MOST_COEFFICIENT, MOST_EPOCHS, MOST_PROMPTS, MOST_ROWS
 from lowmem_rlhf.recipe.section import Section
 
 if TYPE_CHECKING:
@@ -13,24 +14,27 @@ if TYPE_CHECKING:
 class PPOSettings(Section):
     """PPO's hyper-parameters, under the names of TRL's last PPO; RLOO and REINFORCE++ have those that fit them."""
 
-    kl_coef: float = Field(0.05, ge=0)
+    kl_coef: float = Field(0.05, ge=0, le=MOST_COEFFICIENT)
     kl_estimator: Literal["k1", "k3"] = "k1"
-    kl_target: float | None = Field(None, gt=0)  # nats a completion that an adaptive kl_coef aims at; absent: fixed
-    kl_horizon: float = Field(10_000, gt=0)  # completions over which the adaptive coefficient changes
-    num_ppo_epochs: int = Field(4, ge=1)
-    num_mini_batches: int = Field(1, ge=1)
-    cliprange: float = Field(0.2, gt=0)
-    entropy_coef: float = Field(0.0, ge=0)
-    target_kl: float | None = Field(None, gt=0)  # the epochs end once approx_kl is above 1.5 times this
+    # nats a completion that an adaptive kl_coef aims at; absent: fixed
+    kl_target: float | None = Field(None, gt=0, le=MOST_COEFFICIENT)
+    kl_horizon: float = Field(10_000, gt=0, le=MOST_ROWS)  # completions over which the adaptive coefficient changes
+    num_ppo_epochs: int = Field(4, ge=1, le=MOST_EPOCHS)
+    num_mini_batches: int = Field(1, ge=1, le=MOST_PROMPTS)
+    cliprange: float = Field(0.2, gt=0, le=MOST_COEFFICIENT)
+    entropy_coef: float = Field(0.0, ge=0, le=MOST_COEFFICIENT)
+    # the epochs end once approx_kl is above 1.5 times this
+    target_kl: float | None = Field(None, gt=0, le=MOST_COEFFICIENT)
     gamma: float = Field(1.0, gt=0, le=1)
-    missing_eos_penalty: float | None = Field(None, ge=0)  # subtracted from the score of an answer that was cut
+    # subtracted from the score of an answer that was cut
+    missing_eos_penalty: float | None = Field(None, ge=0, le=MOST_COEFFICIENT)
     normalize_scores: Literal["none", "batch", "running"] = "none"
-    cliprange_reward: float | None = Field(None, gt=0)
+    cliprange_reward: float | None = Field(None, gt=0, le=MOST_COEFFICIENT)
     # PPO alone
     critic: Literal["adapter", "reward", "policy"] = "adapter"  # its own; its own, from the reward adapter; a head only
     lam: float = Field(0.95, ge=0, le=1)
-    vf_coef: float = Field(0.1, gt=0)
-    cliprange_value: float | None = Field(0.2, gt=0)
+    vf_coef: float = Field(0.1, gt=0, le=MOST_COEFFICIENT)
+    cliprange_value: float | None = Field(0.2, gt=0, le=MOST_COEFFICIENT)
     whiten_rewards: bool = False
     bootstrap_truncated: bool = False  # an answer that was cut is worth what the critic expects from there
     score_position: Literal["last", "after_last"] = "last"  # after_last: one slot later, as TRL's PPO had it

@@ -4,6 +4,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, ValidatorFunctionWrapHandler, WrapValidator, model_validator
 
+from lowmem_rlhf.recipe.bounds import MOST_COEFFICIENT, MOST_EPOCHS
 from lowmem_rlhf.recipe.section import Section
 
 
@@ -15,21 +16,21 @@ def _own_function(value: Any, chosen: ValidatorFunctionWrapHandler) -> Any:
 class GRPOSettings(Section):
     """GRPO's hyper-parameters under TRL's names."""
 
-    beta: float = Field(0.0, ge=0)
+    beta: float = Field(0.0, ge=0, le=MOST_COEFFICIENT)
     epsilon: float = Field(0.2, gt=0, lt=1)
-    epsilon_high: float | None = Field(None, gt=0)
+    epsilon_high: float | None = Field(None, gt=0, le=MOST_COEFFICIENT)
     # or a loss of one's own as path.py:function, see `algorithms.grpo.losses`
     loss_type: Annotated[Literal["grpo", "bnpo", "dr_grpo", "dapo"], WrapValidator(_own_function)] = "dapo"
     scale_rewards: Literal["group", "batch", "none"] = "group"
-    num_iterations: int = Field(1, ge=1)
+    num_iterations: int = Field(1, ge=1, le=MOST_EPOCHS)
     mask_truncated_completions: bool = False
     # TRL's vllm_importance_sampling_*: weigh tokens by how far sampling and the training pass differ in log-probs
     importance_sampling_correction: bool = False
     importance_sampling_mode: Literal["token_truncate", "token_mask", "sequence_truncate", "sequence_mask"] = (
         "sequence_mask"
     )
-    importance_sampling_clip_max: float | None = Field(3.0, gt=0)
-    importance_sampling_clip_min: float | None = Field(None, gt=0)
+    importance_sampling_clip_max: float | None = Field(3.0, gt=0, le=MOST_COEFFICIENT)
+    importance_sampling_clip_min: float | None = Field(None, gt=0, le=MOST_COEFFICIENT)
 
     @model_validator(mode="after")
     def _ordered_bounds(self) -> "GRPOSettings":

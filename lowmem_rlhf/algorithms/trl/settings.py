@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
+from lowmem_rlhf.recipe.bounds import MOST_TOKENS
 from lowmem_rlhf.recipe.errors import OptionErrors
 from lowmem_rlhf.recipe.names import DECIDED
 
@@ -19,8 +20,10 @@ def check_trl_section(values: Any) -> Any:
         return values
     lines = [f"{key}: is decided elsewhere; {DECIDED[key]}" for key in values if key in DECIDED]
     length = values.get("max_length", MAX_LENGTH)
-    if not isinstance(length, int) or isinstance(length, bool) or length < 2:
-        lines.append(f"max_length: got {length!r}; it should be a whole number of at least 2 (tokens of an example)")
+    if not isinstance(length, int) or isinstance(length, bool) or not 2 <= length <= MOST_TOKENS:
+        lines.append(
+            f"max_length: got {length!r}; it should be a whole number from 2 to {MOST_TOKENS} (tokens of an example)"
+        )
     if lines:
         raise OptionErrors(lines, below="")
     return values

@@ -19,13 +19,15 @@ from lowmem_rlhf.export.local_paths import has_folder, last_part
 from lowmem_rlhf.recipe.data_sources import is_file, is_folder, is_generated
 from lowmem_rlhf.recipe.python_objects import is_python
 
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}(/[A-Za-z0-9][\w.-]{0,95})?", re.ASCII)
+_LICENSE = re.compile(r"[\w.+-]{1,60}", re.ASCII)
 LIBRARIES = ("torch", "transformers", "peft", "bitsandbytes", "accelerate", "datasets")
 
 
 def is_hub_id(model: str) -> bool:
     """Whether a model is named by a Hub id and not by a file or folder."""
     try:
-        return not model.startswith("package:") and not is_local(resolve_model(model))
+        return bool(HUB_ID.fullmatch(model)) and not is_local(resolve_model(model))
     except UserError:
         return False  # a folder that is gone
 
@@ -39,11 +41,13 @@ def hub_datasets(data: dict[str, Any]) -> list[str]:
     """Return the Hub ids among the data sources of a recipe."""
     sources = [source for source in (data.get("train"), data.get("eval")) if source and not has_folder(source)]
     here = (is_generated, is_python, is_file, is_folder)
-    return list(dict.fromkeys(source for source in sources if not any(test(source) for test in here)))
+    return list(dict.fromkeys(one for one in sources if HUB_ID.fullmatch(one) and not any(test(one) for test in here)))
 
 
 def license_of(model: str) -> str:
     """Return the licence that the base itself names in its README or GGUF header; ``unknown`` if it names none.
+
+    What is no identifier of a licence is ``other``.
 
     Of a Hub id what lies in the local cache is read, and the network is left alone.
     """
@@ -52,11 +56,16 @@ def license_of(model: str) -> str:
         if path.suffix == ".gguf":
             from lowmem_rlhf.architecture.gguf_header import read_gguf_header
 
-            return str(read_gguf_header(path).fields.get("general.license") or "unknown")
+            return _licence(read_gguf_header(path).fields.get("general.license"))
         readme = path / "README.md" if path.is_dir() else _cached_readme(model)
         if readme is not None and readme.is_file():
-            return _front_matter(readme.read_text(encoding="utf-8", errors="replace")).get("license") or "unknown"
+            return _licence(_front_matter(readme.read_text(encoding="utf-8", errors="replace")).get("license"))
     return "unknown"
+
+
+def _licence(named: Any) -> str:
+    text = str(named or "unknown").strip()
+    return text if _LICENSE.fullmatch(text) else "other"
 
 
 def _cached_readme(model: str) -> Path | None:

@@ -4,6 +4,7 @@ Everything comes from the run directory and from the export's own proof; what wa
 folder of this machine gets into it.
 """
 
+import re
 import shlex
 from pathlib import Path
 from typing import Any
@@ -13,11 +14,14 @@ from lowmem_rlhf.display.export import judged_rows
 from lowmem_rlhf.display.format import evaluation_rows, format_bytes, format_number, format_value, number
 from lowmem_rlhf.display.outcome import about, outcome_rows
 from lowmem_rlhf.export.card.facts import hub_datasets, is_hub_id, license_of, model_name, versions
+from lowmem_rlhf.export.card.markdown import code, fenced, link, plain, table
 from lowmem_rlhf.export.formats.format import ExportFormat
 from lowmem_rlhf.export.formats.table import FORMATS
 from lowmem_rlhf.export.local_paths import last_part, without_folders
 from lowmem_rlhf.files import atomic_write
+from lowmem_rlhf.paths import without_home
 from lowmem_rlhf.recipe.field_roles import fields_with
+from lowmem_rlhf.recipe.secrets import masked, masked_values
 from lowmem_rlhf.recipe.sections import HardwareConfig
 from lowmem_rlhf.recipe.yaml_tree import write_yaml
 from lowmem_rlhf.report.plots import plot_reward
@@ -45,31 +49,33 @@ def write_card(folder: Path, run: RunDirectory, export: dict[str, Any]) -> None:
     Raises:
         UserError: a file of the run cannot be read.
     """
-    recipe, local = without_folders(run.recipe_values())
-    original = run.recipe_values()
+    original = masked_values(run.recipe_values())
+    recipe, local = without_folders(original)
     name = str(recipe.get("name") or run.path.name)
     format = FORMATS.get(str(export.get("format")))
     metrics, evaluation, plan = run.metrics(), run.evaluation(), run.plan()
-    atomic_write(folder / RECIPE, write_yaml(recipe))
+    atomic_write(folder / RECIPE, masked(without_home(write_yaml(recipe))))
     sections = [
-        f"# {name}",
+        f"# {plain(name)}",
         _summary(original, recipe, export),
         _section("Use", _use(folder, original, format, name)),
         _section("Evaluation", _evaluation(evaluation, _later(run, metrics))),
     ]
     if metrics:
         plot_reward(metrics, evaluation, folder / CURVE, name)
-        sections.append(_section("Learning curve", f"![Learning curve of {name}]({CURVE})\n\n{_training(metrics)}"))
+        sections.append(
+            _section("Learning curve", f"![Learning curve of {plain(name)}]({CURVE})\n\n{_training(metrics)}")
+        )
     sections += [
         _section("Proof of the export", _proof(export)),
         _section("Data", _data(recipe)),
         _section("Plan", _plan(plan)),
-        _section("Recipe", f"The resolved recipe ([{RECIPE}]({RECIPE})):\n\n```yaml\n{_yaml(recipe)}```"),
+        _section("Recipe", f"The resolved recipe ([{RECIPE}]({RECIPE})):\n\n{fenced(_yaml(recipe), 'yaml')}"),
         _section("Reproduce", _reproduce(recipe, plan, local)),
     ]
     text = "\n\n".join(section.rstrip() for section in sections if section) + "\n"
     head = f"---\n{_yaml(_front_matter(original, recipe, format))}---\n\n"
-    atomic_write(folder / README, head + _scrubbed(text, run, local))
+    atomic_write(folder / README, masked(without_home(head + _scrubbed(text, run, local))))
 
 
 def _front_matter(original: dict[str, Any], recipe: dict[str, Any], format: ExportFormat | None) -> dict[str, Any]:
@@ -85,7 +91,7 @@ def _front_matter(original: dict[str, Any], recipe: dict[str, Any], format: Expo
     if spec is None or spec.output == "text":
         metadata["pipeline_tag"] = "text-generation"
     tags = format.tags if format else ()
-    metadata["tags"] = ["lowmem-rlhf", algorithm.replace("_", "-").replace("/", "-"), *tags]
+    metadata["tags"] = ["lowmem-rlhf", re.sub(r"[^\w.]+|_", "-", algorithm), *tags]
     if sets := hub_datasets(original.get("data") or {}):
         metadata["datasets"] = sets
     return metadata
@@ -93,19 +99,24 @@ def _front_matter(original: dict[str, Any], recipe: dict[str, Any], format: Expo
 
 def _summary(original: dict[str, Any], recipe: dict[str, Any], export: dict[str, Any]) -> str:
     model = str(original.get("model", ""))
-    base = f"[{model}](https://huggingface.co/{model})" if is_hub_id(model) else f"{model_name(model)} (a local copy)"
-    revision = f", revision {recipe['revision']}" if recipe.get("revision") else ""
+    base = (
+        link(model, f"https://huggingface.co/{model}")
+        if is_hub_id(model)
+        else f"{plain(model_name(model))} (a local copy)"
+    )
+    revision = f", revision {plain(recipe['revision'])}" if recipe.get("revision") else ""
     lines = [
-        str(recipe.get("description") or "").strip(),
-        f"{base}{revision}, trained with {recipe.get('algorithm')} by "
+        plain(recipe.get("description") or ""),
+        f"{base}{revision}, trained with {plain(recipe.get('algorithm'))} by "
         "lowmem_rlhf: one frozen, quantized base, and a low-rank adapter on it.",
     ]
     if recipe.get("adapter"):
         lines.append(
-            f"Training went on from the adapter `{recipe['adapter']}` of an earlier run, whose own recipe is not here."
+            f"Training went on from the adapter {code(recipe['adapter'])} of an earlier run, whose own recipe is not "
+            "here."
         )
     onto = f"onto the {export['onto']} weights" if export.get("onto") else None
-    told = ", ".join(str(fact) for fact in (export.get("format"), onto, export.get("dtype")) if fact)
+    told = ", ".join(plain(fact) for fact in (export.get("format"), onto, export.get("dtype")) if fact)
     return "\n\n".join(line for line in [*lines, f"Export: {told}." if told else ""] if line)
 
 
@@ -113,8 +124,8 @@ def _use(folder: Path, original: dict[str, Any], format: ExportFormat | None, na
     if format is None:
         return ""
     model = str(original.get("model", ""))
-    base = model if is_hub_id(model) else f"PATH/TO/{model_name(model)}"
-    return format.usage(folder, name, base, find_spec(original.get("algorithm")))
+    base = model if is_hub_id(model) else f"PATH/TO/{_word(model_name(model))}"
+    return format.usage(folder, _word(name), base, find_spec(original.get("algorithm")))
 
 
 def _later(run: RunDirectory, metrics: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -130,12 +141,12 @@ def _evaluation(evaluation: dict[str, Any], later: list[dict[str, Any]]) -> str:
         problems = next((p for w in ("after", "before") if (p := (evaluation.get(w) or {}).get("problems"))), None)
         count = f" ({format_number(problems)} problems)" if problems else ""
         parts.append(f"On held-out data{count}, before and after training:")
-        parts.append(_table(("held-out", "before", "after"), rows))
+        parts.append(table(("held-out", "before", "after"), rows))
     for outcome in later:
         outcome = {**outcome, "data": without_folders({"eval": outcome.get("data", "?")})[0]["eval"]}
-        parts.append(f"Measured on the trained policy and its reference, from one base: {about(outcome)}.")
-        parts.append(_table(*outcome_rows(outcome)))
-        parts.append(f"{outcome.get('method', '')}.")
+        parts.append(f"Measured on the trained policy and its reference, from one base: {plain(about(outcome))}.")
+        parts.append(table(*outcome_rows(outcome)))
+        parts.append(f"{plain(outcome.get('method', ''))}.")
     return "\n\n".join(parts)
 
 
@@ -152,10 +163,10 @@ def _proof(export: dict[str, Any]) -> str:
     rows = [(PROOF.get(key, key.replace("_", " ")), format_value(_short(value))) for key, value in told.items()]
     if not rows:
         return ""
-    text = "The export was loaded again and compared with the live policy:\n\n" + _table(("measure", "value"), rows)
+    text = "The export was loaded again and compared with the live policy:\n\n" + table(("measure", "value"), rows)
     if verdicts := judged_rows(proof):
         text += "\n\nHeld against each other, with a bound that rounding explains:\n\n"
-        text += _table(("models", "measured", "allowed"), verdicts)
+        text += table(("models", "measured", "allowed"), verdicts)
     return text
 
 
@@ -169,11 +180,11 @@ def _data(recipe: dict[str, Any]) -> str:
     rows = []
     for key in ("train", "eval"):
         if source := data.get(key):
-            link = f"[{source}](https://huggingface.co/datasets/{source})" if source in sets else f"`{source}`"
-            rows.append((key, link))
+            address = f"https://huggingface.co/datasets/{source}"
+            rows.append((key, link(source, address) if source in sets else code(source)))
     shown = ("config", "train_split", "eval_split", "train_size", "eval_size", "options", "template", "system")
-    rows += [(key, f"`{format_value(data[key])}`") for key in shown if data.get(key) not in (None, {}, "")]
-    return _table(("", "what was learned from"), rows)
+    rows += [(key, code(format_value(data[key]))) for key in shown if data.get(key) not in (None, {}, "")]
+    return table(("", "what was learned from"), rows)
 
 
 def _plan(plan: dict[str, Any]) -> str:
@@ -184,7 +195,7 @@ def _plan(plan: dict[str, Any]) -> str:
     rows = [(key, format_value(value), reasons.get(key, "")) for key, value in plan["settings"].items()]
     peak = (plan.get("memory") or {}).get("peak_bytes")
     predicted = f", predicted peak {format_bytes(peak)}" if peak else ""
-    return f"Trained on {where}{predicted}.\n\n{_table(('setting', 'value', 'why'), rows)}"
+    return f"Trained on {plain(where)}{predicted}.\n\n{table(('setting', 'value', 'why'), rows)}"
 
 
 def _reproduce(recipe: dict[str, Any], plan: dict[str, Any], local: dict[str, str]) -> str:
@@ -193,19 +204,17 @@ def _reproduce(recipe: dict[str, Any], plan: dict[str, Any], local: dict[str, st
     paths = [f"{key}=PATH/TO/{last_part(path)}" for key, path in local.items()]
     command = " ".join(shlex.quote(word) for word in ["lowmem-rlhf", "train", RECIPE, *paths, *pinned])
     note = "\n\n`PATH/TO` stands for where these local files lie on your machine." if paths else ""
-    table = _table(("made with", "version"), list(versions().items()))
-    return f"```\n{command}\n```{note}\n\n{table}"
+    made_with = table(("made with", "version"), list(versions().items()))
+    return f"{fenced(command)}{note}\n\n{made_with}"
 
 
 def _section(title: str, body: str) -> str:
     return f"## {title}\n\n{body}" if body else ""
 
 
-def _table(head: Any, rows: Any) -> str:
-    """Return a Markdown table; bars and line breaks inside a cell are escaped."""
-    lines = [head, ["---"] * len(head), *rows]
-    cells = [[str(cell).replace("|", "\\|").replace("\n", "⏎") for cell in line] for line in lines]
-    return "\n".join(f"| {' | '.join(line)} |" for line in cells)
+def _word(text: str) -> str:
+    """Return a name as a word that a shell and a string of Python take as it is."""
+    return re.sub(r"[^\w.-]+", "-", text).strip("-") or "model"
 
 
 def _yaml(values: dict[str, Any]) -> str:
@@ -215,9 +224,11 @@ def _yaml(values: dict[str, Any]) -> str:
 def _scrubbed(text: str, run: RunDirectory, local: dict[str, str]) -> str:
     """Remove the folders of this machine from texts of the run (a reason, a placement)."""
     for path in sorted(local.values(), key=len, reverse=True):
-        text = text.replace(path, last_part(path))
+        for written in (path, plain(path)):
+            text = text.replace(written, plain(last_part(path)))
     folders = {run.path.resolve(), Path.home(), Path.cwd(), start_folder(run.path) or Path.cwd()}
     for folder in sorted(map(str, folders), key=len, reverse=True):
         if len(folder) > 1:
-            text = text.replace(folder + "/", "").replace(folder, "")
+            for written in (folder, plain(folder)):
+                text = text.replace(written + "/", "").replace(written, "")
     return text

@@ -104,12 +104,19 @@ def modelfile(gguf: str, tokenizer: Any, parameters: Parameters, stops: list[str
             "" if placed else "; a system text has no place in it"
         )
         lines.append(f'TEMPLATE """{detected.format.template()}"""')
-        if detected.system:
+        if '"""' in detected.system or detected.system.endswith('"'):
+            note += "; its default system text holds quotes that a Modelfile cannot, and is left out"
+        elif detected.system:
             lines.append(f'SYSTEM """{detected.system}"""')
         stops = [detected.format.stop, *stops]
     lines += [f"PARAMETER {name} {value}" for name, value in parameters.items() if value is not None]
-    lines += [f'PARAMETER stop "{stop}"' for stop in dict.fromkeys(stops) if stop.strip()]
+    lines += [f'PARAMETER stop "{stop}"' for stop in dict.fromkeys(stops) if stop.strip() and _is_one_value(stop)]
     return "\n".join(lines) + "\n", note
+
+
+def _is_one_value(text: str) -> bool:
+    """Whether a text can stand in quotes on one line of a Modelfile, which knows no escapes."""
+    return '"' not in text and text.isprintable()
 
 
 def write_ollama(folder: Path, gguf: Path, target: Path, parameters: Parameters) -> None:

@@ -14,6 +14,7 @@ from rich.text import Text
 
 from lowmem_rlhf.errors import UserError
 from lowmem_rlhf.inference.chat.talk import Reply, Talk
+from lowmem_rlhf.plain_text import harmless
 from lowmem_rlhf.stopping import only_interrupted
 
 WIDE = 100  # columns of a terminal from which two answers stand side by side
@@ -41,7 +42,7 @@ def show(replies: Sequence[Reply], console: Console | None = None) -> None:
         if len(replies) > 1:
             out.write(f"{chr(10) if number else ''}{reply.role}:\n")
         for piece in reply.pieces():
-            out.write(piece)
+            out.write(harmless(piece))
             out.flush()
         out.write("\n")
     out.flush()
@@ -71,7 +72,7 @@ def _columns(replies: Sequence[Reply], console: Console, lines: int | None = Non
     cells = []
     for reply in replies:
         table.add_column(reply.role, width=width)
-        wrapped = Text(reply.text).wrap(console, width)
+        wrapped = Text(harmless(reply.text)).wrap(console, width)
         cells.append(Text("\n").join(wrapped[-lines:] if lines else wrapped))
     table.add_row(*cells)
     return table
@@ -129,4 +130,4 @@ def _line() -> str:
 
 
 def _say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
+    print(harmless(text), file=sys.stderr, flush=True)

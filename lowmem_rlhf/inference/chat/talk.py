@@ -15,6 +15,7 @@ from lowmem_rlhf.data.prompt_writer import PromptWriter
 from lowmem_rlhf.data.row_template import fill_template, template_fields
 from lowmem_rlhf.data.values import Row
 from lowmem_rlhf.errors import UserError
+from lowmem_rlhf.recipe.bounds import LEAST_TEMPERATURE, MOST_TEMPERATURE, SEEDS
 from lowmem_rlhf.recipe.schema import Recipe
 from lowmem_rlhf.recipe.sections import DataConfig
 
@@ -39,6 +40,29 @@ class ChatOptions:
     max_tokens: int | None = None
     temperature: float = 0.0
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        """Check the numbers.
+
+        Raises:
+            UserError: logits cannot be divided by the temperature, or torch takes no such seed.
+        """
+        check_temperature(self.temperature)
+        if not 0 <= self.seed <= SEEDS:
+            raise UserError(f"--seed: got {self.seed}; it should be from 0 to {SEEDS}")
+
+
+def check_temperature(temperature: float) -> None:
+    """Check a temperature that an answer is drawn at.
+
+    Raises:
+        UserError: it is neither 0 nor one that logits can be divided by.
+    """
+    if temperature != 0 and not LEAST_TEMPERATURE <= temperature <= MOST_TEMPERATURE:
+        raise UserError(
+            f"temperature: got {temperature}; it should be 0 (the likeliest token), or from {LEAST_TEMPERATURE:g} to "
+            f"{MOST_TEMPERATURE:g}"
+        )
 
 
 class Prompts:
