@@ -15,7 +15,7 @@ from lowmem_rlhf.architecture.source import is_local, resolve_model
 from lowmem_rlhf.engine.load import DTYPES, first_sentence, quiet
 from lowmem_rlhf.engine.whole import Exempt, in_body, load_whole
 from lowmem_rlhf.errors import RunError, UserError
-from lowmem_rlhf.hardware.memory import is_out_of_memory, retry_with_smaller
+from lowmem_rlhf.hardware.memory import is_out_of_memory, retried, retry_with_smaller
 from lowmem_rlhf.planning.placement import encoder_pass_bytes
 from lowmem_rlhf.recipe.sections import LearnedReward
 
@@ -64,7 +64,7 @@ class Encoder:
             RunError: the device's memory ran out.
         """
         try:
-            self.model.to(torch.device(device))
+            retried(lambda: self.model.to(torch.device(device)), lambda: "", torch.device(device))
         except RuntimeError as error:
             if not is_out_of_memory(error):
                 raise

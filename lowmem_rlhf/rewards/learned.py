@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from lowmem_rlhf.errors import LowmemError, UserError
+from lowmem_rlhf.errors import LowmemError, RunError, UserError
 from lowmem_rlhf.hardware.detect import detect, torch_reaches
 from lowmem_rlhf.planning.inputs import PINNED
 from lowmem_rlhf.planning.placement import reward_bytes, reward_device
@@ -33,7 +33,13 @@ def load_learned(config: RewardConfig, budget: DeviceBudget) -> tuple[Classifier
     try:
         reward = _load(options)
         device, reason = _placed(reward, options.device, budget)
-        reward.encoder.to(device)
+        try:
+            reward.encoder.to(device)
+        except RunError as error:
+            if options.device != "auto":
+                raise
+            device, reason = "cpu", str(error)
+            reward.encoder.to(device)
     except LowmemError as error:
         raise type(error)(f"rewards: {config.name}: {error}") from error
     return reward, device, reason

@@ -64,6 +64,7 @@ class RunDirectory(RunReader):
         """Wrap a folder; nothing is checked or written. Without ``save_total_limit`` every checkpoint is kept."""
         super().__init__(path)
         self.save_total_limit = save_total_limit
+        self.unhealthy_from: int | None = None  # the step from which on training is not in order
         self._lock = Lock(self._absolute / LOCK, f"the run in {path}")
         self._logs = {name: LogProof(self._absolute / name) for name in (METRICS, SAMPLES)}
         self._base: Any = None  # of inputs.json, once it is read or written
@@ -311,7 +312,7 @@ class RunDirectory(RunReader):
     def _prune(self) -> None:
         """Delete the oldest checkpoints beyond the limit, but the latest one that is healthy."""
         if self.save_total_limit is not None and (surplus := self.checkpoints()[: -self.save_total_limit]):
-            healthy = self.last_healthy()
+            healthy = self.last_healthy(self.unhealthy_from)
             for checkpoint in surplus:
                 if checkpoint != healthy:
                     delete(checkpoint[1])

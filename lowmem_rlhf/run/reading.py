@@ -52,9 +52,14 @@ class RunReader:
         checkpoints = self.checkpoints()
         return checkpoints[-1] if checkpoints else None
 
-    def last_healthy(self) -> tuple[int, Path] | None:
-        """Return ``(step, folder)`` of the latest checkpoint that was saved while training was in order."""
-        return next((one for one in reversed(self.checkpoints()) if is_healthy(one[1])), None)
+    def last_healthy(self, before: int | None = None) -> tuple[int, Path] | None:
+        """Return ``(step, folder)`` of the latest checkpoint that was saved while training was in order.
+
+        Args:
+            before: the step from which on it was not, where that was seen some steps later.
+        """
+        earlier = [one for one in self.checkpoints() if before is None or one[0] < before]
+        return next((one for one in reversed(earlier) if is_healthy(one[1])), None)
 
     def metrics(self) -> list[dict[str, Any]]:
         """Return the metrics, one row a step."""

@@ -27,6 +27,7 @@ from lowmem_rlhf.planning.plan import Plan
 from lowmem_rlhf.progress import Progress, message
 from lowmem_rlhf.recipe.schema import Recipe
 from lowmem_rlhf.rewards.process_state import random_states, set_random_states
+from lowmem_rlhf.rewards.time_limit import end_process, stuck_calls_end_with
 from lowmem_rlhf.rollout.rollout import Rollout
 from lowmem_rlhf.run.directory import RunDirectory
 from lowmem_rlhf.stopping import check_stop
@@ -258,6 +259,7 @@ class Loop(ABC):
     def _save(self) -> None:
         latest = self.run.latest_checkpoint()
         if latest is None or latest[0] < self.step:
+            self.run.unhealthy_from = self.health.first_serious
             save_checkpoint(self.run, self.base, self._keeper.state(), self._others(), self.health.healthy)
 
     def _keep(self) -> str:
@@ -272,6 +274,10 @@ class Loop(ABC):
             lost_as = f", as they could not be saved ({one_line(error)})"
         return self.what_is_kept() + lost_as
 
+    def _end_stuck(self, message: str) -> None:
+        """End the process while a call of a user's function stands in code that nothing interrupts; save before."""
+        end_process(f"{message}; {self._keep()}")
+
     def what_is_kept(self) -> str:
         """Return which step is on the disk, and which ones are not."""
         latest = self.run.latest_checkpoint()
@@ -282,8 +288,9 @@ class Loop(ABC):
         return f"{note}; {lost} lost" if saved < last else note
 
     def _evaluate(self, when: str, evaluation: dict[str, Any], progress: Progress) -> None:
-        work = lambda: self.evaluate(when, progress)  # noqa: E731
-        if results := self.ladder.survive("evaluation", work, progress.message):
+        with stuck_calls_end_with(self._end_stuck):
+            results = self.ladder.survive("evaluation", lambda: self.evaluate(when, progress), progress.message)
+        if results:
             evaluation[when] = results
             self.run.write_evaluation(evaluation)
 
@@ -312,7 +319,8 @@ class Loop(ABC):
                     set_random_states(states)
                 raise
 
-        output = self.ladder.survive(lambda: self._part, attempt, progress.message)
+        with stuck_calls_end_with(self._end_stuck):
+            output = self.ladder.survive(lambda: self._part, attempt, progress.message)
         check_stop()
         learned = 0
         # a warm-up begins with a learning rate of zero; a step with a number that is not finite is left out

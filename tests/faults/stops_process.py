@@ -30,6 +30,7 @@ from tiny_runs import tiny_recipe
 
 from lowmem_rlhf import cli
 from lowmem_rlhf.recipe.schema import Recipe
+from lowmem_rlhf.rewards import time_limit
 from lowmem_rlhf.run.directory import RunDirectory
 from lowmem_rlhf.training import loop
 
@@ -240,7 +241,38 @@ def closed_terminal(recipe: Path, folder: Path) -> int:
     return ended(child)
 
 
-OTHERS = {"second signal": second_signal, "ignored signals": ignored_signals, "closed terminal": closed_terminal}
+STUCK = """
+import ctypes
+
+calls = []
+
+def stuck(completions, **columns):
+    calls.append(1)
+    if len(calls) == 3:  # after the evaluation and the first step
+        library, mutex = ctypes.CDLL(None), ctypes.create_string_buffer(64)
+        library.pthread_mutex_lock(mutex)
+        library.pthread_mutex_lock(mutex)  # for ever
+    return [float(len(one)) for one in completions]
+"""
+
+
+def stuck_reward(recipe: Path, folder: Path) -> int:
+    """Let a reward wait in code that Python cannot interrupt."""
+    (OUTPUT / "stuck.py").write_text(STUCK)
+    rewards = f'rewards=[{{function: "{OUTPUT / "stuck.py"}:stuck", timeout: 0.3}}]'
+
+    def hurry() -> None:
+        time_limit.GRACE = 0.3
+
+    return ended(forked(recipe, folder, rewards, "evaluation.accuracy=stuck", prepare=hurry))
+
+
+OTHERS = {
+    "stuck reward": stuck_reward,
+    "second signal": second_signal,
+    "ignored signals": ignored_signals,
+    "closed terminal": closed_terminal,
+}
 
 
 def other_stop(recipe: Path, kind: str) -> dict[str, Any]:

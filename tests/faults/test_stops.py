@@ -64,6 +64,12 @@ def test_a_second_signal_ends_at_once_and_says_what_is_kept(facts):
     assert "lost" in row["log"].splitlines()[-1]
 
 
+def test_a_reward_that_nothing_interrupts_ends_the_run_with_its_finished_steps(facts):
+    (row,) = rows_of(facts, "stuck reward")
+    assert (row["code"], row["finished"], row["kept"]) == (1, 1, 1), row
+    assert "cannot be interrupted" in row["log"] and "step 1 is kept, --resume goes on from it" in row["log"]
+
+
 def test_signals_that_were_ignored_at_the_start_stay_ignored(facts):
     (row,) = rows_of(facts, "ignored signals")
     assert (row["code"], row["finished"]) == (0, facts["steps"]), row

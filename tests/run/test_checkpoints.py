@@ -18,6 +18,15 @@ def save_as(run: RunDirectory, step: int, healthy: bool) -> None:
         (folder / "x.json").write_text("1")
 
 
+def test_a_checkpoint_of_the_steps_in_which_training_went_wrong_is_not_the_healthy_one(tmp_path):
+    run = start(tmp_path / "run", save_total_limit=2)
+    for step in (1, 2, 3, 4):  # what went wrong in step 3 was seen in step 4
+        run.unhealthy_from = 3 if step == 4 else None
+        save_as(run, step, step < 4)
+    assert names(run.path / "checkpoints") == {"step-2", "step-3", "step-4"}
+    assert run.last_healthy(3)[0] == 2 and run.last_healthy()[0] == 3
+
+
 def test_the_last_healthy_checkpoint_is_never_pruned(tmp_path):
     run = start(tmp_path / "run", save_total_limit=2)
     for step in (1, 2):
