@@ -4,6 +4,7 @@
 #                   (waiting threads sleep: where other programs use the cores, spinning ones make it twice as slow)
 # make test-newest  the fast tests with the newest releases of all dependencies but torch
 # make test-oldest  the fast tests with the lower bounds of pyproject.toml (torch as in constraints.txt)
+# make faults       try every fault by force: out of memory at each line that allocates, stops at any moment; about an hour
 # make lint         linters and the type checker
 # make install      set up only
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
@@ -17,7 +18,7 @@ PYTEST := -m pytest -n 2 --dist loadfile
 FAST := -m "not slow and not long" $(addprefix --ignore=tests/,benchmarks export integration training)
 
 
-.PHONY: quickstart check fast test test-newest test-oldest lint install clean
+.PHONY: quickstart check fast test test-newest test-oldest faults lint install clean
 
 quickstart: $(VENV)/.installed
 	$(BIN)/lowmem-rlhf train quickstart
@@ -29,6 +30,9 @@ fast: $(VENV)/.installed-dev
 
 test: $(VENV)/.installed-dev
 	OMP_WAIT_POLICY=passive HF_HUB_OFFLINE=1 $(BIN)/python $(PYTEST) -m "not slow or ci"
+
+faults: $(VENV)/.installed-dev
+	OMP_WAIT_POLICY=passive HF_HUB_OFFLINE=1 $(BIN)/python tests/faults/try_all.py
 
 test-newest: .venv-newest/bin/python
 	$< -m pip install $(QUIET) --upgrade --upgrade-strategy eager $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) $(TORCH) --editable ".[dev]"

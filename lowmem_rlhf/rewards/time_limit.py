@@ -214,6 +214,8 @@ def _give_up(call: _Watched) -> None:
         "waits in code that is not Python; look at what it calls (a network, a lock, a subprocess) and give that a "
         "limit of its own"
     )
+    if _own_process:
+        faulthandler.cancel_dump_traceback_later()  # Python still runs: the hook may take its time to save
     try:
         _hook(sentence)
     except BaseException as error:

@@ -262,7 +262,7 @@ def stuck_reward(recipe: Path, folder: Path) -> int:
     rewards = f'rewards=[{{function: "{OUTPUT / "stuck.py"}:stuck", timeout: 0.3}}]'
 
     def hurry() -> None:
-        time_limit.GRACE = 0.3
+        time_limit.GRACE = 1.5
 
     return ended(forked(recipe, folder, rewards, "evaluation.accuracy=stuck", prepare=hurry))
 
