@@ -1,4 +1,7 @@
-"""What two runs and two sets of plans differ in, bit by bit. What measures the machine does not count."""
+"""What two runs and two sets of plans differ in, bit by bit.
+
+What measures the machine does not count, nor what the new side says beyond the old one: a metric or a part of a plan.
+"""
 
 import json
 from collections.abc import Iterator, Mapping
@@ -34,10 +37,16 @@ def leaves(value: Any, where: str = "") -> Iterator[tuple[str, str]]:
 def compare_values(old: Any, new: Any) -> Compared:
     """Compare JSON values; the order of keys does not count."""
     before, after = dict(leaves(old)), dict(leaves(new))
-    for where in (*before, *after):
+    known = {_row(where) for where in before}
+    for where in (*before, *(one for one in after if _row(one) not in known)):
         if before.get(where) != after.get(where):
             return Compared(len(before), f"{where}: {_shown(before.get(where))} was, {_shown(after.get(where))} is")
     return Compared(len(before))
+
+
+def _row(where: str) -> str:
+    """Return the row of a log, the part of an evaluation or the plan that a place is in."""
+    return where.partition(".")[0]
 
 
 def _shown(text: str | None) -> str:

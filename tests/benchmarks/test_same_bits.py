@@ -51,6 +51,13 @@ def test_a_copy_is_the_same_and_everything_in_it_was_compared(other):
     assert found["tensors"].values == sum(tensor.numel() for tensor in tensors) > 1000
 
 
+def test_a_metric_that_only_the_new_side_has_is_no_difference(other):
+    rows = [json.loads(line) for line in (other / "metrics.jsonl").read_text().splitlines()]
+    (other / "metrics.jsonl").write_text("".join(json.dumps({**row, "more": 1}) + "\n" for row in rows))
+    assert not differences(compare_runs(RUN, other))
+    assert differences(compare_runs(other, RUN)) == {"metrics": "line 1.more: 1 was, nothing is"}
+
+
 def test_times_and_memory_do_not_count(other):
     for key in ("time/step", "memory/peak_bytes"):
         change_metric(other, key, lambda value: value + 1)
