@@ -70,6 +70,18 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and any(sign in str(error) for sign in signs)
 
 
+def device_failure(error: BaseException, phase: str, step: int) -> str | None:
+    """Return what to say of an error after which the device answers nothing; None: it is another one."""
+    kind = getattr(torch, "AcceleratorError", None)  # torch 2.8 and newer
+    if kind is None or not isinstance(error, kind):
+        return None
+    said = " ".join(str(error).split(chr(10))[0].split())
+    return (
+        f"the device failed in the {phase} phase of step {step} ({said}); nothing runs on it until the process has "
+        "ended: look at its driver's log and its temperature, and go on with --resume"
+    )
+
+
 def retried(
     work: Callable[[], T], smaller: Callable[[], str], device: torch.device, say: Callable[[str], None] | None = None
 ) -> T:

@@ -6,7 +6,6 @@ one would have.
 """
 
 import copy
-import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import closing, contextmanager
@@ -14,7 +13,6 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from accelerate import Accelerator
 from accelerate.utils import set_seed
 
 from lowmem_rlhf.engine.base import SharedBase
@@ -22,7 +20,7 @@ from lowmem_rlhf.engine.checksum import DRIFTED, base_checksum
 from lowmem_rlhf.engine.ladder import Ladder
 from lowmem_rlhf.engine.roles import CRITIC
 from lowmem_rlhf.errors import RunError, UserError, one_line
-from lowmem_rlhf.hardware.memory import clock, is_out_of_memory, peak_bytes, reset_peak
+from lowmem_rlhf.hardware.memory import clock, device_failure, is_out_of_memory, peak_bytes, reset_peak
 from lowmem_rlhf.planning.plan import Plan
 from lowmem_rlhf.progress import Progress, message
 from lowmem_rlhf.recipe.schema import Recipe
@@ -36,6 +34,7 @@ from lowmem_rlhf.training.health import HealthWatch
 from lowmem_rlhf.training.learning import LostTokens, no_gradient, parts_of, sums, unchanged, warm_up_remark
 from lowmem_rlhf.training.memory import explain_shortage, savings_of
 from lowmem_rlhf.training.optimizer import Optimizer
+from lowmem_rlhf.training.trackers import accelerator_of
 from lowmem_rlhf.training.trained_state import StateKeeper
 
 LADDER = "ladder"  # the settings that memory has changed, in a checkpoint's counters
@@ -104,7 +103,7 @@ class Loop(ABC):
         self.ladder.savings = savings_of(base, settings)
         self.ladder.explain = explain_shortage(recipe, plan, self.ladder)
         self.checks_base = recipe.hardware.check == "always" or self.base_is_always_checked
-        self.accelerator = _accelerator(base.device, recipe, run)
+        self.accelerator = accelerator_of(base.device, recipe, run)
         set_seed(recipe.training.seed)
         base.set_gradient_checkpointing(settings.gradient_checkpointing, settings.offload_checkpoints)
         self.optimizer = self.ladder.survive(
@@ -233,7 +232,7 @@ class Loop(ABC):
                     self._save()
                 yield finished
         except RuntimeError as error:
-            if (sentence := no_gradient(error)) is not None:
+            if (sentence := no_gradient(error) or device_failure(error, self._part, self.step + 1)) is not None:
                 raise RunError(sentence) from error
             raise
         finally:
@@ -383,13 +382,3 @@ class Loop(ABC):
         self._load_counters(self._keeper.put_back().counters)
         self.optimizer.stepping = False
         self.base.adapters_changed()
-
-
-def _accelerator(device: torch.device, recipe: Recipe, run: RunDirectory) -> Accelerator:
-    """Return accelerate's state on our device, with the recipe's trackers; nothing is placed or cast by it."""
-    os.environ["ACCELERATE_TORCH_DEVICE"] = str(device)
-    trackers = list(recipe.training.report_to)
-    accelerator = Accelerator(device_placement=False, log_with=trackers or None, project_dir=str(run.path.absolute()))
-    if trackers:
-        accelerator.init_trackers(recipe.name, config={"algorithm": recipe.algorithm, "model": recipe.model})
-    return accelerator

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from types import SimpleNamespace
 
 import pytest
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from training_cases import recipe_of, train, trainer_of
@@ -271,3 +272,22 @@ def test_a_cut_file_is_set_aside_without_hashes_too(recipe, without_hashes, tmp_
     file.write_bytes(file.read_bytes()[:-1])
     assert trainer_of(recipe, path, resume=True).step == 2
     assert (path / "checkpoints" / "step-4.damaged").is_dir()
+
+
+def test_a_card_that_stops_answering_loses_no_finished_step(recipe, tmp_path, monkeypatch):
+    """What is saved lies in host memory; nothing is asked of the device."""
+    trainer = trainer_of(recipe, tmp_path / "run")
+    gone = torch.AcceleratorError("CUDA error: an illegal memory access was encountered\nCompile with ...")
+
+    def fails(*args, **given):
+        for name in ("parameters", "tensors", "plain"):  # as any copy from the card would from now on
+            monkeypatch.setattr(Optimizer, name, property(lambda self: (_ for _ in ()).throw(gone)), raising=False)
+        raise gone
+
+    real, calls = Trainer._rollout, iter(range(10))
+    monkeypatch.setattr(Trainer, "_rollout", lambda *args: fails() if next(calls) else real(*args))
+    with pytest.raises(
+        RunError, match=r"the device failed in the rollout phase of step 2 \(CUDA error: an illegal mem"
+    ):
+        train(trainer)
+    assert trainer.run.latest_checkpoint()[0] == 1
