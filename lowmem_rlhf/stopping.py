@@ -6,7 +6,6 @@ second one ends the process at once. The command line installs the handlers; the
 
 import os
 import signal
-import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -103,6 +102,5 @@ def _on_signal(number: int, frame: FrameType | None) -> None:
         raise Stopped(number)
     with suppress(Exception):  # the terminal may be closed
         kept = f"; {_what_is_kept()}" if _what_is_kept else ""
-        sys.stderr.write(f"\n{cause(Stopped(number))} again{kept}\n")
-        sys.stderr.flush()
+        os.write(2, f"\n{cause(Stopped(number))} again{kept}\n".encode(errors="replace"))
     os._exit(128 + number)

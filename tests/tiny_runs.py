@@ -112,6 +112,14 @@ def learned(run: RunDirectory) -> dict[str, Any]:
     }
 
 
+def at_rate(optimizer: Any, rate: float) -> None:
+    """Let an optimizer learn at a rate that no recipe allows."""
+    for group in optimizer.torch_optimizer.param_groups:
+        group["lr"] = group["initial_lr"] = rate
+    optimizer.scheduler.base_lrs = [rate] * len(optimizer.scheduler.base_lrs)
+    optimizer.scheduler._last_lr = [rate] * len(optimizer.scheduler.base_lrs)
+
+
 def write_jsonl(path: Path, rows: list[dict[str, Any]]) -> Path:
     """Write rows as a JSONL file; return its path."""
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")

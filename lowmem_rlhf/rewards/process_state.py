@@ -21,6 +21,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from lowmem_rlhf.errors import RunError
+from lowmem_rlhf.hardware.capabilities import capabilities
 
 Part = tuple[Callable[[], Any], Callable[[Any], object]]  # what reads a part of the state, and what sets it
 
@@ -212,6 +213,9 @@ def _of_torch(torch: Any) -> list[Part]:
     def deterministic() -> tuple[bool, bool]:
         return torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
 
+    def on_cpu(device: Any) -> bool:
+        return capabilities(device).on_cpu
+
     def set_autocast(values: list[tuple[bool, Any]]) -> None:
         for kind, (on, dtype) in zip(kinds, values, strict=True):
             torch.set_autocast_enabled(kind, on)
@@ -221,7 +225,7 @@ def _of_torch(torch: Any) -> list[Part]:
         (torch.is_inference_mode_enabled, inference),  # before the gradient mode, which it changes
         (torch.is_grad_enabled, torch._C._set_grad_enabled),
         (torch.get_default_dtype, torch.set_default_dtype),
-        (torch.get_default_device, lambda value: torch.set_default_device(None if value.type == "cpu" else value)),
+        (torch.get_default_device, lambda value: torch.set_default_device(None if on_cpu(value) else value)),
         (torch.get_num_threads, torch.set_num_threads),
         (torch.get_float32_matmul_precision, torch.set_float32_matmul_precision),
         (torch.is_anomaly_enabled, torch.autograd.set_detect_anomaly),

@@ -154,7 +154,7 @@ class Trainer(Loop):
     def why_nothing(self) -> str:
         """See `Loop.why_nothing`."""
         failed = failed_always(self.rewards)
-        length, masked = self.recipe.generation.max_completion_length, self.recipe.grpo.mask_truncated_completions
+        length, masked = self.recipe.generation.max_completion_length, getattr(self.algorithm, "masks_cut", False)
         if why := self.seen.why_nothing(length, failed, masked):
             return why
         return self.rewards_differed if self.seen.judged_apart else self.nothing_learned

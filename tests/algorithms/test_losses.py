@@ -87,7 +87,7 @@ REFUSED = {
     "def mine(inputs):\n    return 1.0": "gave a float for inputs.logps",
     "def mine(inputs):\n    return inputs.advantages": "gave a loss without a gradient; compute it from inputs.logps",
     "def mine(inputs):\n    return inputs.logps * inputs.advantages / len(inputs.logps)": "is cut into micro-batches",
-    "mine = 3": "losses.py:mine is a int, not a loss; name something that is called with (inputs)",
+    "mine = 3": "losses.py:mine is an int, not a loss; name something that is called with (inputs)",
     "def other(inputs):\n    return 1": "losses.py defines no 'mine'",
     "def mine(": "losses.py, line 2, cannot be imported: SyntaxError",
 }

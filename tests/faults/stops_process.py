@@ -297,6 +297,8 @@ def other_stop(recipe: Path, kind: str) -> dict[str, Any]:
 
 def main() -> None:
     OUTPUT.mkdir(parents=True, exist_ok=True)
+    for number in SIGNALS:  # also where this process was begun with them ignored
+        signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
     file, whole = OUTPUT / f"{CASE}.yaml", OUTPUT / CASE
     shutil.rmtree(whole, ignore_errors=True)
     file.write_text(CASES[CASE]().to_yaml())

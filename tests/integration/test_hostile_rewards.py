@@ -160,6 +160,7 @@ def test_a_resume_may_change_what_is_done_about_faults(tiny_model, tmp_path, rew
     for key in ("timeout", "on_error"):  # as in runs that were made before there were these keys
         del values["rewards"][0][key]
     saved.write_text(yaml.safe_dump(values))
+    (tmp_path / "run" / "hashes.json").unlink()
     longer = tiny_recipe(tiny_model, rewards=[{**plain, "timeout": 5, "on_error": "skip"}], training={"max_steps": 3})
     run = train(longer, tmp_path / "run", resume=True)
     assert [row["step"] for row in run.metrics()] == [1, 2, 3] and run.metrics()[2]["reward/clean/errors"] == 0

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from tiny_classifiers import save_classifier
-from tiny_runs import tiny_recipe, write_jsonl
+from tiny_runs import at_rate, tiny_recipe, write_jsonl
 
 from lowmem_rlhf.algorithms.classifier.fit import train_classifier
 from lowmem_rlhf.engine.checksum import base_checksum
@@ -222,7 +222,8 @@ def test_a_resumed_run_goes_on_with_the_count(loop):
 @pytest.mark.parametrize("algorithm", ["grpo", "ppo", "sft"])
 @pytest.mark.parametrize("rate", [1e30, 1e36])
 def test_a_learning_rate_that_ruins_the_weights_ends_with_a_sentence(loop, algorithm, rate):
-    trainer = loop(algorithm, training={"max_steps": 30, "learning_rate": rate})
+    trainer = loop(algorithm, training={"max_steps": 30})
+    at_rate(trainer.optimizer, rate)
     error, _ = error_of(trainer)
     assert "not finite" in error or "no longer finite" in error
     assert "learning_rate" in error
@@ -354,13 +355,14 @@ def bert(tmp_path_factory) -> Path:
     return save_classifier(tmp_path_factory.mktemp("bert") / "bert")
 
 
-def fit(bert: Path, output: Path, **training: Any) -> list[str]:
+def fit(bert: Path, output: Path, rate: float = 1e-3) -> list[str]:
     """Train a classifier for a few steps; return what was said."""
     texts = [f"w{n} w{n + 1}" for n in range(16)], ["a", "b"] * 8
-    settings = {"prompts_per_step": 4, "learning_rate": 1e-3, "lr_scheduler_type": "constant", **training}
+    training = TrainingConfig(prompts_per_step=4, lr_scheduler_type="constant")
+    training = training.model_copy(update={"learning_rate": rate})  # also one that no recipe allows
     heard = Heard()
     with shown_by(heard):
-        train_classifier(texts, output, LearnedReward(model=str(bert)), TrainingConfig(**settings), epochs=2)
+        train_classifier(texts, output, LearnedReward(model=str(bert)), training, epochs=2)
     return heard.said
 
 
@@ -383,5 +385,5 @@ def test_a_classifier_that_learns_nothing_is_an_error(bert, tmp_path, monkeypatc
         with pytest.raises(RunError, match="the loss has no gradient"):
             fit(bert, tmp_path / "detached")
     with pytest.raises(RunError, match=r"no longer finite|not finite"):
-        fit(bert, tmp_path / "huge", learning_rate=1e36)
+        fit(bert, tmp_path / "huge", rate=1e36)
     assert not any((tmp_path / name).exists() for name in ("still", "detached", "huge"))

@@ -77,7 +77,7 @@ def test_refused_names():
 
 def test_refused_functions(users_file):
     refused(r"defines no 'with_anwser'; did you mean 'with_answer'\? \(it has: .*strict", f"{users_file}:with_anwser")
-    refused("is a int, not a reward function", f"{users_file}:NUMBER")
+    refused("is an int, not a reward function", f"{users_file}:NUMBER")
     refused("is a class, not a reward function", f"{users_file}:CompletionEvaluator")
 
 

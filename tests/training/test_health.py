@@ -3,6 +3,7 @@
 import json
 
 import pytest
+from tiny_runs import at_rate
 from training_cases import recipe_of, train, trainer_of
 
 from lowmem_rlhf.training.health import SERIOUS_STEPS, WASTED_STEPS, HealthWatch
@@ -124,8 +125,9 @@ def test_a_checkpoint_keeps_what_was_seen():
 
 
 def test_a_learning_rate_that_ruins_a_policy_is_named_in_the_last_sentence(model_folder, tmp_path):
-    training = {"learning_rate": 1000.0, "lr_scheduler_type": "constant", "max_steps": 5}
+    training = {"lr_scheduler_type": "constant", "max_steps": 5}
     trainer = trainer_of(recipe_of(model_folder, training=training, data={"eval_size": 0}), tmp_path / "run")
+    at_rate(trainer.optimizer, 1000.0)
     _, said = train(trainer)
     assert not trainer.health.healthy and trainer.health.first_serious == 3
     assert said[-1].startswith("the run was not healthy from step 3 on") and "(it was 1000)" in said[-1]

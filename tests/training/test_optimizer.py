@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import save_file
+from tiny_runs import at_rate
 from torch import nn
 from training_cases import (
     ADVANTAGES,
@@ -322,7 +323,8 @@ def test_finite_gradients_whose_norm_is_beyond_float32_are_clipped_to_their_dire
 
 
 def test_weights_that_a_step_made_infinite_are_found():
-    optimizer = stepper_of(parameters(), learning_rate=1e36, lr_scheduler_type="constant")
+    optimizer = stepper_of(parameters(), lr_scheduler_type="constant")
+    at_rate(optimizer, 1e36)
     for step in range(1, 401):
         a_step(optimizer, 0.1)
         optimizer.at_step = step

@@ -466,5 +466,6 @@ def test_epochs_grow_on_a_resume_and_may_become_steps(algorithm, place):
     assert open_run_target(OpenRun(grown), [], "cpu", judged=False).recipe.training.max_steps == 4
     longer = train(recipe(text, *given, "training.max_steps=5"), place / "run", resume=True)
     assert len(longer.metrics()) == 5 and longer.recipe_values()["training"]["max_steps"] == 5
-    shorter = train(recipe(text, *given), place / "run", resume=True)  # as with fewer steps: nothing is left to do
-    assert len(shorter.metrics()) == 5
+    with pytest.raises(UserError, match=r"training\.max_steps: got 2, and the run in .* has taken 5 steps"):
+        train(recipe(text, *given), place / "run", resume=True)
+    assert len(longer.metrics()) == 5
