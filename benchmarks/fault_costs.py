@@ -15,6 +15,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -58,10 +59,11 @@ def measure(recipe: str, steps: int, overrides: list[str], output: Path) -> dict
         loop = trainer._open
         counters, last = loop._counters(loop.learned_tokens), finished[-1]
         rewards = max(1, len(getattr(loop, "rewards", ())))
+        one_call = partial(guarded, list, "a reward", "", 60.0, "a reward/1")
         parts = {
             "the state of the finished step": median_seconds(lambda: loop._keeper.keep(loop.step, counters)),
             "random states, read and set": median_seconds(lambda: set_random_states(random_states())),
-            "guarded calls of the rewards": rewards * median_seconds(lambda: guarded(list, "a reward", "", 60.0)),
+            "guarded calls of the rewards": rewards * median_seconds(one_call),
             "rows of the logs": median_seconds(
                 lambda: (loop.run.log_metrics(last.metrics), loop.run.log_samples(loop.step, last.samples))
             ),

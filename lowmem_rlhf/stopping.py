@@ -1,19 +1,26 @@
 """Being stopped from outside: Ctrl-C, `docker stop`, a batch system, a closed terminal take one path.
 
-The first signal raises `Stopped` where the program stands; what runs then takes back what it has begun and saves. The
-second one ends the process at once. The command line installs the handlers; the library leaves signals alone.
+The first signal raises `Stopped` where the program stands; what runs then takes back what it has begun and saves. A
+later one ends the process at once, unless it comes within a second or a closed terminal has sent it. The command line
+installs the handlers; the library leaves signals alone.
 """
 
 import os
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from types import FrameType
 
-SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name))
+SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGBREAK") if hasattr(signal, name))
+
+# A terminal that closes sends more than one, from the shell and from the system, and nobody is left to be impatient.
+_HANGUP = getattr(signal, "SIGHUP", None)
+_SAME = 1.0  # seconds in which further signals belong to the first: some programs signal a process and its group
 
 _received: int | None = None  # the first signal that was not dealt with yet
+_at = 0.0  # when it came
 _what_is_kept: Callable[[], str] | None = None
 
 
@@ -96,10 +103,12 @@ def telling_what_is_kept(tell: Callable[[], str]) -> Iterator[None]:
 
 
 def _on_signal(number: int, frame: FrameType | None) -> None:
-    global _received
+    global _received, _at
     if _received is None:
-        _received = number
+        _received, _at = number, time.monotonic()
         raise Stopped(number)
+    if number == _HANGUP or time.monotonic() - _at < _SAME:
+        return
     with suppress(Exception):  # the terminal may be closed
         kept = f"; {_what_is_kept()}" if _what_is_kept else ""
         os.write(2, f"\n{cause(Stopped(number))} again{kept}\n".encode(errors="replace"))

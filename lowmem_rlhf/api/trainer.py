@@ -1,8 +1,8 @@
 """Training from Python: a run as one call, or step by step in the caller's own loop."""
 
 import gc
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -138,7 +138,7 @@ class Trainer:
             self._loop = session.open_run_of(planned, self._display, request.loaded)
         self.recipe: Recipe = self._loop.recipe
         self._directory = self._loop.run
-        self._steps: Iterator[StepOutput] | None = None
+        self._steps: Generator[StepOutput, None, None] | None = None  # those that are being iterated
 
     @property
     def path(self) -> Path:
@@ -173,7 +173,7 @@ class Trainer:
             RunError: the run failed; a note says which step is kept.
         """
         loop = self._open
-        steps = loop.steps(self._display)
+        steps = self._steps = loop.steps(self._display)
         with steps_shown(self._display, self.recipe.training.max_steps, loop.step):
             try:
                 while True:
@@ -194,10 +194,13 @@ class Trainer:
         self.close()
 
     def close(self) -> None:
-        """Free the base and everything on the device; the run on the disk stays, and others may go on with it."""
+        """Save what is finished and free the base and everything on the device; others may go on with the run then."""
+        if self._steps is not None:  # a loop that was left without an end
+            with self._inside(), suppress(ValueError):  # it runs: its own end will do it
+                self._steps.close()
         if self._loop is not None:
             self._loop.run.unlock()
-        self._loop = None
+        self._loop, self._steps = None, None
         _free()
 
     def __enter__(self) -> "Trainer":

@@ -16,7 +16,7 @@ from lowmem_rlhf.export.options import ExportOptions
 from lowmem_rlhf.export.target import EXPORT, check_disk, check_target, free_disk
 from lowmem_rlhf.files import begin_folder, delete, dumps, fault_number, finish_folder, why_not_written
 from lowmem_rlhf.inference.open_run import OpenRun
-from lowmem_rlhf.inference.opening import check_device
+from lowmem_rlhf.inference.opening import check_device, memory_explained
 from lowmem_rlhf.run.directory import RunDirectory
 from lowmem_rlhf.run.lock import Lock
 from lowmem_rlhf.run.start import paths_explained
@@ -67,7 +67,7 @@ class Export:
         """
         job = self.job
         check_device(job.hardware, job.settings["compute_dtype"])
-        with paths_explained(job.run.path, self.written):
+        with paths_explained(job.run.path, self.written), memory_explained(job.recipe):
             job.opened.check()
             self._check_disk()
             facts = self._write()

@@ -66,7 +66,7 @@ def is_out_of_memory(error: BaseException) -> bool:
     """Whether an error says that memory ran out; cuBLAS, bitsandbytes and the CPU have no type of their own for it."""
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
-    signs = ("out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "can't allocate memory")
+    signs = ("out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "CUBLAS_STATUS_NOT_INITIALIZED", "can't allocate memory")
     return isinstance(error, RuntimeError) and any(sign in str(error) for sign in signs)
 
 

@@ -66,7 +66,7 @@ def open_trained(opened: OpenRun, device: str | None = None) -> "SharedBase":
     Raises:
         UserError, RunError: as `open_policy`; or the model is not the base that the run was trained on.
     """
-    with paths_explained(opened.directory.path, opened.written):
+    with paths_explained(opened.directory.path, opened.written), memory_explained(opened.recipe):
         return _open(opened, device)
 
 
@@ -127,7 +127,7 @@ def memory_explained(recipe: Recipe) -> Iterator[None]:
 
     try:
         yield
-    except RuntimeError as error:
+    except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
         raise RunError(

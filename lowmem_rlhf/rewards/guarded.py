@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from typing import Any, NoReturn, TypeVar
 
 from lowmem_rlhf.errors import LowmemError, RunError
-from lowmem_rlhf.rewards.process_state import FolderGone, RandomStream, preserved
+from lowmem_rlhf.rewards.process_state import FolderGone, preserved, seeded
 from lowmem_rlhf.rewards.time_limit import TimeLimitExceeded, limited, raise_in
 from lowmem_rlhf.user_code import describe, line_in
 
@@ -38,7 +38,7 @@ def guarded(
     what: str,
     source: str = "",
     seconds: float | None = None,
-    random: RandomStream | None = None,
+    key: str = "",
 ) -> T:
     """Return what a call of a user's function gives; the process is as before (`process_state.preserved`).
 
@@ -47,7 +47,7 @@ def guarded(
         what: such as ``reward function NAME``, for messages.
         source: the user's file, as the recipe names it.
         seconds: the time limit (`time_limit.limited`); None: there is none.
-        random: where its random numbers come from, call after call; None: a stream that begins anew.
+        key: what its random numbers follow from, beside the run (`process_state.seeded`).
 
     Raises:
         FunctionFault: it raises anything (SystemExit and KeyboardInterrupt, too), or takes longer than its limit.
@@ -59,7 +59,7 @@ def guarded(
     stops: list[BaseException] = []
     with _noted(stops):
         try:
-            with preserved(), (random or RandomStream()).drawn_from():
+            with preserved(), seeded(key):
                 result = limited(call, seconds, what)
         except BaseException as error:
             if stops:

@@ -10,7 +10,7 @@ from lowmem_rlhf.errors import UserError
 from lowmem_rlhf.recipe.python_objects import is_python, python_object
 from lowmem_rlhf.recipe.sections import LEARNED_REWARDS, REWARD_ADAPTER, OnError, RewardConfig
 from lowmem_rlhf.rewards.functions import SHIPPED
-from lowmem_rlhf.rewards.process_state import RandomStream, preserved
+from lowmem_rlhf.rewards.process_state import preserved
 from lowmem_rlhf.suggest import did_you_mean
 from lowmem_rlhf.user_code import check_callable, file_of, is_user_code, load_function
 
@@ -37,14 +37,12 @@ class CallRecord:
         failed: calls that gave no completion a value.
         first_fault: the sentence about the first one; empty: none.
         threads_said: whether threads that it left running were spoken of.
-        random: its random numbers.
     """
 
     calls: int = 0
     failed: int = 0
     first_fault: str = ""
     threads_said: bool = False
-    random: RandomStream = field(default_factory=RandomStream)
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ imported modules, and what file descriptors point to. Loads without torch.
 
 import contextlib
 import gc
+import hashlib
 import io
 import locale
 import logging
@@ -103,26 +104,26 @@ class Unclosable:
 RandomStates = list[tuple[Callable[[Any], object], Any]]
 
 
-class RandomStream:
-    """The random numbers of one function: Python's, NumPy's and torch's, a stream of its own.
+@contextmanager
+def seeded(key: str) -> Iterator[None]:
+    """Let what runs in the block draw random numbers (Python's, NumPy's, torch's) that follow from a key and the run.
 
-    It begins at the run's state and goes on from call to call; what the function seeds or draws changes neither the
-    run's numbers nor those of another function.
+    What it seeds or draws changes neither the run's numbers nor those of another function, and a step that is taken
+    again, or a run that is resumed, draws what it drew before. The run's part of the key is its global random state,
+    from which no work of this package draws.
     """
-
-    def __init__(self) -> None:
-        self._state: RandomStates = []
-
-    @contextmanager
-    def drawn_from(self) -> Iterator[None]:
-        """Let what runs in the block draw from this stream."""
-        before = random_states()
-        set_random_states(self._state)
-        try:
-            yield
-        finally:
-            self._state = random_states()
-            set_random_states(before)
+    before = random_states()
+    text = f"{key}/{random.getstate()[1][:8]}"
+    seed = int.from_bytes(hashlib.sha256(text.encode()).digest()[:4], "little")
+    random.seed(seed)
+    if (numpy := sys.modules.get("numpy")) is not None:
+        numpy.random.seed(seed)
+    if (torch := _torch()) is not None:
+        torch.manual_seed(seed)
+    try:
+        yield
+    finally:
+        set_random_states(before)
 
 
 class _Alarm:

@@ -139,7 +139,8 @@ def _called(
             raise FunctionFault(f"reward {reward.name}: {error}") from error
     before = {thread.ident for thread in threading.enumerate()}
     try:
-        return guarded(call, what, reward.source, reward.timeout, reward.record.random)
+        step = getattr(lent["trainer_state"], "global_step", 0)
+        return guarded(call, what, reward.source, reward.timeout, f"{reward.name}/{step}")
     finally:
         if (left := new_threads(before)) and not reward.record.threads_said:
             reward.record.threads_said = True

@@ -21,6 +21,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 from lowmem_rlhf.errors import UserError
 from lowmem_rlhf.progress import message
 
@@ -71,7 +73,7 @@ class Lock:
         except BaseException:
             _close(descriptor)
             raise
-        self._release = weakref.finalize(self, _close, descriptor)
+        self._release = weakref.finalize(self, _close_of, os.getpid(), descriptor)
 
     def release(self) -> None:
         """Give the lock back, if it is held; the file stays."""
@@ -138,7 +140,10 @@ def _holder(file: Path) -> str:
     host, mine = values.get("host"), socket.gethostname()
     if pid == os.getpid() and host == mine:
         return f"this process (pid {pid} on {host}, since {values.get('started')}: another Trainer, which close() ends)"
-    return f"another process (pid {pid} on {host}, since {values.get('started')})"
+    who = f"pid {pid} on {host}, since {values.get('started')}"
+    if host == mine and not psutil.pid_exists(pid):
+        return f"a process that another one has left behind ({who}, which has ended itself)"
+    return f"another process ({who})"
 
 
 _PLACE = 1 << 30  # of the byte that is locked on Windows, where a locked part cannot be read by others
@@ -183,6 +188,12 @@ def _lock(descriptor: int, wait: bool = False) -> bool:
                 "writes there"
             )
     return True
+
+
+def _close_of(process: int, descriptor: int) -> None:
+    """Close a lock's file in the process that took it: a child that ends must not give away what it has inherited."""
+    if os.getpid() == process:
+        _close(descriptor)
 
 
 def _close(descriptor: int) -> None:

@@ -9,7 +9,6 @@ import ast
 import hashlib
 import json
 import os
-import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +23,6 @@ from lowmem_rlhf.user_code import find_file
 
 STATE = "LOWMEM_RLHF_STATE"  # environment variable: the state folder, in place of the platform's
 _TEXTS = ("name", "description", "system", "template")  # keys whose values are never paths
-_REFERENCE = re.compile(r".*\.py:\w+", re.DOTALL)
 _noted: dict[str, dict[str, str]] = {}  # of this process, where the state folder cannot be written
 
 
@@ -59,7 +57,6 @@ def check_code(run: Path, values: Mapping[str, Any], resumed: bool = False) -> N
         return
     notes = [_read(key) for key in _keys(run)]
     allowed = {sha for noted in notes for sha in noted}
-    known = {name for noted in notes for name in noted.values()}
     own = set(notes[0].values()) if resumed and run_id(run) else set()
     strange = [one for one in named if one.sha256 not in allowed and one.name not in own]
     if not strange:
@@ -69,7 +66,7 @@ def check_code(run: Path, values: Mapping[str, Any], resumed: bool = False) -> N
         "look at it, and if you trust it give --trust-run (train --resume, eval, chat, export), or "
         "lm.open_run(PATH, trust=True)"
     )
-    if known.issuperset(one.name for one in strange):
+    if run_id(run) and notes[0]:
         raise UserError(f"{what} has changed since the run in {run} was trained, and would be executed; {remedy}")
     raise UserError(
         f"the run in {run} was not trained by you on this machine, and its recipe names code that would be executed: "
@@ -120,7 +117,7 @@ def code_of(run: Path, values: Mapping[str, Any]) -> list[Code]:
         for spelled in dict.fromkeys((source, source.replace("\\", "/"))):
             if path := find_file(spelled, folders):
                 named.append(Code(key, str(path), _digest(_with_neighbours(path))))
-    if values.get("trust_remote_code") is True:
+    if values.get("trust_remote_code") not in (None, False):  # YAML's "yes" and 1 become true in the recipe
         named.append(_of_model(str(values.get("model")), str(values.get("revision")), folders))
     return list(dict.fromkeys(named))
 
@@ -134,8 +131,10 @@ def _files(values: Any, key: str) -> Iterator[tuple[str, str]]:
     elif isinstance(values, list | tuple):
         for index, value in enumerate(values):
             yield from _files(value, f"{key}[{index}]")
-    elif isinstance(values, str) and _REFERENCE.fullmatch(values.strip()):
-        yield key, values.strip().rpartition(":")[0]
+    elif isinstance(values, str) and ".py" in values:  # however it is spelled: what is no file is none
+        for text in dict.fromkeys((values, values.strip())):
+            yield key, text.rpartition(":")[0] or text
+            yield key, text
 
 
 def _of_model(model: str, revision: str, folders: list[Path]) -> Code:

@@ -27,7 +27,7 @@ from lowmem_rlhf.planning.plan import Plan, check_positions
 from lowmem_rlhf.planning.run_plan import planned, resumed_plan, running_plan
 from lowmem_rlhf.progress import current
 from lowmem_rlhf.recipe.schema import Recipe
-from lowmem_rlhf.run.directory import RunDirectory, default_output
+from lowmem_rlhf.run.directory import RECIPE, RunDirectory, default_output
 from lowmem_rlhf.run.start import as_written, located, paths_explained
 from lowmem_rlhf.run.trust import check_code
 from lowmem_rlhf.stopping import telling_what_is_kept
@@ -278,7 +278,12 @@ def _begun(base: "SharedBase", data: "TrainingData", planned: Planned, display: 
         written = as_written(resolved, checked.written, path)
         return RunDirectory.create(path, written, {**plan.to_dict(), **facts}, resume, inputs)
 
-    trainer = make_trainer(recipe, plan, base, rewards, data, run_directory)
+    try:
+        trainer = make_trainer(recipe, plan, base, rewards, data, run_directory)
+    except BaseException as error:
+        if not resume and (path / RECIPE).is_file():
+            error.add_note(f"the run's folder {path} is made: go on with --resume")
+        raise
     if resume:
         try:
             trainer.resume()

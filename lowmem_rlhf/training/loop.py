@@ -6,9 +6,10 @@ one would have.
 """
 
 import copy
+import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Generator, Iterator, Sequence
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -34,7 +35,7 @@ from lowmem_rlhf.training.health import HealthWatch
 from lowmem_rlhf.training.learning import LostTokens, no_gradient, parts_of, sums, unchanged, warm_up_remark
 from lowmem_rlhf.training.memory import explain_shortage, savings_of
 from lowmem_rlhf.training.optimizer import Optimizer
-from lowmem_rlhf.training.trackers import accelerator_of
+from lowmem_rlhf.training.trackers import Trackers
 from lowmem_rlhf.training.trained_state import StateKeeper
 
 LADDER = "ladder"  # the settings that memory has changed, in a checkpoint's counters
@@ -103,7 +104,7 @@ class Loop(ABC):
         self.ladder.savings = savings_of(base, settings)
         self.ladder.explain = explain_shortage(recipe, plan, self.ladder)
         self.checks_base = recipe.hardware.check == "always" or self.base_is_always_checked
-        self.accelerator = accelerator_of(base.device, recipe, run)
+        self.trackers = Trackers(base.device, recipe, run)
         set_seed(recipe.training.seed)
         base.set_gradient_checkpointing(settings.gradient_checkpointing, settings.offload_checkpoints)
         self.optimizer = self.ladder.survive(
@@ -127,6 +128,8 @@ class Loop(ABC):
         self._settings: dict[str, Any] = {}  # that the ladder has changed, as plan.json has them
         self._times: dict[str, float] = {}
         self._part = "training"  # of a step, that runs now
+        self._begun = False  # a step has begun that is not on record: weights and counters may be neither's
+        self._ending = False  # another thread ends the process
 
     @abstractmethod
     def one_step(self, progress: Progress) -> StepOutput:
@@ -189,12 +192,12 @@ class Loop(ABC):
         """
         self.run.lock()
         try:
-            with closing(self._steps(progress)) as steps:
+            with self._in_sentences(), closing(self._steps(progress)) as steps:
                 for finished in steps:
                     if on_step:
                         on_step(finished.metrics)
         except BaseException as error:
-            error.add_note(self._keep())
+            self._note(error, progress)
             raise
         finally:
             self.run.unlock()
@@ -210,16 +213,40 @@ class Loop(ABC):
         """
         self.run.lock()
         try:
-            yield from self._steps(progress)
+            with self._in_sentences():
+                yield from self._steps(progress)
         except BaseException as error:
-            error.add_note(self._keep())
+            self._note(error, progress)
             raise
         finally:
             self.run.unlock()
 
+    @contextmanager
+    def _in_sentences(self) -> Iterator[None]:
+        """Turn what a device, memory or autograd ends a run with into one sentence."""
+        try:
+            yield
+        except (RuntimeError, MemoryError) as error:
+            sentence = no_gradient(error) or device_failure(error, self._part, self.step + 1)
+            if sentence is None and is_out_of_memory(error):
+                sentence = f"the device's memory ran out in the {self._part} phase; {self.ladder.explain(self._part)}"
+            if sentence is None:
+                raise
+            raise RunError(sentence) from error
+
+    def _note(self, error: BaseException, progress: Progress) -> None:
+        """Save what is finished and say so on an error; where nobody will see that, only what could not be kept."""
+        note = self._keep()
+        error.add_note(note)
+        with suppress(Exception):  # the device may be gone; what is left to be taken back is before the next step
+            self._settle()
+        if isinstance(error, GeneratorExit) and "lost" in note:  # the user's loop has ended early
+            progress.message(note)
+
     def _steps(self, progress: Progress) -> Generator[StepOutput, None, None]:
         evaluation = self.run.evaluation()
-        self._keeper.keep(self.step, self._counters(self.learned_tokens))
+        if self._keeper.step != self.step:
+            self._keeper.keep(self.step, self._counters(self.learned_tokens))
         if "before" not in evaluation and not self.step:  # a resumed policy is not what there was before
             self._evaluate("before", evaluation, progress)
         checksum = base_checksum(self.base) if self.checks_base else ""
@@ -231,12 +258,8 @@ class Loop(ABC):
                 if self.step % self.recipe.training.save_steps == 0:
                     self._save()
                 yield finished
-        except RuntimeError as error:
-            if (sentence := no_gradient(error) or device_failure(error, self._part, self.step + 1)) is not None:
-                raise RunError(sentence) from error
-            raise
         finally:
-            self.accelerator.end_training()
+            self.trackers.end()
         if self.recipe.training.max_steps and not self.learned_tokens:
             raise RunError(self.lost.why() or self.why_nothing())
         if checksum and base_checksum(self.base) != checksum:
@@ -255,27 +278,45 @@ class Loop(ABC):
         """Return the roles that train besides the policy."""
         return [CRITIC] if CRITIC in self.base.heads else []
 
+    def _record_again(self) -> None:
+        if self._finished is None:
+            return
+        try:
+            self._record(again=True)
+        except BaseException:  # a checkpoint of the step before proves the rows up to it
+            self.run.rewind(self.step)
+            raise
+
     def _save(self) -> None:
         latest = self.run.latest_checkpoint()
-        if latest is None or latest[0] < self.step:
+        if self.step and (latest is None or latest[0] < self.step):
             self.run.unhealthy_from = self.health.first_serious
             save_checkpoint(self.run, self.base, self._keeper.state(), self._others(), self.health.healthy)
 
     def _keep(self) -> str:
         """Save the last finished step, whatever the next has done to the weights; return what is on the disk."""
         lost_as = ""
-        try:
-            if self._finished is not None:
-                self._record(again=True)
-            if self.step:
-                self._save()
-        except BaseException as error:  # what ended the run is told, and not this
-            lost_as = f", as they could not be saved ({one_line(error)})"
+        for save in (
+            self._record_again,
+            self._save,
+        ):  # where a row cannot be written, the step before may still be saved
+            try:
+                save()
+            except BaseException as error:  # what ended the run is told, and not this
+                lost_as = lost_as or f", as they could not be saved ({one_line(error)})"
         return self.what_is_kept() + lost_as
+
+    def _settle(self) -> None:
+        """Be as at the end of the last finished step, for whoever goes on with this object."""
+        self._finished = None  # where it could not be put on record
+        self._take_back()
 
     def _end_stuck(self, message: str) -> None:
         """End the process while a call of a user's function stands in code that nothing interrupts; save before."""
-        end_process(f"{message}; {self._keep()}")
+        self._ending = True
+        with suppress(BaseException):
+            message = f"{message}; {self._keep()}"
+        end_process(message)
 
     def what_is_kept(self) -> str:
         """Return which step is on the disk, and which ones are not."""
@@ -304,26 +345,27 @@ class Loop(ABC):
     def _train_step(self, progress: Progress) -> StepOutput:
         """Take one step, once more from its beginning where memory runs out, and put it on record."""
         learning_rate, skipped = self.optimizer.learning_rate, self.optimizer.skipped
+        effective = self.optimizer.effective
         before = None if self.learned_tokens else sums(parts_of(self.base))
         states = random_states()  # of generators that no work of ours draws from, but a user's function may
 
         def attempt() -> StepOutput:
-            check_stop()
+            self._check_stop()
+            if self._begun:  # not where the try before failed: its tensors were still held there
+                self._take_back()
+                set_random_states(states)
+            self._begun, self._part = True, "training"
             try:
                 return self._attempt(progress)
-            except (RuntimeError, MemoryError) as error:
-                if is_out_of_memory(error):
-                    self._part = "optimizer" if self.optimizer.stepping else self._part
-                    self._take_back()
-                    set_random_states(states)
-                raise
+            finally:
+                self._part = "optimizer" if self.optimizer.stepping else self._part
 
         with stuck_calls_end_with(self._end_stuck):
             output = self.ladder.survive(lambda: self._part, attempt, progress.message)
-        check_stop()
+        self._check_stop()
         learned = 0
         # a warm-up begins with a learning rate of zero; a step with a number that is not finite is left out
-        if output.learned_tokens and learning_rate and self.optimizer.skipped == skipped:
+        if output.learned_tokens and self.optimizer.effective > effective:
             if before is not None and (sentence := unchanged(before, sums(parts_of(self.base)), output.metrics)):
                 raise RunError(sentence)
             learned = output.learned_tokens
@@ -345,8 +387,13 @@ class Loop(ABC):
         output = replace(output, metrics=metrics)
         self._finished = _Finished(self.step + 1, output, self._counters(self.learned_tokens + learned))
         self._record()
-        self.accelerator.log({k: v for k, v in metrics.items() if v is not None}, step=self.step)
+        self.trackers.log({k: v for k, v in metrics.items() if v is not None}, self.step)
         return output
+
+    def _check_stop(self) -> None:
+        check_stop()
+        while self._ending:  # by another thread, which saves meanwhile
+            time.sleep(1)
 
     def _attempt(self, progress: Progress) -> StepOutput:
         reset_peak(self.base.device)
@@ -375,10 +422,13 @@ class Loop(ABC):
             self._settings = changed
         self._keeper.keep(done.step, done.counters)
         self.step, self.learned_tokens = done.step, done.counters["learned_tokens"]
-        self._finished = None
+        self._finished, self._begun = None, False
 
     def _take_back(self) -> None:
         """Be as at the end of the last finished step."""
+        if not self._begun:
+            return
         self._load_counters(self._keeper.put_back().counters)
         self.optimizer.stepping = False
         self.base.adapters_changed()
+        self._begun = False

@@ -62,6 +62,7 @@ class Optimizer:
         self._remarks: list[str] = []
         self._in_a_row, self._fault = 0, ""  # steps left out one after the other, and what the first of them met
         self.taken = 0  # steps begun by this process: parameters may have changed since it was last lower
+        self.effective = 0  # those of them that were not left out, at a learning rate above 0
         self.stepping = False  # a step has begun and has not ended, or failed within
         settings: dict[str, Any] = {"lr": training.learning_rate, "weight_decay": training.weight_decay}
         with torch.device("cpu"):  # the step counters that the optimizers make for themselves
@@ -136,7 +137,7 @@ class Optimizer:
         return remarks
 
     def _take(self) -> None:
-        before = self.loss_scale
+        before, rate = self.loss_scale, self.learning_rate
         self.taken += 1
         self.stepping = True
         with torch.device("cpu"):
@@ -152,6 +153,7 @@ class Optimizer:
                 )
         else:
             self._in_a_row = 0
+            self.effective += bool(rate)
             self.scheduler.step()
 
     def _let_be(self) -> None:
@@ -272,6 +274,7 @@ class Optimizer:
                 self.scheduler.step()
         if plain["scaler"] and self.scaler.is_enabled():
             self.scaler.load_state_dict(plain["scaler"])
+            self.scaler._per_optimizer_states.clear()  # what a step that failed has unscaled is unscaled no longer
         self.skipped = plain["skipped"]
         self._in_a_row, self._fault = plain.get("in_a_row", 0), plain.get("fault", "")
         self._remarks = []

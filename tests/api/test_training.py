@@ -141,6 +141,62 @@ def test_a_loop_that_ends_early_leaves_what_resume_goes_on_from(recipe):
     assert same(quiet(recipe, output="early", resume=True), wanted)
 
 
+def test_a_trainer_that_is_closed_within_its_loop_has_saved_and_writes_no_more(recipe):
+    wanted = quiet(recipe, output="whole")
+    trainer = lm.Trainer(recipe, output="early", progress=None)
+    steps = iter(trainer)
+    next(steps)
+    trainer.close()
+    assert RunDirectory("early").latest_checkpoint()[0] == 1
+    run = quiet(recipe, output="early", resume=True)
+    del steps
+    gc.collect()
+    assert same(run, wanted)
+
+
+def test_a_loop_that_ends_early_on_a_full_disk_says_what_is_lost(recipe, monkeypatch):
+    from lowmem_rlhf.training import loop
+
+    def full(*args):
+        raise lm.RunError("no room")
+
+    told = Told()
+    trainer = lm.Trainer(recipe, output="early", progress=told)
+    monkeypatch.setattr(loop, "save_checkpoint", full)
+    for _ in trainer:
+        break
+    trainer.close()
+    assert any("step 1 is lost, as they could not be saved (no room)" in text for text in told.messages)
+
+
+class Told:
+    """A display that keeps what it is told."""
+
+    def __init__(self):
+        self.messages: list[str] = []
+
+    def phase(self, name, done=0, total=None):
+        pass
+
+    def message(self, text):
+        self.messages.append(text)
+
+    def plan(self, plan):
+        pass
+
+    def begin(self, total_steps, step):
+        pass
+
+    def step(self, metrics):
+        pass
+
+    def end(self):
+        pass
+
+    def evaluation(self, evaluation):
+        pass
+
+
 def test_a_run_of_objects_resumes_only_with_them_given_again(over_rows, rows, lowmem_rlhf):
     arguments = {"data": rows, "rewards": [(has_answer, 2.0), longer]}
     wanted = quiet(over_rows, output="whole", **arguments)

@@ -71,6 +71,11 @@ def nf4() -> Recipe:
     return of_case(hardware={"device": DEVICE, "quantization": "nf4", "compute_dtype": "bfloat16"})
 
 
+def fp16() -> Recipe:
+    """GRPO with a scaled loss."""
+    return of_case(hardware={"compute_dtype": "float16"}, data={"eval_size": 2})
+
+
 def learned() -> Recipe:
     """GRPO with a classifier on the card as its reward."""
     save_classifier(folder := OUTPUT / "classifier")
@@ -108,7 +113,7 @@ def of_case(**sections: Any) -> Recipe:
     return tiny_recipe(MODEL, **sections)
 
 
-CASES = {"grpo": grpo, "nf4": nf4, "learned": learned, "ppo": ppo, "sft": sft, "dpo": dpo}
+CASES = {"grpo": grpo, "nf4": nf4, "fp16": fp16, "learned": learned, "ppo": ppo, "sft": sft, "dpo": dpo}
 
 
 def run(recipe: Path, output: Path, *more: str) -> dict[str, Any]:

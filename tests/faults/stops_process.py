@@ -197,7 +197,11 @@ def second_signal(recipe: Path, folder: Path) -> int:
     child = forked(recipe, folder, prepare=slow_save)
     wait_for(child, lambda: len(RunDirectory(folder).metrics()) >= 1)
     os.kill(child, signal.SIGINT)
-    time.sleep(0.5)
+    for number in (signal.SIGINT, signal.SIGHUP):  # at once: these belong to the first
+        os.kill(child, number)
+    time.sleep(1.2)
+    os.kill(child, signal.SIGHUP)  # of a terminal: never
+    time.sleep(0.3)
     os.kill(child, signal.SIGTERM)
     return ended(child)
 

@@ -93,6 +93,26 @@ def test_eval_of_a_foreign_run_asks_and_names_the_file(stranger, lowmem_rlhf):
     asks(lowmem_rlhf("eval", "run"), stranger, str(stranger / "reward.py"), "rewards[0].function", "not trained by you")
 
 
+@pytest.mark.parametrize("spelled", ["dot.py:f\u00b7g", " reward.py:good", "reward.py:good "])
+def test_code_is_found_however_it_is_spelled(stranger, lowmem_rlhf, spelled):
+    for name in ("dot.py", " reward.py", "reward.py "):
+        shutil.copy(stranger / "reward.py", stranger / name)
+    file = stranger / "run" / RECIPE
+    values = yaml.safe_load(file.read_text())
+    file.write_text(yaml.safe_dump({**values, "rewards": [{**values["rewards"][0], "function": spelled}]}))
+    done = lowmem_rlhf("eval", "run")
+    assert done.code == 2 and not executed(stranger), done
+    assert "--trust-run" in done.err
+
+
+@pytest.mark.parametrize("value", [1, "true", "yes", "on"])
+def test_trust_remote_code_is_found_however_it_is_spelled(stranger, lowmem_rlhf, value):
+    file = stranger / "run" / RECIPE
+    file.write_text(yaml.safe_dump({**yaml.safe_load(file.read_text()), "trust_remote_code": value}))
+    done = lowmem_rlhf("chat", "run", "--prompt", "1+1")
+    assert done.code == 2 and "--trust-run" in done.err, done
+
+
 def test_what_is_trusted_is_asked_for_once(stranger, lowmem_rlhf):
     assert lowmem_rlhf("eval", "run", "data.eval_size=2", "--trust-run").code == 0
     assert executed(stranger)

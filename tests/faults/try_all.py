@@ -1,9 +1,9 @@
 """Every fault, by force: `python try_all.py [memory|stops]` (`make faults`).
 
 Out-of-memory errors on the virtual card at every line of the package that allocates, at random allocations and as
-lasting shortages, for GRPO (also NF4, and with a classifier as the reward), PPO with all roles, SFT and TRL's DPO; runs
-killed at random moments and at file operations, and stopped by signals, for GRPO, PPO and SFT. results.json holds what
-came of it; the exit code is 1 where a fault was not survived as it must be.
+lasting shortages, for GRPO (also NF4, float16 and a classifier as the reward), PPO with all roles, SFT and TRL's DPO;
+runs killed at random moments and at file operations, and stopped by signals, for GRPO, PPO and SFT. results.json holds
+what came of it; the exit code is 1 where a fault was not survived as it must be.
 """
 
 import json
@@ -24,6 +24,7 @@ sys.path.insert(0, str(HERE.parent))
 MEMORY = {
     "grpo": ["sites=1000", "random=25", "shortages=6"],
     "nf4": ["sites=1000", "random=25"],
+    "fp16": ["sites=1000", "random=25"],
     "learned": ["sites=1000", "random=25"],
     "ppo": ["sites=1000", "random=25", "shortages=6"],
     "sft": ["sites=1000", "random=25", "shortages=6"],

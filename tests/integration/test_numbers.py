@@ -276,6 +276,13 @@ def test_a_warm_up_as_long_as_the_run_is_said_and_one_step_of_it_refused(loop):
     loop("sft", name="steady", training={"warmup_steps": 5, "max_steps": 1}).train(Heard())  # a constant rate has none
 
 
+def test_a_step_of_several_optimizer_steps_counts_where_one_of_them_has_a_rate(loop):
+    training = {"max_steps": 1, "warmup_steps": 1, "lr_scheduler_type": "linear"}
+    trainer = loop("ppo", training=training, ppo={"num_ppo_epochs": 4, "num_mini_batches": 1})
+    trainer.train(Heard())
+    assert trainer.learned_tokens and trainer.run.metrics()[0]["learning_rate"] == 0
+
+
 def test_completions_that_were_cut_and_left_out_are_named():
     easy = [Completion([4, 1], [0.0] * 2, False), Completion([5, 1], [0.0] * 2, False)]  # both right
     hard = [Completion([4, 4, 4], [0.0] * 3, True), Completion([5, 5, 5], [0.0] * 3, True)]

@@ -395,7 +395,7 @@ def test_a_classifier_that_is_interrupted_does_not_promise_to_go_on(command, tmp
 
     monkeypatch.setattr("lowmem_rlhf.algorithms.classifier.update.train_classifier", interrupted)
     done = command("train", "--output", str(tmp_path / "run"), **CLASSIFIER)
-    assert done.code == 1 and done.err.startswith("error: interrupted; a classifier's run cannot be continued")
+    assert done.code == 130 and done.err.startswith("interrupted; a classifier's run cannot be continued")
     assert "--resume" not in done.err and not (tmp_path / "run").exists()
 
 

@@ -14,6 +14,7 @@ import sys
 import threading
 import time
 import warnings
+from types import SimpleNamespace
 
 import numpy
 import pytest
@@ -174,13 +175,20 @@ def test_each_function_draws_random_numbers_of_its_own():
         random.seed(0)
         return [0.0, 0.0]
 
+    def step(number: int) -> None:
+        state = SimpleNamespace(global_step=number)
+        score([reward(one, name="one"), reward(other, name="other")], ["p", "p"], ["a", "b"], IDS, {}, state)
+
     random.seed(1), numpy.random.seed(1), torch.manual_seed(1)
-    rewards = [reward(one, name="one"), reward(other, name="other")]
-    scored(*rewards), scored(*rewards)
-    alone = random.Random(1)
-    assert [first for first, *_ in drawn["one"]] == [alone.random(), alone.random()]  # and not twice the same
-    assert len({number for numbers in drawn["one"] for number in numbers}) == 6
-    assert drawn["other"] == [random.Random(1).random(), random.Random(0).random()]
+    before = random.getstate()
+    step(0), step(1)
+    assert len({number for numbers in drawn["one"] for number in numbers}) == 6 and len(set(drawn["other"])) == 2
+    assert random.getstate() == before
+    step(1), step(0)  # a step that is taken again, a run that is resumed
+    assert drawn["one"][2:] == drawn["one"][1::-1] and drawn["other"][2:] == drawn["other"][1::-1]
+    random.seed(2)
+    step(0)
+    assert drawn["one"][4] != drawn["one"][0]  # another run
 
 
 def test_what_is_printed_goes_where_prints_go(capsys):

@@ -160,3 +160,16 @@ def test_a_run_keeps_its_folder_where_the_current_one_changes(tmp_path, monkeypa
     assert names(tmp_path / "runs" / "a") >= {"metrics.jsonl", "checkpoints", "evaluation.json"}
     monkeypatch.chdir(tmp_path)
     assert run.path == Path("runs/a")
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="there are no forks")
+def test_a_child_that_ends_does_not_give_the_lock_away(tmp_path):
+    held = Lock(tmp_path / "lock", "it")
+    held.acquire()
+    if not (child := os.fork()):
+        held.release()
+        os._exit(0)
+    os.waitpid(child, 0)
+    with pytest.raises(UserError, match="another Trainer"):
+        Lock(tmp_path / "lock", "it").acquire()
+    held.release()

@@ -1,6 +1,7 @@
 """Whatever ends a run, and whenever: the note on the error says what is on the disk; a resume goes on from there."""
 
 import json
+import random
 import re
 import shutil
 from contextlib import contextmanager
@@ -19,6 +20,7 @@ from lowmem_rlhf.run.directory import RunDirectory
 from lowmem_rlhf.training import loop
 from lowmem_rlhf.training.online import CompletionEvaluator, Trainer
 from lowmem_rlhf.training.optimizer import Optimizer
+from lowmem_rlhf.training.trained_state import StateKeeper
 
 
 def stop_at(patch, owner, name, call, error, after=False):
@@ -291,3 +293,75 @@ def test_a_card_that_stops_answering_loses_no_finished_step(recipe, tmp_path, mo
     ):
         train(trainer)
     assert trainer.run.latest_checkpoint()[0] == 1
+
+
+# The same object goes on after a failure
+
+
+def test_the_loop_goes_on_after_an_interrupt_within_the_optimizer_steps(recipe, tmp_path, monkeypatch, uninterrupted):
+    trainer = trainer_of(recipe, tmp_path / "run")
+    with monkeypatch.context() as patch:
+        stop_at(patch, Optimizer, "step", 3, KeyboardInterrupt(), after=True)
+        with pytest.raises(KeyboardInterrupt):
+            train(trainer)
+    train(trainer)
+    assert [row["step"] for row in trainer.run.metrics()] == [1, 2, 3, 4]
+    assert trainer.seen.completions == 4 * 16
+    assert all(tensor.equal(uninterrupted[key]) for key, tensor in adapter(trainer.run).items())
+
+
+def test_the_loop_goes_on_after_a_row_that_could_not_be_written(recipe, tmp_path, monkeypatch, uninterrupted):
+    def full(*args, **given):
+        raise RunError("no room")
+
+    trainer = trainer_of(recipe, tmp_path / "run")
+    real = RunDirectory.log_samples
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            RunDirectory, "log_samples", lambda run, step, rows: full() if step == 2 else real(run, step, rows)
+        )
+        with pytest.raises(RunError) as caught:
+            train(trainer)
+    assert "step 2 is lost" in note(caught.value) and [row["step"] for row in trainer.run.metrics()] == [1]
+    train(trainer)
+    assert [row["step"] for row in trainer.run.metrics()] == [1, 2, 3, 4]
+    assert all(tensor.equal(uninterrupted[key]) for key, tensor in adapter(trainer.run).items())
+
+
+def test_a_step_that_cannot_be_taken_back_at_once_is_taken_back_before_the_next(recipe, tmp_path, monkeypatch):
+    def out_of_memory():
+        raise torch.OutOfMemoryError("out of memory")
+
+    whole = trainer_of(recipe, tmp_path / "whole")
+    train(whole)
+    trainer, failures = trainer_of(recipe, tmp_path / "run"), iter([out_of_memory])
+    real, steps = StateKeeper.put_back, iter(range(10**6))
+    step = Optimizer.step
+
+    def fails_once(self, *loss, **before):
+        norm = step(self, *loss, **before)
+        if next(steps) == 2:  # of the second step, whose weights have changed now
+            out_of_memory()
+        return norm
+
+    monkeypatch.setattr(Optimizer, "step", fails_once)
+    monkeypatch.setattr(StateKeeper, "put_back", lambda self: next(failures, lambda: real(self))())
+    train(trainer)
+    assert all(tensor.equal(adapter(whole.run)[key]) for key, tensor in adapter(trainer.run).items())
+    assert [row["memory/retries"] for row in trainer.run.metrics()[1:]] == [2, 2, 2]
+
+
+def test_a_step_that_is_taken_again_draws_what_it_drew_before(recipe, tmp_path, monkeypatch):
+    def drawn(completions, **columns):
+        return [random.random() for _ in completions]
+
+    def rewards_of(name: str, fails: bool) -> list[float]:
+        trainer = trainer_of(recipe, tmp_path / name, drawn)
+        with monkeypatch.context() as patch:
+            if fails:
+                stop_at(patch, Optimizer, "step", 3, torch.OutOfMemoryError("out of memory"))
+            train(trainer)
+        return [row["reward/mean"] for row in trainer.run.metrics()]
+
+    undisturbed = rewards_of("whole", False)
+    assert len(set(undisturbed)) == 4 and rewards_of("run", True) == undisturbed

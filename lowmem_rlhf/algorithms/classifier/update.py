@@ -15,6 +15,7 @@ from lowmem_rlhf.data.supervised import labelled_texts
 from lowmem_rlhf.display.run_display import RunDisplay, steps_shown
 from lowmem_rlhf.errors import RunError, UserError
 from lowmem_rlhf.hardware.detect import detect
+from lowmem_rlhf.hardware.memory import is_out_of_memory
 from lowmem_rlhf.recipe.schema import Recipe
 from lowmem_rlhf.recipe.sections import LearnedReward
 from lowmem_rlhf.report import html
@@ -26,7 +27,8 @@ def train_classifier_run(recipe: Recipe, path: Path, resume: bool, display: RunD
 
     Raises:
         UserError: the data or the model does not suit; or ``resume``, which a run of minutes does not have.
-        RunError: numbers were not finite, nothing was learned, memory ran out, or the user interrupted it.
+        RunError: numbers were not finite, nothing was learned, or memory ran out.
+        KeyboardInterrupt: the user stopped it; a note says that it cannot be continued.
     """
     if resume:
         raise UserError("--resume: a classifier's run cannot be continued; start it anew with another --output")
@@ -69,9 +71,17 @@ def train_classifier_run(recipe: Recipe, path: Path, resume: bool, display: RunD
 
         try:
             report = train_classifier(data, path / MODEL, start, recipe.training, epochs, held_out, progress)
-        except KeyboardInterrupt:
+        except KeyboardInterrupt as stop:
             other = f" with another --output than {path}" if run else ""
-            raise RunError(f"interrupted; a classifier's run cannot be continued: start it anew{other}") from None
+            stop.add_note(f"a classifier's run cannot be continued: start it anew{other}")
+            raise
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            raise RunError(
+                "the device's memory ran out while the classifier's weights were changed; set hardware.device=cpu, or "
+                "take a smaller model"
+            ) from error
         finally:
             if run is not None:
                 run.unlock()

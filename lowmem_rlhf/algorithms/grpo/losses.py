@@ -10,6 +10,7 @@ The normalisations are those of GRPO (DeepSeekMath, arXiv 2402.03300), BNPO, Dr.
 Shapes: S scored tokens of a micro-batch, N completions of the whole batch.
 """
 
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from functools import wraps
@@ -20,7 +21,7 @@ import torch
 from lowmem_rlhf.algorithms.grpo.math import token_loss
 from lowmem_rlhf.errors import RunError, UserError
 from lowmem_rlhf.rewards.guarded import FunctionFault, guarded
-from lowmem_rlhf.rewards.process_state import RandomStream, preserved
+from lowmem_rlhf.rewards.process_state import preserved
 from lowmem_rlhf.user_code import describe, line_in, load_function
 
 
@@ -125,7 +126,7 @@ def _checked(name: str, function: LossFunction) -> LossFunction:
     Raises (when called):
         RunError: it fails, or gives something else than a finite number a token, with a gradient.
     """
-    what, source, random = f"grpo.loss_type: {name}", _file(name), RandomStream()
+    what, source, calls = f"grpo.loss_type: {name}", _file(name), itertools.count()
 
     @wraps(function)
     def call(inputs: LossInputs) -> torch.Tensor:
@@ -133,7 +134,7 @@ def _checked(name: str, function: LossFunction) -> LossFunction:
             one.name: value.clone() for one in fields(inputs) if torch.is_tensor(value := getattr(inputs, one.name))
         }
         try:
-            loss: Any = guarded(lambda: function(replace(inputs, **own)), what, source, random=random)
+            loss: Any = guarded(lambda: function(replace(inputs, **own)), what, source, key=str(next(calls)))
         except FunctionFault as fault:
             raise RunError(str(fault)) from fault.__cause__
         if problem := _problem(loss, inputs.logps):
