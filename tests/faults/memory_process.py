@@ -2,9 +2,9 @@
 
 Runs a case undisturbed, then once for each fault, and writes OUTPUT/CASE.json: one row a fault with what happened and
 how far the adapter is from the undisturbed one's. A fault is an allocation that fails once, for every line of the
-package that allocates ("sites", the first N or all) or a random one ("random"); or a card that from the second step on
-has no more room than so many bytes ("shortages"), from which the run is resumed where it ended. Run it in a process of
-its own: the card is registered for all of it.
+package that allocates ("sites", N or all, without those in the file after "but=") or a random one ("random"); or a card
+that from the second step on has no more room than so many bytes ("shortages"), from which the run is resumed where it
+ended. Run it in a process of its own: the card is registered for all of it.
 """
 
 import contextlib
@@ -38,8 +38,9 @@ PACKAGE = str(Path(lowmem_rlhf.__file__).parent)
 CARD, DEVICE = card_of(sys.argv[1])
 MODEL, OUTPUT, CASE = Path(sys.argv[2]), Path(sys.argv[3]), sys.argv[4]
 COUNTS = {"sites": 0, "random": 0, "shortages": 0} | {
-    key: int(value) for key, _, value in (one.partition("=") for one in sys.argv[5:])
+    key: int(value) for key, _, value in (one.partition("=") for one in sys.argv[5:]) if key != "but"
 }
+BUT = {line for one in sys.argv[5:] if one.startswith("but=") for line in Path(one[4:]).read_text().split()}
 NO_EVALUATION: dict[str, Any] = {"eval_size": 0}
 SEED = 20  # of the random faults
 ROOM = (0, 1 << 13, 1 << 15, 1 << 17, 1 << 19, 1 << 21)  # bytes of a card that is short of memory
@@ -188,7 +189,7 @@ def main() -> None:
     assert clean["code"] == 0, clean
     wanted = learned_tensors(folder)
     rows = []
-    chosen = list(sites.items())
+    chosen = [(line, number) for line, number in sites.items() if line not in BUT]
     draws = random.Random(SEED)
     if COUNTS["sites"] < len(chosen):
         chosen = draws.sample(chosen, COUNTS["sites"])

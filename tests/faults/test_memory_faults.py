@@ -1,6 +1,6 @@
 """Memory that runs out on a card is survived with the undisturbed adapter, or ends a run whole and with a sentence.
 
-A sample of each kind of fault; `make faults` tries every line of the package that allocates, and results.json has what
+A sample of each kind of fault; `make faults` tries every line of the package that allocates, and results/ has what
 came of it.
 """
 

@@ -1,6 +1,6 @@
 """Whatever stops a run, a resume gives the adapter of the run that nothing stopped, bit for bit.
 
-A sample; `make faults` stops runs at many more moments, and results.json has what came of it.
+A sample; `make faults` stops runs at many more moments, and results/ has what came of it.
 """
 
 import contextlib
