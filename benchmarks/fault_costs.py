@@ -4,8 +4,7 @@
 
 Runs some steps of a recipe and then times, in the same process and with the same trained state, what every step does
 besides training: keeping the state of the finished step outside the device, the random states, a guarded call of each
-reward, and the rows of the logs. The share is of the median step. On a card it also says what the peak would be without
-the kept state, which lies in host memory: the same.
+reward, and the rows of the logs. The share is of the median step.
 """
 
 import argparse

@@ -145,13 +145,21 @@ def sync_file(path: Path) -> None:
         os.fsync(file.fileno())
 
 
-def set_aside(path: Path) -> Path:
-    """Rename a damaged file or folder to ``NAME.damaged`` (or ``.damaged-2``, ...), so that it stays; return that."""
+def set_aside(path: Path, copy: bool = False) -> Path:
+    """Rename a damaged file or folder to ``NAME.damaged`` (or ``.damaged-2``, ...), so that it stays; return that.
+
+    Args:
+        copy: the file itself stays, too.
+    """
     target, number = path.with_name(f"{path.name}.damaged"), 1
     while target.exists():
         number += 1
         target = path.with_name(f"{path.name}.damaged-{number}")
-    _replace(path, target)
+    if copy:
+        shutil.copyfile(path, temp_path(target))
+        _replace(temp_path(target), target)
+    else:
+        _replace(path, target)
     return target
 
 

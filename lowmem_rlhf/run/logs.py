@@ -2,11 +2,10 @@
 
 import hashlib
 import json
-import shutil
 from pathlib import Path
 from typing import Any
 
-from lowmem_rlhf.files import atomic_write, temp_path
+from lowmem_rlhf.files import atomic_write, set_aside
 from lowmem_rlhf.progress import message
 
 
@@ -52,7 +51,7 @@ def rewind_log(path: Path, shown: Path, step: int, proof: Any, row_a_step: bool)
         rows = f"{len(kept)} rows of {step} steps" if row_a_step else f"{len(kept)} rows"
         aside = ""
         if data and (unreadable or proof is not None):
-            aside = f"; as it was found it is {_copy_aside(path).name}"
+            aside = f"; as it was found it is {set_aside(path, copy=True).name}"
         message(
             f"{shown} is not what was written up to step {step} (damaged, edited or cut): the run goes on, and the "
             f"{rows} that can be read stay{aside}"
@@ -74,13 +73,3 @@ def _rows_until(data: bytes, step: int) -> tuple[list[bytes], int]:
         except (ValueError, TypeError, AttributeError, RecursionError):
             unreadable += number < len(lines)
     return kept, unreadable
-
-
-def _copy_aside(path: Path) -> Path:
-    number, target = 1, path.with_name(f"{path.name}.damaged")
-    while target.exists():
-        number += 1
-        target = path.with_name(f"{path.name}.damaged-{number}")
-    shutil.copyfile(path, temp_path(target))
-    temp_path(target).replace(target)
-    return target
