@@ -36,11 +36,11 @@ from lowmem_rlhf.training import loop
 
 torch.set_num_threads(1)  # a fork has only the thread that forked
 MODEL, OUTPUT, CASE = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3]
-COUNTS = {"kills": 0, "operations": 0, "signals": 0, "others": 0, "seed": 1} | {
+COUNTS = {"kills": 0, "operations": 0, "signals": 0, "others": 0, "steps": 6, "seed": 1} | {
     key: int(value) for key, _, value in (one.partition("=") for one in sys.argv[4:])
 }
 SIGNALS = {signal.SIGINT: 130, signal.SIGTERM: 143, signal.SIGHUP: 129}
-STEPS = 6
+STEPS = COUNTS["steps"]
 
 
 def grpo() -> Recipe:
@@ -56,7 +56,7 @@ def sft() -> Recipe:
 
 
 def of_case(**sections: Any) -> Recipe:
-    training = {"max_steps": STEPS, "save_steps": 4, "save_total_limit": 1}
+    training = {"max_steps": STEPS, "save_steps": STEPS - 2, "save_total_limit": 1}
     return tiny_recipe(MODEL, data={"eval_size": 2}, training=training, **sections)
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 ALIKE = 1e-5  # the largest difference of an adapter's entry
-SAMPLE = {"grpo": ["shortages=5"], "ppo": ["sites=5", "random=3"], "dpo": ["sites=3", "random=2"]}
+SAMPLE = {"grpo": ["sites=2", "shortages=5"], "ppo": ["sites=3", "random=2"]}
 
 
 @pytest.fixture(scope="module", params=SAMPLE)

@@ -25,7 +25,7 @@ def facts(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[st
     if not hasattr(os, "fork"):
         pytest.skip("runs are forks of one process")
     folder = tmp_path_factory.mktemp("stops")
-    kinds = ["kills=1", "operations=2", "signals=3", "others=1"]
+    kinds = ["kills=1", "operations=1", "signals=2", "others=1", "steps=3"]
     done = subprocess.run(
         [sys.executable, str(HERE / "stops_process.py"), str(tiny_model), str(folder), "ppo", *kinds],
         env={**os.environ, "OMP_NUM_THREADS": "1"},
@@ -96,7 +96,7 @@ def test_handlers_are_as_before_after_the_block_and_other_code_cannot_swallow_a_
 def test_what_fails_because_of_a_signal_is_that_signal():
     with pytest.raises(Stopped), stoppable():
         try:
-            os.kill(os.getpid(), signal.SIGHUP)
+            os.kill(os.getpid(), signal.SIGTERM)
         finally:
             raise OSError(5, "the terminal is gone")
 

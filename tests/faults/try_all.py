@@ -32,9 +32,9 @@ MEMORY = {  # GRPO and PPO at each of their lines, the others at those that thes
 }
 ALL_LINES = ("grpo", "ppo")
 STOPS = {
-    "grpo": ["kills=14", "operations=40", "signals=30", "others=1"],
-    "ppo": ["kills=13", "operations=40", "signals=30"],
-    "sft": ["kills=13", "operations=40"],
+    "grpo": ["kills=14", "operations=20", "signals=30", "others=1"],
+    "ppo": ["kills=13", "operations=20", "signals=30"],
+    "sft": ["kills=13", "operations=20"],
 }
 ALIKE = 1e-5
 
