@@ -296,10 +296,8 @@ class Loop(ABC):
     def _keep(self) -> str:
         """Save the last finished step, whatever the next has done to the weights; return what is on the disk."""
         lost_as = ""
-        for save in (
-            self._record_again,
-            self._save,
-        ):  # where a row cannot be written, the step before may still be saved
+        # where a row cannot be written, the step before may still be saved
+        for save in (self._record_again, self._save):
             try:
                 save()
             except BaseException as error:  # what ended the run is told, and not this
