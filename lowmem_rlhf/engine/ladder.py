@@ -208,7 +208,11 @@ class Ladder:
         keys = [SIZES[phase]] if phase in SIZES else list(SIZES.values())
         shape = ", ".join(f"hardware.{key}={getattr(self, key)}" for key in keys)
         even = f" even with {shape}" if sizes else ""
-        return f"the device's memory ran out in the {phase} phase{even}; {self.explain(phase)}"
+        try:
+            helps = self.explain(phase)
+        except Exception:  # a plan that cannot be made must not hide what has happened
+            helps = _REMEDY
+        return f"the device's memory ran out in the {phase} phase{even}; {helps}"
 
     def lower(self, settings: dict[str, Any]) -> None:
         """Begin with what an earlier part of the run has come down to (see `changed`)."""

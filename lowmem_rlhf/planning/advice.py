@@ -99,4 +99,6 @@ def _shorter(plan: Plan, recipe: Recipe, dims: ModelDimensions, key: str, length
 
 
 def _with(recipe: Recipe, section: str, **values: Any) -> Recipe:
-    return recipe.model_copy(update={section: getattr(recipe, section).model_copy(update=values)})
+    before = getattr(recipe, section)
+    changed = {**before, **values} if isinstance(before, dict) else before.model_copy(update=values)
+    return recipe.model_copy(update={section: changed})

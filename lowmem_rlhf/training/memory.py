@@ -6,10 +6,12 @@ from dataclasses import replace
 import psutil
 import torch
 
+from lowmem_rlhf.algorithms.spec import resolve
 from lowmem_rlhf.architecture.lookup import model_dimensions
 from lowmem_rlhf.engine.base import SharedBase
 from lowmem_rlhf.engine.host_embedding import HostEmbedding, embeddings_to_host
 from lowmem_rlhf.engine.ladder import Ladder, Saving
+from lowmem_rlhf.errors import UserError
 from lowmem_rlhf.hardware.capabilities import MIB, capabilities
 from lowmem_rlhf.hardware.memory import device_counter, free_bytes
 from lowmem_rlhf.planning.advice import changes
@@ -51,15 +53,23 @@ def explain_shortage(recipe: Recipe, plan: Plan, ladder: Ladder) -> Callable[[st
         dims = model_dimensions(recipe.model, recipe.revision, recipe.trust_remote_code)
         by_phase = phases(dims, recipe, settings, plan.device)
         need = _need(by_phase, phase)
-        short = replace(plan, device=replace(plan.device, free_bytes=free))
-        helps = changes(short, recipe)
-        remedy = f"try {', or '.join(helps)}" if helps else "a card with more free memory is needed"
+        helps = _what_fits(recipe, replace(plan, device=replace(plan.device, free_bytes=free)))
+        remedy = f"try {helps}" if helps else "a card with more free memory is needed"
         return (
             f"{_size(need)} are predicted for it and {_size(free)} are there for this run; close other programs that "
             f"use the device, or {remedy}"
         )
 
     return explain
+
+
+def _what_fits(recipe: Recipe, short: Plan) -> str:
+    """Return changes with which a run fits on a plan's device, as its algorithm's planner knows them; or nothing."""
+    try:
+        resolve(recipe.spec.planner)(recipe, short.device, short.profile)
+    except UserError as error:  # TRL's planner says in its refusal what would fit
+        return str(error).rpartition("; try ")[2]
+    return ", or ".join(changes(short, recipe))
 
 
 def _size(count: int) -> str:

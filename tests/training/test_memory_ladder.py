@@ -185,6 +185,13 @@ def test_work_without_a_size_is_tried_again_and_ends_with_what_would_help():
     assert len(calls) == 3 and ladder.changed == {}
 
 
+def test_an_explanation_that_fails_hides_nothing():
+    ladder = a_ladder()
+    ladder.explain = lambda phase: {}[phase]
+    with pytest.raises(RunError, match=r"ran out in the loading phase; close other programs that use it"):
+        ladder.survive("loading", partial(fits_up_to(-1, int)[0], 0), print, sizes=False)
+
+
 def test_a_failed_try_holds_no_memory_when_the_next_one_begins():
     alive = []
 
