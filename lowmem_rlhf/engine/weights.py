@@ -14,6 +14,8 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from lowmem_rlhf.hardware.memory import is_out_of_memory
+
 SHOWN = 3  # tensors that a message names of each kind
 
 
@@ -23,6 +25,7 @@ class WeightRanges:
     def __init__(self) -> None:
         self.names: list[str] = []
         self.ranges: list[torch.Tensor] = []
+        self.ran_out = False  # memory did, while one was measured or quantized
 
     def add(self, name: str, weight: torch.Tensor) -> None:
         """Measure a weight of any floating dtype."""
@@ -48,9 +51,13 @@ def before_quantization() -> Iterator[WeightRanges]:
 
     def measured(convert: Callable[..., Any]) -> Callable[..., Any]:
         def wrapper(self: Any, input_dict: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
-            for name, value in input_dict.items():
-                ranges.add(name, value[0] if isinstance(value, list) else value)
-            return convert(self, input_dict, *args, **kwargs)
+            try:
+                for name, value in input_dict.items():
+                    ranges.add(name, value[0] if isinstance(value, list) else value)
+                return convert(self, input_dict, *args, **kwargs)
+            except RuntimeError as error:  # transformers goes on, and names the tensor alone
+                ranges.ran_out = ranges.ran_out or is_out_of_memory(error)
+                raise
 
         return wrapper
 

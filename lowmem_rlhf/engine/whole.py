@@ -36,6 +36,9 @@ def _never(key: str, model: Any) -> bool:
     return False
 
 
+_RAN_OUT = "(out of memory)"  # among the names of tensors that could not be made
+
+
 def load_whole(
     auto: Any,
     path: Any,
@@ -70,6 +73,8 @@ def load_whole(
                 path, output_loading_info=True, ignore_mismatched_sizes=True, **settings
             )
         except RuntimeError as error:
+            if _RAN_OUT in unconverted or quantized.ran_out:
+                raise torch.OutOfMemoryError(f"out of memory while {name!r} was loaded") from error
             if unconverted and not is_out_of_memory(error):
                 what = f"model {name!r}: of its files {few(unconverted)} cannot be made"
                 raise UserError(
@@ -141,7 +146,10 @@ def _unconverted() -> Iterator[list[str]]:
 
     class Reader(logging.Handler):
         def emit(self, record: logging.LogRecord) -> None:
-            names.extend(re.findall(r"(?m)^(\S.*?) *\| .*CONVERSION", record.getMessage()))
+            text = record.getMessage()
+            names.extend(re.findall(r"(?m)^(\S.*?) *\| .*CONVERSION", text))
+            if is_out_of_memory(RuntimeError(text)):
+                names.append(_RAN_OUT)
 
     logger, reader = logging.getLogger("transformers.modeling_utils"), Reader()
     level, propagate = logger.level, logger.propagate
