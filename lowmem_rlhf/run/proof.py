@@ -7,6 +7,8 @@ bit flipped, a block lost, a file swapped with another checkpoint's or role's, o
 import hashlib
 import json
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -59,19 +61,25 @@ def read_sealed(path: Path) -> tuple[dict[str, Any], bool]:
     return values, proven
 
 
-def _read(path: Path) -> bytes:
+@contextmanager
+def _reading(path: Path, name: str) -> Iterator[None]:
     try:
-        if path.stat().st_size > _LARGEST:
-            raise Damaged(f"{path.name} is far too large ({path.stat().st_size:,} bytes)")
-        return path.read_bytes()
+        yield
     except PermissionError as error:
         raise UserError(f"{path} cannot be read: there is no permission to; give yourself the right to read it") from (
             error
         )
     except FileNotFoundError as error:
-        raise Damaged(f"{path.name} is missing") from error
+        raise Damaged(f"{name} is missing") from error
     except OSError as error:
-        raise Damaged(f"{path.name} cannot be read ({error.strerror or error})") from error
+        raise Damaged(f"{name} cannot be read ({error.strerror or error})") from error
+
+
+def _read(path: Path) -> bytes:
+    with _reading(path, path.name):
+        if path.stat().st_size > _LARGEST:
+            raise Damaged(f"{path.name} is far too large ({path.stat().st_size:,} bytes)")
+        return path.read_bytes()
 
 
 def file_hash(path: Path) -> str:
@@ -110,20 +118,12 @@ def _check_file(folder: Path, name: str, entry: Any) -> None:
     path = folder / name
     if not isinstance(entry, dict) or ".." in Path(name).parts or Path(name).is_absolute():
         raise Damaged(f"the entry of {name} is not what was written")
-    try:
+    with _reading(path, name):
         size = path.stat().st_size
         if size != entry.get("bytes"):
             raise Damaged(f"{name} has {size:,} bytes, and {entry.get('bytes')} were written")
         if file_hash(path) != entry.get("sha256"):
             raise Damaged(f"{name} is not what was written")
-    except PermissionError as error:
-        raise UserError(f"{path} cannot be read: there is no permission to; give yourself the right to read it") from (
-            error
-        )
-    except FileNotFoundError as error:
-        raise Damaged(f"{name} is missing") from error
-    except OSError as error:
-        raise Damaged(f"{name} cannot be read ({error.strerror or error})") from error
 
 
 def write_hashes(folder: Path) -> None:
