@@ -14,11 +14,10 @@ from typing import Any, NoReturn, TypeVar
 from lowmem_rlhf.errors import LowmemError, RunError
 from lowmem_rlhf.rewards.process_state import FolderGone, preserved, seeded
 from lowmem_rlhf.rewards.time_limit import TimeLimitExceeded, limited, raise_in
+from lowmem_rlhf.stopping import SIGNALS
 from lowmem_rlhf.user_code import describe, line_in
 
 T = TypeVar("T")
-
-_STOPS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name))
 
 
 class FunctionFault(Exception):
@@ -153,7 +152,7 @@ def _noted(stops: list[BaseException]) -> Iterator[None]:
 
         return note
 
-    before = {number: handler for number in _STOPS if callable(handler := signal.getsignal(number))}
+    before = {number: handler for number in SIGNALS if callable(handler := signal.getsignal(number))}
     try:
         for number, handler in before.items():
             signal.signal(number, noting(handler))

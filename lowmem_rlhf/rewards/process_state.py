@@ -23,13 +23,12 @@ from typing import Any
 
 from lowmem_rlhf.errors import RunError
 from lowmem_rlhf.hardware.capabilities import capabilities
+from lowmem_rlhf.stopping import SIGNALS
 
 Part = tuple[Callable[[], Any], Callable[[Any], object]]  # what reads a part of the state, and what sets it
 
 _PATH: Part = (lambda: list(sys.path), lambda value: sys.path.__setitem__(slice(None), value))
-_HANDLED = tuple(
-    getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGALRM", "SIGURG") if hasattr(signal, name)
-)
+_HANDLED = SIGNALS + tuple(getattr(signal, name) for name in ("SIGALRM", "SIGURG") if hasattr(signal, name))
 _NEAR = 0.1  # seconds by which two readings of one alarm differ at most
 _inference_modes: list[Any] = []  # held, as the mode ends with its object
 
