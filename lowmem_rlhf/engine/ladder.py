@@ -202,9 +202,10 @@ class Ladder:
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
-            raise RunError(self._ran_out(name(), sizes)) from error
+            raise RunError(self.ran_out(name(), sizes)) from error
 
-    def _ran_out(self, phase: str, sizes: bool) -> str:
+    def ran_out(self, phase: str, sizes: bool = False) -> str:
+        """Return the sentence that ends a phase whose memory ran out, with what helps; sizes as for `survive`."""
         keys = [SIZES[phase]] if phase in SIZES else list(SIZES.values())
         shape = ", ".join(f"hardware.{key}={getattr(self, key)}" for key in keys)
         even = f" even with {shape}" if sizes else ""

@@ -229,7 +229,7 @@ class Loop(ABC):
         except (RuntimeError, MemoryError) as error:
             sentence = no_gradient(error) or device_failure(error, self._part, self.step + 1)
             if sentence is None and is_out_of_memory(error):
-                sentence = f"the device's memory ran out in the {self._part} phase; {self.ladder.explain(self._part)}"
+                sentence = self.ladder.ran_out(self._part)
             if sentence is None:
                 raise
             raise RunError(sentence) from error
