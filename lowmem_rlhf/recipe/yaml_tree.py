@@ -25,6 +25,7 @@ _FLOAT = re.compile(
 )
 _DIGITS = 1000  # Python reads no integers of many more
 _INT = re.compile(r"[-+]?(0|[1-9][0-9]*)")
+_BLANKS = " \t\r\n"  # what YAML takes for blank: a no-break space is a text
 _WORDS: dict[str, Any] = {
     **dict.fromkeys(("", "~", "null", "Null", "NULL")),
     **dict.fromkeys(("true", "True", "TRUE"), True),
@@ -54,14 +55,14 @@ class Scalar:
     @property
     def is_null(self) -> bool:
         """Whether it is written as no value."""
-        return self.plain and self.text.strip() in ("~", "null", "Null", "NULL", *([] if self.typed else [""]))
+        return self.plain and self.text.strip(_BLANKS) in ("~", "null", "Null", "NULL", *([] if self.typed else [""]))
 
     def value(self) -> Any:
         """Return what it is where the schema asks for no text: YAML 1.2's plain values, with two differences.
 
         Numbers that begin with zeros stay texts, and so does what is hexadecimal or octal.
         """
-        text = self.text.strip()
+        text = self.text.strip(_BLANKS)
         if not self.plain or (self.typed and not text):
             return self.text
         if text in _WORDS:

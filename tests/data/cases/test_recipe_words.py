@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import yaml
-from hypothesis import assume, given, settings
+from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 from pydantic import Field
 from tiny_models import save_tiny
@@ -227,6 +227,7 @@ VALUES = st.recursive(
 
 @settings(max_examples=150, deadline=None)
 @given(TEXTS, st.dictionaries(TEXTS, VALUES, max_size=3))
+@example("\xa0", {"0": "\xa0", "1": "null\u3000", "2": "\u20037"})
 def test_what_is_written_is_read_as_it_was(text, options):
     written = write_yaml({"text": text, "options": options})
     reading = read_values(read_yaml(written), Small)
