@@ -79,15 +79,33 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "starcoder2": ("starcoder2", {"sliding_window": 5, "use_bias": True}),
 }
 _MAMBA = {"mamba_n_heads": 6, "mamba_d_head": 16, "mamba_d_state": 4, "mamba_n_groups": 1, "mamba_chunk_size": 4}
-# models that cannot be packed: attention sinks, biases on the scores, recurrent and convolutional layers, both together
+_DELTA = {
+    "layer_types": ["linear_attention", "full_attention"],
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 2,
+    "linear_key_head_dim": 8,
+    "linear_value_head_dim": 8,
+}
+# models with layers that pass a state on: short convolutions, Mamba 2 beside attention or in its place, delta rules
+RECURRENT: dict[str, tuple[str, dict[str, Any]]] = {
+    "lfm2": ("lfm2", {"layer_types": ["conv", "full_attention"]}),
+    "falcon_h1": ("falcon_h1", {**_MAMBA, "mamba_d_ssm": 96, "lm_head_multiplier": 0.7}),
+    "bamba": ("bamba", {**_MAMBA, "attn_layer_indices": [1]}),
+    "granite_hybrid": (
+        "granitemoehybrid",
+        {**_MAMBA, "layer_types": ["linear_attention", "full_attention"], "num_local_experts": 0, "mamba_n_groups": 2}
+        | {"shared_intermediate_size": 64, "logits_scaling": 4.0, "residual_multiplier": 0.7},
+    ),
+    "qwen3_next": ("qwen3_next", {**_DELTA, "head_dim": 16, "mlp_only_layers": [0, 1]}),
+    "qwen3_5": ("qwen3_5_text", {**_DELTA, "head_dim": 16, "linear_num_value_heads": 4}),
+    "olmo_hybrid": ("olmo_hybrid", _DELTA),
+}
+# models that cannot be packed: attention sinks, biases on the scores, recurrent layers of other kinds
 UNPACKABLE: dict[str, tuple[str, dict[str, Any]]] = {
     "gpt_oss": ("gpt_oss", {"head_dim": 16, **_LAYER_TYPES, "num_local_experts": 3, "num_experts_per_tok": 2}),
     "bloom": ("bloom", {"n_head": 4, "n_layer": 2}),
     "gptj": ("gptj", {"n_embd": 48, "n_layer": 2, "n_head": 4, "rotary_dim": 8, "n_positions": 128}),
     "mamba": ("mamba", {"state_size": 4}),
-    "lfm2": ("lfm2", {"layer_types": ["conv", "full_attention"]}),
-    "falcon_h1": ("falcon_h1", {**_MAMBA, "mamba_d_ssm": 96, "lm_head_multiplier": 0.7}),
-    "bamba": ("bamba", {**_MAMBA, "attn_layer_indices": [1]}),
     "recurrent_gemma": (
         "recurrent_gemma",
         {
@@ -97,44 +115,24 @@ UNPACKABLE: dict[str, tuple[str, dict[str, Any]]] = {
             "logits_soft_cap": 3.0,
         },
     ),
-    "qwen3_next": (
-        "qwen3_next",
-        {
-            "layer_types": ["linear_attention", "full_attention"],
-            "head_dim": 16,
-            "linear_num_key_heads": 2,
-            "linear_num_value_heads": 2,
-            "linear_key_head_dim": 8,
-            "linear_value_head_dim": 8,
-            "mlp_only_layers": [0, 1],
-        },
-    ),
-    "olmo_hybrid": (
-        "olmo_hybrid",
-        {
-            "layer_types": ["linear_attention", "full_attention"],
-            "linear_num_key_heads": 2,
-            "linear_num_value_heads": 2,
-            "linear_key_head_dim": 8,
-            "linear_value_head_dim": 8,
-        },
-    ),
 }
 _GPT2_NAMES = {"hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads"}
 
 
 def tiny_config(family: str, **changes: Any) -> Any:
     """Return the configuration of a family's tiny model."""
-    model_type, own = {**FAMILIES, **UNPACKABLE}[family]
+    model_type, own = {**FAMILIES, **RECURRENT, **UNPACKABLE}[family]
     common = {k: v for k, v in COMMON.items() if model_type not in ("gpt2", "gptj") or k not in _GPT2_NAMES}
     return AutoConfig.for_model(model_type, **{**common, **own, **changes})
 
 
 def tiny_model(family: str, seed: int = 0, attn: str = "eager", **changes: Any) -> PreTrainedModel:
     """Return a tiny fp32 model all of whose weights, biases and norms are random and large enough to matter."""
-    model = AutoModelForCausalLM.from_config(
-        tiny_config(family, **changes), attn_implementation=attn, dtype=torch.float32
-    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)  # delta rules draw how fast they forget
+        model = AutoModelForCausalLM.from_config(
+            tiny_config(family, **changes), attn_implementation=attn, dtype=torch.float32
+        )
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, p in model.named_parameters():

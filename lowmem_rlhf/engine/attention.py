@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import AttentionInterface
 
+from lowmem_rlhf.engine.mixers import Mix, StateKey
 from lowmem_rlhf.engine.packing import Bucket
 from lowmem_rlhf.hardware.capabilities import CAPABILITIES
 from lowmem_rlhf.planning.limits import CAPPED_SCORES, EXPLICIT_KEYS
@@ -48,6 +49,10 @@ class AttentionContext(Protocol):
         softcap: float | None,
     ) -> torch.Tensor:
         """Return (T, nh, dv) for q (nh, T, d), k (nkv, T, d) and v (nkv, T, dv) of one layer."""
+        ...
+
+    def mix(self, key: StateKey, tensors: Sequence[torch.Tensor], mix: Mix) -> torch.Tensor:
+        """Return (1, T, ..) for (1, T, ..) tensors of a layer that passes a state on (see `mixers`)."""
         ...
 
 
@@ -95,7 +100,10 @@ def expand_heads(x: torch.Tensor, repeats: int) -> torch.Tensor:
 class PackedContext:
     """Prompts attend causally to themselves; a completion attends to its prompt and, causally, to itself.
 
-    With ``keep`` the keys and values of every layer are kept for decoding, as (nkv, T, d) in ``kept[layer]``.
+    Layers that pass a state on begin a completion with the state in which they leave its prompt.
+
+    With ``keep`` the keys and values of every layer are kept for decoding, as (nkv, T, d) in ``kept[layer]``, and the
+    prompts' final states in ``states``, in the order of the prompts in the row.
 
     Raises:
         NotPackable: with ``keep``, a layer attends twice in one pass, and would need two caches.
@@ -105,6 +113,7 @@ class PackedContext:
         self.buckets = buckets
         self.kept: dict[int, tuple[torch.Tensor, torch.Tensor]] | None = {} if keep else None
         self.windows: dict[int, int | None] = {}  # of the layers that are kept
+        self.states: dict[StateKey, torch.Tensor] = {}
         self._index = [_pad_index(bucket.completions, device) for bucket in buckets]
         self._sizes = [size for b in buckets for size in (b.count * b.prompt, sum(b.completions))]
         self._masks: dict[tuple[int, int, int | None], torch.Tensor] = {}
@@ -142,6 +151,27 @@ class PackedContext:
             flat = _flatten(self._sdpa(qo, keys, values, scaling, window, softcap))
             pieces.append(flat if scatter is None else flat.index_select(0, scatter))
         return torch.cat(pieces) if len(pieces) > 1 else pieces[0]
+
+    def mix(self, key: StateKey, tensors: Sequence[torch.Tensor], mix: Mix) -> torch.Tensor:
+        """See `AttentionContext.mix`. Padding stands behind a completion's tokens, and no state is read there."""
+        pieces: list[torch.Tensor] = []
+        finals: list[torch.Tensor] = []
+        parts = zip(*(x.split(self._sizes, dim=1) for x in tensors), strict=True)
+        for bucket, index in zip(self.buckets, self._index, strict=True):
+            out, state = mix([x[0].unflatten(0, (bucket.count, -1)) for x in next(parts)], None)
+            pieces.append(out.flatten(0, 1))
+            finals.append(state)
+            own = next(parts)
+            if index is None:
+                continue
+            gather, scatter = index
+            rows = len(bucket.completions)
+            padded = [(x[0] if gather is None else x[0].index_select(0, gather)).unflatten(0, (rows, -1)) for x in own]
+            flat = mix(padded, state.repeat_interleave(rows // bucket.count, dim=0))[0].flatten(0, 1)
+            pieces.append(flat if scatter is None else flat.index_select(0, scatter))
+        if self.kept is not None:
+            self.states[key] = torch.cat(finals).detach()
+        return torch.cat(pieces)[None] if len(pieces) > 1 else pieces[0][None]
 
     def _sdpa(
         self,

@@ -27,6 +27,7 @@ from lowmem_rlhf.engine.head_trial import tried_head
 from lowmem_rlhf.engine.host_embedding import embeddings_to_host
 from lowmem_rlhf.engine.load import load_base
 from lowmem_rlhf.engine.lora import ActiveAdapters, SharedLoraLinear, lora_config
+from lowmem_rlhf.engine.mixers import pack_mixers
 from lowmem_rlhf.engine.packing import Group, PackedBatch, pack
 from lowmem_rlhf.engine.padded import (
     PACKED,
@@ -68,6 +69,7 @@ class SharedBase(Roles):
     ) -> None:
         super().__init__()
         self.why_padded = why_not_packed(model)
+        self.mixers = 0  # layers that pass a state on and can be packed
         self.stock_attention = model.config._attn_implementation
         self.device: torch.device = model.device
         self.dtype: torch.dtype = model.get_input_embeddings().weight.dtype  # type: ignore[assignment]
@@ -78,6 +80,7 @@ class SharedBase(Roles):
         self.heads = nn.ModuleDict()  # of roles that give one number a position, fp32
         if self.packable:
             model.set_attn_implementation(ATTENTION)
+            self.mixers = pack_mixers(model)
         model.name_or_path = model_id  # peft puts it into the adapter's file
         config = lora_config(r, lora_alpha, target_modules, model_id, model, use_rslora)
         with torch.device("cpu"), torch.random.fork_rng(devices=[]):
@@ -144,8 +147,10 @@ class SharedBase(Roles):
             return str(error)
         except TypeError:  # its forward takes no further keywords
             return "its layers do not hand on what its attention is called with"
-        if not context.kept:
+        if not context.kept and not context.states:
             return "its attention cannot be replaced"
+        if len({number for number, _ in context.states}) < self.mixers:
+            return "its layers pass state from token to token, and do not hand on what they are called with"
         config = self.model.config.get_text_config()
         if getattr(config, "sliding_window", None) is None:
             return ""
@@ -302,7 +307,7 @@ class SharedBase(Roles):
         finally:
             for layer in recomputing:
                 layer.gradient_checkpointing = True
-        return out.last_hidden_state.to(self.dtype)  # Mamba's is in fp32
+        return out.last_hidden_state.to(self.dtype)
 
     @property
     def note(self) -> str:
@@ -322,7 +327,7 @@ class SharedBase(Roles):
         out = self.decoder(
             input_ids=input_ids, position_ids=position_ids, use_cache=False, return_dict=True, lowmem_context=context
         )
-        return out.last_hidden_state[0]
+        return out.last_hidden_state[0].to(self.dtype)  # Mamba's is in fp32
 
     def next_hidden_states(
         self, input_ids: torch.Tensor, position_ids: torch.Tensor, context: AttentionContext

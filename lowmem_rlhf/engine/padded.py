@@ -16,6 +16,7 @@ from torch import nn
 from transformers import DynamicCache, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from lowmem_rlhf.engine.mixers import is_mixer
 from lowmem_rlhf.engine.packing import Group, PackedBatch, pack, split_groups
 from lowmem_rlhf.engine.trial import nudged_layers
 from lowmem_rlhf.hardware.memory import is_out_of_memory
@@ -24,6 +25,8 @@ if TYPE_CHECKING:
     from lowmem_rlhf.engine.base import SharedBase
 
 CACHE_NAMES = ("past_key_values", "cache_params")  # how a model's forward calls its cache
+KEEPING_STATE = {"conv", "linear_attention", "hybrid"}  # kinds of layers, as configurations name them
+TOKEN_BY_TOKEN = {"mlp", "moe"}
 READ, DECODED = 20, 8  # tokens of the trial's prompts, and of what follows: what clamps few of them shows on some
 COMMON_TOKENS = 250  # of the vocabulary, the first ones
 NOISES = 8.0  # a recurrence sums in another order than a whole pass does, and each of its steps rounds
@@ -34,18 +37,21 @@ CLOSE = 5e-5  # of a state's size, for the same reason where nothing is rounded 
 def why_not_packed(model: PreTrainedModel) -> str:
     """Return the reason why a model cannot be packed, as the end of a sentence; an empty string when it can.
 
-    Tokens must meet in nothing but attention of a kind that our function computes. Recurrent and convolutional layers
-    would let completions of one row see each other; attention sinks (GPT-OSS) and compressed or chunked attention
-    would be left out without a word.
+    Tokens must meet in nothing but attention of a kind that our function computes, and convolutions and recurrences
+    that `mixers` keeps apart. Other recurrent layers would let completions of one row see each other; attention sinks
+    (GPT-OSS) and compressed or chunked attention would be left out without a word.
     """
-    kinds = set(getattr(model.config.get_text_config(), "layer_types", None) or ())
-    if getattr(model, "_is_stateful", False) or kinds & {"conv", "linear_attention", "hybrid"}:
-        return "its layers pass state from token to token"
+    layers = list(getattr(model.config.get_text_config(), "layer_types", None) or ())
+    keeping = sum(kind in KEEPING_STATE for kind in layers)
+    if getattr(model, "_is_stateful", False) or keeping:
+        mixers = sum(map(is_mixer, model.modules()))
+        if mixers < max(keeping, 1):
+            return "its layers pass state from token to token"
     if any(name.endswith(".sinks") for name, _ in model.named_parameters()):
         return "its attention has sinks"
-    if other := kinds - {"full_attention", "sliding_attention"}:
+    if other := set(layers) - KEEPING_STATE - TOKEN_BY_TOKEN - {"full_attention", "sliding_attention"}:
         return f"its layers are of the kind {' and '.join(sorted(other))}"
-    if not getattr(model, "_supports_attention_backend", False):
+    if not model._can_set_attn_implementation():
         return "its attention cannot be replaced"
     return ""
 

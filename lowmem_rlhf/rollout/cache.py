@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from lowmem_rlhf.engine.decode.native import KVCacheView
+from lowmem_rlhf.engine.mixers import Mix, StateKey
 from lowmem_rlhf.planning.limits import COMPLETION_BLOCK
 
 if TYPE_CHECKING:
@@ -27,19 +28,29 @@ class SharedPromptCache:
 
     Args:
         prompts: per layer the prompts' keys and values, a list over prompts of (nkv, P_b, d) pairs; it is emptied.
+        states: by layer the prompts' final states (B, ..), where layers pass a state on (see `engine.mixers`).
+        lengths: tokens of the prompts.
         row_prompt: for each row the number of its prompt.
         device: where everything lies.
         limit: the most completion tokens that will be stored.
     """
 
     def __init__(
-        self, prompts: dict[int, list[Pair]], row_prompt: Sequence[int], device: torch.device, limit: int
+        self,
+        prompts: dict[int, list[Pair]],
+        states: dict[StateKey, torch.Tensor],
+        lengths: Sequence[int],
+        row_prompt: Sequence[int],
+        device: torch.device,
+        limit: int,
     ) -> None:
         self.device, self.limit, self.length = device, limit, 0
-        self.lengths = [k.shape[-2] for k, _ in next(iter(prompts.values()))]
+        self.lengths = list(lengths)
         # what is stacked is freed layer by layer, so that prompts are never there twice
         self._prompt = {layer: _pad_prompts(prompts.pop(layer)) for layer in list(prompts)}
         self._own: dict[int, Pair] = {}  # (B * nkv * G', d, room), (B * nkv * G', room, d)
+        each = self._index(row_prompt)
+        self._states = {key: states.pop(key).index_select(0, each) for key in list(states)}  # (R, ..)
         self._arrange(list(row_prompt))
 
     def _arrange(self, row_prompt: list[int]) -> None:
@@ -61,7 +72,7 @@ class SharedPromptCache:
         self.row_lengths = self._index([self.lengths[b] for b in row_prompt])  # (R,) prompt length of each row
         self._masks: dict[tuple[int | None, torch.dtype], torch.Tensor] = {}  # of this token
 
-    def _index(self, values: list[int]) -> torch.Tensor:
+    def _index(self, values: Sequence[int]) -> torch.Tensor:
         return torch.tensor(values, dtype=torch.long, device=self.device)
 
     def advance(self) -> None:
@@ -115,6 +126,11 @@ class SharedPromptCache:
         out = torch.baddbmm(out, weights[..., longest:], own_v)
         out = out.view(prompts, kv_heads, self.per_prompt, repeats, -1).transpose(1, 2).reshape(-1, heads, v.shape[-1])
         return out if self._from_slots is None else out.index_select(0, self._from_slots)
+
+    def mix(self, key: StateKey, tensors: Sequence[torch.Tensor], mix: Mix) -> torch.Tensor:
+        """See `AttentionContext.mix`; T is R, one token a row, and each row goes on from its own state."""
+        out, self._states[key] = mix([x.transpose(0, 1) for x in tensors], self._states[key])
+        return out.transpose(0, 1)
 
     def _store(self, layer: int, k: torch.Tensor, v: torch.Tensor) -> Pair:
         """Append one token's keys and values (nkv, B * G', d); return the whole room."""
@@ -175,6 +191,9 @@ class SharedPromptCache:
 
     def keep(self, rows: list[int]) -> None:
         """Drop all rows but these (places in the present order), and the prompts that no row needs any more."""
+        rest = self._index(rows)
+        for key in list(self._states):
+            self._states[key] = self._states[key].index_select(0, rest)
         row_prompt = [self.row_prompt[row] for row in rows]
         used = sorted(set(row_prompt))
         old_slots, old_count, old_per_prompt = [self.slots[row] for row in rows], len(self.lengths), self.per_prompt

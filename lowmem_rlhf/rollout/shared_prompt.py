@@ -12,6 +12,7 @@ import torch
 from lowmem_rlhf.engine.attention import PackedContext
 from lowmem_rlhf.engine.base import SharedBase
 from lowmem_rlhf.engine.logprobs import tiles
+from lowmem_rlhf.engine.mixers import StateKey
 from lowmem_rlhf.engine.packing import Group, pack
 from lowmem_rlhf.rollout.cache import SharedPromptCache
 from lowmem_rlhf.rollout.wave import Job, WaveEngine
@@ -66,6 +67,7 @@ def prefill(
         The cache for decoding, and the last hidden state of each prompt, (B, H).
     """
     layers: dict[int, list[tuple[torch.Tensor, torch.Tensor]]] = {}
+    states: dict[StateKey, list[torch.Tensor]] = {}
     last: list[torch.Tensor] = []
     for chunk in _chunks(prompts, max_tokens):
         batch = pack([Group(prompt, [], []) for prompt in chunk], base.device)
@@ -76,8 +78,21 @@ def prefill(
         for layer, (k, v) in (context.kept or {}).items():
             pairs = layers.setdefault(layer, [])
             pairs += [(k[:, a:b].clone(), v[:, a:b].clone()) for a, b in spans]  # copies: the packed row is freed
-        del context, hidden, k, v
-    return SharedPromptCache(layers, row_prompt, base.device, max(limit, 1)), torch.stack(last)
+            del k, v
+        place = {end: i for i, end in enumerate(sorted(batch.prompt_ends))}
+        order = torch.tensor([place[end] for end in batch.prompt_ends], dtype=torch.long, device=base.device)
+        for key, state in context.states.items():
+            states.setdefault(key, []).append(state.index_select(0, order))
+        del context, hidden
+    cache = SharedPromptCache(
+        layers,
+        {key: torch.cat(states.pop(key)) for key in list(states)},
+        [len(prompt) for prompt in prompts],
+        row_prompt,
+        base.device,
+        max(limit, 1),
+    )
+    return cache, torch.stack(last)
 
 
 def _chunks(prompts: Sequence[Sequence[int]], max_tokens: int) -> list[list[Sequence[int]]]:

@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 from peft import PeftModel
-from tiny_models import CPU, FAMILIES, as_batch, ragged_groups, tiny_base
+from tiny_models import CPU, FAMILIES, RECURRENT, as_batch, ragged_groups, tiny_base
 
 from lowmem_rlhf.engine.packing import pack, split_groups
 from lowmem_rlhf.engine.passes import BatchLimits, completion_logprobs, packed_logprobs
@@ -81,7 +81,7 @@ def packed_pass(base, groups, max_tokens, weights=None):
     return logps
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", [*FAMILIES, *RECURRENT])
 def test_packed_equals_stock_transformers_with_stock_peft(family, tmp_path):
     base, stock = tiny_base(family)
     assert base.packable and not base.note

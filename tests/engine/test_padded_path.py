@@ -16,6 +16,7 @@ from tiny_models import (
     COMMON,
     CPU,
     EOS,
+    RECURRENT,
     UNPACKABLE,
     VOCAB,
     as_batch,
@@ -68,7 +69,7 @@ def check(base, groups, weights, want, want_gradients):
             assert distance(gradients(base.peft), want_gradients) < CLOSE
 
 
-@pytest.mark.parametrize("family", ["llama", "gemma2", "gpt2"])
+@pytest.mark.parametrize("family", ["llama", "gemma2", "gpt2", *RECURRENT])
 def test_padded_equals_packed(family, monkeypatch):
     packed, _ = tiny_base(family)
     assert packed.packable
@@ -109,7 +110,7 @@ def _pairs(got, stock, groups):
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
-@pytest.mark.parametrize("family", UNPACKABLE)
+@pytest.mark.parametrize("family", [*UNPACKABLE, *RECURRENT])
 def test_sampling_log_probs_are_those_of_the_training_pass(family, checkpointing):
     base, _ = tiny_base(family)
     base.model.generation_config.eos_token_id = [EOS, 20, 21, 22]
@@ -134,7 +135,7 @@ def ragged_prompts(lengths=(7, 3, 1, 12, 7)):
     return [torch.randint(4, VOCAB, (n,), generator=generator).tolist() for n in lengths]
 
 
-@pytest.mark.parametrize("family", ["gpt_oss", "mamba", "lfm2", "falcon_h1"])
+@pytest.mark.parametrize("family", ["gpt_oss", "mamba", *RECURRENT])
 def test_the_same_seed_gives_the_same_completions_however_they_are_batched(family):
     base, _ = tiny_base(family)
     base.model.generation_config.eos_token_id = [EOS, *range(20, 29)]
@@ -149,7 +150,7 @@ def test_the_same_seed_gives_the_same_completions_however_they_are_batched(famil
     assert len({tuple(c.ids) for c in want[0]}) > 1
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2"])
+@pytest.mark.parametrize("family", ["llama", "gpt2", *RECURRENT])
 def test_a_rollout_is_the_same_on_both_paths(family, monkeypatch):
     results = []
     for reason in ("", "the test says so"):
@@ -183,7 +184,8 @@ def test_predicting_positions_and_targets_of_padded_rows():
     assert batch.row_index.tolist() == [0, 0, 0, 1, 2, 2]
 
 
-def test_a_wave_holds_no_more_keys_than_were_planned():
+def test_a_wave_holds_no_more_keys_than_were_planned(monkeypatch):
+    monkeypatch.setattr(base_module, "why_not_packed", lambda model: "the test says so")
     jobs = [(b, 4 * b + g) for b in range(5) for g in range(4)]
     prompts = ragged_prompts()
     sizes = {}
@@ -214,7 +216,7 @@ def test_a_model_that_keeps_state_in_its_modules_runs_whole_texts():
     assert all(tiny_base(family)[0].keeps_cache for family in UNPACKABLE if family != "recurrent_gemma")
 
 
-@pytest.mark.parametrize(("family", "reason"), [("gpt_oss", "sinks"), ("lfm2", "pass state"), ("bloom", "replaced")])
+@pytest.mark.parametrize(("family", "reason"), [("gpt_oss", "sinks"), ("mamba", "pass state"), ("bloom", "replaced")])
 def test_the_reason_is_said(family, reason):
     assert reason in tiny_base(family)[0].why_padded
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 from planning_cases import card, cpu
-from tiny_models import UNPACKABLE, tiny_config
+from tiny_models import RECURRENT, UNPACKABLE, tiny_config
 
 from lowmem_rlhf.architecture import counting
 from lowmem_rlhf.architecture.count_class import count_class
@@ -163,7 +163,7 @@ def test_layers_that_bitsandbytes_leaves_alone_stay_16_bit(in_process):
     assert block_weight_bytes(dims, "nf4", 2) + embedding_bytes(dims, 2) == 2 * dims.num_parameters
 
 
-@pytest.mark.parametrize("family", [name for name in UNPACKABLE if name not in ("gpt_oss", "mamba")])
+@pytest.mark.parametrize("family", [name for name in (*RECURRENT, *UNPACKABLE) if name not in ("gpt_oss", "mamba")])
 def test_tiny_models_of_other_kinds_are_counted(family, in_process):
     import torch
     from transformers import AutoModelForCausalLM
@@ -276,7 +276,7 @@ def test_a_class_that_cannot_be_built_is_told(monkeypatch):
         ),
         ({"model_type": "dbrx", "d_model": 64, "ffn_config": {"moe_num_experts": 4}}, "moe_num_experts 4.*pass by"),
         ({**TINY, "model_type": "camembert"}, r"encoder \(camembert\): its attention sees"),
-        ({"model_type": "gemma4", "text_config": GEMMA_4_E2B}, "gemma4.*inside a larger one"),
+        ({"model_type": "pixtral2", "text_config": GEMMA_4_E2B}, "pixtral2.*inside a larger one"),
         ({**TINY, "model_type": "moshi", "audio_encoder_config": {}}, "takes sound as well"),
         ({"model_type": "blt", "vocab_size": 260}, "neither its config.json nor its class tells num_hidden_layers"),
     ],

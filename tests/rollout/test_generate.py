@@ -339,7 +339,7 @@ def test_logits_that_are_not_finite_end_the_rollout_with_a_sentence():
 def test_large_queries_and_keys_do_not_overflow_float16_while_decoding():
     heads, d = 4, 64
     prompt = (torch.full((2, 3, d), 40.0, dtype=torch.float16), torch.ones(2, 3, d, dtype=torch.float16))
-    cache = SharedPromptCache({0: [prompt]}, [0, 0], torch.device("cpu"), 4)
+    cache = SharedPromptCache({0: [prompt]}, {}, [prompt[0].shape[-2]], [0, 0], torch.device("cpu"), 4)
     cache.advance()
     q = torch.full((heads, 2, d), 40.0, dtype=torch.float16)  # q k = 102,400, more than float16 holds; scaled: 12,800
     k = torch.full((2, 2, d), 40.0, dtype=torch.float16)

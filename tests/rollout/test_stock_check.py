@@ -9,6 +9,7 @@ import transformers
 from tiny_models import (
     CPU,
     FAMILIES,
+    RECURRENT,
     UNPACKABLE,
     fill_adapter,
     ragged_groups,
@@ -41,12 +42,12 @@ ROOT = Path(__file__).parents[2]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("family", [*FAMILIES, *UNPACKABLE])
+@pytest.mark.parametrize("family", [*FAMILIES, *RECURRENT, *UNPACKABLE])
 def test_exact_families_pass_and_are_not_stopped(family, dtype):
     base, _ = tiny_base(family, dtype=dtype, adapter=0)
     found = check(base)
     assert found.exact
-    assert found.way == ("packed" if family in FAMILIES else "padded")
+    assert found.way == ("padded" if family in UNPACKABLE else "packed")
     if dtype == torch.float32:
         assert max(found.trained.largest, found.decoded.largest) < 5e-5
     fill_adapter(base, size=0.05)

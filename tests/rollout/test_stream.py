@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from tiny_models import EOS, UNPACKABLE, tiny_base
+from tiny_models import EOS, RECURRENT, UNPACKABLE, tiny_base
 
 from lowmem_rlhf.engine.ladder import RolloutLimits
 from lowmem_rlhf.engine.roles import POLICY
@@ -14,7 +14,7 @@ from lowmem_rlhf.rollout.stream import stream
 PROMPT = [5, 17, 33, 8, 60, 41, 9]
 LENGTH = 40  # more than one block of the cache
 SAMPLINGS = [Sampling(0.0), Sampling(1.3), Sampling(0.9, top_p=0.9, top_k=20)]
-FAMILIES = ["llama", "mistral", "gemma2", "gpt2", *UNPACKABLE]  # packable ones and padded ones
+FAMILIES = ["llama", "mistral", "gemma2", "gpt2", *RECURRENT, *UNPACKABLE]  # packable ones and padded ones
 
 
 def rollout_of(base, sampling, seed, length=LENGTH):

@@ -81,7 +81,7 @@ def test_recomputed_layers_have_the_same_gradients(kind):
     assert part.tokens > 0
 
 
-@pytest.mark.parametrize(("family", "kind"), [("bloom", "own critic, one more"), ("lfm2", "critic on the policy")])
+@pytest.mark.parametrize(("family", "kind"), [("bloom", "own critic, one more"), ("mamba", "critic on the policy")])
 def test_splits_of_padded_rows_agree_too(family, kind):
     critic, how = KINDS[kind]
     base, batch = base_with(critic, family), ppo_batch((5, 2, 9))

@@ -46,18 +46,18 @@ def padded(side="right"):
     return tuple(torch.tensor([fill(row[i], filler) for row in rows]) for i, filler in enumerate((0, 0, IGNORED)))
 
 
-# the last two are not packed; what they compute themselves depends on padding before a row
+# the last three are not packed, or pass a state on; what they compute themselves depends on padding before a row
 @pytest.mark.parametrize(
     ("family", "side"),
     [
         *((name, side) for name in ("llama", "gemma2", "gpt2") for side in ("right", "left")),
-        *(("bloom", "right"), ("lfm2", "right")),
+        *(("bloom", "right"), ("mamba", "right"), ("lfm2", "right")),
     ],
 )
 def test_log_probs_and_logits_are_the_stock_models(family, side):
     base, stock = tiny_base(family)
     ids, mask, labels = padded(side)
-    positions = {} if family in ("bloom", "lfm2") else {"position_ids": (mask.cumsum(-1) - 1).clamp(min=0)}
+    positions = {} if family in ("bloom", "mamba", "lfm2") else {"position_ids": (mask.cumsum(-1) - 1).clamp(min=0)}
     reference = RoleModel(base, REFERENCE, 16)
     with torch.no_grad():
         want = stock(input_ids=ids, attention_mask=mask, use_cache=False, **positions).logits.log_softmax(-1)
