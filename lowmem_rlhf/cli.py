@@ -400,6 +400,10 @@ def export(
     output: Annotated[Path | None, typer.Option(help="The folder; default RUN/export/FORMAT.")] = None,
     step: Annotated[int | None, typer.Option(help="Take this checkpoint and not the finished adapter.")] = None,
     heads: Annotated[bool, typer.Option("--heads", help="Take a value or score head along.")] = False,
+    as_class: Annotated[
+        str | None,
+        typer.Option("--for", help="Of a base for images or sound: the names of its wrapper class, or text's alone."),
+    ] = None,
     device: Annotated[str | None, typer.Option(help="auto, cpu, cuda, ...; default: the recipe's.")] = None,
     push: Annotated[str | None, typer.Option(metavar="REPO", help="Upload it to this repository of the Hub.")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the memory and disk it takes, and stop.")] = False,
@@ -417,7 +421,7 @@ def export(
 
     if push is not None and not push.strip():
         raise UserError(f"--push: got {push!r}; give OWNER/NAME, or NAME for your own account")
-    options = ExportOptions(format, onto, dtype, quantize, output, step, heads, device, push)
+    options = ExportOptions(format, onto, dtype, quantize, output, step, heads, as_class, device, push)
     job = Export(open_run(run, trust_run), options)
     with ByteBars() as display, shown_by(display):
         hush()

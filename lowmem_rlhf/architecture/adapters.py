@@ -21,6 +21,7 @@ from lowmem_rlhf.architecture.adapter_files import (
     tensors_of,
 )
 from lowmem_rlhf.architecture.lookup import model_dimensions
+from lowmem_rlhf.architecture.wrappers import text_key
 from lowmem_rlhf.errors import UserError
 from lowmem_rlhf.paths import local_path, obstacle
 from lowmem_rlhf.run.checkpoints import STATE, check_adapter
@@ -149,6 +150,9 @@ def saved_adapter(reference: str, model: str, revision: str | None = None) -> Sa
     target = config.get("target_modules") or "all-linear"
     if not isinstance(target, str):  # peft lists what it would have taken, also what was excluded
         target = sorted(name for name in target if name.rsplit(".", 1)[-1] not in (config.get("exclude_modules") or ()))
+    layers = _layer_names(folder)
+    if {text_key(name) for name in layers} != layers:  # the whole model's names, of a base for images or sound
+        target = sorted({text_key(name).removeprefix("base_model.model.") for name in layers})
     r, alpha = config.get("r"), config.get("lora_alpha")
     if isinstance(r, bool) or not isinstance(r, int) or r < 1 or not is_scale(alpha):
         raise UserError(

@@ -15,6 +15,7 @@ from lowmem_rlhf.architecture.counting import CannotCount, Counted, Linears, cou
 from lowmem_rlhf.architecture.families import block_of, family_of
 from lowmem_rlhf.architecture.families.block import Linear, block_linears, other_parameters
 from lowmem_rlhf.architecture.kinds import check_dense, check_kind
+from lowmem_rlhf.architecture.wrappers import text_config
 from lowmem_rlhf.errors import UserError
 from lowmem_rlhf.suggest import did_you_mean
 
@@ -161,9 +162,12 @@ def from_config_file(path: Path, model: str, trust_remote_code: bool = True) -> 
 def dimensions_from_config(config: Mapping[str, Any], model: str, trust_remote_code: bool = True) -> ModelDimensions:
     """Return the sizes that the fields of a config.json tell; ``model`` is only named in errors.
 
+    Of a wrapper for images or sound they are those of its text tower.
+
     Raises:
         UserError: a field is missing, is no plausible number, or the model is of an unsupported kind.
     """
+    config = text_config(config)
     model_type = check_kind(model, config, trust_remote_code)
     counted, counted_sizes, why_not = (None, {}, "") if family_of(model_type).block else _count(config)
     check_dense(model, config, counted)

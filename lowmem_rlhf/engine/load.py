@@ -15,8 +15,9 @@ from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedModel
 
 from lowmem_rlhf.architecture.source import cache_folder, resolve_model
+from lowmem_rlhf.architecture.wrappers import KEY_MAPPING, is_wrapper, text_name
 from lowmem_rlhf.engine.gguf_source import check_gguf, complete_config
-from lowmem_rlhf.engine.whole import load_whole
+from lowmem_rlhf.engine.whole import in_body, load_whole
 from lowmem_rlhf.errors import UserError, one_line
 from lowmem_rlhf.files import check_room, writing
 from lowmem_rlhf.hardware.memory import is_out_of_memory
@@ -50,7 +51,7 @@ def load_base(
     common: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
     with quiet(), torch.device("cpu"):  # what the loader makes for itself
         try:
-            config = AutoConfig.from_pretrained(path, **common)
+            config, tower = text_only(AutoConfig.from_pretrained(path, **common))
             if getattr(config, "quantization_config", None) is not None:
                 raise UserError(
                     f"model {model!r} is a checkpoint that is already quantized; take the original 16-bit weights, "
@@ -67,6 +68,7 @@ def load_base(
                 quantization_config=quantization_settings(quantization, dtype),
                 device_map={"": str(device)},
                 use_safetensors=True,
+                **tower,
                 **common,
             )
         except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
@@ -77,6 +79,25 @@ def load_base(
                 "local folder in the transformers format with safetensors weights, or a .gguf file"
             ) from error
     return as_base(loaded), tokenizer
+
+
+def text_only(config: Any) -> tuple[Any, dict[str, Any]]:
+    """Return the configuration of a wrapper's text tower, and the keywords with which `load_whole` loads it alone.
+
+    The tensors of other towers are not read from disk. A model that is no wrapper keeps its configuration.
+    """
+    if not is_wrapper(config.to_dict()):
+        return config, {}
+    text, whole = config.get_text_config(), config
+    text.tie_word_embeddings = whole.tie_word_embeddings
+    for key in ("bos_token_id", "eos_token_id", "pad_token_id", "quantization_config"):
+        if getattr(text, key, None) is None and getattr(whole, key, None) is not None:
+            setattr(text, key, getattr(whole, key))
+    return text, {"key_mapping": KEY_MAPPING, "may_hold": _beside_the_text}
+
+
+def _beside_the_text(key: str, model: Any) -> bool:
+    return text_name(key) is None and key.split(".")[0] != "lm_head" and not in_body(key, model)
 
 
 def as_base(model: PreTrainedModel) -> PreTrainedModel:

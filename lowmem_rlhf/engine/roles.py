@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from lowmem_rlhf.architecture.adapters import HEAD, WEIGHTS, SavedAdapter
+from lowmem_rlhf.architecture.wrappers import text_key
 from lowmem_rlhf.engine.logprobs import Head
 from lowmem_rlhf.engine.lora import ActiveAdapters, SharedLoraLinear, lora_config
 from lowmem_rlhf.engine.whole import differing_tensors, few
@@ -243,7 +244,7 @@ class Roles(nn.Module):
         Raises:
             UserError: the file is not of this base and adapter shape.
         """
-        state = load_file(folder / WEIGHTS, device="cpu")
+        state = {text_key(name): tensor for name, tensor in load_file(folder / WEIGHTS, device="cpu").items()}
         have = self.adapter_state(role)
         if misfit := differing_tensors(state, have):
             raise UserError(f"the adapter in {folder} does not fit this base: its files {misfit}")

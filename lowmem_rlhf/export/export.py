@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from lowmem_rlhf.architecture.lookup import model_dimensions
+from lowmem_rlhf.architecture.wrappers import WRAPPERS
 from lowmem_rlhf.errors import LowmemError, RunError, UserError
 from lowmem_rlhf.export.formats.table import FORMATS, check_options
 from lowmem_rlhf.export.job import ExportJob
@@ -38,6 +39,11 @@ class Export:
         target = options.output or run.path / "export" / self.format.name
         self.job = ExportJob(opened, options, target)
         _ = self.job.adapter, self.job.settings  # refused before anything costly where they are not there
+        if options.as_class and self.job.base_type not in WRAPPERS:
+            raise UserError(
+                f"--for: the base {self.job.recipe.model!r} ({self.job.base_type}) is no model for images or sound, so "
+                "its files have one class's names only; leave it out"
+            )
         check_target(target)
 
     def plan(self) -> dict[str, Any]:

@@ -50,6 +50,13 @@ class ExportJob:
         """The folder of the trained adapter."""
         return self.opened.adapter_folder
 
+    @cached_property
+    def base_type(self) -> str:
+        """The model type in the base's config.json, which may be that of a model for images or sound."""
+        from lowmem_rlhf.export.source import base_folder, read_config
+
+        return str(read_config(base_folder(self.recipe.model, self.recipe.revision)).get("model_type"))
+
     @property
     def onto_quantized(self) -> bool:
         """Whether the change is added to dequantized weights, which only a quantized base has."""

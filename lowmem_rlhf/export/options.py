@@ -6,7 +6,14 @@ from pathlib import Path
 from lowmem_rlhf.planning.memory.export import GGUF_BYTES, WIDTHS
 
 QUANTIZED, ORIGINAL = ONTO = ("quantized", "original")
-CHOICES = {"onto": ONTO, "dtype": tuple(WIDTHS), "quantize": tuple(GGUF_BYTES)}  # the values that options may have
+WRAPPER, TEXT = CLASSES = ("wrapper", "text")
+FLAGS = {"as_class": "for"}  # options that the command line calls otherwise
+CHOICES = {  # the values that options may have
+    "onto": ONTO,
+    "dtype": tuple(WIDTHS),
+    "quantize": tuple(GGUF_BYTES),
+    "as_class": CLASSES,
+}
 
 
 @dataclass(frozen=True)
@@ -22,6 +29,8 @@ class ExportOptions:
         output: the folder.
         step: of a checkpoint.
         heads: whether a critic or a score head goes along.
+        as_class: of a base inside a model for images or sound, the class whose names the files carry: ``wrapper`` (the
+            whole model's) or ``text`` (the text-only one's).
         device: as in a recipe.
         push: a repository on the Hub.
     """
@@ -33,5 +42,6 @@ class ExportOptions:
     output: Path | None = None
     step: int | None = None
     heads: bool = False
+    as_class: str | None = None
     device: str | None = None
     push: str | None = None

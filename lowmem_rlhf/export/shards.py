@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from lowmem_rlhf.architecture.wrappers import text_name
 from lowmem_rlhf.errors import UserError
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -149,6 +150,15 @@ def read_shards(folder: Path) -> dict[str, dict[str, Stored]]:
                 "different revisions: fetch the model again"
             )
     return shards
+
+
+def text_shards(shards: Mapping[str, Mapping[str, Stored]]) -> dict[str, dict[str, Stored]]:
+    """Return the text tower of a model for images or sound, by file and by the text-only class's names."""
+    named = {
+        file: {name: stored for key, stored in tensors.items() if (name := text_name(key)) is not None}
+        for file, tensors in shards.items()
+    }
+    return {file: tensors for file, tensors in named.items() if tensors}
 
 
 def read_tensors(folder: Path) -> dict[str, Stored]:

@@ -6,11 +6,13 @@ from pathlib import Path
 from typing import Any
 
 from lowmem_rlhf.architecture.source import is_local, resolve_model
+from lowmem_rlhf.architecture.wrappers import text_config
 from lowmem_rlhf.errors import UserError
 
 # files of a model folder other than weights: configuration, tokenizer, chat template, the model's own code
 SIDE_FILES = ("*.json", "*.txt", "*.model", "*.tiktoken", "*.jinja", "*.py", "LICENSE*", "NOTICE*")
 LEFT_OUT = ("config.json", "*.index.json", "training_args*", "adapter_config.json", "requirements*.txt")
+FOR_OTHER_SENSES = ("*processor*.json",)  # how images and sound are read
 
 
 def base_folder(model: str, revision: str | None) -> Path:
@@ -67,9 +69,15 @@ def read_config(folder: Path) -> dict[str, Any]:
     return config
 
 
-def write_config(folder: Path, target: Path, dtype: str) -> None:
-    """Write a model's config.json for weights that are stored in ``dtype`` and not quantized."""
+def write_config(folder: Path, target: Path, dtype: str, text_alone: bool = False) -> None:
+    """Write a model's config.json for weights that are stored in ``dtype`` and not quantized.
+
+    Args:
+        text_alone: see `copy_side_files`.
+    """
     config = read_config(folder)
+    if text_alone:
+        config = dict(text_config(config))
     config.pop("quantization_config", None)
     config["dtype"] = dtype
     for part in (config, *(value for value in config.values() if isinstance(value, dict))):
@@ -79,16 +87,25 @@ def write_config(folder: Path, target: Path, dtype: str) -> None:
     (target / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
-def side_files(folder: Path) -> list[Path]:
-    """Return the files beside the weights that belong to the model: tokenizer, chat template, generation config, ..."""
+def side_files(folder: Path, text_alone: bool = False) -> list[Path]:
+    """Return the files beside the weights that belong to the model: tokenizer, chat template, generation config, ...
+
+    Args:
+        text_alone: see `copy_side_files`.
+    """
+    left_out = (*LEFT_OUT, *(FOR_OTHER_SENSES if text_alone else ()))
     files = {path for pattern in SIDE_FILES for path in folder.glob(pattern) if path.is_file()}
     files |= {path for path in folder.glob("additional_chat_templates/*") if path.is_file()}
-    return sorted(path for path in files if not any(path.match(pattern) for pattern in LEFT_OUT))
+    return sorted(path for path in files if not any(path.match(pattern) for pattern in left_out))
 
 
-def copy_side_files(folder: Path, target: Path) -> None:
-    """Copy `side_files` (following the Hub cache's links)."""
-    for path in side_files(folder):
+def copy_side_files(folder: Path, target: Path, text_alone: bool = False) -> None:
+    """Copy `side_files` (following the Hub cache's links).
+
+    Args:
+        text_alone: of a model for images or sound its text tower alone.
+    """
+    for path in side_files(folder, text_alone):
         place = target / path.relative_to(folder)
         place.parent.mkdir(exist_ok=True)
         shutil.copyfile(path, place)

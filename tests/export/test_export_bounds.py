@@ -167,8 +167,8 @@ def break_merged(monkeypatch, change):
     """Break the merged folder once it is written."""
     written = merging.copy_side_files
 
-    def broken(source, folder):
-        written(source, folder)
+    def broken(source, folder, *rest):
+        written(source, folder, *rest)
         change(folder)
 
     monkeypatch.setattr(merging, "copy_side_files", broken)

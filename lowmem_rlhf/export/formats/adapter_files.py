@@ -5,9 +5,11 @@ import shutil
 from pathlib import Path
 
 from lowmem_rlhf.architecture.adapters import CONFIG, HEAD, WEIGHTS, adapter_folder
+from lowmem_rlhf.architecture.wrappers import text_key, wrapper_name
 from lowmem_rlhf.errors import UserError
 from lowmem_rlhf.export.job import ExportJob
 from lowmem_rlhf.export.local_paths import without_folders
+from lowmem_rlhf.export.options import WRAPPER
 from lowmem_rlhf.run.base_file import BASE
 
 CRITIC, INITIAL = "critic", "start"  # folders of an exported adapter
@@ -38,6 +40,27 @@ def copy_heads(job: ExportJob, folder: Path) -> dict[str, list[str]]:
     for part, source in parts.items():
         copied += [f"{part}/{name}" for name in copy_adapter(source, folder / part, (WEIGHTS, CONFIG, HEAD))]
     return {"heads": copied}
+
+
+def name_for(folder: Path, names: str, base_type: str) -> None:
+    """Let an adapter's files carry the names of a class of its base, which is a model for images or sound.
+
+    ``target_modules`` lists the adapted layers one by one: the towers for images have layers of the same last names.
+
+    Args:
+        names: ``wrapper`` or ``text``.
+        base_type: the base's model type.
+    """
+    from safetensors.torch import load_file, save_file
+
+    start = "base_model.model."
+    named = {text_key(name).removeprefix(start): x for name, x in load_file(folder / WEIGHTS, device="cpu").items()}
+    if names == WRAPPER:
+        named = {wrapper_name(name, base_type): tensor for name, tensor in named.items()}
+    save_file({start + name: x.contiguous() for name, x in named.items()}, folder / WEIGHTS, metadata={"format": "pt"})
+    config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+    config["target_modules"] = sorted({name.rsplit(".lora_", 1)[0] for name in named})
+    (folder / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True), encoding="utf-8")
 
 
 def copy_adapter(source: Path, target: Path, names: tuple[str, ...]) -> list[str]:

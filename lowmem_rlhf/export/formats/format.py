@@ -50,8 +50,8 @@ class ExportFormat(ABC):
 
     Attributes:
         name: as ``--format`` takes it; also the folder's name.
-        takes: which of the options ``onto``, ``dtype``, ``quantize`` and ``heads`` it has a use for.
-        choices: the values that the first three may have.
+        takes: which of the options ``onto``, ``dtype``, ``quantize``, ``heads`` and ``as_class`` it has a use for.
+        choices: the values that options may have.
         refusals: sentences for options that it does not take, where the usual one does not say enough.
         holds_scores: whether it can hold a reward model, an adapter with a score head.
         library: that loads it, as the Hub names it.

@@ -71,7 +71,7 @@ class GGUFFormat(ExportFormat):
 
         kind, work = job.options.quantize or DEFAULT, folder / WORK
         work.mkdir()
-        merged = merge_run(job, work, DTYPES.get(kind))
+        merged = merge_run(job, work, DTYPES.get(kind), text_alone=True)
         proof = merged.proof(job.device)
         name = re.sub(r"[^\w.-]+", "-", job.recipe.name).strip(".-") or "model"
         file = folder / f"{name}-{kind.upper()}.gguf"

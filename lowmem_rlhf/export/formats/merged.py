@@ -6,10 +6,12 @@ from typing import Any
 
 from lowmem_rlhf.algorithms.spec import AlgorithmSpec
 from lowmem_rlhf.architecture.dimensions import ModelDimensions
+from lowmem_rlhf.architecture.wrappers import auto_class
 from lowmem_rlhf.export.formats.adapter_files import copy_heads
 from lowmem_rlhf.export.formats.format import ExportBytes, ExportFormat, Written
 from lowmem_rlhf.export.job import ExportJob
-from lowmem_rlhf.export.options import ORIGINAL, QUANTIZED, ExportOptions
+from lowmem_rlhf.export.options import ORIGINAL, QUANTIZED, TEXT, ExportOptions
+from lowmem_rlhf.export.source import read_config
 from lowmem_rlhf.planning.memory.export import export_disk_bytes, export_memory_bytes
 from lowmem_rlhf.run.directory import RunDirectory
 
@@ -18,7 +20,7 @@ class MergedFormat(ExportFormat):
     """Merged weights in the dtype that keeps the change, loaded again with stock transformers as their proof."""
 
     name = "merged"
-    takes = frozenset({"onto", "dtype", "heads"})
+    takes = frozenset({"onto", "dtype", "heads", "as_class"})
     library = "transformers"
 
     def check(self, options: ExportOptions, run: RunDirectory) -> ExportOptions:
@@ -33,7 +35,7 @@ class MergedFormat(ExportFormat):
         """Merge, and copy the heads that were asked for."""
         from lowmem_rlhf.export.merging.run import merge_run
 
-        merged = merge_run(job, folder, job.options.dtype)
+        merged = merge_run(job, folder, job.options.dtype, text_alone=job.options.as_class == TEXT)
         return Written({**merged.facts(), **copy_heads(job, folder)}, merged)
 
     def prove(self, job: ExportJob, folder: Path, written: Written) -> dict[str, Any]:
@@ -43,10 +45,11 @@ class MergedFormat(ExportFormat):
 
     def usage(self, folder: Path, name: str, base: str, spec: AlgorithmSpec | None) -> str:
         """Loading it with transformers."""
+        auto = auto_class(read_config(folder))
         return (
-            "```python\nfrom transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
+            f"```python\nfrom transformers import {auto}, AutoTokenizer\n\n"
             'folder = "."  # this folder, or its Hub id\n'
-            'model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto")\n'
+            f'model = {auto}.from_pretrained(folder, dtype="auto")\n'
             "tokenizer = AutoTokenizer.from_pretrained(folder)\n```"
         )
 

@@ -13,7 +13,7 @@ from lowmem_rlhf.export.formats.format import ExportFormat
 from lowmem_rlhf.export.formats.gguf import GGUFFormat
 from lowmem_rlhf.export.formats.merged import MergedFormat
 from lowmem_rlhf.export.formats.ollama import OllamaFormat
-from lowmem_rlhf.export.options import ExportOptions
+from lowmem_rlhf.export.options import FLAGS, ExportOptions
 from lowmem_rlhf.recipe.schema import Recipe
 from lowmem_rlhf.run.directory import MODEL, RunDirectory
 from lowmem_rlhf.suggest import did_you_mean, spelled
@@ -57,10 +57,10 @@ def check_options(options: ExportOptions, recipe: Recipe, run: RunDirectory) -> 
             f"--format {name}: the run in {run.path} trained a reward model, whose scores come from an adapter "
             f"and a head; take --format {DEFAULT_WITH_SCORES}"
         )
-    for option in ("onto", "dtype", "quantize", "heads"):
+    for option in ("onto", "dtype", "quantize", "heads", "as_class"):
         if getattr(options, option) not in (None, False) and option not in format.takes:
             usual = "--{option} has no meaning with --format {format}; leave it out"
-            raise UserError(format.refusals.get(option, usual).format(option=option, format=name))
+            raise UserError(format.refusals.get(option, usual).format(option=FLAGS.get(option, option), format=name))
     if options.push:
         from lowmem_rlhf.export.push import check_push
 
@@ -79,5 +79,6 @@ def _known(option: str, value: str | None, known: tuple[str, ...]) -> str | None
         return None
     value = spelled(value, known)
     if value not in known:
-        raise UserError(f"--{option}: got {value!r}; give {', '.join(known)}{did_you_mean(value, known)}")
+        flag = FLAGS.get(option, option)
+        raise UserError(f"--{flag}: got {value!r}; give {', '.join(known)}{did_you_mean(value, known)}")
     return value

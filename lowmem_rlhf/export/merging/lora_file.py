@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 
 from lowmem_rlhf.architecture.adapters import WEIGHTS, SavedAdapter
+from lowmem_rlhf.architecture.wrappers import text_key
 from lowmem_rlhf.errors import UserError
 from lowmem_rlhf.export.shards import Stored, read_header
 
@@ -28,7 +29,7 @@ class LoraFile:
         self.scaling = saved.lora_alpha / (saved.r**0.5 if saved.use_rslora else saved.r)
         self._factors: dict[tuple[str, str], Stored] = {}
         for name, stored in self._tensors(saved.folder / WEIGHTS).items():
-            match = _NAME.fullmatch(name)
+            match = _NAME.fullmatch(text_key(name))
             if not match or len(stored.shape) != 2 or not stored.is_number:
                 raise UserError(
                     f"adapter {saved.folder} holds {name} of shape {stored.shape}, which is no factor of a linear "

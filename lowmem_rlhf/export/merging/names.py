@@ -16,7 +16,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 from transformers.quantizers import AutoHfQuantizer
 
-from lowmem_rlhf.engine.load import DTYPES, first_sentence, quantization_settings, quiet
+from lowmem_rlhf.architecture.wrappers import text_name
+from lowmem_rlhf.engine.load import DTYPES, first_sentence, quantization_settings, quiet, text_only
 from lowmem_rlhf.errors import UserError
 
 
@@ -49,11 +50,12 @@ def skeleton(folder: Path, quantization: str, compute_dtype: str, trust_remote_c
     """
     try:
         with quiet(), torch.device("meta"):
-            config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+            config, tower = text_only(AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code))
             model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
             shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
             transposed = {f"{name}.weight" for name, module in model.named_modules() if isinstance(module, Conv1D)}
-            renamed, wide = _renamings(model), _kept_wide(model, DTYPES[compute_dtype])
+            renamed = (lambda name: text_name(name) or name) if tower else _renamings(model)
+            wide = _kept_wide(model, DTYPES[compute_dtype])
             settings = quantization_settings(quantization, DTYPES[compute_dtype])
             if settings is not None:
                 quantizer = AutoHfQuantizer.from_config(settings)

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from lowmem_rlhf.architecture.adapters import saved_adapter
 from lowmem_rlhf.architecture.families import family_of
+from lowmem_rlhf.architecture.wrappers import is_wrapper
 from lowmem_rlhf.errors import RunError
 from lowmem_rlhf.export.framing import end_turns, keep_template_options
 from lowmem_rlhf.export.job import ExportJob
@@ -24,8 +25,8 @@ from lowmem_rlhf.export.proof.stock import (
     original_reference,
 )
 from lowmem_rlhf.export.rounding import LOST, DoesNotFit, RoundingStats
-from lowmem_rlhf.export.shards import read_shards
-from lowmem_rlhf.export.source import base_folder, copy_side_files, write_config
+from lowmem_rlhf.export.shards import read_shards, text_shards
+from lowmem_rlhf.export.source import base_folder, copy_side_files, read_config, write_config
 from lowmem_rlhf.export.target import check_disk
 from lowmem_rlhf.export.timed import timed
 from lowmem_rlhf.progress import message
@@ -83,11 +84,13 @@ class Merged:
         return proof | {"kept_share": self.rounding.share}
 
 
-def merge_run(job: ExportJob, folder: Path, wanted: str | None) -> Merged:
+def merge_run(job: ExportJob, folder: Path, wanted: str | None, text_alone: bool = False) -> Merged:
     """Merge a run's adapter into its base, into a folder that others load.
 
     Args:
         wanted: the dtype that was asked for; None: choose.
+        text_alone: of a base inside a model for images or sound, write the text-only class alone; otherwise the whole
+            model, whose other towers are copied as they are.
 
     Raises:
         UserError: the base or the adapter cannot be read, or the dtype that was asked for would lose the change.
@@ -98,7 +101,10 @@ def merge_run(job: ExportJob, folder: Path, wanted: str | None) -> Merged:
     quantization = settings["quantization"] if job.onto_quantized else "none"
     model = skeleton(source, quantization, settings["compute_dtype"], recipe.trust_remote_code)
     adapter = LoraFile(saved_adapter(str(job.adapter), recipe.model, recipe.revision))
-    merge = Merge(read_shards(source), model, adapter, settings["compute_dtype"], job.device)
+    shards = read_shards(source)
+    wrapped = is_wrapper(read_config(source))
+    text_alone = text_alone and wrapped
+    merge = Merge(text_shards(shards) if text_alone else shards, model, adapter, settings["compute_dtype"], job.device)
     dtype, reason = choose_dtype(merge, wanted, family_of(model.model_type).overflows_float16)
     live = policy_outputs(job.opened, job.options.device)
     verdicts, reference = _reference(live, job, dtype)
@@ -111,12 +117,21 @@ def merge_run(job: ExportJob, folder: Path, wanted: str | None) -> Merged:
         message(f"{reason}; merging again as {dtype}")
         rounding = _write(merge, folder, dtype, job.target)
     _check_change(rounding, dtype, wanted)
-    write_config(source, folder, dtype)
-    copy_side_files(source, folder)
-    notes = keep_template_options(folder, recipe.data.chat_template_kwargs)
+    write_config(source, folder, dtype, text_alone)
+    copy_side_files(source, folder, text_alone)
+    notes = _about_towers(merge, text_alone) if wrapped else ()
+    notes += keep_template_options(folder, recipe.data.chat_template_kwargs)
     notes += end_turns(folder)  # with these options as the template's defaults
     onto = QUANTIZED if job.onto_quantized else ORIGINAL
     return Merged(folder, onto, settings["quantization"], dtype, reason, rounding, live, verdicts, reference, notes)
+
+
+def _about_towers(merge: Merge, text_alone: bool) -> tuple[str, ...]:
+    """Return a sentence on what the base's files hold beside its text tower."""
+    if text_alone:
+        return ("the text tower alone, as the text-only class: towers for images or sound are left out",)
+    others = len(merge.tensors) - len(merge.parameters)
+    return (f"{others} tensors beside the text tower (for images, sound, or predicting several tokens) are the base's",)
 
 
 def _reference(live: PolicyOutputs, job: ExportJob, dtype: str) -> tuple[list[dict[str, Any]], Reference | None]:

@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM
+import transformers
 
+from lowmem_rlhf.architecture.wrappers import auto_class
 from lowmem_rlhf.engine.load import first_sentence, quiet
 from lowmem_rlhf.engine.whole import load_whole
 from lowmem_rlhf.errors import RunError, UserError
@@ -20,6 +21,7 @@ from lowmem_rlhf.export.proof.compare import compare
 from lowmem_rlhf.export.proof.outputs import ROOM, PolicyOutputs, SequenceLogits, in_float32
 from lowmem_rlhf.export.proof.stock import LIVE, Reference, compare_with_stock, stock_logits
 from lowmem_rlhf.export.shards import read_tensors
+from lowmem_rlhf.export.source import read_config
 from lowmem_rlhf.hardware.capabilities import capabilities
 from lowmem_rlhf.hardware.memory import free_bytes, is_out_of_memory, release
 
@@ -108,12 +110,13 @@ def proof_of_merged(
 
 @contextmanager
 def stock_model(folder: Path, device: torch.device, trust_remote_code: bool) -> Iterator[Any]:
-    """Load a folder with `AutoModelForCausalLM`: on the device, else in host memory, else partly on the disk."""
+    """Load a folder with its auto class: on the device, else in host memory, else partly on the disk."""
+    auto = getattr(transformers, auto_class(read_config(folder)))
     with tempfile.TemporaryDirectory() as offloaded:
         try:
             with quiet():
                 model = load_whole(
-                    AutoModelForCausalLM,
+                    auto,
                     folder,
                     str(folder),
                     use_safetensors=True,
