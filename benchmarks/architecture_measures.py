@@ -145,14 +145,18 @@ def fill_adapter(base: SharedBase, seed: int = 1) -> None:
 
 
 def load_stock(folder: Path, quantization: str, dtype: str) -> Any:
-    """Load a folder as a user of transformers does."""
-    from transformers import AutoModelForCausalLM
+    """Load a folder as a user of transformers does; of a model for images or sound, its text-only class."""
+    from transformers import AutoConfig, AutoModelForCausalLM
 
-    from lowmem_rlhf.engine.load import DTYPES, quantization_settings, quiet
+    from lowmem_rlhf.engine.load import DTYPES, quantization_settings, quiet, text_only
 
     with quiet():
+        config, tower = text_only(AutoConfig.from_pretrained(folder))
+        tower.pop("may_hold", None)
         model = AutoModelForCausalLM.from_pretrained(
             folder,
+            config=config,
+            **tower,
             dtype=DTYPES[dtype],
             quantization_config=quantization_settings(quantization, DTYPES[dtype]),
         )

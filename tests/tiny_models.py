@@ -100,6 +100,22 @@ RECURRENT: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen3_5": ("qwen3_5_text", {**_DELTA, "head_dim": 16, "linear_num_value_heads": 4}),
     "olmo_hybrid": ("olmo_hybrid", _DELTA),
 }
+# beside Gemma 3 those whose residual stream exceeds float16: embeddings of each layer, keys shared between layers
+WIDE: dict[str, tuple[str, dict[str, Any]]] = {
+    "gemma4": (
+        "gemma4_text",
+        {
+            "num_hidden_layers": 3,
+            "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+            "head_dim": 16,
+            "global_head_dim": 32,
+            "sliding_window": 5,
+            "hidden_size_per_layer_input": 8,
+            "vocab_size_per_layer_input": VOCAB,
+            "num_kv_shared_layers": 1,
+        },
+    ),
+}
 # models that cannot be packed: attention sinks, biases on the scores, recurrent layers of other kinds
 UNPACKABLE: dict[str, tuple[str, dict[str, Any]]] = {
     "gpt_oss": ("gpt_oss", {"head_dim": 16, **_LAYER_TYPES, "num_local_experts": 3, "num_experts_per_tok": 2}),
@@ -121,7 +137,7 @@ _GPT2_NAMES = {"hidden_size", "intermediate_size", "num_hidden_layers", "num_att
 
 def tiny_config(family: str, **changes: Any) -> Any:
     """Return the configuration of a family's tiny model."""
-    model_type, own = {**FAMILIES, **RECURRENT, **UNPACKABLE}[family]
+    model_type, own = {**FAMILIES, **RECURRENT, **WIDE, **UNPACKABLE}[family]
     common = {k: v for k, v in COMMON.items() if model_type not in ("gpt2", "gptj") or k not in _GPT2_NAMES}
     return AutoConfig.for_model(model_type, **{**common, **own, **changes})
 

@@ -14,8 +14,9 @@ from lowmem_rlhf.architecture.counted_fields import counted_fields, is_gated
 from lowmem_rlhf.architecture.counting import CannotCount, Counted, Linears, count, weights_of
 from lowmem_rlhf.architecture.families import block_of, family_of
 from lowmem_rlhf.architecture.families.block import Linear, block_linears, other_parameters
+from lowmem_rlhf.architecture.families.mixer import Mixer
 from lowmem_rlhf.architecture.kinds import check_dense, check_kind
-from lowmem_rlhf.architecture.wrappers import text_config
+from lowmem_rlhf.architecture.families.wrappers import text_config
 from lowmem_rlhf.errors import UserError
 from lowmem_rlhf.suggest import did_you_mean
 
@@ -46,8 +47,10 @@ class ModelDimensions:
         sliding_layers: how many layers have it. A packed rollout only masks what lies outside (`rollout.cache`): its
             key-value cache is as long for them as for the others.
         note: what is not certain about these sizes, as a sentence; empty when nothing.
-        counted: what the real class has, for a type without terms in the table of families; None for other types, and
-            where it could not be counted.
+        counted: what the real class has, for a type without terms in the table of families or with layers of unlike
+            sizes; None for other types, and where it could not be counted.
+        mixer: the layers that pass a state on in place of attention; None where there are none, or their terms are not
+            known.
     """
 
     model_type: str
@@ -79,6 +82,12 @@ class ModelDimensions:
     sliding_layers: int
     note: str = field(default="", compare=False)
     counted: Counted | None = None
+    mixer: Mixer | None = None
+
+    @property
+    def attention_layers(self) -> int:
+        """Layers that keep keys and values."""
+        return self.num_layers - (self.mixer.layers if self.mixer else 0)
 
     @property
     def known(self) -> bool:
@@ -127,6 +136,11 @@ class ModelDimensions:
         """Whether the family's activations are known to exceed float16 (Gemma 3)."""
         return family_of(self.model_type).overflows_float16
 
+    @property
+    def wide_stream(self) -> bool:
+        """Whether it is computed in float16 all the same, with an fp32 residual stream (`engine.wide`)."""
+        return family_of(self.model_type).wide_stream is not None
+
     def lora_parameters(self, r: int, target_modules: Literal["all-linear"] | Iterable[str] = "all-linear") -> int:
         """Adapter parameters at rank r: ``r * (inputs + outputs)`` for every adapted layer (LoRA, arXiv 2106.09685).
 
@@ -169,14 +183,15 @@ def dimensions_from_config(config: Mapping[str, Any], model: str, trust_remote_c
     """
     config = text_config(config)
     model_type = check_kind(model, config, trust_remote_code)
-    counted, counted_sizes, why_not = (None, {}, "") if family_of(model_type).block else _count(config)
+    family = family_of(model_type)
+    counted, counted_sizes, why_not = (None, {}, "") if family.block and not family.counted else _count(config)
     check_dense(model, config, counted)
     fields = {**common_fields(config), **counted_sizes}
     if missing := [key for key in LIMITS if key not in fields]:
         raise UserError(_lacking(model, model_type, missing, counted, why_not))
     numbers = {key: positive(fields[key], key, model) for key in LIMITS}
     block = block_of(model_type, fields)
-    if counted:
+    if counted and not family.block:
         block = replace(block, gated=is_gated(counted, numbers["hidden_size"], numbers["intermediate_size"]))
     heads, kv_heads, dim = heads_of(fields, block, numbers, model)
     positions = fields.get("max_position_embeddings")
@@ -216,6 +231,7 @@ def dimensions_from_config(config: Mapping[str, Any], model: str, trust_remote_c
         **traits,
         note=_doubts(model_type, fields, counted, why_not),
         counted=counted,
+        mixer=family.mixer(fields) if family.mixer else None,
     )
 
 

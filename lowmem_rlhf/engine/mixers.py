@@ -6,17 +6,24 @@ only these two are replaced by ones that know where prompts and completions lie:
 the stock functions together with the state that a row begins with. A completion begins with its prompt's final state
 and last inputs, so a prompt runs once for all of its completions; gradients flow through both.
 
+In plain torch a recurrence makes some twenty copies of its input in fp32. So it runs on `MIXED_TOKENS` at a time, along
+the rows and along a long row, and its backward pass makes them again; convolutions and gated norms do so too.
+
 Shapes: D channels of a convolution, K its kernel, n sequences of L tokens, R rows that are being written.
 """
 
 import inspect
 from collections.abc import Callable, Sequence
+from functools import partial
 from types import FunctionType
 from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from lowmem_rlhf.planning.limits import MIXED_TOKENS, scan_chunk
 
 CONVOLUTION, CONVOLUTION_STEP = "causal_conv1d_fn", "causal_conv1d_update"
 DELTA_RULES = {  # by chunks of many tokens, and token by token
@@ -26,10 +33,10 @@ DELTA_RULES = {  # by chunks of many tokens, and token by token
 SCAN, SCAN_STEP = "mamba2_chunk_scan", "mamba2_selective_state_update"
 # token by token; the fused kernel is for modules in training mode, in which no mixer here is (`training_modes`)
 TOKEN_BY_TOKEN = {"apply_mask_to_padding_states", "mamba2_split_conv1d_scan_combined"}
-SCAN_CHUNK = 64  # tokens: of a model's 256 most would be padding, and a chunk takes scores of its length squared
 
 StateKey = tuple[int, str]  # the number of a mixer, and which of its states
-# (n, L, ..) tensors and the state that the rows begin with (None: at nothing) -> (n, L, ..) and their final state
+# (n, L, ..) tensors and the state that the rows begin with (None: at nothing; of fewer: each for as many rows in
+# succession) -> (n, L, ..) and their final state
 Mix = Callable[[Sequence[torch.Tensor], torch.Tensor | None], tuple[torch.Tensor, torch.Tensor]]
 
 
@@ -77,6 +84,11 @@ class PackedMixer:
         context: Any = self._context
         return context.mix((self._number, part), tensors, mix)  # type: ignore[no-any-return]
 
+    def _mix_again(self, part: str, tensors: Sequence[torch.Tensor], mix: Mix) -> torch.Tensor:
+        """As `_mix`; the backward pass runs it again, and nothing else is kept than the tensors."""
+        context, key = self._context, (self._number, part)
+        return recomputed(lambda *given: context.mix(key, given, mix), *tensors)  # type: ignore[attr-defined, no-any-return]
+
     def _convolution(
         self,
         hidden_states: torch.Tensor,
@@ -97,13 +109,13 @@ class PackedMixer:
                 out = stock(x, weight, bias, activation=activation)
                 return out.transpose(1, 2), F.pad(x, (max(0, before - x.shape[-1]), 0))[..., -before:]
             if x.shape[-1] == 1 and not torch.is_grad_enabled():
-                last = state.clone()
-                return step(x, last, weight, bias, activation).transpose(1, 2), last
+                return step(x, state, weight, bias, activation).transpose(1, 2), state  # which it changed
+            state = state.repeat_interleave(len(x) // len(state), dim=0)
             whole = torch.cat([state.to(x.dtype), x], dim=-1)
             out = stock(whole, weight, bias, activation=activation)[..., before:]
             return out.transpose(1, 2), whole[..., -before:]
 
-        return self._mix("inputs", [hidden_states.transpose(1, 2)], mix).transpose(1, 2)
+        return self._mix_again("inputs", [hidden_states.transpose(1, 2)], mix).transpose(1, 2)
 
     def _delta_rule(self, name: str) -> Callable[..., tuple[torch.Tensor, None]]:
         def rule(
@@ -133,7 +145,7 @@ class PackedMixer:
                     use_qk_l2norm_in_kernel=use_qk_l2norm_in_kernel,
                 )
 
-            return self._mix("state", [query, key, value, g, beta], mix), None
+            return self._mix("state", [query, key, value, g, beta], bounded(mix)), None
 
         return rule
 
@@ -163,7 +175,7 @@ class PackedMixer:
                     A,
                     b,
                     c,
-                    chunk_size=min(chunk_size, SCAN_CHUNK),
+                    chunk_size=min(chunk_size, scan_chunk(x.shape[1])),
                     D=D,
                     dt_bias=dt_bias,
                     dt_softplus=dt_softplus,
@@ -178,11 +190,48 @@ class PackedMixer:
             wide = times[:, 0, :, None].float().expand(-1, *sizes)
             rates = A.float()[:, None, None].expand(*sizes, b.shape[-1])
             skip = None if D is None else D.float()[:, None].expand(*sizes)
-            last = state.clone()
-            out = step(last, x[:, 0].float(), wide, rates, b[:, 0].float(), c[:, 0].float(), skip)
-            return out[:, None], last
+            out = step(state, x[:, 0].float(), wide, rates, b[:, 0].float(), c[:, 0].float(), skip)
+            return out[:, None], state  # which it changed
 
-        return self._mix("state", [hidden_states, dt, B, C], mix)
+        return self._mix("state", [hidden_states, dt, B, C], bounded(mix))
+
+
+def recomputed(function: Callable[..., Any], *args: Any) -> Any:
+    """Call a function of tensors that keeps no more than these for its backward pass, which calls it again."""
+    if not torch.is_grad_enabled():
+        return function(*args)
+    return checkpoint(function, *args, use_reentrant=False, preserve_rng_state=False)
+
+
+def bounded(mix: Mix) -> Mix:
+    """Return the same on at most `MIXED_TOKENS` at a time, of rows side by side or of one row, recomputed."""
+
+    def parts(tensors: Sequence[torch.Tensor], state: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+        rows, length = tensors[0].shape[:2]
+        at_once = max(1, MIXED_TOKENS // length)
+        outs: list[torch.Tensor] = []
+        finals: list[torch.Tensor] = []
+        for first in range(0, rows, at_once):
+            some = slice(first, min(first + at_once, rows))
+            last, along = state, list[torch.Tensor]()
+            for begin in range(0, length, MIXED_TOKENS):
+                piece = [x[some, begin : begin + MIXED_TOKENS] for x in tensors]
+                take = None if begin or state is None else rows // len(state)
+
+                def run(before: torch.Tensor | None, *given: torch.Tensor, some: slice = some, take: int | None = take):  # type: ignore[no-untyped-def]
+                    if before is not None and take is not None:
+                        before = before.repeat_interleave(take, dim=0)[some]
+                    return mix(given, before)
+
+                out, last = recomputed(run, last, *piece)
+                along.append(out)
+            outs.append(along[0] if len(along) == 1 else torch.cat(along, dim=1))
+            finals.append(last)  # type: ignore[arg-type]
+        if len(outs) == 1:
+            return outs[0], finals[0]
+        return torch.cat(outs), torch.cat(finals)
+
+    return parts
 
 
 def _stock(module: nn.Module) -> FunctionType:
@@ -206,4 +255,7 @@ def pack_mixers(model: nn.Module) -> int:
     for number, module in enumerate(mixers):
         if not isinstance(module.forward, PackedMixer):
             module.forward = PackedMixer(module, number)  # type: ignore[method-assign]
+            for norm in module.children():
+                if "Gated" in type(norm).__name__ and not list(norm.children()):
+                    norm.forward = partial(recomputed, norm.forward)  # type: ignore[method-assign]
     return len(mixers)

@@ -45,7 +45,7 @@ def why_not_packed(model: PreTrainedModel) -> str:
     keeping = sum(kind in KEEPING_STATE for kind in layers)
     if getattr(model, "_is_stateful", False) or keeping:
         mixers = sum(map(is_mixer, model.modules()))
-        if mixers < max(keeping, 1):
+        if mixers < (keeping if layers else 1):
             return "its layers pass state from token to token"
     if any(name.endswith(".sinks") for name, _ in model.named_parameters()):
         return "its attention has sinks"

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from lowmem_rlhf.architecture.wrappers import text_name
+from lowmem_rlhf.architecture.families.wrappers import text_name
 from lowmem_rlhf.errors import UserError
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"

@@ -8,3 +8,12 @@ CAPPED_SCORES = 1 << 22  # scores at once where they have a soft cap: about 80 M
 COMPLETION_BLOCK = 32  # tokens by which the room for completions grows: shapes change once in a block
 KERNEL_ROWS = 64  # of bitsandbytes' 4-bit product on a CPU; with more, dequantizing once and a plain product is faster
 FOUR_BIT_ROWS = 128  # of our own 4-bit product on a CPU; with more, torch on the weights made dense is faster
+MIXED_TOKENS = 512  # tokens of which a recurrence makes copies in fp32 at once; a multiple of its chunks of 64
+
+
+def scan_chunk(length: int) -> int:
+    """Return how many tokens of rows of this length Mamba 2's scan takes at once, a power of two from 16 to 64.
+
+    Rows are filled up to it, and a chunk takes scores of its length squared: a model's own 256 would be mostly padding.
+    """
+    return min(64, max(16, 1 << (length - 1).bit_length()))

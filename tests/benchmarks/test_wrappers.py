@@ -13,8 +13,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from tiny_architectures import draw_weights, shrunk, tokenizer
 
-from lowmem_rlhf.architecture.wrappers import KEY_MAPPING, WRAPPERS, is_wrapper, text_name
-from lowmem_rlhf.architecture.wrappers import text_config as text_part
+from lowmem_rlhf.architecture.families.wrappers import KEY_MAPPING, WRAPPERS, is_wrapper, text_name
+from lowmem_rlhf.architecture.families.wrappers import text_config as text_part
 from lowmem_rlhf.engine.base import SharedBase
 from lowmem_rlhf.engine.packing import Group
 

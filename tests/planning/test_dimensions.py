@@ -248,7 +248,7 @@ LLAMA = {**TINY, "model_type": "llama"}
         ({**TINY, "model_type": "x", "is_encoder_decoder": True}, "encoder-decoder"),
         ({**TINY, "model_type": "bert"}, "is an encoder"),
         ({**TINY, "model_type": "mixtral", "num_local_experts": 8}, r"mixture of experts \(num_local_experts 8\)"),
-        ({"model_type": "gemma3", "vision_config": {}, "text_config": TINY}, r"\(gemma3\) takes images as well"),
+        ({"model_type": "paligemma", "vision_config": {}, "text_config": TINY}, r"\(paligemma\) takes images as well"),
         ({**TINY, "model_type": "qwen2_vl", "vision_config": {"depth": 32}}, "takes images as well"),
         ({**TINY, "model_type": "gemma3n", "audio_config": {}}, "takes sound as well"),
         ({"model_type": "mamba", "hidden_size": 32, "num_hidden_layers": 2, "vocab_size": 9}, "has no attention"),

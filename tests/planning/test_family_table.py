@@ -14,7 +14,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 import lowmem_rlhf
 from lowmem_rlhf.architecture import families
 from lowmem_rlhf.architecture.dimensions import dimensions_from_config
-from lowmem_rlhf.architecture.families import FAMILIES, cohere, gemma, gpt, llama, mamba, olmo
+from lowmem_rlhf.architecture.families import FAMILIES, cohere, gemma, gpt, hybrid, llama, mamba, olmo
 from lowmem_rlhf.architecture.families.block import Block
 from lowmem_rlhf.architecture.families.row import Family, GGUFArchitecture
 from lowmem_rlhf.export.gguf import metadata
@@ -100,7 +100,7 @@ def test_only_the_architecture_room_tells_families_apart_by_name():
 
 
 def test_each_family_is_one_row_under_the_name_that_transformers_has():
-    files = [llama.ROWS, gemma.ROWS, gpt.ROWS, cohere.ROWS, olmo.ROWS, mamba.ROWS]
+    files = [llama.ROWS, gemma.ROWS, gpt.ROWS, cohere.ROWS, olmo.ROWS, mamba.ROWS, hybrid.ROWS]
     assert sum(map(len, files)) == len(FAMILIES)
     assert set(FAMILIES) <= set(CONFIG_MAPPING_NAMES)
 

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from lowmem_rlhf.architecture.families import cohere, gemma, gpt, llama, mamba, olmo
+from lowmem_rlhf.architecture.families import cohere, gemma, gpt, hybrid, llama, mamba, olmo
 from lowmem_rlhf.architecture.families.block import Block, activation_of, flag
 from lowmem_rlhf.architecture.families.row import Family
 
@@ -22,6 +22,7 @@ FAMILIES: dict[str, Family] = {
     **cohere.ROWS,
     **olmo.ROWS,
     **mamba.ROWS,
+    **hybrid.ROWS,
 }
 _UNKNOWN = Family()
 

@@ -35,6 +35,10 @@ class Block:
         qkv_bias, out_bias, mlp_bias: see `Flag`.
         gated: gate and up projections (SwiGLU) instead of one.
         fused: query, key and value in one layer, gate and up in one.
+        keeps_gate: the activated gate is kept for the backward pass: the MLP's parts are called otherwise than Llama's,
+            so that `engine.fused` passes it by.
+        gated_attention: attention's result is multiplied with a gate, which comes with the queries.
+        wide_norms: norms add one to their weights in fp32, as Gemma's do.
         parallel: attention and MLP work on the block's input side by side (see `Flag`).
         grouped: fewer key and value heads than query heads are possible.
         names: of the layers: attention output, then MLP in order.
@@ -63,6 +67,9 @@ class Block:
     mlp_bias: Flag = False
     gated: bool = True
     fused: bool = False
+    keeps_gate: bool = False
+    gated_attention: bool = False
+    wide_norms: bool = False
     parallel: Flag = False
     grouped: bool = True
     names: tuple[str, ...] = ("o_proj", "gate_proj", "up_proj", "down_proj")

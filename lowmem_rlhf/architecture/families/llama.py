@@ -34,5 +34,6 @@ ROWS = {
         ),
     ),
     "granite": Family(replace(LLAMA, embedding_scale=True), tested=True),
+    "ministral3": Family(Block()),
     "smollm3": Family(replace(LLAMA, tied=True, window_opt_in=True)),
 }

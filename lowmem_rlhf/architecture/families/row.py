@@ -1,10 +1,11 @@
 """What a row of the table of families holds. No torch here."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 from lowmem_rlhf.architecture.families.block import Block
+from lowmem_rlhf.architecture.families.mixer import Mixer
 
 SILU, GELU = ("silu", "swish"), ("gelu_pytorch_tanh", "gelu_new")
 
@@ -51,6 +52,19 @@ class GGUFArchitecture:
 
 
 @dataclass(frozen=True)
+class WideStream:
+    """Where a family whose residual stream exceeds float16 is computed in fp32 (see `engine.wide`).
+
+    Attributes:
+        results: linear layers whose output is added to the stream.
+        inputs: norms of the stream before linear layers.
+    """
+
+    results: tuple[str, ...] = ("o_proj", "down_proj")
+    inputs: tuple[str, ...] = ("input_layernorm", "pre_feedforward_layernorm")
+
+
+@dataclass(frozen=True)
 class Family:
     """What is known of a model type of transformers; each part may be left out.
 
@@ -59,7 +73,10 @@ class Family:
 
     Attributes:
         block: the terms of its memory; None: its parameters are counted on its class, the rest is estimated as Llama's.
+        counted: its parameters are counted on its class although its terms are known: its layers are of unlike sizes.
+        mixer: the layers that pass a state on, from a config's fields.
         overflows_float16: activations exceed 65504, so float16 gives inf.
+        wide_stream: how it is computed in float16 all the same; None: not at all where it overflows.
         rotary_tables: tables of cosines and sines that its layers share; two where layers with a window turn otherwise.
         bypassed: linear layers whose weights the model also multiplies with directly, past an adapter beside them;
             ``all-linear`` leaves them out.
@@ -68,7 +85,10 @@ class Family:
     """
 
     block: Block | None = None
+    counted: bool = False
+    mixer: Callable[[Mapping[str, Any]], Mixer | None] | None = None
     overflows_float16: bool = False
+    wide_stream: WideStream | None = None
     rotary_tables: int = 1
     bypassed: tuple[str, ...] = ()
     tested: bool = False

@@ -7,7 +7,7 @@ from typing import Any
 from lowmem_rlhf.algorithms.spec import AlgorithmSpec
 from lowmem_rlhf.architecture.adapters import CONFIG, WEIGHTS
 from lowmem_rlhf.architecture.dimensions import ModelDimensions
-from lowmem_rlhf.architecture.wrappers import WRAPPERS
+from lowmem_rlhf.architecture.families.wrappers import WRAPPERS
 from lowmem_rlhf.export.formats.adapter_files import copy_adapter, copy_heads, name_for
 from lowmem_rlhf.export.formats.format import ExportBytes, ExportFormat, Written
 from lowmem_rlhf.export.job import ExportJob

@@ -5,7 +5,7 @@ import shutil
 from pathlib import Path
 
 from lowmem_rlhf.architecture.adapters import CONFIG, HEAD, WEIGHTS, adapter_folder
-from lowmem_rlhf.architecture.wrappers import text_key, wrapper_name
+from lowmem_rlhf.architecture.families.wrappers import text_key, wrapper_name
 from lowmem_rlhf.errors import UserError
 from lowmem_rlhf.export.job import ExportJob
 from lowmem_rlhf.export.local_paths import without_folders

@@ -6,7 +6,7 @@ from typing import Any
 
 from lowmem_rlhf.algorithms.spec import AlgorithmSpec
 from lowmem_rlhf.architecture.dimensions import ModelDimensions
-from lowmem_rlhf.architecture.wrappers import auto_class
+from lowmem_rlhf.architecture.families.wrappers import auto_class
 from lowmem_rlhf.export.formats.adapter_files import copy_heads
 from lowmem_rlhf.export.formats.format import ExportBytes, ExportFormat, Written
 from lowmem_rlhf.export.job import ExportJob

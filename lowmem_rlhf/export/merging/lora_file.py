@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 
 from lowmem_rlhf.architecture.adapters import WEIGHTS, SavedAdapter
-from lowmem_rlhf.architecture.wrappers import text_key
+from lowmem_rlhf.architecture.families.wrappers import text_key
 from lowmem_rlhf.errors import UserError
 from lowmem_rlhf.export.shards import Stored, read_header
 

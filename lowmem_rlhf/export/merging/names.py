@@ -16,7 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 from transformers.quantizers import AutoHfQuantizer
 
-from lowmem_rlhf.architecture.wrappers import text_name
+from lowmem_rlhf.architecture.families.wrappers import text_name
 from lowmem_rlhf.engine.load import DTYPES, first_sentence, quantization_settings, quiet, text_only
 from lowmem_rlhf.errors import UserError
 

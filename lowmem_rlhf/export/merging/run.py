@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from lowmem_rlhf.architecture.adapters import saved_adapter
 from lowmem_rlhf.architecture.families import family_of
-from lowmem_rlhf.architecture.wrappers import is_wrapper
+from lowmem_rlhf.architecture.families.wrappers import is_wrapper
 from lowmem_rlhf.errors import RunError
 from lowmem_rlhf.export.framing import end_turns, keep_template_options
 from lowmem_rlhf.export.job import ExportJob

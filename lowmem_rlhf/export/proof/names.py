@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from transformers import AutoConfig
 
 from lowmem_rlhf.architecture.adapters import WEIGHTS
-from lowmem_rlhf.architecture.wrappers import auto_class, text_key
+from lowmem_rlhf.architecture.families.wrappers import auto_class, text_key
 from lowmem_rlhf.engine.load import first_sentence, quiet
 from lowmem_rlhf.engine.whole import differing_tensors
 from lowmem_rlhf.errors import RunError

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 import transformers
 
-from lowmem_rlhf.architecture.wrappers import auto_class
+from lowmem_rlhf.architecture.families.wrappers import auto_class
 from lowmem_rlhf.engine.load import first_sentence, quiet
 from lowmem_rlhf.engine.whole import load_whole
 from lowmem_rlhf.errors import RunError, UserError

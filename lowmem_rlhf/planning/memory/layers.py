@@ -25,6 +25,7 @@ class Layer:
         ranks: sum of the ranks of all adapters beside the layer's linear layers in the role that computes.
         dense: bytes of the largest weight where it is quantized and made dense to be multiplied, else 0.
         explicit_scores: the device takes explicit scores for short attention.
+        wide: the residual stream is in fp32, and so is what is added to it (`engine.wide`).
     """
 
     dims: ModelDimensions
@@ -33,6 +34,9 @@ class Layer:
     ranks: int
     dense: int
     explicit_scores: bool
+    wide: bool
+
+    mixes = False  # it passes a state on in place of attention
 
     @cached_property
     def block(self) -> Block:
@@ -69,8 +73,13 @@ class Layer:
 
     @property
     def hidden(self) -> int:
-        """A hidden state, ``b T h``: also what a recomputed layer keeps."""
-        return self.of(self.dims.hidden_size)
+        """A hidden state, ``b T h``, or in fp32: also what a recomputed layer keeps."""
+        return self.of(self.stream)
+
+    @property
+    def stream(self) -> int:
+        """Compute-dtype numbers that a hidden state takes: h, and twice that in fp32."""
+        return self.dims.hidden_size * (2 if self.wide else 1)
 
     # what the backward pass needs
 
@@ -81,9 +90,13 @@ class Layer:
         `_saved_keys`), SDPA's result and its log-sum-exp, and the joined result; norms of heads keep q and k before
         them.
         """
-        elements = 2 * self.dims.hidden_size + self.ranks / 2 + self.queries
+        elements = self.stream + self.dims.hidden_size + self.ranks / 2 + self.queries
+        if self.wide:  # divided by its power of two for the output product
+            elements += self.queries
         if self.block.qk_norm != "none":
             elements += self.queries + self.keys
+        if self.block.gated_attention:  # the gate, its sigmoid, and its product with the result
+            elements += 3 * self.queries
         return self.of(elements) + self._saved_queries() + self._saved_keys() + self._saved_results()
 
     def _saved_queries(self) -> int:
@@ -144,12 +157,13 @@ class Layer:
         """
         h, f = self.dims.hidden_size, self.dims.intermediate_size
         norms = {1: 0, 2: 2, 4: 4}.get(self.block.norms, 2)
-        return self.of(norms * h + self._mlp_numbers() * f + self.ranks / 2)
+        wide = 3 * h if self.wide else 0  # the results of attention and MLP, and their sum with the stream, in fp32
+        return self.of(norms * h + wide + self._mlp_numbers() * f + self.ranks / 2)
 
     def _mlp_numbers(self) -> int:
         if not self.block.gated:
             return 2
-        return 4 if self.block.fused else 3
+        return 4 if self.block.fused or self.block.keeps_gate else 3
 
     def saved(self) -> int:
         """All that a layer keeps that is not recomputed; its input is counted with it."""
@@ -174,7 +188,8 @@ class Layer:
         if recomputed and self.dims.norm_place == "before":
             products = 2 if self.block.gated else 1
             dense -= self.of((self._mlp_numbers() - products) * f)
-        return self.of(2 * h if self.block.norms == 4 else h) + max(self.of(2 * f), dense)
+        h = self.stream
+        return self.of(2 * h if self.block.norms == 4 else h) + max(self.of((6 if self.wide else 2) * f), dense)
 
     def _attention_gradients(self) -> int:
         """Attention's own backward pass: the MLP is gone; gradients of output, queries, expanded keys and values."""
@@ -224,7 +239,7 @@ class Layer:
         Args:
             keeps_keys: its keys and values are counted elsewhere, with those of the other layers.
         """
-        embeddings = self.of(self.dims.hidden_size) * (2 if not self.dims.rotary_dim else 1)  # of positions, too
+        embeddings = self.hidden * (2 if not self.dims.rotary_dim else 1)  # of positions, too
         attention = max(self._attention_forward(), self._head_norm_forward())
         return embeddings + max(self._mlp_forward(), attention - self.of(2 * self.keys) * keeps_keys)
 
@@ -234,13 +249,15 @@ class Layer:
         Or, where gate and up are one product, no result and weight yet, but the activated gate as well.
         """
         h, f, parts = self.dims.hidden_size, self.dims.intermediate_size, self._mlp_numbers()
+        if self.wide:  # the product of gate and up is made in fp32
+            return self.of(8 * h) + max(self.of(3 * f) + self.dense, self.of(8 * f))
         return max(self.of(4 * h + min(parts, 3) * f) + self.dense, self.of(3 * h + parts * f))
 
     def _head_norm_forward(self) -> int:
         """The norm of queries: input and its norm, q, k and v, and two fp32 copies of the queries (Gemma: three)."""
         if self.block.qk_norm == "none":
             return 0
-        copies = 3 if self.block.embedding_scale else 2  # Gemma's weights, 1 + w, are fp32
+        copies = 3 if self.block.embedding_scale or self.block.wide_norms else 2  # Gemma's weights, 1 + w, are fp32
         fp32 = 4 * copies * self.queries * self.shape.tokens
         return self.of(2 * self.dims.hidden_size + self.queries + 2 * self.keys) + fp32
 

@@ -1,7 +1,7 @@
 """What a run holds in memory, and what its passes take beside it: pure arithmetic in bytes, without torch."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 from lowmem_rlhf.architecture.dimensions import ModelDimensions
@@ -9,6 +9,7 @@ from lowmem_rlhf.architecture.families.block import Linear
 from lowmem_rlhf.hardware.device import Device
 from lowmem_rlhf.planning.limits import ENOUGH_POSITIONS, VOCABULARY_CHUNK
 from lowmem_rlhf.planning.memory.layers import Layer
+from lowmem_rlhf.planning.memory.mixers import MixerLayer
 from lowmem_rlhf.planning.shapes import PackedShape, adapters_of, starts_from_adapter, step_shape
 from lowmem_rlhf.recipe.schema import Recipe
 from lowmem_rlhf.recipe.sections import REWARD_ADAPTER
@@ -199,13 +200,23 @@ class Memory:
         """Return the copies in the compute dtype of the adapters of the role that computes."""
         return {"adapter_copies": self.width * self.one_adapter * adapters}
 
+    def layers(self, shape: PackedShape, adapters: int = 1) -> list[tuple[Layer, int]]:
+        """Return a layer of each kind in a pass over a packed row, and how many there are."""
+        layer, mixer = self.layer(shape, adapters), self.dims.mixer
+        if mixer is None:
+            return [(layer, self.dims.num_layers)]
+        values = {field.name: getattr(layer, field.name) for field in fields(Layer)}
+        kinds: list[tuple[Layer, int]] = [(MixerLayer(**values, mixer=mixer), mixer.layers)]
+        return [*kinds, (layer, self.dims.attention_layers)] if self.dims.attention_layers else kinds
+
     def layer(self, shape: PackedShape, adapters: int = 1) -> Layer:
-        """Return a layer in a pass over a packed row, in a role with so many adapters."""
+        """Return a layer with attention in a pass over a packed row, in a role with so many adapters."""
         ranks = self.settings.lora["r"] * len(self.adapted) * adapters
         dense = self.dense
         if self.settings.quantization == "int8" and self.capabilities.int8_kernel:  # int8 inputs, int32 results
             dense = max(dense, *(shape.tokens * (x.inputs + 4 * x.outputs) for x, _ in self.dims.quantizable))
-        return Layer(self.dims, shape, self.width, ranks, dense, self.capabilities.explicit_scores)
+        wide = self.dims.wide_stream and self.settings.compute_dtype == "float16"
+        return Layer(self.dims, shape, self.width, ranks, dense, self.capabilities.explicit_scores, wide)
 
     def scoring(self) -> Components:
         """Return the largest moment of all roles' passes without gradients: a layer, or what is read of the states."""
@@ -240,17 +251,18 @@ class Memory:
             loss["logits_tile"] = logits_tile_bytes(self.dims, shape.scored, tile, self.width, gradient=False)
         else:
             loss["scored_states"] += 4 * self.dims.hidden_size * shape.scored  # in fp32 for the head
-        return [{"layer_activations": layer.forward_peak() + layer.positions()}, loss]
+        peak = max(one.forward_peak() for one, _ in self.layers(shape, adapters))
+        return [{"layer_activations": peak + layer.positions()}, loss]
 
     def update(self) -> Components:
         """Return the largest moment of the policy's and the critic's passes with gradients."""
         moments, spec = [], self.recipe.spec
         critic = spec.critic(self.recipe)
         if spec.output == "text":
-            moments += [self.adapter_copies() | moment for moment in self._pass_moments(self.layer_in_step(1), True)]
+            moments += [self.adapter_copies() | moment for moment in self._pass_moments(1, True)]
         if critic or spec.output == "scores":
             adapters = self._critic_adapters() if critic else 1
-            head = self._pass_moments(self.layer_in_step(adapters), False)
+            head = self._pass_moments(adapters, False)
             moments += [self.adapter_copies(adapters) | moment for moment in head]
         return {"gradients": 4 * self.one_adapter * self.trained} | max(moments, key=total)
 
@@ -258,19 +270,27 @@ class Memory:
         """Return a layer in the passes of the update."""
         return self.layer(step_shape(self.recipe, self.settings.micro_batch_tokens), adapters)
 
-    def _pass_moments(self, layer: Layer, language: bool) -> list[Components]:
+    def _pass_moments(self, adapters: int, language: bool) -> list[Components]:
         """Return the moments of a pass with gradients: the loss, the last norm, and a layer of each kind.
 
         The layers that keep their activations come first in the backward pass and have freed them when the recomputed
         ones are reached. Each of these has its input, and all of itself again when its turn comes.
 
         Args:
+            adapters: of the role.
             language: the loss is of log-probs; otherwise of one number a position (value, score).
         """
+        layer = self.layer_in_step(adapters)
+        kinds = self.layers(layer.shape, adapters)
+        places = self.dims.mixer.places if self.dims.mixer else ()
+        each = [next(one for one, _ in kinds if one.mixes == mixes) for mixes in places] or [
+            layer
+        ] * self.dims.num_layers
         layers, hidden, scored = self.dims.num_layers, layer.hidden, layer.shape.scored
         count = recomputed_layers(self.dims, self.settings.gradient_checkpointing)
         inputs = hidden * (min(count, 1) if self.settings.offload_checkpoints else count)
-        saved = (layers - count) * layer.saved()
+        kept = [one.saved() for one in each[count:]]
+        saved = sum(kept)
         states = layer.of(self.dims.hidden_size, scored)
         held = states if self.recipe.spec.keeps_states else 0
         both = {"positions": layer.positions(), "stored_activations": inputs + saved}
@@ -283,11 +303,14 @@ class Memory:
         norm = {"final_states": 2 * hidden + layer.norm_gradients(), "scored_states": held}
         moments = [both | loss, both | norm]
         if count < layers:
-            extra = layer.backward_peak() - layer.saved()
+            # the last layer of each kind, once those behind it have freed what they kept
+            last = {one.mixes: (one, sum(kept[: place + 1])) for place, one in enumerate(each[count:])}
+            extra = max(one.backward_peak() - one.saved() + held - saved for one, held in last.values())
             moments.append(both | {"layer_gradients": max(0, extra), "scored_states": held})
         if count:
             again = {"positions": layer.positions(), "stored_activations": inputs, "scored_states": held}
-            moments.append(again | {"layer_activations": layer.backward_peak(recomputed=True) - hidden})
+            peak = max(one.backward_peak(recomputed=True) for one, _ in kinds)
+            moments.append(again | {"layer_activations": peak - hidden})
         return moments
 
     def optimizer(self) -> Components:

@@ -7,14 +7,15 @@ from dataclasses import replace
 from lowmem_rlhf.architecture.dimensions import ModelDimensions
 from lowmem_rlhf.errors import UserError
 from lowmem_rlhf.planning.limits import COMPLETION_BLOCK, FOUR_BIT_ROWS, KERNEL_ROWS
+from lowmem_rlhf.planning.memory.mixers import UPDATE, state_bytes
 from lowmem_rlhf.planning.memory.resident import Components, Memory, total
 from lowmem_rlhf.planning.shapes import prompts_at_once, prompts_shape, rollout_rows
 from lowmem_rlhf.suggest import did_you_mean
 
 
 def kv_bytes_per_token(dims: ModelDimensions, width: int) -> int:
-    """Bytes of the keys and values of one token in all layers: ``2 * layers * nkv * d * b``."""
-    return 2 * dims.num_layers * dims.num_kv_heads * dims.head_dim * width
+    """Bytes of the keys and values of one token in all layers with attention: ``2 * layers * nkv * d * b``."""
+    return 2 * dims.attention_layers * dims.num_kv_heads * dims.head_dim * width
 
 
 def sampling_logits_bytes(dims: ModelDimensions, rows: int, width: int, temperature: float = 1.0) -> int:
@@ -82,15 +83,19 @@ def shared_base_bytes(memory: Memory) -> Components:
     with_copy = _prefills_with_copy(memory, at_once * prompt)
     if with_copy and len(memory.adapted) == len(dims.linears):
         layer = replace(layer, dense=0)
-    keys = dims.num_layers * layer.kept_keys(together=with_copy)
+    keys = dims.attention_layers * layer.kept_keys(together=with_copy)
     earlier, cache = (prompts - at_once) * prompt * token, prompts * prompt * token
     own = rows * (length - 1) * token  # the last token of each is not fed
+    kinds = [layer, *(one for one, _ in memory.layers(layer.shape) if one.mixes)]
+    peak = max(one.forward_peak(keeps_keys=True) for one in kinds) + layer.positions()
+    state = state_bytes(dims.mixer, width) if dims.mixer else 0
+    attending = max(1, dims.attention_layers)
     moments: list[Components] = [
-        {"kv_cache": earlier + keys, "prefill_activations": layer.forward_peak(keeps_keys=True) + layer.positions()},
-        {"kv_cache": keys + cache},
-        {"kv_cache": cache + round(1.5 * cache / dims.num_layers)},
-        {"kv_cache": cache + own + round(rows * _room_before(length - 1) * token / dims.num_layers)},
-        {"kv_cache": cache + own} | _decoding(memory, rows, prompt + length),
+        {"kv_cache": earlier + keys + prompts * state, "prefill_activations": peak},
+        {"kv_cache": keys + cache + prompts * state},
+        {"kv_cache": cache + round(1.5 * cache / attending) + prompts * state},
+        {"kv_cache": cache + own + rows * state + round(rows * _room_before(length - 1) * token / attending)},
+        {"kv_cache": cache + own + rows * state} | _decoding(memory, rows, prompt + length),
     ]
     copies = {"rollout_copy": rollout_copy_bytes(memory) + grouped_adapter_bytes(memory)}
     return memory.adapter_copies() | copies | max(moments, key=total)
@@ -118,6 +123,8 @@ def _decoding(memory: Memory, rows: int, keys: int) -> Components:
         {"sampling_logits": sampling_logits_bytes(dims, drawn, width, temperature)},
         {"attention_scores": decode_scores_bytes(dims, rows, keys, width)},
     ]
+    if dims.mixer:
+        moments.append({"state_update": 4 * UPDATE[dims.mixer.kind] * rows * dims.mixer.state})
     if not rollout_copy_bytes(memory) or len(memory.adapted) < len(dims.linears):
         moments.append({"dequantized_weight": memory.dense})
     return max(moments, key=total)

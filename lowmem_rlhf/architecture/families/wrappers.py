@@ -60,7 +60,8 @@ def auto_class(config: Mapping[str, Any]) -> str:
 
 def is_wrapper(config: Mapping[str, Any]) -> bool:
     """Whether a config.json is that of a wrapper whose text tower can be used alone."""
-    return config.get("model_type") in WRAPPERS and isinstance(config.get("text_config"), Mapping)
+    name = config.get("model_type")
+    return isinstance(name, str) and name in WRAPPERS and isinstance(config.get("text_config"), Mapping)
 
 
 def text_config(config: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -1,0 +1,22 @@
+"""Families some of whose layers pass a state on, beside layers with attention. No torch here.
+
+Their layers have unlike linear layers, so these are counted on the model's class.
+"""
+
+from dataclasses import replace
+
+from lowmem_rlhf.architecture.families.block import Block
+from lowmem_rlhf.architecture.families.llama import LLAMA
+from lowmem_rlhf.architecture.families.mixer import gated_delta, mamba2, short_convolution
+from lowmem_rlhf.architecture.families.row import Family
+
+_QWEN = Block(qk_norm="head", head_dim=256, rotary=0.25, gated_attention=True, wide_norms=True)
+_GRANITE = replace(LLAMA, keeps_gate=True, tied=True, embedding_scale=True)
+_QWEN35 = Family(_QWEN, counted=True, mixer=gated_delta)
+
+ROWS = {
+    "lfm2": Family(Block(qk_norm="head", tied=True, keeps_gate=True), counted=True, mixer=short_convolution),
+    "qwen3_5": _QWEN35,
+    "qwen3_5_text": _QWEN35,
+    "granitemoehybrid": Family(_GRANITE, counted=True, mixer=mamba2),
+}
