@@ -79,6 +79,8 @@ def _attention(
         raise NotPackable(f"its attention takes {' and '.join(other)} as well")
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     layer: int = module.layer_idx  # type: ignore[assignment]
+    if query.dtype != value.dtype:  # turned in the fp32 of the residual stream (`engine.wide`)
+        query, key = query.to(value.dtype), key.to(value.dtype)
     out = lowmem_context.attend(layer, query[0], key[0], value[0], scaling, sliding_window, softcap)
     return out[None].contiguous(), None
 
@@ -167,7 +169,7 @@ class PackedContext:
             gather, scatter = index
             rows = len(bucket.completions)
             padded = [(x[0] if gather is None else x[0].index_select(0, gather)).unflatten(0, (rows, -1)) for x in own]
-            flat = mix(padded, state.repeat_interleave(rows // bucket.count, dim=0))[0].flatten(0, 1)
+            flat = mix(padded, state)[0].flatten(0, 1)
             pieces.append(flat if scatter is None else flat.index_select(0, scatter))
         if self.kept is not None:
             self.states[key] = torch.cat(finals).detach()

@@ -42,6 +42,7 @@ from lowmem_rlhf.engine.padded import (
 from lowmem_rlhf.engine.recompute import recompute_layers
 from lowmem_rlhf.engine.roles import POLICY, REFERENCE, Roles
 from lowmem_rlhf.engine.tokenizer import Tokens
+from lowmem_rlhf.engine.wide import is_wide, widen
 from lowmem_rlhf.errors import UserError
 
 
@@ -96,6 +97,8 @@ class SharedBase(Roles):
         _switch_dropout_off(self.model)
         training_modes(self.model)
         fuse(self.model, self.dtype)
+        if is_wide(self.model, self.dtype):
+            widen(self.model, self.dtype)
         self.decoder = _decoder_of(self.model)
         self.head = tried_head(self.model, self.decoder, model_id)
         self._takes_positions, self._cache_name = forward_names(self.decoder)
@@ -109,7 +112,8 @@ class SharedBase(Roles):
         if not self.packable:
             self._be_padded()
         self.grouped_layers = self._find_groups()
-        self.fast_decoder = try_fast_decoder(self) if self.packable else None
+        fast = self.packable and not is_wide(self.model, self.dtype)
+        self.fast_decoder = try_fast_decoder(self) if fast else None
 
     @property
     def packable(self) -> bool:

@@ -15,7 +15,7 @@ from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedModel
 
 from lowmem_rlhf.architecture.source import cache_folder, resolve_model
-from lowmem_rlhf.architecture.wrappers import KEY_MAPPING, is_wrapper, text_name
+from lowmem_rlhf.architecture.families.wrappers import KEY_MAPPING, is_wrapper, text_name
 from lowmem_rlhf.engine.gguf_source import check_gguf, complete_config
 from lowmem_rlhf.engine.whole import in_body, load_whole
 from lowmem_rlhf.errors import UserError, one_line

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from lowmem_rlhf.architecture.adapters import HEAD, WEIGHTS, SavedAdapter
-from lowmem_rlhf.architecture.wrappers import text_key
+from lowmem_rlhf.architecture.families.wrappers import text_key
 from lowmem_rlhf.engine.logprobs import Head
 from lowmem_rlhf.engine.lora import ActiveAdapters, SharedLoraLinear, lora_config
 from lowmem_rlhf.engine.whole import differing_tensors, few

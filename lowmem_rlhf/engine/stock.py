@@ -12,6 +12,7 @@ from lowmem_rlhf.engine.attention import NAME as ATTENTION
 from lowmem_rlhf.engine.base import SharedBase
 from lowmem_rlhf.engine.fused import unfused
 from lowmem_rlhf.engine.lora import SharedLoraLinear
+from lowmem_rlhf.engine.wide import unwidened
 
 
 @contextmanager
@@ -20,16 +21,19 @@ def stock_forwards(base: SharedBase) -> Iterator[Any]:
     model = base.model
     packs = model.config._attn_implementation == ATTENTION
     layers = list(base.adapter_layers())
+    before = [(layer, vars(layer).get("forward")) for layer in layers]
     if packs:
         model.set_attn_implementation(base.stock_attention)
     try:
         for layer in layers:
             layer.forward = partial(_by_peft, layer)  # type: ignore[method-assign]
-        with unfused(model):
+        with unwidened(model), unfused(model):
             yield model
     finally:
-        for layer in layers:
+        for layer, forward in before:
             del layer.forward
+            if forward is not None:
+                layer.forward = forward  # type: ignore[method-assign]
         if packs:
             model.set_attn_implementation(ATTENTION)
 

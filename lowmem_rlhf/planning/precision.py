@@ -31,7 +31,8 @@ def compute_dtype(inputs: PlanInputs, quantization: str) -> tuple[str, str]:
         raise UserError("hardware.compute_dtype: got float32 with int8 weights, which compute in 16 bits; take nf4")
     int8_in_float16 = quantization == "int8" and device.int8_dtype == "float16"
     chosen = pinned or (device.int8_dtype if quantization == "int8" else device.half_dtype)
-    if inputs.dims.overflows_float16 and (chosen == "float16" or int8_in_float16):
+    narrow = inputs.dims.overflows_float16 and (chosen == "float16" or int8_in_float16)
+    if narrow and (int8_in_float16 or not inputs.dims.wide_stream):
         raise UserError(
             f"model {inputs.recipe.model!r} ({family}) overflows float16"
             + ("" if has_bf16 else f" and {device.name} has no bfloat16")
@@ -41,6 +42,8 @@ def compute_dtype(inputs: PlanInputs, quantization: str) -> tuple[str, str]:
         return pinned, PINNED
     if int8_in_float16:
         return chosen, "int8 weights (LLM.int8) are multiplied in float16"
+    if chosen == "float16" and narrow:
+        return chosen, f"{device.name} has no bfloat16; {family}'s residual stream overflows float16 and is in float32"
     if chosen == "float16":
         return chosen, f"{device.name} has no bfloat16; the update scales the loss"
     if inputs.on_cpu:

@@ -142,12 +142,14 @@ def test_what_is_pinned_and_does_not_fit_shows_what_it_lacks(recipe):
 
 def test_a_run_that_is_refused_is_a_cell_with_the_sentence(recipe):
     model = "google/gemma-3-1b-it"
+    hardware = recipe.hardware.model_copy(update={"compute_dtype": "bfloat16"})
+    recipe = recipe.model_copy(update={"hardware": hardware})
     found = what_fits(
         recipe, (*one_card(card(11), "turing"), *one_card(card(11, bf16=True), "ada")), {model: find(model)}
     )
     refused, taken = found.cells["grpo"][model]
     assert not refused.fits and refused.precision is refused.room_bytes is None
-    assert refused.lacks.startswith(f"model '{model}' (gemma3_text) overflows float16")
+    assert refused.lacks.startswith("hardware.compute_dtype: got bfloat16, which")
     assert taken.fits
 
 

@@ -294,7 +294,7 @@ def test_the_context_is_only_taken_off_before_torch_has_it(recipe):
     [
         ("Qwen2.5-0.5B", ["hardware.compute_dtype=bfloat16"], "bfloat16, which NVIDIA GeForce RTX 2080 Ti does not"),
         ("Qwen2.5-0.5B", ["hardware.compute_dtype=float32", "hardware.quantization=int8"], "take nf4"),
-        ("gemma-3-1b", [], "overflows float16 and NVIDIA GeForce RTX 2080 Ti has no bfloat16"),
+        ("gemma-3-1b", ["hardware.quantization=int8"], "overflows float16 and NVIDIA GeForce RTX 2080 Ti has no bf"),
         ("Qwen2.5-0.5B", ["hardware.micro_batch_tokens=100"], "got 100.*832 tokens"),
         ("Qwen2.5-0.5B", ["hardware.gradient_checkpointing=25"], "got 25, but .* has 24 layers; give at most 24"),
         ("gpt2", ["data.max_prompt_length=900"], "1220 tokens.*1024 positions"),
@@ -306,7 +306,7 @@ def test_what_cannot_be_is_refused(recipe, model, overrides, message):
         make_plan(recipe(model, *overrides), card(10.75), "x")
 
 
-def test_gemma3_is_planned_in_bfloat16_or_float32(recipe):
+def test_gemma3_is_planned_in_any_dtype(recipe):
     for free in (3, 6, 24):
         plan = make_plan(recipe("gemma-3-1b"), card(free, bf16=True), "x")
         assert plan.settings.compute_dtype == "bfloat16" and plan.settings.quantization != "int8"
@@ -314,6 +314,9 @@ def test_gemma3_is_planned_in_bfloat16_or_float32(recipe):
         recipe("gemma-3-1b", "hardware.compute_dtype=float32", "hardware.quantization=nf4"), card(10.75), "x"
     )
     assert plan.settings.compute_dtype == "float32"
+    plan = make_plan(recipe("gemma-3-1b"), card(10.75), "x")  # of a card without bfloat16
+    assert plan.settings.compute_dtype == "float16" and plan.settings.quantization != "int8"
+    assert "residual stream overflows float16 and is in float32" in plan.reasons["compute_dtype"]
 
 
 def test_an_empty_card_gets_a_plan_that_does_not_fit(recipe):
