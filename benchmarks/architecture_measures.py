@@ -148,6 +148,7 @@ def load_stock(folder: Path, quantization: str, dtype: str) -> Any:
     """Load a folder as a user of transformers does; of a model for images or sound, its text-only class."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
+    from lowmem_rlhf.engine.experts import split_experts
     from lowmem_rlhf.engine.load import DTYPES, quantization_settings, quiet, text_only
 
     with quiet():
@@ -160,6 +161,7 @@ def load_stock(folder: Path, quantization: str, dtype: str) -> Any:
             dtype=DTYPES[dtype],
             quantization_config=quantization_settings(quantization, DTYPES[dtype]),
         )
+    split_experts(model)  # stock has no experts in NF4
     return model.requires_grad_(False).eval()
 
 

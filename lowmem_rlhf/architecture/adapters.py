@@ -20,8 +20,8 @@ from lowmem_rlhf.architecture.adapter_files import (
     is_scale,
     tensors_of,
 )
-from lowmem_rlhf.architecture.lookup import model_dimensions
 from lowmem_rlhf.architecture.families.wrappers import text_key
+from lowmem_rlhf.architecture.lookup import model_dimensions
 from lowmem_rlhf.errors import UserError
 from lowmem_rlhf.paths import local_path, obstacle
 from lowmem_rlhf.run.checkpoints import STATE, check_adapter

@@ -25,7 +25,8 @@ def count_class(config: Mapping[str, Any]) -> dict[str, Any]:
 
     Returns:
         ``fields``: sizes of the config under their common names. Parameters: ``total``; ``embedding``; ``head``, 0
-        where it is the embedding; ``stacked``, of three dimensions, as experts are. ``linears``: for each linear layer
+        where it is the embedding; ``stacked``, of three dimensions, as experts are; ``tables``, of further embeddings
+        that are looked up by token (Gemma's of each layer). ``linears``: for each linear layer
         but the head its module's name, inputs, outputs, whether it has a bias, whether bitsandbytes quantizes it and
         whether ``all-linear`` adapts it.
 
@@ -34,6 +35,7 @@ def count_class(config: Mapping[str, Any]) -> dict[str, Any]:
         Exception: whatever the class raises for a config that it refuses.
     """
     import torch
+    from torch import nn
     from torch.nn.modules.conv import _ConvNd
     from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM
 
@@ -46,12 +48,15 @@ def count_class(config: Mapping[str, Any]) -> dict[str, Any]:
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(resolved, trust_remote_code=False)
     embedding, head = model.get_input_embeddings().weight, model.get_output_embeddings()
+    rows = embedding.shape[0]
+    tables = [m for m in model.modules() if isinstance(m, nn.Embedding) and m.weight.shape[0] >= rows]
     matrices = [p for m in model.modules() if not isinstance(m, _ConvNd) for p in m.parameters(recurse=False)]
     return {
         "fields": _fields(resolved.get_text_config(decoder=True)),
         "total": sum(p.numel() for p in model.parameters()),
         "embedding": embedding.numel(),
         "head": 0 if head is None or head.weight is embedding else head.weight.numel(),
+        "tables": sum(m.weight.numel() for m in tables if m.weight is not embedding),
         "stacked": sum(p.numel() for p in matrices if p.dim() == 3 and p.shape[0] > 1),
         "linears": _linears(model, head, config["model_type"]),
     }
@@ -78,8 +83,10 @@ def _linears(model: Any, head: Any, model_type: str) -> list[list[Any]]:
     from transformers.quantizers.base import get_keys_to_not_convert
     from transformers.quantizers.quantizers_utils import should_convert_module
 
+    from lowmem_rlhf.architecture.experts import names_beside_experts
     from lowmem_rlhf.architecture.families import family_of
 
+    beside = names_beside_experts(model)
     skipped = [*get_keys_to_not_convert(model), *(getattr(model, "_keep_in_fp32_modules", None) or ())]
     linears = []
     for name, module in model.named_modules():
@@ -88,7 +95,8 @@ def _linears(model: Any, head: Any, model_type: str) -> list[list[Any]]:
         outputs, inputs = module.weight.shape[::-1] if isinstance(module, Conv1D) else module.weight.shape
         plain = isinstance(module, Conv1D) or type(module) is nn.Linear
         quantized = plain and should_convert_module(name, skipped)
-        adapted = name.rsplit(".", 1)[-1] not in family_of(model_type).bypassed
+        last = name.rsplit(".", 1)[-1]
+        adapted = last not in family_of(model_type).bypassed and (beside is None or last in beside)
         linears.append([name, inputs, outputs, module.bias is not None, quantized, adapted])
     return linears
 

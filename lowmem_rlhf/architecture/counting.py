@@ -22,7 +22,7 @@ from typing import Any
 from lowmem_rlhf.architecture.families.block import Linear
 from lowmem_rlhf.architecture.source import cache_folder
 
-FORMAT = 1  # of the cached files; raised when `count_class` counts otherwise
+FORMAT = 2  # of the cached files; raised when `count_class` counts otherwise
 TIMEOUT_S = 180.0
 
 Linears = tuple[tuple[Linear, int], ...]  # kinds of linear layers, and how many there are of each
@@ -40,6 +40,7 @@ class Counted:
         other: parameters that are neither these nor quantized weights: norms, biases, stacked experts, convolutions,
             further embeddings. They keep 16 bits, or 32 as the compute dtype is.
         stacked: those among ``other`` that have three dimensions, as experts have.
+        tables: those among ``other`` that are further embeddings, looked up by token.
     """
 
     quantized: Linears
@@ -49,6 +50,7 @@ class Counted:
     head: int
     other: int
     stacked: int
+    tables: int
 
     @property
     def total(self) -> int:
@@ -145,4 +147,5 @@ def _counted(measured: Mapping[str, Any]) -> Counted:
         head=measured["head"],
         other=measured["total"] - weights_of(converted) - measured["embedding"] - measured["head"],
         stacked=measured["stacked"],
+        tables=measured["tables"],
     )

@@ -15,8 +15,8 @@ from lowmem_rlhf.architecture.counting import CannotCount, Counted, Linears, cou
 from lowmem_rlhf.architecture.families import block_of, family_of
 from lowmem_rlhf.architecture.families.block import Linear, block_linears, other_parameters
 from lowmem_rlhf.architecture.families.mixer import Mixer
-from lowmem_rlhf.architecture.kinds import check_dense, check_kind
 from lowmem_rlhf.architecture.families.wrappers import text_config
+from lowmem_rlhf.architecture.kinds import check_experts, check_kind
 from lowmem_rlhf.errors import UserError
 from lowmem_rlhf.suggest import did_you_mean
 
@@ -115,6 +115,21 @@ class ModelDimensions:
         return self.counted.embedding if self.counted else self.vocab_size * self.hidden_size
 
     @property
+    def expert_parameters(self) -> int:
+        """Parameters of stacked experts, which NF4 quantizes as well (`engine.experts`)."""
+        return self.counted.stacked if self.counted else 0
+
+    @property
+    def layer_embeddings(self) -> int:
+        """Parameters of embeddings of tokens in each layer (Gemma 3n and 4)."""
+        return self.counted.tables if self.counted else 0
+
+    @property
+    def movable_embeddings(self) -> int:
+        """Parameters of embeddings that only look tokens up, so that they can lie in host memory."""
+        return (0 if self.tied else self.token_embedding) + self.layer_embeddings
+
+    @property
     def embedding_parameters(self) -> int:
         """Token embedding and output head; one matrix when they are tied."""
         if self.counted:
@@ -185,7 +200,7 @@ def dimensions_from_config(config: Mapping[str, Any], model: str, trust_remote_c
     model_type = check_kind(model, config, trust_remote_code)
     family = family_of(model_type)
     counted, counted_sizes, why_not = (None, {}, "") if family.block and not family.counted else _count(config)
-    check_dense(model, config, counted)
+    check_experts(model, config, counted)
     fields = {**common_fields(config), **counted_sizes}
     if missing := [key for key in LIMITS if key not in fields]:
         raise UserError(_lacking(model, model_type, missing, counted, why_not))

@@ -11,7 +11,7 @@ from lowmem_rlhf.architecture.families import block_of, family_of_gguf
 from lowmem_rlhf.architecture.families.block import Linear
 from lowmem_rlhf.architecture.families.row import Family
 from lowmem_rlhf.architecture.gguf_header import read_gguf_header
-from lowmem_rlhf.architecture.kinds import check_dense, check_kind
+from lowmem_rlhf.architecture.kinds import check_experts, check_kind
 from lowmem_rlhf.errors import UserError
 
 # of Llama's linear layers, llama.cpp's names -> transformers'
@@ -37,7 +37,7 @@ def from_gguf(path: Path, model: str) -> ModelDimensions:
     arch = str(header.fields.get("general.architecture", ""))
     model_type, family = family_of_gguf(arch)
     check_kind(model, {"model_type": model_type})
-    check_dense(model, {"num_experts": header.fields.get(f"{arch}.expert_count")})
+    check_experts(model, {"num_experts": header.fields.get(f"{arch}.expert_count")})
     embedding = header.shapes.get("token_embd.weight")
     linears = _linears(family, header.shapes)
     if embedding is None or len(embedding) != 2 or not linears:

@@ -42,7 +42,7 @@ _METHODS = {
 def check_kind(model: str, config: Mapping[str, Any], trust_remote_code: bool = True) -> str:
     """Return the model type of a config of a text-only, decoder-only model with attention, in 16 or 32 bits.
 
-    `check_dense` tells whether it is dense.
+    `check_experts` looks at mixtures of experts.
 
     Raises:
         UserError: it is anything else, names no type, or needs code of its own that may not be run.
@@ -81,24 +81,23 @@ def check_kind(model: str, config: Mapping[str, Any], trust_remote_code: bool = 
     return model_type
 
 
-def check_dense(model: str, config: Mapping[str, Any], counted: Counted | None = None) -> None:
-    """Refuse a mixture of experts.
+def check_experts(model: str, config: Mapping[str, Any], counted: Counted | None = None) -> None:
+    """Refuse a mixture of experts whose parameters could not be counted on its class.
 
     Args:
         counted: on the model's class, where it could be asked: a config may name experts that the model does not have.
 
     Raises:
-        UserError: it has experts.
+        UserError: it has experts, and nobody knows how many parameters they are.
     """
     sections = [config, *(config[key] for key in ("ffn_config",) if isinstance(config.get(key), Mapping))]
     named = ((key, section[key]) for section in sections for key in EXPERTS if section.get(key) not in (None, 0, 1))
     name, number = next(named, ("", 0))
-    if not name or (counted is not None and not counted.stacked):
+    if not name or counted is not None:
         return
-    share = "" if counted is None else f", {100 * counted.stacked / counted.total:.0f} % of its parameters,"
     raise UserError(
-        f"model {model!r} is a mixture of experts ({name} {number}): its experts{share} are stacked in parameters of "
-        "three dimensions, which quantization and adapters pass by; a dense one is needed"
+        f"model {model!r} is a mixture of experts ({name} {number}) whose parameters could not be counted, so its "
+        "memory cannot be planned; take one that transformers has a class for"
     )
 
 

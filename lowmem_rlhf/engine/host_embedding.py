@@ -27,13 +27,33 @@ class HostEmbedding(nn.Module):
         return self._held["embedding"](ids.to("cpu")).to(ids.device)
 
 
+def movable_embeddings(model: PreTrainedModel) -> list[tuple[nn.Module, str, nn.Module]]:
+    """Return a model's embeddings that only look tokens up, each with the module it lies in and its name there.
+
+    Of tokens, and of tokens in each layer (Gemma 3n and 4); not one that is the output head as well, nor one that lies
+    in host memory already.
+    """
+    embedding: Any = model.get_input_embeddings()
+    head: Any = model.get_output_embeddings()
+    rows = embedding.weight.shape[0]
+    return [
+        (parent, name, module)
+        for parent in model.modules()
+        for name, module in parent.named_children()
+        if isinstance(module, nn.Embedding)
+        and module.weight.shape[0] >= rows
+        and (head is None or module.weight is not head.weight)
+    ]
+
+
 def embeddings_to_host(model: PreTrainedModel) -> None:
-    """Let a model's token embedding lie in host memory.
+    """Let a model's `movable_embeddings` lie in host memory.
 
     Raises:
-        ValueError: the embedding is the output head as well.
+        ValueError: there are none: its embedding is the output head as well.
     """
-    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
-    if head is not None and head.weight is embedding.weight:
+    found = movable_embeddings(model)
+    if not found:
         raise ValueError("a token embedding that is the output head as well cannot leave the device")
-    model.set_input_embeddings(HostEmbedding(embedding))
+    for parent, name, module in found:
+        setattr(parent, name, HostEmbedding(module))

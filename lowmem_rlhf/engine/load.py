@@ -14,8 +14,9 @@ import torch
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedModel
 
-from lowmem_rlhf.architecture.source import cache_folder, resolve_model
 from lowmem_rlhf.architecture.families.wrappers import KEY_MAPPING, is_wrapper, text_name
+from lowmem_rlhf.architecture.source import cache_folder, resolve_model
+from lowmem_rlhf.engine.experts import METHOD, split_experts
 from lowmem_rlhf.engine.gguf_source import check_gguf, complete_config
 from lowmem_rlhf.engine.whole import in_body, load_whole
 from lowmem_rlhf.errors import UserError, one_line
@@ -114,6 +115,7 @@ def as_base(model: PreTrainedModel) -> PreTrainedModel:
                 "processor; load it again and give it before its first call"
             )
     model.requires_grad_(False)
+    split_experts(model)
     _switch_dropout_off(model.config)
     _keep_order(model)
     return model
@@ -122,12 +124,14 @@ def as_base(model: PreTrainedModel) -> PreTrainedModel:
 def quantization_settings(quantization: str, dtype: torch.dtype) -> BitsAndBytesConfig | None:
     """Return how the loader quantizes, which a merge onto the same numbers does again; None: not at all."""
     if quantization == "nf4":
-        return BitsAndBytesConfig(
+        settings = BitsAndBytesConfig(
             load_in_4bit=True,
             bnb_4bit_quant_type="nf4",
             bnb_4bit_use_double_quant=True,
             bnb_4bit_compute_dtype=dtype,
         )
+        settings.quant_method = METHOD  # type: ignore[assignment]
+        return settings
     return BitsAndBytesConfig(load_in_8bit=True) if quantization == "int8" else None
 
 

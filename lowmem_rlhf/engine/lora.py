@@ -15,6 +15,7 @@ from peft.tuners.lora.layer import LoraLayer
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from lowmem_rlhf.architecture.experts import names_beside_experts
 from lowmem_rlhf.architecture.families import family_of
 from lowmem_rlhf.engine.grouped_lora import GroupedLoraLinear
 from lowmem_rlhf.hardware.memory import is_out_of_memory
@@ -94,6 +95,8 @@ def lora_config(
     if target_modules == "all-linear":
         config: Any = model.config
         bypassed += family_of(config.model_type).bypassed
+        if names := names_beside_experts(model):
+            target_modules = [name for name in names if name not in family_of(config.model_type).bypassed]
     lora = LoraConfig(
         r=r,
         lora_alpha=lora_alpha,  # type: ignore[arg-type]

@@ -40,7 +40,7 @@ def widen(model: Any, dtype: torch.dtype) -> None:
             module.forward = partial(_gated_mlp, module)
         elif isinstance(module, SharedLoraLinear) or (isinstance(module, nn.Linear) and not last.startswith("lora_")):
             if last != "base_layer" and module is not model.get_output_embeddings():
-                module.forward = partial(_product, module.forward, dtype, last in names.results)
+                module.forward = partial(_product, module.forward, dtype, last in names.results)  # type: ignore[method-assign]
         elif last in names.inputs:
             module.forward = partial(_narrowed, module.forward, dtype)
 

@@ -8,8 +8,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from lowmem_rlhf.architecture.lookup import model_dimensions
 from lowmem_rlhf.architecture.families.wrappers import WRAPPERS
+from lowmem_rlhf.architecture.lookup import model_dimensions
 from lowmem_rlhf.errors import LowmemError, RunError, UserError
 from lowmem_rlhf.export.formats.table import FORMATS, check_options
 from lowmem_rlhf.export.job import ExportJob

@@ -5,8 +5,8 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from lowmem_rlhf.architecture.source import is_local, resolve_model
 from lowmem_rlhf.architecture.families.wrappers import text_config
+from lowmem_rlhf.architecture.source import is_local, resolve_model
 from lowmem_rlhf.errors import UserError
 
 # files of a model folder other than weights: configuration, tokenizer, chat template, the model's own code

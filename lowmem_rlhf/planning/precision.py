@@ -13,6 +13,7 @@ from lowmem_rlhf.planning.shapes import row_tokens
 COMFORTABLE = 0.6  # share of the budget that the smallest working set may take at a higher precision
 RANK = 16  # for RL a low rank is enough (LoRA Without Regret, Thinking Machines 2025)
 LOWER_RANKS = (8, 4)
+WORTH_MOVING = 0.1  # share of the budget that embeddings of each layer may take before they lie in host memory
 
 
 def compute_dtype(inputs: PlanInputs, quantization: str) -> tuple[str, str]:
@@ -148,6 +149,9 @@ def offload_embeddings(inputs: PlanInputs, settings: Settings) -> tuple[bool, st
         return False, "the embedding is the output head as well, which the device multiplies with"
     if pinned is not None:
         return pinned, PINNED
+    tables = inputs.dims.layer_embeddings * settings.width
+    if tables > WORTH_MOVING * inputs.budget:
+        return True, f"the embeddings of each layer, {gib(tables)}, are only looked up, a few kB a token"
     need = inputs.peak(settings)
     if need <= inputs.budget:
         return False, f"they fit: the smallest working set takes {gib(need)} of {gib(inputs.budget)} with them"
@@ -156,7 +160,7 @@ def offload_embeddings(inputs: PlanInputs, settings: Settings) -> tuple[bool, st
 
 
 def _embeddings_can_leave(inputs: PlanInputs) -> bool:
-    return not inputs.on_cpu and not inputs.dims.tied
+    return not inputs.on_cpu and bool(inputs.dims.movable_embeddings)
 
 
 def rank(inputs: PlanInputs, settings: Settings) -> tuple[int, str]:

@@ -9,7 +9,7 @@ import torch
 from lowmem_rlhf.algorithms.spec import resolve
 from lowmem_rlhf.architecture.lookup import model_dimensions
 from lowmem_rlhf.engine.base import SharedBase
-from lowmem_rlhf.engine.host_embedding import HostEmbedding, embeddings_to_host
+from lowmem_rlhf.engine.host_embedding import embeddings_to_host, movable_embeddings
 from lowmem_rlhf.engine.ladder import Ladder, Saving
 from lowmem_rlhf.errors import UserError
 from lowmem_rlhf.hardware.capabilities import MIB, capabilities
@@ -37,9 +37,7 @@ def savings_of(base: SharedBase, settings: Settings) -> list[Saving]:
         if not settings.offload_checkpoints:
             offload = lambda: base.set_gradient_checkpointing(True, offload=True)  # noqa: E731
             found.append(Saving(_UPDATE, "offload_checkpoints", True, offload))
-        embedding, head = base.model.get_input_embeddings(), base.model.get_output_embeddings()
-        tied = head is not None and head.weight is embedding.weight
-        if not tied and not isinstance(embedding, HostEmbedding):
+        if movable_embeddings(base.model):
             found.append(Saving(_ALL, "offload_embeddings", True, lambda: embeddings_to_host(base.model)))
     return found
 

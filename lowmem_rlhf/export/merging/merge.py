@@ -15,7 +15,7 @@ from lowmem_rlhf.engine.load import DTYPES
 from lowmem_rlhf.errors import UserError
 from lowmem_rlhf.export.merging.dequantized import dense
 from lowmem_rlhf.export.merging.lora_file import LoraFile
-from lowmem_rlhf.export.merging.names import Skeleton, stored_names
+from lowmem_rlhf.export.merging.names import Skeleton, expert_settings, stored_names
 from lowmem_rlhf.export.rounding import RoundingStats, rounded_sum
 from lowmem_rlhf.export.shards import NAMES, SINGLE, FileLayout, Stored, read_bytes, write_index, write_tensors
 from lowmem_rlhf.progress import ProgressCallback
@@ -49,12 +49,15 @@ class Merge:
         self.compute_dtype, self.device = DTYPES[compute_dtype], device
         self.tensors = {name: stored for file in shards.values() for name, stored in file.items()}
         self.parameters = stored_names(model.shapes, self.tensors, model.renamed)
+        beside = {name: expert_settings(name, model.quantized) for name in self.tensors.keys() - self.parameters.keys()}
+        self.experts = {name: settings for name, settings in beside.items() if settings is not None}
         self._check_names()
         self._check_shapes()
 
     def _check_names(self) -> None:
         parameters = set(self.parameters.values())
-        needed = dict.fromkeys([f"{layer}.weight" for layer in self.adapter.layers] + list(self.model.quantized))
+        quantized = [name for name in self.model.quantized if name.endswith(".weight") or not self.experts]
+        needed = dict.fromkeys([f"{layer}.weight" for layer in self.adapter.layers] + quantized)
         if lacking := [name for name in needed if name not in parameters]:
             raise UserError(
                 f"the base's files have no tensor for {lacking[0]} ({len(lacking)} of {len(needed)} are missing; one "
@@ -99,7 +102,8 @@ class Merge:
         return sum(size for file in self.shards for *_, size in self.layout(file, dtype))
 
     def _is_cast(self, name: str) -> bool:
-        return name in self.parameters and self.tensors[name].is_number  # what the model lacks is copied as it is
+        known = name in self.parameters or name in self.experts  # what the model lacks is copied as it is
+        return known and self.tensors[name].is_number
 
     def write(self, target: Path, dtype: str, progress: ProgressCallback | None = None) -> RoundingStats:
         """Write the merged weights into a folder, in files as the base has them; return what rounding kept.
@@ -145,7 +149,7 @@ class Merge:
             for begin in range(stored.begin, stored.end, 8 * PIECE):
                 yield read_bytes(stored.file, begin, min(begin + 8 * PIECE, stored.end))
             return
-        whole, parameter = self._dequantized(name), self.parameters[name]
+        whole, parameter = self._dequantized(name), self.parameters.get(name, name)
         layer = parameter.removesuffix(".weight")
         left = right = None
         if layer in self.adapter.layers:
@@ -164,8 +168,8 @@ class Merge:
 
     def _dequantized(self, name: str) -> torch.Tensor | None:
         """Return the numbers that a quantized tensor stands for; None for one that is not quantized."""
-        parameter = self.parameters[name]
-        settings = self.model.quantized.get(parameter)
+        parameter = self.parameters.get(name, name)
+        settings = self.experts.get(name, self.model.quantized.get(parameter))
         if settings is None:
             return None
         weight = self.tensors[name].read()

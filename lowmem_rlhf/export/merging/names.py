@@ -16,6 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 from transformers.quantizers import AutoHfQuantizer
 
+from lowmem_rlhf.architecture.experts import expert_stacks
 from lowmem_rlhf.architecture.families.wrappers import text_name
 from lowmem_rlhf.engine.load import DTYPES, first_sentence, quantization_settings, quiet, text_only
 from lowmem_rlhf.errors import UserError
@@ -88,10 +89,25 @@ def _renamings(model: Any) -> Callable[[str], str]:
 
 
 def _quantized(model: nn.Module) -> dict[str, Any]:
-    from bitsandbytes.nn import Linear4bit, Linear8bitLt
+    from bitsandbytes.nn import Linear4bit, Linear8bitLt, Params4bit
 
     kinds = (Linear4bit, Linear8bitLt)
-    return {f"{name}.weight": m.weight for name, m in model.named_modules() if isinstance(m, kinds)}
+    linears = {f"{name}.weight": m.weight for name, m in model.named_modules() if isinstance(m, kinds)}
+    names = {module: name for name, module in model.named_modules()}
+    stacks = [(f"{names[module]}.{name}", getattr(module, name)) for module, name in expert_stacks(model)]
+    return linears | {name: stack for name, stack in stacks if isinstance(stack, Params4bit)}
+
+
+def expert_settings(stored: str, quantized: Mapping[str, Any]) -> Any:
+    """Return how a stored tensor of a single expert is quantized, as a part of its layer's stack; None if it is not.
+
+    A file may hold the experts one by one (``mlp.experts.3.up_proj.weight``). They are quantized as the stack is: its
+    blocks have scales of their own, and lie within one expert.
+    """
+    match = re.match(r"(.+\.experts)\.\d+\.\w+\.weight$", stored)
+    if match is None:
+        return None
+    return next((one for name, one in quantized.items() if name.rpartition(".")[0].endswith(match[1])), None)
 
 
 def stored_names(

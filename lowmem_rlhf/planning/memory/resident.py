@@ -27,6 +27,9 @@ ALLOCATOR_FACTOR = 1.125  # reserved / allocated in CUDA's caching allocator, th
 ALLOCATOR_HIGH = 1.25  # the same, its 90th percentile with SDPA
 
 
+EXPERT_BYTES = 0.5 + 4 / 64  # 4 bits, and a 4-byte scale per 64 weights
+
+
 NF4_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)  # 4 bits, an 8-bit scale per 64 weights, a 4-byte one per 256 of those
 
 
@@ -96,22 +99,24 @@ def block_weight_bytes(dims: ModelDimensions, quantization: str, width: int) -> 
     """Bytes of the linear layers of the blocks.
 
     NF4 with double quantization: 0.5 byte + 0.127 bit a weight. int8: 1 byte, and a 4-byte scale for each output row.
+    Experts: NF4 without the second quantization, or as they are.
     """
     if quantization == "nf4":
-        return math.ceil(dims.linear_parameters * NF4_BYTES)
+        return math.ceil(dims.linear_parameters * NF4_BYTES + dims.expert_parameters * EXPERT_BYTES)
+    experts = dims.expert_parameters * width
     if quantization == "int8":
-        return dims.linear_parameters + 4 * sum(linear.outputs * many for linear, many in dims.quantizable)
-    return dims.linear_parameters * width
+        return experts + dims.linear_parameters + 4 * sum(linear.outputs * many for linear, many in dims.quantizable)
+    return experts + dims.linear_parameters * width
 
 
 def embedding_bytes(dims: ModelDimensions, width: int, offloaded: bool = False) -> int:
     """Bytes of embedding, head, norms and biases: never quantized; a tied head is the embedding itself.
 
     Args:
-        offloaded: the embedding lies in host memory (an untied one: a tied one is the head).
+        offloaded: embeddings lie in host memory (not a tied one, which is the head; those of each layer too).
     """
-    away = dims.token_embedding if offloaded and not dims.tied else 0
-    return (dims.embedding_parameters - away + dims.other_parameters) * width
+    away = dims.movable_embeddings if offloaded else 0
+    return (dims.embedding_parameters - away + dims.other_parameters - dims.expert_parameters) * width
 
 
 def optimizer_state_bytes(parameters: int, optim: str) -> int:
