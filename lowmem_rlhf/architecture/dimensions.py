@@ -152,6 +152,11 @@ class ModelDimensions:
         return family_of(self.model_type).overflows_float16
 
     @property
+    def avoids_four_bits(self) -> bool:
+        """Whether 4-bit weights are advised against."""
+        return family_of(self.model_type).avoids_four_bits
+
+    @property
     def wide_stream(self) -> bool:
         """Whether it is computed in float16 all the same, with an fp32 residual stream (`engine.wide`)."""
         return family_of(self.model_type).wide_stream is not None

@@ -29,6 +29,7 @@ SENSES = {
 }
 EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
 _QUANTIZED_NAME = re.compile(r"(-unsloth)?-(bnb-4bit|bnb-8bit|awq|gptq|fp8|int4|int8|4bit|8bit|w4a16|w8a8)\b.*", re.I)
+UNDONE = ("fp8", "mxfp4")  # kinds of quantized checkpoints that are made 16-bit first (`engine.dequantized_source`)
 _METHODS = {
     "gptq": "GPTQ",
     "awq": "AWQ",
@@ -71,7 +72,7 @@ def check_kind(model: str, config: Mapping[str, Any], trust_remote_code: bool = 
             f"model {model!r} is recurrent ({model_type}) and has no attention, so its memory cannot be planned; take "
             "a transformer"
         )
-    if config.get("quantization_config"):
+    if config.get("quantization_config") and _method(config["quantization_config"]) not in UNDONE:
         raise UserError(already_quantized(model, config["quantization_config"]))
     if config.get("auto_map") and not trust_remote_code and not has_class(model_type):
         raise UserError(
@@ -103,7 +104,7 @@ def check_experts(model: str, config: Mapping[str, Any], counted: Counted | None
 
 def already_quantized(model: str, settings: Any) -> str:
     """Return the sentence for a checkpoint with a ``quantization_config``: how it was quantized, and what to take."""
-    method = str(settings.get("quant_method", "") if isinstance(settings, Mapping) else "").lower()
+    method = _method(settings)
     how = f" ({_METHODS.get(method, method)})" if method else ""
     original = _QUANTIZED_NAME.sub("", model)
     name = f", probably {original!r}" if original != model else ""
@@ -111,6 +112,10 @@ def already_quantized(model: str, settings: Any) -> str:
         f"model {model!r} is a checkpoint that is already quantized{how}; take the original 16-bit weights{name}: they "
         "are quantized while loading"
     )
+
+
+def _method(settings: Any) -> str:
+    return str(settings.get("quant_method", "") if isinstance(settings, Mapping) else "").lower()
 
 
 def has_class(model_type: str) -> bool:

@@ -16,6 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAn
 
 from lowmem_rlhf.architecture.families.wrappers import KEY_MAPPING, is_wrapper, text_name
 from lowmem_rlhf.architecture.source import cache_folder, resolve_model
+from lowmem_rlhf.engine.dequantized_source import dequantized_folder
 from lowmem_rlhf.engine.experts import METHOD, split_experts
 from lowmem_rlhf.engine.gguf_source import check_gguf, complete_config
 from lowmem_rlhf.engine.whole import in_body, load_whole
@@ -46,8 +47,8 @@ def load_base(
         UserError: the model cannot be found or read, or its files lack a tensor or hold another one.
     """
     path = resolve_model(model)
-    if path.endswith(".gguf"):
-        path = str(convert_gguf(Path(path)))
+    gguf = path.endswith(".gguf")
+    path = str(convert_gguf(Path(path))) if gguf else dequantized_folder(path, model, revision)
     dtype = DTYPES[compute_dtype]
     common: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
     with quiet(), torch.device("cpu"):  # what the loader makes for itself

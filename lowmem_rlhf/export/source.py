@@ -29,6 +29,10 @@ def base_folder(model: str, revision: str | None) -> Path:
         from lowmem_rlhf.engine.load import convert_gguf
 
         return convert_gguf(Path(path))
+    from lowmem_rlhf.engine.dequantized_source import dequantized_folder
+
+    if (made := dequantized_folder(path, model, revision)) != path:
+        return Path(made)
     return Path(path) if is_local(path) else _from_hub(path, revision)
 
 

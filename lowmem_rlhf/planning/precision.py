@@ -11,6 +11,7 @@ from lowmem_rlhf.planning.memory.resident import Settings
 from lowmem_rlhf.planning.shapes import row_tokens
 
 COMFORTABLE = 0.6  # share of the budget that the smallest working set may take at a higher precision
+NEARLY_ALL = 0.9  # the same where 4-bit weights are advised against
 RANK = 16  # for RL a low rank is enough (LoRA Without Regret, Thinking Machines 2025)
 LOWER_RANKS = (8, 4)
 WORTH_MOVING = 0.1  # share of the budget that embeddings of each layer may take before they lie in host memory
@@ -81,7 +82,11 @@ def quantization(inputs: PlanInputs) -> tuple[str, str]:
     if pinned := inputs.pinned("quantization"):
         compute_dtype(inputs, pinned)  # refuses a combination that cannot be
         return pinned, PINNED
-    passed = []
+    passed, share_allowed = [], COMFORTABLE
+    advice = ""
+    if inputs.dims.avoids_four_bits:
+        share_allowed = NEARLY_ALL
+        advice = f"; 4-bit weights are advised against for {inputs.dims.model_type}"
     for candidate, name in (("none", "16-bit"), ("int8", "int8")):
         if candidate == "int8" and (inputs.pinned("compute_dtype") == "float32" or inputs.dims.overflows_float16):
             continue
@@ -89,16 +94,17 @@ def quantization(inputs: PlanInputs) -> tuple[str, str]:
         name = "32-bit" if settings.width == 4 else name
         need = inputs.peak(settings)
         share = f"{gib(need)} of the {gib(inputs.budget)} budget"
-        if need <= COMFORTABLE * inputs.budget:
+        if need <= share_allowed * inputs.budget:
             return (
                 candidate,
-                f"with {name} weights the smallest working set takes {share}, at most {COMFORTABLE * 100:.0f} %",
+                f"with {name} weights the smallest working set takes {share}, at most {share_allowed * 100:.0f} %"
+                + advice,
             )
         passed.append(f"{gib(need)} with {name}")
     need = inputs.peak(smallest(inputs, "nf4"))
     return "nf4", (
         f"the smallest working set takes {gib(need)} against {' and '.join(passed)} weights, which is more than "
-        f"{COMFORTABLE * 100:.0f} % of the {gib(inputs.budget)} budget"
+        f"{share_allowed * 100:.0f} % of the {gib(inputs.budget)} budget{advice}"
     )
 
 

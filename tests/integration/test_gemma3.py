@@ -13,7 +13,8 @@ from lowmem_rlhf.engine.load import load_base
 from lowmem_rlhf.engine.logprobs import tiled_logprobs
 from lowmem_rlhf.engine.packing import Group
 from lowmem_rlhf.engine.roles import REFERENCE
-from lowmem_rlhf.recipe.loading import validate_recipe
+from lowmem_rlhf.engine.stock import stock_forwards
+from lowmem_rlhf.recipe.loading import load_recipe, validate_recipe
 from lowmem_rlhf.session.train import train
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(3600)]
@@ -113,3 +114,36 @@ def test_its_loss_falls_in_five_steps(gemma3, rows, tmp_path, quantization):
     print(f"{quantization}: steps {[round(loss, 3) for loss in steps]}, held out {before:.4f} -> {after:.4f}")
     assert steps[0] < 3 and before < 3
     assert after < before - 0.1
+
+
+def test_float16_with_a_wide_stream_is_within_rounding_of_fp32(gemma3, rows):
+    """The arrangement for cards without bfloat16 (`engine.wide`); in plain float16 the model overflows."""
+    model, tokenizer = load_base(gemma3, "none", "float32", CPU)
+    texts = [tokens_of(tokenizer, row) for row in rows[:2]]
+    exact = stock_loss(model, texts)
+    half, _ = load_base(gemma3, "none", "float16", CPU)
+    base = SharedBase(half, tokenizer, "gemma-3-270m")
+    ours = our_loss(base, texts)
+    with base.role(REFERENCE), stock_forwards(base) as stock:
+        plain = stock_loss(stock, texts)
+    print(f"float16: loss {ours:.4f}, fp32 {exact:.4f}, stock's float16 {plain:.4f}")
+    assert ours == pytest.approx(exact, abs=0.05)
+
+
+def test_it_learns_the_quickstart_task(gemma3, tmp_path):
+    """Held-out accuracy of sums to 10 at least doubles."""
+    overrides = [
+        f"model={gemma3}",
+        "hardware.quantization=none",
+        "data.options.high=9",
+        "data.chat=false",
+        "data.template=What is {question}?\\nAnswer:",
+        "data.eval_size=96",
+        "grpo.num_iterations=4",
+        "training.max_steps=12",
+    ]
+    run = train(load_recipe("quickstart", overrides), tmp_path / "run")
+    evaluation = json.loads((run.path / "evaluation.json").read_text())
+    before, after = (evaluation[when]["accuracy"] for when in ("before", "after"))
+    print(f"accuracy {before:.3f} -> {after:.3f}")
+    assert after >= 2 * before and after > 0.2

@@ -12,7 +12,7 @@ from lowmem_rlhf.architecture.families.row import Family
 
 _QWEN = Block(qk_norm="head", head_dim=256, rotary=0.25, gated_attention=True, wide_norms=True)
 _GRANITE = replace(LLAMA, keeps_gate=True, tied=True, embedding_scale=True)
-_QWEN35 = Family(_QWEN, counted=True, mixer=gated_delta)
+_QWEN35 = Family(_QWEN, counted=True, mixer=gated_delta, avoids_four_bits=True)
 
 ROWS = {
     "lfm2": Family(Block(qk_norm="head", tied=True, keeps_gate=True), counted=True, mixer=short_convolution),

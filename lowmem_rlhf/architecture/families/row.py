@@ -77,6 +77,7 @@ class Family:
         mixer: the layers that pass a state on, from a config's fields.
         overflows_float16: activations exceed 65504, so float16 gives inf.
         wide_stream: how it is computed in float16 all the same; None: not at all where it overflows.
+        avoids_four_bits: those who publish or support it advise against 4-bit weights under adapters.
         rotary_tables: tables of cosines and sines that its layers share; two where layers with a window turn otherwise.
         bypassed: linear layers whose weights the model also multiplies with directly, past an adapter beside them;
             ``all-linear`` leaves them out.
@@ -89,6 +90,7 @@ class Family:
     mixer: Callable[[Mapping[str, Any]], Mixer | None] | None = None
     overflows_float16: bool = False
     wide_stream: WideStream | None = None
+    avoids_four_bits: bool = False
     rotary_tables: int = 1
     bypassed: tuple[str, ...] = ()
     tested: bool = False
