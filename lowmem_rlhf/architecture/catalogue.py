@@ -6,6 +6,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from lowmem_rlhf.architecture.counting import Counted
 from lowmem_rlhf.architecture.dimensions import ModelDimensions, dimensions_from_config
 
 FILE = Path(__file__).with_name("catalogue.json")
@@ -18,11 +19,13 @@ class Entry(NamedTuple):
         series: what its models are called together, such as Qwen2.5.
         parameters: the published count.
         config: the fields of its config.json that decide memory.
+        counted: what was counted on its class, where its layers are of unlike sizes or its terms are not known.
     """
 
     series: str
     parameters: int
     config: dict[str, Any]
+    counted: Counted | None
 
 
 @cache
@@ -36,10 +39,11 @@ def entries() -> dict[str, Entry]:
     """Return the config of every Hub id that the catalogue knows, in the order of the file."""
     by_name: dict[str, Entry] = {}
     for model in _models():
+        counted = Counted.from_json(model["counted"]) if "counted" in model else None
         same = dict.fromkeys(model["names"], model["config"])
         others = {name: {**model["config"], **changes} for name, changes in model.get("variants", {}).items()}
         for name, config in {**same, **others}.items():
-            by_name[name] = Entry(model["series"], model["parameters"], config)
+            by_name[name] = Entry(model["series"], model["parameters"], config, counted)
     return by_name
 
 
@@ -47,14 +51,19 @@ def entries() -> dict[str, Entry]:
 def find(model: str) -> ModelDimensions | None:
     """Return the sizes of a Hub id, in any case; None where the catalogue does not have it."""
     name = next((known for known in entries() if known.casefold() == model.casefold()), None)
-    return None if name is None else dimensions_from_config(entries()[name].config, name)
+    return None if name is None else _sizes(name)
 
 
 @cache
 def catalogue() -> dict[str, ModelDimensions]:
     """Return the sizes of every model, under the one of its names to suggest: the instruct model where there is one."""
     firsts = [model["names"][0] for model in _models()]
-    return {name: dimensions_from_config(entries()[name].config, name) for name in firsts}
+    return {name: _sizes(name) for name in firsts}
+
+
+def _sizes(name: str) -> ModelDimensions:
+    entry = entries()[name]
+    return dimensions_from_config(entry.config, name, known=entry.counted)
 
 
 def series() -> list[str]:

@@ -14,7 +14,7 @@ import sys
 from collections import Counter
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -51,6 +51,18 @@ class Counted:
     other: int
     stacked: int
     tables: int
+
+    def to_json(self) -> dict[str, Any]:
+        """Return it as plain values, for the catalogue."""
+        kinds = {name: [[*astuple(x), many] for x, many in getattr(self, name)] for name in ("quantized", "adapted")}
+        numbers = {name: getattr(self, name) for name in ("embedding", "head", "other", "stacked", "tables")}
+        return {**kinds, "block": [list(astuple(x)) for x in self.block], **numbers}
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> "Counted":
+        """Return what `to_json` wrote."""
+        kinds = {name: tuple((Linear(*one[:-1]), one[-1]) for one in values[name]) for name in ("quantized", "adapted")}
+        return cls(**{**values, **kinds, "block": tuple(Linear(*one) for one in values["block"])})
 
     @property
     def total(self) -> int:

@@ -16,7 +16,7 @@ from lowmem_rlhf.architecture.families import block_of, family_of
 from lowmem_rlhf.architecture.families.block import Linear, block_linears, other_parameters
 from lowmem_rlhf.architecture.families.mixer import Mixer
 from lowmem_rlhf.architecture.families.wrappers import text_config
-from lowmem_rlhf.architecture.kinds import check_experts, check_kind
+from lowmem_rlhf.architecture.kinds import check_experts, check_kind, has_experts
 from lowmem_rlhf.errors import UserError
 from lowmem_rlhf.suggest import did_you_mean
 
@@ -91,8 +91,11 @@ class ModelDimensions:
 
     @property
     def known(self) -> bool:
-        """Whether the terms of this model type stand in the table of families; otherwise activations are estimated."""
-        return family_of(self.model_type).block is not None
+        """Whether the terms of this model type stand in the table of families; otherwise activations are estimated.
+
+        What experts take beside their weights is estimated as well.
+        """
+        return family_of(self.model_type).block is not None and not self.expert_parameters
 
     @property
     def quantizable(self) -> Linears:
@@ -193,10 +196,15 @@ def from_config_file(path: Path, model: str, trust_remote_code: bool = True) -> 
     return dimensions_from_config(config, model, trust_remote_code)
 
 
-def dimensions_from_config(config: Mapping[str, Any], model: str, trust_remote_code: bool = True) -> ModelDimensions:
+def dimensions_from_config(
+    config: Mapping[str, Any], model: str, trust_remote_code: bool = True, known: Counted | None = None
+) -> ModelDimensions:
     """Return the sizes that the fields of a config.json tell; ``model`` is only named in errors.
 
     Of a wrapper for images or sound they are those of its text tower.
+
+    Args:
+        known: what was counted on its class before.
 
     Raises:
         UserError: a field is missing, is no plausible number, or the model is of an unsupported kind.
@@ -204,7 +212,8 @@ def dimensions_from_config(config: Mapping[str, Any], model: str, trust_remote_c
     config = text_config(config)
     model_type = check_kind(model, config, trust_remote_code)
     family = family_of(model_type)
-    counted, counted_sizes, why_not = (None, {}, "") if family.block and not family.counted else _count(config)
+    alike = family.block and not family.counted and not has_experts(config)
+    counted, counted_sizes, why_not = (None, {}, "") if alike else _count(config, known)
     check_experts(model, config, counted)
     fields = {**common_fields(config), **counted_sizes}
     if missing := [key for key in LIMITS if key not in fields]:
@@ -255,8 +264,10 @@ def dimensions_from_config(config: Mapping[str, Any], model: str, trust_remote_c
     )
 
 
-def _count(config: Mapping[str, Any]) -> tuple[Counted | None, dict[str, Any], str]:
+def _count(config: Mapping[str, Any], known: Counted | None = None) -> tuple[Counted | None, dict[str, Any], str]:
     """Return the count of a config's class and the sizes that go with it, or why there is none."""
+    if known:
+        return known, counted_fields(known, common_fields(config)), ""
     try:
         counted, named = count(config)
     except CannotCount as error:
@@ -281,7 +292,8 @@ def _lacking(model: str, model_type: str, missing: list[str], counted: Counted |
 def _doubts(model_type: str, fields: Mapping[str, Any], counted: Counted | None, why_not: str) -> str:
     """Return what is not certain about the sizes of a model; an empty string for a family that is known."""
     if family_of(model_type).block:
-        return ""
+        experts = counted is not None and counted.stacked
+        return f"what the experts of {model_type} take beside their weights is estimated" if experts else ""
     kinds = sorted(set(fields.get("layer_types") or ()) - {"full_attention", "sliding_attention"})
     others = f"; its layers of the kind {' and '.join(map(str, kinds))} are taken for attention" if kinds else ""
     if counted is None:

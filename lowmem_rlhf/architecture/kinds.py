@@ -82,6 +82,17 @@ def check_kind(model: str, config: Mapping[str, Any], trust_remote_code: bool = 
     return model_type
 
 
+def has_experts(config: Mapping[str, Any]) -> bool:
+    """Whether a config names more than one expert."""
+    return _experts_of(config)[0] != ""
+
+
+def _experts_of(config: Mapping[str, Any]) -> tuple[str, int]:
+    sections = [config, *(config[key] for key in ("ffn_config",) if isinstance(config.get(key), Mapping))]
+    named = ((key, section[key]) for section in sections for key in EXPERTS if section.get(key) not in (None, 0, 1))
+    return next(named, ("", 0))
+
+
 def check_experts(model: str, config: Mapping[str, Any], counted: Counted | None = None) -> None:
     """Refuse a mixture of experts whose parameters could not be counted on its class.
 
@@ -91,9 +102,7 @@ def check_experts(model: str, config: Mapping[str, Any], counted: Counted | None
     Raises:
         UserError: it has experts, and nobody knows how many parameters they are.
     """
-    sections = [config, *(config[key] for key in ("ffn_config",) if isinstance(config.get(key), Mapping))]
-    named = ((key, section[key]) for section in sections for key in EXPERTS if section.get(key) not in (None, 0, 1))
-    name, number = next(named, ("", 0))
+    name, number = _experts_of(config)
     if not name or counted is not None:
         return
     raise UserError(

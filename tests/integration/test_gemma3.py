@@ -138,7 +138,7 @@ def test_it_learns_the_quickstart_task(gemma3, tmp_path):
         "data.options.high=9",
         "data.chat=false",
         "data.template=What is {question}?\\nAnswer:",
-        "data.eval_size=96",
+        "data.eval_size=40",
         "grpo.num_iterations=4",
         "training.max_steps=12",
     ]
