@@ -396,7 +396,7 @@ def export(
     dtype: Annotated[
         str | None, typer.Option(help="Of merged weights: float16, bfloat16 or float32; default: see docs/export.md.")
     ] = None,
-    quantize: Annotated[str | None, typer.Option(help="Of a GGUF: f16, bf16, q8_0 (the default) or q4_k_m.")] = None,
+    quantize: Annotated[str | None, typer.Option(help="f16, bf16, q8_0 (default), q6_k, q5_k_m or q4_k_m.")] = None,
     output: Annotated[Path | None, typer.Option(help="The folder; default RUN/export/FORMAT.")] = None,
     step: Annotated[int | None, typer.Option(help="Take this checkpoint and not the finished adapter.")] = None,
     heads: Annotated[bool, typer.Option("--heads", help="Take a value or score head along.")] = False,

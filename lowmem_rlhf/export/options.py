@@ -25,7 +25,7 @@ class ExportOptions:
         onto: which weights the change is added to: ``quantized`` (the numbers that the run computed with) or
             ``original`` (the 16-bit ones).
         dtype: of merged weights.
-        quantize: of a GGUF: f16, bf16, q8_0 or q4_k_m.
+        quantize: of a GGUF: f16, bf16, q8_0, q6_k, q5_k_m or q4_k_m.
         output: the folder.
         step: of a checkpoint.
         heads: whether a critic or a score head goes along.

@@ -333,7 +333,7 @@ def test_a_broken_adapter_file_is_not_exported_as_another_model(run, monkeypatch
         Export(run, ExportOptions(format="adapter")).make()
 
 
-@pytest.mark.parametrize("kind", ["float16", "bfloat16", "q8_0", "q4_k_m"])
+@pytest.mark.parametrize("kind", ["float16", "bfloat16", "q8_0", "q6_k", "q5_k_m", "q4_k_m"])
 def test_the_errors_of_storage_are_as_large_as_real_ones(kind):
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn(16, 512, generator=generator) * torch.logspace(-3, 1, 16)[:, None]

@@ -27,7 +27,7 @@ def base(smollm2):
     return SharedBase.load(smollm2, CPU, "nf4", "bfloat16", r=4, lora_alpha=8)
 
 
-@pytest.mark.parametrize("relative", [1e-4, 1e-2])
+@pytest.mark.parametrize("relative", [1e-4, pytest.param(1e-2, marks=pytest.mark.slow)])
 def test_float16_onto_quantized_is_the_live_policy(base, smollm2, tmp_path, relative):
     run = make_run(tmp_path / "run", smollm2, relative, "nf4", "bfloat16", samples=TEXTS, base=base)
     facts = Export(run, ExportOptions(dtype="float16")).make()

@@ -111,7 +111,14 @@ def test_the_numbers_are_read_back(name, tmp_path, tokenizer):
         torch.testing.assert_close(again.state_dict()[key], weights, atol=2e-7, rtol=0, msg=key)
 
 
-@pytest.mark.parametrize("kind, least, most", [("bf16", 1e-4, 3e-3), ("q8_0", 1e-3, 1e-2), ("q4_k_m", 5e-3, 0.1)])
+@pytest.mark.parametrize(
+    "kind, least, most",
+    [
+        ("bf16", 1e-4, 3e-3),
+        ("q8_0", 1e-3, 1e-2),
+        *(("q6_k", 2e-3, 3e-2), ("q5_k_m", 2e-3, 0.05), ("q4_k_m", 5e-3, 0.1)),
+    ],
+)
 def test_quantized_numbers_are_near(kind, least, most, tmp_path, tokenizer):
     model, gguf = written("qwen2", tmp_path, tokenizer, kind, hidden_size=256, intermediate_size=512)
     again = read_model(gguf, tmp_path / "model").state_dict()

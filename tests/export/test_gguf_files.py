@@ -96,7 +96,7 @@ def test_numbers_that_float16_has_not_are_refused(folder, tmp_path):
 
 
 def test_a_kind_that_is_not_known(folder, tmp_path):
-    with pytest.raises(UserError, match="GGUF kind 'q2_k' is not known; give f16, bf16, q8_0, q4_k_m"):
+    with pytest.raises(UserError, match="GGUF kind 'q2_k' is not known; give f16, bf16, q8_0, q6_k, q5_k_m, q4_k_m"):
         write_gguf(folder, tmp_path / "m.gguf", "q2_k")
 
 

@@ -1,4 +1,4 @@
-"""Q4_K and Q6_K: what the gguf library unpacks of our blocks is as near as ggml's own; llama.cpp's mixture of types."""
+"""Q4_K, Q5_K and Q6_K: what the gguf library unpacks of ours is as near as ggml's own; llama.cpp's mixture of types."""
 
 import ctypes
 
@@ -7,11 +7,11 @@ import torch
 from gguf import GGMLQuantizationType, dequantize
 from gguf_cases import NODE
 
-from lowmem_rlhf.export.gguf.kquants import quantize_q4_k, quantize_q6_k
+from lowmem_rlhf.export.gguf.kquants import quantize_q4_k, quantize_q5_k, quantize_q6_k
 from lowmem_rlhf.export.gguf.tensors import choose_type
 
-Q4_K, Q6_K = GGMLQuantizationType.Q4_K, GGMLQuantizationType.Q6_K
-CASES = {Q4_K: (quantize_q4_k, 144), Q6_K: (quantize_q6_k, 210)}
+Q4_K, Q5_K, Q6_K = GGMLQuantizationType.Q4_K, GGMLQuantizationType.Q5_K, GGMLQuantizationType.Q6_K
+CASES = {Q4_K: (quantize_q4_k, 144), Q5_K: (quantize_q5_k, 176), Q6_K: (quantize_q6_k, 210)}
 
 
 @pytest.fixture(scope="module")
@@ -29,7 +29,7 @@ def unpacked(blocks, kind):
     return torch.from_numpy(dequantize(blocks.numpy(), kind))
 
 
-@pytest.mark.parametrize(("kind", "most"), [(Q4_K, 0.12), (Q6_K, 0.05)])
+@pytest.mark.parametrize(("kind", "most"), [(Q4_K, 0.12), (Q5_K, 0.08), (Q6_K, 0.05)])
 def test_the_error_is_small_in_every_super_block(kind, most, weights):
     quantize, size = CASES[kind]
     blocks = quantize(weights)
@@ -60,7 +60,7 @@ def test_the_blocks_are_ggmls(kind, weights):
     theirs = torch.empty((96, 2 * size), dtype=torch.uint8)
     library.ggml_quantize_chunk(int(kind), weights.data_ptr(), theirs.data_ptr(), 0, 96, 512, None)
     ours = quantize(weights)
-    assert float((ours == theirs).float().mean()) > 0.98  # where a scale is 0 codes are free, and sums tip
+    assert float((ours == theirs).float().mean()) > 0.975  # where a scale is 0 codes are free, and sums tip
     error, other = (float((unpacked(one, kind) - weights).norm()) for one in (ours, theirs))
     assert error < 1.01 * other
 
@@ -78,4 +78,9 @@ def test_the_mixture_is_llama_cpps():
     assert kind("token_embd.weight", 576, tied=True) == kind("blk.0.ffn_down.weight", 576) == "Q8_0"
     assert kind("blk.0.attn_q.weight", 576) == "Q5_0" and kind("blk.0.attn_q.weight", 40) == "F16"
     assert choose_type("blk.0.attn_norm.weight", (8,), "q4_k_m", 16, False).name == "F32"
+    five = [choose_type(f"blk.{layer}.ffn_down.weight", (8, 512), "q5_k_m", 16, False).name for layer in range(16)]
+    assert five == [*["Q6_K"] * 2, *["Q5_K", "Q5_K", "Q6_K"] * 4, *["Q6_K"] * 2]
+    assert choose_type("blk.0.attn_q.weight", (8, 576), "q5_k_m", 16, False).name == "Q5_1"
+    assert choose_type("blk.0.attn_q.weight", (8, 512), "q6_k", 16, False).name == "Q6_K"
+    assert choose_type("blk.0.attn_q.weight", (8, 576), "q6_k", 16, False).name == "Q8_0"
     assert choose_type("blk.0.attn_q.weight", (8, 40), "q8_0", 16, False).name == "F16"

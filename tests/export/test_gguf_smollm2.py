@@ -56,7 +56,7 @@ def test_llama_cpp_writes_what_transformers_writes(merged, tmp_path):
     assert [answer[:20] for answer in said["answers"]] == [answer[:20] for answer in answers]
 
 
-@pytest.mark.parametrize("kind", ["q8_0", "q4_k_m"])
+@pytest.mark.parametrize("kind", ["q8_0", "q6_k", "q5_k_m", "q4_k_m"])
 def test_quantized_files_load_and_go_on_sensibly(merged, tmp_path, kind):
     write_gguf(merged, tmp_path / "m.gguf", kind)
     tokenizer = AutoTokenizer.from_pretrained(merged)

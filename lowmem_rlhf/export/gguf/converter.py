@@ -14,6 +14,9 @@ from lowmem_rlhf.progress import message
 CONVERTER, QUANTIZER = "convert_hf_to_gguf.py", "llama-quantize"
 
 
+BY_QUANTIZER = ("q4_k_m", "q5_k_m", "q6_k")  # kinds that llama-quantize makes, and the converter does not
+
+
 def find_converter() -> Path | None:
     """Return llama.cpp's converter, or None."""
     return _find(CONVERTER, ("",))
@@ -81,14 +84,17 @@ def set_frame(file: Path, add_bos: bool | None) -> None:
     reader.data.flush()
 
 
-def quantize(quantizer: Path, source: Path, target: Path) -> None:
-    """Quantize a GGUF to Q4_K_M with the user's llama-quantize, and report that.
+def quantize(quantizer: Path, source: Path, target: Path, kind: str) -> None:
+    """Quantize a GGUF with the user's llama-quantize, and report that.
+
+    Args:
+        kind: as llama.cpp calls it: q4_k_m, q5_k_m or q6_k.
 
     Raises:
         RunError: it failed.
     """
-    message(f"q4_k_m is made by {quantizer} of your llama.cpp")
-    command = [str(quantizer), str(source), str(target), "Q4_K_M"]
+    message(f"{kind} is made by {quantizer} of your llama.cpp")
+    command = [str(quantizer), str(source), str(target), kind.upper()]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode or not target.is_file():
         raise RunError(f"{quantizer} failed: {_last_line(done.stderr or done.stdout)}; nothing was kept")

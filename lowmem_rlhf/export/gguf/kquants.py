@@ -1,8 +1,9 @@
-"""llama.cpp's K-quants Q4_K and Q6_K, which the gguf library reads but does not write.
+"""llama.cpp's K-quants Q4_K, Q5_K and Q6_K, which the gguf library reads but does not write.
 
 A row is cut into super-blocks of 256 weights. The search for the scales is the one of ggml's reference
-(`quantize_row_q4_K_ref` and `quantize_row_q6_K_ref` in ggml-quants.c), for many blocks at once; the blocks differ from
-ggml's only where a sum in another order tips a rounding. Layouts: `block_q4_K` and `block_q6_K` in ggml-common.h.
+(`quantize_row_q4_K_ref`, `quantize_row_q5_K_ref` and `quantize_row_q6_K_ref` in ggml-quants.c), for many blocks at
+once; the blocks differ from ggml's only where a sum in another order tips a rounding. Layouts: `block_q4_K` and so on
+in ggml-common.h.
 """
 
 from collections.abc import Callable
@@ -26,6 +27,18 @@ def quantize_q4_k(x: torch.Tensor) -> torch.Tensor:
     return _by_pieces(x, _q4_k)
 
 
+def quantize_q5_k(x: torch.Tensor) -> torch.Tensor:
+    """Return Q5_K blocks: of each 32 weights a 6-bit scale and minimum, of each weight 5 bits.
+
+    Args:
+        x: (..., C), fp32, C a multiple of 256.
+
+    Returns:
+        (..., C / 256 * 176), uint8.
+    """
+    return _by_pieces(x, _q5_k)
+
+
 def quantize_q6_k(x: torch.Tensor) -> torch.Tensor:
     """Return Q6_K blocks: of each 16 weights an 8-bit scale, of each weight 6 bits.
 
@@ -45,13 +58,36 @@ def _by_pieces(x: torch.Tensor, quantize: Callable[[torch.Tensor], torch.Tensor]
 
 
 def _q4_k(blocks: torch.Tensor) -> torch.Tensor:
+    head, codes = _with_minima(blocks, 15, 14.0, 21)
+    pairs = codes.view(-1, 4, 2, 32)
+    nibbles = (pairs[:, :, 0] | pairs[:, :, 1] << 4).flatten(1)
+    return torch.cat((head, nibbles), dim=1)
+
+
+def _q5_k(blocks: torch.Tensor) -> torch.Tensor:
+    head, codes = _with_minima(blocks, 31, 30.5, 16)
+    pairs = codes.view(-1, 4, 2, 32)
+    low, high = pairs & 15, pairs >> 4  # the fifth bits lie apart: of pair k in bits 2k and 2k + 1 of 32 bytes
+    bits = high[:, 0, 0] | high[:, 0, 1] << 1
+    for k in range(1, 4):
+        bits = bits | (high[:, k, 0] | high[:, k, 1] << 1) << 2 * k
+    return torch.cat((head, bits, (low[:, :, 0] | low[:, :, 1] << 4).flatten(1)), dim=1)
+
+
+def _with_minima(blocks: torch.Tensor, top: int, first: float, scalings: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the scales and minima (N, 16) as bytes, and codes (N, 8, 32) of 0 to ``top``, uint8.
+
+    Args:
+        blocks: (N, 256), fp32.
+        first, scalings: see `_scales_and_minima`.
+    """
     x = blocks.view(-1, 8, 32)  # (N, 8, 32)
-    scales, minima = _scales_and_minima(x)  # (N, 8)
+    scales, minima = _scales_and_minima(x, top, first, scalings)  # (N, 8)
     d, d_codes = _six_bits(scales)
     m, m_codes = _six_bits(minima)
     step = (d.float()[:, None] * d_codes)[..., None]
     offset = (m.float()[:, None] * m_codes)[..., None]
-    codes = torch.where(step > 0, ((x + offset) / step).round_().clamp_(0, 15), 0).to(torch.uint8)
+    codes = torch.where(step > 0, ((x + offset) / step).round_().clamp_(0, top), 0).to(torch.uint8)
     s, t = d_codes.to(torch.uint8), m_codes.to(torch.uint8)
     packed = torch.cat(  # 8 scales and 8 minima of 6 bits in 12 bytes
         (
@@ -61,31 +97,33 @@ def _q4_k(blocks: torch.Tensor) -> torch.Tensor:
         ),
         dim=1,
     )
-    pairs = codes.view(-1, 4, 2, 32)
-    nibbles = (pairs[:, :, 0] | pairs[:, :, 1] << 4).flatten(1)
-    return torch.cat((_bytes(d), _bytes(m), packed, nibbles), dim=1)
+    return torch.cat((_bytes(d), _bytes(m), packed), dim=1), codes
 
 
-def _scales_and_minima(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def _scales_and_minima(
+    x: torch.Tensor, top_code: int, first: float, scalings: int
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Return for each block the scale s and minimum m >= 0 of the least weighted error of ``s * code - m``.
 
     Args:
         x: (..., 32), fp32.
+        top_code: the largest code.
+        first: codes that the whole range stands for in the first scaling; each further one has 0.1 more.
 
     Returns:
-        two tensors (...). Each of 21 scalings rounds to codes, and a least-squares fit on the codes gives s and m.
+        two tensors (...). Each of ``scalings`` rounds to codes, and a least-squares fit on the codes gives s and m.
     """
     w = x.abs() + x.square().mean(-1, keepdim=True).sqrt()
     offset = x.amin(-1, keepdim=True).clamp_(max=0)
     top = x.amax(-1, keepdim=True)
     flat = top == offset
     sum_w, sum_x = w.sum(-1, keepdim=True), (w * x).sum(-1, keepdim=True)
-    scale = (top - offset) / 15
-    codes = ((x - offset) * (1 / scale)).round_().clamp_(0, 15)
+    scale = (top - offset) / top_code
+    codes = ((x - offset) * (1 / scale)).round_().clamp_(0, top_code)
     error = _error(codes, scale, offset, x, w)
-    for index in range(21):
-        inverse = (14 + 0.1 * index) / (top - offset)  # of the best offset so far, as ggml has it
-        torch.sub(x, offset, out=codes).mul_(inverse).round_().clamp_(0, 15)
+    for index in range(scalings):
+        inverse = (first + 0.1 * index) / (top - offset)  # of the best offset so far, as ggml has it
+        torch.sub(x, offset, out=codes).mul_(inverse).round_().clamp_(0, top_code)
         weighted = w * codes
         sum_l = weighted.sum(-1, keepdim=True)
         sum_xl = (weighted * x).sum(-1, keepdim=True)

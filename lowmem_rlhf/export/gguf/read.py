@@ -22,7 +22,16 @@ from lowmem_rlhf.export.proof.storage import furthest_row
 from lowmem_rlhf.export.shards import read_tensors
 
 # llama.cpp's names of types whose steps we know; another one (a user's own converter) is left to the predictions
-KINDS = {"F16": "float16", "BF16": "bfloat16", "Q8_0": "q8_0", "Q5_0": "q5_0", "Q4_K": "q4_k", "Q6_K": "q6_k"}
+KINDS = {
+    "F16": "float16",
+    "BF16": "bfloat16",
+    "Q8_0": "q8_0",
+    "Q5_0": "q5_0",
+    "Q5_1": "q5_1",
+    "Q5_K": "q5_k",
+    "Q4_K": "q4_k",
+    "Q6_K": "q6_k",
+}
 SHIFTED = 1e-6  # relative error of a norm's weight that 1 was added to: a few times fp32's rounding
 
 

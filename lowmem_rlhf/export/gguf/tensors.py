@@ -1,7 +1,7 @@
 """A GGUF's tensors: their names, their types by kind, and their bytes, some rows at a time.
 
-The mixture of types of q4_k_m, and what stands in where a row cannot be cut into super-blocks, are llama.cpp's
-(`llama_tensor_get_type_impl` and `tensor_type_fallback` in llama-quant.cpp).
+The mixtures of types of q4_k_m and q5_k_m, and what stands in where a row cannot be cut into super-blocks, are
+llama.cpp's (`llama_tensor_get_type_impl` and `tensor_type_fallback` in llama-quant.cpp).
 """
 
 import math
@@ -16,14 +16,16 @@ from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 from gguf.quants import quantize
 
 from lowmem_rlhf.errors import RunError, UserError
-from lowmem_rlhf.export.gguf.kquants import quantize_q4_k, quantize_q6_k
+from lowmem_rlhf.export.gguf.kquants import quantize_q4_k, quantize_q5_k, quantize_q6_k
 from lowmem_rlhf.export.gguf.metadata import GGUFMetadata
 from lowmem_rlhf.export.shards import Stored
 from lowmem_rlhf.export.tokenizer import WAY_OUT
 
 F32, F16, BF16 = GGMLQuantizationType.F32, GGMLQuantizationType.F16, GGMLQuantizationType.BF16
-Q8_0, Q5_0 = GGMLQuantizationType.Q8_0, GGMLQuantizationType.Q5_0
-Q4_K, Q6_K = GGMLQuantizationType.Q4_K, GGMLQuantizationType.Q6_K
+Q8_0, Q5_0, Q5_1 = GGMLQuantizationType.Q8_0, GGMLQuantizationType.Q5_0, GGMLQuantizationType.Q5_1
+Q4_K, Q5_K, Q6_K = GGMLQuantizationType.Q4_K, GGMLQuantizationType.Q5_K, GGMLQuantizationType.Q6_K
+K_QUANTS = {Q4_K: quantize_q4_k, Q5_K: quantize_q5_k, Q6_K: quantize_q6_k}
+MIXTURES = {"q4_k_m": Q4_K, "q5_k_m": Q5_K, "q6_k": Q6_K}  # kinds of files, and the type of most of their tensors
 DTYPES = {F32: torch.float32, F16: torch.float16, BF16: torch.bfloat16}
 PIECE = 2**22  # elements at once
 _LAYER = re.compile(r"^blk\.(\d+)\.")
@@ -105,8 +107,8 @@ class Tensor:
             result = numbers.to(DTYPES[self.type]).contiguous()
             if self.type == F16 and not torch.isfinite(result).all():
                 raise RunError(f"{self.name} holds numbers that do not fit in float16; take --quantize bf16 or q8_0")
-        elif self.type in (Q4_K, Q6_K):
-            result = (quantize_q4_k if self.type == Q4_K else quantize_q6_k)(numbers.float())
+        elif self.type in K_QUANTS:
+            result = K_QUANTS[self.type](numbers.float())
         else:
             result = torch.from_numpy(quantize(numbers.float().cpu().numpy(), self.type))
         return result.cpu().view(-1).view(torch.uint8)
@@ -128,7 +130,7 @@ def plan_tensors(
 
     Args:
         stored: the model's tensors by transformers' names.
-        kind: f32, f16, bf16, q8_0 or q4_k_m.
+        kind: f32, f16, bf16, q8_0, q6_k, q5_k_m or q4_k_m.
         vocabulary: how many tokens there are; embeddings have as many rows.
 
     Raises:
@@ -195,16 +197,16 @@ def choose_type(name: str, shape: tuple[int, ...], kind: str, layers: int, tied:
     """
     if len(shape) < 2 or name.endswith("_norm.weight") or name == "position_embd.weight":
         return F32
-    if kind != "q4_k_m":
+    if kind not in MIXTURES:
         wanted = {"f32": F32, "f16": F16, "bf16": BF16, "q8_0": Q8_0}[kind]
     elif name == "output.weight" or (tied and name == "token_embd.weight"):
         wanted = Q6_K if shape[-1] % 256 == 0 else Q8_0
     else:
         sensitive = re.search(r"\.(attn_v|attn_qkv|ffn_down)\.weight$", name) is not None
-        wanted = Q6_K if sensitive and _more_bits(int(_LAYER.findall(name)[0]), layers) else Q4_K
+        wanted = Q6_K if sensitive and _more_bits(int(_LAYER.findall(name)[0]), layers) else MIXTURES[kind]
     if shape[-1] % GGML_QUANT_SIZES[wanted][0] == 0:
         return wanted
-    second = {Q4_K: Q5_0, Q6_K: Q8_0}.get(wanted, F16)
+    second = {Q4_K: Q5_0, Q5_K: Q5_1, Q6_K: Q8_0}.get(wanted, F16)
     return second if shape[-1] % GGML_QUANT_SIZES[second][0] == 0 else F16
 
 

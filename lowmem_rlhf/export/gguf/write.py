@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from lowmem_rlhf.architecture.stops import turn_end
 from lowmem_rlhf.errors import UserError
-from lowmem_rlhf.export.gguf.converter import convert, find_converter, find_quantizer, quantize, set_frame
+from lowmem_rlhf.export.gguf.converter import BY_QUANTIZER, convert, find_converter, find_quantizer, quantize, set_frame
 from lowmem_rlhf.export.target import check_disk
 from lowmem_rlhf.files import temp_path
 from lowmem_rlhf.planning.memory.export import GGUF_BYTES
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from lowmem_rlhf.export.gguf.metadata import GGUFMetadata
     from lowmem_rlhf.export.gguf.tensors import Tensor
 
-_FILE_TYPES = {"f32": 0, "f16": 1, "q8_0": 7, "q4_k_m": 15, "bf16": 32}  # gguf.LlamaFileType
+_FILE_TYPES = {"f32": 0, "f16": 1, "q8_0": 7, "q4_k_m": 15, "q5_k_m": 17, "q6_k": 18, "bf16": 32}  # gguf.LlamaFileType
 _HEADER_BYTES = 2**25  # vocabulary and merges, at most
 
 
@@ -42,9 +42,9 @@ def write_gguf(
     Args:
         folder: in the transformers format: config.json, the tokenizer's files, safetensors in one or several files.
         target: the file; an older one is replaced.
-        kind: f16, bf16, q8_0 or q4_k_m.
+        kind: f16, bf16, q8_0, q6_k, q5_k_m or q4_k_m.
         progress: called with bytes written and bytes in all.
-        device: where q4_k_m is calculated; the CPU if None.
+        device: where K-quants are calculated; the CPU if None.
         add_bos: a BOS is put before every text; None: where the tokenizer does so.
 
     Raises:
@@ -55,16 +55,16 @@ def write_gguf(
     if kind not in GGUF_BYTES:
         raise UserError(f"GGUF kind {kind!r} is not known; give {', '.join(GGUF_BYTES)}")
     temp, wide = temp_path(target), temp_path(target.with_suffix(".f16.gguf"))
-    converter, quantizer = find_converter(), find_quantizer() if kind == "q4_k_m" else None
+    converter, quantizer = find_converter(), find_quantizer() if kind in BY_QUANTIZER else None
     try:
         first, first_kind = (wide, "f16") if quantizer else (temp, kind)
         _check_room(folder, target, first_kind)
-        if converter and first_kind != "q4_k_m" and convert(converter, folder, first, first_kind):
+        if converter and first_kind not in BY_QUANTIZER and convert(converter, folder, first, first_kind):
             set_frame(first, add_bos)
         else:
             _write(folder, first, target.stem, first_kind, progress, device, add_bos)
         if quantizer:
-            quantize(quantizer, first, temp)
+            quantize(quantizer, first, temp, kind)
         with temp.open("rb+") as file:
             os.fsync(file.fileno())
         os.replace(temp, target)
@@ -77,7 +77,7 @@ def write_gguf(
 def _check_room(folder: Path, target: Path, kind: str) -> None:
     """Check the free disk roughly, from the size of the weights; our writer checks again with the exact size."""
     stored = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
-    check_disk(int(stored * {"q8_0": 0.5, "q4_k_m": 0.25}.get(kind, 0.5)), target)
+    check_disk(int(stored * GGUF_BYTES.get(kind, 2.0) / 4), target)
 
 
 def _write(

@@ -34,7 +34,7 @@ from lowmem_rlhf.progress import message
 if TYPE_CHECKING:
     import torch
 
-HALVES = ("float16", "bfloat16")
+HALVES, BLOCK_KINDS = ("float16", "bfloat16"), ("q8_0", "q6_k", "q5_k_m", "q4_k_m")
 
 
 @dataclass(frozen=True)
@@ -143,7 +143,7 @@ def _reference(live: PolicyOutputs, job: ExportJob, dtype: str) -> tuple[list[di
     Raises:
         RunError: the live policy is not stock's.
     """
-    kinds = [kind for kind in (dtype, job.options.quantize) if kind in (*HALVES, "q8_0", "q4_k_m")]
+    kinds = [kind for kind in (dtype, job.options.quantize) if kind in (*HALVES, *BLOCK_KINDS)]
     if job.onto_quantized or is_stored_as_computed(job.recipe, job.settings):
         stock = compare_with_stock(live, job.adapter, job.device, job.settings, kinds)
         return stock.verdicts, live_reference(live, stock)

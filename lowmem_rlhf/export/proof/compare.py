@@ -27,7 +27,8 @@ ROUNDED, TIMES = 1e-3, 4.0
 # to 1.1 times that. Kinds of blocks are drawn and have `TIMES`: 0.4 to 2.0 (five tiny architectures, SmolLM2-135M).
 STORED_TIMES = 2.0
 # the same, by dtype or kind of GGUF, where there is no room for fp32 arithmetic to tell what rounding does to a model
-UNMEASURED = {"float32": 1e-3, "float16": 1e-2, "bfloat16": 5e-2, "int8": 5e-2, "q8_0": 5e-2, "q4_k_m": 0.5}
+UNMEASURED = {"float32": 1e-3, "float16": 1e-2, "bfloat16": 5e-2, "int8": 5e-2}
+UNMEASURED |= {"q8_0": 5e-2, "q6_k": 0.1, "q5_k_m": 0.2, "q4_k_m": 0.5}
 # Share of the likeliest tokens that near ties may turn over, some tokens whatever the number, and how often the share
 # that rounding turns over itself.
 TURNED, FEW, TURNED_TIMES = 0.05, 3, 3.0

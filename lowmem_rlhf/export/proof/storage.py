@@ -22,7 +22,8 @@ from lowmem_rlhf.export.proof.outputs import exact_weight
 PIECE = 2**22  # weights at once
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 # block kind -> weights in a block, and steps from zero to its largest weight (llama.cpp's ggml-quants.c)
-BLOCKS = {"q8_0": (32, 127), "q5_0": (32, 16), "q6_k": (16, 32), "q4_k": (32, 15)}
+BLOCKS = {"q8_0": (32, 127), "q5_0": (32, 16), "q6_k": (16, 32), "q5_k": (32, 31), "q5_1": (32, 31), "q4_k": (32, 15)}
+MIXTURES = {"q4_k_m": ("q4_k", "q5_0"), "q5_k_m": ("q5_k", "q5_1"), "q6_k": ("q6_k", "q8_0")}  # rows of 256, or of 32
 _SUBNORMAL = -13  # exponent of float16's smallest normal number, as frexp counts
 
 
@@ -30,14 +31,14 @@ def stored_kind(kind: str, columns: int, is_embedding: bool) -> str:
     """Return how a GGUF of a kind stores a matrix: a dtype, or a kind of blocks; coarser rather than finer.
 
     Args:
-        kind: a dtype, f16, bf16, q8_0 or q4_k_m.
+        kind: a dtype, f16, bf16, q8_0, q6_k, q5_k_m or q4_k_m.
         columns: of the matrix; what cannot be cut into blocks is stored wider, as in llama.cpp.
         is_embedding: it is the token embedding or the output head.
     """
-    if kind == "q4_k_m" and columns % 256 == 0:
-        return "q6_k" if is_embedding else "q4_k"
-    if kind in ("q4_k_m", "q8_0") and columns % 32 == 0:
-        return "q5_0" if kind == "q4_k_m" and not is_embedding else "q8_0"
+    if kind in MIXTURES and columns % 256 == 0:
+        return "q6_k" if is_embedding else MIXTURES[kind][0]
+    if (kind in MIXTURES or kind == "q8_0") and columns % 32 == 0:
+        return MIXTURES[kind][1] if kind in MIXTURES and not is_embedding else "q8_0"
     return {"bf16": "bfloat16", "bfloat16": "bfloat16", "float32": "float32"}.get(kind, "float16")
 
 
@@ -51,7 +52,7 @@ def steps(weight: torch.Tensor, kind: str) -> torch.Tensor:
         return step.masked_fill_(weight == 0, 0)
     size, levels = BLOCKS[kind]
     blocks = weight.unflatten(-1, (-1, size))
-    if kind == "q4_k":  # codes count from a minimum that is never above zero
+    if kind in ("q4_k", "q5_k", "q5_1"):  # codes count from a minimum that is never above zero
         width = blocks.amax(-1, keepdim=True).clamp(min=0) - blocks.amin(-1, keepdim=True).clamp(max=0)
     else:
         width = blocks.abs().amax(-1, keepdim=True)

@@ -9,7 +9,8 @@ from lowmem_rlhf.architecture.dimensions import ModelDimensions
 from lowmem_rlhf.planning.memory.resident import LOGITS_BYTES, MIB, block_weight_bytes, embedding_bytes
 
 WIDTHS = {"float16": 2, "bfloat16": 2, "float32": 4}
-GGUF_BYTES = {"f16": 2.0, "bf16": 2.0, "q8_0": 34 / 32, "q4_k_m": 0.61}  # a weight; of q4_k_m about, with its q6_k part
+# a weight; of q5_k_m and q4_k_m about, with their q6_k part
+GGUF_BYTES = {"f16": 2.0, "bf16": 2.0, "q8_0": 34 / 32, "q6_k": 210 / 256, "q5_k_m": 0.72, "q4_k_m": 0.61}
 SIDE_FILE_BYTES = 32 * MIB  # tokenizer, chat template, card; Gemma's vocabulary is the largest
 PIECE_BYTES = 96 * MIB  # rows that are calculated with, and what an allocator keeps of them; measured
 QUANTIZING_BYTES = 24 * MIB  # a piece of `export.merging.dequantized` in bitsandbytes' hands: 24 bytes a weight
