@@ -215,3 +215,16 @@ def test_a_rollout_may_shrink_to_one_completion_and_passes_to_the_least_tokens()
         ladder.rollout(fits_up_to(0, lambda limits: limits.rows)[0], print)
     with pytest.raises(RunError, match=r"ran out in the update phase even with hardware\.micro_batch_tokens=64;"):
         ladder.update(fits_up_to(63, lambda limits: limits.micro_batch_tokens)[0], print)
+
+
+def test_an_end_for_want_of_memory_is_worded_once_and_whatever_explains_it():
+    def fails(phase):
+        raise ValueError("no plan can be made")
+
+    ladder = a_ladder()
+    ladder.explain = lambda phase: f"take less in {phase}"
+    assert ladder.ran_out("update") == "the device's memory ran out in the update phase; take less in update"
+    assert "even with hardware.micro_batch_tokens=" in ladder.ran_out("update", sizes=True)
+    ladder.explain = fails
+    sentence = ladder.ran_out("update")
+    assert sentence.startswith("the device's memory ran out in the update phase; ") and "no plan" not in sentence
