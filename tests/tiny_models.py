@@ -100,6 +100,8 @@ RECURRENT: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen3_5": ("qwen3_5_text", {**_DELTA, "head_dim": 16, "linear_num_value_heads": 4}),
     "olmo_hybrid": ("olmo_hybrid", _DELTA),
 }
+# whose GGUF is written
+OTHERS: dict[str, tuple[str, dict[str, Any]]] = {"smollm3": ("smollm3", {"num_hidden_layers": 4})}
 # beside Gemma 3 those whose residual stream exceeds float16: embeddings of each layer, keys shared between layers
 WIDE: dict[str, tuple[str, dict[str, Any]]] = {
     "gemma4": (
@@ -137,7 +139,7 @@ _GPT2_NAMES = {"hidden_size", "intermediate_size", "num_hidden_layers", "num_att
 
 def tiny_config(family: str, **changes: Any) -> Any:
     """Return the configuration of a family's tiny model."""
-    model_type, own = {**FAMILIES, **RECURRENT, **WIDE, **UNPACKABLE}[family]
+    model_type, own = {**FAMILIES, **RECURRENT, **WIDE, **OTHERS, **UNPACKABLE}[family]
     common = {k: v for k, v in COMMON.items() if model_type not in ("gpt2", "gptj") or k not in _GPT2_NAMES}
     return AutoConfig.for_model(model_type, **{**common, **own, **changes})
 

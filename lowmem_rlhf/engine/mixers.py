@@ -216,14 +216,8 @@ def bounded(mix: Mix) -> Mix:
             last, along = state, list[torch.Tensor]()
             for begin in range(0, length, MIXED_TOKENS):
                 piece = [x[some, begin : begin + MIXED_TOKENS] for x in tensors]
-                take = None if begin or state is None else rows // len(state)
-
-                def run(before: torch.Tensor | None, *given: torch.Tensor, some: slice = some, take: int | None = take):  # type: ignore[no-untyped-def]
-                    if before is not None and take is not None:
-                        before = before.repeat_interleave(take, dim=0)[some]
-                    return mix(given, before)
-
-                out, last = recomputed(run, last, *piece)
+                each = 0 if begin or state is None else rows // len(state)
+                out, last = recomputed(_beginning(mix, each, some), last, *piece)
                 along.append(out)
             outs.append(along[0] if len(along) == 1 else torch.cat(along, dim=1))
             finals.append(last)  # type: ignore[arg-type]
@@ -232,6 +226,23 @@ def bounded(mix: Mix) -> Mix:
         return torch.cat(outs), torch.cat(finals)
 
     return parts
+
+
+def _beginning(mix: Mix, each: int, some: slice) -> Callable[..., tuple[torch.Tensor, torch.Tensor]]:
+    """Return ``mix`` of a part of the rows, to be called with its state and its tensors.
+
+    Args:
+        each: rows that begin with each of the states, of which then only those of the part are repeated; 0: the states
+            are the part's own, one a row.
+        some: the part.
+    """
+
+    def run(state: torch.Tensor | None, *tensors: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        if state is not None and each:
+            state = state.repeat_interleave(each, dim=0)[some]
+        return mix(tensors, state)
+
+    return run
 
 
 def _stock(module: nn.Module) -> FunctionType:

@@ -89,6 +89,13 @@ def test_a_run_on_fp8_leaves_in_16_bits(tmp_path, monkeypatch):
     recipe.write_text(json.dumps({"name": "tiny", "model": str(tmp_path / "model"), **COMMON, **RUNS["sft"]}))
     code, _, error = command("train", recipe, "--output", tmp_path / "run")
     assert code == 0, error
+    for options, message in (
+        (("--for", "text"), "is no model for images or sound, so its files have one class's names only; leave it out"),
+        (("--for", "wrapers"), "--for: got 'wrapers'; give wrapper, text; did you mean 'wrapper'?"),
+        (("--for", "text", "--format", "gguf"), "--for has no meaning with --format gguf; leave it out"),
+    ):
+        code, _, error = command("export", tmp_path / "run", *options)
+        assert code == 2 and message in " ".join(error.split())
     code, out, error = command("export", tmp_path / "run", "--dtype", "float32", "--json")
     assert code == 0, error
     assert json.loads(out)["proof"]["mean_kl"] < 1e-5

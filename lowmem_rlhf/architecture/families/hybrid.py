@@ -8,14 +8,23 @@ from dataclasses import replace
 from lowmem_rlhf.architecture.families.block import Block
 from lowmem_rlhf.architecture.families.llama import LLAMA
 from lowmem_rlhf.architecture.families.mixer import gated_delta, mamba2, short_convolution
-from lowmem_rlhf.architecture.families.row import Family
+from lowmem_rlhf.architecture.families.row import Family, GGUFArchitecture
 
 _QWEN = Block(qk_norm="head", head_dim=256, rotary=0.25, gated_attention=True, wide_norms=True)
 _GRANITE = replace(LLAMA, keeps_gate=True, tied=True, embedding_scale=True)
 _QWEN35 = Family(_QWEN, counted=True, mixer=gated_delta, avoids_four_bits=True)
 
 ROWS = {
-    "lfm2": Family(Block(qk_norm="head", tied=True, keeps_gate=True), counted=True, mixer=short_convolution),
+    "lfm2": Family(
+        Block(qk_norm="head", tied=True, keeps_gate=True),
+        counted=True,
+        mixer=short_convolution,
+        gguf=GGUFArchitecture(
+            "lfm2",
+            layer_names={"attn_output": "out_proj", "ffn_gate": "w1", "ffn_up": "w3", "ffn_down": "w2"},
+            metadata="convolutions",
+        ),
+    ),
     "qwen3_5": _QWEN35,
     "qwen3_5_text": _QWEN35,
     "granitemoehybrid": Family(_GRANITE, counted=True, mixer=mamba2),

@@ -33,7 +33,22 @@ ROWS = {
             states_no_window=True,
         ),
     ),
-    "granite": Family(replace(LLAMA, embedding_scale=True), tested=True),
+    "granite": Family(
+        replace(LLAMA, embedding_scale=True),
+        tested=True,
+        gguf=replace(
+            _GGUF,
+            name="granite",
+            scales={
+                "embedding_multiplier": "embedding_scale",
+                "residual_multiplier": "residual_scale",
+                "attention_multiplier": "attention.scale",
+                "logits_scaling": "logit_scale",
+            },
+        ),
+    ),
     "ministral3": Family(Block()),
-    "smollm3": Family(replace(LLAMA, tied=True, window_opt_in=True)),
+    "smollm3": Family(
+        replace(LLAMA, tied=True, window_opt_in=True), gguf=replace(_GGUF, name="smollm3", position_free=4)
+    ),
 }

@@ -30,6 +30,8 @@ class GGUFArchitecture:
         states_no_window: a file says so where no layer has a window, which llama.cpp takes for granted otherwise.
         wide_scale_layers: attention is scaled by a number that no file states: the head's width, but hidden size over
             heads in the model with so many layers (27B); 0: it is scaled as everywhere.
+        scales: config fields of factors that it multiplies by, and its keys for them.
+        position_free: one layer in so many has no positions; 0: each has.
         pairs_rows: rows of the query and key weights are ordered so that the two halves of a rotation lie together.
         shifts_norms: norms are stored as weight + 1.
         transposed: linear layers are stored as (inputs, outputs), as GPT-2 has them.
@@ -37,7 +39,7 @@ class GGUFArchitecture:
 
     name: str
     layer_names: Mapping[str, str] = field(default_factory=dict)
-    metadata: Literal["rotary", "learned"] | None = None
+    metadata: Literal["rotary", "learned", "convolutions"] | None = None
     activations: tuple[str, ...] = SILU
     softcaps: tuple[str, ...] = ()
     output_bias: bool = False
@@ -46,6 +48,8 @@ class GGUFArchitecture:
     window_every: int = 0
     states_no_window: bool = False
     wide_scale_layers: int = 0
+    scales: Mapping[str, str] = field(default_factory=dict)
+    position_free: int = 0
     pairs_rows: bool = False
     shifts_norms: bool = False
     transposed: bool = False

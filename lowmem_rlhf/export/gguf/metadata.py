@@ -14,7 +14,7 @@ from lowmem_rlhf.architecture.families.row import GGUFArchitecture
 from lowmem_rlhf.errors import UserError
 from lowmem_rlhf.export.tokenizer import WAY_OUT
 
-Value = bool | int | float | str | list[bool]
+Value = bool | int | float | str | list[bool] | list[int]
 
 
 @dataclass
@@ -47,9 +47,10 @@ def describe(config: Any) -> GGUFMetadata:
             f"no GGUF is written here of the model type {config.model_type}, only of {', '.join(known)}; {WAY_OUT}"
         )
     metadata = GGUFMetadata(layout)
-    activation = getattr(config, "hidden_activation", None) or getattr(config, "hidden_act", None)
-    if (activation or config.activation_function) not in layout.activations:
-        raise _otherwise(f"{activation or config.activation_function} in its feed-forward layers")
+    names = ("hidden_activation", "hidden_act", "activation_function")
+    activation = next((one for name in names if (one := getattr(config, name, None))), "silu")
+    if activation not in layout.activations:
+        raise _otherwise(f"{activation} in its feed-forward layers")
     _DESCRIBE[layout.metadata](config, metadata)
     return metadata
 
@@ -105,8 +106,39 @@ def _with_rotary_positions(config: Any, metadata: GGUFMetadata) -> None:
         computed = config.hidden_size // config.num_attention_heads if wide else dim
         if scalar != computed:
             raise _otherwise(f"query_pre_attn_scalar={scalar}, and llama.cpp takes {computed}")
+    for name, key in layout.scales.items():
+        metadata.keys[key] = float(getattr(config, name))
+    if every := layout.position_free:
+        turned = [int((index + 1) % every != 0) for index in range(config.num_hidden_layers)]
+        if list(config.no_rope_layers) != turned:
+            raise _otherwise(f"positions in other layers than all but every {every}th")
     _rope(config, metadata)
     _windows(config, metadata)
+
+
+def _with_convolutions(config: Any, metadata: GGUFMetadata) -> None:
+    """Add the metadata of LFM2, some of whose layers have a convolution in place of attention."""
+    inner = config.intermediate_size
+    if config.block_auto_adjust_ff_dim:
+        inner = int(2 * inner / 3)
+        if config.block_ffn_dim_multiplier is not None:
+            inner = int(config.block_ffn_dim_multiplier * inner)
+        inner = -(-inner // config.block_multiple_of) * config.block_multiple_of
+    heads = [config.num_key_value_heads if kind == "full_attention" else 0 for kind in config.layer_types]
+    metadata.keys |= {
+        "block_count": config.num_hidden_layers,
+        "context_length": config.max_position_embeddings,
+        "embedding_length": config.hidden_size,
+        "feed_forward_length": inner,
+        "attention.head_count": config.num_attention_heads,
+        "attention.head_count_kv": heads,
+        "attention.layer_norm_rms_epsilon": float(config.norm_eps),
+        "shortconv.l_cache": config.conv_L_cache,
+        "vocab_size": config.vocab_size,
+    }
+    if config.conv_bias:
+        raise _otherwise("biases in its convolutions")
+    _rope(config, metadata)
 
 
 def _rope_parameters(config: Any) -> dict[str, Any]:
@@ -191,4 +223,5 @@ def _windows(config: Any, metadata: GGUFMetadata) -> None:
 _DESCRIBE: dict[str, Callable[[Any, GGUFMetadata], None]] = {
     "rotary": _with_rotary_positions,
     "learned": _with_learned_positions,
+    "convolutions": _with_convolutions,
 }

@@ -50,7 +50,8 @@ def read_model(file: Path, folder: Path) -> Any:
     for plan, tensor in _tensors(file, folder, model.config):
         numbers = torch.from_numpy(dequantize(tensor.data, tensor.tensor_type).copy()).view(plan.shape)
         restored = plan.restore(numbers)
-        weights[plan.origin][: len(restored)].copy_(restored)
+        rows = weights[plan.origin][: len(restored)]
+        rows.copy_(restored.view_as(rows))  # a convolution's kernels have one dimension less in the file
     return model.eval()
 
 

@@ -146,7 +146,7 @@ def plan_tensors(
         if gguf_name is None:
             raise UserError(f"{name} has no place in llama.cpp's {layout.name} model; {WAY_OUT}")
         transposed = layout.transposed and len(one.shape) == 2 and re.search(r"\.c_(attn|proj|fc)\.", name) is not None
-        shape = one.shape[::-1] if transposed else one.shape
+        shape = one.shape[::-1] if transposed else tuple(n for n in one.shape if n > 1 or len(one.shape) < 3)
         if gguf_name in ("token_embd.weight", "output.weight"):
             shape = (min(vocabulary, shape[0]), *shape[1:])
         tensors.append(
@@ -195,7 +195,7 @@ def choose_type(name: str, shape: tuple[int, ...], kind: str, layers: int, tied:
         layers: of the model.
         tied: the token embedding is the output matrix too.
     """
-    if len(shape) < 2 or name.endswith("_norm.weight") or name == "position_embd.weight":
+    if len(shape) < 2 or name.endswith(("_norm.weight", "shortconv.conv.weight")) or name == "position_embd.weight":
         return F32
     if kind not in MIXTURES:
         wanted = {"f32": F32, "f16": F16, "bf16": BF16, "q8_0": Q8_0}[kind]
