@@ -70,7 +70,8 @@ class AdapterFormat(ExportFormat):
         """Loading it with peft; of a reward model, the reward that scores with it."""
         if spec is not None and spec.output == "scores":
             return "```yaml\nrewards:\n- function: reward_adapter\n  options: {adapter: .}  # this folder\n```"
-        facts = json.loads((folder / EXPORT).read_text(encoding="utf-8"))
+        told = folder / EXPORT
+        facts = json.loads(told.read_text(encoding="utf-8")) if told.is_file() else {}
         auto = "AutoModelForMultimodalLM" if facts.get("for") == WRAPPER else "AutoModelForCausalLM"
         return (
             f"```python\nfrom peft import PeftModel\nfrom transformers import {auto}\n\n"

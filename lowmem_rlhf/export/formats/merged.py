@@ -45,7 +45,7 @@ class MergedFormat(ExportFormat):
 
     def usage(self, folder: Path, name: str, base: str, spec: AlgorithmSpec | None) -> str:
         """Loading it with transformers."""
-        auto = auto_class(read_config(folder))
+        auto = auto_class(read_config(folder) if (folder / "config.json").is_file() else {})
         return (
             f"```python\nfrom transformers import {auto}, AutoTokenizer\n\n"
             'folder = "."  # this folder, or its Hub id\n'
