@@ -25,7 +25,7 @@ def count_class(config: Mapping[str, Any]) -> dict[str, Any]:
 
     Returns:
         ``fields``: sizes of the config under their common names. Parameters: ``total``; ``embedding``; ``head``, 0
-        where it is the embedding; ``stacked``, of three dimensions, as experts are; ``tables``, of further embeddings
+        where it is the embedding; ``stacked``, of experts in three dimensions; ``tables``, of further embeddings
         that are looked up by token (Gemma's of each layer). ``linears``: for each linear layer
         but the head its module's name, inputs, outputs, whether it has a bias, whether bitsandbytes quantizes it and
         whether ``all-linear`` adapts it.
@@ -36,8 +36,9 @@ def count_class(config: Mapping[str, Any]) -> dict[str, Any]:
     """
     import torch
     from torch import nn
-    from torch.nn.modules.conv import _ConvNd
     from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM
+
+    from lowmem_rlhf.architecture.experts import expert_stacks
 
     if config["model_type"] not in CONFIG_MAPPING:
         raise LookupError("transformers has no class for it")
@@ -50,14 +51,13 @@ def count_class(config: Mapping[str, Any]) -> dict[str, Any]:
     embedding, head = model.get_input_embeddings().weight, model.get_output_embeddings()
     rows = embedding.shape[0]
     tables = [m for m in model.modules() if isinstance(m, nn.Embedding) and m.weight.shape[0] >= rows]
-    matrices = [p for m in model.modules() if not isinstance(m, _ConvNd) for p in m.parameters(recurse=False)]
     return {
         "fields": _fields(resolved.get_text_config(decoder=True)),
         "total": sum(p.numel() for p in model.parameters()),
         "embedding": embedding.numel(),
         "head": 0 if head is None or head.weight is embedding else head.weight.numel(),
         "tables": sum(m.weight.numel() for m in tables if m.weight is not embedding),
-        "stacked": sum(p.numel() for p in matrices if p.dim() == 3 and p.shape[0] > 1),
+        "stacked": sum(getattr(module, name).numel() for module, name in expert_stacks(model)),
         "linears": _linears(model, head, config["model_type"]),
     }
 

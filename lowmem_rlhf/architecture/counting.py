@@ -22,7 +22,7 @@ from typing import Any
 from lowmem_rlhf.architecture.families.block import Linear
 from lowmem_rlhf.architecture.source import cache_folder
 
-FORMAT = 2  # of the cached files; raised when `count_class` counts otherwise
+FORMAT = 3  # of the cached files; raised when `count_class` counts otherwise
 TIMEOUT_S = 180.0
 
 Linears = tuple[tuple[Linear, int], ...]  # kinds of linear layers, and how many there are of each
@@ -39,7 +39,7 @@ class Counted:
         embedding, head: parameters of the token embedding and of an output head of its own.
         other: parameters that are neither these nor quantized weights: norms, biases, stacked experts, convolutions,
             further embeddings. They keep 16 bits, or 32 as the compute dtype is.
-        stacked: those among ``other`` that have three dimensions, as experts have.
+        stacked: those among ``other`` that are experts, in parameters of three dimensions.
         tables: those among ``other`` that are further embeddings, looked up by token.
     """
 

@@ -1,7 +1,8 @@
 """Which parameters of a model are experts, and which of its linear layers take adapters beside them.
 
 transformers keeps the experts of a layer stacked in parameters of three dimensions (experts, outputs, inputs). They
-stay frozen: adapters lie beside attention and what all tokens share.
+stay frozen: adapters lie beside attention and other layers that all tokens share, but not those that are called as
+experts are, whose names peft maps to the stacks.
 """
 
 import inspect
@@ -14,15 +15,17 @@ EXPERTS, ROUTERS = {"gate_proj", "up_proj", "down_proj", "w1", "w2", "w3"}, ("ga
 def expert_stacks(model: Any) -> list[tuple[Any, str]]:
     """Return the modules with stacked experts, and the names of these parameters in them.
 
-    Only what a module's forward reads expert by expert counts, and not a convolution's weight.
+    Only what a module of experts reads one by one counts: Llama 4 multiplies with the whole stack.
     """
     found = []
     for module in model.modules():
         code = getattr(inspect.unwrap(type(module).forward), "__code__", None)
+        if not type(module).__name__.endswith("Experts") or code is None or "bmm" in code.co_names:
+            continue
         for name, parameter in module.named_parameters(recurse=False):
             whole = getattr(getattr(parameter, "quant_state", None), "shape", parameter.shape)
             stacked = len(whole) == 3 and whole[0] > 1 and min(whole[1:]) > 1
-            if stacked and code is not None and name in code.co_names:
+            if stacked and name in code.co_names:
                 found.append((module, name))
     return found
 

@@ -27,6 +27,7 @@ from lowmem_rlhf.files import check_room, writing
 logger = logging.getLogger(__name__)
 
 _CONVERSION = 1
+NOT_NEEDED = ["*.bin", "*.pth", "original/*", "metal/*", "consolidated*"]  # the same weights in other forms
 _SCALE, _ACTIVATIONS = "_scale_inv", ("activation_scale", "input_scale")
 _BLOCKS, _SCALES = "_blocks", "_scales"
 
@@ -63,15 +64,17 @@ def dequantized_folder(path: str, model: str, revision: str | None = None) -> st
     if not is_local(path):
         from huggingface_hub import snapshot_download
 
-        path = snapshot_download(path, revision=revision, ignore_patterns=["*.bin", "*.pth", "original/*", "metal/*"])
+        path = snapshot_download(path, revision=revision, ignore_patterns=NOT_NEEDED)
     return str(_convert(Path(path), model, method, config))
 
 
 def _convert(folder: Path, model: str, method: str, config: dict[str, Any]) -> Path:
-    files = sorted(folder.glob("*.safetensors"))
-    if (folder / INDEX).is_file():
+    files = [folder / SINGLE]
+    if not files[0].is_file() and (folder / INDEX).is_file():
         named = json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"].values()
         files = [folder / name for name in sorted(set(named))]
+    if absent := [one.name for one in files if not one.is_file()]:
+        raise UserError(f"model {model!r} lacks {absent[0]} ({len(absent)} of {len(files)} files); fetch it again")
     stamp = "|".join(f"{one.name},{one.stat().st_size},{one.stat().st_mtime_ns}" for one in files)
     key = hashlib.sha256(f"{_CONVERSION}|{folder.resolve()}|{stamp}".encode()).hexdigest()[:12]
     target = cache_folder() / "dequantized" / f"{folder.name}-{key}"
@@ -87,7 +90,11 @@ def _convert(folder: Path, model: str, method: str, config: dict[str, Any]) -> P
         temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
         try:
             _write(folder, files, temporary, config)
-            temporary.rename(target)
+            try:
+                temporary.rename(target)
+            except OSError:
+                if not target.is_dir():  # else another process was faster
+                    raise
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
     return target

@@ -18,6 +18,7 @@ from transformers.quantizers.quantizer_bnb_4bit import Bnb4BitHfQuantizer
 from transformers.quantizers.quantizers_utils import get_module_from_name
 
 from lowmem_rlhf.architecture.experts import expert_stacks
+from lowmem_rlhf.errors import UserError
 
 METHOD = "nf4_with_experts"  # the name of the quantizer below in transformers' table
 BLOCK = 64
@@ -93,13 +94,13 @@ class ExpertStack:
 
         state = self.parameter.quant_state
         shape = state.shape[1:]
-        size = shape.numel()
+        size, flat = shape.numel(), torch.Size((shape.numel() // BLOCK, BLOCK))  # on a CPU rows of whole blocks only
         scales = state.absmax[expert * size // BLOCK : (expert + 1) * size // BLOCK]
         codes = self.parameter.data.view(-1)[expert * size // 2 : (expert + 1) * size // 2]
         one = QuantState(
-            absmax=scales, shape=shape, code=state.code, blocksize=BLOCK, quant_type="nf4", dtype=state.dtype
+            absmax=scales, shape=flat, code=state.code, blocksize=BLOCK, quant_type="nf4", dtype=state.dtype
         )
-        return dequantize_4bit(codes.view(-1, 1), one)
+        return dequantize_4bit(codes.view(-1, 1), one).view(shape)
 
 
 class ExpertWeight:
@@ -118,7 +119,10 @@ class ExpertWeight:
             return y if bias[0] is None else y + bias[0]
         if function in (torch.matmul, torch.mm, torch.Tensor.matmul, torch.Tensor.__matmul__):
             return _Product.apply(x, weight.stack, weight.expert, True)
-        return NotImplemented
+        raise UserError(
+            f"experts in NF4 are multiplied one by one, and this model has another use for them ({function.__name__}); "
+            "take hardware.quantization=int8 or none"
+        )
 
     def __rmatmul__(self, x: torch.Tensor) -> torch.Tensor:
         return _Product.apply(x, self.stack, self.expert, True)  # type: ignore[no-any-return]

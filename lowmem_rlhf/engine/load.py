@@ -47,12 +47,13 @@ def load_base(
         UserError: the model cannot be found or read, or its files lack a tensor or hold another one.
     """
     path = resolve_model(model)
-    gguf = path.endswith(".gguf")
-    path = str(convert_gguf(Path(path))) if gguf else dequantized_folder(path, model, revision)
+    if path.endswith(".gguf"):
+        path = str(convert_gguf(Path(path)))
     dtype = DTYPES[compute_dtype]
     common: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
     with quiet(), torch.device("cpu"):  # what the loader makes for itself
         try:
+            path = dequantized_folder(path, model, revision)
             config, tower = text_only(AutoConfig.from_pretrained(path, **common))
             if getattr(config, "quantization_config", None) is not None:
                 raise UserError(

@@ -108,7 +108,7 @@ class PackedMixer:
             if state is None:
                 out = stock(x, weight, bias, activation=activation)
                 return out.transpose(1, 2), F.pad(x, (max(0, before - x.shape[-1]), 0))[..., -before:]
-            if x.shape[-1] == 1 and not torch.is_grad_enabled():
+            if x.shape[-1] == 1 and len(x) == len(state) and not torch.is_grad_enabled():
                 return step(x, state, weight, bias, activation).transpose(1, 2), state  # which it changed
             state = state.repeat_interleave(len(x) // len(state), dim=0)
             whole = torch.cat([state.to(x.dtype), x], dim=-1)
@@ -213,10 +213,11 @@ def bounded(mix: Mix) -> Mix:
         finals: list[torch.Tensor] = []
         for first in range(0, rows, at_once):
             some = slice(first, min(first + at_once, rows))
-            last, along = state, list[torch.Tensor]()
+            own = state is not None and len(state) == rows
+            last, along = state[some] if own and state is not None else state, list[torch.Tensor]()
             for begin in range(0, length, MIXED_TOKENS):
                 piece = [x[some, begin : begin + MIXED_TOKENS] for x in tensors]
-                each = 0 if begin or state is None else rows // len(state)
+                each = 0 if begin or own or state is None else rows // len(state)
                 out, last = recomputed(_beginning(mix, each, some), last, *piece)
                 along.append(out)
             outs.append(along[0] if len(along) == 1 else torch.cat(along, dim=1))
@@ -239,7 +240,7 @@ def _beginning(mix: Mix, each: int, some: slice) -> Callable[..., tuple[torch.Te
 
     def run(state: torch.Tensor | None, *tensors: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         if state is not None and each:
-            state = state.repeat_interleave(each, dim=0)[some]
+            state = state.index_select(0, torch.arange(some.start, some.stop, device=state.device) // each)
         return mix(tensors, state)
 
     return run

@@ -86,7 +86,10 @@ def _product(
     if x.dtype != torch.float32 and not wide:
         return linear(x, *args, **kwargs)
     scale = _power_of_two(x)
-    return linear((x / scale).to(dtype), *args, **kwargs).float() * scale
+    y = linear((x / scale).to(dtype), *args, **kwargs).float()
+    layer: Any = getattr(linear, "__self__", None)
+    bias = getattr(getattr(layer, "base_layer", layer), "bias", None)
+    return y * scale if bias is None else (y - bias.float()) * scale + bias.float()
 
 
 def _gated_mlp(module: Any, x: torch.Tensor) -> torch.Tensor:

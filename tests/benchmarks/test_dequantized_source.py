@@ -85,6 +85,7 @@ def test_mxfp4_is_loaded_as_its_numbers(tmp_path, monkeypatch):
 def test_a_run_on_fp8_leaves_in_16_bits(tmp_path, monkeypatch):
     monkeypatch.setenv("LOWMEM_RLHF_CACHE", str(tmp_path / "cache"))
     in_fp8(save_tiny("ministral3", tmp_path / "model"))
+    save_file({"other": torch.zeros(3)}, tmp_path / "model" / "consolidated.safetensors")  # Mistral's own form of them
     recipe = tmp_path / "sft.yaml"
     recipe.write_text(json.dumps({"name": "tiny", "model": str(tmp_path / "model"), **COMMON, **RUNS["sft"]}))
     code, _, error = command("train", recipe, "--output", tmp_path / "run")

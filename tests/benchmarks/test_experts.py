@@ -6,16 +6,16 @@ import pytest
 import torch
 from architecture_measures import CPU
 from architecture_runs import COMMON, RUNS, command
-from tiny_architectures import save_tiny
+from tiny_architectures import save_tiny, tiny
 from transformers import AutoModelForCausalLM
 
-from lowmem_rlhf.architecture.experts import expert_stacks
+from lowmem_rlhf.architecture.experts import expert_stacks, names_beside_experts
 from lowmem_rlhf.engine.base import SharedBase
 from lowmem_rlhf.engine.experts import ExpertStack
 from lowmem_rlhf.engine.packing import Group
 
-# experts one by one in the files, stacked in them, transposed with biases
-FAMILIES = ["qwen3_moe", "granitemoehybrid+experts", "gpt_oss"]
+# experts one by one in the files, stacked in them, transposed with biases, one by one under other names
+FAMILIES = ["qwen3_moe", "granitemoehybrid+experts", "gpt_oss", "mixtral"]
 GROUP = [Group([7, 33, 120, 8, 9, 61], [[200, 31, 5, 77], [6, 90]], [0, 1])]
 
 
@@ -48,6 +48,12 @@ def test_experts_in_nf4_are_their_dense_numbers(family, tmp_path):
     assert torch.allclose(logits(base), logits(exact), atol=1e-4)
 
 
+@pytest.mark.parametrize("family", ["recurrent_gemma", "zamba", "llama4_text", "lfm2"])
+def test_other_parameters_of_three_dimensions_are_no_experts(family):
+    model = tiny(family)
+    assert not expert_stacks(model) and names_beside_experts(model) is None
+
+
 @pytest.mark.parametrize("family", FAMILIES[:2])
 def test_a_gradient_flows_through_experts_in_nf4(family, tmp_path):
     save_tiny(family, tmp_path, hidden_size=64)
@@ -61,7 +67,7 @@ def test_a_gradient_flows_through_experts_in_nf4(family, tmp_path):
     assert torch.equal(found, x.grad)
 
 
-@pytest.mark.parametrize("family", FAMILIES[:2])
+@pytest.mark.parametrize("family", ["qwen3_moe", "granitemoehybrid+experts", "mixtral"])
 def test_a_run_on_nf4_experts_leaves_as_the_numbers_it_computed_with(family, tmp_path):
     save_tiny(family, tmp_path / "model", hidden_size=64)
     recipe = tmp_path / "grpo.yaml"

@@ -79,6 +79,23 @@ def test_parts_along_the_rows_and_along_a_row_change_nothing(family, monkeypatch
     assert distance(found, want) < 1e-5 and distance(got, wanted) < 1e-5
 
 
+@pytest.mark.parametrize("family", RECURRENT)
+def test_completions_of_a_token_or_two_are_scored_as_longer_ones_are(family):
+    """One token of a row, without a gradient, is a step of decoding elsewhere."""
+    base, _ = tiny_base(family)
+    for groups in (
+        [Group([5], [[6, 7], [8, 9], [10, 11]], [0, 1, 2])],
+        [Group([5, 6, 7], [[8], [9]], [0, 1]), Group([5, 6, 7], [[10], [11]], [2, 3])],
+        [Group([5, 6], [[8, 9], [10], [11, 12]], [0, 1, 2])],
+    ):
+        batch = base.layout.lay_out(groups, CPU)
+        with base.role(POLICY):
+            want, _ = packed_logprobs(base, batch, 1.0, 64)  # with a gradient: by chunks
+            with torch.no_grad():
+                found, _ = packed_logprobs(base, batch, 1.0, 64)
+        assert distance(found, want.detach()) < 1e-5
+
+
 def test_what_a_mixer_lacks_is_not_taken_for_one():
     assert {family for family in RECURRENT if not mixers_of(tiny_base(family)[0])} == set()
     assert not mixers_of(tiny_base("mamba")[0]) and not mixers_of(tiny_base("llama")[0])

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 _TOWER = r"^(?:model\.)?(?:language_model|text_model)\.(?:model\.)?"
-_HEAD = r"^language_model\.lm_head\."
+_HEAD = r"^(?:model\.)?language_model\.lm_head\."
 KEY_MAPPING = {_HEAD: "lm_head.", _TOWER: "model."}  # of `from_pretrained`: from the files' names to the text class's
 
 

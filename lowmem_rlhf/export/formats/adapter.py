@@ -37,7 +37,8 @@ class AdapterFormat(ExportFormat):
         copy_adapter(job.adapter, folder, (WEIGHTS, CONFIG))
         facts: dict[str, Any] = dict(copy_heads(job, folder))
         if names := self._names(job):
-            name_for(folder, names, job.base_type)
+            for config in folder.rglob(CONFIG):  # a critic and what it lies above as well
+                name_for(config.parent, names, job.base_type)
             facts["for"] = names
         return Written(facts)
 

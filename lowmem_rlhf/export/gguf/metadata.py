@@ -123,7 +123,7 @@ def _with_convolutions(config: Any, metadata: GGUFMetadata) -> None:
         inner = int(2 * inner / 3)
         if config.block_ffn_dim_multiplier is not None:
             inner = int(config.block_ffn_dim_multiplier * inner)
-        inner = -(-inner // config.block_multiple_of) * config.block_multiple_of
+            inner = -(-inner // config.block_multiple_of) * config.block_multiple_of
     heads = [config.num_key_value_heads if kind == "full_attention" else 0 for kind in config.layer_types]
     metadata.keys |= {
         "block_count": config.num_hidden_layers,

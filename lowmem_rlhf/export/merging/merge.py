@@ -6,6 +6,7 @@ how much of the change is kept. Some rows are in memory at a time, or one whole 
 What is left out: sums on a GPU, which would wait for the disk. A GPU only quantizes, where the run's base lay on one.
 """
 
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from lowmem_rlhf.engine.load import DTYPES
 from lowmem_rlhf.errors import UserError
 from lowmem_rlhf.export.merging.dequantized import dense
 from lowmem_rlhf.export.merging.lora_file import LoraFile
-from lowmem_rlhf.export.merging.names import Skeleton, expert_settings, stored_names
+from lowmem_rlhf.export.merging.names import Skeleton, expert_settings, stacks_of, stored_names
 from lowmem_rlhf.export.rounding import RoundingStats, rounded_sum
 from lowmem_rlhf.export.shards import NAMES, SINGLE, FileLayout, Stored, read_bytes, write_index, write_tensors
 from lowmem_rlhf.progress import ProgressCallback
@@ -56,7 +57,9 @@ class Merge:
 
     def _check_names(self) -> None:
         parameters = set(self.parameters.values())
-        quantized = [name for name in self.model.quantized if name.endswith(".weight") or not self.experts]
+        numbers = (re.search(r"\blayers\.(\d+)\.", name) for name in self.experts)
+        by_one = {name for match in numbers if match for name in stacks_of(int(match[1]), self.model.quantized)}
+        quantized = [name for name in self.model.quantized if name not in by_one]
         needed = dict.fromkeys([f"{layer}.weight" for layer in self.adapter.layers] + quantized)
         if lacking := [name for name in needed if name not in parameters]:
             raise UserError(

@@ -104,10 +104,13 @@ def expert_settings(stored: str, quantized: Mapping[str, Any]) -> Any:
     A file may hold the experts one by one (``mlp.experts.3.up_proj.weight``). They are quantized as the stack is: its
     blocks have scales of their own, and lie within one expert.
     """
-    match = re.match(r"(.+\.experts)\.\d+\.\w+\.weight$", stored)
-    if match is None:
-        return None
-    return next((one for name, one in quantized.items() if name.rpartition(".")[0].endswith(match[1])), None)
+    match = re.search(r"\blayers\.(\d+)\.(?:.+\.)?experts\.\d+\.\w+\.weight$", stored)
+    return None if match is None else next((quantized[name] for name in stacks_of(int(match[1]), quantized)), None)
+
+
+def stacks_of(layer: int, quantized: Mapping[str, Any]) -> list[str]:
+    """Return the names of a decoder layer's stacks of experts."""
+    return [name for name in quantized if not name.endswith(".weight") and f"layers.{layer}." in name]
 
 
 def stored_names(

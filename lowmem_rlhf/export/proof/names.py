@@ -39,7 +39,10 @@ def check_names(folder: Path, adapter: Path, recipe: Recipe) -> str:
             model = get_peft_model(auto.from_config(config), PeftConfig.from_pretrained(str(folder)))
             wanted = get_peft_model_state_dict(model, save_embedding_layers=False)
     except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
-        raise RunError(f"peft cannot put the adapter on the whole model: {first_sentence(error)}") from error
+        raise RunError(
+            f"peft cannot put the adapter on the whole model: {first_sentence(error)}; --for text needs the text-only "
+            "class alone. Nothing was kept"
+        ) from error
     stored = load_file(folder / WEIGHTS, device="cpu")
     if difference := differing_tensors(stored, wanted):
         raise RunError(f"the adapter does not fit what peft makes of it: its files {difference}; nothing was kept")

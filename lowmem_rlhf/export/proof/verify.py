@@ -13,7 +13,7 @@ from typing import Any
 import torch
 import transformers
 
-from lowmem_rlhf.architecture.families.wrappers import auto_class
+from lowmem_rlhf.architecture.families.wrappers import auto_class, is_wrapper
 from lowmem_rlhf.engine.load import first_sentence, quiet
 from lowmem_rlhf.engine.whole import load_whole
 from lowmem_rlhf.errors import RunError, UserError
@@ -126,7 +126,10 @@ def stock_model(folder: Path, device: torch.device, trust_remote_code: bool) -> 
         except (OSError, ValueError, KeyError, ImportError, RuntimeError, UserError) as error:
             if is_out_of_memory(error):
                 raise RunError("memory ran out while the export was loaded again; take --device cpu") from error
-            raise RunError(f"the export cannot be loaded again: {first_sentence(error)}; nothing was kept") from error
+            alone = "; --for text writes the text-only class alone" if is_wrapper(read_config(folder)) else ""
+            raise RunError(
+                f"the export cannot be loaded again: {first_sentence(error)}{alone}; nothing was kept"
+            ) from error
         yield model.eval()
         del model
         release(device)
