@@ -49,6 +49,7 @@ class Nf4WithExperts(Bnb4BitHfQuantizer):
                 )
                 setattr(module, name, codes)
                 module.source_cls = STACKED
+                module.stack_shapes = {**getattr(module, "stack_shapes", {}), name: tuple(stack.shape)}
 
 
 class STACKED(nn.Linear):

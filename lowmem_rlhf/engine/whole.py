@@ -127,7 +127,7 @@ def in_body(key: str, model: Any) -> bool:
 
 
 def _other_shapes(model: nn.Module) -> dict[str, tuple[Shape, Shape]]:
-    """Return linear layers, quantized ones too, whose weight has not the layer's shape."""
+    """Return linear layers and stacks of experts, quantized ones too, whose weight has not the layer's shape."""
     others: dict[str, tuple[Shape, Shape]] = {}
     for name, module in model.named_modules():
         weight = getattr(module, "weight", None)
@@ -136,6 +136,10 @@ def _other_shapes(model: nn.Module) -> dict[str, tuple[Shape, Shape]]:
             wanted = (module.out_features, module.in_features)
             if is_there != wanted:
                 others[f"{name}.weight"] = (is_there, wanted)
+        for stack, wanted in getattr(module, "stack_shapes", {}).items():  # what `Nf4WithExperts` was to fill
+            is_there = tuple((getattr(getattr(module, stack), "quant_state", None) or getattr(module, stack)).shape)
+            if is_there != wanted:
+                others[f"{name}.{stack}"] = (is_there, wanted)
     return others
 
 

@@ -175,20 +175,22 @@ def test_tiny_models_of_other_kinds_are_counted(family, in_process):
     assert dims.num_parameters == sum(p.numel() for p in model.parameters())
 
 
-def test_gemma_4_e2b_is_not_planned_with_a_third_of_its_weights(in_process, recipe):
-    """4.62 billion parameters of which 2.35 are embeddings of layers; 16 bits of them take 8.6 GiB."""
+def test_gemma_4_e2b_is_planned_with_all_of_its_weights(in_process, recipe):
+    """4.62 billion parameters, of which 2.35 are embeddings of layers: those lie in the host's memory."""
     loaded = recipe(GEMMA_4_E2B)
     plan = make_plan(loaded, card(10.75, bf16=True), "x")
     dims = model_dimensions(loaded.model)
     held = [plan.memory["phases"]["export"][key] for key in ("weights", "embeddings")]
     assert dims.num_parameters == 4_621_490_944
     assert plan.settings.quantization != "none" and plan.verdict == "unknown"
-    assert sum(held) > 2 * (dims.num_parameters - dims.linear_parameters) > 5 * 2**30
+    assert dims.counted is not None and dims.counted.tables == 2_348_810_240
+    on_the_card = dims.num_parameters - dims.counted.tables
+    assert sum(held) > 2 * (on_the_card - dims.linear_parameters) + dims.linear_parameters / 2 > 1.6 * 2**30
     assert plan.peak_bytes_range[0] > sum(held) and plan.peak_bytes_range[1] > plan.memory["peak_bytes"]
-    small = make_plan(loaded, card(4, bf16=True), "x")
+    small = make_plan(loaded, card(1.5, bf16=True), "x")
     assert small.verdict == "no" and not small.fits  # the weights alone
     wide = recipe(GEMMA_4_E2B, "hardware.quantization=none")
-    assert make_plan(wide, card(8.5, bf16=True), "x").verdict == "no"
+    assert make_plan(wide, card(4, bf16=True), "x").verdict == "no"
 
 
 def test_the_verdict_of_a_known_model_is_whether_it_fits(recipe):
@@ -270,11 +272,7 @@ def test_a_class_that_cannot_be_built_is_told(monkeypatch):
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        (
-            {**TINY, "model_type": "mixtral", "num_local_experts": 4},
-            r"num_local_experts 4\): its experts, \d+ % of its par",
-        ),
-        ({"model_type": "dbrx", "d_model": 64, "ffn_config": {"moe_num_experts": 4}}, "moe_num_experts 4.*pass by"),
+        ({"model_type": "dbrx", "d_model": 64, "ffn_config": {"moe_num_experts": 4}}, "mixture of experts .moe_num_experts 4. whose parameters could not be"),
         ({**TINY, "model_type": "camembert"}, r"encoder \(camembert\): its attention sees"),
         ({"model_type": "pixtral2", "text_config": GEMMA_4_E2B}, "pixtral2.*inside a larger one"),
         ({**TINY, "model_type": "moshi", "audio_encoder_config": {}}, "takes sound as well"),
@@ -293,8 +291,8 @@ def test_a_model_whose_config_names_experts_that_it_does_not_have(in_process):
     config.pop("num_hidden_layers")
     dims = dimensions_from_config(config, "x")
     assert dims.counted is not None and dims.counted.stacked == 0 and dims.num_layers == 3
-    with pytest.raises(UserError, match=r"mixture of experts \(n_routed_experts 8\): its experts, "):
-        dimensions_from_config({**config, "layers_block_type": ["mamba", "moe"]}, "x")
+    with_experts = dimensions_from_config({**config, "layers_block_type": ["mamba", "moe"]}, "x")
+    assert with_experts.counted is not None and with_experts.counted.stacked > 0
 
 
 def test_a_known_type_asks_no_class(monkeypatch, folder):

@@ -247,7 +247,6 @@ LLAMA = {**TINY, "model_type": "llama"}
         ({"model_type": "t5"}, "encoder-decoder"),
         ({**TINY, "model_type": "x", "is_encoder_decoder": True}, "encoder-decoder"),
         ({**TINY, "model_type": "bert"}, "is an encoder"),
-        ({**TINY, "model_type": "mixtral", "num_local_experts": 8}, r"mixture of experts \(num_local_experts 8\)"),
         ({"model_type": "paligemma", "vision_config": {}, "text_config": TINY}, r"\(paligemma\) takes images as well"),
         ({**TINY, "model_type": "qwen2_vl", "vision_config": {"depth": 32}}, "takes images as well"),
         ({**TINY, "model_type": "gemma3n", "audio_config": {}}, "takes sound as well"),

@@ -185,7 +185,8 @@ def test_the_table_of_all_cards_has_every_cell_whatever_the_width(on_all):
     for model, line in zip(MODELS, wide[head + 2 :], strict=False):
         texts = [part.strip() for part in line.split("  ") if part.strip()]
         assert texts == [short_name(model), *map(cell_text, on_all.cells["grpo"][model])]
-    assert sum("overflows float16" in line for line in wide) == 3 * 5  # once for each card without bfloat16
+    gemma = on_all.cells["grpo"]["google/gemma-3-1b-it"]
+    assert not any("overflows" in cell_text(cell) for cell in gemma)  # cards without bfloat16 too: see `engine.wide`
     narrow = printed(on_all, 100)
     assert max(map(len, narrow.splitlines())) <= 100
     for model in MODELS:
