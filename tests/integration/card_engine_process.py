@@ -35,7 +35,7 @@ from lowmem_rlhf.rollout.sampling import Sampling
 
 OUTPUT = Path(sys.argv[2])
 CARD, DEVICE = card_of(sys.argv[1])
-FAMILIES = ("llama", "mistral", "gemma2", "gemma3", "gpt2", "qwen3_5", "granite_hybrid")
+FAMILIES = ("llama", "qwen2", "mistral", "gemma2", "gemma3", "gpt2")
 TEMPERATURE, TILE, LIMIT = 0.7, 5, 12
 BUDGETS = {"whole": 1000, "split": 30, "alone": 1}
 SETTINGS = GRPOSettings(beta=0.04)
