@@ -15,7 +15,6 @@ from lowmem_rlhf.progress import shown_by
 from lowmem_rlhf.session.train import train
 
 UNPACKABLE = {
-    "lfm2": {"layer_types": ["conv", "full_attention"]},
     "bloom": {"n_head": 4, "n_layer": 2},
 }
 

@@ -61,6 +61,10 @@ def overrides(name: str, place: Path) -> list[str]:
     ]
     if recipe.algorithm in ("sft", "reward_model", "classifier"):
         found += ["training.num_train_epochs=1", "data.train_size=8"]
+    if recipe.data.template:
+        found.append("data.max_prompt_length=96")
+    if recipe.data.messages:  # the tiny model has no chat template
+        found += ["data.messages=null", "data.prompt=question", "data.answer=answer", "data.chat_template_kwargs={}"]
     if recipe.trl:
         found.append("trl.max_length=48")
     if recipe.adapter:
