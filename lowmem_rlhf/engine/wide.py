@@ -45,6 +45,15 @@ def widen(model: Any, dtype: torch.dtype) -> None:
             module.forward = partial(_narrowed, module.forward, dtype)
 
 
+def round_to(model: nn.Module, dtype: torch.dtype) -> None:
+    """Let the arrangement, where a model has it, round the inputs of products to another dtype."""
+    for module in model.modules():
+        forward = vars(module).get("forward")
+        if isinstance(forward, partial) and forward.func in (_product, _narrowed):
+            inner, _, *rest = forward.args
+            module.forward = partial(forward.func, inner, dtype, *rest)  # type: ignore[method-assign]
+
+
 @contextmanager
 def unwidened(model: nn.Module) -> Iterator[None]:
     """Let every module have its own forward inside the block."""

@@ -18,6 +18,7 @@ from lowmem_rlhf.engine.load import DTYPES
 from lowmem_rlhf.engine.packing import Group
 from lowmem_rlhf.engine.passes import BatchLimits, head_outputs, with_bootstrap_position
 from lowmem_rlhf.engine.roles import POLICY, REFERENCE
+from lowmem_rlhf.engine.wide import round_to
 from lowmem_rlhf.export.proof.texts import sample_sequences
 from lowmem_rlhf.hardware.memory import free_bytes, release
 from lowmem_rlhf.inference.open_run import OpenRun
@@ -117,6 +118,7 @@ def in_float32(model: torch.nn.Module, dtype: torch.dtype, device: torch.device)
         if isinstance(module, (Linear4bit, Linear8bitLt)):
             module.forward = partial(forward, module)  # type: ignore[method-assign]
     torch.nn.Module.float(model)  # transformers' own refuses a quantized model, for fear of its codes
+    round_to(model, torch.float32)
     return True
 
 
