@@ -109,7 +109,13 @@ def test_peak_grows_with_completion_length_by_cache_and_one_packed_row_only(step
 
     def bound(length: int) -> dict[str, float]:
         layer = Layer(
-            dims, packed_shape(PROMPT, length - 1, length, 8, 1, PROMPT), WIDTH, ranks=0, dense=0, explicit_scores=True
+            dims,
+            packed_shape(PROMPT, length - 1, length, 8, 1, PROMPT),
+            WIDTH,
+            ranks=0,
+            dense=0,
+            explicit_scores=True,
+            wide=False,
         )
         cache = ROWS * length * kv_bytes_per_token(dims, WIDTH)
         stored = dims.num_layers * (layer.hidden if checkpointing else layer.saved()) + 2 * layer.hidden

@@ -167,8 +167,7 @@ def unknown(tmp_path_factory):
     cache = tmp_path_factory.mktemp("cache")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("LOWMEM_RLHF_CACHE", str(cache))
-        changes = {**LARGER, "layer_types": ["conv", "full_attention"] * 2}
-        yield save_tiny("lfm2", tmp_path_factory.mktemp("model") / "lfm2", **changes)
+        yield save_tiny("falcon_h1", tmp_path_factory.mktemp("model") / "falcon_h1", **LARGER)
 
 
 def one_step(recipe):
