@@ -9,6 +9,7 @@ import math
 import os
 import re
 import shutil
+import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -183,6 +184,22 @@ def finish_folder(target: Path) -> Path:
     delete(target)
     _replace(temp, target)
     return target
+
+
+@contextmanager
+def cached_folder(target: Path) -> Iterator[Path]:
+    """Give an empty folder to fill, which becomes ``target`` at the end, unless another process was faster."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
+    try:
+        yield temporary
+        try:
+            temporary.rename(target)
+        except OSError:
+            if not target.is_dir():
+                raise
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def delete(path: Path) -> None:

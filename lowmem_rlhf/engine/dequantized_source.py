@@ -9,7 +9,6 @@ import hashlib
 import json
 import logging
 import shutil
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -22,7 +21,7 @@ from lowmem_rlhf.architecture.kinds import UNDONE
 from lowmem_rlhf.architecture.source import cache_folder, is_local
 from lowmem_rlhf.architecture.weight_files import INDEX, SINGLE
 from lowmem_rlhf.errors import UserError
-from lowmem_rlhf.files import check_room, writing
+from lowmem_rlhf.files import cached_folder, check_room, writing
 
 logger = logging.getLogger(__name__)
 
@@ -86,17 +85,8 @@ def _convert(folder: Path, model: str, method: str, config: dict[str, Any]) -> P
     ):
         size = sum(one.stat().st_size for one in files)
         check_room(target, size * (4 if method == "mxfp4" else 2))
-        target.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
-        try:
-            _write(folder, files, temporary, config)
-            try:
-                temporary.rename(target)
-            except OSError:
-                if not target.is_dir():  # else another process was faster
-                    raise
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)
+        with cached_folder(target) as made:
+            _write(folder, files, made, config)
     return target
 
 

@@ -2,9 +2,7 @@
 
 import contextlib
 import hashlib
-import shutil
 import sys
-import tempfile
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,7 +19,7 @@ from lowmem_rlhf.engine.experts import METHOD, split_experts
 from lowmem_rlhf.engine.gguf_source import check_gguf, complete_config
 from lowmem_rlhf.engine.whole import in_body, load_whole
 from lowmem_rlhf.errors import UserError, one_line
-from lowmem_rlhf.files import check_room, writing
+from lowmem_rlhf.files import cached_folder, check_room, writing
 from lowmem_rlhf.hardware.memory import is_out_of_memory
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
@@ -192,18 +190,9 @@ def convert_gguf(path: Path) -> Path:
             del model.config.quantization_config
         with writing(target, UserError, "or set LOWMEM_RLHF_CACHE to a folder elsewhere: the GGUF is kept there"):
             check_room(target, sum(p.numel() * p.element_size() for p in model.parameters()))
-            target.parent.mkdir(parents=True, exist_ok=True)
-            temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
-            try:
-                model.save_pretrained(temporary)
-                tokenizer.save_pretrained(temporary)
-                try:
-                    temporary.rename(target)
-                except OSError:
-                    if not target.is_dir():  # else another process was faster
-                        raise
-            finally:
-                shutil.rmtree(temporary, ignore_errors=True)
+            with cached_folder(target) as folder:
+                model.save_pretrained(folder)
+                tokenizer.save_pretrained(folder)
     return target
 
 
