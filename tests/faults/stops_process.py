@@ -187,18 +187,23 @@ def signalled(folder: Path, log: str, code: int, number: int) -> dict[str, Any]:
     }
 
 
-def slow_save() -> None:
-    """Let saving take a minute."""
-    loop.save_checkpoint = lambda *args: time.sleep(60)
-
-
 def second_signal(recipe: Path, folder: Path) -> int:
     """Stop a run whose saving takes long, twice."""
+    begun = OUTPUT / "saving"
+
+    def slow_save() -> None:
+        def save(*args: object) -> None:
+            begun.touch()
+            time.sleep(60)
+
+        loop.save_checkpoint = save
+
     child = forked(recipe, folder, prepare=slow_save)
     wait_for(child, lambda: len(RunDirectory(folder).metrics()) >= 2)  # the second may be taken back: not the first
     os.kill(child, signal.SIGINT)
     for number in (signal.SIGINT, signal.SIGHUP):  # at once: these belong to the first
         os.kill(child, number)
+    wait_for(child, begun.exists)  # a busy machine may be seconds late: a signal sent before would be of the first
     time.sleep(1.2)
     os.kill(child, signal.SIGHUP)  # of a terminal: never
     time.sleep(0.3)
