@@ -33,8 +33,11 @@ GEMMA4 = {
     "hidden_size_per_layer_input": 32,
     "vocab_size_per_layer_input": SMALL,
     "num_kv_shared_layers": 2,
+    "use_double_wide_mlp": True,
     "sliding_window": 512,
 }
+MOE = {"num_experts": 16, "num_experts_per_tok": 4, "moe_intermediate_size": 128}
+GRANITE_MOE = {"num_local_experts": 16, "num_experts_per_tok": 4, "intermediate_size": 128}
 # name -> (model type, fields besides the common ones)
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("llama", {"num_key_value_heads": 2}),
@@ -57,6 +60,8 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "granite4": ("granitemoehybrid", {"num_key_value_heads": 2, **GRANITE4, "layer_types": ["full_attention"] * 6}),
     "granite4-h": ("granitemoehybrid", {"num_key_value_heads": 2, **GRANITE4, **MAMBA2}),
     "gemma4": ("gemma4_text", {"num_key_value_heads": 2, "head_dim": 32, "global_head_dim": 64, **GEMMA4}),
+    "qwen3-moe": ("qwen3_moe", {"num_key_value_heads": 4, "head_dim": 64, **MOE}),
+    "granite4-moe": ("granitemoehybrid", {"num_key_value_heads": 2, **GRANITE4, **MAMBA2, **GRANITE_MOE}),
 }
 FAMILIES = (SMOLLM, *MODELS)
 NAMED = FAMILIES[: FAMILIES.index("mistral")]  # get every case; the others get `FEW` of them

@@ -14,6 +14,7 @@ from lowmem_rlhf.architecture.counted_fields import counted_fields, is_gated
 from lowmem_rlhf.architecture.counting import CannotCount, Counted, Linears, count, weights_of
 from lowmem_rlhf.architecture.families import block_of, family_of
 from lowmem_rlhf.architecture.families.block import Linear, block_linears, other_parameters
+from lowmem_rlhf.architecture.families.layers import Experts, LayerSizes
 from lowmem_rlhf.architecture.families.mixer import Mixer
 from lowmem_rlhf.architecture.families.wrappers import text_config
 from lowmem_rlhf.architecture.kinds import check_experts, check_kind, has_experts
@@ -51,6 +52,9 @@ class ModelDimensions:
             sizes; None for other types, and where it could not be counted.
         mixer: the layers that pass a state on in place of attention; None where there are none, or their terms are not
             known.
+        layer_sizes: of each layer where they differ; empty where all are as the whole model is described.
+        experts: None where there are none, or their terms are not known.
+        layer_input: numbers of each token that enter every layer beside its stream (Gemma 4); 0: none.
     """
 
     model_type: str
@@ -83,6 +87,9 @@ class ModelDimensions:
     note: str = field(default="", compare=False)
     counted: Counted | None = None
     mixer: Mixer | None = None
+    layer_sizes: tuple[LayerSizes, ...] = ()
+    experts: Experts | None = None
+    layer_input: int = 0
 
     @property
     def attention_layers(self) -> int:
@@ -91,11 +98,9 @@ class ModelDimensions:
 
     @property
     def known(self) -> bool:
-        """Whether the terms of this model type stand in the table of families; otherwise activations are estimated.
-
-        What experts take beside their weights is estimated as well.
-        """
-        return family_of(self.model_type).block is not None and not self.expert_parameters
+        """Whether the terms of this model type stand in the table of families; otherwise activations are estimated."""
+        experts = self.experts is not None or not self.expert_parameters
+        return family_of(self.model_type).block is not None and experts
 
     @property
     def quantizable(self) -> Linears:
@@ -146,8 +151,9 @@ class ModelDimensions:
 
     @property
     def largest_linear(self) -> int:
-        """Weights of the largest quantizable linear layer."""
-        return max((linear.inputs * linear.outputs for linear, _ in self.quantizable), default=0)
+        """Weights of the largest linear layer that is quantized, or of an expert's."""
+        expert = 2 * self.experts.inner * self.hidden_size if self.experts else 0
+        return max([expert, *(linear.inputs * linear.outputs for linear, _ in self.quantizable)])
 
     @property
     def overflows_float16(self) -> bool:
@@ -240,6 +246,7 @@ def dimensions_from_config(
         ) from error
     linears = block_linears(block, fields, heads=heads, kv_heads=kv_heads, dim=dim)
     others = other_parameters(block, fields, linears, heads=heads, kv_heads=kv_heads, dim=dim)
+    routed = family.experts(config) if family.experts and counted and counted.stacked else None
     dtype = fields.get("dtype", fields.get("torch_dtype"))
     return ModelDimensions(
         model_type=model_type,
@@ -258,9 +265,12 @@ def dimensions_from_config(
         linears=counted.block if counted else tuple(linears),
         other_parameters=counted.other if counted else others,
         **traits,
-        note=_doubts(model_type, fields, counted, why_not),
+        note=_doubts(model_type, fields, counted, why_not, routed),
         counted=counted,
         mixer=family.mixer(fields) if family.mixer else None,
+        layer_sizes=family.layers(config) if family.layers else (),
+        experts=routed,
+        layer_input=int(fields.get("hidden_size_per_layer_input", 0)) if counted and counted.tables else 0,
     )
 
 
@@ -289,11 +299,13 @@ def _lacking(model: str, model_type: str, missing: list[str], counted: Counted |
     return f"model {model!r}: its config.json lacks {', '.join(missing)}{why}"
 
 
-def _doubts(model_type: str, fields: Mapping[str, Any], counted: Counted | None, why_not: str) -> str:
+def _doubts(
+    model_type: str, fields: Mapping[str, Any], counted: Counted | None, why_not: str, experts: Experts | None
+) -> str:
     """Return what is not certain about the sizes of a model; an empty string for a family that is known."""
     if family_of(model_type).block:
-        experts = counted is not None and counted.stacked
-        return f"what the experts of {model_type} take beside their weights is estimated" if experts else ""
+        estimated = counted is not None and counted.stacked and experts is None
+        return f"what the experts of {model_type} take beside their weights is estimated" if estimated else ""
     kinds = sorted(set(fields.get("layer_types") or ()) - {"full_attention", "sliding_attention"})
     others = f"; its layers of the kind {' and '.join(map(str, kinds))} are taken for attention" if kinds else ""
     if counted is None:

@@ -37,6 +37,25 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "vocab_size": 50257,
     },
 }
+# the fields of Gemma 4 E2B's text model that decide its size
+GEMMA_4_E2B = {
+    "model_type": "gemma4_text",
+    "hidden_size": 1536,
+    "intermediate_size": 6144,
+    "num_hidden_layers": 35,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 1,
+    "head_dim": 256,
+    "global_head_dim": 512,
+    "vocab_size": 262144,
+    "vocab_size_per_layer_input": 262144,
+    "hidden_size_per_layer_input": 256,
+    "num_kv_shared_layers": 20,
+    "use_double_wide_mlp": True,
+    "sliding_window": 512,
+    "max_position_embeddings": 131072,
+    "tie_word_embeddings": True,
+}
 
 
 def card(free_gib: float, bf16: bool = False, source: str = "nvml") -> Device:

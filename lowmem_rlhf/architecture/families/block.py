@@ -32,6 +32,7 @@ class Block:
         norm_bias: whether norms have a bias too (LayerNorm).
         norm_weights: whether norms have weights at all (OLMo's do not).
         qk_norm: norms of queries and keys: none, over each head's dimension, or over all heads.
+        value_norm: values are normed as well (Gemma 4).
         qkv_bias, out_bias, mlp_bias: see `Flag`.
         gated: gate and up projections (SwiGLU) instead of one.
         fused: query, key and value in one layer, gate and up in one.
@@ -62,6 +63,7 @@ class Block:
     norm_bias: bool = False
     norm_weights: bool = True
     qk_norm: Literal["none", "head", "all"] = "none"
+    value_norm: bool = False
     qkv_bias: Flag = False
     out_bias: Flag = False
     mlp_bias: Flag = False

@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 
+from lowmem_rlhf.architecture.families.layers import gemma4
 from lowmem_rlhf.architecture.families.llama import ATTENTION_BIASED
 from lowmem_rlhf.architecture.families.row import GELU, Family, GGUFArchitecture, WideStream
 
@@ -28,7 +29,8 @@ _GGUF3 = replace(
 
 _TEXT3 = Family(_GEMMA3, overflows_float16=True, wide_stream=WideStream(), rotary_tables=2, tested=True, gguf=_GGUF3)
 _WIDE4 = WideStream(results=("o_proj", "down_proj", "per_layer_projection"))
-_TEXT4 = Family(overflows_float16=True, wide_stream=_WIDE4, rotary_tables=2)
+_GEMMA4 = replace(_GEMMA3, value_norm=True, wide_norms=False)
+_TEXT4 = Family(_GEMMA4, counted=True, layers=gemma4, overflows_float16=True, wide_stream=_WIDE4, rotary_tables=2)
 ROWS = {
     "gemma": Family(_GEMMA, tested=True, gguf=_GGUF),
     "gemma2": Family(_GEMMA2, tested=True, gguf=_GGUF2),

@@ -6,6 +6,7 @@ Their layers have unlike linear layers, so these are counted on the model's clas
 from dataclasses import replace
 
 from lowmem_rlhf.architecture.families.block import Block
+from lowmem_rlhf.architecture.families.layers import experts
 from lowmem_rlhf.architecture.families.llama import LLAMA
 from lowmem_rlhf.architecture.families.mixer import gated_delta, mamba2, short_convolution
 from lowmem_rlhf.architecture.families.row import Family, GGUFArchitecture
@@ -13,6 +14,7 @@ from lowmem_rlhf.architecture.families.row import Family, GGUFArchitecture
 _QWEN = Block(qk_norm="head", head_dim=256, rotary=0.25, gated_attention=True, wide_norms=True)
 _GRANITE = replace(LLAMA, keeps_gate=True, tied=True, embedding_scale=True)
 _QWEN35 = Family(_QWEN, counted=True, mixer=gated_delta, avoids_four_bits=True)
+_QWEN35_MOE = replace(_QWEN35, experts=experts(shared="shared_expert_intermediate_size"))
 
 ROWS = {
     "lfm2": Family(
@@ -27,5 +29,12 @@ ROWS = {
     ),
     "qwen3_5": _QWEN35,
     "qwen3_5_text": _QWEN35,
-    "granitemoehybrid": Family(_GRANITE, counted=True, mixer=mamba2),
+    "qwen3_5_moe": _QWEN35_MOE,
+    "qwen3_5_moe_text": _QWEN35_MOE,
+    "granitemoehybrid": Family(
+        _GRANITE,
+        counted=True,
+        mixer=mamba2,
+        experts=experts("intermediate_size", "shared_intermediate_size"),
+    ),
 }

@@ -3,11 +3,13 @@
 from dataclasses import replace
 
 from lowmem_rlhf.architecture.families.block import Block
+from lowmem_rlhf.architecture.families.layers import experts
 from lowmem_rlhf.architecture.families.row import Family, GGUFArchitecture
 
 ATTENTION_BIASED = Block(qkv_bias=("attention_bias", False), out_bias=("attention_bias", False))
 LLAMA = replace(ATTENTION_BIASED, mlp_bias=("mlp_bias", False))
 _GGUF = GGUFArchitecture("llama", metadata="rotary", output_bias=True, rope_types=("llama3",), pairs_rows=True)
+_QWEN3 = replace(ATTENTION_BIASED, qk_norm="head", head_dim=128, window=4096, window_opt_in=True)
 
 ROWS = {
     "llama": Family(LLAMA, tested=True, gguf=_GGUF),
@@ -18,7 +20,7 @@ ROWS = {
         gguf=GGUFArchitecture("qwen2", metadata="rotary"),
     ),
     "qwen3": Family(
-        replace(ATTENTION_BIASED, qk_norm="head", head_dim=128, window=4096, window_opt_in=True),
+        _QWEN3,
         tested=True,
         gguf=GGUFArchitecture("qwen3", metadata="rotary"),
     ),
@@ -47,6 +49,7 @@ ROWS = {
             },
         ),
     ),
+    "qwen3_moe": Family(_QWEN3, counted=True, experts=experts()),
     "ministral3": Family(Block()),
     "smollm3": Family(
         replace(LLAMA, tied=True, window_opt_in=True), gguf=replace(_GGUF, name="smollm3", position_free=4)

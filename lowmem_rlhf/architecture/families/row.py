@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from lowmem_rlhf.architecture.families.block import Block
+from lowmem_rlhf.architecture.families.layers import Experts, LayerSizes
 from lowmem_rlhf.architecture.families.mixer import Mixer
 
 SILU, GELU = ("silu", "swish"), ("gelu_pytorch_tanh", "gelu_new")
@@ -79,6 +80,8 @@ class Family:
         block: the terms of its memory; None: its parameters are counted on its class, the rest is estimated as Llama's.
         counted: its parameters are counted on its class although its terms are known: its layers are of unlike sizes.
         mixer: the layers that pass a state on, from a config's fields.
+        layers: the sizes of each layer where they differ, from a config's fields.
+        experts: what it has of them, from a config's fields; None where their terms are not known.
         overflows_float16: activations exceed 65504, so float16 gives inf.
         wide_stream: how it is computed in float16 all the same; None: not at all where it overflows.
         avoids_four_bits: those who publish or support it advise against 4-bit weights under adapters.
@@ -92,6 +95,8 @@ class Family:
     block: Block | None = None
     counted: bool = False
     mixer: Callable[[Mapping[str, Any]], Mixer | None] | None = None
+    layers: Callable[[Mapping[str, Any]], tuple[LayerSizes, ...]] | None = None
+    experts: Callable[[Mapping[str, Any]], Experts | None] | None = None
     overflows_float16: bool = False
     wide_stream: WideStream | None = None
     avoids_four_bits: bool = False

@@ -5,7 +5,8 @@ vram_measured.py` holds every term against the live tensors of a real step. Lett
 heads, nkv key/value heads, d head size, f MLP size, b bytes of a compute-dtype number. Functions return bytes.
 """
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, field
 from functools import cached_property
 
 from lowmem_rlhf.architecture.dimensions import ModelDimensions
@@ -26,6 +27,8 @@ class Layer:
         dense: bytes of the largest weight where it is quantized and made dense to be multiplied, else 0.
         explicit_scores: the device takes explicit scores for short attention.
         wide: the residual stream is in fp32, and so is what is added to it (`engine.wide`).
+        reuses_keys: keys and values are those of an earlier layer.
+        one_by_one: experts are multiplied one after another (`engine.experts`), and not in one grouped product.
     """
 
     dims: ModelDimensions
@@ -35,6 +38,8 @@ class Layer:
     dense: int
     explicit_scores: bool
     wide: bool
+    reuses_keys: bool = field(default=False, kw_only=True)
+    one_by_one: bool = field(default=False, kw_only=True)
 
     mixes = False  # it passes a state on in place of attention
 
@@ -81,6 +86,16 @@ class Layer:
         """Compute-dtype numbers that a hidden state takes: h, and twice that in fp32."""
         return self.dims.hidden_size * (2 if self.wide else 1)
 
+    @property
+    def layer_inputs(self) -> int:
+        """Numbers of a token that enter all layers beside its stream (Gemma 4)."""
+        return self.dims.num_layers * self.dims.layer_input * (2 if self.wide else 1)
+
+    @property
+    def inner(self) -> int:
+        """Inner size of the MLP that takes all tokens; 0 where there are experts only."""
+        return self.dims.experts.shared if self.dims.experts else self.dims.intermediate_size
+
     # what the backward pass needs
 
     def saved_attention(self) -> int:
@@ -94,7 +109,7 @@ class Layer:
         if self.wide:  # divided by its power of two for the output product
             elements += self.queries
         if self.block.qk_norm != "none":
-            elements += self.queries + self.keys
+            elements += self.queries + (0 if self.reuses_keys else self.keys * (2 if self.block.value_norm else 1))
         if self.block.gated_attention:  # the gate, its sigmoid, and its product with the result
             elements += 3 * self.queries
         return self.of(elements) + self._saved_queries() + self._saved_keys() + self._saved_results()
@@ -123,6 +138,8 @@ class Layer:
         come from one product with the queries, they keep all of it; GPT-2's queries keep it themselves in SDPA.
         """
         shape, fused, rotated = self.shape, self.block.fused, self.dims.rotary_dim
+        if self.reuses_keys and not self.grouped:
+            return 0
         explicit, one = self.explicit(shape.prompt_keys), shape.prompt_tokens <= shape.prompt_keys
         if self.grouped and not self.capped and not explicit:
             return self.of(2 * self.queries, shape.prompt_tokens)
@@ -155,10 +172,39 @@ class Layer:
         Its input and norm (2h; two more where the results of attention and MLP have norms, none where both run beside
         each other), gate, up and their product (3f; one more where gate and up are one product, 2f without a gate).
         """
-        h, f = self.dims.hidden_size, self.dims.intermediate_size
+        h, f = self.dims.hidden_size, self.inner
         norms = {1: 0, 2: 2, 4: 4}.get(self.block.norms, 2)
+        if self.dims.experts and not f:
+            norms -= 1  # experts keep no input
         wide = 3 * h if self.wide else 0  # the results of attention and MLP, and their sum with the stream, in fp32
-        return self.of(norms * h + wide + self._mlp_numbers() * f + self.ranks / 2)
+        extra = self.dims.layer_input
+        # the stream once more, a gate before and after its activation, its product with the input, and the result
+        entered = 3 * extra + h + self.stream if extra else 0
+        return self.of(norms * h + wide + self._mlp_numbers() * f + self.ranks / 2 + entered) + self.saved_experts()
+
+    def saved_experts(self) -> int:
+        """What experts keep: the routing (fp32 of all experts, int64), each token's MLP, its result before the sum.
+
+        One by one they keep the weighted result as well.
+        """
+        if (experts := self.dims.experts) is None:
+            return 0
+        results = (2 if self.one_by_one else 1) * self.dims.hidden_size
+        routed = self.of(experts.per_token * (3 * experts.inner + results))
+        return routed + (6 * experts.count + 24 * experts.per_token) * self.shape.tokens
+
+    def _experts_at_once(self, backward: bool) -> int:
+        """What experts take beside that: in one product copies of all that is routed; one by one of the largest share.
+
+        How tokens spread over experts is not known before: twice the even share is assumed.
+        """
+        if (experts := self.dims.experts) is None:
+            return 0
+        h, f, rows = self.dims.hidden_size, experts.inner, experts.per_token * self.shape.tokens
+        if self.one_by_one:
+            share = min(self.shape.tokens, 2 * math.ceil(rows / experts.count))
+            return self.of((3 if backward else 1) * h) + self.of(2 * h + 4 * f, share) + self.dense
+        return self.of(3 * h if backward else max(4 * h, h + 4 * f), rows)
 
     def _mlp_numbers(self) -> int:
         if not self.block.gated:
@@ -174,7 +220,8 @@ class Layer:
 
     def backward_peak(self, recomputed: bool = False) -> int:
         """The most that a layer and its gradients take: in its MLP, or in its attention."""
-        return max(self.saved() + self._mlp_gradients(recomputed), self._attention_gradients())
+        inputs = self.of(2 * self.layer_inputs)  # their gradient, of one layer and added up
+        return inputs + max(self.saved() + self._mlp_gradients(recomputed), self._attention_gradients())
 
     def _mlp_gradients(self, recomputed: bool) -> int:
         """The gradients at the last product of the MLP, with all of the layer still there.
@@ -183,13 +230,16 @@ class Layer:
         by the adapter. Or once, with the weight made dense. A layer is recomputed only after the gradient by the
         weight, unless a norm follows; then a weight is made dense beside it for gate and up, before what comes of them.
         """
-        h, f = self.dims.hidden_size, self.dims.intermediate_size
+        h, f = self.dims.hidden_size, self.inner
         dense = self.of(f) + self.dense
         if recomputed and self.dims.norm_place == "before":
             products = 2 if self.block.gated else 1
             dense -= self.of((self._mlp_numbers() - products) * f)
-        h = self.stream
-        return self.of(2 * h if self.block.norms == 4 else h) + max(self.of((6 if self.wide else 2) * f), dense)
+        h, inner = self.stream, 2
+        if self.wide:  # activation, gate, up and their product in fp32, and the gradients of these
+            inner = 10 if recomputed else 8
+        beside = max(self.of(inner * f), dense, self._experts_at_once(backward=True))
+        return self.of(2 * h if self.block.norms == 4 else h) + beside
 
     def _attention_gradients(self) -> int:
         """Attention's own backward pass: the MLP is gone; gradients of output, queries, expanded keys and values."""
@@ -241,17 +291,21 @@ class Layer:
         """
         embeddings = self.hidden * (2 if not self.dims.rotary_dim else 1)  # of positions, too
         attention = max(self._attention_forward(), self._head_norm_forward())
-        return embeddings + max(self._mlp_forward(), attention - self.of(2 * self.keys) * keeps_keys)
+        elsewhere = self.of(2 * self.keys) if keeps_keys or self.reuses_keys else 0
+        return embeddings + max(self._mlp_forward(), attention - elsewhere)
 
     def _mlp_forward(self) -> int:
         """Input, attention's sum, its norm, the MLP's parts (3f; 2f without a gate) and result, a dense weight.
 
         Or, where gate and up are one product, no result and weight yet, but the activated gate as well.
         """
-        h, f, parts = self.dims.hidden_size, self.dims.intermediate_size, self._mlp_numbers()
+        h, f, parts = self.dims.hidden_size, self.inner, self._mlp_numbers()
+        if self.dims.experts and not f:
+            return self.of(3 * h) + self._experts_at_once(backward=False)
         if self.wide:  # the product of gate and up is made in fp32
             return self.of(8 * h) + max(self.of(3 * f) + self.dense, self.of(8 * f))
-        return max(self.of(4 * h + min(parts, 3) * f) + self.dense, self.of(3 * h + parts * f))
+        routed = self.of(3 * h) + self._experts_at_once(backward=False)
+        return max(routed, self.of(4 * h + min(parts, 3) * f) + self.dense, self.of(3 * h + parts * f))
 
     def _head_norm_forward(self) -> int:
         """The norm of queries: input and its norm, q, k and v, and two fp32 copies of the queries (Gemma: three)."""
@@ -290,14 +344,28 @@ class Layer:
         Values lie in their own product's result, or in that of queries, keys and values together; keys do as well where
         no rotary positions turn them.
         """
+        if self.reuses_keys:
+            return 0
+        if self.block.value_norm:  # both are results of a norm
+            return self.of(2 * self.keys)
         joined = self.queries + 2 * self.keys if self.block.fused or together else self.keys
         return self.of(joined if not self.dims.rotary_dim else joined + self.keys)
 
-    def positions(self) -> int:
-        """What all layers share: cosines and sines of rotary positions, ids and positions (int64), masks."""
-        shape, tables = self.shape, family_of(self.dims.model_type).rotary_tables
-        rotary = self.of(2 * tables * self.dims.rotary_dim)
+    def shared(self, gradient: bool = False) -> int:
+        """What all layers share: cosines and sines of rotary positions, ids and positions (int64), masks.
+
+        And what enters all layers beside the stream, with the norm before it and the embedding that it is made of where
+        there are gradients; the keys and values that layers reuse are kept then, too.
+        """
+        shape, tables, sizes = self.shape, family_of(self.dims.model_type).rotary_tables, self.dims.layer_sizes
+        turned = sum({one.head_dim for one in sizes}) if sizes else tables * self.dims.rotary_dim
+        rotary = self.of(2 * turned)
         masks = shape.row_scores if shape.attended else 0
         if self.capped or self.explicit(shape.prompt_keys):
             masks += shape.prompt_keys**2
-        return rotary + 16 * shape.tokens + self.width * masks
+        entered = self.layer_inputs
+        if gradient and entered:
+            entered += self.layer_inputs + self.dims.hidden_size
+        reused = {one.head_dim: one.num_kv_heads for one in sizes if one.reuses_keys} if gradient else {}
+        entered += sum(2 * heads * dim for dim, heads in reused.items())
+        return rotary + 16 * shape.tokens + self.width * masks + self.of(entered)

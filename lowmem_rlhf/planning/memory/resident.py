@@ -1,11 +1,12 @@
 """What a run holds in memory, and what its passes take beside it: pure arithmetic in bytes, without torch."""
 
 import math
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from lowmem_rlhf.architecture.dimensions import ModelDimensions
 from lowmem_rlhf.architecture.families.block import Linear
+from lowmem_rlhf.architecture.families.layers import LayerSizes
 from lowmem_rlhf.hardware.device import Device
 from lowmem_rlhf.planning.limits import ENOUGH_POSITIONS, VOCABULARY_CHUNK
 from lowmem_rlhf.planning.memory.layers import Layer
@@ -57,6 +58,7 @@ class Settings:
         optim: ``adamw`` or ``adamw_8bit``.
         lora: ``r``, ``lora_alpha`` and ``target_modules`` of the policy adapter.
         offload_embeddings: the token embedding lies in host memory.
+        offload_experts: experts in NF4 lie in host memory, and each is copied to the device for its product.
     """
 
     quantization: str
@@ -71,6 +73,7 @@ class Settings:
     optim: str
     lora: dict[str, Any]
     offload_embeddings: bool = False
+    offload_experts: bool = False
 
     @property
     def width(self) -> int:
@@ -95,14 +98,23 @@ def cublas_workspace(compute_capability: tuple[int, int] | None) -> int:
     return 32 * MIB if compute_capability and compute_capability[0] in (9, 10) else 2 * 4096 * KIB + 8 * 16 * KIB
 
 
-def block_weight_bytes(dims: ModelDimensions, quantization: str, width: int) -> int:
+def expert_bytes(dims: ModelDimensions) -> int:
+    """Bytes of all experts in NF4."""
+    return math.ceil(dims.expert_parameters * EXPERT_BYTES)
+
+
+def block_weight_bytes(dims: ModelDimensions, quantization: str, width: int, experts_away: bool = False) -> int:
     """Bytes of the linear layers of the blocks.
 
     NF4 with double quantization: 0.5 byte + 0.127 bit a weight. int8: 1 byte, and a 4-byte scale for each output row.
     Experts: NF4 without the second quantization, or as they are.
+
+    Args:
+        experts_away: NF4 experts lie in host memory; the codes of one are on the device.
     """
     if quantization == "nf4":
-        return math.ceil(dims.linear_parameters * NF4_BYTES + dims.expert_parameters * EXPERT_BYTES)
+        one = math.ceil(2 * dims.experts.inner * dims.hidden_size * EXPERT_BYTES) if dims.experts else 0
+        return math.ceil(dims.linear_parameters * NF4_BYTES) + (one if experts_away else expert_bytes(dims))
     experts = dims.expert_parameters * width
     if quantization == "int8":
         return experts + dims.linear_parameters + 4 * sum(linear.outputs * many for linear, many in dims.quantizable)
@@ -150,6 +162,11 @@ def logits_tile_bytes(dims: ModelDimensions, positions: int, tile: int, width: i
     return rows * chunk * (width + 8 + slope) + (rows * dims.hidden_size * (width + 4) if gradient else 0)
 
 
+def distinct(layers: list[Layer]) -> list[Layer]:
+    """Return each object of a list once."""
+    return list({id(layer): layer for layer in layers}.values())
+
+
 class Memory:
     """The memory of one run with given settings.
 
@@ -189,7 +206,7 @@ class Memory:
         """
         settings, trained = self.settings, self.one_adapter * self.trained
         return {
-            "weights": block_weight_bytes(self.dims, settings.quantization, self.width),
+            "weights": block_weight_bytes(self.dims, settings.quantization, self.width, settings.offload_experts),
             "embeddings": embedding_bytes(self.dims, self.width, settings.offload_embeddings),
             "adapters": 4 * trained + self.width * self.one_adapter * self.frozen,
             "optimizer_state": optimizer_state_bytes(trained, settings.optim),
@@ -205,14 +222,22 @@ class Memory:
         """Return the copies in the compute dtype of the adapters of the role that computes."""
         return {"adapter_copies": self.width * self.one_adapter * adapters}
 
-    def layers(self, shape: PackedShape, adapters: int = 1) -> list[tuple[Layer, int]]:
-        """Return a layer of each kind in a pass over a packed row, and how many there are."""
-        layer, mixer = self.layer(shape, adapters), self.dims.mixer
+    def layers(self, shape: PackedShape, adapters: int = 1) -> list[Layer]:
+        """Return each layer in a pass over a packed row; those that are alike are one and the same object."""
+        layer, mixer, sizes = self.layer(shape, adapters), self.dims.mixer, self.dims.layer_sizes
+        if sizes:
+            made = {one: self._of_sizes(layer, one, adapters) for one in dict.fromkeys(sizes)}
+            return [made[one] for one in sizes]
         if mixer is None:
-            return [(layer, self.dims.num_layers)]
-        values = {field.name: getattr(layer, field.name) for field in fields(Layer)}
-        kinds: list[tuple[Layer, int]] = [(MixerLayer(**values, mixer=mixer), mixer.layers)]
-        return [*kinds, (layer, self.dims.attention_layers)] if self.dims.attention_layers else kinds
+            return [layer] * self.dims.num_layers
+        mixed = MixerLayer(**{field.name: getattr(layer, field.name) for field in fields(Layer)}, mixer=mixer)
+        return [mixed if mixes else layer for mixes in mixer.places]
+
+    def _of_sizes(self, layer: Layer, sizes: LayerSizes, adapters: int) -> Layer:
+        own = {field.name: getattr(sizes, field.name) for field in fields(LayerSizes) if field.name != "reuses_keys"}
+        missing = [linear for linear in self.adapted if sizes.reuses_keys and linear.name in ("k_proj", "v_proj")]
+        ranks = layer.ranks - self.settings.lora["r"] * len(missing) * adapters
+        return replace(layer, dims=replace(self.dims, **own), ranks=ranks, reuses_keys=sizes.reuses_keys)
 
     def layer(self, shape: PackedShape, adapters: int = 1) -> Layer:
         """Return a layer with attention in a pass over a packed row, in a role with so many adapters."""
@@ -221,7 +246,9 @@ class Memory:
         if self.settings.quantization == "int8" and self.capabilities.int8_kernel:  # int8 inputs, int32 results
             dense = max(dense, *(shape.tokens * (x.inputs + 4 * x.outputs) for x, _ in self.dims.quantizable))
         wide = self.dims.wide_stream and self.settings.compute_dtype == "float16"
-        return Layer(self.dims, shape, self.width, ranks, dense, self.capabilities.explicit_scores, wide)
+        nf4 = self.settings.quantization == "nf4"
+        explicit = self.capabilities.explicit_scores
+        return Layer(self.dims, shape, self.width, ranks, dense, explicit, wide, one_by_one=nf4)
 
     def scoring(self) -> Components:
         """Return the largest moment of all roles' passes without gradients: a layer, or what is read of the states."""
@@ -256,8 +283,8 @@ class Memory:
             loss["logits_tile"] = logits_tile_bytes(self.dims, shape.scored, tile, self.width, gradient=False)
         else:
             loss["scored_states"] += 4 * self.dims.hidden_size * shape.scored  # in fp32 for the head
-        peak = max(one.forward_peak() for one, _ in self.layers(shape, adapters))
-        return [{"layer_activations": peak + layer.positions()}, loss]
+        peak = max(one.forward_peak() for one in distinct(self.layers(shape, adapters)))
+        return [{"layer_activations": peak + layer.shared()}, loss]
 
     def update(self) -> Components:
         """Return the largest moment of the policy's and the critic's passes with gradients."""
@@ -286,19 +313,16 @@ class Memory:
             language: the loss is of log-probs; otherwise of one number a position (value, score).
         """
         layer = self.layer_in_step(adapters)
-        kinds = self.layers(layer.shape, adapters)
-        places = self.dims.mixer.places if self.dims.mixer else ()
-        each = [next(one for one, _ in kinds if one.mixes == mixes) for mixes in places] or [
-            layer
-        ] * self.dims.num_layers
+        each = self.layers(layer.shape, adapters)
         layers, hidden, scored = self.dims.num_layers, layer.hidden, layer.shape.scored
         count = recomputed_layers(self.dims, self.settings.gradient_checkpointing)
         inputs = hidden * (min(count, 1) if self.settings.offload_checkpoints else count)
-        kept = [one.saved() for one in each[count:]]
+        of_each = {id(one): one.saved() for one in distinct(each)}
+        kept = [of_each[id(one)] for one in each[count:]]
         saved = sum(kept)
         states = layer.of(self.dims.hidden_size, scored)
         held = states if self.recipe.spec.keeps_states else 0
-        both = {"positions": layer.positions(), "stored_activations": inputs + saved}
+        both = {"positions": layer.shared(gradient=True), "stored_activations": inputs + saved}
         loss: Components = {"final_states": hidden, "scored_states": 2 * states}
         if language:
             tile = self.settings.logits_tile_tokens
@@ -309,12 +333,12 @@ class Memory:
         moments = [both | loss, both | norm]
         if count < layers:
             # the last layer of each kind, once those behind it have freed what they kept
-            last = {one.mixes: (one, sum(kept[: place + 1])) for place, one in enumerate(each[count:])}
+            last = {id(one): (one, sum(kept[: place + 1])) for place, one in enumerate(each[count:])}
             extra = max(one.backward_peak() - one.saved() + held - saved for one, held in last.values())
             moments.append(both | {"layer_gradients": max(0, extra), "scored_states": held})
         if count:
-            again = {"positions": layer.positions(), "stored_activations": inputs, "scored_states": held}
-            peak = max(one.backward_peak(recomputed=True) for one, _ in kinds)
+            again = {"positions": layer.shared(gradient=True), "stored_activations": inputs, "scored_states": held}
+            peak = max(one.backward_peak(recomputed=True) for one in distinct(each[:count]))
             moments.append(again | {"layer_activations": peak - hidden})
         return moments
 

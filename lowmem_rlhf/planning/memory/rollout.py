@@ -14,8 +14,14 @@ from lowmem_rlhf.suggest import did_you_mean
 
 
 def kv_bytes_per_token(dims: ModelDimensions, width: int) -> int:
-    """Bytes of the keys and values of one token in all layers with attention: ``2 * layers * nkv * d * b``."""
-    return 2 * dims.attention_layers * dims.num_kv_heads * dims.head_dim * width
+    """Bytes of the keys and values of one token in all layers that have their own: ``2 * nkv * d * b`` of each."""
+    return sum(_kv_bytes_of_layers(dims, width))
+
+
+def _kv_bytes_of_layers(dims: ModelDimensions, width: int) -> list[int]:
+    if dims.layer_sizes:
+        return [2 * one.num_kv_heads * one.head_dim * width for one in dims.layer_sizes if not one.reuses_keys]
+    return [2 * dims.num_kv_heads * dims.head_dim * width] * dims.attention_layers
 
 
 def sampling_logits_bytes(dims: ModelDimensions, rows: int, width: int, temperature: float = 1.0) -> int:
@@ -79,22 +85,21 @@ def shared_base_bytes(memory: Memory) -> Components:
     prompts = prompts_at_once(recipe, rows)
     at_once = min(prompts, max(1, memory.settings.micro_batch_tokens // prompt))
     token = kv_bytes_per_token(dims, width)
-    layer = memory.layer(prompts_shape(prompt, at_once * prompt))
+    layers = memory.layers(prompts_shape(prompt, at_once * prompt))
     with_copy = _prefills_with_copy(memory, at_once * prompt)
     if with_copy and len(memory.adapted) == len(dims.linears):
-        layer = replace(layer, dense=0)
-    keys = dims.attention_layers * layer.kept_keys(together=with_copy)
+        layers = [one if one.mixes else replace(one, dense=0) for one in layers]
+    keys = sum(one.kept_keys(together=with_copy) for one in layers)
     earlier, cache = (prompts - at_once) * prompt * token, prompts * prompt * token
     own = rows * (length - 1) * token  # the last token of each is not fed
-    kinds = [layer, *(one for one, _ in memory.layers(layer.shape) if one.mixes)]
-    peak = max(one.forward_peak(keeps_keys=True) for one in kinds) + layer.positions()
+    peak = max(one.forward_peak(keeps_keys=True) for one in layers) + layers[0].shared()
     state = state_bytes(dims.mixer, width) if dims.mixer else 0
-    attending = max(1, dims.attention_layers)
+    largest = max(_kv_bytes_of_layers(dims, width), default=0)  # of one layer
     moments: list[Components] = [
         {"kv_cache": earlier + keys + prompts * state, "prefill_activations": peak},
         {"kv_cache": keys + cache + prompts * state},
-        {"kv_cache": cache + round(1.5 * cache / attending) + prompts * state},
-        {"kv_cache": cache + own + rows * state + round(rows * _room_before(length - 1) * token / attending)},
+        {"kv_cache": cache + round(1.5 * prompts * prompt * largest) + prompts * state},
+        {"kv_cache": cache + own + rows * state + rows * _room_before(length - 1) * largest},
         {"kv_cache": cache + own + rows * state} | _decoding(memory, rows, prompt + length),
     ]
     copies = {"rollout_copy": rollout_copy_bytes(memory) + grouped_adapter_bytes(memory)}
