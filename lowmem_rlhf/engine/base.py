@@ -204,17 +204,21 @@ class SharedBase(Roles):
         revision: str | None = None,
         trust_remote_code: bool = False,
         offload_embeddings: bool = False,
+        offload_experts: bool = False,
         **adapter: Any,
     ) -> "SharedBase":
         """Load the base once (see `load_base`) and add the policy adapter.
 
         Args:
             offload_embeddings: the token embedding lies in host memory (see `host_embedding`).
+            offload_experts: experts in NF4 do (see `experts`).
 
         Raises:
             UserError: the model cannot be loaded, or cannot serve as a shared base.
         """
-        loaded, tokenizer = load_base(model, quantization, compute_dtype, device, revision, trust_remote_code)
+        loaded, tokenizer = load_base(
+            model, quantization, compute_dtype, device, revision, trust_remote_code, offload_experts
+        )
         base = cls(loaded, tokenizer, model_id=model, **adapter)
         if offload_embeddings:
             embeddings_to_host(base.model)

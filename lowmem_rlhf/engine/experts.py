@@ -3,7 +3,8 @@
 bitsandbytes' layers stand for ``nn.Linear`` and pass stacked parameters by. Here a stack becomes 4-bit codes with one
 fp32 scale for 64 weights (no second quantization of the scales, so that each expert stands by itself), and the stock
 forward, which reads one expert after another, gets weights that are made dense for their product alone. Experts are
-frozen: a gradient flows through them to their input only, which keeps nothing.
+frozen: a gradient flows through them to their input only, which keeps nothing. They may lie in host memory; then the
+codes of one are copied to the device for its product.
 """
 
 import inspect
@@ -19,6 +20,7 @@ from transformers.quantizers.quantizers_utils import get_module_from_name
 
 from lowmem_rlhf.architecture.experts import expert_stacks
 from lowmem_rlhf.errors import UserError
+from lowmem_rlhf.hardware.capabilities import capabilities
 
 METHOD = "nf4_with_experts"  # the name of the quantizer below in transformers' table
 BLOCK = 64
@@ -36,6 +38,14 @@ class Nf4WithExperts(Bnb4BitHfQuantizer):
         stack = isinstance(getattr(module, name, None), Params4bit) and getattr(module, "source_cls", None) is STACKED
         return stack or super().param_needs_quantization(model, param_name, **kwargs)
 
+    def get_quantize_ops(self) -> Any:
+        """Return what quantizes a tensor; experts that are to lie in host memory go there right away."""
+        operation = super().get_quantize_ops()
+        if getattr(self.quantization_config, "offload_experts", False):
+            quantize = operation.convert
+            operation.convert = lambda values, **keywords: _offloaded(quantize(values, **keywords), keywords["model"])
+        return operation
+
     def _process_model_before_weight_loading(self, model: Any, device_map: Any = None, **kwargs: Any) -> None:
         from bitsandbytes.nn import Params4bit
 
@@ -50,6 +60,21 @@ class Nf4WithExperts(Bnb4BitHfQuantizer):
                 setattr(module, name, codes)
                 module.source_cls = STACKED
                 module.stack_shapes = {**getattr(module, "stack_shapes", {}), name: tuple(stack.shape)}
+
+
+def _offloaded(quantized: dict[str, Any], model: Any) -> dict[str, Any]:
+    """Return quantized parameters, the codes and scales of stacks in host memory, pinned where that helps."""
+    from bitsandbytes.nn import Params4bit
+
+    moved = {}
+    for path, parameter in quantized.items():
+        if get_module_from_name(model, path)[0].source_cls is STACKED:
+            pin, state = capabilities(parameter.device).pinned_copies, parameter.quant_state
+            codes, state.absmax = (x.pin_memory() if pin else x for x in (parameter.data.cpu(), state.absmax.cpu()))
+            kept = {name: getattr(parameter, name) for name in ("blocksize", "compress_statistics", "quant_type")}
+            parameter = Params4bit(codes, requires_grad=False, quant_state=state, bnb_quantized=True, **kept)
+        moved[path] = parameter
+    return moved
 
 
 class STACKED(nn.Linear):
@@ -89,8 +114,8 @@ class ExpertStack:
         return ExpertWeight(self, int(expert))
 
     @torch.no_grad()
-    def dense(self, expert: int) -> torch.Tensor:
-        """Return an expert's weight (out, in) in the compute dtype."""
+    def dense(self, expert: int, device: torch.device) -> torch.Tensor:
+        """Return an expert's weight (out, in) in the compute dtype on a device."""
         from bitsandbytes.functional import QuantState, dequantize_4bit
 
         state = self.parameter.quant_state
@@ -98,9 +123,8 @@ class ExpertStack:
         size, flat = shape.numel(), torch.Size((shape.numel() // BLOCK, BLOCK))  # on a CPU rows of whole blocks only
         scales = state.absmax[expert * size // BLOCK : (expert + 1) * size // BLOCK]
         codes = self.parameter.data.view(-1)[expert * size // 2 : (expert + 1) * size // 2]
-        one = QuantState(
-            absmax=scales, shape=flat, code=state.code, blocksize=BLOCK, quant_type="nf4", dtype=state.dtype
-        )
+        scales, codes, code = (x.to(device, non_blocking=True) for x in (scales, codes, state.code))
+        one = QuantState(absmax=scales, shape=flat, code=code, blocksize=BLOCK, quant_type="nf4", dtype=state.dtype)
         return dequantize_4bit(codes.view(-1, 1), one).view(shape)
 
 
@@ -135,11 +159,11 @@ class _Product(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, stack, expert, transposed):  # type: ignore[no-untyped-def]
         ctx.of = (stack, expert, transposed)
-        weight = stack.dense(expert).to(x.dtype)
+        weight = stack.dense(expert, x.device).to(x.dtype)
         return x @ (weight if transposed else weight.t())
 
     @staticmethod
     def backward(ctx, grad):  # type: ignore[no-untyped-def]
         stack, expert, transposed = ctx.of
-        weight = stack.dense(expert).to(grad.dtype)
+        weight = stack.dense(expert, grad.device).to(grad.dtype)
         return grad @ (weight.t() if transposed else weight), None, None, None

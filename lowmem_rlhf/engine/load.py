@@ -33,6 +33,7 @@ def load_base(
     device: torch.device,
     revision: str | None = None,
     trust_remote_code: bool = False,
+    offload_experts: bool = False,
 ) -> tuple[PreTrainedModel, Any]:
     """Return the frozen model on the device, with every dropout off, and its tokenizer.
 
@@ -40,6 +41,7 @@ def load_base(
         model: as in a recipe (Hub id, folder, .gguf file, or package:PACKAGE/FILE).
         quantization: ``nf4`` (double quantization), ``int8`` or ``none``.
         compute_dtype: ``bfloat16``, ``float16`` or ``float32``; weights that are not quantized are kept in it.
+        offload_experts: experts in NF4 go to host memory as they are quantized.
 
     Raises:
         UserError: the model cannot be found or read, or its files lack a tensor or hold another one.
@@ -66,7 +68,7 @@ def load_base(
                 model,
                 config=config,
                 dtype=dtype,
-                quantization_config=quantization_settings(quantization, dtype),
+                quantization_config=quantization_settings(quantization, dtype, offload_experts),
                 device_map={"": str(device)},
                 use_safetensors=True,
                 **tower,
@@ -121,7 +123,9 @@ def as_base(model: PreTrainedModel) -> PreTrainedModel:
     return model
 
 
-def quantization_settings(quantization: str, dtype: torch.dtype) -> BitsAndBytesConfig | None:
+def quantization_settings(
+    quantization: str, dtype: torch.dtype, offload_experts: bool = False
+) -> BitsAndBytesConfig | None:
     """Return how the loader quantizes, which a merge onto the same numbers does again; None: not at all."""
     if quantization == "nf4":
         settings = BitsAndBytesConfig(
@@ -131,6 +135,7 @@ def quantization_settings(quantization: str, dtype: torch.dtype) -> BitsAndBytes
             bnb_4bit_compute_dtype=dtype,
         )
         settings.quant_method = METHOD  # type: ignore[assignment]
+        settings.offload_experts = offload_experts  # type: ignore[attr-defined]
         return settings
     return BitsAndBytesConfig(load_in_8bit=True) if quantization == "int8" else None
 

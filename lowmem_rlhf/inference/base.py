@@ -59,6 +59,7 @@ def open_base(
             recipe.revision,
             recipe.trust_remote_code,
             plan.settings.offload_embeddings,
+            plan.settings.offload_experts,
             **shape,
         )
 

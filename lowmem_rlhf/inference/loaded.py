@@ -48,6 +48,7 @@ class LoadedModel:
             "hardware.quantization": self._quantization(),
             "hardware.compute_dtype": str(parameter.dtype).removeprefix("torch."),
             "hardware.offload_embeddings": False,
+            "hardware.offload_experts": False,
         }
 
     def own_tokenizer(self, recipe: Recipe) -> Any:

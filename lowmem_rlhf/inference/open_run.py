@@ -72,8 +72,10 @@ class OpenRun:
 
     def plan_on(self, device: Device) -> Plan:
         """Return the plan for loading the run's base on a device, which need not be the one that it was trained on."""
-        offload = self.plan.settings.offload_embeddings and not device.on_cpu
-        return replace(self.plan, device=device, settings=replace(self.plan.settings, offload_embeddings=offload))
+        settings = self.plan.settings
+        if device.on_cpu:
+            settings = replace(settings, offload_embeddings=False, offload_experts=False)
+        return replace(self.plan, device=device, settings=settings)
 
     @cached_property
     def adapter_folder(self) -> Path:

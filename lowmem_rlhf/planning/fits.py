@@ -257,6 +257,7 @@ def _savings(plan: Plan) -> tuple[str, ...]:
         "optim": ("8-bit moments", settings.optim == "adamw_8bit"),
         "offload_checkpoints": ("checkpoints in host memory", settings.offload_checkpoints),
         "offload_embeddings": ("embedding in host memory", settings.offload_embeddings),
+        "offload_experts": ("experts in host memory", settings.offload_experts),
         "lora": (f"rank {rank}", rank < RANK and PINNED not in plan.reasons["lora"]),
     }
     return tuple(name for key, (name, paid) in prices.items() if paid and plan.reasons[key] != PINNED)

@@ -30,7 +30,7 @@ from lowmem_rlhf.hardware.device import Device
 from lowmem_rlhf.planning import batching, precision
 from lowmem_rlhf.planning.inputs import PlanInputs, budget_bytes, gib
 from lowmem_rlhf.planning.memory.phases import peak_phase
-from lowmem_rlhf.planning.memory.resident import ALLOCATOR_HIGH, Components, Memory, Settings, total
+from lowmem_rlhf.planning.memory.resident import ALLOCATOR_HIGH, Components, Memory, Settings, expert_bytes, total
 from lowmem_rlhf.planning.shapes import (
     adapters_of,
     length_keys,
@@ -157,7 +157,7 @@ def plan_for(recipe: Recipe, device: Device, profile: str, dims: ModelDimensions
         key = _SETTING_OF_PHASE[phase]
         reasons[key] = f"{reasons[key]}; {shortage(phase, by_phase[phase], inputs.budget)}"
     live = max(total(components) - components["allocator"] for components in by_phase.values())
-    memory = {
+    memory: dict[str, Any] = {
         "budget_bytes": inputs.budget,
         "peak_bytes": peak,
         "low_bytes": live,
@@ -168,6 +168,8 @@ def plan_for(recipe: Recipe, device: Device, profile: str, dims: ModelDimensions
         memory["process"] = process_bytes(live)
     else:
         memory["host"] = {"trained_state": Memory(dims, recipe, settings, device).trained_state()}
+        if settings.offload_experts:
+            memory["host"]["experts"] = expert_bytes(dims)
     verdict, between = verdict_of(dims, memory, inputs.on_cpu)
     return Plan(peak <= inputs.budget, verdict, between, device, profile, settings, reasons, memory)
 
@@ -178,7 +180,7 @@ def _settings(inputs: PlanInputs) -> tuple[Settings, dict[str, str]]:
     quantization, reasons["quantization"] = precision.quantization(inputs)
     settings = precision.smallest(inputs, quantization)
     reasons["compute_dtype"] = precision.compute_dtype(inputs, quantization)[1]
-    for key in ("optim", "offload_checkpoints", "offload_embeddings"):
+    for key in ("optim", "offload_checkpoints", "offload_embeddings", "offload_experts"):
         value, reasons[key] = getattr(precision, key)(inputs, settings)
         settings = replace(settings, **{key: value})
     rank, reason = precision.rank(inputs, settings)

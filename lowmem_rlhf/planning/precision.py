@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from lowmem_rlhf.errors import UserError
 from lowmem_rlhf.planning.inputs import PINNED, PlanInputs, gib
-from lowmem_rlhf.planning.memory.resident import Settings
+from lowmem_rlhf.planning.memory.resident import Settings, expert_bytes
 from lowmem_rlhf.planning.shapes import row_tokens
 
 COMFORTABLE = 0.6  # share of the budget that the smallest working set may take at a higher precision
@@ -74,6 +74,7 @@ def smallest(inputs: PlanInputs, quantization: str) -> Settings:
         optim=inputs.pinned("optim") or "adamw",
         lora={"r": rank, "lora_alpha": lora.alpha(rank), "target_modules": lora.target_modules},
         offload_embeddings=bool(inputs.pinned("offload_embeddings")) and _embeddings_can_leave(inputs),
+        offload_experts=bool(inputs.pinned("offload_experts")) and _experts_can_leave(inputs, quantization),
     )
 
 
@@ -163,6 +164,40 @@ def offload_embeddings(inputs: PlanInputs, settings: Settings) -> tuple[bool, st
         return False, f"they fit: the smallest working set takes {gib(need)} of {gib(inputs.budget)} with them"
     away = inputs.peak(replace(settings, offload_embeddings=True))
     return True, f"memory is short: {gib(away)} without the token embedding on the device against {gib(need)} with it"
+
+
+def offload_experts(inputs: PlanInputs, settings: Settings) -> tuple[bool, str]:
+    """Choose to keep experts in host memory only when the smallest working set fits in no other way.
+
+    Raises:
+        UserError: it is pinned, and there are no experts, or they are not in NF4.
+    """
+    pinned = inputs.pinned("offload_experts")
+    if not inputs.dims.expert_parameters:
+        if pinned:
+            raise UserError(f"hardware.offload_experts: {inputs.recipe.model!r} has no experts; leave it out")
+        return False, "the model has no experts"
+    if not _experts_can_leave(inputs, settings.quantization):
+        if pinned and not inputs.on_cpu:
+            raise UserError(
+                f"hardware.offload_experts: only experts in NF4 can wait in host memory, and hardware.quantization is "
+                f"{settings.quantization}; set it to nf4"
+            )
+        return False, "a CPU's experts are in host memory anyway" if inputs.on_cpu else "only those in NF4 can leave"
+    if pinned is not None:
+        return pinned, PINNED
+    need = inputs.peak(settings)
+    if need <= inputs.budget:
+        return False, f"they fit: the smallest working set takes {gib(need)} of {gib(inputs.budget)} with them"
+    away = inputs.peak(replace(settings, offload_experts=True))
+    return True, (
+        f"memory is short: {gib(away)} without the experts on the device against {gib(need)} with them; "
+        f"{gib(expert_bytes(inputs.dims))} of host memory, from which each is fetched for its product, which is slow"
+    )
+
+
+def _experts_can_leave(inputs: PlanInputs, quantization: str) -> bool:
+    return quantization == "nf4" and not inputs.on_cpu and bool(inputs.dims.expert_parameters)
 
 
 def _embeddings_can_leave(inputs: PlanInputs) -> bool:

@@ -107,6 +107,7 @@ class HardwareConfig(Section):
     offload_checkpoints: Annotated[bool | Auto, WHERE] = "auto"  # to host memory, between forward and backward pass
     # the token embedding lies in host memory (where it is not the head too)
     offload_embeddings: Annotated[bool | Auto, PLACEMENT] = "auto"
+    offload_experts: Annotated[bool | Auto, PLACEMENT] = "auto"  # a mixture's, in NF4: each is fetched for its product
     micro_batch_tokens: Annotated[CountOrAuto, TRAINING_BATCHING] = "auto"
     score_batch_tokens: Annotated[CountOrAuto, BATCHING] = "auto"  # of passes without gradients
     rollout_batch_size: Annotated[CountOrAuto, BATCHING] = "auto"  # completions generated at once

@@ -120,9 +120,8 @@ def _planned_phases(base: SharedBase, recipe: Recipe, plan: Plan) -> dict[str, C
 def _again(recipe: Recipe, plan: Plan, found: dict[str, dict[str, int | None]], ratio: float) -> tuple[Plan, Probed]:
     """Plan once more, as if the device had as much less memory as the phases took more."""
     settings = plan.settings
-    kept = {key: getattr(settings, key) for key in FIXED if key != "offload_embeddings"}
-    if settings.offload_embeddings:
-        kept["offload_embeddings"] = True
+    moved = ("offload_embeddings", "offload_experts")  # what lies on the device may still leave it
+    kept = {key: getattr(settings, key) for key in FIXED if key not in moved or getattr(settings, key)}
     shape = {key: settings.lora[key] for key in ("r", "lora_alpha")}
     pinned = recipe.model_copy(
         update={

@@ -38,7 +38,7 @@ def test_experts_in_nf4_are_their_dense_numbers(family, tmp_path):
     with torch.no_grad():
         for (module, name), (target, _) in zip(stacks, expert_stacks(dense), strict=True):
             stack = ExpertStack(getattr(module, name))
-            getattr(target, name).copy_(torch.stack([stack.dense(e) for e in range(len(getattr(target, name)))]))
+            getattr(target, name).copy_(torch.stack([stack.dense(e, CPU) for e in range(len(getattr(target, name)))]))
         quantized = dict(base.model.named_modules())
         for name, linear in dense.named_modules():
             layer = quantized.get(f"{name}.base_layer", quantized.get(name))
@@ -59,7 +59,7 @@ def test_a_gradient_flows_through_experts_in_nf4(family, tmp_path):
     save_tiny(family, tmp_path, hidden_size=64)
     base = SharedBase.load(str(tmp_path), CPU, "nf4", "float32", r=4, lora_alpha=8)
     stack = ExpertStack(getattr(*expert_stacks(base.model)[0]))
-    weight = stack.dense(1)
+    weight = stack.dense(1, CPU)
     x = torch.randn(3, weight.shape[1], generator=torch.Generator().manual_seed(0), requires_grad=True)
     torch.nn.functional.linear(x, stack[1]).square().sum().backward()
     found, x.grad = x.grad.clone(), None

@@ -16,11 +16,13 @@ import torch
 from cards import card_of, its_attention
 from peft import PeftModel
 from safetensors.torch import save_file
+from tiny_architectures import save_tiny
 from tiny_models import as_batch, fill_adapter, ragged_groups, tiny_model, tiny_tokenizer
 
 from lowmem_rlhf.algorithms.grpo.math import token_loss
 from lowmem_rlhf.algorithms.grpo.settings import GRPOSettings
 from lowmem_rlhf.algorithms.grpo.update import Objective, backward
+from lowmem_rlhf.architecture.experts import expert_stacks
 from lowmem_rlhf.engine import attention
 from lowmem_rlhf.engine.base import SharedBase
 from lowmem_rlhf.engine.host_embedding import embeddings_to_host
@@ -177,6 +179,29 @@ def without_embeddings(base: SharedBase, batch: Rollout) -> Numbers:
     return {"offloaded": joined(logps), "offloaded/freed": freed}
 
 
+def experts(device: str) -> Numbers:
+    """Return log-probs of a mixture in NF4 with experts on the card and in host memory, and the bytes it takes."""
+    folder = OUTPUT / "experts"
+    save_tiny("qwen3_moe", folder, hidden_size=64)
+    numbers: Numbers = {}
+    for name, offload in {"on the card": False, "in host memory": True}.items():
+        gc.collect()
+        before = CARD.live()
+        base = SharedBase.load(str(folder), torch.device(device), "nf4", "float32", offload_experts=offload, r=4)
+        gc.collect()
+        numbers[f"{name}/bytes"] = torch.tensor([CARD.live() - before])
+        stacks = [getattr(module, stack) for module, stack in expert_stacks(base.model)]
+        numbers[f"{name}/stacks"] = torch.tensor([s.data.numel() + 4 * s.quant_state.absmax.numel() for s in stacks])
+        fill_adapter(base)
+        batch = the_batch()
+        with base.role(POLICY):
+            logps = completion_logprobs(base, batch.groups(range(9)), BatchLimits(TEMPERATURE, 1000, TILE))
+            backward(base, batch, Objective.of(SETTINGS, LIMIT), BatchLimits(TEMPERATURE, 1000, TILE), logps)
+        numbers |= {f"{name}/logps": joined(logps), f"{name}/gradient": gradient(base.peft)}
+        del base
+    return numbers
+
+
 class Peak:
     """The peak of a block over what was live before it: the card's own count, or the counter of live bytes."""
 
@@ -244,6 +269,7 @@ def main() -> None:
                     numbers |= without_embeddings(base, batch)
             save_file(numbers, OUTPUT / f"{family}-{name}.safetensors")
     with its_attention(DEVICE):
+        save_file(experts(DEVICE), OUTPUT / "experts.safetensors")
         found = {
             str(dtype).removeprefix("torch."): {
                 "card": peaks(DEVICE, dtype, counted=False),

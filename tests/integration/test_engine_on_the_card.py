@@ -94,6 +94,17 @@ def test_an_embedding_in_host_memory_gives_the_same_numbers_and_frees_the_card(o
         assert int(numbers["offloaded/freed"]) >= 97 * 48 * 4  # the tiny models' table, fp32
 
 
+def test_experts_in_host_memory_give_the_same_numbers_and_free_the_card(output):
+    found = load_file(output / "experts.safetensors")
+    for name in ("logps", "gradient"):
+        assert (
+            torch.equal(found[f"in host memory/{name}"], found[f"on the card/{name}"])
+            and found[f"on the card/{name}"].any()
+        )
+    freed = int(found["on the card/bytes"]) - int(found["in host memory/bytes"])
+    assert freed >= int(found["on the card/stacks"].sum()) > 50_000
+
+
 @pytest.mark.parametrize("phase", PHASES)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_the_cards_peak_is_that_of_the_live_bytes(output, dtype, phase):

@@ -29,7 +29,7 @@ def test_settings_that_only_cut_the_work():
 
 def test_what_is_loaded_stays_as_it_is():
     assert fields_with(HardwareConfig, fixed_once_loaded=True) == (
-        *("quantization", "compute_dtype", "offload_embeddings", "optim"),
+        *("quantization", "compute_dtype", "offload_embeddings", "offload_experts", "optim"),
     )
 
 
