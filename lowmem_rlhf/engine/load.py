@@ -81,6 +81,8 @@ def load_base(
                 f"model {model!r} cannot be loaded: {first_sentence(error)}; give a Hub id that can be reached, a "
                 "local folder in the transformers format with safetensors weights, or a .gguf file"
             ) from error
+    if tower:
+        loaded.is_tower = True  # type: ignore[assignment]
     return as_base(loaded), tokenizer
 
 

@@ -68,6 +68,8 @@ def open_base(
         if remedy:
             ladder.explain = lambda phase: f"close other programs that use it, or {remedy}"
         base = ladder.survive("loading", load, message, sizes=False)
+        if getattr(base.model, "is_tower", False):
+            message(f"of {recipe.model} the text tower alone is loaded; a merge writes the whole model back")
     else:
         loaded.check_weights(recipe)
         if unusable := broken_weights(loaded.model):

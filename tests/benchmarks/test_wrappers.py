@@ -69,8 +69,9 @@ def test_the_table_says_what_transformers_says(name):
 def run(tmp_path: Path, model: Path, name: str) -> Path:
     recipe, folder = tmp_path / f"{name}.yaml", tmp_path / name
     recipe.write_text(json.dumps({"name": "tiny", "model": str(model), **COMMON, **RUNS[name]}))
-    code, _, error = command("train", recipe, "--output", folder)
+    code, out, error = command("train", recipe, "--output", folder)
     assert code == 0, error
+    assert f"of {model} the text tower alone is loaded; a merge writes the whole model back" in out + error
     return folder
 
 
