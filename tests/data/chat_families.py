@@ -53,6 +53,10 @@ ZEPHYR = (
     "{% for m in messages %}{{ '<|' + m.role + '|>\n' + m.content + eos_token + '\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% endif %}"
 )
+PHI4_MINI = (
+    "{% for m in messages %}{{ '<|' + m.role + '|>' + m.content + '<|end|>' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% else %}{{ eos_token }}{% endif %}"
+)
 GRANITE = (
     "{% for m in messages %}{{ '<|start_of_role|>' + m.role + '<|end_of_role|>' + m.content + '<|end_of_text|>\n' }}"
     "{% endfor %}{% if add_generation_prompt %}{{ '<|start_of_role|>assistant<|end_of_role|>' }}{% endif %}"
@@ -117,12 +121,13 @@ LLAMA3 = ("<|start_header_id|>", "<|end_header_id|>", "<|end_of_text|>")
 IM = ("<|im_start|>", "<|endoftext|>")
 THINK = ("<think>", "</think>")
 GEMMA = ("<start_of_turn>", "<end_of_turn>")
+GEMMA4 = ("<|turn>", "<turn|>", "<|channel>", "<channel|>", "<|think|>")
 PHI = ("<|system|>", "<|user|>", "<|assistant|>", "<|end|>")
 COHERE = ("<|START_OF_TURN_TOKEN|>", "<|SYSTEM_TOKEN|>", "<|USER_TOKEN|>", "<|CHATBOT_TOKEN|>")
 DEEPSEEK = ("<｜User｜>", "<｜Assistant｜>")
 GLM = ("[gMASK]", "<sop>", "<|system|>", "<|user|>", "<|assistant|>", "<|observation|>")
 HARMONY = ("<|start|>", "<|end|>", "<|message|>", "<|channel|>", "<|constrain|>", "<|call|>")
-NO_THOUGHT = {"enable_thinking": False}
+NO_THOUGHT, A_THOUGHT = {"enable_thinking": False}, {"enable_thinking": True}
 
 FAMILIES = {
     "llama3": Family("llama3", "<|eot_id|>", "<|begin_of_text|>", LLAMA3, turn_end="<|eot_id|>"),
@@ -136,10 +141,13 @@ FAMILIES = {
     "qwen3_instruct_2507": Family("qwen3_instruct_2507", "<|im_end|>", None, IM, THINK, turn_end="<|im_end|>"),
     "qwen3_5_think": Family("qwen3_5_think", "<|im_end|>", None, IM, THINK, turn_end="<|im_end|>", switch=NO_THOUGHT),
     "qwen3_5_nothink": Family(
-        "qwen3_5_nothink", "<|im_end|>", None, IM, THINK, turn_end="<|im_end|>", switch={"enable_thinking": True}
+        "qwen3_5_nothink", "<|im_end|>", None, IM, THINK, turn_end="<|im_end|>", switch=A_THOUGHT
     ),
+    "qwen3_6": Family("qwen3_6", "<|im_end|>", None, IM, THINK, turn_end="<|im_end|>", switch=NO_THOUGHT),
     "gemma": Family("gemma", "<eos>", "<bos>", GEMMA, turn_end="<end_of_turn>", drops_system=True),
     "gemma3": Family("gemma3", "<eos>", "<bos>", GEMMA, turn_end="<end_of_turn>"),
+    "gemma4_v2": Family("gemma4_v2", "<eos>", "<bos>", GEMMA4, turn_end="<turn|>", switch=A_THOUGHT),
+    "gemma4_v5": Family("gemma4_v5", "<eos>", "<bos>", GEMMA4, turn_end="<turn|>", switch=A_THOUGHT),
     "phi3": Family("phi3", "<|endoftext|>", None, PHI, turn_end="<|end|>"),
     "phi3_5": Family("phi3_5", "<|endoftext|>", None, PHI, turn_end="<|end|>"),
     "cohere": Family("cohere", "<|END_OF_TURN_TOKEN|>", "<BOS_TOKEN>", COHERE, turn_end="<|END_OF_TURN_TOKEN|>"),
@@ -160,6 +168,8 @@ FAMILIES = {
         switch={"reasoning_effort": "high"},
     ),
     "lfm2": Family("lfm2", "<|im_end|>", "<|startoftext|>", IM, turn_end="<|im_end|>"),
+    "lfm2_v2": Family("lfm2_v2", "<|im_end|>", "<|startoftext|>", IM, turn_end="<|im_end|>"),
+    "lfm2_2_5_v2": Family("lfm2_2_5_v2", "<|im_end|>", "<|startoftext|>", IM, THINK, turn_end="<|im_end|>"),
     "lfm2_2_5": Family("lfm2_2_5", "<|im_end|>", "<|startoftext|>", IM, THINK, turn_end="<|im_end|>"),
     "nemotron_3_nano": Family(
         "nemotron_3_nano", "<|im_end|>", None, IM, THINK, turn_end="<|im_end|>", switch=NO_THOUGHT, opens_thought=True
@@ -171,6 +181,7 @@ FAMILIES = {
         MISTRAL_V7, "</s>", "<s>", ("[INST]", "[/INST]", "[SYSTEM_PROMPT]", "[/SYSTEM_PROMPT]"), turn_end="</s>"
     ),
     "llama2": Family(LLAMA2, "</s>", "<s>", turn_end="</s>", pads=" ", space="every"),
+    "phi4_mini": Family(PHI4_MINI, "<|endoftext|>", None, PHI, turn_end="<|end|>"),
     "zephyr": Family(ZEPHYR, "</s>", "<s>", turn_end="</s>", space="every"),
     "granite": Family(
         GRANITE, "<|end_of_text|>", None, ("<|start_of_role|>", "<|end_of_role|>"), turn_end="<|end_of_text|>"

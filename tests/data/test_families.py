@@ -18,7 +18,7 @@ SYSTEM = "Be brief and kind."
 PLAIN = talk(ASKED, ANSWERED)
 LONG = talk(ASKED, ANSWERED, "And a sea?", "The Baltic.", "And a hill?", "The Brocken.")
 # Templates whose prompt, or whose tokens at the prompt's end, are others than those of an answered conversation.
-REWRITTEN = {"deepseekv3", "deepseek_r1_distill", "nemotron_3_nano", "qwen3_5_think"}
+REWRITTEN = {"deepseekv3", "deepseek_r1_distill", "nemotron_3_nano", "qwen3_5_think", "qwen3_6"}
 # ... and those that write a given thought in another way, or leave it out.
 RETHOUGHT = {"deepseekv3", "deepseek_r1_distill", "qwen3_5_nothink", "glm4moe"}
 SWITCHED = [name for name, family in FAMILIES.items() if family.switch]
