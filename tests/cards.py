@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+_LIBRARIES: list[Any] = []  # what they add ends with them
+
 
 class CudaCard:
     """The first CUDA card, with the functions of the module ``vcard`` (shared/vcard)."""
@@ -68,7 +70,27 @@ def card_of(argument: str) -> tuple[Any, str]:
     if argument == "cuda":
         return CudaCard(), "cuda:0"
     sys.path.insert(0, argument)
-    return importlib.import_module("vcard"), "vcard:0"
+    card = importlib.import_module("vcard")
+    _add_convolutions()
+    return card, "vcard:0"
+
+
+def _add_convolutions() -> None:
+    """Let the virtual card, which has no kernel of them, compute convolutions by way of the CPU's."""
+    library = torch.library.Library("aten", "IMPL")
+
+    def forward(x: Any, weight: Any, bias: Any, *rest: Any) -> Any:
+        at_host = [None if one is None else one.cpu() for one in (x, weight, bias)]
+        return torch.ops.aten.convolution(*at_host, *rest).to(x.device)
+
+    def backward(grad: Any, x: Any, weight: Any, *rest: Any) -> Any:
+        *sizes, wanted = rest
+        found = torch.ops.aten.convolution_backward(grad.cpu(), x.cpu(), weight.cpu(), None, *sizes, wanted)
+        return tuple(None if one is None else one.to(x.device) for one in found)
+
+    library.impl("convolution_overrideable", forward, "PrivateUse1")
+    library.impl("convolution_backward_overrideable", backward, "PrivateUse1")
+    _LIBRARIES.append(library)
 
 
 def its_attention(device: str) -> AbstractContextManager[None]:

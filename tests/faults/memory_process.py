@@ -26,7 +26,7 @@ import torch
 from cards import card_of, its_attention
 from safetensors.torch import load_file
 from tiny_classifiers import save_classifier
-from tiny_runs import tiny_recipe, write_jsonl
+from tiny_runs import SYMBOLS, save_tiny_model, tiny_recipe, write_jsonl
 
 import lowmem_rlhf
 from lowmem_rlhf import cli
@@ -77,6 +77,29 @@ def fp16() -> Recipe:
     return of_case(hardware={"compute_dtype": "float16"}, data={"eval_size": 2})
 
 
+def recurrent() -> Recipe:
+    """GRPO with layers that pass a state on, as Qwen3.5 has them."""
+    kinds = {"layer_types": ["linear_attention", "full_attention"], "head_dim": 16, "linear_num_value_heads": 4}
+    sizes = {"linear_num_key_heads": 2, "linear_key_head_dim": 16, "linear_value_head_dim": 16}
+    return of_case(save_tiny_model(OUTPUT / "recurrent-model", 0, "qwen3_5_text", **kinds, **sizes))
+
+
+def experts() -> Recipe:
+    """GRPO with experts in NF4, which lie in host memory."""
+    sizes = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64, "head_dim": 16}
+    hardware = {"quantization": "nf4", "compute_dtype": "float32", "offload_experts": True}
+    return of_case(save_tiny_model(OUTPUT / "experts-model", 0, "qwen3_moe", **sizes), hardware=hardware)
+
+
+def wide() -> Recipe:
+    """GRPO with Gemma 4 in float16: an fp32 residual stream, embeddings of each layer, keys that layers share."""
+    kinds = {"layer_types": ["sliding_attention", "full_attention"] * 2, "num_hidden_layers": 4}
+    sizes = {"head_dim": 16, "global_head_dim": 32, "sliding_window": 5, "hidden_size_per_layer_input": 8}
+    shared = {"num_kv_shared_layers": 2, "vocab_size_per_layer_input": len(SYMBOLS)}
+    model = save_tiny_model(OUTPUT / "wide-model", 0, "gemma4_text", **kinds, **sizes, **shared)
+    return of_case(model, hardware={"compute_dtype": "float16"})
+
+
 def learned() -> Recipe:
     """GRPO with a classifier on the card as its reward."""
     save_classifier(folder := OUTPUT / "classifier")
@@ -107,14 +130,14 @@ def dpo() -> Recipe:
     )
 
 
-def of_case(**sections: Any) -> Recipe:
+def of_case(model: Path = MODEL, **sections: Any) -> Recipe:
     sections.setdefault("training", {"max_steps": 2})
     sections.setdefault("hardware", {"device": DEVICE})
     sections["hardware"] = {"device": DEVICE, "probe": True, **sections["hardware"]}
-    return tiny_recipe(MODEL, **sections)
+    return tiny_recipe(model, **sections)
 
 
-CASES = {"grpo": grpo, "nf4": nf4, "fp16": fp16, "learned": learned, "ppo": ppo, "sft": sft, "dpo": dpo}
+CASES = {case.__name__: case for case in (grpo, nf4, fp16, learned, ppo, sft, dpo, recurrent, experts, wide)}
 
 
 def run(recipe: Path, output: Path, *more: str) -> dict[str, Any]:

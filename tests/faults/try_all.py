@@ -1,7 +1,8 @@
 """Every fault, by force: `python try_all.py [memory|stops]` (`make faults`).
 
 Out-of-memory errors on the virtual card at every line of the package that allocates, at random allocations and as
-lasting shortages, for GRPO (also NF4, float16 and a classifier as the reward), PPO with all roles, SFT and TRL's DPO;
+lasting shortages, for GRPO (also NF4, float16, a classifier as the reward, and models with delta rules, with experts in
+host memory and of Gemma 4's kind in float16), PPO with all roles, SFT and TRL's DPO;
 runs killed at random moments and at file operations, and stopped by signals, for GRPO, PPO and SFT. results/ holds what
 came of it; the exit code is 1 where a fault was not survived as it must be.
 """
@@ -29,6 +30,9 @@ MEMORY = {  # GRPO and PPO at each of their lines, the others at those that thes
     "learned": ["sites=1000", "random=25"],
     "sft": ["sites=1000", "random=25", "shortages=6"],
     "dpo": ["sites=1000", "random=25", "shortages=6"],
+    "recurrent": ["sites=1000", "random=25", "shortages=6"],
+    "experts": ["sites=1000", "random=25", "shortages=6"],
+    "wide": ["sites=1000", "random=25"],
 }
 ALL_LINES = ("grpo", "ppo")
 STOPS = {

@@ -37,7 +37,7 @@ from lowmem_rlhf.rollout.sampling import Sampling
 
 OUTPUT = Path(sys.argv[2])
 CARD, DEVICE = card_of(sys.argv[1])
-FAMILIES = ("llama", "qwen2", "mistral", "gemma2", "gemma3", "gpt2")
+FAMILIES = ("llama", "qwen2", "mistral", "gemma2", "gemma3", "gpt2", "lfm2", "qwen3_5", "granite_hybrid", "gemma4")
 TEMPERATURE, TILE, LIMIT = 0.7, 5, 12
 BUDGETS = {"whole": 1000, "split": 30, "alone": 1}
 SETTINGS = GRPOSettings(beta=0.04)

@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-FAMILIES = ("llama", "qwen2", "mistral", "gemma2", "gemma3", "gpt2")
+FAMILIES = ("llama", "qwen2", "mistral", "gemma2", "gemma3", "gpt2", "lfm2", "qwen3_5", "granite_hybrid", "gemma4")
 CLOSE = 1e-5
 PHASES = ("rollout", "score", "update, kept", "update, recomputed")
 # The card's peak and the counter's, either way; the card rounds each allocation up to 512 bytes, and in 16 bits the
