@@ -31,7 +31,10 @@ def expert_stacks(model: Any) -> list[tuple[Any, str]]:
 
 
 def names_beside_experts(model: Any) -> list[str] | None:
-    """Return the last names of the linear layers that ``all-linear`` adapts; None where a model has no experts."""
+    """Return the last names of the linear layers that ``all-linear`` adapts; None where a model has no experts.
+
+    The model may have adapters already.
+    """
     from torch import nn
     from transformers.pytorch_utils import Conv1D
 
@@ -39,11 +42,12 @@ def names_beside_experts(model: Any) -> list[str] | None:
         return None
     head = model.get_output_embeddings()
     names = {
-        name.rsplit(".", 1)[-1]
+        name.removesuffix(".base_layer").rsplit(".", 1)[-1]
         for name, module in model.named_modules()
         if isinstance(module, nn.Linear | Conv1D)
         and module is not head
         and not set(name.split(".")) & {*ROUTERS}
         and "router" not in name
+        and ".lora_" not in name
     }
     return sorted(names - EXPERTS)

@@ -80,3 +80,14 @@ def test_a_run_on_nf4_experts_leaves_as_the_numbers_it_computed_with(family, tmp
     assert code == 0, error
     proof = json.loads(out)["proof"]
     assert json.loads(out)["onto"] == "quantized" and proof["mean_kl"] < 1e-5
+
+
+def test_a_run_with_a_critic_has_the_adapters_of_the_policy_twice(tmp_path):
+    save_tiny("qwen3_moe", tmp_path, hidden_size=64)
+    base = SharedBase.load(str(tmp_path), CPU, "nf4", "float32", r=4, lora_alpha=8)
+    base.add_role("critic", 4, 8.0, "all-linear")
+    layers = {
+        role: {name.split(".lora_A")[0] for name, _ in base.peft.named_parameters() if f".lora_A.{role}." in name}
+        for role in ("policy", "critic")
+    }
+    assert layers["policy"] == layers["critic"] and len(layers["policy"]) == 2 * 4  # q, k, v and o of two layers
