@@ -1,6 +1,7 @@
-"""Tiny runs to export: the makers stand in tests/integration."""
+"""Runs to export: the makers of tiny ones are in tests/integration, of real models with fewer layers in benchmarks."""
 
 import sys
 from pathlib import Path
 
-sys.path.append(str(Path(__file__).resolve().parents[1] / "integration"))
+TESTS = Path(__file__).resolve().parents[1]
+sys.path += [str(TESTS / "integration"), str(TESTS.parent / "benchmarks")]

@@ -1,8 +1,9 @@
-"""The export of a real model, SmolLM2-135M as NF4: merged equals live, for changes from RL's size to SFT's."""
+"""The export of a real model's first layers, SmolLM2-135M as NF4: merged equals live, from RL's changes to SFT's."""
 
 import pytest
 import torch
 from export_cases import CPU, make_run
+from model_folders import model_folder, truncated
 from peft import PeftModel
 
 from lowmem_rlhf.engine.base import SharedBase
@@ -23,13 +24,18 @@ TEXTS = [
 
 
 @pytest.fixture(scope="module")
-def base(smollm2):
-    return SharedBase.load(smollm2, CPU, "nf4", "bfloat16", r=4, lora_alpha=8)
+def model(smollm2, tmp_path_factory):
+    return str(truncated(model_folder(smollm2), 8, tmp_path_factory.mktemp("smollm2") / "model"))
+
+
+@pytest.fixture(scope="module")
+def base(model):
+    return SharedBase.load(model, CPU, "nf4", "bfloat16", r=4, lora_alpha=8)
 
 
 @pytest.mark.parametrize("relative", [1e-4, pytest.param(1e-2, marks=pytest.mark.slow)])
-def test_float16_onto_quantized_is_the_live_policy(base, smollm2, tmp_path, relative):
-    run = make_run(tmp_path / "run", smollm2, relative, "nf4", "bfloat16", samples=TEXTS, base=base)
+def test_float16_onto_quantized_is_the_live_policy(base, model, tmp_path, relative):
+    run = make_run(tmp_path / "run", model, relative, "nf4", "bfloat16", samples=TEXTS, base=base)
     facts = Export(run, ExportOptions(dtype="float16")).make()
     proof = facts["proof"]
     assert facts["relative_change"] == pytest.approx(relative, rel=0.05)
@@ -37,10 +43,10 @@ def test_float16_onto_quantized_is_the_live_policy(base, smollm2, tmp_path, rela
     assert proof["kept_in_predictions"] > (0.95 if relative > 1e-3 else 0.3)
 
 
-def test_peft_s_merge_into_nf4_fails_the_check_that_ours_passes(base, smollm2, tmp_path):
-    run = make_run(tmp_path / "run", smollm2, 4e-3, "nf4", "bfloat16", samples=TEXTS, base=base)
+def test_peft_s_merge_into_nf4_fails_the_check_that_ours_passes(base, model, tmp_path):
+    run = make_run(tmp_path / "run", model, 4e-3, "nf4", "bfloat16", samples=TEXTS, base=base)
     live = policy_outputs(OpenRun(run), None)
-    stock, _ = load_base(smollm2, "nf4", "bfloat16", CPU)
+    stock, _ = load_base(model, "nf4", "bfloat16", CPU)
     merged = PeftModel.from_pretrained(stock, str(run.path / "adapter")).merge_and_unload().eval()
     assert live.exact_logits and in_float32(merged, torch.bfloat16, CPU)
     found = compare(live.exact_logits.policy, live.exact_logits.base, stock_logits(merged, live.ids))
@@ -48,8 +54,8 @@ def test_peft_s_merge_into_nf4_fails_the_check_that_ours_passes(base, smollm2, t
         found.check("peft's merge", "the live policy", Bound(10.0, 0.0))
 
 
-def test_a_gguf_is_compared_as_well(base, smollm2, tmp_path):
-    run = make_run(tmp_path / "run", smollm2, 1e-2, "nf4", "bfloat16", samples=TEXTS, base=base)
+def test_a_gguf_is_compared_as_well(base, model, tmp_path):
+    run = make_run(tmp_path / "run", model, 1e-2, "nf4", "bfloat16", samples=TEXTS, base=base)
     facts = Export(run, ExportOptions(format="gguf", quantize="q8_0")).make()
     proof, folder = facts["proof"], run.path / "export" / "gguf"
     assert facts["onto"] == "original" and facts["file"] == "tiny-Q8_0.gguf"
