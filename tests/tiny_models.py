@@ -101,7 +101,10 @@ RECURRENT: dict[str, tuple[str, dict[str, Any]]] = {
     "olmo_hybrid": ("olmo_hybrid", _DELTA),
 }
 # whose GGUF is written
-OTHERS: dict[str, tuple[str, dict[str, Any]]] = {"smollm3": ("smollm3", {"num_hidden_layers": 4})}
+OTHERS: dict[str, tuple[str, dict[str, Any]]] = {
+    "smollm3": ("smollm3", {"num_hidden_layers": 4}),
+    "ministral3": ("ministral3", {"head_dim": 16}),
+}
 # beside Gemma 3 those whose residual stream exceeds float16: embeddings of each layer, keys shared between layers
 WIDE: dict[str, tuple[str, dict[str, Any]]] = {
     "gemma4": (

@@ -185,7 +185,9 @@ def convert_gguf(path: Path) -> Path:
                 dtype=torch.float16,
             )
             check_gguf(path, model)
-        except (OSError, ValueError, KeyError, ImportError, RuntimeError, AssertionError) as error:
+        except UserError:
+            raise
+        except Exception as error:  # transformers fails in many ways on a file of a kind that it does not know
             raise UserError(
                 f"GGUF file {path} cannot be read: {first_sentence(error)}; take another GGUF of the model, or its "
                 "safetensors folder"

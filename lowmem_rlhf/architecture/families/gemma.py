@@ -30,7 +30,15 @@ _GGUF3 = replace(
 _TEXT3 = Family(_GEMMA3, overflows_float16=True, wide_stream=WideStream(), rotary_tables=2, tested=True, gguf=_GGUF3)
 _WIDE4 = WideStream(results=("o_proj", "down_proj", "per_layer_projection"))
 _GEMMA4 = replace(_GEMMA3, value_norm=True, wide_norms=False)
-_TEXT4 = Family(_GEMMA4, counted=True, layers=gemma4, overflows_float16=True, wide_stream=_WIDE4, rotary_tables=2)
+_TEXT4 = Family(
+    _GEMMA4,
+    counted=True,
+    layers=gemma4,
+    overflows_float16=True,
+    wide_stream=_WIDE4,
+    rotary_tables=2,
+    gguf=GGUFArchitecture("gemma4", metadata="unlike", activations=GELU),
+)
 ROWS = {
     "gemma": Family(_GEMMA, tested=True, gguf=_GGUF),
     "gemma2": Family(_GEMMA2, tested=True, gguf=_GGUF2),

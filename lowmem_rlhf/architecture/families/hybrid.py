@@ -7,14 +7,20 @@ from dataclasses import replace
 
 from lowmem_rlhf.architecture.families.block import Block
 from lowmem_rlhf.architecture.families.layers import experts
-from lowmem_rlhf.architecture.families.llama import LLAMA
+from lowmem_rlhf.architecture.families.llama import GRANITE_SCALES, LLAMA
 from lowmem_rlhf.architecture.families.mixer import gated_delta, mamba2, short_convolution
 from lowmem_rlhf.architecture.families.row import Family, GGUFArchitecture
 
 _QWEN = Block(qk_norm="head", head_dim=256, rotary=0.25, gated_attention=True, wide_norms=True)
 _GRANITE = replace(LLAMA, keeps_gate=True, tied=True, embedding_scale=True)
-_QWEN35 = Family(_QWEN, counted=True, mixer=gated_delta, avoids_four_bits=True)
-_QWEN35_MOE = replace(_QWEN35, experts=experts(shared="shared_expert_intermediate_size"))
+_QWEN35 = Family(
+    _QWEN,
+    counted=True,
+    mixer=gated_delta,
+    avoids_four_bits=True,
+    gguf=GGUFArchitecture("qwen35", metadata="delta"),
+)
+_QWEN35_MOE = replace(_QWEN35, gguf=None, experts=experts(shared="shared_expert_intermediate_size"))
 
 ROWS = {
     "lfm2": Family(
@@ -36,5 +42,8 @@ ROWS = {
         counted=True,
         mixer=mamba2,
         experts=experts("intermediate_size", "shared_intermediate_size"),
+        gguf=GGUFArchitecture(
+            "granitehybrid", metadata="scan", pairs_rows=True, output_bias=True, scales=GRANITE_SCALES
+        ),
     ),
 }

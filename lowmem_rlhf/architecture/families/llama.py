@@ -10,6 +10,12 @@ ATTENTION_BIASED = Block(qkv_bias=("attention_bias", False), out_bias=("attentio
 LLAMA = replace(ATTENTION_BIASED, mlp_bias=("mlp_bias", False))
 _GGUF = GGUFArchitecture("llama", metadata="rotary", output_bias=True, rope_types=("llama3",), pairs_rows=True)
 _QWEN3 = replace(ATTENTION_BIASED, qk_norm="head", head_dim=128, window=4096, window_opt_in=True)
+GRANITE_SCALES = {
+    "embedding_multiplier": "embedding_scale",
+    "residual_multiplier": "residual_scale",
+    "attention_multiplier": "attention.scale",
+    "logits_scaling": "logit_scale",
+}
 
 ROWS = {
     "llama": Family(LLAMA, tested=True, gguf=_GGUF),
@@ -41,16 +47,13 @@ ROWS = {
         gguf=replace(
             _GGUF,
             name="granite",
-            scales={
-                "embedding_multiplier": "embedding_scale",
-                "residual_multiplier": "residual_scale",
-                "attention_multiplier": "attention.scale",
-                "logits_scaling": "logit_scale",
-            },
+            scales=GRANITE_SCALES,
         ),
     ),
     "qwen3_moe": Family(_QWEN3, counted=True, experts=experts()),
-    "ministral3": Family(Block()),
+    "ministral3": Family(
+        Block(), gguf=GGUFArchitecture("mistral3", metadata="rotary", pairs_rows=True, attention_factors=True)
+    ),
     "smollm3": Family(
         replace(LLAMA, tied=True, window_opt_in=True), gguf=replace(_GGUF, name="smollm3", position_free=4)
     ),

@@ -20,8 +20,8 @@ class GGUFArchitecture:
     Attributes:
         name: llama.cpp's.
         layer_names: a block's linear layers that are not called as Llama's, llama.cpp's name -> transformers'.
-        metadata: which function of `export.gguf.metadata` describes a model, by its kind of positions; None: no GGUF is
-            written here, only read.
+        metadata: which function of `export.gguf.metadata` describes a model, by its kind of positions or of layers;
+            None: no GGUF is written here, only read.
         activations: the ones that llama.cpp computes.
         softcaps: the soft caps that it computes, as config fields.
         output_bias: it adds a bias to attention's output.
@@ -32,6 +32,7 @@ class GGUFArchitecture:
         wide_scale_layers: attention is scaled by a number that no file states: the head's width, but hidden size over
             heads in the model with so many layers (27B); 0: it is scaled as everywhere.
         scales: config fields of factors that it multiplies by, and its keys for them.
+        attention_factors: YaRN's own factors, and a temperature that grows with the position (Ministral 3).
         position_free: one layer in so many has no positions; 0: each has.
         pairs_rows: rows of the query and key weights are ordered so that the two halves of a rotation lie together.
         shifts_norms: norms are stored as weight + 1.
@@ -40,7 +41,7 @@ class GGUFArchitecture:
 
     name: str
     layer_names: Mapping[str, str] = field(default_factory=dict)
-    metadata: Literal["rotary", "learned", "convolutions"] | None = None
+    metadata: Literal["rotary", "learned", "convolutions", "scan", "delta", "unlike"] | None = None
     activations: tuple[str, ...] = SILU
     softcaps: tuple[str, ...] = ()
     output_bias: bool = False
@@ -50,6 +51,7 @@ class GGUFArchitecture:
     states_no_window: bool = False
     wide_scale_layers: int = 0
     scales: Mapping[str, str] = field(default_factory=dict)
+    attention_factors: bool = False
     position_free: int = 0
     pairs_rows: bool = False
     shifts_norms: bool = False

@@ -6,10 +6,11 @@ How llama.cpp has a family stands in the family's row (`architecture.families`).
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from lowmem_rlhf.architecture.families import FAMILIES, family_of
+from lowmem_rlhf.architecture.families.layers import gemma4
 from lowmem_rlhf.architecture.families.row import GGUFArchitecture
 from lowmem_rlhf.errors import UserError
 from lowmem_rlhf.export.tokenizer import WAY_OUT
@@ -116,6 +117,93 @@ def _with_rotary_positions(config: Any, metadata: GGUFMetadata) -> None:
     _windows(config, metadata)
 
 
+def _with_scans(config: Any, metadata: GGUFMetadata) -> None:
+    """Add the metadata of Granite 4: as Granite's where all layers have attention, with Mamba 2's sizes where not."""
+    attending = [kind in ("attention", "full_attention") for kind in config.layers_block_type]
+    if all(attending):
+        metadata.layout = replace(metadata.layout, name="granite")
+    _with_rotary_positions(config, metadata)
+    turned = config.position_embedding_type == "rope"
+    metadata.keys |= {"feed_forward_length": config.shared_intermediate_size, "rope.scaling.finetuned": turned}
+    if all(attending):
+        return
+    if config.mamba_proj_bias:
+        raise _otherwise("biases in its mixers' products")
+    metadata.keys |= {
+        "attention.head_count_kv": [config.num_key_value_heads if one else 0 for one in attending],
+        "ssm.conv_kernel": config.mamba_d_conv,
+        "ssm.state_size": config.mamba_d_state,
+        "ssm.group_count": config.mamba_n_groups,
+        "ssm.inner_size": config.mamba_expand * config.hidden_size,
+        "ssm.time_step_rank": config.mamba_n_heads,
+    }
+
+
+def _with_delta_rules(config: Any, metadata: GGUFMetadata) -> None:
+    """Add the metadata of Qwen3.5."""
+    _with_rotary_positions(config, metadata)
+    every = next((place + 1 for place, kind in enumerate(config.layer_types) if kind == "full_attention"), 0)
+    if not every or config.layer_types != [
+        "linear_attention" if (place + 1) % every else "full_attention" for place in range(config.num_hidden_layers)
+    ]:
+        raise _otherwise("attention in other layers than one of so many")
+    sections = list(_rope_parameters(config).get("mrope_section") or [])
+    # text has one position a token, so how they are cut says nothing
+    half = int(head_dim(config) * _rope_parameters(config).get("partial_rotary_factor", 1.0)) // 2
+    metadata.keys |= {
+        "full_attention_interval": every,
+        "rope.dimension_sections": [*sections, *[0] * (4 - len(sections))]
+        if sections
+        else [half - 2 * (half // 3), half // 3, half // 3, 0],
+        "ssm.conv_kernel": config.linear_conv_kernel_dim,
+        "ssm.state_size": config.linear_key_head_dim,
+        "ssm.group_count": config.linear_num_key_heads,
+        "ssm.time_step_rank": config.linear_num_value_heads,
+        "ssm.inner_size": config.linear_num_value_heads * config.linear_value_head_dim,
+    }
+
+
+def _with_unlike_layers(config: Any, metadata: GGUFMetadata) -> None:
+    """Add the metadata of Gemma 4."""
+    sizes = gemma4(config.to_dict())
+    windowed = [kind == "sliding_attention" for kind in config.layer_types]
+    local = {one.head_dim for one, near in zip(sizes, windowed, strict=True) if near}
+    everywhere = {one.head_dim for one, near in zip(sizes, windowed, strict=True) if not near}
+    if len(local) != 1 or len(everywhere) != 1:
+        raise _otherwise("heads of several widths among its layers with a window, or among the others")
+    (near,), (far,) = local, everywhere
+    kinds = config.rope_parameters
+    wide = kinds["full_attention"]
+    if wide.get("rope_type") != "proportional" or kinds["sliding_attention"].get("rope_type") != "default":
+        raise _otherwise("rotary positions of other types than Gemma 4's")
+    turned = int(far * wide.get("partial_rotary_factor", 1.0) / 2)
+    metadata.factors["rope_freqs.weight"] = [1.0] * turned + [1e30] * (far // 2 - turned)
+    metadata.keys |= {
+        "block_count": config.num_hidden_layers,
+        "context_length": config.max_position_embeddings,
+        "embedding_length": config.hidden_size,
+        "embedding_length_per_layer_input": config.hidden_size_per_layer_input or 0,
+        "feed_forward_length": [one.intermediate_size for one in sizes],
+        "attention.head_count": config.num_attention_heads,
+        "attention.head_count_kv": [one.num_kv_heads for one in sizes],
+        "attention.key_length": far,
+        "attention.value_length": far,
+        "attention.key_length_swa": near,
+        "attention.value_length_swa": near,
+        "attention.layer_norm_rms_epsilon": float(config.rms_norm_eps),
+        "attention.sliding_window": int(config.sliding_window),
+        "attention.sliding_window_pattern": windowed,
+        "attention.shared_kv_layers": config.num_kv_shared_layers,
+        "rope.freq_base": float(wide["rope_theta"]),
+        "rope.freq_base_swa": float(kinds["sliding_attention"]["rope_theta"]),
+        "rope.dimension_count": far,
+        "rope.dimension_count_swa": near,
+        "vocab_size": config.vocab_size,
+    }
+    # where nothing is said, llama.cpp takes a cap of 30
+    metadata.keys["final_logit_softcapping"] = float(config.final_logit_softcapping or 0.0)
+
+
 def _with_convolutions(config: Any, metadata: GGUFMetadata) -> None:
     """Add the metadata of LFM2, some of whose layers have a convolution in place of attention."""
     inner = config.intermediate_size
@@ -163,7 +251,11 @@ def _rope(config: Any, metadata: GGUFMetadata) -> None:
     elif kind == "llama3" and kind in metadata.layout.rope_types:
         metadata.factors["rope_freqs.weight"] = _llama3_factors(rope, head_dim(config), original)
     elif kind == "yarn":
-        if own := [name for name in ("attention_factor", "mscale", "mscale_all_dim") if rope.get(name) is not None]:
+        own = [name for name in ("attention_factor", "mscale", "mscale_all_dim") if rope.get(name) is not None]
+        if metadata.layout.attention_factors:
+            metadata.keys["rope.scaling.yarn_log_multiplier"] = float(rope.get("mscale_all_dim") or 0.0)
+            metadata.keys["attention.temperature_scale"] = float(rope.get("llama_4_scaling_beta") or 0.0)
+        elif own:
             raise _otherwise(f"YaRN with {own[0]} of its own")
         metadata.keys |= {
             "rope.scaling.type": "yarn",
@@ -224,4 +316,7 @@ _DESCRIBE: dict[str, Callable[[Any, GGUFMetadata], None]] = {
     "rotary": _with_rotary_positions,
     "learned": _with_learned_positions,
     "convolutions": _with_convolutions,
+    "scan": _with_scans,
+    "delta": _with_delta_rules,
+    "unlike": _with_unlike_layers,
 }

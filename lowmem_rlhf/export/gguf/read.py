@@ -50,7 +50,8 @@ def read_model(file: Path, folder: Path) -> Any:
     for plan, tensor in _tensors(file, folder, model.config):
         numbers = torch.from_numpy(dequantize(tensor.data, tensor.tensor_type).copy()).view(plan.shape)
         restored = plan.restore(numbers)
-        rows = weights[plan.origin][: len(restored)]
+        first = plan.part[0] if plan.part else 0
+        rows = weights[plan.origin][first : first + len(restored)]
         rows.copy_(restored.view_as(rows))  # a convolution's kernels have one dimension less in the file
     return model.eval()
 
@@ -74,8 +75,9 @@ def check_numbers(file: Path, folder: Path) -> float:
         for part in plan.rows():
             rows = tensor.data if len(part) == plan.shape[0] else tensor.data[begin : begin + len(part)]
             begin += len(part)
+            part = part.reshape(len(part), *plan.shape[1:])
             stored = torch.from_numpy(dequantize(rows, tensor.tensor_type).copy()).view(part.shape)
-            off = _steps_off(stored, part.float() + plan.shift, kind, tensor.tensor_type.name)
+            off = _steps_off(stored, part.float(), kind, tensor.tensor_type.name)
             if not off <= 1.0:
                 raise RunError(
                     f"{file.name} holds other numbers for {plan.origin} than the merged model: a row is off by "

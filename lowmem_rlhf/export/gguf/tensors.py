@@ -16,6 +16,7 @@ from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 from gguf.quants import quantize
 
 from lowmem_rlhf.errors import RunError, UserError
+from lowmem_rlhf.export.gguf.changes import Change, Part, parts_of
 from lowmem_rlhf.export.gguf.kquants import quantize_q4_k, quantize_q5_k, quantize_q6_k
 from lowmem_rlhf.export.gguf.metadata import GGUFMetadata
 from lowmem_rlhf.export.shards import Stored
@@ -39,9 +40,8 @@ class Tensor:
         shape: rows first, as in torch; without the rows that no token of the vocabulary has.
         source: where its numbers lie; None: they are ``factors``.
         origin: transformers' name.
-        heads: of a query or key weight whose rows are paired; 0: they keep their order.
-        transposed: whether transformers stores it as (in, out).
-        shift: added to each number.
+        part: rows of that, where it becomes several tensors.
+        changes: of its numbers.
     """
 
     name: str
@@ -49,9 +49,8 @@ class Tensor:
     type: GGMLQuantizationType
     source: Stored | None
     origin: str = ""
-    heads: int = 0
-    transposed: bool = False
-    shift: float = 0.0
+    part: tuple[int, int] | None = None
+    changes: tuple[Change, ...] = ()
     factors: tuple[float, ...] = ()
 
     @property
@@ -74,15 +73,14 @@ class Tensor:
             yield self._encode(part, device)
 
     def rows(self) -> Iterator[torch.Tensor]:
-        """Yield the numbers of its source in the file's order, before `shift` is added, some rows at a time."""
+        """Yield its numbers as the file has them, some rows at a time."""
         assert self.source is not None
-        if self.transposed or self.heads:  # one linear layer is small beside the embeddings
-            whole = self.source.read()
-            numbers = whole.t() if self.transposed else _paired(whole, self.heads)
+        if self.part or not all(change.by_rows for change in self.changes):  # small beside the embeddings
+            numbers = self._changed(self.source.read(slice(*self.part) if self.part else None))
             step = max(1, PIECE // max(1, math.prod(self.shape[1:])))
             parts: Iterator[torch.Tensor] = iter(numbers.split(step))
         else:
-            parts = (self.source.read(rows) for rows in self.source.rows(PIECE))
+            parts = (self._changed(self.source.read(rows)) for rows in self.source.rows(PIECE))
         left = self.shape[0]
         for part in parts:
             part = part[:left]
@@ -92,17 +90,17 @@ class Tensor:
 
     def restore(self, numbers: torch.Tensor) -> torch.Tensor:
         """Return the numbers as transformers stores them, from those of the file (fp32, of `shape`)."""
-        if self.shift:
-            numbers = numbers - self.shift
-        if self.heads:
-            pairs = numbers.view(self.heads, -1, 2, *self.shape[1:])
-            numbers = pairs.transpose(1, 2).reshape(self.shape)
-        return numbers.t() if self.transposed else numbers
+        for change in reversed(self.changes):
+            numbers = change.undo(numbers)
+        return numbers
+
+    def _changed(self, numbers: torch.Tensor) -> torch.Tensor:
+        for change in self.changes:
+            numbers = change.apply(numbers)
+        return numbers
 
     def _encode(self, part: torch.Tensor, device: torch.device) -> torch.Tensor:
         numbers = part.to(device)
-        if self.shift:
-            numbers = numbers.float() + self.shift
         if self.type in DTYPES:
             result = numbers.to(DTYPES[self.type]).contiguous()
             if self.type == F16 and not torch.isfinite(result).all():
@@ -112,15 +110,6 @@ class Tensor:
         else:
             result = torch.from_numpy(quantize(numbers.float().cpu().numpy(), self.type))
         return result.cpu().view(-1).view(torch.uint8)
-
-
-def _paired(weights: torch.Tensor, heads: int) -> torch.Tensor:
-    """Put row i of a head's first half beside row i of its second: llama.cpp rotates neighbours, transformers halves.
-
-    Args:
-        weights: (heads * D, ...), of D rows a head.
-    """
-    return weights.view(heads, 2, -1, *weights.shape[1:]).transpose(1, 2).reshape(weights.shape)
 
 
 def plan_tensors(
@@ -142,28 +131,28 @@ def plan_tensors(
     tied = not any(name == "lm_head.weight" for name in used)
     tensors = []
     for name, one in used.items():
-        gguf_name = _gguf_name(names, name)
-        if gguf_name is None:
-            raise UserError(f"{name} has no place in llama.cpp's {layout.name} model; {WAY_OUT}")
-        transposed = layout.transposed and len(one.shape) == 2 and re.search(r"\.c_(attn|proj|fc)\.", name) is not None
-        shape = one.shape[::-1] if transposed else tuple(n for n in one.shape if n > 1 or len(one.shape) < 3)
-        if gguf_name in ("token_embd.weight", "output.weight"):
-            shape = (min(vocabulary, shape[0]), *shape[1:])
-        tensors.append(
-            Tensor(
-                gguf_name,
-                shape,
-                choose_type(gguf_name, shape, kind, layers, tied),
-                one,
-                origin=name,
-                heads=_rotated_heads(name, config) if layout.pairs_rows else 0,
-                transposed=transposed,
-                shift=1.0 if layout.shifts_norms and name.endswith("norm.weight") else 0.0,
-            )
-        )
+        for part in parts_of(name, one.shape, config, layout):
+            gguf_name = part.name if part.name.startswith("blk.") else _gguf_name(names, part.name)
+            if gguf_name is None:
+                raise UserError(f"{name} has no place in llama.cpp's {layout.name} model; {WAY_OUT}")
+            shape = _shape(one.shape, part)
+            if gguf_name in ("token_embd.weight", "output.weight", "per_layer_token_embd.weight"):
+                shape = (min(vocabulary, shape[0]), *shape[1:])
+            type_ = choose_type(gguf_name, shape, kind, layers, tied)
+            tensors.append(Tensor(gguf_name, shape, type_, one, name, part.rows, part.changes))
     for name, factors in metadata.factors.items():
         tensors.append(Tensor(name, (len(factors),), F32, None, factors=tuple(factors)))
     return tensors
+
+
+def _shape(stored: tuple[int, ...], part: Part) -> tuple[int, ...]:
+    """Return the shape in the file, without dimensions of one that a convolution's kernels have."""
+    numbers = torch.empty(stored, device="meta")
+    if part.rows:
+        numbers = numbers[slice(*part.rows)]
+    for change in part.changes:
+        numbers = change.apply(numbers)
+    return tuple(n for n in numbers.shape if n > 1 or numbers.ndim < 3)
 
 
 def _left_out(name: str, one: Stored, config: Any) -> bool:
@@ -180,12 +169,6 @@ def _gguf_name(names: TensorNameMap, name: str) -> str | None:
     return None
 
 
-def _rotated_heads(name: str, config: Any) -> int:
-    if re.search(r"\.q_proj\.(weight|bias)$", name):
-        return int(config.num_attention_heads)
-    return int(config.num_key_value_heads) if re.search(r"\.k_proj\.(weight|bias)$", name) else 0
-
-
 def choose_type(name: str, shape: tuple[int, ...], kind: str, layers: int, tied: bool) -> GGMLQuantizationType:
     """Return the type of a tensor.
 
@@ -195,7 +178,8 @@ def choose_type(name: str, shape: tuple[int, ...], kind: str, layers: int, tied:
         layers: of the model.
         tied: the token embedding is the output matrix too.
     """
-    if len(shape) < 2 or name.endswith(("_norm.weight", "shortconv.conv.weight")) or name == "position_embd.weight":
+    exact = ("_norm.weight", "conv.weight", "conv1d.weight", "post_norm.weight")
+    if len(shape) < 2 or not name.endswith(".weight") or name.endswith(exact) or name == "position_embd.weight":
         return F32
     if kind not in MIXTURES:
         wanted = {"f32": F32, "f16": F16, "bf16": BF16, "q8_0": Q8_0}[kind]
