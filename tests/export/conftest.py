@@ -4,4 +4,4 @@ import sys
 from pathlib import Path
 
 TESTS = Path(__file__).resolve().parents[1]
-sys.path += [str(TESTS / "integration"), str(TESTS.parent / "benchmarks")]
+sys.path += [str(TESTS / "integration"), str(TESTS / "data"), str(TESTS.parent / "benchmarks")]

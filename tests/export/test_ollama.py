@@ -7,6 +7,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
+from chat_families import FAMILIES, family_tokenizer
 from tiny_models import byte_tokenizer, tiny_config
 
 from lowmem_rlhf.display.lines import Lines
@@ -96,6 +97,25 @@ def test_a_format_is_found_by_what_the_template_writes(template, name, system, h
     found = detect_format(tokenizer(template))
     assert (found.format.name, found.system) == (name, system)
     assert bool(found.format.system or found.format.merged) == has_place
+
+
+@pytest.mark.parametrize(
+    ("family", "name"),
+    [
+        ("qwen3_5_think", "ChatML, thinking"),
+        ("qwen3_5_nothink", "ChatML, no thought"),
+        ("qwen3_6", "ChatML, thinking"),
+        ("gemma4_v2", "Gemma 4"),
+        ("gemma4_v5", "Gemma 4"),
+        ("granite", "Granite"),
+        ("lfm2_2_5_v2", "ChatML"),
+        ("phi4_mini", "Phi 4 mini"),
+        ("mistral_v7", "Mistral Nemo"),
+    ],
+)
+def test_the_format_of_a_makers_template_is_found(family, name):
+    found = detect_format(family_tokenizer(FAMILIES[family]))
+    assert found.format.name == name and found.system == ""
 
 
 @pytest.mark.parametrize("template", [OWN, None, CHATML.replace("<|im_end|>\n", "<|im_end|>", 1)])

@@ -4,7 +4,7 @@ Sources: the chat templates that the models' makers ship; Ollama's docs/template
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 Message = dict[str, str]
 LLAMA31_DATE = "26 Jul 2024"  # which Llama 3.1's template names where it is given no date
@@ -92,10 +92,14 @@ def _mistral(name: str, user: tuple[str, str], assistant: str) -> Format:
     return Format(name, user, (assistant, "</s>"), "</s>", merged=("", "\n\n"), answer="")
 
 
+_CHATML = ("<|im_start|>ROLE\n", "<|im_end|>\n", "<|im_end|>")
 _LLAMA3 = ("<|start_header_id|>ROLE<|end_header_id|>\n\n", "<|eot_id|>", "<|eot_id|>")
 _GEMMA = (("<start_of_turn>user\n", "<end_of_turn>\n"), ("<start_of_turn>model\n", "<end_of_turn>\n"), "<end_of_turn>")
 FORMATS = (
-    _turns("ChatML", "<|im_start|>ROLE\n", "<|im_end|>\n", "<|im_end|>"),
+    _turns("ChatML", *_CHATML),
+    # Qwen3.5, whose answers follow an empty thought, or one that the prompt has opened
+    replace(_turns("ChatML, no thought", *_CHATML), answer="<|im_start|>assistant\n<think>\n\n</think>\n\n"),
+    replace(_turns("ChatML, thinking", *_CHATML), answer="<|im_start|>assistant\n<think>\n"),
     _turns("Llama 3", *_LLAMA3),
     _turns("Llama 3.1", *_LLAMA3, f"Cutting Knowledge Date: December 2023\nToday Date: {LLAMA31_DATE}\n\n"),
     Format(
@@ -112,6 +116,8 @@ FORMATS = (
     _mistral("Mistral 0.3", ("[INST] ", "[/INST]"), " "),
     _mistral("Mistral Nemo", ("[INST]", "[/INST]"), ""),
     Format("Mistral 7", ("[INST]", "[/INST]"), ("", "</s>"), "</s>", system=("[SYSTEM_PROMPT]", "[/SYSTEM_PROMPT]")),
+    _turns("Gemma 4", "<|turn>ROLE\n", "<turn|>\n", "<turn|>", model="model"),
+    _turns("Granite", "<|start_of_role|>ROLE<|end_of_role|>", "<|end_of_text|>\n", "<|end_of_text|>"),
     Format("Gemma", *_GEMMA, merged=("", "\n\n")),
     _turns("Zephyr", "<|ROLE|>\n", "</s>\n", "</s>"),
     _turns("Phi 3", "<|ROLE|>\n", "<|end|>\n", "<|end|>"),
