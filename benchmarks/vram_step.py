@@ -30,6 +30,8 @@ from lowmem_rlhf.run.directory import RunDirectory
 from lowmem_rlhf.training.loop import Loop
 from lowmem_rlhf.training.roles import add_roles
 
+SKIPPED = 8  # steps at most while the scale of a float16 loss is found
+
 
 class _Endless(SharedBase):
     stop_ids = frozenset()  # type: ignore[assignment]
@@ -130,8 +132,11 @@ class Measured:
             trainer: Any = trainer_of(recipe, plan, Path(folder))
             trainer.timed = self._phase
             view = LiveView(1, console=Console(file=said))
-            trainer.one_step(view)  # makes the optimizer's state
-            trainer.step += 1
+            for _ in range(SKIPPED + 1):
+                trainer.one_step(view)  # makes the optimizer's state, unless float16's gradients overflow
+                trainer.step += 1
+                if trainer.optimizer.torch_optimizer.state:
+                    break
             self.counter = counter()
             with self.counter:
                 trainer.one_step(view)
