@@ -99,8 +99,8 @@ class ModelDimensions:
     @property
     def known(self) -> bool:
         """Whether the terms of this model type stand in the table of families; otherwise activations are estimated."""
-        experts = self.experts is not None or not self.expert_parameters
-        return family_of(self.model_type).block is not None and experts
+        family, experts = family_of(self.model_type), self.experts is not None or not self.expert_parameters
+        return family.block is not None and experts and not (family.counted and self.counted is None)
 
     @property
     def quantizable(self) -> Linears:
@@ -151,9 +151,8 @@ class ModelDimensions:
 
     @property
     def largest_linear(self) -> int:
-        """Weights of the largest linear layer that is quantized, or of an expert's."""
-        expert = 2 * self.experts.inner * self.hidden_size if self.experts else 0
-        return max([expert, *(linear.inputs * linear.outputs for linear, _ in self.quantizable)])
+        """Weights of the largest quantizable linear layer."""
+        return max((linear.inputs * linear.outputs for linear, _ in self.quantizable), default=0)
 
     @property
     def overflows_float16(self) -> bool:
@@ -239,14 +238,17 @@ def dimensions_from_config(
         raise UserError(f"model {model!r}: its config gives tie_word_embeddings = {tied!r}; true or false is expected")
     try:
         traits = block_traits(block, {**config, **fields}, dim)
-    except (TypeError, ValueError, OverflowError) as error:
+        mixer = family.mixer(fields) if family.mixer else None
+        sizes = family.layers(config) if family.layers else ()
+        routed = family.experts(config) if family.experts and counted and counted.stacked else None
+        entering = _layer_input(counted, fields, numbers)
+    except (TypeError, ValueError, KeyError, AttributeError, OverflowError) as error:
         raise UserError(
-            f"model {model!r}: its config.json has a sliding_window, layer_types, soft cap or partial_rotary_factor of "
-            f"the wrong kind ({error}); fetch it again"
+            f"model {model!r}: its config.json has a sliding_window, layer_types, soft cap, partial_rotary_factor or "
+            f"size of its layers that is missing or of the wrong kind ({type(error).__name__}: {error}); fetch it again"
         ) from error
     linears = block_linears(block, fields, heads=heads, kv_heads=kv_heads, dim=dim)
     others = other_parameters(block, fields, linears, heads=heads, kv_heads=kv_heads, dim=dim)
-    routed = family.experts(config) if family.experts and counted and counted.stacked else None
     dtype = fields.get("dtype", fields.get("torch_dtype"))
     return ModelDimensions(
         model_type=model_type,
@@ -262,16 +264,34 @@ def dimensions_from_config(
         gated=block.gated,
         max_positions=positions,
         torch_dtype=None if dtype is None else str(dtype).removeprefix("torch."),
-        linears=counted.block if counted else tuple(linears),
+        linears=(_of_any_layer(counted) if sizes else counted.block) if counted else tuple(linears),
         other_parameters=counted.other if counted else others,
         **traits,
         note=_doubts(model_type, fields, counted, why_not, routed),
         counted=counted,
-        mixer=family.mixer(fields) if family.mixer else None,
-        layer_sizes=family.layers(config) if family.layers else (),
+        mixer=mixer,
+        layer_sizes=sizes,
         experts=routed,
-        layer_input=int(fields.get("hidden_size_per_layer_input", 0)) if counted and counted.tables else 0,
+        layer_input=entering,
     )
+
+
+def _layer_input(counted: Counted | None, fields: Mapping[str, Any], numbers: Mapping[str, int]) -> int:
+    """Return the numbers of a token that enter each layer beside its stream, of tables that are looked up by token."""
+    if counted is None or not counted.tables:
+        return 0
+    rows = int(fields.get("vocab_size_per_layer_input") or numbers["vocab_size"])
+    return counted.tables // (rows * numbers["num_hidden_layers"])
+
+
+def _of_any_layer(counted: Counted) -> tuple[Linear, ...]:
+    """Return the linear layers that some layer has, each in its largest size."""
+    largest: dict[str, Linear] = {}
+    for linear, many in counted.adapted:
+        known = largest.get(linear.name)
+        if many > 1 and (known is None or known.inputs * known.outputs < linear.inputs * linear.outputs):
+            largest[linear.name] = linear
+    return tuple(largest.values())
 
 
 def _count(config: Mapping[str, Any], known: Counted | None = None) -> tuple[Counted | None, dict[str, Any], str]:
@@ -303,6 +323,8 @@ def _doubts(
     model_type: str, fields: Mapping[str, Any], counted: Counted | None, why_not: str, experts: Experts | None
 ) -> str:
     """Return what is not certain about the sizes of a model; an empty string for a family that is known."""
+    if family_of(model_type).block and counted is None and family_of(model_type).counted:
+        return f"the parameters of this {model_type} model could not be counted ({why_not}): its layers are estimated"
     if family_of(model_type).block:
         estimated = counted is not None and counted.stacked and experts is None
         return f"what the experts of {model_type} take beside their weights is estimated" if estimated else ""

@@ -79,8 +79,14 @@ def from_gguf(path: Path, model: str) -> ModelDimensions:
             _config(header.fields, arch, layers, dim),
             dim,
         ),
-        note="" if family.block else f"the architecture {arch!r} is not known here: taken for Llama's",
+        note=_doubt(arch, family),
     )
+
+
+def _doubt(arch: str, family: Family) -> str:
+    if family.block and family.counted:
+        return f"the layers of {arch!r} are estimated, as a GGUF does not tell all of their sizes"
+    return "" if family.block else f"the architecture {arch!r} is not known here: taken for Llama's"
 
 
 def _linears(family: Family, shapes: Mapping[str, tuple[int, ...]]) -> list[Linear]:

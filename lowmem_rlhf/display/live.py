@@ -207,7 +207,8 @@ def _ranges(plan_dict: dict[str, Any], unknown: bool) -> Iterator[str]:
         parts = ", ".join(f"{name.replace('_', ' ')} {format_bytes(size)}" for name, size in process.items())
         yield f"the process will show up to {format_bytes(sum(process.values()))}: {parts}"
     if host := memory.get("host"):
-        yield f"in host memory: {format_bytes(host['trained_state'])}, the state of the last finished step"
+        experts = f", and {format_bytes(host['experts'])} of experts" if "experts" in host else ""
+        yield f"in host memory: {format_bytes(host['trained_state'])}, the state of the last finished step{experts}"
 
 
 def _biggest(parts: dict[str, float]) -> str:

@@ -188,6 +188,8 @@ def convert_gguf(path: Path) -> Path:
         except UserError:
             raise
         except Exception as error:  # transformers fails in many ways on a file of a kind that it does not know
+            if isinstance(error, MemoryError) or is_out_of_memory(error):
+                raise
             raise UserError(
                 f"GGUF file {path} cannot be read: {first_sentence(error)}; take another GGUF of the model, or its "
                 "safetensors folder"

@@ -42,6 +42,7 @@ def open_base(
     from lowmem_rlhf.engine.base import SharedBase
     from lowmem_rlhf.engine.load import as_base
     from lowmem_rlhf.engine.weights import broken_weights
+    from lowmem_rlhf.hardware.memory import free_bytes
     from lowmem_rlhf.training.memory import opening_ladder
 
     check_computes(plan.device)
@@ -49,6 +50,14 @@ def open_base(
         adapter = saved_adapter(recipe.adapter, recipe.model, recipe.revision)
     shape = {**_shape(recipe, adapter), "seed": recipe.training.seed}
     message(f"loading {recipe.model}{where}" if loaded is None else f"{recipe.model} is loaded already")
+
+    experts = plan.memory.get("host", {}).get("experts", 0)
+    free = free_bytes(torch.device("cpu"))
+    if loaded is None and experts > free:
+        raise UserError(
+            f"hardware.offload_experts: the experts take {experts / 2**30:.1f} GiB of host memory and "
+            f"{free / 2**30:.1f} GiB are free; close other programs, or take a smaller model"
+        )
 
     def load() -> SharedBase:
         return SharedBase.load(

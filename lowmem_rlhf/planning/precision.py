@@ -83,6 +83,8 @@ def quantization(inputs: PlanInputs) -> tuple[str, str]:
     if pinned := inputs.pinned("quantization"):
         compute_dtype(inputs, pinned)  # refuses a combination that cannot be
         return pinned, PINNED
+    if inputs.pinned("offload_experts") and inputs.dims.expert_parameters and not inputs.on_cpu:
+        return "nf4", "experts that wait in host memory are in NF4"
     passed, share_allowed = [], COMFORTABLE
     advice = ""
     if inputs.dims.avoids_four_bits:

@@ -12,6 +12,7 @@ import torch
 
 from lowmem_rlhf.architecture.lookup import model_dimensions
 from lowmem_rlhf.engine.base import SharedBase
+from lowmem_rlhf.engine.host_embedding import embeddings_to_host
 from lowmem_rlhf.engine.packing import ATTENDED_PER_TOKEN, Group
 from lowmem_rlhf.engine.passes import packed_logprobs, packed_outputs, with_bootstrap_position
 from lowmem_rlhf.engine.roles import CRITIC, POLICY, REFERENCE
@@ -72,7 +73,7 @@ def probe(base: SharedBase, recipe: Recipe, plan: Plan) -> tuple[Plan, Probed]:
     if RELAX <= ratio <= TIGHTEN:
         said = f"probe: the largest phase took {ratio:.2f} of what was planned; it stays"
         return _measured_verdict(plan, plan, found), Probed(found, ratio, said)
-    made, probed = _again(recipe, plan, found, ratio)
+    made, probed = _again(base, recipe, plan, found, ratio)
     return _measured_verdict(made, plan, found), probed
 
 
@@ -117,11 +118,13 @@ def _planned_phases(base: SharedBase, recipe: Recipe, plan: Plan) -> dict[str, C
     return phases(dims, recipe, replace(settings, **sizes), plan.device)
 
 
-def _again(recipe: Recipe, plan: Plan, found: dict[str, dict[str, int | None]], ratio: float) -> tuple[Plan, Probed]:
+def _again(
+    base: SharedBase, recipe: Recipe, plan: Plan, found: dict[str, dict[str, int | None]], ratio: float
+) -> tuple[Plan, Probed]:
     """Plan once more, as if the device had as much less memory as the phases took more."""
     settings = plan.settings
-    moved = ("offload_embeddings", "offload_experts")  # what lies on the device may still leave it
-    kept = {key: getattr(settings, key) for key in FIXED if key not in moved or getattr(settings, key)}
+    # embeddings on the device may still leave it
+    kept = {key: getattr(settings, key) for key in FIXED if key != "offload_embeddings" or settings.offload_embeddings}
     shape = {key: settings.lora[key] for key in ("r", "lora_alpha")}
     pinned = recipe.model_copy(
         update={
@@ -132,9 +135,17 @@ def _again(recipe: Recipe, plan: Plan, found: dict[str, dict[str, int | None]], 
     free = plan.device.free_bytes
     made = make_plan(pinned, replace(plan.device, free_bytes=int(free / ratio)), plan.profile)
     reasons = {**made.reasons, **{key: plan.reasons[key] for key in (*FIXED, "lora")}}
+    if made.settings.offload_embeddings and not settings.offload_embeddings:
+        embeddings_to_host(base.model)
     changed = [
         f"{key} {getattr(settings, key)} -> {getattr(made.settings, key)}"
-        for key in ("gradient_checkpointing", "micro_batch_tokens", "score_batch_tokens", "rollout_batch_size")
+        for key in (
+            "offload_embeddings",
+            "gradient_checkpointing",
+            "micro_batch_tokens",
+            "score_batch_tokens",
+            "rollout_batch_size",
+        )
         if getattr(settings, key) != getattr(made.settings, key)
     ]
     word = "tightened" if ratio > 1 else "relaxed"

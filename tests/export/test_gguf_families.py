@@ -160,6 +160,8 @@ def test_llama_cpp_computes_the_same(name, tmp_path, tokenizer):
         ("gpt_neox", {}, "no GGUF is written here of the model type gpt_neox, only of gemma"),
         ("gemma2", {"query_pre_attn_scalar": 20}, "query_pre_attn_scalar=20, and llama.cpp takes 16"),
         ("gpt2", {}, "attention scaled by layer"),
+        ("gemma4", {"vocab_size_per_layer_input": 512, "attention_bias": True}, "biases in its attention"),
+        ("granite_hybrid", {"num_local_experts": 2, "num_experts_per_tok": 1}, "has experts, of which no GGUF is writ"),
         ("llama", {"hidden_act": "relu"}, "relu in its feed-forward layers"),
         ("qwen3", {"attention_bias": True}, "biases in its attention's output"),
         (

@@ -5,12 +5,15 @@ import json
 import pytest
 from planning_cases import GEMMA_4_E2B, card, cpu
 
+from lowmem_rlhf.architecture import counting
 from lowmem_rlhf.architecture.catalogue import entries, find
+from lowmem_rlhf.architecture.counting import CannotCount
 from lowmem_rlhf.architecture.dimensions import dimensions_from_config
 from lowmem_rlhf.errors import UserError
-from lowmem_rlhf.planning.memory.resident import expert_bytes
+from lowmem_rlhf.planning.memory.resident import Memory, expert_bytes
 from lowmem_rlhf.planning.memory.rollout import kv_bytes_per_token
 from lowmem_rlhf.planning.plan import make_plan
+from lowmem_rlhf.planning.shapes import prompts_shape
 
 pytestmark = pytest.mark.usefixtures("cache", "in_process")
 QWEN3_MOE = {
@@ -82,6 +85,8 @@ def test_experts_leave_a_card_that_they_do_not_fit_on(recipe):
 def test_experts_in_host_memory_where_there_are_none_to_move(recipe):
     with pytest.raises(UserError, match=r"hardware\.offload_experts: .* has no experts; leave it out"):
         make_plan(recipe("Qwen2.5-0.5B", "hardware.offload_experts=true"), card(10.75), "x")
+    asked = make_plan(recipe(QWEN3_MOE, "hardware.offload_experts=true"), card(140, bf16=True), "x").settings
+    assert asked.quantization == "nf4" and asked.offload_experts
     wide = recipe(QWEN3_MOE, "hardware.offload_experts=true", "hardware.quantization=none")
     with pytest.raises(UserError, match=r"only experts in NF4 can wait in host memory, and .* is none; set it to nf4"):
         make_plan(wide, card(100, bf16=True), "x")
@@ -92,3 +97,53 @@ def test_the_mixtures_of_the_catalogue_are_known_but_for_those_that_are_padded()
     mixtures = {name: find(name) for name in entries() if find(name).expert_parameters}
     assert {name for name, dims in mixtures.items() if not dims.known} == {"openai/gpt-oss-20b"}
     assert len(mixtures) >= 4
+
+
+def test_adapters_of_layers_that_reuse_keys_are_fewer(recipe):
+    """The heaviest layers of E2B have neither key nor value products."""
+    loaded = recipe(GEMMA_4_E2B)
+    dims = dimensions_from_config(GEMMA_4_E2B, "x")
+    assert {"q_proj", "k_proj", "v_proj", "per_layer_input_gate"} <= {linear.name for linear in dims.linears}
+    settings = make_plan(loaded, card(10.75, bf16=True), "x").settings
+    layers = Memory(dims, loaded, settings, card(10.75, bf16=True)).layers(prompts_shape(8, 8))
+    assert {one.reuses_keys: one.ranks for one in layers} == {False: 9 * 16, True: 7 * 16}
+    assert dims.layer_input == 256
+    without = {key: value for key, value in GEMMA_4_E2B.items() if key != "hidden_size_per_layer_input"}
+    assert dimensions_from_config(without, "x").layer_input == 256  # the class's default
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"per_layer_config": ["x"]},
+        {"per_layer_config": {"0": {"head_dim": "x"}}},
+        {"num_kv_shared_layers": "x"},
+        {"num_kv_shared_layers": 99},
+        {"layer_types": ["full_attention"]},
+        {"global_head_dim": "x"},
+    ],
+)
+def test_sizes_of_layers_of_the_wrong_kind_get_a_sentence(changes, monkeypatch):
+    monkeypatch.setattr(counting, "_ask", lambda config: counted_once())
+    with pytest.raises(UserError, match=r"its config.json has a .*size of its layers that is missing or of the wrong"):
+        dimensions_from_config({**GEMMA_4_E2B, **changes}, "x")
+
+
+def counted_once():
+    from lowmem_rlhf.architecture.count_class import count_class
+
+    return json.loads(json.dumps(count_class(GEMMA_4_E2B)))
+
+
+def test_a_model_whose_class_could_not_be_asked_is_not_known(monkeypatch):
+    def fails(config):
+        raise CannotCount("torch is not installed")
+
+    monkeypatch.setattr(counting, "_ask", fails)
+    dims = dimensions_from_config(GEMMA_4_E2B, "x")
+    assert not dims.known and "could not be counted (torch is not installed)" in dims.note
+
+
+def test_experts_whose_number_is_the_classs_default_are_estimated():
+    dims = dimensions_from_config({key: v for key, v in QWEN3_MOE.items() if key != "num_experts_per_tok"}, "x")
+    assert dims.experts is None and not dims.known and "estimated" in dims.note

@@ -122,8 +122,8 @@ def test_peak_grows_with_completion_length_by_cache_and_one_packed_row_only(step
         again = layer.backward_peak() - (layer.hidden if checkpointing else layer.saved())
         return {
             "rollout": cache * (1 + 1 / dims.num_layers) + decode_scores_bytes(dims, ROWS, PROMPT + length, WIDTH),
-            "score": layer.forward_peak() + layer.shared(),
-            "update": stored + again + layer.shared(),
+            "score": layer.forward_peak() + layer.common(),
+            "update": stored + again + layer.common(),
         }
 
     low, high = bound(short), bound(long)

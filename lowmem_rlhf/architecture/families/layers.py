@@ -26,6 +26,8 @@ def gemma4(config: Mapping[str, Any]) -> tuple[LayerSizes, ...]:
     kinds = list(config.get("layer_types") or [])[:count] or [
         "sliding_attention" if (place + 1) % 6 else "full_attention" for place in range(count)
     ]
+    if len(kinds) != count:
+        raise ValueError(f"layer_types of {len(kinds)} layers and num_hidden_layers {count}")
     kinds[-1] = "full_attention"
     heads, fewer = int(config.get("num_key_value_heads") or 4), config.get("num_global_key_value_heads")
     everywhere = {"head_dim": config.get("global_head_dim") or 512}
@@ -34,6 +36,8 @@ def gemma4(config: Mapping[str, Any]) -> tuple[LayerSizes, ...]:
     said = config.get("per_layer_config")  # as transformers writes it; the published files say it as above
     inner = int(config.get("intermediate_size") or 9216)
     first = count - int(config.get("num_kv_shared_layers") or 0)  # that reuses keys
+    if not 0 < first <= count:
+        raise ValueError(f"num_kv_shared_layers {count - first} of {count}")
     sizes = []
     for place, kind in enumerate(kinds):
         own = everywhere if kind == "full_attention" else {}
@@ -69,11 +73,15 @@ class Experts:
 
 
 def experts(inner: str = "moe_intermediate_size", shared: str = "") -> Callable[[Mapping[str, Any]], Experts | None]:
-    """Return what reads a config's experts by the names of its fields; None of layers of which some have none."""
+    """Return what reads a config's experts by the names of its fields.
+
+    It returns None where some layers have none, and where a field is left to the class's default.
+    """
 
     def read(config: Mapping[str, Any]) -> Experts | None:
         count = config.get("num_experts") or config.get("num_local_experts")
-        if not count or config.get("mlp_only_layers") or config.get("decoder_sparse_step", 1) != 1:
+        said = all(config.get(key) for key in (inner, "num_experts_per_tok"))
+        if not count or not said or config.get("mlp_only_layers") or config.get("decoder_sparse_step", 1) != 1:
             return None
         beside = int(config.get(shared) or 0) if shared else 0
         return Experts(int(count), int(config["num_experts_per_tok"]), int(config[inner]), beside)

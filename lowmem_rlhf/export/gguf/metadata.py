@@ -60,6 +60,11 @@ def _otherwise(what: str) -> UserError:
     return UserError(f"llama.cpp does not compute this model: it has {what}; take --format merged")
 
 
+def _no_experts(experts: Any) -> None:
+    if experts:
+        raise UserError(f"the model has experts, of which no GGUF is written here; {WAY_OUT}")
+
+
 def head_dim(config: Any) -> int:
     """Return the width of an attention head."""
     return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
@@ -119,6 +124,7 @@ def _with_rotary_positions(config: Any, metadata: GGUFMetadata) -> None:
 
 def _with_scans(config: Any, metadata: GGUFMetadata) -> None:
     """Add the metadata of Granite 4: as Granite's where all layers have attention, with Mamba 2's sizes where not."""
+    _no_experts(config.num_local_experts)
     attending = [kind in ("attention", "full_attention") for kind in config.layers_block_type]
     if all(attending):
         metadata.layout = replace(metadata.layout, name="granite")
@@ -165,6 +171,9 @@ def _with_delta_rules(config: Any, metadata: GGUFMetadata) -> None:
 
 def _with_unlike_layers(config: Any, metadata: GGUFMetadata) -> None:
     """Add the metadata of Gemma 4."""
+    _no_experts(config.enable_moe_block)
+    if config.attention_bias or config.use_bidirectional_attention == "all":
+        raise _otherwise("biases in its attention, or attention to what follows")
     sizes = gemma4(config.to_dict())
     windowed = [kind == "sliding_attention" for kind in config.layer_types]
     local = {one.head_dim for one, near in zip(sizes, windowed, strict=True) if near}
@@ -176,6 +185,8 @@ def _with_unlike_layers(config: Any, metadata: GGUFMetadata) -> None:
     wide = kinds["full_attention"]
     if wide.get("rope_type") != "proportional" or kinds["sliding_attention"].get("rope_type") != "default":
         raise _otherwise("rotary positions of other types than Gemma 4's")
+    if wide.get("factor") not in (None, 1, 1.0):
+        raise _otherwise(f"rotary positions divided by {wide['factor']}")
     turned = int(far * wide.get("partial_rotary_factor", 1.0) / 2)
     metadata.factors["rope_freqs.weight"] = [1.0] * turned + [1e30] * (far // 2 - turned)
     metadata.keys |= {

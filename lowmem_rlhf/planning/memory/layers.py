@@ -351,7 +351,7 @@ class Layer:
         joined = self.queries + 2 * self.keys if self.block.fused or together else self.keys
         return self.of(joined if not self.dims.rotary_dim else joined + self.keys)
 
-    def shared(self, gradient: bool = False) -> int:
+    def common(self, gradient: bool = False) -> int:
         """What all layers share: cosines and sines of rotary positions, ids and positions (int64), masks.
 
         And what enters all layers beside the stream, with the norm before it and the embedding that it is made of where

@@ -140,8 +140,12 @@ def optimizer_state_bytes(parameters: int, optim: str) -> int:
 
 
 def dense_bytes(dims: ModelDimensions, quantization: str, width: int) -> int:
-    """Bytes of the largest linear layer in the compute dtype, where a quantized weight is expanded to be multiplied."""
-    return 0 if quantization == "none" else dims.largest_linear * width
+    """Bytes of the largest weight in the compute dtype, where a quantized one is expanded to be multiplied.
+
+    It is a linear layer's, or under NF4 an expert's.
+    """
+    expert = 2 * dims.experts.inner * dims.hidden_size if dims.experts and quantization == "nf4" else 0
+    return 0 if quantization == "none" else max(dims.largest_linear, expert) * width
 
 
 def recomputed_layers(dims: ModelDimensions, checkpointing: bool | int) -> int:
@@ -284,7 +288,7 @@ class Memory:
         else:
             loss["scored_states"] += 4 * self.dims.hidden_size * shape.scored  # in fp32 for the head
         peak = max(one.forward_peak() for one in distinct(self.layers(shape, adapters)))
-        return [{"layer_activations": peak + layer.shared()}, loss]
+        return [{"layer_activations": peak + layer.common()}, loss]
 
     def update(self) -> Components:
         """Return the largest moment of the policy's and the critic's passes with gradients."""
@@ -322,7 +326,7 @@ class Memory:
         saved = sum(kept)
         states = layer.of(self.dims.hidden_size, scored)
         held = states if self.recipe.spec.keeps_states else 0
-        both = {"positions": layer.shared(gradient=True), "stored_activations": inputs + saved}
+        both = {"positions": layer.common(gradient=True), "stored_activations": inputs + saved}
         loss: Components = {"final_states": hidden, "scored_states": 2 * states}
         if language:
             tile = self.settings.logits_tile_tokens
@@ -337,7 +341,7 @@ class Memory:
             extra = max(one.backward_peak() - one.saved() + held - saved for one, held in last.values())
             moments.append(both | {"layer_gradients": max(0, extra), "scored_states": held})
         if count:
-            again = {"positions": layer.shared(gradient=True), "stored_activations": inputs, "scored_states": held}
+            again = {"positions": layer.common(gradient=True), "stored_activations": inputs, "scored_states": held}
             peak = max(one.backward_peak(recomputed=True) for one in distinct(each[:count]))
             moments.append(again | {"layer_activations": peak - hidden})
         return moments

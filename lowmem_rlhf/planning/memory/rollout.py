@@ -92,7 +92,7 @@ def shared_base_bytes(memory: Memory) -> Components:
     keys = sum(one.kept_keys(together=with_copy) for one in layers)
     earlier, cache = (prompts - at_once) * prompt * token, prompts * prompt * token
     own = rows * (length - 1) * token  # the last token of each is not fed
-    peak = max(one.forward_peak(keeps_keys=True) for one in layers) + layers[0].shared()
+    peak = max(one.forward_peak(keeps_keys=True) for one in layers) + layers[0].common()
     state = state_bytes(dims.mixer, width) if dims.mixer else 0
     largest = max(_kv_bytes_of_layers(dims, width), default=0)  # of one layer
     moments: list[Components] = [
