@@ -180,7 +180,7 @@ def _settings(inputs: PlanInputs) -> tuple[Settings, dict[str, str]]:
     quantization, reasons["quantization"] = precision.quantization(inputs)
     settings = precision.smallest(inputs, quantization)
     reasons["compute_dtype"] = precision.compute_dtype(inputs, quantization)[1]
-    for key in ("optim", "offload_checkpoints", "offload_embeddings", "offload_experts"):
+    for key in ("offload_experts", "optim", "offload_checkpoints", "offload_embeddings"):
         value, reasons[key] = getattr(precision, key)(inputs, settings)
         settings = replace(settings, **{key: value})
     rank, reason = precision.rank(inputs, settings)

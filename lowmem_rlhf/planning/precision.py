@@ -171,6 +171,8 @@ def offload_embeddings(inputs: PlanInputs, settings: Settings) -> tuple[bool, st
 def offload_experts(inputs: PlanInputs, settings: Settings) -> tuple[bool, str]:
     """Choose to keep experts in host memory only when the smallest working set fits in no other way.
 
+    It is the most of what a mixture takes, so what else saves memory is chosen after it.
+
     Raises:
         UserError: it is pinned, and there are no experts, or they are not in NF4.
     """
@@ -191,9 +193,13 @@ def offload_experts(inputs: PlanInputs, settings: Settings) -> tuple[bool, str]:
     need = inputs.peak(settings)
     if need <= inputs.budget:
         return False, f"they fit: the smallest working set takes {gib(need)} of {gib(inputs.budget)} with them"
+    saving = replace(settings, optim="adamw_8bit", offload_checkpoints=True, offload_embeddings=True)
+    least = inputs.peak(with_rank(inputs, saving, LOWER_RANKS[-1]))
+    if least <= inputs.budget:
+        return False, f"what else saves memory makes them fit: {gib(least)} of {gib(inputs.budget)} at least"
     away = inputs.peak(replace(settings, offload_experts=True))
     return True, (
-        f"memory is short: {gib(away)} without the experts on the device against {gib(need)} with them; "
+        f"memory is short: {gib(away)} without the experts on the device against {gib(least)} at least with them; "
         f"{gib(expert_bytes(inputs.dims))} of host memory, from which each is fetched for its product, which is slow"
     )
 

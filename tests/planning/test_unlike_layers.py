@@ -75,6 +75,8 @@ def test_experts_leave_a_card_that_they_do_not_fit_on(recipe):
     dims = dimensions_from_config(QWEN3_MOE, "x")
     assert plan.fits and plan.settings.offload_experts and plan.settings.quantization == "nf4"
     assert "15.19 GiB of host memory" in plan.reasons["offload_experts"]
+    # with them away there is room: what else saves memory is not paid for
+    assert plan.settings.optim == "adamw" and not plan.settings.offload_embeddings and plan.settings.lora["r"] == 16
     assert plan.memory["host"]["experts"] == expert_bytes(dims) > 15 * 2**30
     assert large.fits and not large.settings.offload_experts and "experts" not in large.memory["host"]
     phases = [made.memory["phases"]["export"]["weights"] for made in (large, plan)]
