@@ -13,7 +13,8 @@ BIN := $(VENV)/bin
 QUIET := --quiet --disable-pip-version-check
 PIP := $(BIN)/python -m pip install $(QUIET) --constraint constraints.txt
 TORCH := $(shell grep '^torch==' constraints.txt)
-PYTEST := -m pytest -n 2 --dist loadfile
+# xdist by itself begins with the files of the most tests, and ends with one test of minutes (see tests/conftest.py)
+PYTEST := -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 # The folders that are left out hold whole runs; a test elsewhere that takes more than some seconds is marked `long`.
 FAST := -m "not slow and not long" $(addprefix --ignore=tests/,benchmarks export integration training)
 

