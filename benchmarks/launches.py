@@ -138,8 +138,9 @@ def stock(folder: Path, device: str, count: Callable[[], Any], rows: int) -> dic
         folder, dtype=torch.float16, quantization_config=settings, device_map={"": device}
     )
     model = get_peft_model(loaded, LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM"))
-    prompt = torch.tensor([PROMPT] * rows, device=device)
-    whole = torch.tensor([PROMPT + list(range(30 + row, 40 + row)) for row in range(rows)], device=device)
+    prompt = torch.tensor([PROMPT] * rows, dtype=torch.long, device=device)
+    answers = [list(range(30 + row, 40 + row)) for row in range(rows)]
+    whole = torch.tensor([PROMPT + answer for answer in answers], dtype=torch.long, device=device)
     targets = whole[:, len(PROMPT) :, None]
 
     def decode(length: int) -> None:

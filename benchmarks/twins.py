@@ -62,8 +62,11 @@ def _write(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 
 
+SMALL_CHAT = (f"model={SMOLLM2}", "hardware.device=cpu", "hardware.quantization=nf4")
+
+
 def _gpt(folder: Path) -> list[str]:
-    return [f"model={SMOLLM2}", "hardware.device=cpu", "hardware.quantization=nf4", "data.chat=false"]
+    return [*SMALL_CHAT, "data.chat=false"]
 
 
 def style_classifier(folder: Path) -> list[str]:
@@ -241,9 +244,7 @@ def sft_then_grpo(folder: Path) -> list[str]:
 def grpo_gsm8k(folder: Path) -> list[str]:
     """Return the overrides of this twin."""
     return [
-        f"model={SMOLLM2}",
-        "hardware.device=cpu",
-        "hardware.quantization=nf4",
+        *SMALL_CHAT,
         *_grpo_gsm8k(),
         f"rewards=[{{function: gsm8k_answer}}, {{function: think_format, weight: 0.2}}, {LENGTH}]",
     ]
@@ -267,9 +268,7 @@ def grpo_gemma_gsm8k(folder: Path) -> list[str]:
 def sft_chat(folder: Path) -> list[str]:
     """Return the overrides of this twin."""
     return [
-        f"model={SMOLLM2}",
-        "hardware.device=cpu",
-        "hardware.quantization=nf4",
+        *SMALL_CHAT,
         f"data.train={folder / 'chats.jsonl'}",
         "data.train_size=480",
         "data.eval_size=48",

@@ -52,8 +52,7 @@ def open_base(
     message(f"loading {recipe.model}{where}" if loaded is None else f"{recipe.model} is loaded already")
 
     experts = plan.memory.get("host", {}).get("experts", 0)
-    free = free_bytes(torch.device("cpu"))
-    if loaded is None and experts > free:
+    if loaded is None and experts and experts > (free := free_bytes(torch.device("cpu"))):
         raise UserError(
             f"hardware.offload_experts: the experts take {experts / 2**30:.1f} GiB of host memory and "
             f"{free / 2**30:.1f} GiB are free; close other programs, or take a smaller model"

@@ -106,3 +106,17 @@ def test_one_function_of_the_package_loads_a_base():
             if isinstance(node, ast.Attribute) and node.attr == "load" and ast.unparse(node.value) == "SharedBase":
                 found.append(file.relative_to(package).as_posix())
     assert found == ["inference/base.py"]
+
+
+def test_experts_that_the_host_has_no_room_for_get_a_sentence(monkeypatch, tmp_path):
+    from lowmem_rlhf.hardware import memory
+    from lowmem_rlhf.hardware.detect import cpu_device
+    from lowmem_rlhf.inference.base import open_base
+    from lowmem_rlhf.planning.plan import make_plan
+
+    recipe = tiny_recipe(save_tiny_model(tmp_path))
+    plan = make_plan(recipe, cpu_device(), "cpu")
+    monkeypatch.setattr(memory, "free_bytes", lambda device: 2**30)
+    crowded = replace(plan, memory={**plan.memory, "host": {"experts": 3 * 2**30}})
+    with pytest.raises(UserError, match=r"the experts take 3\.0 GiB of host memory and 1\.0 GiB are free"):
+        open_base(recipe, crowded)

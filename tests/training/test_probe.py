@@ -6,12 +6,15 @@ from dataclasses import replace
 import pytest
 import torch
 from tiny_models import save_tiny
+from tiny_runs import save_tiny_model, tiny_recipe
 
 from lowmem_rlhf.display.run_display import ConsoleDisplay
 from lowmem_rlhf.engine.base import SharedBase
+from lowmem_rlhf.engine.host_embedding import HostEmbedding
 from lowmem_rlhf.errors import UserError
 from lowmem_rlhf.hardware.capabilities import CPU_PROCESS_BYTES
 from lowmem_rlhf.hardware.detect import cpu_device
+from lowmem_rlhf.hardware.device import Device
 from lowmem_rlhf.planning.inputs import MARGIN
 from lowmem_rlhf.planning.plan import make_plan
 from lowmem_rlhf.planning.run_plan import planned
@@ -203,3 +206,24 @@ def test_an_estimate_that_does_not_fit_ends_only_a_run_without_a_probe(unknown, 
         train(recipe, tmp_path / "first")
     wanted = recipe.model_copy(update={"hardware": recipe.hardware.model_copy(update={"probe": True})})
     assert train(wanted, tmp_path / "second").metrics()
+
+
+@pytest.fixture(scope="module")
+def mixture(tmp_path_factory):
+    """A tiny mixture of experts whose embedding is no head."""
+    sizes = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64, "head_dim": 16}
+    folder = tmp_path_factory.mktemp("mixture")
+    return save_tiny_model(folder, 0, "qwen3_moe", **sizes, hidden_size=128, tie_word_embeddings=False)
+
+
+def test_a_second_plan_moves_embeddings_and_leaves_experts_where_they_were_loaded(mixture):
+    """What a plan says lies in host memory does, and what cannot leave the card any more is not counted as away."""
+    recipe = tiny_recipe(mixture, hardware={"device": "auto", "quantization": "nf4"})
+    card = Device("cuda:0", "RTX 4090", 2**34, 2**34, (8, 9), True)
+    base = SharedBase.load(str(mixture), torch.device("cpu"), "nf4", "float32", r=4)
+    plan = make_plan(recipe, card, "x")
+    assert not plan.settings.offload_embeddings and not plan.settings.offload_experts
+    made, probed = probing._again(base, recipe, plan, {}, 1e4)
+    assert made.settings.offload_embeddings and not made.settings.offload_experts
+    assert isinstance(base.model.get_input_embeddings(), HostEmbedding)
+    assert "offload_embeddings False -> True" in probed.said
