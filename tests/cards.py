@@ -1,8 +1,12 @@
 """The card that a test's process runs on: the virtual one, or the machine's own. Both answer to the same names."""
 
+import fcntl
 import importlib
+import os
 import sys
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -70,9 +74,35 @@ def card_of(argument: str) -> tuple[Any, str]:
     if argument == "cuda":
         return CudaCard(), "cuda:0"
     sys.path.insert(0, argument)
-    card = importlib.import_module("vcard")
+    with _one_builder():
+        card = importlib.import_module("vcard")
     _add_convolutions()
     return card, "vcard:0"
+
+
+@contextmanager
+def _one_builder() -> Iterator[None]:
+    """Compile the virtual card in a folder of its own, one process at a time.
+
+    torch marks a build that has begun by a file, which a process that is killed leaves behind: all later ones would
+    wait for it for ever. The lock taken here ends with its process, so whatever marks are found under it are such ones.
+    """
+    from torch.utils.cpp_extension import get_default_build_root
+
+    folder = Path(get_default_build_root()) / "lowmem_rlhf"
+    folder.mkdir(parents=True, exist_ok=True)
+    before = os.environ.get("TORCH_EXTENSIONS_DIR")
+    os.environ["TORCH_EXTENSIONS_DIR"] = str(folder)
+    with (folder / "builder").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        for left in folder.glob("*/lock"):
+            left.unlink()
+        try:
+            yield
+        finally:
+            os.environ.pop("TORCH_EXTENSIONS_DIR")
+            if before is not None:
+                os.environ["TORCH_EXTENSIONS_DIR"] = before
 
 
 def _add_convolutions() -> None:
