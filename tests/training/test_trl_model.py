@@ -112,6 +112,13 @@ def storages(module):
     return {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in found}
 
 
+def float_tensors() -> list[torch.Tensor]:
+    gc.collect()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return [x for x in gc.get_objects() if torch.is_tensor(x) and x.is_floating_point()]
+
+
 @pytest.mark.parametrize("start", [False, True])
 def test_policy_and_reference_are_one_base(wide, tmp_path, start):
     file = write_rows(tmp_path, BYTES)
@@ -124,6 +131,7 @@ def test_policy_and_reference_are_one_base(wide, tmp_path, start):
     weights, _ = load_base(str(wide), "nf4", "bfloat16", CPU)
     once = sum(storages(weights).values())
     del weights
+    before = float_tensors()  # of earlier tests in this process
     loop = loop_of(recipe, tmp_path)
     base = loop.base
     step(loop)
@@ -133,10 +141,8 @@ def test_policy_and_reference_are_one_base(wide, tmp_path, start):
     assert sum(p.numel() * p.element_size() for p in adapters.values()) == count * (4 + (2 if start else 0))
     assert sum(storages(base).values()) == once + count * (4 + (2 if start else 0))
     assert loop.trainer.model.base is loop.trainer.ref_model.base is base
-    gc.collect()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        floats = [x for x in gc.get_objects() if torch.is_tensor(x) and x.is_floating_point()]
+    there = {id(x) for x in before}
+    floats = [x for x in float_tensors() if id(x) not in there]
     shapes = {(layer.out_features, layer.in_features) for layer in base.adapter_layers()}
     own = {p.data_ptr() for p in base.peft.parameters()}
     assert not [x.shape for x in floats if tuple(x.shape) in shapes and x.data_ptr() not in own]
