@@ -23,7 +23,7 @@ from work import ROOT
 
 LAYERS = (2, 4)
 SIZES = {"hidden_size": 128, "intermediate_size": 256, "num_attention_heads": 4, "num_key_value_heads": 2}
-TOKENS = (4, 12)  # decoded in two runs, whose difference is that of so many tokens
+TOKENS = (9, 25)  # decoded in two runs, whose difference is that of so many tokens
 PROMPT = list(range(5, 25))
 SIDES = ("ours", "stock")
 
@@ -82,11 +82,15 @@ def save_model(folder: Path, layers: int) -> Path:
     from model_folders import byte_tokenizer
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    config = LlamaConfig(vocab_size=512, num_hidden_layers=layers, max_position_embeddings=256, **SIZES)
-    config.eos_token_id = None
+    tokenizer = byte_tokenizer()
+    tokenizer.eos_token = None  # nothing ends early
+    # a logit for each token, as Llama has; where some belong to none, drawing past them takes three kernels more
+    config = LlamaConfig(
+        vocab_size=len(tokenizer), num_hidden_layers=layers, max_position_embeddings=256, eos_token_id=None, **SIZES
+    )
     torch.manual_seed(0)
     LlamaForCausalLM(config).to(torch.float16).save_pretrained(folder)
-    byte_tokenizer().save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
     return folder
 
 
@@ -100,17 +104,17 @@ def ours(folder: Path, device: str, count: Callable[[], Any], rows: int) -> dict
     from lowmem_rlhf.engine.ladder import RolloutLimits
     from lowmem_rlhf.engine.passes import BatchLimits, completion_logprobs
     from lowmem_rlhf.engine.roles import POLICY
-    from lowmem_rlhf.rollout.engine import wave_engine
+    from lowmem_rlhf.rollout.continuous import ContinuousEngine
     from lowmem_rlhf.rollout.rollout import Completion, Rollout
     from lowmem_rlhf.rollout.sampling import Sampling
 
-    base = SharedBase.load(str(folder), torch.device(device), "nf4", "float16", r=8, lora_alpha=16)
+    base = SharedBase.load(str(folder), torch.device(device), "nf4", "float16", join=True, r=8, lora_alpha=16)
     limits, passes = RolloutLimits(rows, 512, 64), BatchLimits(1.0, 4096, 64)
     completions = [Completion(list(range(30 + row, 40 + row)), [-1.0] * 10, False) for row in range(rows)]
     batch = Rollout([PROMPT], completions, rows, advantages=[(-1.0) ** row for row in range(rows)])
 
     def decode(length: int) -> None:
-        wave_engine(base).generate([PROMPT], rows, length, Sampling(), limits, seed=0)
+        ContinuousEngine(base, capture=False).generate([PROMPT], rows, length, Sampling(), limits, seed=0)
 
     with base.role(POLICY):
         logps = completion_logprobs(base, batch.groups(range(rows)), passes)

@@ -76,7 +76,7 @@ def card_of(argument: str) -> tuple[Any, str]:
     sys.path.insert(0, argument)
     with _one_builder():
         card = importlib.import_module("vcard")
-    _add_convolutions()
+    _add_kernels()
     return card, "vcard:0"
 
 
@@ -105,8 +105,11 @@ def _one_builder() -> Iterator[None]:
                 os.environ["TORCH_EXTENSIONS_DIR"] = before
 
 
-def _add_convolutions() -> None:
-    """Let the virtual card, which has no kernel of them, compute convolutions by way of the CPU's."""
+def _add_kernels() -> None:
+    """Let the virtual card compute by way of the CPU what CUDA has kernels of and it has not.
+
+    Convolutions, and a norm as the one kernel that it is there.
+    """
     library = torch.library.Library("aten", "IMPL")
 
     def forward(x: Any, weight: Any, bias: Any, *rest: Any) -> Any:
@@ -118,6 +121,13 @@ def _add_convolutions() -> None:
         found = torch.ops.aten.convolution_backward(grad.cpu(), x.cpu(), weight.cpu(), None, *sizes, wanted)
         return tuple(None if one is None else one.to(x.device) for one in found)
 
+    def norm(x: Any, shape: Any, weight: Any, eps: Any) -> Any:
+        rows, dims = x.cpu().float(), tuple(range(-len(shape), 0))
+        scale = (rows.square().mean(dims, keepdim=True) + eps).rsqrt()
+        y = rows * scale if weight is None else rows * scale * weight.cpu().float()
+        return y.to(x.dtype).to(x.device), scale.to(x.device)
+
+    library.impl("_fused_rms_norm", norm, "PrivateUse1")
     library.impl("convolution_overrideable", forward, "PrivateUse1")
     library.impl("convolution_backward_overrideable", backward, "PrivateUse1")
     _LIBRARIES.append(library)

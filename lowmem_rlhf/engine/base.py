@@ -19,12 +19,12 @@ from lowmem_rlhf.architecture.stops import stop_ids_of, turn_end
 from lowmem_rlhf.architecture.vocabulary import missing_rows
 from lowmem_rlhf.engine.attention import NAME as ATTENTION
 from lowmem_rlhf.engine.attention import AttentionContext, NotPackable, PackedContext
-from lowmem_rlhf.engine.decode.products import set_decode_weights
+from lowmem_rlhf.engine.decode.products import join_codes, set_decode_weights
 from lowmem_rlhf.engine.decode.trial import try_fast_decoder
 from lowmem_rlhf.engine.fused import fuse
 from lowmem_rlhf.engine.grouped_lora import GroupedLoraLinear
 from lowmem_rlhf.engine.head_trial import tried_head
-from lowmem_rlhf.engine.host_embedding import embeddings_to_host
+from lowmem_rlhf.engine.host_embedding import HostEmbedding, embeddings_to_host
 from lowmem_rlhf.engine.load import load_base
 from lowmem_rlhf.engine.lora import ActiveAdapters, SharedLoraLinear, lora_config
 from lowmem_rlhf.engine.mixers import pack_mixers
@@ -95,6 +95,7 @@ class SharedBase(Roles):
         self._check_adapted(model, target_modules)
         self.model: PreTrainedModel = self.peft.get_base_model()  # type: ignore[assignment]
         _switch_dropout_off(self.model)
+        _need_no_mask(self.model)
         training_modes(self.model)
         fuse(self.model, self.dtype)
         if is_wide(self.model, self.dtype):
@@ -124,6 +125,21 @@ class SharedBase(Roles):
     def layout(self) -> Layout:
         """How groups become batches."""
         return PACKED if self.packable else PADDED
+
+    @property
+    def captures(self) -> bool:
+        """Whether nothing in a decoding pass is known to wait for the device, so that it may become a graph.
+
+        LLM.int8 looks for outliers, experts are looked up by the tokens that they get, and embeddings or experts in
+        host memory are copied from there; rotary factors may depend on the longest text (`rotary_limit`).
+        """
+        waits = any(
+            isinstance(module, HostEmbedding)
+            or type(module).__name__.endswith("Experts")
+            or hasattr(getattr(module, "weight", None), "CB")
+            for module in self.model.modules()
+        )
+        return not waits and self.rotary_limit is None
 
     def pad(self, why: str) -> None:
         """Take the padded path from now on, for the reason that ends the sentence "it cannot be packed"."""
@@ -205,6 +221,7 @@ class SharedBase(Roles):
         trust_remote_code: bool = False,
         offload_embeddings: bool = False,
         offload_experts: bool = False,
+        join: bool = False,
         **adapter: Any,
     ) -> "SharedBase":
         """Load the base once (see `load_base`) and add the policy adapter.
@@ -212,6 +229,7 @@ class SharedBase(Roles):
         Args:
             offload_embeddings: the token embedding lies in host memory (see `host_embedding`).
             offload_experts: experts in NF4 do (see `experts`).
+            join: NF4 weights of layers with one input lie in one tensor, to be multiplied at once while decoding.
 
         Raises:
             UserError: the model cannot be loaded, or cannot serve as a shared base.
@@ -220,6 +238,8 @@ class SharedBase(Roles):
             model, quantization, compute_dtype, device, revision, trust_remote_code, offload_experts
         )
         base = cls(loaded, tokenizer, model_id=model, **adapter)
+        for group in base.grouped_layers if join else ():
+            join_codes(group)
         if offload_embeddings:
             embeddings_to_host(base.model)
         return base
@@ -281,17 +301,27 @@ class SharedBase(Roles):
             tensor.grad, tensor.data = None, tensor.data.new_empty(0)
 
     @contextmanager
-    def decoding(self, dequantize: bool) -> Iterator["SharedBase"]:
+    def decoding(self, dequantize: bool, join: bool = True) -> Iterator["SharedBase"]:
         """Hold NF4 weights inside the block in a form for decoding (see `set_decode_weights`)."""
         try:
             for group in self.grouped_layers:
-                set_decode_weights(group, self.dtype, dequantize)
+                set_decode_weights(group, self.dtype, dequantize, join)
             yield self
         finally:
             for group in self.grouped_layers:
                 group.set_decode_product(None)
             if self.fast_decoder is not None:
                 self.fast_decoder.forget()
+
+    def hold(self) -> None:
+        """Keep what a captured decoding pass of this role reads at one place in memory, until `let_go`."""
+        for group in self.grouped_layers:
+            group.hold(self.dtype)
+
+    def let_go(self) -> None:
+        """End what `hold` began."""
+        for group in self.grouped_layers:
+            group.let_go()
 
     def states(self, batch: PackedBatch) -> torch.Tensor:
         """Return the last hidden states (T, H) of a batch of this base's layout, in this role."""
@@ -414,6 +444,13 @@ def _decoder_of(model: PreTrainedModel) -> nn.Module:
 
 def _is_ours(module: Any) -> bool:
     return isinstance(module, SharedLoraLinear)
+
+
+def _need_no_mask(model: PreTrainedModel) -> None:
+    """Let no module look for padding in what it reads, for which the host would wait at every pass: none is there."""
+    for module in model.modules():
+        if hasattr(module, "warn_if_padding_and_no_attention_mask"):
+            module.warn_if_padding_and_no_attention_mask = lambda *args, **kwargs: None  # type: ignore[assignment]
 
 
 def _switch_dropout_off(model: nn.Module) -> None:

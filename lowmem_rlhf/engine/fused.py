@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from lowmem_rlhf.engine.trial import norm_weights, simple_attributes, trial_rows, twin, within_rounding
+from lowmem_rlhf.hardware.capabilities import capabilities
 from lowmem_rlhf.hardware.memory import is_out_of_memory
 
 GATED_MLP = {"gate_proj", "up_proj", "down_proj", "act_fn"}  # the parts of one
@@ -28,9 +29,14 @@ OFFSETS = (0.0, 1.0)  # what a norm adds to its weight: nothing (Llama) or one (
 
 
 def _normed(x: torch.Tensor, scale: torch.Tensor, eps: float) -> torch.Tensor:
-    """Norm, rounded where the stock module rounds: before a scale of x's dtype, after an fp32 one (Gemma's 1 + w)."""
+    """Norm, rounded where the stock module rounds: before a scale of x's dtype, after an fp32 one (Gemma's 1 + w).
+
+    With a scale of x's dtype a card has one kernel for all of it, which rounds once.
+    """
     if scale.dtype == x.dtype:
-        return F.rms_norm(x, x.shape[-1:], None, eps).mul_(scale)
+        if capabilities(x.device).on_cpu:
+            return F.rms_norm(x, x.shape[-1:], None, eps).mul_(scale)
+        return F.rms_norm(x, x.shape[-1:], scale, eps)
     return F.rms_norm(x.float(), x.shape[-1:], scale, eps).to(x.dtype)
 
 

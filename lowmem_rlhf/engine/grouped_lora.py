@@ -41,6 +41,14 @@ class Adapters:
     scaled: list[list[tuple[int, float]]]
     block: torch.Tensor | None = None
 
+    def take_over(self, other: "Adapters") -> "Adapters":
+        """Write the numbers of others of the same shapes into these; return these."""
+        for mine, new in zip((self.a, *self.b), (other.a, *other.b), strict=True):
+            mine.copy_(new)
+        if self.block is not None and other.block is not None:
+            self.block.copy_(other.block)
+        return self
+
     def of_layers(self) -> tuple[list[slice], list[torch.Tensor], list[list[tuple[int, float]]]]:
         """Return what there is for each layer: columns, B, ranks and scalings."""
         return self.columns, self.b, self.scaled
@@ -60,6 +68,8 @@ class GroupedLoraLinear:
         self._waiting: dict[Any, torch.Tensor] = {}
         self._masters: dict[tuple[str, ...], list[torch.Tensor]] = {}  # A and B of each layer and adapter
         self._cached: tuple[Any, Adapters | None] = (None, None)
+        self._held: dict[tuple[tuple[str, ...], torch.dtype], Adapters] = {}  # by adapters and dtype
+        self.joined: Product | None = None  # of NF4 weights that lie in one tensor, while something holds it
 
     def output(self, layer: "SharedLoraLinear", x: torch.Tensor) -> torch.Tensor:
         """Return the output (..., out) of one of the layers for x (..., in)."""
@@ -121,8 +131,27 @@ class GroupedLoraLinear:
             self._masters[names] = masters
         key = (names, version, sum([w._version for w in masters]), dtype, masters[0].device)
         if self._cached[0] != key:
-            self._cached = (key, self._copies(names, dtype))
+            copies = self._copies(names, dtype)
+            if (held := self._held.get((names, dtype))) is not None:
+                copies = held.take_over(copies)
+            self._cached = (key, copies)
         return self._cached[1]
+
+    def hold(self, dtype: torch.dtype) -> None:
+        """Keep the current role's adapters at one place in memory, where new values are written from now on.
+
+        So does a product for decoding that is not a copy of the weights: a captured graph reads both again and again.
+        """
+        names = self.layers[0].active.names
+        if names and (names, dtype) not in self._held:
+            adapters = self.adapters_now(dtype)
+            assert adapters is not None
+            self._held[names, dtype] = adapters
+
+    def let_go(self) -> None:
+        """End what `hold` began."""
+        self._held.clear()
+        self.joined = None
 
     @torch.no_grad()
     def _copies(self, names: Sequence[str], dtype: torch.dtype) -> Adapters:

@@ -33,12 +33,14 @@ class RolloutLimits:
         prefill_tokens: prompt tokens in one prefill.
         tile: rows in one logits tile.
         copy_weights: whether an engine may hold a 16-bit copy of quantized weights, as the plan may have it.
+        keep_graphs: whether an engine may keep its graphs, and the caches that they read, until the next rollout.
     """
 
     rows: int
     prefill_tokens: int
     tile: int
     copy_weights: bool = True
+    keep_graphs: bool = False
 
 
 @dataclass(frozen=True)
@@ -73,6 +75,7 @@ class Ladder:
         score_batch_tokens: tokens of a micro-batch without gradients.
         logits_tile_tokens: positions of a logits tile, which does not shrink.
         temperature: at which the log-probs of passes are taken.
+        keep_graphs: whether an engine may keep graphs from one rollout to the next.
 
     Attributes:
         savings: what is taken when sizes are at their least, in this order.
@@ -90,9 +93,11 @@ class Ladder:
         score_batch_tokens: int,
         logits_tile_tokens: int,
         temperature: float = 1.0,
+        keep_graphs: bool = False,
     ) -> None:
         self.device, self.temperature, self.tile = device, temperature, logits_tile_tokens
         self.prefill_tokens = micro_batch_tokens
+        self.keep_graphs = keep_graphs
         self.rollout_batch_size = rollout_batch_size
         self.micro_batch_tokens = micro_batch_tokens
         self.score_batch_tokens = score_batch_tokens
@@ -116,6 +121,7 @@ class Ladder:
             score_batch_tokens=settings.score_batch_tokens,
             logits_tile_tokens=settings.logits_tile_tokens,
             temperature=temperature,
+            keep_graphs=settings.keep_graphs,
         )
 
     @property
@@ -133,10 +139,13 @@ class Ladder:
         Raises:
             RunError: not even one completion at a time fits.
         """
-        copies = lambda: self._taken.get("rollout_weights") != "quantized"  # noqa: E731
-        return self.run(
-            "rollout", lambda rows: work(RolloutLimits(rows, self.prefill_tokens, self.tile, copies())), say
-        )
+
+        def limits(rows: int) -> RolloutLimits:
+            copies = self._taken.get("rollout_weights") != "quantized"
+            keep = self.keep_graphs and "keep_graphs" not in self._taken
+            return RolloutLimits(rows, self.prefill_tokens, self.tile, copies, keep)
+
+        return self.run("rollout", lambda rows: work(limits(rows)), say)
 
     def update(self, work: Callable[[BatchLimits], T], say: Callable[[str], None]) -> T:
         """Run passes with gradients, cut into smaller micro-batches when memory runs out.

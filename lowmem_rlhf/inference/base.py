@@ -68,6 +68,7 @@ def open_base(
             recipe.trust_remote_code,
             plan.settings.offload_embeddings,
             plan.settings.offload_experts,
+            plan.settings.rollout_weights == "joined",
             **shape,
         )
 

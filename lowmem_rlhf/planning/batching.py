@@ -5,7 +5,8 @@ from dataclasses import replace
 
 from lowmem_rlhf.errors import UserError
 from lowmem_rlhf.planning.inputs import PINNED, PlanInputs, gib
-from lowmem_rlhf.planning.memory.resident import MIB, Settings
+from lowmem_rlhf.planning.memory.resident import MIB, Memory, Settings
+from lowmem_rlhf.planning.memory.rollout import decodes_by_graphs
 from lowmem_rlhf.planning.shapes import group_tokens, length_keys, row_tokens, samples_completions, step_tokens
 
 MICRO_BATCH_CAP = {"cpu": 4096, "gpu": 16384}  # a CPU gains nothing from more: the activations fall out of its caches
@@ -152,14 +153,15 @@ def rollout_weights(inputs: PlanInputs, settings: Settings) -> tuple[str, str]:
     trained one. On a CPU it saves dequantizing every weight for every token, unless 4-bit weights are multiplied there
     (AVX-512 bf16): by our own product (a rollout of 16 rows took 0.83 of its time with a copy,
     `benchmarks/techniques.py`), or by bitsandbytes', at few rows. On a GPU bitsandbytes multiplies 4-bit weights
-    directly; too few steps were measured there to say which is faster, so it is left to the recipe.
+    directly; too few steps were measured there to say which is faster, so it is left to the recipe. There q, k and v,
+    and gate and up, are one product each where the scales that this takes fit.
     """
     if pinned := inputs.pinned("rollout_weights"):
         return pinned, PINNED
     if settings.quantization != "nf4" or not samples_completions(inputs.recipe):
         return "quantized", "the weights are not 4-bit" if settings.quantization != "nf4" else "nothing is sampled"
     if not inputs.on_cpu:
-        return "quantized", "a GPU multiplies 4-bit weights directly"
+        return _joined_weights(inputs, settings)
     fast = inputs.device.multiplies_four_bit(settings.compute_dtype)
     if fast and inputs.device.compiler:
         return "quantized", "this CPU multiplies 4-bit weights as they lie, faster than a 16-bit copy"
@@ -170,6 +172,30 @@ def rollout_weights(inputs: PlanInputs, settings: Settings) -> tuple[str, str]:
     if need > inputs.budget:
         return "quantized", f"with a 16-bit copy the rollout would take {gib(need)} of {gib(inputs.budget)}"
     return "dequantized", f"a 16-bit copy saves dequantizing for every token; the rollout takes {gib(need)} with it"
+
+
+def keep_graphs(inputs: PlanInputs, settings: Settings) -> tuple[bool, str]:
+    """Choose whether a rollout begins with the graphs and caches of the one before: where the update leaves room."""
+    memory = Memory(inputs.dims, inputs.recipe, settings, inputs.device)
+    if not samples_completions(inputs.recipe) or not decodes_by_graphs(memory):
+        return False, "tokens are not decoded by graphs"
+    if settings.rollout_weights == "dequantized":
+        return False, "graphs read the 16-bit copy of the weights, which is made anew for each rollout"
+    if (pinned := inputs.pinned("keep_graphs")) is not None:
+        return pinned, PINNED
+    need = inputs.peak(replace(settings, keep_graphs=True), "scoring", "update", "optimizer")
+    if need > inputs.budget:
+        return False, f"beside them the update would take {gib(need)} of {gib(inputs.budget)}"
+    return True, f"beside them the update takes {gib(need)} of {gib(inputs.budget)}"
+
+
+def _joined_weights(inputs: PlanInputs, settings: Settings) -> tuple[str, str]:
+    if not inputs.device.capabilities.graphs:
+        return "quantized", "a GPU multiplies 4-bit weights directly"
+    need = inputs.peak(replace(settings, rollout_weights="joined"), "rollout")
+    if need > inputs.budget:
+        return "quantized", f"joined, the rollout would take {gib(need)} of {gib(inputs.budget)}"
+    return "joined", "a GPU multiplies 4-bit weights directly, and those of layers with one input at once"
 
 
 def _pinned_tokens(inputs: PlanInputs, key: str, least: int) -> int | None:

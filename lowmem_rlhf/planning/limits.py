@@ -8,6 +8,8 @@ CAPPED_SCORES = 1 << 22  # scores at once where they have a soft cap: about 80 M
 COMPLETION_BLOCK = 32  # tokens by which the room for completions grows: shapes change once in a block
 KERNEL_ROWS = 64  # of bitsandbytes' 4-bit product on a CPU; with more, dequantizing once and a plain product is faster
 FOUR_BIT_ROWS = 128  # of our own 4-bit product on a CPU; with more, torch on the weights made dense is faster
+LOOK = 8  # tokens that a card decodes before the host looks at what was written
+SLOT_BLOCK = 64  # tokens by which the room of a slot, and what of it a pass reads, is rounded up
 MIXED_TOKENS = 512  # tokens of which a recurrence makes copies in fp32 at once; a multiple of its chunks of 64
 
 
@@ -17,3 +19,16 @@ def scan_chunk(length: int) -> int:
     Rows are filled up to it, and a chunk takes scores of its length squared: a model's own 256 would be mostly padding.
     """
     return min(64, max(16, 1 << (length - 1).bit_length()))
+
+
+def slot_room(prompt: int, completion: int) -> int:
+    """Return the tokens of a slot: a prompt, a completion, and what a slot that has ended writes until it is seen."""
+    return -(-(prompt + completion + LOOK) // SLOT_BLOCK) * SLOT_BLOCK
+
+
+def seen_room(tokens: int, room: int) -> int:
+    """Return how much of a slot's room a pass reads that has to see so many tokens; one graph serves for each."""
+    seen = SLOT_BLOCK
+    while seen < tokens:
+        seen += max(SLOT_BLOCK, seen // 2 // SLOT_BLOCK * SLOT_BLOCK)
+    return min(seen, room)

@@ -192,6 +192,7 @@ def _settings(inputs: PlanInputs) -> tuple[Settings, dict[str, str]]:
         "score_batch_tokens",
         "rollout_batch_size",
         "rollout_weights",
+        "keep_graphs",
     ):
         value, reasons[key] = getattr(batching, key)(inputs, settings)
         settings = replace(settings, **{key: value})

@@ -70,6 +70,7 @@ def smallest(inputs: PlanInputs, quantization: str) -> Settings:
         score_batch_tokens=inputs.pinned("score_batch_tokens") or tokens,
         rollout_batch_size=inputs.pinned("rollout_batch_size") or 1,
         rollout_weights=inputs.pinned("rollout_weights") or "quantized",
+        keep_graphs=bool(inputs.pinned("keep_graphs")),
         logits_tile_tokens=logits_tile_tokens(inputs)[0],
         optim=inputs.pinned("optim") or "adamw",
         lora={"r": rank, "lora_alpha": lora.alpha(rank), "target_modules": lora.target_modules},

@@ -150,5 +150,10 @@ def prompts_at_once(recipe: Recipe, rows: int) -> int:
 
 def rollout_rows(recipe: Recipe, rollout_batch_size: int) -> int:
     """Completions at once: no more than a step, or the evaluation, has."""
+    return min(rollout_batch_size, all_rows(recipe))
+
+
+def all_rows(recipe: Recipe) -> int:
+    """Completions of a step, or of the evaluation where that has more."""
     step = recipe.training.prompts_per_step * recipe.generation.num_generations if recipe.spec.samples else 0
-    return min(rollout_batch_size, max(step, recipe.data.eval_size * recipe.evaluation.num_samples))
+    return max(step, recipe.data.eval_size * recipe.evaluation.num_samples)

@@ -112,7 +112,8 @@ class HardwareConfig(Section):
     score_batch_tokens: Annotated[CountOrAuto, BATCHING] = "auto"  # of passes without gradients
     rollout_batch_size: Annotated[CountOrAuto, BATCHING] = "auto"  # completions generated at once
     # of an NF4 base while it samples
-    rollout_weights: Annotated[Literal["auto", "quantized", "dequantized"], WHERE] = "auto"
+    rollout_weights: Annotated[Literal["auto", "quantized", "joined", "dequantized"], WHERE] = "auto"
+    keep_graphs: Annotated[bool | Auto, WHERE] = "auto"  # of decoding passes and their caches, from rollout to rollout
     logits_tile_tokens: Annotated[CountOrAuto, BATCHING] = "auto"
     optim: Annotated[Literal["auto", "adamw", "adamw_8bit"], PRECISION] = "auto"
     # hold the model against stock transformers (auto: not tested types), and its weights at the end against the start's

@@ -1,8 +1,9 @@
 """The engine of a rollout: what the trainer and held-out evaluation ask for completions.
 
-Two engines sample on the shared base: `SharedPromptEngine` for models that can be packed, `OwnCacheEngine` for those
-that cannot. `register_engine` adds one of your own. What a rollout takes is told to the planner by a function without
-torch (`planning.memory.rollout.ROLLOUT_BYTES`), since a plan is made before anything is loaded.
+Three engines sample on the shared base. For models that can be packed there are `ContinuousEngine`, on cards that
+replay graphs, and `SharedPromptEngine`; `OwnCacheEngine` is for those that cannot. `register_engine` adds your own.
+What a rollout takes is told to the planner by a function without torch (`planning.memory.rollout.ROLLOUT_BYTES`), since
+a plan is made before anything is loaded.
 
 Shapes: B prompts, G completions a prompt.
 """
@@ -13,8 +14,11 @@ from typing import Protocol
 from lowmem_rlhf.engine.base import SharedBase
 from lowmem_rlhf.engine.ladder import RolloutLimits
 from lowmem_rlhf.errors import UserError
+from lowmem_rlhf.hardware.capabilities import capabilities
 from lowmem_rlhf.planning.memory.rollout import ROLLOUT_BYTES, RolloutBytes, check_engine, shared_base_bytes
 from lowmem_rlhf.progress import ProgressCallback
+from lowmem_rlhf.rollout.continuous import ContinuousEngine
+from lowmem_rlhf.rollout.graphs import can_capture
 from lowmem_rlhf.rollout.own_cache import OwnCacheEngine
 from lowmem_rlhf.rollout.rollout import Completion
 from lowmem_rlhf.rollout.sampling import Sampling
@@ -66,7 +70,11 @@ class Engine(Protocol):
 
 EngineFactory = Callable[[SharedBase, bool | None], Engine]  # base, and whether NF4 weights are unpacked while sampling
 
-ENGINES: dict[str, EngineFactory] = {"shared_prompt": SharedPromptEngine, "own_cache": OwnCacheEngine}
+ENGINES: dict[str, EngineFactory] = {
+    "continuous": ContinuousEngine,
+    "shared_prompt": SharedPromptEngine,
+    "own_cache": OwnCacheEngine,
+}
 
 
 def register_engine(name: str, make: EngineFactory, rollout_bytes: RolloutBytes = shared_base_bytes) -> None:
@@ -96,14 +104,21 @@ def engine_for(base: SharedBase, name: str = "auto", dequantize: bool | None = N
         UserError: there is no such engine, or the model cannot be sampled with it.
     """
     check_engine(name)
-    own = wave_engine(base, dequantize)
-    if name == "auto" or ENGINES[name] is type(own):
-        return own
-    if ENGINES[name] in (SharedPromptEngine, OwnCacheEngine):
+    if name == "auto":
+        return own_engine(base, dequantize)
+    packs = (ContinuousEngine, SharedPromptEngine)
+    if (ENGINES[name] in packs and not base.packable) or (ENGINES[name] is OwnCacheEngine and base.packable):
         raise UserError(f"generation.engine: {name} is not for {base.model_id!r}; leave it at auto")
     return ENGINES[name](base, dequantize)
 
 
 def wave_engine(base: SharedBase, dequantize: bool | None = None) -> WaveEngine:
-    """Return the engine of this package that suits a model: a prompt's keys are shared where it can be packed."""
+    """Return the engine of waves that suits a model: a prompt's keys are shared where it can be packed."""
     return SharedPromptEngine(base, dequantize) if base.packable else OwnCacheEngine(base, dequantize)
+
+
+def own_engine(base: SharedBase, dequantize: bool | None = None) -> Engine:
+    """Return the engine of this package that suits a model and its device: graphs where passes can be captured."""
+    if capabilities(base.device).graphs and can_capture(base.device) and base.packable and base.captures:
+        return ContinuousEngine(base, dequantize)
+    return wave_engine(base, dequantize)

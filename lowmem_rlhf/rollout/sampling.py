@@ -8,6 +8,8 @@ from dataclasses import dataclass
 
 import torch
 
+LARGEST = 1 - 2**-23  # of the uniform numbers: times any fp32 number it is a smaller one
+
 
 @dataclass(frozen=True)
 class Sampling:
@@ -20,7 +22,11 @@ class Sampling:
 
 
 def draw(
-    logits: torch.Tensor, uniforms: torch.Tensor, sampling: Sampling, missing: torch.Tensor | None = None
+    logits: torch.Tensor,
+    uniforms: torch.Tensor,
+    sampling: Sampling,
+    missing: torch.Tensor | None = None,
+    into: tuple[torch.Tensor, torch.Tensor] | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return token ids and their log-probs, fp32, shaped as the uniforms: (R,), or (R, U) for U draws of each row.
 
@@ -29,28 +35,30 @@ def draw(
 
     Args:
         logits: (R, V) in the compute dtype or fp32. Where they are not finite the log-prob is not either.
-        uniforms: (R,) or (R, U) in [0, 1).
+        uniforms: (R,) or (R, U) from 0 to `LARGEST`.
         missing: (V,) bool, logits that belong to no token and are never drawn.
+        into: where ids and log-probs of (R, U) are written; they are what is returned then.
     """
     if uniforms.dim() == 1:
         token, chosen = draw(logits, uniforms[:, None], sampling, missing)
         return token[:, 0], chosen[:, 0]
+    into_token, into_chosen = (None, None) if into is None else into
     if sampling.temperature == 0:
         logp = torch.log_softmax(logits, dim=-1, dtype=torch.float32)
         best, token = _allowed(logp, missing).max(dim=-1, keepdim=True)
-        return token.expand_as(uniforms), best.expand_as(uniforms)
+        if into is None:
+            return token.expand_as(uniforms), best.expand_as(uniforms)
+        return into[0].copy_(token), into[1].copy_(best)
     scaled = logits if sampling.temperature == 1 else logits.float() / sampling.temperature
     logp = scaled.log_softmax(dim=-1, dtype=torch.float32)
     probs = _probabilities(logp, missing)
     if sampling.top_k or sampling.top_p < 1 or sampling.min_p:
         probs = _truncate(probs, sampling)
     total = probs.cumsum_(dim=-1)  # (R, V)
-    # u < 1 and side "right" never choose a token of probability zero
-    goal = (uniforms.to(total.dtype) * total[:, -1:]).clamp_(
-        max=torch.nextafter(total[:, -1:], torch.zeros_like(total[:, -1:]))
-    )
-    token = torch.searchsorted(total, goal, right=True).clamp_(max=total.shape[-1] - 1)  # NaN: V
-    return token, logp.gather(-1, token)
+    # with `LARGEST` the goal is below the total, and side "right" never chooses a token of probability zero
+    token = torch.searchsorted(total, uniforms * total[:, -1:], right=True)
+    token = torch.clamp(token, max=total.shape[-1] - 1, out=into_token)  # NaN: V
+    return token, torch.gather(logp, -1, token, out=into_chosen)
 
 
 def _allowed(logp: torch.Tensor, missing: torch.Tensor | None) -> torch.Tensor:

@@ -6,6 +6,7 @@ Shapes: B prompts, G completions a prompt, H hidden.
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 
@@ -69,21 +70,14 @@ def prefill(
     layers: dict[int, list[tuple[torch.Tensor, torch.Tensor]]] = {}
     states: dict[StateKey, list[torch.Tensor]] = {}
     last: list[torch.Tensor] = []
-    for chunk in _chunks(prompts, max_tokens):
-        batch = pack([Group(prompt, [], []) for prompt in chunk], base.device)
-        context = PackedContext(batch.buckets, base.device, keep=True)
-        hidden = base.hidden_states(batch.input_ids, batch.position_ids, context)
-        spans = [(end + 1 - len(p), end + 1) for p, end in zip(chunk, batch.prompt_ends, strict=True)]
-        last += [hidden[end - 1] for _, end in spans]
-        for layer, (k, v) in (context.kept or {}).items():
-            pairs = layers.setdefault(layer, [])
-            pairs += [(k[:, a:b].clone(), v[:, a:b].clone()) for a, b in spans]  # copies: the packed row is freed
-            del k, v
-        place = {end: i for i, end in enumerate(sorted(batch.prompt_ends))}
-        order = torch.tensor([place[end] for end in batch.prompt_ends], dtype=torch.long, device=base.device)
-        for key, state in context.states.items():
-            states.setdefault(key, []).append(state.index_select(0, order))
-        del context, hidden
+    for chunk in prompt_chunks(prompts, max_tokens):
+        run = run_prompts(base, chunk)
+        last += run.hidden
+        for layer in list(run.keys):
+            layers.setdefault(layer, []).extend(run.keys.pop(layer))
+        for key, state in run.states.items():
+            states.setdefault(key, []).append(state)
+        del run
     cache = SharedPromptCache(
         layers,
         {key: torch.cat(states.pop(key)) for key in list(states)},
@@ -95,11 +89,43 @@ def prefill(
     return cache, torch.stack(last)
 
 
-def _chunks(prompts: Sequence[Sequence[int]], max_tokens: int) -> list[list[Sequence[int]]]:
-    chunks: list[list[Sequence[int]]] = [[]]
+@dataclass
+class PromptRun:
+    """What a pass over packed prompts leaves for decoding.
+
+    Attributes:
+        hidden: the last hidden state (H,) of each prompt.
+        keys: by layer the keys and values of each prompt, (nkv, P, d) pairs of their own memory.
+        states: the prompts' final states, (B, ..).
+    """
+
+    hidden: list[torch.Tensor]
+    keys: dict[int, list[tuple[torch.Tensor, torch.Tensor]]]
+    states: dict[StateKey, torch.Tensor]
+
+
+def run_prompts(base: SharedBase, prompts: Sequence[Sequence[int]]) -> PromptRun:
+    """Run prompts in one packed pass."""
+    batch = pack([Group(prompt, [], []) for prompt in prompts], base.device)
+    context = PackedContext(batch.buckets, base.device, keep=True)
+    hidden = base.hidden_states(batch.input_ids, batch.position_ids, context)
+    spans = [(end + 1 - len(p), end + 1) for p, end in zip(prompts, batch.prompt_ends, strict=True)]
+    keys: dict[int, list[tuple[torch.Tensor, torch.Tensor]]] = {}
+    for layer, (k, v) in (context.kept or {}).items():
+        keys[layer] = [(k[:, a:b].clone(), v[:, a:b].clone()) for a, b in spans]  # copies: the packed row is freed
+        del k, v
+    place = {end: i for i, end in enumerate(sorted(batch.prompt_ends))}
+    order = torch.tensor([place[end] for end in batch.prompt_ends], dtype=torch.long, device=base.device)
+    states = {key: state.index_select(0, order) for key, state in context.states.items()}
+    return PromptRun([hidden[end - 1] for _, end in spans], keys, states)
+
+
+def prompt_chunks(prompts: Sequence[Sequence[int]], max_tokens: int) -> list[list[Sequence[int]]]:
+    """Divide prompts, in their order, into parts of at most ``max_tokens`` (or one prompt)."""
+    chunks: list[list[Sequence[int]]] = []
     tokens = 0
     for prompt in prompts:
-        if chunks[-1] and tokens + len(prompt) > max_tokens:
+        if not chunks or tokens + len(prompt) > max_tokens:
             chunks.append([])
             tokens = 0
         chunks[-1].append(prompt)

@@ -20,7 +20,7 @@ from lowmem_rlhf.engine.logprobs import tiles
 from lowmem_rlhf.errors import RunError
 from lowmem_rlhf.progress import ProgressCallback
 from lowmem_rlhf.rollout.rollout import Completion
-from lowmem_rlhf.rollout.sampling import Sampling, draw
+from lowmem_rlhf.rollout.sampling import LARGEST, Sampling, draw
 
 COMPACT_BELOW = 0.75  # rows leave once no more than this share of the batch is still being written
 
@@ -68,7 +68,7 @@ class WaveEngine(ABC):
         uniforms = drawn_ahead(len(prompts) * num_generations, max_completion_length, seed)
         completions: list[Completion | None] = [None] * len(uniforms)
         copies = None if self.dequantize is None else self.dequantize and limits.copy_weights
-        with nullcontext() if copies is None else self.base.decoding(copies):
+        with nullcontext() if copies is None else self.base.decoding(copies, limits.copy_weights):
             for wave in self.waves(prompts, num_generations, max_completion_length, limits.rows):
                 self._write(prompts, wave, uniforms, sampling, limits, completions, progress)
         complete = [c for c in completions if c is not None]
@@ -144,9 +144,9 @@ class WaveEngine(ABC):
 
 
 def drawn_ahead(rows: int, length: int, seed: int) -> torch.Tensor:
-    """Return a uniform number for every token of every completion, (rows, length) fp32 on the CPU."""
+    """Return a uniform number up to `LARGEST` for every token of every completion, (rows, length) fp32 on the CPU."""
     generator = torch.Generator(device="cpu").manual_seed(seed)
-    return torch.rand((rows, length), generator=generator, dtype=torch.float32, device="cpu")
+    return torch.rand((rows, length), generator=generator, dtype=torch.float32, device="cpu").clamp_(max=LARGEST)
 
 
 def check_finite(base: SharedBase, logps: Sequence[float], t: int) -> None:

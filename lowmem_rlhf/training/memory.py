@@ -28,7 +28,7 @@ _ALL = frozenset({"rollout", "scoring", "update", "optimizer"})
 def savings_of(base: SharedBase, settings: Settings) -> list[Saving]:
     """Return what saves memory at a price and is not taken yet, the cheapest first."""
     found: list[Saving] = []
-    if settings.rollout_weights == "dequantized":
+    if settings.rollout_weights != "quantized":
         found.append(Saving(_ROLLOUT, "rollout_weights", "quantized", lambda: None))  # the limits say it
     if settings.gradient_checkpointing is not True:
         recompute = lambda: base.set_gradient_checkpointing(True, settings.offload_checkpoints)  # noqa: E731

@@ -12,7 +12,7 @@ from typing import Any, Protocol
 from lowmem_rlhf.data.prompts import Example
 from lowmem_rlhf.data.stream import PromptStream
 from lowmem_rlhf.engine.base import SharedBase
-from lowmem_rlhf.engine.ladder import Ladder, RolloutLimits
+from lowmem_rlhf.engine.ladder import Ladder, RolloutLimits, Saving
 from lowmem_rlhf.engine.roles import POLICY
 from lowmem_rlhf.planning.plan import Plan
 from lowmem_rlhf.progress import Progress
@@ -28,6 +28,7 @@ from lowmem_rlhf.training.metrics import Seen, rollout_metrics, samples, silent_
 from lowmem_rlhf.training.roles import share_ladder
 from lowmem_rlhf.training.sampling_check import SamplingCheck
 
+NOT_ROLLOUT = frozenset({"scoring", "update", "optimizer"})
 SEEN = "seen"  # the name of `Trainer.seen` in a checkpoint
 
 
@@ -74,6 +75,8 @@ class CompletionEvaluator:
         share_ladder(rewards, ladder)
         dequantize = plan.settings.rollout_weights == "dequantized"
         self.engine: Engine = engine_for(base, recipe.generation.engine, dequantize)
+        if ladder.keep_graphs and (release := getattr(self.engine, "release", None)):
+            ladder.savings.insert(0, Saving(NOT_ROLLOUT, "keep_graphs", False, release))
 
     def evaluate(self, when: str, progress: Progress, step: int = 0) -> dict[str, Any]:
         """Return accuracy and the mean of every reward; empty if nothing is held out."""
@@ -141,6 +144,7 @@ class Trainer(Loop):
         checked = recipe.hardware.check == "always"
         self.sampling = SamplingCheck(settings.quantization, settings.compute_dtype, temperature, checked)
         self.seen = Seen()
+        self._noted = ""  # what was said about how tokens are decoded
 
     def state(self) -> dict[str, Any]:
         """See `Loop.state`."""
@@ -193,6 +197,9 @@ class Trainer(Loop):
         count, examples = self.recipe.generation.num_generations, self.stream.batch(self.step)
         prompts = [example.prompt_ids for example in examples]
         completions = [completion for group in self._sampled(prompts, progress) for completion in group]
+        if (note := getattr(self.evaluator.engine, "note", "")) and note != self._noted:
+            progress.message(note)
+            self._noted = note
         repeated = [example for example in examples for _ in range(count)]
         progress.phase("rewards")
         state = TrainerState(self.step, self.recipe.training.max_steps)

@@ -13,6 +13,7 @@ import torch
 from lowmem_rlhf.architecture.lookup import model_dimensions
 from lowmem_rlhf.engine.base import SharedBase
 from lowmem_rlhf.engine.host_embedding import embeddings_to_host
+from lowmem_rlhf.engine.ladder import RolloutLimits
 from lowmem_rlhf.engine.packing import ATTENDED_PER_TOKEN, Group
 from lowmem_rlhf.engine.passes import packed_logprobs, packed_outputs, with_bootstrap_position
 from lowmem_rlhf.engine.roles import CRITIC, POLICY, REFERENCE
@@ -27,7 +28,8 @@ from lowmem_rlhf.recipe.field_roles import fields_with
 from lowmem_rlhf.recipe.schema import Recipe
 from lowmem_rlhf.recipe.sections import HardwareConfig
 from lowmem_rlhf.rollout.cache import SharedPromptCache
-from lowmem_rlhf.rollout.engine import wave_engine
+from lowmem_rlhf.rollout.continuous import ContinuousEngine
+from lowmem_rlhf.rollout.engine import engine_for, wave_engine
 from lowmem_rlhf.rollout.sampling import Sampling
 from lowmem_rlhf.rollout.wave import draw_tiled
 
@@ -274,6 +276,12 @@ def _rollout(base: SharedBase, recipe: Recipe, plan: Plan) -> None:
     prompt = _ids(base, recipe.data.max_prompt_length)
     row_prompt = [b for b in range(prompts) for _ in range(each)]
     sampling = Sampling(recipe.generation.temperature)
+    engine = engine_for(base, recipe.generation.engine, settings.rollout_weights == "dequantized")
+    if isinstance(engine, ContinuousEngine):
+        limits = RolloutLimits(rows, settings.micro_batch_tokens, settings.logits_tile_tokens)
+        with base.role(POLICY):
+            engine.try_largest([prompt] * prompts, each, length, sampling, limits)
+        return
     with base.role(POLICY), base.decoding(settings.rollout_weights == "dequantized"):
         state, _ = wave_engine(base).start([prompt] * prompts, row_prompt, length - 1, settings.micro_batch_tokens)
         tokens = torch.zeros(len(row_prompt), dtype=torch.long, device=base.device)

@@ -11,6 +11,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -28,7 +29,9 @@ from lowmem_rlhf.engine import attention
 from lowmem_rlhf.engine.base import SharedBase
 from lowmem_rlhf.engine.packing import Group, pack
 from lowmem_rlhf.engine.passes import packed_logprobs
+from lowmem_rlhf.hardware.capabilities import CAPABILITIES, capabilities
 from lowmem_rlhf.recipe.loading import validate_recipe
+from lowmem_rlhf.rollout.graphs import StepGraphs
 from lowmem_rlhf.session.train import train
 from lowmem_rlhf.training.online import Trainer
 from lowmem_rlhf.training.optimizer import Optimizer
@@ -59,6 +62,33 @@ def run_and_resume(side: str, precision: str) -> None:
     with its_attention(DEVICE):
         train(recipe(SIDES[side], precision), folder)
         train(recipe(SIDES[side], precision, steps=3), folder, resume=True)
+
+
+@contextlib.contextmanager
+def graphs_known() -> Any:
+    """Let the package know that this kind of card has graphs, which it then takes by itself."""
+    kind = torch.device(DEVICE).type
+    known = CAPABILITIES.get(kind)
+    CAPABILITIES[kind] = replace(capabilities(DEVICE), graphs=True)
+    try:
+        yield
+    finally:
+        CAPABILITIES.pop(kind)
+        if known is not None:
+            CAPABILITIES[kind] = known
+
+
+def by_graphs(precision: str, **hardware: Any) -> dict[str, Any]:
+    """Three steps whose tokens are decoded by graphs that are kept; return what was said and which were captured."""
+    captured: list[Any] = []
+    said = io.StringIO()
+
+    def note(call: int, graphs: Any, one: Any) -> None:
+        captured.append(one.shape)
+
+    with graphs_known(), its_attention(DEVICE), noted(StepGraphs, "_captured", note), contextlib.redirect_stdout(said):
+        train(recipe(DEVICE, precision, steps=3, **hardware), OUTPUT / f"graphs-{precision}")
+    return {"captured": captured, "said": said.getvalue()}
 
 
 def placement() -> dict[str, Any]:
@@ -116,13 +146,13 @@ def all_roles(side: str, precision: str) -> None:
 
 
 @contextlib.contextmanager
-def before(owner: Any, name: str, act: Callable[[int], None]) -> Any:
-    """Call ``act(call)`` before each call of a function, calls counted from 1."""
+def noted(owner: Any, name: str, act: Callable[..., None]) -> Any:
+    """Call ``act(call, *arguments)`` before each call of a function, calls counted from 1."""
     original, calls = getattr(owner, name), []
 
     def wrapped(*args: Any, **kwargs: Any) -> Any:
         calls.append(name)
-        act(len(calls))
+        act(len(calls), *args)
         return original(*args, **kwargs)
 
     setattr(owner, name, wrapped)
@@ -130,6 +160,15 @@ def before(owner: Any, name: str, act: Callable[[int], None]) -> Any:
         yield
     finally:
         setattr(owner, name, original)
+
+
+@contextlib.contextmanager
+def before(owner: Any, name: str, act: Callable[[int], None]) -> Any:
+    """Call ``act(call)`` before each call of a function; the card is whole again behind it."""
+    try:
+        with noted(owner, name, lambda call, *args: act(call)):
+            yield
+    finally:
         CARD.fail_at(-1)
         CARD.set_capacity(2**40)
 
@@ -202,6 +241,14 @@ def fail_once(after: int) -> Callable[[int], None]:
     return lambda call: CARD.fail_at(CARD.allocs() + after) if call == 1 else None
 
 
+def by_graphs_out_of_memory(name: str, owner: Any, function: str, call: int) -> dict[str, Any]:
+    """As `out_of_memory`, where tokens are decoded by graphs; return the captured shapes as well."""
+    captured: list[Any] = []
+    fail = lambda this: CARD.fail_at(CARD.allocs() + 20) if this == call else None  # noqa: E731
+    with graphs_known(), noted(StepGraphs, "_captured", lambda call, graphs, one: captured.append(one.shape)):
+        return {**out_of_memory(name, owner, function, fail), "captured": captured}
+
+
 def no_room_in_step_2(call: int) -> None:
     if call == 2:
         CARD.set_capacity(1)  # whatever the step itself gives back is not enough
@@ -229,6 +276,11 @@ CASES: dict[str, Callable[[], Any]] = {
     "oom-in-offloaded-update": lambda: out_of_memory(
         "oom-in-offloaded-update", grpo, "update", fail_once(600), offload_checkpoints=True
     ),
+    "graphs-float32": lambda: by_graphs("float32"),
+    "graphs-nf4": lambda: by_graphs("nf4", rollout_batch_size=3),
+    # the evaluation before captures two shapes, the third is the training's
+    "oom-in-capture": lambda: by_graphs_out_of_memory("oom-in-capture", StepGraphs, "_captured", 3),
+    "oom-beside-graphs": lambda: by_graphs_out_of_memory("oom-beside-graphs", grpo, "update", 2),
     "offloaded-float32": lambda: offloaded(torch.float32),
     "offloaded-bfloat16": lambda: offloaded(torch.bfloat16),
 }

@@ -73,6 +73,24 @@ def test_a_16_bit_run_on_the_card_is_the_cpus_to_rounding(card, card_device, pre
 
 
 @pytest.mark.parametrize("precision", ["float32", "nf4"])
+def test_a_run_by_graphs_is_the_run_by_waves(card, precision):
+    run, facts = run_of(card, f"graphs-{precision}"), card[1][f"graphs-{precision}"]
+    assert "error" not in facts and "one by one" not in facts["said"], facts
+    waves, graphs = learned(run_of(card, f"{precision}-card")), learned(run)
+    assert [row["step"] for row in graphs["metrics"]] == [1, 2, 3]
+    assert run.plan()["settings"]["keep_graphs"]
+    assert run.plan()["settings"]["rollout_weights"] == ("joined" if precision == "nf4" else "quantized")
+    # once for each shape of the evaluation before, of three steps, and of the evaluation behind; in NF4 all have one
+    assert len(facts["captured"]) == {"float32": 5, "nf4": 2}[precision], facts["captured"]
+    if precision == "float32":
+        assert waves["samples"] == graphs["samples"] and waves["evaluation"] == graphs["evaluation"]
+    assert all(
+        row["sampling/logp_difference"] < (1e-5 if precision == "float32" else 2e-2) for row in graphs["metrics"]
+    )
+    assert distance(waves["adapter"], graphs["adapter"]) < (1e-4 if precision == "float32" else 0.1)
+
+
+@pytest.mark.parametrize("precision", ["float32", "nf4"])
 def test_the_plan_and_the_peak_are_the_cards(card, card_device, precision):
     run = run_of(card, f"{precision}-card")
     assert run.plan()["device"]["torch_device"] == card_device
@@ -139,6 +157,8 @@ def test_ppo_on_a_card_without_bf16_scales_its_loss(card):
     ("case", "phase"),
     [
         ("oom-in-rollout", "rollout"),
+        ("oom-in-capture", "rollout"),
+        ("oom-beside-graphs", "update"),
         ("oom-in-update", "update"),
         ("oom-in-offloaded-update", "update"),
         ("oom-in-optimizer", "update|optimizer"),  # where the norm is taken, or where the moments are made

@@ -81,7 +81,8 @@ class FastDecoder:
     ) -> torch.Tensor:
         """Return the last hidden states (T, H) for input_ids and position_ids (1, T), as SharedBase's."""
         x = self.decoder.embed_tokens(input_ids)
-        cos, sin = rotary_tables(self.decoder, x, position_ids)
+        known = getattr(context, "rotary_tables", None)
+        cos, sin = rotary_tables(self.decoder, x, position_ids) if known is None else known()
         return self.decoder.norm(self._through_layers(x[0], cos, sin, context))
 
     def _through_layers(

@@ -23,18 +23,22 @@ ANY_ROWS = 1 << 62
 _RIGHT: dict[Any, bool] = {}  # by kind of product and shapes: whether it multiplies right
 
 
-def set_decode_weights(group: GroupedLoraLinear, dtype: torch.dtype, dequantize: bool) -> None:
+def set_decode_weights(group: GroupedLoraLinear, dtype: torch.dtype, dequantize: bool, join: bool = True) -> None:
     """Give a group of NF4 layers a faster product for decoding, where there is one.
 
     Args:
         dequantize: keep a 16-bit copy of the weights, the same numbers. Otherwise the 4-bit weights are multiplied
             directly; bitsandbytes' kernel for CPUs needs a copy of them in an order of its own.
+        join: multiply weights at once that lie in one tensor (`join_codes`), for which scales are made.
     """
-    bases = [layer.base_layer for layer in group.layers]
+    bases: list[Any] = [layer.base_layer for layer in group.layers]
     if not all(getattr(getattr(base, "weight", None), "quant_state", None) is not None for base in bases):
         return
     if dequantize:
         group.set_decode_product(_dense_product(bases, dtype), ANY_ROWS, dtype)
+    elif not capabilities(bases[0].weight.device).on_cpu:
+        group.joined = (group.joined or _joined_product(bases, dtype)) if join else None
+        group.set_decode_product(group.joined, KERNEL_ROWS if group.joined else 0, dtype)
     elif (product := _four_bit_product(bases, dtype)) is not None and _is_right(product, bases, dtype):
         group.set_decode_product(product, FOUR_BIT_ROWS if isinstance(product, NativeProduct) else KERNEL_ROWS, dtype)
 
@@ -43,6 +47,54 @@ def _dense_product(bases: Sequence[Any], dtype: torch.dtype) -> Product:
     weight = torch.cat([dense_weight(base, dtype) for base in bases])
     bias = _bias(bases, dtype, weight.device)
     return lambda x: F.linear(x, weight, bias)
+
+
+@torch.no_grad()
+def join_codes(group: GroupedLoraLinear) -> None:
+    """Let the NF4 codes of a group's layers lie one after another in one tensor, of which each layer has its part.
+
+    Nothing that a layer is or computes changes, and no second copy is made.
+    """
+    weights: list[Any] = [layer.base_layer.weight for layer in group.layers]
+    if len(weights) < 2 or not all(_is_nf4(weight) for weight in weights):
+        return
+    codes = torch.cat([weight.data.reshape(-1) for weight in weights])
+    parts = codes.split([weight.data.numel() for weight in weights])
+    for weight, part in zip(weights, parts, strict=True):
+        weight.data = part.view(weight.data.shape)
+
+
+def _is_nf4(weight: Any) -> bool:
+    state = getattr(weight, "quant_state", None)
+    if state is None or (state.quant_type, state.blocksize) != ("nf4", BLOCK) or len(state.shape) != 2:
+        return False
+    return state.shape[1] % BLOCK == 0 and weight.data.dtype == torch.uint8
+
+
+def _joined_product(bases: Sequence[Any], dtype: torch.dtype) -> Product | None:
+    """Return bitsandbytes' 4-bit product of layers whose codes lie in one tensor (`join_codes`); else None.
+
+    The scales are themselves quantized, each layer's by a mean of its own; here they are fp32, the same numbers.
+    """
+    weights = [base.weight for base in bases]
+    if len(bases) < 2 or not all(_is_nf4(weight) for weight in weights):
+        return None
+    first, at = weights[0].data, 0
+    for weight in weights:
+        together = weight.data.untyped_storage().data_ptr() == first.untyped_storage().data_ptr()
+        if not together or weight.data.storage_offset() != first.storage_offset() + at:
+            return None
+        at += weight.data.numel()
+    codes = first.as_strided((at, 1), (1, 1))
+    states = [weight.quant_state for weight in weights]
+    scales = torch.cat([block_scales(state) for state in states])
+    shape = [sum(state.shape[0] for state in states), states[0].shape[1]]
+    bias = _bias(bases, dtype, first.device)
+
+    def product(x: torch.Tensor) -> torch.Tensor:
+        return torch.ops.bitsandbytes.gemm_4bit.default(x, codes, shape, scales, BLOCK, "nf4", bias=bias)  # type: ignore[no-any-return]
+
+    return product
 
 
 def _bias(bases: Sequence[Any], dtype: torch.dtype, device: torch.device) -> torch.Tensor | None:

@@ -17,16 +17,17 @@ def phases(dims: ModelDimensions, recipe: Recipe, settings: Settings, device: De
 
     On a GPU every phase ends with what the caching allocator holds beyond what is in use (factor 1.125).
     """
-    from lowmem_rlhf.planning.memory.rollout import rollout
+    from lowmem_rlhf.planning.memory.rollout import kept_bytes, rollout
 
     memory = Memory(dims, recipe, settings, device)
     resident = memory.resident()
+    between = resident | ({"graphs": kept_bytes(memory)} if settings.keep_graphs else {})
     sampled = {"rollout": resident | rollout(memory)} if samples_completions(recipe) else {}
     result = {
         **sampled,
-        "scoring": resident | memory.scoring(),
-        "update": resident | memory.update(),
-        "optimizer": resident | memory.optimizer(),
+        "scoring": between | memory.scoring(),
+        "update": between | memory.update(),
+        "optimizer": between | memory.optimizer(),
         "export": memory.export(),
     }
     factor = ALLOCATOR_FACTOR if memory.capabilities.caching_allocator else 1.0

@@ -53,12 +53,14 @@ class Settings:
         micro_batch_tokens: packed tokens of one forward and backward pass, and of one prefill pass.
         score_batch_tokens: packed tokens of one pass without gradients.
         rollout_batch_size: completions generated at once.
-        rollout_weights: ``dequantized``: a 16-bit copy of the NF4 weights exists while sampling; else ``quantized``.
+        rollout_weights: ``dequantized``: a 16-bit copy of the NF4 weights exists while sampling; ``joined``: weights of
+            layers with one input are multiplied at once, for which their scales exist in fp32; else ``quantized``.
         logits_tile_tokens: positions whose logits exist at once.
         optim: ``adamw`` or ``adamw_8bit``.
         lora: ``r``, ``lora_alpha`` and ``target_modules`` of the policy adapter.
         offload_embeddings: the token embedding lies in host memory.
         offload_experts: experts in NF4 lie in host memory, and each is copied to the device for its product.
+        keep_graphs: the captured passes of decoding, and the caches that they read, stay from one rollout to the next.
     """
 
     quantization: str
@@ -74,6 +76,7 @@ class Settings:
     lora: dict[str, Any]
     offload_embeddings: bool = False
     offload_experts: bool = False
+    keep_graphs: bool = False
 
     @property
     def width(self) -> int:

@@ -6,11 +6,14 @@ from dataclasses import replace
 
 from lowmem_rlhf.architecture.dimensions import ModelDimensions
 from lowmem_rlhf.errors import UserError
-from lowmem_rlhf.planning.limits import COMPLETION_BLOCK, FOUR_BIT_ROWS, KERNEL_ROWS
+from lowmem_rlhf.planning.limits import COMPLETION_BLOCK, FOUR_BIT_ROWS, KERNEL_ROWS, slot_room
 from lowmem_rlhf.planning.memory.mixers import UPDATE, state_bytes
 from lowmem_rlhf.planning.memory.resident import Components, Memory, total
-from lowmem_rlhf.planning.shapes import prompts_at_once, prompts_shape, rollout_rows
+from lowmem_rlhf.planning.shapes import all_rows, prompts_at_once, prompts_shape, rollout_rows
 from lowmem_rlhf.suggest import did_you_mean
+
+# layers that are multiplied at once, by the group that they are in
+JOINED = dict.fromkeys(("q_proj", "k_proj", "v_proj"), "qkv") | dict.fromkeys(("gate_proj", "up_proj"), "gate")
 
 
 def kv_bytes_per_token(dims: ModelDimensions, width: int) -> int:
@@ -46,7 +49,7 @@ def rollout_copy_bytes(memory: Memory) -> int:
 
     A copy in the compute dtype where the settings want one. On a CPU whose instructions suit, 4-bit weights are
     multiplied: our own product reads them as they lie and needs the scales, one for 64 weights, in fp32; bitsandbytes'
-    kernel the codes in its order and 16-bit scales.
+    kernel the codes in its order and 16-bit scales. Layers that are multiplied at once need such scales too.
     """
     settings = memory.settings
     if settings.quantization != "nf4":
@@ -54,6 +57,8 @@ def rollout_copy_bytes(memory: Memory) -> int:
     adapted = [(linear, many) for linear, many in memory.dims.adaptable if memory.has_adapter(linear)]
     if settings.rollout_weights == "dequantized":
         return memory.width * sum(x.inputs * x.outputs * many for x, many in adapted)
+    if settings.rollout_weights == "joined":
+        return round(4 / 64 * sum(x.inputs * x.outputs * many for x, many in adapted if x.name in JOINED))
     if not (memory.on_cpu and memory.four_bit_product):
         return 0
     rows, each = (1, 4 / 64) if memory.four_bit_in_place else (32, 0.5 + 2 / 64)
@@ -68,12 +73,12 @@ def grouped_adapter_bytes(memory: Memory) -> int:
     """
     if not rollout_copy_bytes(memory):
         return 0
-    together = dict.fromkeys(("q_proj", "k_proj", "v_proj"), "qkv") | dict.fromkeys(("gate_proj", "up_proj"), "gate")
     groups: dict[str, list[int]] = {}
     for place, linear in enumerate(memory.adapted):
-        groups.setdefault(together.get(linear.name, str(place)), []).append(linear.outputs)
+        groups.setdefault(JOINED.get(linear.name, str(place)), []).append(linear.outputs)
     rank: int = memory.settings.lora["r"]
-    blocks = sum(rank * len(outs) * sum(outs) for outs in groups.values())
+    every = memory.settings.rollout_weights != "joined"  # else layers alone have no product
+    blocks = sum(rank * len(outs) * sum(outs) for outs in groups.values() if every or len(outs) > 1)
     return memory.dims.num_layers * memory.width * blocks
 
 
@@ -106,6 +111,86 @@ def shared_base_bytes(memory: Memory) -> Components:
     return memory.adapter_copies() | copies | max(moments, key=total)
 
 
+def decodes_by_graphs(memory: Memory) -> bool:
+    """Whether `rollout.engine.engine_for` takes continuous batching, and its passes are captured.
+
+    What waits for the device cannot be captured: LLM.int8 looks for outliers, experts are looked up by the tokens that
+    they get, and embeddings in host memory are copied from there.
+    """
+    settings = memory.settings
+    named = memory.recipe.generation.engine in ("auto", "continuous")
+    waits = settings.quantization == "int8" or memory.dims.experts is not None or settings.offload_embeddings
+    return named and memory.capabilities.graphs and not waits
+
+
+def own_engine_bytes(memory: Memory) -> Components:
+    """Return what a rollout takes with the engine that this package chooses."""
+    return continuous_bytes(memory) if decodes_by_graphs(memory) else shared_base_bytes(memory)
+
+
+def slots_bytes(memory: Memory, rows: int) -> int:
+    """Bytes of so many slots: room for the longest prompt and completion in each, and what a pass reads and writes.
+
+    That is the keys and values, states, a uniform number (4) and a record (16) for each token, and a table with the
+    rotary factors and the mask of each position.
+    """
+    recipe, dims, width = memory.recipe, memory.dims, memory.width
+    room = slot_room(recipe.data.max_prompt_length, recipe.generation.max_completion_length)
+    state = state_bytes(dims.mixer, width) if dims.mixer else 0
+    table = room * (2 * dims.head_dim + room) * width
+    return rows * (room * (kv_bytes_per_token(dims, width) + 20) + state) + table
+
+
+def continuous_bytes(memory: Memory) -> Components:
+    """Return the largest moment of continuous batching: a prefill, before or beside the slots, or a decoding pass.
+
+    A graph keeps the memory of a pass as long as it exists, also while further prompts run.
+    """
+    recipe, dims, width = memory.recipe, memory.dims, memory.width
+    prompt = recipe.data.max_prompt_length
+    rows = rollout_rows(recipe, memory.settings.rollout_batch_size)
+    prompts = prompts_at_once(recipe, rows)
+    at_once = min(prompts, max(1, memory.settings.micro_batch_tokens // prompt))
+    layers = memory.layers(prompts_shape(prompt, at_once * prompt))
+    keys = sum(one.kept_keys(together=False) for one in layers)
+    peak = max(one.forward_peak(keeps_keys=True) for one in layers) + layers[0].common()
+    state = state_bytes(dims.mixer, width) if dims.mixer else 0
+    cut = at_once * (prompt * kv_bytes_per_token(dims, width) + state)  # of prompts that have just run
+    slots, decoding = slots_bytes(memory, rows), _graph(memory, rows)
+    graph = total(decoding) if memory.capabilities.graphs else 0
+    moments: list[Components] = [
+        {"kv_cache": keys, "prefill_activations": peak},
+        {"kv_cache": keys + cut},
+        {"kv_cache": slots + cut} | decoding,
+    ]
+    if rows < all_rows(recipe):  # later prompts run beside what is being written
+        moments += [
+            {"kv_cache": slots + cut + keys, "prefill_activations": peak, "graphs": graph},
+            {"kv_cache": slots + 2 * cut + keys, "graphs": graph},
+        ]
+    elif prompts > at_once:  # further prompts of the first filling
+        moments += [
+            {"kv_cache": slots + keys, "prefill_activations": peak},
+            {"kv_cache": slots + keys + cut},
+        ]
+    copies = {"rollout_copy": rollout_copy_bytes(memory) + grouped_adapter_bytes(memory)}
+    return memory.adapter_copies() | copies | max(moments, key=total)
+
+
+def kept_bytes(memory: Memory) -> int:
+    """Bytes of what stays after a rollout where graphs are kept: slots, the pass's own memory, scales and adapters."""
+    rows = rollout_rows(memory.recipe, memory.settings.rollout_batch_size)
+    again = rollout_copy_bytes(memory) + grouped_adapter_bytes(memory) + total(memory.adapter_copies())
+    return slots_bytes(memory, rows) + total(_graph(memory, rows)) + again
+
+
+def _graph(memory: Memory, rows: int) -> Components:
+    """Return what a decoding pass over slots takes of its own."""
+    recipe, capped = memory.recipe, memory.dims.attention_softcap
+    room = slot_room(recipe.data.max_prompt_length, recipe.generation.max_completion_length)
+    return _decoding(memory, rows, room if capped else 0)
+
+
 def _room_before(limit: int) -> int:
     """Return the completion tokens for which a layer had room before the last growth; old and new are there at once."""
     step = COMPLETION_BLOCK * max(1, limit // (8 * COMPLETION_BLOCK))
@@ -130,15 +215,32 @@ def _decoding(memory: Memory, rows: int, keys: int) -> Components:
     ]
     if dims.mixer:
         moments.append({"state_update": 4 * UPDATE[dims.mixer.kind] * rows * dims.mixer.state})
-    if not rollout_copy_bytes(memory) or len(memory.adapted) < len(dims.linears):
-        moments.append({"dequantized_weight": memory.dense})
+    joined = memory.settings.rollout_weights == "joined"
+    if joined or not rollout_copy_bytes(memory) or len(memory.adapted) < len(dims.linears):
+        moments.append({"dequantized_weight": max(memory.dense, _joined_dense(memory))})
     return max(moments, key=total)
+
+
+def _joined_dense(memory: Memory) -> int:
+    """Bytes of the largest NF4 weights that are multiplied at once, made dense, as bitsandbytes does with many rows."""
+    if memory.settings.rollout_weights != "joined":
+        return 0
+    groups: dict[str, int] = {}
+    for linear in memory.adapted:
+        if linear.name in JOINED:
+            groups[JOINED[linear.name]] = groups.get(JOINED[linear.name], 0) + linear.inputs * linear.outputs
+    return memory.width * max(groups.values(), default=0)
 
 
 RolloutBytes = Callable[[Memory], Components]
 
 # by the engine that samples (`rollout.engine.ENGINES`)
-ROLLOUT_BYTES: dict[str, RolloutBytes] = dict.fromkeys(("auto", "shared_prompt", "own_cache"), shared_base_bytes)
+ROLLOUT_BYTES: dict[str, RolloutBytes] = {
+    "auto": own_engine_bytes,
+    "continuous": continuous_bytes,
+    "shared_prompt": shared_base_bytes,
+    "own_cache": shared_base_bytes,
+}
 
 
 def check_engine(name: str) -> None:

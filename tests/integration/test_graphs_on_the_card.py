@@ -1,0 +1,70 @@
+"""Decoding by graphs on a card: captured passes are the uncaptured ones, and waves' to rounding, for every family.
+
+The script fails where anything that is captured waits for the device: it then says so in ``note``.
+"""
+
+import json
+from typing import Any
+
+import pytest
+
+PACKED = {"llama", "llama-tied-biased", "qwen2", "qwen2-window", "qwen3", "mistral", "gemma2", "gemma3", "gemma4"}
+PACKED |= {"gpt2", "qwen3_5", "lfm2", "granite", "granite_hybrid"}
+IN_NF4 = {f"{family}, nf4" for family in ("llama", "qwen3", "gemma3", "qwen3_5")}
+CLOSE = 1e-5
+
+
+@pytest.fixture(scope="module")
+def results(on_the_card, tmp_path_factory) -> dict[str, Any]:
+    folder = tmp_path_factory.mktemp("graphs")
+    on_the_card("integration/card_graphs_process.py", str(folder), made=folder / "graphs.json")
+    return json.loads((folder / "graphs.json").read_text())
+
+
+def test_every_pass_is_captured(results):
+    assert results.keys() >= PACKED | IN_NF4
+    assert {name: found["note"] for name, found in results.items() if found["note"]} == {}
+
+
+def test_captured_passes_are_the_uncaptured_ones_bit_for_bit(results):
+    assert [name for name, found in results.items() if not found["uncaptured"]["bits"]] == []
+
+
+def test_completions_are_those_of_waves(results):
+    for name, found in results.items():
+        assert found["waves"]["tokens"] and found["waves"]["logps"] < CLOSE, name
+        assert found["lengths"][0] < found["lengths"][-1], name  # rows end at different times
+
+
+def test_refilled_slots_write_the_same_completions(results):
+    for name, found in results.items():
+        assert found["refilled"]["tokens"] and found["refilled"]["logps"] < CLOSE, name
+
+
+def test_the_host_waits_once_in_eight_tokens(results):
+    for name, found in results.items():
+        # the last look of a rollout may come after fewer passes
+        assert found["waits"] <= -(-found["passes"] // 8) + 1 and found["passes"] > 16, (name, found)
+    waits, passes = (sum(found[key] for found in results.values()) for key in ("waits", "passes"))
+    assert waits <= passes / 7
+
+
+def test_graphs_that_are_kept_read_what_an_optimizer_step_has_changed(results):
+    for name in PACKED | IN_NF4:
+        kept = results[name]["kept"]
+        assert kept["graphs"] >= 1 and kept["same graphs"] and kept["changed"], name
+        assert kept["fresh"]["bits"], name
+
+
+def test_models_of_llama_s_shape_take_the_fast_decoder(results):
+    fast = {name for name in PACKED | IN_NF4 if results[name]["fast"]}
+    assert fast >= {
+        "llama",
+        "llama-tied-biased",
+        "qwen2",
+        "qwen2-window",
+        "qwen3",
+        "mistral",
+        "llama, nf4",
+        "qwen3, nf4",
+    }
