@@ -45,8 +45,11 @@ def options() -> argparse.ArgumentParser:
     return parser
 
 
-def read_rows(path: Path) -> list[dict[str, str]]:
+def read_rows(path: Path, *measured: str) -> list[dict[str, str]]:
     """Return the measured rows.
+
+    Args:
+        measured: columns that are needed beside the settings; none: those of memory.
 
     Raises:
         UserError: the file cannot be read or lacks a column.
@@ -56,21 +59,7 @@ def read_rows(path: Path) -> list[dict[str, str]]:
             rows = list(csv.DictReader(file))
     except OSError as error:
         raise UserError(f"--rows: {path} cannot be read ({error})") from error
-    needed = {
-        "model",
-        "quant",
-        "prec",
-        "attn",
-        "opt",
-        "r",
-        "targets",
-        "gc",
-        "bs",
-        "seq",
-        "peak_alloc",
-        "process",
-        "ctx",
-    }
+    needed = {*SETTINGS, *(measured or ("peak_alloc", "process", "ctx"))}
     if not rows or (missing := needed - rows[0].keys()):
         raise UserError(f"--rows: {path} {'lacks ' + ', '.join(sorted(missing)) if rows else 'has no rows'}")
     return rows

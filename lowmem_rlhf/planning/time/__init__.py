@@ -1,0 +1,1 @@
+"""How long a run takes: pure arithmetic in seconds, without torch."""
