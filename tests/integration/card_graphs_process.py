@@ -13,12 +13,17 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 from cards import card_of, its_attention
-from tiny_models import EOS, VOCAB, fill_adapter, save_tiny, tiny_model, tiny_tokenizer
+from tiny_models import EOS, VOCAB, as_batch, fill_adapter, ragged_groups, save_tiny, tiny_model, tiny_tokenizer
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from lowmem_rlhf.algorithms.common.ppo_family import PPOSettings
+from lowmem_rlhf.algorithms.grpo.settings import GRPOSettings
+from lowmem_rlhf.algorithms.grpo.update import Objective, backward
+from lowmem_rlhf.algorithms.ppo import update as ppo
 from lowmem_rlhf.engine.base import SharedBase
 from lowmem_rlhf.engine.ladder import RolloutLimits
+from lowmem_rlhf.engine.passes import BatchLimits, completion_logprobs
 from lowmem_rlhf.engine.roles import POLICY
 from lowmem_rlhf.rollout.continuous import ContinuousEngine
 from lowmem_rlhf.rollout.rollout import Completion
@@ -118,6 +123,28 @@ def kept(base: SharedBase) -> dict[str, Any]:
     return {"graphs": len(graphs), "same graphs": same, "changed": before != after, "fresh": compared(after, fresh)}
 
 
+def waits_by_micro_batches() -> dict[str, list[int]]:
+    """Return how often the host waits in passes over a batch, in one micro-batch and in several."""
+    base = base_of("llama")
+    batch = as_batch(ragged_groups(shapes=[(7, [6, 1, 9]), (3, [4, 4, 2]), (7, [1, 1, 12])]))
+    rows = range(len(batch.completions))
+    found: dict[str, list[int]] = {"score": [], "update": [], "mini-batch": []}
+    for tokens in (1000, 30):
+        passes = BatchLimits(1.0, tokens, 8)
+        with base.role(POLICY):
+            with Waits() as waits:
+                logps = completion_logprobs(base, batch.groups(rows), passes)
+            found["score"].append(waits.count)
+            with Waits() as waits:
+                backward(base, batch, Objective.of(GRPOSettings(beta=0.04), 12), passes, logps, logps)
+            found["update"].append(waits.count)
+            targets = ppo.Targets(logps, {row: torch.ones_like(own) for row, own in logps.items()})
+            with Waits() as waits:
+                ppo.backward(base, batch, list(rows), targets, PPOSettings(), passes).stats.metrics()
+            found["mini-batch"].append(waits.count)
+    return found
+
+
 def base_of(family: str) -> SharedBase:
     base = SharedBase(tiny_model(family).to(DEVICE), tiny_tokenizer(STOPS), f"tiny/{family}", r=4, lora_alpha=8)
     fill_adapter(base)
@@ -150,6 +177,7 @@ def main() -> None:
     base = base_of("llama")
     base.tokenizer = tiny_tokenizer([EOS])
     results["growing room"] = tried(base, Sampling(), length=90)
+    results["micro-batches"] = waits_by_micro_batches()
     (OUTPUT / "graphs.json").write_text(json.dumps(results))
 
 

@@ -6,10 +6,12 @@ alone moves no weight, where TRL's optimizer drifts on by its momentum and its w
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 
+from lowmem_rlhf.algorithms.common.device_sums import DeviceSums
 from lowmem_rlhf.algorithms.common.kl import k3
 from lowmem_rlhf.algorithms.grpo.losses import Loss, LossInputs, load_loss
 from lowmem_rlhf.algorithms.grpo.math import importance_weights, measured_tokens
@@ -74,6 +76,13 @@ class UpdateStats:
     clip_tokens: int = 0
     logps: dict[int, torch.Tensor] = field(default_factory=dict)
 
+    def with_sums(self, sums: DeviceSums) -> "UpdateStats":
+        """Return these with what was added up on the device."""
+        read: dict[str, Any] = sums.read()
+        if "kl_tokens" in read:
+            read["kl_tokens"] = int(read["kl_tokens"])
+        return replace(self, **read)
+
 
 def rows_to_train(rollout: Rollout, objective: Objective) -> list[int]:
     """Return the completions that have any gradient: of those that count all, or those with an advantage."""
@@ -105,7 +114,7 @@ def backward(
         old_logps: of the policy before the first iteration, by row; None: it is the policy as it is now.
         loss_scale: multiplies the loss (float16).
     """
-    stats, inputs_of = UpdateStats(), _Inputs(rollout, objective)
+    stats, sums, inputs_of = UpdateStats(), DeviceSums(), _Inputs(rollout, objective)
     groups = rollout.groups(rows_to_train(rollout, objective))
     for packed in micro_batches(base, groups, limits.micro_batch_tokens, progress):
         logps, entropies = packed_logprobs(base, packed, limits.temperature, limits.tile)
@@ -115,12 +124,11 @@ def backward(
         inputs = inputs_of(packed, logps, old, ref)
         loss = objective.loss.function(inputs).sum()
         (loss * loss_scale).backward()
-        stats.loss += float(loss.detach())
         stats.tokens += packed.input_ids.numel()
-        stats.entropy += float(entropies.detach().sum())
+        sums.add(loss=loss, entropy=entropies.detach().sum())
         stats.logps.update(own)
-        _measure(stats, inputs, scored)
-    return stats
+        _measure(stats, sums, inputs, scored)
+    return stats.with_sums(sums)
 
 
 class _Inputs:
@@ -155,16 +163,13 @@ class _Inputs:
         )
 
 
-def _measure(stats: UpdateStats, inputs: LossInputs, scored: torch.Tensor) -> None:
+def _measure(stats: UpdateStats, sums: DeviceSums, inputs: LossInputs, scored: torch.Tensor) -> None:
     """Add to the statistics what does not depend on the loss; ``scored`` (S,) is 1 where the reference has scored."""
     kl, low, high = measured_tokens(
         inputs.logps, inputs.old_logps, inputs.advantages, inputs.epsilon_low, inputs.epsilon_high, inputs.ref_logps
     )
     stats.scored += len(kl)
-    stats.kl += float((kl * scored).sum())
-    stats.kl_tokens += int(scored.sum())
-    stats.clipped_low += float(low.sum())
-    stats.clipped_high += float(high.sum())
+    sums.add(kl=(kl * scored).sum(), kl_tokens=scored.sum(), clipped_low=low.sum(), clipped_high=high.sum())
     stats.clip_tokens += len(kl)
 
 
@@ -188,17 +193,16 @@ def sampling_correction(
 @torch.no_grad()
 def measure(base: SharedBase, rollout: Rollout, limits: BatchLimits, ref_logps: dict[int, torch.Tensor]) -> UpdateStats:
     """Return log-probs, entropy and KL of the policy on the rows that the reference has scored, without an update."""
-    stats = UpdateStats()
+    stats, sums = UpdateStats(), DeviceSums()
     for packed in micro_batches(base, rollout.groups(list(ref_logps)), limits.micro_batch_tokens):
         logps, entropies = packed_logprobs(base, packed, limits.temperature, limits.tile)
         own = dict(zip(packed.rows, logps.split(packed.lengths), strict=True))
         ref, _ = _reference(packed, ref_logps, own)
-        stats.kl += float(k3(logps, ref).sum())
+        sums.add(kl=k3(logps, ref).sum(), entropy=entropies.sum())
         stats.kl_tokens += packed.targets.numel()
         stats.scored += packed.targets.numel()
-        stats.entropy += float(entropies.sum())
         stats.logps.update(own)
-    return stats
+    return stats.with_sums(sums)
 
 
 def _reference(

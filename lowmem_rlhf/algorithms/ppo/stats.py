@@ -22,15 +22,15 @@ class PPOStatistics:
     _policy: list[float] = field(default_factory=lambda: [0.0] * 6)
     _ratios: tuple[float, float] = (math.inf, -math.inf)
     _value: list[float] = field(default_factory=lambda: [0.0] * 2)
+    _unread: list[torch.Tensor] = field(default_factory=list)  # of micro-batches: sums, and the ratio's range
+    _unread_values: list[torch.Tensor] = field(default_factory=list)
 
     @torch.no_grad()
     def add(self, policy: PolicyLoss, value: ValueLoss | None = None) -> None:
-        """Take in a micro-batch of at least one token; one transfer from the device for each loss."""
+        """Take in a micro-batch of at least one token; nothing waits for the device before it is read."""
         off = policy.ratio.double() - 1  # from 1, so that the square keeps its digits
         sums = [policy.loss, policy.approx_kl, policy.approx_kl_k3, policy.clipped, off, off.square()]
-        totals = torch.stack([x.double().sum() for x in sums] + list(policy.ratio.double().aminmax())).tolist()
-        self._policy = [a + b for a, b in zip(self._policy, totals[:-2], strict=True)]
-        self._ratios = min(self._ratios[0], totals[-2]), max(self._ratios[1], totals[-1])
+        self._unread.append(torch.stack([x.double().sum() for x in sums] + list(policy.ratio.double().aminmax())))
         self.tokens += len(policy.loss)
         if value:
             self.add_value(value)
@@ -38,12 +38,23 @@ class PPOStatistics:
     @torch.no_grad()
     def add_value(self, value: ValueLoss) -> None:
         """Take in the value loss of a micro-batch, which may be another one than the policy's."""
-        totals = torch.stack([value.loss.double().sum(), value.clipped.double().sum()]).tolist()
-        self._value = [a + b for a, b in zip(self._value, totals, strict=True)]
+        self._unread_values.append(torch.stack([value.loss.double().sum(), value.clipped.double().sum()]))
         self.value_tokens += len(value.loss)
+
+    def _read(self) -> None:
+        """Wait for the device and add up what was taken in."""
+        for totals in torch.stack(self._unread).tolist() if self._unread else []:
+            self._policy = [a + b for a, b in zip(self._policy, totals[:-2], strict=True)]
+            self._ratios = min(self._ratios[0], totals[-2]), max(self._ratios[1], totals[-1])
+        for totals in torch.stack(self._unread_values).tolist() if self._unread_values else []:
+            self._value = [a + b for a, b in zip(self._value, totals, strict=True)]
+        self._unread.clear()
+        self._unread_values.clear()
 
     def merge(self, other: "PPOStatistics") -> None:
         """Take in what another one has taken in."""
+        self._read()
+        other._read()
         self.tokens, self.value_tokens = self.tokens + other.tokens, self.value_tokens + other.value_tokens
         self._policy = [a + b for a, b in zip(self._policy, other._policy, strict=True)]
         self._value = [a + b for a, b in zip(self._value, other._value, strict=True)]
@@ -51,6 +62,7 @@ class PPOStatistics:
 
     def metrics(self) -> dict[str, float]:
         """Return means over all tokens taken in, and the ratio's deviation and range; nothing if there were none."""
+        self._read()
         means: dict[str, float] = {}
         if self.tokens:
             loss, approx_kl, approx_kl_k3, clipped, off, squares = (x / self.tokens for x in self._policy)

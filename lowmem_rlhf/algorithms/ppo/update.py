@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 
 import torch
 
+from lowmem_rlhf.algorithms.common.device_sums import DeviceSums
 from lowmem_rlhf.algorithms.common.ppo_family import PPOSettings
 from lowmem_rlhf.algorithms.ppo.math import policy_loss, value_loss
 from lowmem_rlhf.algorithms.ppo.stats import PPOStatistics
@@ -180,7 +181,7 @@ class _MiniBatch:
         self.groups, self.completions = rollout.groups(rows), len(rows)
         self.tokens = sum(len(rollout.completions[row].ids) for row in rows)
         self.positions = 0 if targets.returns is None else sum(len(targets.returns[row]) for row in rows)
-        self.result = MiniBatchResult()
+        self.result, self.sums = MiniBatchResult(), DeviceSums()
 
     def backward(self) -> MiniBatchResult:
         base, targets = self.base, self.targets
@@ -196,6 +197,8 @@ class _MiniBatch:
                 del states, loss  # they hold the policy's 16-bit adapters, which the critic's pass has no use for
         if targets.returns is not None and not one_pass:
             self._critic_passes()
+        for name, value in self.sums.read().items():
+            setattr(self.result, name, value)
         return self.result
 
     def _critic_passes(self) -> None:
@@ -226,9 +229,8 @@ class _MiniBatch:
         if coefficient:
             loss = loss - coefficient * entropies.sum() / self.tokens
         result.stats.add(clipped)
-        result.entropy += float(entropies.detach().sum())
         result.scored += packed.targets.numel()
-        result.loss += float(loss.detach())
+        self.sums.add(entropy=entropies.detach().sum(), loss=loss)
         return loss
 
     def _value_term(self, states: torch.Tensor, packed: PackedBatch) -> torch.Tensor:
@@ -242,7 +244,7 @@ class _MiniBatch:
         clipped = value_loss(valued, old, torch.cat(returns), self.settings.cliprange_value)
         loss = self.settings.vf_coef * clipped.loss.sum() / self.positions
         self.result.stats.add_value(clipped)
-        self.result.loss += float(loss.detach())
+        self.sums.add(loss=loss)
         return loss
 
 

@@ -65,6 +65,7 @@ class RewardModel(Loop):
 
         def work(limits: BatchLimits) -> tuple[float, torch.Tensor, int]:
             self.optimizer.zero_grad()
+            scale = self.optimizer.loss_scale  # which the host reads from the device
             scores = head_outputs(self.base, POLICY, groups, limits)
             ends = torch.stack([scores[row][-1] for row in range(2 * len(pairs))]).requires_grad_()  # (N,)
             loss = self._loss(ends, pairs)
@@ -74,7 +75,7 @@ class RewardModel(Loop):
                 for packed in micro_batches(self.base, groups, limits.micro_batch_tokens):
                     values = last_of_each(packed_outputs(self.base, POLICY, packed), packed)
                     rows = torch.tensor(packed.rows, dtype=torch.long, device=values.device)
-                    ((values * slope.index_select(0, rows)).sum() * self.optimizer.loss_scale).backward()
+                    ((values * slope.index_select(0, rows)).sum() * scale).backward()
                     fed += packed.input_ids.numel()
                     progress.phase("update", fed, None)
             return float(loss.detach()), ends.detach(), fed

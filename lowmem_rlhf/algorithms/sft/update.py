@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from lowmem_rlhf.algorithms.common.device_sums import DeviceSums
 from lowmem_rlhf.data.stream import PromptStream
 from lowmem_rlhf.data.supervised import Supervised
 from lowmem_rlhf.engine.base import SharedBase
@@ -60,17 +61,19 @@ class SFT(Loop):
 
         def work(limits: BatchLimits) -> tuple[float, float, int]:
             self.optimizer.zero_grad()
-            loss, entropy, fed = 0.0, 0.0, 0
+            scale = self.optimizer.loss_scale  # which the host reads from the device
+            sums, fed = DeviceSums(), 0
             with self.base.role(POLICY):
                 for packed in micro_batches(self.base, groups, limits.micro_batch_tokens):
                     packed = scored_only(packed, masks)
                     logps, entropies = packed_logprobs(self.base, packed, 1.0, limits.tile)
                     share = -logps.sum() / learned
-                    (share * self.optimizer.loss_scale).backward()
-                    loss, entropy = loss + float(share.detach()), entropy + float(entropies.sum())
+                    (share * scale).backward()
+                    sums.add(loss=share, entropy=entropies.sum())
                     fed += packed.input_ids.numel()
                     progress.phase("update", fed, None)
-            return loss, entropy, fed
+            read = sums.read()
+            return read["loss"], read["entropy"], fed
 
         with self.timed("update"):
             loss, entropy, fed = self.ladder.update(work, progress.message)
@@ -95,13 +98,13 @@ class SFT(Loop):
             progress.phase("evaluation", done, total)
 
         def work(limits: BatchLimits) -> float:
-            total = 0.0
+            sums = DeviceSums()
             with self.base.role(POLICY):
                 for packed in micro_batches(self.base, groups, limits.micro_batch_tokens, shown):
                     packed = scored_only(packed, masks)
                     logps, _ = packed_logprobs(self.base, packed, 1.0, limits.tile, entropy="none")
-                    total -= float(logps.sum())
-            return total
+                    sums.add(loss=-logps.sum())
+            return sums.read()["loss"]
 
         return self.ladder.score(work, progress.message) / sum(one.learned_tokens for one in examples)
 
