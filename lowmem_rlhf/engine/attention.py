@@ -99,6 +99,31 @@ def expand_heads(x: torch.Tensor, repeats: int) -> torch.Tensor:
     return x if repeats == 1 else x.repeat_interleave(repeats, dim=-3)
 
 
+MASK_ALIGNMENT = 8  # numbers
+
+
+def why_math(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None = None) -> str:
+    """Return why SDPA would leave q, k, v (B, heads, .., d) to its math kernel on a card; empty: it does not.
+
+    The math kernel makes every score. The memory-efficient one, which Turing has as well, wants what
+    ``can_use_mem_efficient_attention`` of ``aten/src/ATen/native/transformers/cuda/sdp_utils.cpp`` checks: as many key
+    heads as query heads, and heads whose numbers lie side by side, in 16 bits a multiple of 8 of them
+    (``minimum_gemm_alignment``). Of a mask ``preprocess_mask`` of ``attention.cpp`` makes a copy for each call where
+    its rows do not begin a multiple of 8 numbers apart.
+    """
+    if not q.shape[1] == k.shape[1] == v.shape[1]:
+        return f"{q.shape[1]} query heads meet {k.shape[1]} key heads"
+    if any(x.stride(-1) != 1 for x in (q, k, v)):
+        return "the numbers of a head do not lie side by side"
+    if q.element_size() == 2 and any(x.shape[-1] % 8 for x in (q, v)):
+        return f"heads of {q.shape[-1]} and {v.shape[-1]} numbers are no multiples of 8"
+    if mask is not None and mask.dtype != q.dtype:
+        return f"the mask is {mask.dtype}, queries are {q.dtype}"
+    if mask is not None and (mask.stride(-1) != 1 or any(step % MASK_ALIGNMENT for step in mask.stride()[:-1])):
+        return "the mask is copied for each call"
+    return ""
+
+
 class PackedContext:
     """Prompts attend causally to themselves; a completion attends to its prompt and, causally, to itself.
 
@@ -201,7 +226,8 @@ class PackedContext:
         key = (queries, keys, window)
         if key not in self._masks:
             allowed = causal_mask(queries, keys, window, like.device)
-            zero = torch.zeros(allowed.shape, dtype=like.dtype, device=like.device)
+            wide = -(-keys // MASK_ALIGNMENT) * MASK_ALIGNMENT  # see `why_math`
+            zero = torch.zeros((queries, wide), dtype=like.dtype, device=like.device)[:, :keys]
             self._masks[key] = zero.masked_fill_(~allowed, float("-inf"))
         return self._masks[key]
 

@@ -32,6 +32,7 @@ COLOURS = {
     "gradients": "#5d4a96",
     "update_buffers": "#bcaedd",
     "rollout_copy": "#14532d",
+    "graphs": "#4d7c0f",
     "kv_cache": "#2c8a5b",
     "prefill_activations": "#7cc49b",
     "sampling_logits": "#b9e0c8",
