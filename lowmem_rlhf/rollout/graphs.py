@@ -5,6 +5,7 @@ starts them all at once. What is captured must not wait for the device, and read
 (`rollout.slots`). All graphs share one pool of memory, since only one of them runs at a time.
 """
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Protocol
 
 import torch
@@ -39,6 +40,10 @@ class Step(Protocol):
         """Be as when `save` was called; return what the pass since then has computed."""
         ...
 
+    def agree(self, one: torch.Tensor, other: torch.Tensor) -> bool:
+        """Whether two results of `restore` are the same to rounding."""
+        ...
+
 
 class StepGraphs:
     """The graphs of a pass, by its shape.
@@ -52,7 +57,7 @@ class StepGraphs:
     """
 
     def __init__(self, device: torch.device, capture: bool = True) -> None:
-        self._module: Any = torch.get_device_module(device)
+        self._device, self._module = device, torch.get_device_module(device)
         self._graphs: dict[Shape, Any] = {}
         self._pool: Any = None
         self._tried = False
@@ -72,7 +77,17 @@ class StepGraphs:
         """
         if self.why_not:
             pass_.step()
-        elif (graph := self._graphs.get(pass_.shape)) is not None:
+            return
+        with self._on_device():
+            self._run(pass_)
+
+    def _on_device(self) -> AbstractContextManager[Any]:
+        """Be on the pass's device, whose streams and graphs are meant, where there may be several."""
+        chosen = getattr(self._module, "device", None)
+        return nullcontext() if chosen is None else chosen(self._device)
+
+    def _run(self, pass_: Step) -> None:
+        if (graph := self._graphs.get(pass_.shape)) is not None:
             graph.replay()
         else:
             self._first(pass_)
@@ -83,15 +98,18 @@ class StepGraphs:
         try:
             graph = self._captured(pass_)
         except RuntimeError as error:
+            first = error.__context__  # a capture that fails within raises once more when it is ended
             if is_out_of_memory(error):
                 raise
+            if isinstance(first, RuntimeError | MemoryError) and is_out_of_memory(first):
+                raise first from None
             self._give_up(str(error).partition("\n")[0])
             return
         if saved is not None:
             self._tried = True
             wanted = pass_.restore(saved)
             graph.replay()
-            if not torch.equal(pass_.restore(saved), wanted):
+            if not pass_.agree(pass_.restore(saved), wanted):
                 self._give_up("a replayed pass does not compute what the pass itself does")
                 pass_.step()
                 return
@@ -113,6 +131,7 @@ class StepGraphs:
     def _captured(self, pass_: Step) -> Any:
         self._pool = self._pool or self._module.graph_pool_handle()
         graph = self._module.CUDAGraph()
-        with self._module.graph(graph, pool=self._pool):
+        # other threads may ask the device for what they like meanwhile
+        with self._module.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
             pass_.step()
         return graph

@@ -23,6 +23,8 @@ from lowmem_rlhf.rollout.sampling import Sampling, draw
 if TYPE_CHECKING:
     from lowmem_rlhf.engine.base import SharedBase
 
+ROUNDING = 0.05  # of a log-prob, at most
+ALIKE = 0.75  # of the rows, at least
 WORDS = 4  # of 4 bytes, in a record: a token (8 bytes), its log-prob, and nothing
 
 
@@ -54,6 +56,9 @@ class Slots:
         self._record = torch.zeros((count, WORDS), dtype=torch.float32, device=device)  # the last one of each slot
         self._masks: dict[int | None, torch.Tensor] = {}  # by window, (room, room)
         self._now: dict[int | None, torch.Tensor] = {}  # of this pass, (n, seen)
+        # of the model's positions, where a slot that has ended may run beyond it before it is seen
+        most = getattr(base.model.config.get_text_config(), "max_position_embeddings", None)
+        self._last = most - 1 if most and most < room else None
         self._table: torch.Tensor | None = None  # (room, 2 d + room): cosines, sines and mask of each position
         self._turned: torch.Tensor | None = None  # of this pass, (n, 2 d + room)
         self._window: int | None = None
@@ -83,7 +88,8 @@ class Slots:
         """Feed a token of each of the first n slots, and draw the next one."""
         self._now.clear()
         self._turned = None if self._table is None else self._table.index_select(0, self.positions)
-        hidden = self.base.next_hidden_states(self.tokens[None], self.positions[None], self)
+        positions = self.positions if self._last is None else self.positions.clamp(max=self._last)
+        hidden = self.base.next_hidden_states(self.tokens[None], positions[None], self)
         flat = self._places[1, : self.rows]
         uniforms = self._uniforms.index_select(0, flat)[:, None]
         record = self._record[: self.rows]
@@ -109,6 +115,15 @@ class Slots:
         for x, before in zip((self._places, self._record), saved, strict=True):
             x.copy_(before)
         return drawn
+
+    def agree(self, one: torch.Tensor, other: torch.Tensor) -> bool:
+        """Whether two passes drew nearly the same tokens with the same log-probs to the rounding of 16 bits.
+
+        A library may multiply in another order when it is captured, and a draw on the edge then gives another token.
+        """
+        same = one.view(torch.long)[:, 0] == other.view(torch.long)[:, 0]
+        close = (one[:, 2] - other[:, 2]).abs() <= ROUNDING
+        return bool((same & close).float().mean() >= ALIKE)
 
     def rotary_tables(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the cosines and sines (n, 1, d) of this pass, as `decode.fast_decoder.rotary_tables`."""

@@ -123,6 +123,20 @@ def kept(base: SharedBase) -> dict[str, Any]:
     return {"graphs": len(graphs), "same graphs": same, "changed": before != after, "fresh": compared(after, fresh)}
 
 
+def broken(base: SharedBase) -> dict[str, Any]:
+    """Sample where a replay does nothing; return what is said and how the completions compare."""
+    graph = torch.get_device_module(DEVICE).CUDAGraph
+    replay, engine = graph.replay, ContinuousEngine(base, False)
+    with base.role(POLICY), its_attention(DEVICE):
+        waves = SharedPromptEngine(base, False).generate(PROMPTS, EACH, LENGTH, Sampling(), limits(12), seed=4)
+        graph.replay = lambda self: None
+        try:
+            found = engine.generate(PROMPTS, EACH, LENGTH, Sampling(), limits(5), seed=4)
+        finally:
+            graph.replay = replay
+    return {"note": engine.note, "waves": compared(found, waves)}
+
+
 def waits_by_micro_batches() -> dict[str, list[int]]:
     """Return how often the host waits in passes over a batch, in one micro-batch and in several."""
     base = base_of("llama")
@@ -177,6 +191,7 @@ def main() -> None:
     base = base_of("llama")
     base.tokenizer = tiny_tokenizer([EOS])
     results["growing room"] = tried(base, Sampling(), length=90)
+    results["broken"] = broken(base_of("llama"))
     results["micro-batches"] = waits_by_micro_batches()
     (OUTPUT / "graphs.json").write_text(json.dumps(results))
 

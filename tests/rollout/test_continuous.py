@@ -52,6 +52,20 @@ def test_lengths_around_a_look(base, length):
     assert max(len(one.ids) for own in few for one in own) == length
 
 
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_a_model_s_last_position_is_reached_and_never_passed(family):
+    """A slot that has ended runs on until it is looked at, where there may be no position any more."""
+    longest = max(len(prompt) for prompt in PROMPTS)
+    base, _ = tiny_base(
+        family, max_position_embeddings=longest + 21, **({"n_positions": longest + 21} if family == "gpt2" else {})
+    )
+    base.tokenizer = tiny_tokenizer(list(range(EOS, VOCAB, 30)))
+    with base.role(POLICY):
+        waves, found = sample(SharedPromptEngine(base), 12, 21), sample(ContinuousEngine(base), 5, 21)
+    assert max(len(one.ids) for one in waves[1]) == 21 > min(len(one.ids) for own in waves for one in own)
+    assert [[one.ids for one in own] for own in found] == [[one.ids for one in own] for own in waves]
+
+
 def test_progress_counts_completions(base):
     told = []
     with base.role(POLICY):
