@@ -238,8 +238,8 @@ class SharedBase(Roles):
             model, quantization, compute_dtype, device, revision, trust_remote_code, offload_experts
         )
         base = cls(loaded, tokenizer, model_id=model, **adapter)
-        for group in base.grouped_layers if join else ():
-            join_codes(group)
+        if join:
+            base.join_weights()
         if offload_embeddings:
             embeddings_to_host(base.model)
         return base
@@ -295,8 +295,14 @@ class SharedBase(Roles):
             f"others in lora.target_modules ({names(layers.keys() - idle)})"
         )
 
+    def join_weights(self) -> None:
+        """Let NF4 weights of layers with one input lie in one tensor (see `decode.products.join_codes`)."""
+        for group in self.grouped_layers:
+            join_codes(group)
+
     def free(self) -> None:
         """Let go of the weights, whoever still holds the base: it computes nothing from now on."""
+        self.let_go()
         for tensor in (*self.parameters(), *self.buffers()):
             tensor.grad, tensor.data = None, tensor.data.new_empty(0)
 
@@ -310,6 +316,7 @@ class SharedBase(Roles):
         finally:
             for group in self.grouped_layers:
                 group.set_decode_product(None)
+                group.end_decoding()
             if self.fast_decoder is not None:
                 self.fast_decoder.forget()
 

@@ -69,6 +69,7 @@ class GroupedLoraLinear:
         self._masters: dict[tuple[str, ...], list[torch.Tensor]] = {}  # A and B of each layer and adapter
         self._cached: tuple[Any, Adapters | None] = (None, None)
         self._held: dict[tuple[tuple[str, ...], torch.dtype], Adapters] = {}  # by adapters and dtype
+        self._holds = False
         self.joined: Product | None = None  # of NF4 weights that lie in one tensor, while something holds it
 
     def output(self, layer: "SharedLoraLinear", x: torch.Tensor) -> torch.Tensor:
@@ -142,7 +143,7 @@ class GroupedLoraLinear:
 
         So does a product for decoding that is not a copy of the weights: a captured graph reads both again and again.
         """
-        names = self.layers[0].active.names
+        names, self._holds = self.layers[0].active.names, True
         if names and (names, dtype) not in self._held:
             adapters = self.adapters_now(dtype)
             assert adapters is not None
@@ -151,7 +152,13 @@ class GroupedLoraLinear:
     def let_go(self) -> None:
         """End what `hold` began."""
         self._held.clear()
+        self._holds = False
         self.joined = None
+
+    def end_decoding(self) -> None:
+        """Let go of what was made for decoding, unless it is held."""
+        if not self._holds:
+            self.joined = None
 
     @torch.no_grad()
     def _copies(self, names: Sequence[str], dtype: torch.dtype) -> Adapters:

@@ -188,7 +188,7 @@ def _target(
     batching = fields_with(HardwareConfig, only_batching=True)
     pinned = {key: value for key in batching if (value := getattr(recipe.hardware, key)) != "auto"}
     settings = replace(settings, **pinned)
-    ladder = Ladder.of(settings, base.device)
+    ladder = Ladder.of(replace(settings, keep_graphs=False), base.device)  # it samples once
     bind_rewards(base, rewards)
     share_ladder(rewards, ladder)
     engine = engine_for(base, recipe.generation.engine, settings.rollout_weights == "dequantized")

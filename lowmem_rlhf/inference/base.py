@@ -84,6 +84,8 @@ def open_base(
         if unusable := broken_weights(loaded.model):
             raise UserError(f"model: the object has {unusable}: nothing can be computed with it; load it again")
         base = SharedBase(as_base(loaded.model), loaded.own_tokenizer(recipe), recipe.model, **shape)
+        if plan.settings.rollout_weights == "joined":
+            base.join_weights()
     base.chat_template_kwargs = recipe.data.chat_template_kwargs
     return base
 

@@ -190,7 +190,7 @@ def keep_graphs(inputs: PlanInputs, settings: Settings) -> tuple[bool, str]:
 
 
 def _joined_weights(inputs: PlanInputs, settings: Settings) -> tuple[str, str]:
-    if not inputs.device.capabilities.graphs:
+    if not decodes_by_graphs(Memory(inputs.dims, inputs.recipe, settings, inputs.device)):
         return "quantized", "a GPU multiplies 4-bit weights directly"
     need = inputs.peak(replace(settings, rollout_weights="joined"), "rollout")
     if need > inputs.budget:

@@ -136,6 +136,8 @@ class ContinuousEngine:
 
     def _slots_for(self, count: int, room: int, sampling: Sampling, tile: int) -> Slots:
         """Return slots at rest: those of the last rollout, with their graphs, where they suit this one."""
+        if not self._graphs.why_not and not self.base.captures:  # also where embeddings have gone to host memory since
+            self._graphs.give_up("a pass of this model waits for the device")
         made_for = (self.base.active.names, count, sampling, tile, self.base.missing)
         if self._slots is None or self._slots.room < room or made_for != self._made_for:
             self.release()

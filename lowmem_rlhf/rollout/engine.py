@@ -106,6 +106,11 @@ def engine_for(base: SharedBase, name: str = "auto", dequantize: bool | None = N
     check_engine(name)
     if name == "auto":
         return own_engine(base, dequantize)
+    if ENGINES[name] is ContinuousEngine and base.packable and base.rotary_limit is not None:
+        raise UserError(
+            f"generation.engine: {name} is not for {base.model_id!r}, whose positions depend on the longest text that "
+            "is beside; leave it at auto"
+        )
     packs = (ContinuousEngine, SharedPromptEngine)
     if (ENGINES[name] in packs and not base.packable) or (ENGINES[name] is OwnCacheEngine and base.packable):
         raise UserError(f"generation.engine: {name} is not for {base.model_id!r}; leave it at auto")

@@ -103,20 +103,21 @@ class StepGraphs:
                 raise
             if isinstance(first, RuntimeError | MemoryError) and is_out_of_memory(first):
                 raise first from None
-            self._give_up(str(error).partition("\n")[0])
+            self.give_up(str(error).partition("\n")[0])
             return
         if saved is not None:
             self._tried = True
             wanted = pass_.restore(saved)
             graph.replay()
             if not pass_.agree(pass_.restore(saved), wanted):
-                self._give_up("a replayed pass does not compute what the pass itself does")
+                self.give_up("a replayed pass does not compute what the pass itself does")
                 pass_.step()
                 return
             graph.replay()
         self._graphs[pass_.shape] = graph
 
-    def _give_up(self, why: str) -> None:
+    def give_up(self, why: str) -> None:
+        """Capture nothing any more, for this reason."""
         self.forget()
         self.why_not = why
 
@@ -130,8 +131,12 @@ class StepGraphs:
 
     def _captured(self, pass_: Step) -> Any:
         self._pool = self._pool or self._module.graph_pool_handle()
-        graph = self._module.CUDAGraph()
-        # other threads may ask the device for what they like meanwhile
-        with self._module.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+        graph, here = self._module.CUDAGraph(), self._module.current_stream()
+        # Other threads may ask the device for what they like meanwhile. A capture that cannot be ended leaves its own
+        # stream as the present one (torch/cuda/graphs.py), so the outer block goes back.
+        with (
+            self._module.stream(here),
+            self._module.graph(graph, pool=self._pool, capture_error_mode="thread_local"),
+        ):
             pass_.step()
         return graph

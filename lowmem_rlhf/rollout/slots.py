@@ -255,8 +255,13 @@ class Slots:
         return torch.tensor(values, dtype=torch.long, device=self.base.device)
 
     def rest(self, slots: Sequence[int]) -> None:
-        """Let these slots stand still."""
-        self._steps.index_fill_(1, self._index(slots), 0)
+        """Let these slots stand still at their beginning.
+
+        Where they ended, a window may hide all keys that the others' passes still read: such a row is not a number.
+        """
+        index = self._index(slots)
+        self._steps.index_fill_(1, index, 0)
+        self._places.index_copy_(1, index, torch.stack((torch.zeros_like(index), index * self.room)))
 
     def move(self, order: Sequence[int]) -> None:
         """Put these slots first, in this order; what the others hold is lost."""
@@ -275,6 +280,6 @@ class Slots:
     def look(self, last: int) -> tuple[list[list[int]], list[list[float]]]:
         """Wait for the device; return the tokens and log-probs of the last so many records, by record and slot."""
         back = torch.arange(last, 0, -1, dtype=torch.long, device=self.base.device)
-        index = (self._places[1, : self.rows] - back[:, None]).flatten()
+        index = (self._places[1, : self.rows] - back[:, None]).clamp_(min=0).flatten()  # of a slot at rest any
         records = self._records.index_select(0, index).to("cpu").unflatten(0, (last, -1))
         return records.view(torch.long)[..., 0].tolist(), records[..., 2].tolist()

@@ -1,7 +1,7 @@
 """Completions written in waves on the shared base: what the engines of this package have in common.
 
 A wave of completions starts together and ends with its longest one; rows that have ended leave it on the way. How many
-run at once is at most the plan's ``rollout_batch_size``. What is left out: speculative and continuous batching.
+run at once is at most the plan's ``rollout_batch_size``. What is left out: speculative decoding.
 
 Shapes: B prompts, G completions a prompt, R rows of a wave, U draws from one distribution, V vocabulary, H hidden.
 """

@@ -28,7 +28,7 @@ from lowmem_rlhf.training.metrics import Seen, rollout_metrics, samples, silent_
 from lowmem_rlhf.training.roles import share_ladder
 from lowmem_rlhf.training.sampling_check import SamplingCheck
 
-NOT_ROLLOUT = frozenset({"scoring", "update", "optimizer"})
+EVERY_PHASE = frozenset({"rollout", "scoring", "update", "optimizer"})
 SEEN = "seen"  # the name of `Trainer.seen` in a checkpoint
 
 
@@ -76,7 +76,7 @@ class CompletionEvaluator:
         dequantize = plan.settings.rollout_weights == "dequantized"
         self.engine: Engine = engine_for(base, recipe.generation.engine, dequantize)
         if ladder.keep_graphs and (release := getattr(self.engine, "release", None)):
-            ladder.savings.insert(0, Saving(NOT_ROLLOUT, "keep_graphs", False, release))
+            ladder.savings.insert(0, Saving(EVERY_PHASE, "keep_graphs", False, release))
 
     def evaluate(self, when: str, progress: Progress, step: int = 0) -> dict[str, Any]:
         """Return accuracy and the mean of every reward; empty if nothing is held out."""

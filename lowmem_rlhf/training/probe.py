@@ -69,7 +69,8 @@ def probe(base: SharedBase, recipe: Recipe, plan: Plan) -> tuple[Plan, Probed]:
     planned, others = _planned_phases(base, recipe, plan), _others(base)
     for name, work in _phases(base, recipe, plan).items():
         components = planned[name]
-        predicted = sum(components.values()) - components["optimizer_state"]
+        # neither is there yet: moments, and graphs that a rollout leaves to the next
+        predicted = sum(components.values()) - components["optimizer_state"] - components.get("graphs", 0)
         found[name] = {"predicted_bytes": predicted, "measured_bytes": _measured(base, work, others)}
     ratio = ratio_of(found)
     if RELAX <= ratio <= TIGHTEN:
@@ -126,7 +127,8 @@ def _again(
     """Plan once more, as if the device had as much less memory as the phases took more."""
     settings = plan.settings
     # embeddings on the device may still leave it
-    kept = {key: getattr(settings, key) for key in FIXED if key != "offload_embeddings" or settings.offload_embeddings}
+    fixed = (*FIXED, "rollout_weights")  # weights are joined when they are loaded
+    kept = {key: getattr(settings, key) for key in fixed if key != "offload_embeddings" or settings.offload_embeddings}
     shape = {key: settings.lora[key] for key in ("r", "lora_alpha")}
     pinned = recipe.model_copy(
         update={
@@ -136,7 +138,7 @@ def _again(
     )
     free = plan.device.free_bytes
     made = make_plan(pinned, replace(plan.device, free_bytes=int(free / ratio)), plan.profile)
-    reasons = {**made.reasons, **{key: plan.reasons[key] for key in (*FIXED, "lora")}}
+    reasons = {**made.reasons, **{key: plan.reasons[key] for key in (*fixed, "lora")}}
     if made.settings.offload_embeddings and not settings.offload_embeddings:
         embeddings_to_host(base.model)
     changed = [
@@ -147,6 +149,7 @@ def _again(
             "micro_batch_tokens",
             "score_batch_tokens",
             "rollout_batch_size",
+            "keep_graphs",
         )
         if getattr(settings, key) != getattr(made.settings, key)
     ]

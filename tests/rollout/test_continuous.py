@@ -4,8 +4,10 @@ from itertools import pairwise
 
 import pytest
 import torch
-from tiny_models import EOS, VOCAB, tiny_base, tiny_tokenizer
+from tiny_models import EOS, VOCAB, save_tiny, tiny_base, tiny_tokenizer
 
+from lowmem_rlhf.engine.base import SharedBase
+from lowmem_rlhf.engine.host_embedding import embeddings_to_host
 from lowmem_rlhf.engine.ladder import RolloutLimits
 from lowmem_rlhf.engine.roles import POLICY
 from lowmem_rlhf.errors import RunError, UserError
@@ -86,6 +88,53 @@ def test_a_model_that_cannot_be_packed_has_no_slots():
     base, _ = tiny_base("bloom")
     with pytest.raises(UserError, match=r"generation\.engine: continuous is not for 'tiny/bloom'; leave it at auto"):
         engine_for(base, "continuous")
+
+
+def test_positions_that_depend_on_other_texts_have_no_slots():
+    factors = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0}
+    base, _ = tiny_base("llama", rope_parameters=factors)
+    with pytest.raises(UserError, match=r"generation\.engine: continuous is not for 'tiny/llama', whose positions"):
+        engine_for(base, "continuous")
+
+
+def test_what_waits_for_the_device_is_not_captured(base, monkeypatch):
+    monkeypatch.setattr("lowmem_rlhf.rollout.graphs.can_capture", lambda device: True)
+    engine = ContinuousEngine(base)
+    assert not engine.note and base.captures
+    embeddings_to_host(base.model)
+    assert not base.captures
+    with base.role(POLICY):
+        sample(engine, 5)
+    assert engine.note.endswith("captured as a graph: a pass of this model waits for the device")
+
+
+def test_a_slot_at_rest_leaves_numbers_for_the_next_rollout():
+    """A window may hide all that the others' passes still read from where a long text has ended."""
+    base, _ = tiny_base("gemma2", max_position_embeddings=256)
+    base.tokenizer = tiny_tokenizer(list(range(EOS, VOCAB, 5)))
+    prompts = [[n % 90 + 4 for n in range(150)], [5, 6, 7], [7, 8, 9], [9, 10, 11]]
+    engine, limits = ContinuousEngine(base), RolloutLimits(8, 256, 8, keep_graphs=True)
+    with base.role(POLICY):
+        for seed in range(6):
+            engine.generate(prompts, 2, 30, Sampling(), limits, seed=seed)
+            assert all(x.isfinite().all() for x in (*engine._slots._keys.values(), *engine._slots._values.values()))
+
+
+def test_scales_of_joined_weights_go_with_the_decoding(tmp_path):
+    folder = save_tiny("qwen2", tmp_path)
+    base = SharedBase.load(str(folder), torch.device("cpu"), "nf4", "float32", join=True, r=4)
+    group = next(group for group in base.grouped_layers if len(group.layers) == 3)
+    group.joined = lambda x: x
+    with base.decoding(False):
+        pass
+    assert group.joined is None
+    base.hold()
+    group.joined = lambda x: x
+    with base.decoding(False):
+        pass
+    assert group.joined is not None
+    base.let_go()
+    assert group.joined is None
 
 
 def test_logits_that_are_not_finite_end_the_rollout_and_leave_nothing_held(base):

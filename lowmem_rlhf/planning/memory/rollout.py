@@ -112,7 +112,10 @@ def shared_base_bytes(memory: Memory) -> Components:
 
 
 def decodes_by_graphs(memory: Memory) -> bool:
-    """Whether `rollout.engine.engine_for` takes continuous batching, and its passes are captured.
+    """Whether tokens are decoded by graphs, as far as sizes and settings tell.
+
+    A model that cannot be packed, or whose rotary factors depend on the longest text, is known when it is loaded only;
+    it takes less memory than this says.
 
     What waits for the device cannot be captured: LLM.int8 looks for outliers, experts are looked up by the tokens that
     they get, and embeddings in host memory are copied from there.
