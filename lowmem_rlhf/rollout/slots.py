@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from lowmem_rlhf.engine.decode.fast_decoder import rotary_tables
 from lowmem_rlhf.engine.logprobs import tiles
 from lowmem_rlhf.engine.mixers import Mix, StateKey
+from lowmem_rlhf.planning.limits import LOOK
 from lowmem_rlhf.rollout.sampling import Sampling, draw
 
 if TYPE_CHECKING:
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 
 ROUNDING = 0.05  # of a log-prob, at most
 ALIKE = 0.75  # of the rows, at least
+REST = LOOK + 1  # the position of a slot at rest: as many records lie before it as are looked at
 WORDS = 4  # of 4 bytes, in a record: a token (8 bytes), its log-prob, and nothing
 
 
@@ -244,10 +246,10 @@ class Slots:
         self._steps.index_fill_(1, index, 1)
 
     def reset(self) -> None:
-        """Let all slots stand still at their beginning."""
+        """Let all slots stand still."""
         self.rows, self.seen = self.count, self.room
-        self._places[0] = 0
-        self._places[1] = torch.arange(self.count, dtype=torch.long, device=self.base.device) * self.room
+        self._places[0] = REST
+        self._places[1] = torch.arange(self.count, dtype=torch.long, device=self.base.device) * self.room + REST
         self._steps.zero_()
         self._record.zero_()
 
@@ -255,13 +257,13 @@ class Slots:
         return torch.tensor(values, dtype=torch.long, device=self.base.device)
 
     def rest(self, slots: Sequence[int]) -> None:
-        """Let these slots stand still at their beginning.
+        """Let these slots stand still at `REST`.
 
         Where they ended, a window may hide all keys that the others' passes still read: such a row is not a number.
         """
         index = self._index(slots)
         self._steps.index_fill_(1, index, 0)
-        self._places.index_copy_(1, index, torch.stack((torch.zeros_like(index), index * self.room)))
+        self._places.index_copy_(1, index, torch.stack((torch.full_like(index, REST), index * self.room + REST)))
 
     def move(self, order: Sequence[int]) -> None:
         """Put these slots first, in this order; what the others hold is lost."""
@@ -280,6 +282,6 @@ class Slots:
     def look(self, last: int) -> tuple[list[list[int]], list[list[float]]]:
         """Wait for the device; return the tokens and log-probs of the last so many records, by record and slot."""
         back = torch.arange(last, 0, -1, dtype=torch.long, device=self.base.device)
-        index = (self._places[1, : self.rows] - back[:, None]).clamp_(min=0).flatten()  # of a slot at rest any
+        index = (self._places[1, : self.rows] - back[:, None]).flatten()
         records = self._records.index_select(0, index).to("cpu").unflatten(0, (last, -1))
         return records.view(torch.long)[..., 0].tolist(), records[..., 2].tolist()
