@@ -55,8 +55,9 @@ def test_the_host_waits_once_in_eight_tokens(sampled):
 
 
 def test_graphs_that_are_kept_read_what_an_optimizer_step_has_changed(sampled):
-    for name in PACKED | IN_NF4:
-        kept = sampled[name]["kept"]
+    every = {name: found["kept"] for name, found in sampled.items() if "kept" in found}
+    assert every.keys() >= {"llama", "gpt2", "gemma4", "qwen3_5", "llama, nf4"}
+    for name, kept in every.items():
         assert kept["graphs"] >= 1 and kept["same graphs"] and kept["changed"], name
         assert kept["fresh"]["bits"], name
 
