@@ -11,7 +11,6 @@ rows of the others; a model of the shared rows that is not in the file is left o
 One configuration repeated differs by 15 % between runs. Errors are predicted over measured, less one.
 """
 
-import argparse
 import json
 import math
 import statistics
@@ -22,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from stock_memory.timed import step_kernels
-from vram_t4 import ROWS, SETTINGS, dimensions_of, read_rows, run_of
+from vram_t4 import ROWS, SETTINGS, dimensions_of, options, read_rows, run_of
 
 from lowmem_rlhf.errors import UserError
 from lowmem_rlhf.planning.time.rates import Rates, rates
@@ -30,16 +29,6 @@ from lowmem_rlhf.planning.time.rates import Rates, rates
 T4 = rates(half_tflops=65.1, single_tflops=8.14, bandwidth_gb_s=320)
 ATTENTIONS = tuple(share / 100 for share in range(20, 81, 2))
 STARTS = tuple(microseconds * 1e-6 for microseconds in range(8, 41))
-
-
-def options() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
-    parser.add_argument(
-        "--rows", type=Path, default=ROWS, metavar="CSV", help="measured rows (default: the shared ones)"
-    )
-    parser.add_argument("--configs", type=Path, metavar="FOLDER", help="config.json files named ORG__NAME.json")
-    parser.add_argument("--json", action="store_true")
-    return parser
 
 
 def fit(rows: Sequence[dict[str, Any]]) -> Rates:
@@ -135,7 +124,7 @@ def print_tables(found: dict[str, Any]) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    given = options().parse_args(arguments)
+    given = options(__doc__).parse_args(arguments)
     try:
         rows = read_rows(given.rows, "step_s")
         shared = rows if given.rows == ROWS or not ROWS.is_file() else read_rows(ROWS, "step_s")

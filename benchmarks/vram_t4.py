@@ -35,8 +35,9 @@ SETTINGS = ("model", "quant", "prec", "attn", "opt", "r", "targets", "gc", "bs",
 COMPARED = ("allocated", "process")
 
 
-def options() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
+def options(about: str | None = __doc__) -> argparse.ArgumentParser:
+    """Return the options of this script, or of its twin with a docstring of its own."""
+    parser = argparse.ArgumentParser(description=(about or "").split("\n\n")[0])
     parser.add_argument(
         "--rows", type=Path, default=ROWS, metavar="CSV", help="measured rows (default: the shared ones)"
     )

@@ -454,7 +454,10 @@ def _is_ours(module: Any) -> bool:
 
 
 def _need_no_mask(model: PreTrainedModel) -> None:
-    """Let no module look for padding in what it reads, for which the host would wait at every pass: none is there."""
+    """Let no module look for padding in what it reads, for which the host would wait at every pass.
+
+    Packed rows have none, and in padded ones it stands behind what is read of a row.
+    """
     for module in model.modules():
         if hasattr(module, "warn_if_padding_and_no_attention_mask"):
             module.warn_if_padding_and_no_attention_mask = lambda *args, **kwargs: None  # type: ignore[assignment]

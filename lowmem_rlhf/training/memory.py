@@ -22,7 +22,7 @@ from lowmem_rlhf.planning.plan import Plan
 from lowmem_rlhf.recipe.schema import Recipe
 
 _UPDATE, _ROLLOUT = frozenset({"update"}), frozenset({"rollout"})
-_ALL = frozenset({"rollout", "scoring", "update", "optimizer"})
+EVERY_PHASE = frozenset({"rollout", "scoring", "update", "optimizer"})
 
 
 def savings_of(base: SharedBase, settings: Settings) -> list[Saving]:
@@ -38,7 +38,7 @@ def savings_of(base: SharedBase, settings: Settings) -> list[Saving]:
             offload = lambda: base.set_gradient_checkpointing(True, offload=True)  # noqa: E731
             found.append(Saving(_UPDATE, "offload_checkpoints", True, offload))
         if movable_embeddings(base.model):
-            found.append(Saving(_ALL, "offload_embeddings", True, lambda: embeddings_to_host(base.model)))
+            found.append(Saving(EVERY_PHASE, "offload_embeddings", True, lambda: embeddings_to_host(base.model)))
     return found
 
 

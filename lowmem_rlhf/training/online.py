@@ -24,11 +24,11 @@ from lowmem_rlhf.rollout.rollout import Completion, Rollout
 from lowmem_rlhf.run.directory import RunDirectory
 from lowmem_rlhf.training.evaluate import TrainerState, evaluate, reward_completions, sampling_of
 from lowmem_rlhf.training.loop import Loop, StepOutput
+from lowmem_rlhf.training.memory import EVERY_PHASE
 from lowmem_rlhf.training.metrics import Seen, rollout_metrics, samples, silent_rewards
 from lowmem_rlhf.training.roles import share_ladder
 from lowmem_rlhf.training.sampling_check import SamplingCheck
 
-EVERY_PHASE = frozenset({"rollout", "scoring", "update", "optimizer"})
 SEEN = "seen"  # the name of `Trainer.seen` in a checkpoint
 
 

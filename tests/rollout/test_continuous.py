@@ -16,6 +16,7 @@ from lowmem_rlhf.rollout.continuous import ContinuousEngine
 from lowmem_rlhf.rollout.engine import engine_for
 from lowmem_rlhf.rollout.sampling import Sampling
 from lowmem_rlhf.rollout.shared_prompt import SharedPromptEngine
+from lowmem_rlhf.rollout.slots import Slots
 
 PROMPTS = [[5, 6, 7], list(range(10, 29)), [40, 41, 42, 43]]
 
@@ -164,6 +165,19 @@ def test_what_is_kept_serves_smaller_rollouts_and_is_released():
             assert kept(PROMPTS) is not first
     engine.release()
     assert engine._slots is None and not any(group._held for group in base.grouped_layers)
+
+
+@pytest.mark.parametrize(("rows", "differing", "agree"), [(3, 0, True), (3, 1, False), (8, 1, True), (8, 2, False)])
+@pytest.mark.parametrize("how", ["token", "log-prob", "not a number"])
+def test_one_row_of_several_may_be_drawn_on_the_edge(base, rows, differing, agree, how):
+    slots = Slots(base, rows, 64, Sampling(), 8)
+    slots.reset()
+    one, other = (slots.restore(slots.save()) for _ in range(2))
+    if how == "token":
+        other.view(torch.long)[:differing, 0] = 7
+    else:
+        other[:differing, 2] = 0.1 if how == "log-prob" else float("nan")
+    assert slots.agree(one, other) is agree
 
 
 def test_the_room_of_a_slot_and_what_a_pass_reads_of_it():
