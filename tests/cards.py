@@ -108,7 +108,7 @@ def _one_builder() -> Iterator[None]:
 def _add_kernels() -> None:
     """Let the virtual card compute by way of the CPU what CUDA has kernels of and it has not.
 
-    Convolutions, and a norm as the one kernel that it is there.
+    Convolutions, a norm and its gradient, and SiLU's, as the one kernel that each is there.
     """
     library = torch.library.Library("aten", "IMPL")
 
@@ -127,7 +127,21 @@ def _add_kernels() -> None:
         y = rows * scale if weight is None else rows * scale * weight.cpu().float()
         return y.to(x.dtype).to(x.device), scale.to(x.device)
 
+    def norm_backward(grad: Any, x: Any, shape: Any, scale: Any, weight: Any, wanted: Any) -> Any:
+        rows, scales, dims = x.cpu().float(), scale.cpu().float(), tuple(range(-len(shape), 0))
+        outer = grad.cpu().float() if weight is None else grad.cpu().float() * weight.cpu().float()
+        inner = (outer * rows * scales).mean(dims, keepdim=True)
+        of_x = ((outer - rows * scales * inner) * scales).to(x.dtype).to(x.device) if wanted[0] else None
+        summed = tuple(range(x.dim() - len(shape)))
+        of_weight = (grad.cpu().float() * rows * scales).sum(summed) if wanted[1] else None
+        return of_x, None if of_weight is None else of_weight.to(weight.dtype).to(x.device)
+
+    def silu_backward(grad: Any, x: Any) -> Any:
+        return torch.ops.aten.silu_backward(grad.cpu(), x.cpu()).to(x.device)
+
     library.impl("_fused_rms_norm", norm, "PrivateUse1")
+    library.impl("_fused_rms_norm_backward", norm_backward, "PrivateUse1")
+    library.impl("silu_backward", silu_backward, "PrivateUse1")
     library.impl("convolution_overrideable", forward, "PrivateUse1")
     library.impl("convolution_backward_overrideable", backward, "PrivateUse1")
     _LIBRARIES.append(library)

@@ -24,6 +24,8 @@ from lowmem_rlhf.hardware.capabilities import capabilities
 from lowmem_rlhf.hardware.memory import is_out_of_memory
 
 GATED_MLP = {"gate_proj", "up_proj", "down_proj", "act_fn"}  # the parts of one
+# a card has one kernel each way for a norm, which keeps its input alone; before torch 2.8 it was written out
+FUSED_NORM = hasattr(torch.ops.aten, "_fused_rms_norm")
 FP32 = 4 * torch.finfo(torch.float32).eps  # of the size of inner results: their rounding
 OFFSETS = (0.0, 1.0)  # what a norm adds to its weight: nothing (Llama) or one (Gemma)
 
@@ -87,6 +89,8 @@ ACTIVATIONS = (SILU, GELU_TANH, GELU)
 
 
 def _rms_norm(scale: torch.Tensor, eps: float, x: torch.Tensor) -> torch.Tensor:
+    if FUSED_NORM and scale.dtype == x.dtype and not capabilities(x.device).on_cpu:
+        return F.rms_norm(x, x.shape[-1:], scale, eps)
     return _RMSNorm.apply(x, scale, eps) if torch.is_grad_enabled() else _normed(x, scale, eps)
 
 

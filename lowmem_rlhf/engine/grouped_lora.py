@@ -240,20 +240,27 @@ class _Up(torch.autograd.Function):
             return grad_x, None, None, None, None
         ctx.down.unpacked = ctx.down.saved_tensors
         _, xa = ctx.down.unpacked
-        grad_xa = torch.zeros_like(xa)
+        grad_xa = torch.zeros_like(xa) if any(grad is None for grad in grads) else torch.empty_like(xa)
         gradients: list[torch.Tensor | None] = []
         for grad, columns, b, scaled in zip(grads, *ctx.adapters.of_layers(), strict=True):
             needed = ctx.needs_input_grad[5 + len(gradients) : 5 + len(gradients) + len(scaled)]
             if grad is None:
                 gradients += [None] * len(scaled)
                 continue
-            grad_xa[:, columns] = grad @ b
-            parts = (grad.t() @ xa[:, columns]).split([rank for rank, _ in scaled], dim=1) if any(needed) else scaled
-            gradients += [
-                part.float().mul_(scaling) if wanted else None
-                for part, (_, scaling), wanted in zip(parts, scaled, needed, strict=True)
-            ]
+            torch.mm(grad, b, out=grad_xa[:, columns])
+            gradients += _gradients_of_b(grad, xa[:, columns], scaled, needed)
         return grad_x, grad_xa, None, None, None, *gradients
+
+
+def _gradients_of_b(
+    grad: torch.Tensor, xa: torch.Tensor, scaled: Sequence[tuple[int, float]], needed: Sequence[bool]
+) -> list[torch.Tensor | None]:
+    """Return the fp32 gradients (out, r) of each adapter's B from that of the layer's output and x A^T (T, R_i)."""
+    found: list[torch.Tensor | None] = []
+    for part, (_, scaling), wanted in zip(xa.split([r for r, _ in scaled], dim=1), scaled, needed, strict=True):
+        whole = torch.empty((grad.shape[1], part.shape[1]), dtype=grad.dtype, device=grad.device) if wanted else None
+        found.append(None if whole is None else torch.addmm(whole, grad.t(), part, beta=0, alpha=scaling).float())
+    return found
 
 
 def _input_gradient(layers: Sequence["SharedLoraLinear"], grads: Sequence[torch.Tensor | None]) -> torch.Tensor | None:
