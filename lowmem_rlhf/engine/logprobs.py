@@ -17,7 +17,8 @@ import torch
 from torch import nn
 
 from lowmem_rlhf.engine.decode.native import few_rows
-from lowmem_rlhf.planning.limits import ENOUGH_POSITIONS, VOCABULARY_CHUNK
+from lowmem_rlhf.hardware.capabilities import capabilities
+from lowmem_rlhf.planning.limits import ENOUGH_POSITIONS, tile_shape
 
 Entropy = Literal["none", "value", "gradient"]
 
@@ -49,8 +50,9 @@ class Head:
 
     def shape_of_tiles(self, positions: int, tile: int) -> tuple[int, int]:
         """Return (K, C) so that K * C is at most ``tile * V``. Quantized heads are not cut along the vocabulary."""
-        chunk = min(self.vocabulary, VOCABULARY_CHUNK) if type(self.module) is nn.Linear else self.vocabulary
-        return min(positions, max(1, min(ENOUGH_POSITIONS, tile * self.vocabulary // chunk))), chunk
+        if type(self.module) is not nn.Linear:
+            return min(positions, max(1, min(ENOUGH_POSITIONS, tile))), self.vocabulary
+        return tile_shape(positions, tile, self.vocabulary, capabilities(self.module.weight.device).on_cpu)
 
     def chunk_logits(self, hidden: torch.Tensor, chunk: slice, into: torch.Tensor, rounded: torch.Tensor) -> None:
         """Write the logits (K, C) of one chunk of the vocabulary, as `logits`, into an fp32 tensor.

@@ -1,12 +1,14 @@
 """Bounds of our own kernels and loops that decide memory: the engine works by them, the memory model counts by them."""
 
 VOCABULARY_CHUNK = 4096  # entries of a logits tile: a head's rows that stay in a processor's cache
+ALIGNED_ENTRIES = 256  # of a card's logits tile: a multiple of these
 ENOUGH_POSITIONS = 512  # of a logits tile; more of them are not faster
 ATTENDED_PER_TOKEN = 4  # key positions that a micro-batch may hold in attention for each token of its budget
 EXPLICIT_KEYS = 256  # up to so many keys a CPU is faster with explicit scores, backward above all
 CAPPED_SCORES = 1 << 22  # scores at once where they have a soft cap: about 80 MB with their gradients
 COMPLETION_BLOCK = 32  # tokens by which the room for completions grows: shapes change once in a block
 KERNEL_ROWS = 64  # of bitsandbytes' 4-bit product on a CPU; with more, dequantizing once and a plain product is faster
+FUSED_ROWS = 64  # of bitsandbytes' 4-bit product on a card; with more the weights are made dense first, mostly
 FOUR_BIT_ROWS = 128  # of our own 4-bit product on a CPU; with more, torch on the weights made dense is faster
 LOOK = 8  # tokens that a card decodes before the host looks at what was written
 SLOT_BLOCK = 64  # tokens by which the room of a slot, and what of it a pass reads, is rounded up
@@ -32,3 +34,17 @@ def seen_room(tokens: int, room: int) -> int:
     while seen < tokens:
         seen += max(SLOT_BLOCK, seen // 2 // SLOT_BLOCK * SLOT_BLOCK)
     return min(seen, room)
+
+
+def tile_shape(positions: int, tile: int, vocabulary: int, on_cpu: bool) -> tuple[int, int]:
+    """Return positions K and entries of the vocabulary C of a logits tile, K * C at most ``tile * vocabulary``.
+
+    A CPU takes few entries of many positions, which stay in its caches. A card takes as many entries as the room is
+    for, as each tile starts some twenty kernels.
+    """
+    chunk = min(vocabulary, VOCABULARY_CHUNK)
+    rows = min(positions, max(1, min(ENOUGH_POSITIONS, tile * vocabulary // chunk)))
+    if not on_cpu and positions:
+        rows = -(-positions // -(-positions // rows))  # as even as tiles are
+        chunk = min(vocabulary, max(chunk, tile * vocabulary // rows // ALIGNED_ENTRIES * ALIGNED_ENTRIES))
+    return rows, chunk

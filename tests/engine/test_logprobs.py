@@ -56,7 +56,7 @@ def check(head, weight, bias, temperature, tile, close):
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("chunk", [7, V])
 def test_tiled_equals_full(tile, temperature, scale, softcap, bias, chunk, monkeypatch):
-    monkeypatch.setattr("lowmem_rlhf.engine.logprobs.VOCABULARY_CHUNK", chunk)
+    monkeypatch.setattr("lowmem_rlhf.planning.limits.VOCABULARY_CHUNK", chunk)
     module = linear(bias)
     check(Head(module, scale, softcap), module.weight, module.bias, temperature, tile, 5e-6)
 
@@ -141,7 +141,7 @@ def test_entropy_is_left_out_or_has_no_gradient_unless_asked_for():
 @pytest.mark.parametrize("chunk", [50, 700])
 @pytest.mark.parametrize("softcap", [0.0, 5.0])
 def test_nothing_of_size_tokens_by_vocabulary_exists(softcap, chunk, monkeypatch):
-    monkeypatch.setattr("lowmem_rlhf.engine.logprobs.VOCABULARY_CHUNK", chunk)
+    monkeypatch.setattr("lowmem_rlhf.planning.limits.VOCABULARY_CHUNK", chunk)
     length, width, vocabulary, tile = 96, 4, 700, 8
     module = nn.Linear(width, vocabulary, bias=False).requires_grad_(False)
     hidden, targets, _, _ = inputs(length, width, vocabulary)

@@ -11,6 +11,7 @@ from planning_cases import CONFIGS, card, cpu
 
 from lowmem_rlhf.architecture.dimensions import ModelDimensions, dimensions_from_config
 from lowmem_rlhf.planning import shapes
+from lowmem_rlhf.planning.limits import tile_shape
 from lowmem_rlhf.planning.memory import rollout as rollouts
 from lowmem_rlhf.planning.memory.layers import Layer
 from lowmem_rlhf.planning.memory.phases import ALLOCATOR_FACTOR, peak_phase, phases
@@ -172,11 +173,23 @@ def test_the_tile_has_the_heads_shape():
     for positions, tile in ((2000, 64), (2000, 1), (30, 64), (513, 512)):
         most, chunk = head.shape_of_tiles(positions, tile)
         rows = max(part.stop - part.start for part in logprobs.tiles(positions, most))
-        assert logits_tile_bytes(model, positions, tile, 2, gradient=False) == rows * chunk * (2 + 8)
+        assert logits_tile_bytes(model, positions, tile, 2, gradient=False, on_cpu=False) == rows * chunk * (2 + 8)
         rows_of_head = rows * model.hidden_size * (2 + 4)
-        with_gradient = logits_tile_bytes(model, positions, tile, 2, gradient=True)
+        with_gradient = logits_tile_bytes(model, positions, tile, 2, gradient=True, on_cpu=False)
         assert with_gradient == rows * chunk * (2 + 8) + rows_of_head
-    assert logits_tile_bytes(model, 0, 64, 2, gradient=True) == 0
+    assert logits_tile_bytes(model, 0, 64, 2, gradient=True, on_cpu=False) == 0
+
+
+@pytest.mark.parametrize("vocabulary", [500, 32000, 151936])
+@pytest.mark.parametrize("positions", [1, 40, 2000])
+def test_a_card_takes_as_much_of_the_vocabulary_at_once_as_the_room_is_for(positions, vocabulary):
+    for tile in (1, 16, 64, 1024):
+        rows, entries = tile_shape(positions, tile, vocabulary, on_cpu=False)
+        few_rows, few = tile_shape(positions, tile, vocabulary, on_cpu=True)
+        assert rows <= few_rows <= positions and few <= entries <= vocabulary and few <= 4096
+        assert rows * entries <= max(tile * vocabulary, min(vocabulary, 4096))
+        whole = entries == vocabulary
+        assert whole or rows * (entries + 256) > tile * vocabulary or entries == 4096
 
 
 @pytest.mark.parametrize("algorithm", ["grpo", "ppo", "sft"])

@@ -8,7 +8,7 @@ from lowmem_rlhf.architecture.dimensions import ModelDimensions
 from lowmem_rlhf.architecture.families.block import Linear
 from lowmem_rlhf.architecture.families.layers import LayerSizes
 from lowmem_rlhf.hardware.device import Device
-from lowmem_rlhf.planning.limits import ENOUGH_POSITIONS, VOCABULARY_CHUNK
+from lowmem_rlhf.planning.limits import tile_shape
 from lowmem_rlhf.planning.memory.layers import Layer
 from lowmem_rlhf.planning.memory.mixers import MixerLayer
 from lowmem_rlhf.planning.shapes import PackedShape, adapters_of, starts_from_adapter, step_shape
@@ -156,14 +156,15 @@ def recomputed_layers(dims: ModelDimensions, checkpointing: bool | int) -> int:
     return dims.num_layers if checkpointing is True else int(checkpointing)
 
 
-def logits_tile_bytes(dims: ModelDimensions, positions: int, tile: int, width: int, gradient: bool) -> int:
+def logits_tile_bytes(
+    dims: ModelDimensions, positions: int, tile: int, width: int, gradient: bool, on_cpu: bool
+) -> int:
     """Bytes of a tile in the log-probs: K positions by C of the vocabulary, one in the compute dtype and two in fp32.
 
     ``K C (b + 8)``, with K C at most ``tile * V``; with gradients, and a soft cap, its slope (4 K C), and the mean of
-    the head's rows, ``K h (b + 4)``. K and C as `engine.logprobs.Head.shape_of_tiles` has them.
+    the head's rows, ``K h (b + 4)``. K and C as `limits.tile_shape` has them.
     """
-    chunk = min(dims.vocab_size, VOCABULARY_CHUNK)
-    most = min(positions, max(1, min(ENOUGH_POSITIONS, tile * dims.vocab_size // chunk)))
+    most, chunk = tile_shape(positions, tile, dims.vocab_size, on_cpu)
     rows = math.ceil(positions / math.ceil(positions / most)) if positions else 0
     slope = 4 if gradient and dims.logit_softcap else 0
     return rows * chunk * (width + 8 + slope) + (rows * dims.hidden_size * (width + 4) if gradient else 0)
@@ -286,12 +287,15 @@ class Memory:
         layer = self.layer(shape, adapters)
         loss = {"scored_states": layer.of(self.dims.hidden_size, shape.scored)}
         if language:
-            tile = self.settings.logits_tile_tokens
-            loss["logits_tile"] = logits_tile_bytes(self.dims, shape.scored, tile, self.width, gradient=False)
+            loss["logits_tile"] = self._tile(shape.scored, gradient=False)
         else:
             loss["scored_states"] += 4 * self.dims.hidden_size * shape.scored  # in fp32 for the head
         peak = max(one.forward_peak() for one in distinct(self.layers(shape, adapters)))
         return [{"layer_activations": peak + layer.common()}, loss]
+
+    def _tile(self, positions: int, gradient: bool) -> int:
+        tile = self.settings.logits_tile_tokens
+        return logits_tile_bytes(self.dims, positions, tile, self.width, gradient, self.on_cpu)
 
     def update(self) -> Components:
         """Return the largest moment of the policy's and the critic's passes with gradients."""
@@ -332,8 +336,7 @@ class Memory:
         both = {"positions": layer.common(gradient=True), "stored_activations": inputs + saved}
         loss: Components = {"final_states": hidden, "scored_states": 2 * states}
         if language:
-            tile = self.settings.logits_tile_tokens
-            loss["logits_tile"] = logits_tile_bytes(self.dims, scored, tile, self.width, gradient=True)
+            loss["logits_tile"] = self._tile(scored, gradient=True)
         else:
             loss["scored_states"] = states + 4 * self.dims.hidden_size * scored
         norm = {"final_states": 2 * hidden + layer.norm_gradients(), "scored_states": held}
