@@ -19,6 +19,7 @@ from lowmem_rlhf.errors import UserError
 from lowmem_rlhf.hardware.capabilities import kind_of
 from lowmem_rlhf.hardware.device import Device
 from lowmem_rlhf.hardware.nvml import Card, Inventory, NvmlUnavailable, order_is_uncertain, read_nvml, visible_cards
+from lowmem_rlhf.hardware.speed import Speed, speed_of_clocks
 from lowmem_rlhf.suggest import did_you_mean
 
 GIB = 1024**3
@@ -123,7 +124,14 @@ def _choose(inventory: Inventory, cards: list[Card], index: int | None) -> Devic
         processes=card.processes,
         source="nvml",
         notes=tuple(notes),
+        speed=_speed(card),
     )
+
+
+def _speed(card: Card) -> Speed | None:
+    """Return what the driver tells of a card's speed; of an instance's part of a card it tells nothing."""
+    told = (card.compute_capability, card.cores, card.clock_mhz, card.memory_clock_mhz, card.bus_bits)
+    return None if card.is_mig or not all(told) else speed_of_clocks(card.name, *told)  # type: ignore[arg-type]
 
 
 def _memory(card: Card) -> tuple[int, int]:
@@ -255,7 +263,14 @@ def cpu_device(notes: tuple[str, ...] = ()) -> Device:
         notes=notes,
         avx512_bf16=has,
         compiler=compiler,
+        cores=_cores(),
     )
+
+
+def _cores() -> int:
+    """Return how many cores this process may use; two threads of one core count once."""
+    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, min(allowed, psutil.cpu_count(logical=False) or allowed))
 
 
 def _compiler() -> str | None:

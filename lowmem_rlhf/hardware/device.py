@@ -5,6 +5,7 @@ from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 from lowmem_rlhf.hardware.capabilities import Capabilities, capabilities, kind_of
+from lowmem_rlhf.hardware.speed import Speed
 
 
 @dataclass(frozen=True)
@@ -26,6 +27,8 @@ class Device:
         notes: sentences for the user, for example why this card of several was taken.
         avx512_bf16: a CPU that has these instructions, which products with 4-bit weights need.
         compiler: path of a C compiler for `engine.decode.native`, where a CPU has use for one.
+        cores: of a CPU that a process may use; None for other devices.
+        speed: what it computes and moves in a second; None where nobody tells.
     """
 
     torch_device: str
@@ -42,6 +45,8 @@ class Device:
     notes: tuple[str, ...] = field(default=())
     avx512_bf16: bool = False
     compiler: str | None = None
+    cores: int | None = None
+    speed: Speed | None = None
 
     @property
     def kind(self) -> str:
@@ -99,4 +104,6 @@ class Device:
         known: dict[str, Any] = {}
         for name in [one.name for one in fields(cls) if one.name in values]:
             known[name] = tuple(values[name]) if isinstance(values[name], list) else values[name]
+        if known.get("speed"):
+            known["speed"] = Speed(**known["speed"])
         return cls(**known)

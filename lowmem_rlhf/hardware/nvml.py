@@ -29,6 +29,9 @@ class Card:
         used_bytes: memory in use, the driver's own share included.
         display_bytes: the sum of what graphics processes hold.
         processes: as in ``Device.processes``.
+        cores: that compute in fp32.
+        clock_mhz, memory_clock_mhz: the highest clocks of cores and memory.
+        bus_bits: width of the memory bus.
         mig_mode: the card is divided, and CUDA offers its instances only.
         instances: the MIG instances of a card in that mode.
     """
@@ -42,6 +45,10 @@ class Card:
     compute_capability: tuple[int, int] | None
     display_bytes: int | None = None
     processes: tuple[dict[str, Any], ...] = ()
+    cores: int | None = None
+    clock_mhz: int | None = None
+    memory_clock_mhz: int | None = None
+    bus_bits: int | None = None
     is_mig: bool = False
     mig_mode: bool = False
     instances: tuple["Card", ...] = ()
@@ -122,6 +129,10 @@ def _read_handle(index: int, handle: Any, mig_mode: bool = False, of: Card | Non
         compute_capability=tuple(capability) if capability else (of.compute_capability if of else None),  # type: ignore[arg-type]
         display_bytes=display,
         processes=processes,
+        cores=_ask(pynvml.nvmlDeviceGetNumGpuCores, handle),
+        clock_mhz=_ask(pynvml.nvmlDeviceGetMaxClockInfo, handle, pynvml.NVML_CLOCK_SM),
+        memory_clock_mhz=_ask(pynvml.nvmlDeviceGetMaxClockInfo, handle, pynvml.NVML_CLOCK_MEM),
+        bus_bits=_ask(pynvml.nvmlDeviceGetMemoryBusWidth, handle),
         is_mig=of is not None,
         mig_mode=mig_mode,
     )

@@ -9,6 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from lowmem_rlhf.errors import UserError
 from lowmem_rlhf.hardware.detect import cpu_device
 from lowmem_rlhf.hardware.device import Device
+from lowmem_rlhf.hardware.speed import Speed
 from lowmem_rlhf.resources import shipped
 from lowmem_rlhf.suggest import did_you_mean
 
@@ -30,7 +31,8 @@ class Profile(BaseModel):
         usable_mib: what of it a process can have when nothing else uses the card.
         compute_capability: ``"7.5"``; None where it has none or it is not known.
         bf16: whether bfloat16 is computed natively.
-        bandwidth_gb_s: memory bandwidth in 10^9 bytes a second, if known.
+        bandwidth_gb_s, half_tflops, single_tflops, steady_half_tflops, steady_bandwidth_gb_s: see `Speed`; None where
+            it is not known.
         match: regular expressions for the whole name that the driver gives, without ``NVIDIA``.
         sources: where the numbers come from.
         reason: why this profile was taken for a device.
@@ -45,9 +47,21 @@ class Profile(BaseModel):
     compute_capability: Annotated[str, Field(pattern=r"^\d+\.\d$")] | None
     bf16: bool
     bandwidth_gb_s: Annotated[float, Field(gt=0)] | None
+    half_tflops: Annotated[float, Field(gt=0)] | None
+    single_tflops: Annotated[float, Field(gt=0)] | None
+    steady_half_tflops: Annotated[float, Field(gt=0)] | None = None
+    steady_bandwidth_gb_s: Annotated[float, Field(gt=0)] | None = None
     match: tuple[str, ...]
     sources: Annotated[tuple[str, ...], Field(min_length=1)]
     reason: str = ""
+
+    @property
+    def speed(self) -> Speed | None:
+        """What the card computes and moves in a second; None where that is not known."""
+        if not (self.half_tflops and self.single_tflops and self.bandwidth_gb_s):
+            return None
+        steady = (self.steady_half_tflops, self.steady_bandwidth_gb_s)
+        return Speed(self.half_tflops, self.single_tflops, self.bandwidth_gb_s, *steady)
 
 
 def load_profiles() -> dict[str, Profile]:
@@ -109,7 +123,7 @@ def _derive(device: Device, same_name: list[Profile]) -> Profile:
     if same_name:
         others = " and ".join(f"{profile.key} has {(profile.memory_mib or 0) / 1024:.0f} GiB" for profile in same_name)
         why = f"its memory is another's ({others})"
-    memory_mib = max(1, device.total_bytes // MIB)
+    memory_mib, speed = max(1, device.total_bytes // MIB), device.speed
     return Profile(
         key=key,
         name=device.name,
@@ -117,7 +131,9 @@ def _derive(device: Device, same_name: list[Profile]) -> Profile:
         usable_mib=max(1, int(memory_mib * _USABLE)),
         compute_capability="{}.{}".format(*capability) if capability else None,
         bf16=device.bf16,
-        bandwidth_gb_s=None,
+        bandwidth_gb_s=speed.bandwidth_gb_s if speed else None,
+        half_tflops=speed.half_tflops if speed else None,
+        single_tflops=speed.single_tflops if speed else None,
         match=(),
         sources=("derived from the detected device",),
         reason=f"derived from {device.name} with {device.total_bytes / GIB:.1f} GiB, as {why}",
@@ -149,6 +165,8 @@ def profile_device(profile: Profile, vram: str | None = None) -> Device:
         bf16=profile.bf16,
         source="profile",
         notes=(f"{note}; this machine's own memory is not looked at" if profile.memory_mib or vram else note,),
+        cores=None if profile.memory_mib else cpu_device().cores,
+        speed=profile.speed,
     )
 
 

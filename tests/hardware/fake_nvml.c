@@ -4,6 +4,7 @@
  *   fail FUNCTION CODE              FUNCTION returns CODE (3: not supported)
  *   card UUID TOTAL USED MAJOR MINOR MIG NAME...         MiB; MIG: 0 or 1
  *   mig CARD UUID TOTAL USED NAME...                     an instance of card number CARD
+ *   speed CARD CORES CLOCK MEMORY_CLOCK BUS      MHz and bits; without it these questions are not supported
  *   process CARD compute|graphics PID MIB NAME...        MIB -1: not available
  *
  * Each shutdown appends a line to $FAKE_NVML.shutdown.
@@ -15,7 +16,7 @@
 enum { OK = 0, INVALID = 2, NOT_FOUND = 6, TOO_SMALL = 7, MAX = 16 };
 #define MIB (1024ULL * 1024ULL)
 
-typedef struct { int used, parent, major, minor, mig; long total, held; char uuid[96], name[96]; } Unit;
+typedef struct { int used, parent, major, minor, mig, speed[4]; long total, held; char uuid[96], name[96]; } Unit;
 typedef struct { int card, graphics; unsigned pid; long held; char name[96]; } Process;
 typedef struct { unsigned pid; unsigned long long held; unsigned gpu_instance, compute_instance; } ProcessInfo;
 
@@ -39,6 +40,7 @@ static void load(void) {
     while (file && fgets(line, sizeof line, file)) {
         Unit unit = {.used = 1, .parent = -1};
         Process process = {0};
+        int card, speed[4];
         char kind[16];
         if (sscanf(line, "driver %79s", driver) == 1) continue;
         if (sscanf(line, "fail %79s %d", failures[n_failures].function, &failures[n_failures].code) == 2) n_failures++;
@@ -46,6 +48,8 @@ static void load(void) {
                         &unit.minor, &unit.mig, unit.name) == 7) units[n_units++] = unit;
         else if (sscanf(line, "mig %d %95s %ld %ld %95[^\n]", &unit.parent, unit.uuid, &unit.total, &unit.held,
                         unit.name) == 5) units[n_units++] = unit;
+        else if (sscanf(line, "speed %d %d %d %d %d", &card, speed, speed + 1, speed + 2, speed + 3) == 5)
+            memcpy(units[card].speed, speed, sizeof speed);
         else if (sscanf(line, "process %d %15s %u %ld %95[^\n]", &process.card, kind, &process.pid, &process.held,
                         process.name) == 5) {
             process.graphics = !strcmp(kind, "graphics");
@@ -124,6 +128,20 @@ int nvmlDeviceGetCudaComputeCapability(Unit *unit, int *major, int *minor) {
     *major = unit->major;
     *minor = unit->minor;
     return OK;
+}
+
+/* The number-th figure of a card's speed; 3 (not supported) where there is none. */
+static int speed(Unit *unit, int number, unsigned *figure) {
+    *figure = unit->speed[number];
+    return *figure ? OK : 3;
+}
+
+int nvmlDeviceGetNumGpuCores(Unit *unit, unsigned *figure) { MAY_FAIL; return speed(unit, 0, figure); }
+int nvmlDeviceGetMemoryBusWidth(Unit *unit, unsigned *figure) { MAY_FAIL; return speed(unit, 3, figure); }
+
+int nvmlDeviceGetMaxClockInfo(Unit *unit, int kind, unsigned *figure) {  /* 1: the cores, 2: the memory */
+    MAY_FAIL;
+    return kind == 1 || kind == 2 ? speed(unit, kind, figure) : INVALID;
 }
 
 static int list(Unit *unit, int graphics, unsigned *count, ProcessInfo *info) {

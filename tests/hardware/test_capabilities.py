@@ -127,4 +127,6 @@ def test_a_devices_json_has_the_fields_and_nothing_else():
         "notes",
         "avx512_bf16",
         "compiler",
+        "cores",
+        "speed",
     ]

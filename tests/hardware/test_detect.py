@@ -38,6 +38,22 @@ def test_one_card(detect_with):
     assert "CUDA_DEVICE_ORDER" not in answer.notes
 
 
+def test_how_fast_a_card_is_follows_from_what_its_driver_tells(detect_with):
+    speed = detect_with(TURING + "speed 0 4352 1980 7000 352\n").device["speed"]
+    assert speed["bandwidth_gb_s"] == pytest.approx(616)  # as it is sold
+    assert (
+        speed["single_tflops"] == pytest.approx(13.45, rel=0.05) and speed["half_tflops"] == 4 * speed["single_tflops"]
+    )
+
+
+@pytest.mark.parametrize(
+    "function", ["nvmlDeviceGetNumGpuCores", "nvmlDeviceGetMaxClockInfo", "nvmlDeviceGetMemoryBusWidth"]
+)
+def test_a_driver_that_does_not_tell_it_is_no_obstacle(detect_with, function):
+    answer = detect_with(TURING + "speed 0 4352 1980 7000 352\n" + f"fail {function} 3\n")
+    assert answer.error is None and answer.device["speed"] is None
+
+
 def test_display_and_other_processes(detect_with):
     answer = detect_with(
         TURING

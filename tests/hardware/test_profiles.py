@@ -65,7 +65,13 @@ def test_a_profile_is_consistent_and_finds_itself(key):
     assert profile.memory_mib and profile.usable_mib and profile.compute_capability
     assert 0.9 < profile.usable_mib / profile.memory_mib < 1
     assert profile.bf16 == (float(profile.compute_capability) >= 8)
+    assert profile.speed and profile.bandwidth_gb_s
+    turing = 8 if key == "t4" else 2 if key.startswith("gtx") else 4  # of fp32 arithmetic; GeForce cards half of it
+    rate = {"7.5": turing, "8.6": 2, "8.9": 4 if key == "l4" else 2, "12.0": 2}[profile.compute_capability]
+    assert profile.speed.half_tflops == pytest.approx(rate * profile.speed.single_tflops, rel=0.15)
+    assert any("half_tflops" in source for source in profile.sources)
     device = profile_device(profile)
+    assert device.speed == profile.speed
     assert device.free_bytes == profile.usable_mib * MIB and device.source == "profile"
     name = "NVIDIA " + profile.name.split(" (")[0]
     for memory_mib in (profile.memory_mib, profile.usable_mib):  # as NVML and as torch tell it
