@@ -24,9 +24,12 @@ from stock_memory.timed import step_kernels
 from vram_t4 import ROWS, SETTINGS, dimensions_of, options, read_rows, run_of
 
 from lowmem_rlhf.errors import UserError
+from lowmem_rlhf.hardware.profiles import find_profile
 from lowmem_rlhf.planning.time.rates import Rates, rates
 
-T4 = rates(half_tflops=65.1, single_tflops=8.14, bandwidth_gb_s=320)
+_SPEED = find_profile("t4").speed
+assert _SPEED is not None, "a T4's speed stands in its profile"
+T4 = rates(_SPEED)
 ATTENTIONS = tuple(share / 100 for share in range(20, 81, 2))
 STARTS = tuple(microseconds * 1e-6 for microseconds in range(8, 41))
 

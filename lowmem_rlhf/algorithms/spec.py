@@ -33,6 +33,11 @@ def one_update(recipe: "Recipe") -> int:
     return 1
 
 
+def whole(recipe: "Recipe") -> float:
+    """Return 1: all of a step's completions."""
+    return 1.0
+
+
 def no_critic(recipe: "Recipe") -> None:
     """Return None: nothing trains beside the policy."""
 
@@ -77,6 +82,8 @@ class AlgorithmSpec:
         keeps_states: whether the update holds the hidden states of scored tokens during the backward pass.
         lengths: the keys of the recipe that bound a row in tokens, the one that grows with the examples last.
         updates: optimizer steps of each step.
+        epochs: passes with gradients over the data of each step.
+        compared: of a step's completions, the share whose log-probs the reference gives too.
         compares: what compares the completions of a prompt with each other and so needs two, in words; empty: nothing.
         prepare: fills in the columns that follow from the algorithm and checks its section; raises ValueError with a
             message that begins with the key.
@@ -109,6 +116,8 @@ class AlgorithmSpec:
     keeps_states: bool = False
     lengths: Callable[["Recipe"], dict[str, int]] = sampled_lengths
     updates: Callable[["Recipe"], int] = one_update
+    epochs: Callable[["Recipe"], int] = one_update
+    compared: Callable[["Recipe"], float] = whole
     compares: Callable[["Recipe"], str] = nothing
     prepare: Callable[["Recipe"], None] = keep
     no_plan: Callable[["Recipe"], str] = nothing

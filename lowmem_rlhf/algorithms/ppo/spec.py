@@ -31,6 +31,7 @@ SPEC = AlgorithmSpec(
     bootstrap=_bootstrap,
     keeps_states=True,
     updates=updates,
+    epochs=lambda recipe: recipe.ppo.num_ppo_epochs,
     prepare=_prepare,
     in_fits=True,
     learner="lowmem_rlhf.algorithms.ppo.trainer:PPO",

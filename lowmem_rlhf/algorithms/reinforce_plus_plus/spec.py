@@ -21,6 +21,7 @@ SPEC = AlgorithmSpec(
     reference="below",
     keeps_states=True,
     updates=updates,
+    epochs=lambda recipe: recipe.ppo.num_ppo_epochs,
     compares=_compares,
     prepare=check_section,
     learner="lowmem_rlhf.algorithms.reinforce_plus_plus.trainer:ReinforcePlusPlus",

@@ -11,6 +11,7 @@ SPEC = AlgorithmSpec(
     reference="below",
     keeps_states=True,
     updates=updates,
+    epochs=lambda recipe: recipe.ppo.num_ppo_epochs,
     compares=lambda recipe: "RLOO",
     prepare=check_section,
     learner="lowmem_rlhf.algorithms.rloo.trainer:RLOO",

@@ -1,0 +1,204 @@
+"""How long a step and a run take: the passes of a step by phase, and their seconds. No torch.
+
+Every prompt and completion is taken to have its full length, unless lengths are given; rewards that run elsewhere than
+in this package's passes, loading, and the first capture of graphs are left out.
+"""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from functools import partial
+from typing import Any
+
+from lowmem_rlhf.algorithms.spec import sampled_lengths
+from lowmem_rlhf.architecture.dimensions import ModelDimensions
+from lowmem_rlhf.hardware.device import Device
+from lowmem_rlhf.planning.limits import LOOK, seen_room, slot_room
+from lowmem_rlhf.planning.memory.resident import Memory, Settings
+from lowmem_rlhf.planning.memory.rollout import decodes_by_graphs
+from lowmem_rlhf.planning.shapes import PackedShape, prompts_shape, rollout_rows, starts_from_adapter, step_shape
+from lowmem_rlhf.planning.time.passes import Passes
+from lowmem_rlhf.planning.time.rates import Case, Rates, cpu_rates, rates
+from lowmem_rlhf.recipe.schema import Recipe
+from lowmem_rlhf.recipe.sections import REWARD_ADAPTER
+
+STARTED_ONE_BY_ONE = 2.0  # kernels of a token decoded in waves, as a multiple of those over slots
+WAIT = 50e-6  # seconds in which the host waits for a token, where it looks at each
+
+
+@dataclass(frozen=True)
+class RunTime:
+    """The predicted time of a run, in seconds.
+
+    Attributes:
+        phases: of one step, by the names that metrics have: ``rollout``, ``score``, ``update``.
+        step, step_range: of one step, and between which ends it lies.
+        evaluation: of the held-out examples once.
+        steps: of the run; None where they follow from data that were not read.
+        run, run_range: of all steps, with the evaluation before and after; None without ``steps``.
+    """
+
+    phases: dict[str, float]
+    step: float
+    step_range: tuple[float, float]
+    evaluation: float
+    steps: int | None
+    run: float | None
+    run_range: tuple[float, float] | None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain values, as ``plan --json`` has them."""
+        named = {"step": "step_seconds", "step_range": "step_seconds_range", "evaluation": "evaluation_seconds"}
+        named |= {"run": "run_seconds", "run_range": "run_seconds_range"}
+        return {
+            named.get(key, key): list(value) if isinstance(value, tuple) else value
+            for key, value in asdict(self).items()
+        }
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> "RunTime":
+        """Return the value that `to_dict` gave."""
+        low, high = values["step_seconds_range"]
+        ends = values["run_seconds_range"]
+        return cls(
+            dict(values["phases"]),
+            values["step_seconds"],
+            (low, high),
+            values["evaluation_seconds"],
+            values["steps"],
+            values["run_seconds"],
+            None if ends is None else (ends[0], ends[1]),
+        )
+
+
+def device_rates(device: Device, case: Case = "expected") -> Rates | None:
+    """Return what a device reaches; None where nobody tells how fast it is."""
+    if device.on_cpu:
+        return cpu_rates(device.cores, device.avx512_bf16, case) if device.cores else None
+    return rates(device.speed, case) if device.speed else None
+
+
+class StepTime:
+    """The time of a step with given settings.
+
+    Args:
+        dims, recipe, settings, device: of the run.
+        rates: of the device.
+    """
+
+    def __init__(self, dims: ModelDimensions, recipe: Recipe, settings: Settings, device: Device, rates: Rates) -> None:
+        self.recipe, self.settings, self.spec, self.rates = recipe, settings, recipe.spec, rates
+        self.memory = Memory(dims, recipe, settings, device)
+        self.passes = Passes(self.memory, rates)
+
+    def phases(self) -> dict[str, float]:
+        """Return the seconds of each phase of a step."""
+        found = {"rollout": self.rollout(), "score": self.score()} if self.spec.samples else {}
+        return {**found, "update": self.update()}
+
+    def step(self) -> float:
+        """Return the seconds of a step."""
+        return sum(self.phases().values())
+
+    def rollout(self) -> float:
+        """Return the seconds of a step's completions, with the rewards that are adapters on the base."""
+        recipe = self.recipe
+        prompts, each = recipe.training.prompts_per_step, recipe.generation.num_generations
+        judges = sum(reward.function == REWARD_ADAPTER for reward in recipe.rewards)
+        judged = sum(self._scored(1, 1.0, language=False) for _ in range(judges))
+        return self.completions(prompts, prompts * each) + judged
+
+    def completions(self, prompts: int, count: int) -> float:
+        """Return the seconds in which so many completions of so many prompts are written."""
+        recipe, settings = self.recipe, self.settings
+        prompt, length = sampled_lengths(recipe).values()
+        rows = min(count, rollout_rows(recipe, settings.rollout_batch_size))
+        at_once = max(1, settings.micro_batch_tokens // prompt)
+        fed = prompts_shape(prompt, min(prompts, at_once) * prompt)
+        seconds = prompts / min(prompts, at_once) * self.passes.prefill(fed).started()
+        if settings.quantization == "nf4" and settings.rollout_weights == "dequantized":
+            seconds += self.passes.copy().started()
+        return seconds + count / rows * self._decoding(rows, prompt, length)
+
+    def _decoding(self, rows: int, prompt: int, length: int) -> float:
+        """Return the seconds of all tokens but the first, which the prompt gives, of so many rows side by side."""
+        graphs = decodes_by_graphs(self.memory)
+        room = slot_room(prompt, length)
+        sizes: dict[int, int] = {}
+        for place in range(prompt, prompt + length - 1):
+            seen = seen_room(place + LOOK, room) if graphs else -(-place // 64) * 64
+            sizes[seen] = sizes.get(seen, 0) + 1
+        seconds = 0.0
+        for seen, count in sizes.items():
+            token = self.passes.token(rows, seen)
+            if graphs:
+                seconds += count * (token.replayed() + WAIT / LOOK)
+            else:
+                more = 1 if self.memory.on_cpu else STARTED_ONE_BY_ONE
+                seconds += count * (token.seconds + more * token.kernels * self.rates.start + WAIT)
+        return seconds
+
+    def score(self) -> float:
+        """Return the seconds of passes without gradients over what was sampled."""
+        recipe, spec = self.recipe, self.spec
+        found = 0.0
+        if spec.reference:
+            found += self._scored(int(starts_from_adapter(recipe)), spec.compared(recipe))
+        if spec.scores_policy:
+            found += self._scored(1, 1.0)
+        if spec.critic(recipe):
+            found += self._scored(1, 1.0, language=False)
+        return found
+
+    def _scored(self, adapters: int, share: float, language: bool = True) -> float:
+        shape = step_shape(self.recipe, self.settings.score_batch_tokens)
+        return share * self._count(shape) * self.passes.score(shape, adapters, language).started()
+
+    def _count(self, shape: PackedShape) -> float:
+        """Return how many packed rows of this shape a step has; the last one may be a part of one."""
+        step = self.recipe.training.prompts_per_step * self.spec.completions(self.recipe)
+        rows = shape.attended / shape.own_keys if shape.own_keys else shape.tokens / shape.prompt_keys
+        return max(1.0, step / rows)
+
+    def update(self) -> float:
+        """Return the seconds of all passes with gradients and optimizer steps of a step."""
+        recipe, spec = self.recipe, self.spec
+        shape = step_shape(recipe, self.settings.micro_batch_tokens)
+        critic = spec.critic(recipe)
+        each = partial(self.passes.update, shape)
+        seconds = each(1, spec.output == "text").started()
+        if critic:
+            seconds += each(1, False).started()
+        steps = spec.updates(recipe)
+        return spec.epochs(recipe) * self._count(shape) * seconds + steps * self.passes.optimizer().started()
+
+    def evaluation(self) -> float:
+        """Return the seconds of the held-out examples once."""
+        recipe = self.recipe
+        held = recipe.data.eval_size
+        if not held:
+            return 0.0
+        if self.spec.samples or recipe.rewards:
+            return self.completions(held, held * recipe.evaluation.num_samples)
+        shape = step_shape(recipe, self.settings.score_batch_tokens)
+        share = held / recipe.training.prompts_per_step
+        return share * self._count(shape) * self.passes.score(shape, 1, self.spec.output == "text").started()
+
+
+def run_time(dims: ModelDimensions, recipe: Recipe, settings: Settings, device: Device) -> RunTime | None:
+    """Return the predicted time of a run; None where nobody tells how fast the device is."""
+    known = {case: device_rates(device, case) for case in ("expected", "best", "worst")}
+    steps = {case: StepTime(dims, recipe, settings, device, one) for case, one in known.items() if one}
+    if len(steps) < len(known):
+        return None
+    phases = steps["expected"].phases()
+    best, worst = steps["best"].step(), steps["worst"].step()
+    evaluation = steps["expected"].evaluation()
+    training = recipe.training
+    count = training.max_steps if training.num_train_epochs is None else None
+    step = sum(phases.values())
+    run, ends = None, None
+    if count is not None:
+        run = count * step + 2 * evaluation
+        low, high = (steps[case].evaluation() for case in ("best", "worst"))
+        ends = (count * best + 2 * low, count * worst + 2 * high)
+    return RunTime(phases, step, (best, worst), evaluation, count, run, ends)

@@ -1,0 +1,176 @@
+"""The kernels of whole passes: packed ones without and with gradients, a decoded token, an optimizer step.
+
+Letters as in `layers`; V vocabulary, K positions and C entries of a logits tile.
+"""
+
+from collections.abc import Callable
+from functools import partial
+
+from lowmem_rlhf.planning.limits import LOOK, tile_shape
+from lowmem_rlhf.planning.memory.layers import Layer
+from lowmem_rlhf.planning.memory.resident import Memory, recomputed_layers
+from lowmem_rlhf.planning.shapes import PackedShape
+from lowmem_rlhf.planning.time.layers import LayerWork, Weights, weights_of
+from lowmem_rlhf.planning.time.rates import Rates
+from lowmem_rlhf.planning.time.work import Work
+
+POSITION_KERNELS = 9  # cosines and sines of a pass
+MASK_KERNELS = 5  # of completions of one length
+TILE_KERNELS = 14  # of a tile without gradients: its logits, the targets', the sum of the exponentials
+JOINED_KERNELS = 6  # that move the sums to the largest logit, in each tile but the first
+TILE_BACK_KERNELS, JOINED_BACK_KERNELS = 5, 4  # what entropy and the gradient's mean row add to both
+LOSS_KERNELS = 59  # of a loss and its way back to log-probs, each over a number a token
+ADAMW_KERNELS = 12  # torch's multi-tensor AdamW and the norm of the gradients, for each hundred tensors
+ADAMW_BYTES = 84  # that these move of an fp32 number, its gradient and two moments
+TENSORS_AT_ONCE = 100
+DRAWN_KERNELS = 10  # of a decoded token behind the head
+LOOK_KERNELS = 3  # of a look of the host at what was decoded
+
+
+class Passes:
+    """The passes of one run with given settings.
+
+    Args:
+        memory: what is known of the run's memory, with its dimensions, recipe and settings.
+        rates: of the device.
+    """
+
+    def __init__(self, memory: Memory, rates: Rates) -> None:
+        self.memory, self.rates = memory, rates
+        self.dims, self.b = memory.dims, memory.width
+
+    def score(self, shape: PackedShape, adapters: int, language: bool = True) -> Work:
+        """Return a pass without gradients over a packed row, with log-probs or with one number a position."""
+        work = self._forward(shape, adapters)
+        self._head(work, shape, language, gradient=False)
+        return work
+
+    def prefill(self, shape: PackedShape) -> Work:
+        """Return a pass over prompts whose keys are kept."""
+        work = self._forward(shape, 1)
+        work.move(4 * shape.tokens * sum(2 * one.keys for one in self._layers(shape, 1)) * self.b / 2, 2)
+        return work
+
+    def update(self, shape: PackedShape, adapters: int, language: bool = True) -> Work:
+        """Return a pass over a packed row and the pass back, with recomputed layers."""
+        work = self._forward(shape, adapters)
+        self._head(work, shape, language, gradient=True)
+        hidden, b = self.dims.hidden_size, self.b
+        rows = shape.attended / shape.own_keys if shape.own_keys else shape.tokens / shape.prompt_keys
+        work.move(40 * shape.scored, LOSS_KERNELS + rows)
+        # back to the scored states, to all states, and through the last norm
+        work.move(shape.scored * hidden * (b + 4 + 4 + b), 2)
+        work.move(shape.scored * hidden * b + 4 * shape.tokens * hidden * b, 3)
+        self._each(work, shape, adapters, lambda layer: layer.norm_gradient(1), only=1)
+        count = recomputed_layers(self.dims, self.memory.settings.gradient_checkpointing)
+        self._each(work, shape, adapters, lambda layer: layer.again(), only=count)
+        self._each(work, shape, adapters, lambda layer: layer.backward())
+        self._each(work, shape, adapters, lambda layer: layer.backward(first=True), only=1)
+        self._each(work, shape, adapters, lambda layer: layer.backward(), only=1, times=-1)
+        return work
+
+    def token(self, rows: int, seen: int) -> Work:
+        """Return the decoding of one token of so many rows, each of which sees so many positions."""
+        work, dims, b = Work(self.rates), self.dims, self.b
+        shape = PackedShape(rows, rows, 0, 0, 0, 0, 1, 0, 0)
+        self._each(work, shape, 1, lambda layer: layer.decode(rows, seen))
+        hidden, vocabulary = dims.hidden_size, dims.vocab_size
+        work.move(rows * (2 * hidden + 4 * dims.rotary_dim) * b, 2)  # positions, and the embedding
+        work.move((2 * rows + 1) * hidden * b, 1)  # the last norm
+        work.product(rows, hidden, vocabulary, b)
+        generation = self.memory.recipe.generation
+        logits = rows * vocabulary
+        work.move(logits * (b + 4 + 8 + 8 + 8 + 4), DRAWN_KERNELS + 1)
+        if generation.temperature != 1.0:
+            work.move(8 * logits, 1)
+        if generation.top_k or generation.top_p < 1 or generation.min_p:
+            work.move(60 * logits, 12)
+        work.move(0, LOOK_KERNELS / LOOK)
+        return work
+
+    def optimizer(self) -> Work:
+        """Return an optimizer step, and the copies of the adapters in b that the passes behind it make."""
+        memory, work = self.memory, Work(self.rates)
+        parameters, linears = memory.one_adapter * memory.trained, sum(many for _, many in self.dims.adaptable)
+        work.move(ADAMW_BYTES * parameters, ADAMW_KERNELS * (1 + 2 * linears * memory.trained / TENSORS_AT_ONCE))
+        work.move(3 * (4 + self.b) * parameters, 6 * linears * memory.trained)
+        return work
+
+    def copy(self) -> Work:
+        """Return the making of all NF4 weights dense, for a rollout."""
+        work, numbers = Work(self.rates), self.dims.linear_parameters
+        work.move(numbers * (0.8 + self.b), 3 * sum(many for _, many in self.dims.quantizable))
+        return work
+
+    # parts of these
+
+    def _layers(self, shape: PackedShape, adapters: int) -> list[Layer]:
+        return self.memory.layers(shape, adapters)
+
+    def _each(
+        self,
+        work: Work,
+        shape: PackedShape,
+        adapters: int,
+        act: Callable[[LayerWork], None],
+        only: int | None = None,
+        times: float = 1,
+    ) -> None:
+        """Add what each layer does, or each of the first so many; those that are alike are counted once."""
+        weights: Weights = weights_of(self.memory, adapters)
+        counts: dict[int, tuple[Layer, int]] = {}
+        for layer in self._layers(shape, adapters)[:only]:
+            counts[id(layer)] = (layer, counts.get(id(layer), (layer, 0))[1] + 1)
+        for layer, count in counts.values():
+            one = Work(self.rates)
+            act(LayerWork(one, layer, weights, buckets_of(shape)))
+            work.add(one, count * times)
+
+    def _forward(self, shape: PackedShape, adapters: int) -> Work:
+        """Embedding, layers, the last norm, and what all layers share."""
+        work, dims, b = Work(self.rates), self.dims, self.b
+        hidden, tokens = dims.hidden_size, shape.tokens
+        work.move(2 * tokens * hidden * b + 8 * tokens, 1)
+        if dims.embedding_scale:
+            work.move(2 * tokens * hidden * b, 1)
+        if dims.rotary_dim:
+            work.move(tokens * dims.rotary_dim * (40 + 4 * b), POSITION_KERNELS)
+        else:
+            work.move(5 * tokens * hidden * b, 2)
+        if shape.attended:
+            work.move(shape.row_scores * (4 + 4 * b), MASK_KERNELS * buckets_of(shape))
+        self._each(work, shape, adapters, lambda layer: layer.forward())
+        self._each(work, shape, adapters, lambda layer: layer.norm(hidden), only=1)
+        return work
+
+    def _head(self, work: Work, shape: PackedShape, language: bool, gradient: bool) -> None:
+        """Log-probs tile by tile, or one number a position."""
+        scored, hidden, vocabulary, b = shape.scored, self.dims.hidden_size, self.dims.vocab_size, self.b
+        if not scored:
+            return
+        work.move((2 * scored * hidden) * b, 1)
+        if not language:
+            work.move(scored * hidden * (b + 8) * (3 if gradient else 1), 6 if gradient else 2)
+            return
+        tile = self.memory.settings.logits_tile_tokens
+        rows, entries = tile_shape(scored, tile, vocabulary, self.memory.on_cpu)
+        parts, chunks = -(-scored // rows), -(-vocabulary // entries)
+        add = partial(work.multiply, 2 * scored * hidden * vocabulary, b)
+        product = (chunks * scored * hidden + parts * hidden * vocabulary + scored * vocabulary) * b
+        logits = scored * vocabulary
+        # the product; to fp32, the largest, less that, exponentials, their sum
+        add(product, kernels=parts * chunks)
+        work.move(logits * (b + 4 + 4 + 8 + 8 + 4), (TILE_KERNELS - 1) * parts * chunks)
+        work.move(0, JOINED_KERNELS * parts * (chunks - 1) + 5 * parts + 1)
+        if self.dims.logit_softcap:
+            work.move(24 * logits, 3 * parts * chunks)
+        if gradient:
+            add(product, kernels=parts * chunks)  # the mean row
+            work.move(logits * (12 + 4 + 4 + b), (TILE_BACK_KERNELS - 1) * parts * chunks)
+            work.move(20 * scored * hidden * (chunks - 1), JOINED_BACK_KERNELS * parts * (chunks - 1))
+            work.move(scored * hidden * (b + 4 + 4 * b + 8 + 4 + 3 * b), 9 * parts)
+
+
+def buckets_of(shape: PackedShape) -> int:
+    """Return the attention calls of a packed row: prompts of one length share one, and lengths are taken to differ."""
+    return max(1, round(shape.prompt_tokens / shape.prompt_keys)) if shape.prompt_keys > 1 else 1
