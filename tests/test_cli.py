@@ -149,7 +149,7 @@ def test_detect_prints_the_device(run):
 )
 def test_plan_for_a_card_keeps_the_contract(run, model, arguments, profile, gib):
     plan = json.loads(run("plan", "quickstart", model, *arguments, "--json").out)
-    keys = {"fits", "verdict", "peak_bytes_range", "device", "profile", "settings", "reasons", "memory"}
+    keys = {"fits", "verdict", "peak_bytes_range", "device", "profile", "settings", "reasons", "memory", "time"}
     assert set(plan) == keys
     assert {
         "quantization",

@@ -32,8 +32,18 @@ class LiveView:
     Elsewhere (a pipe, CI): one flushed line a step. Missing and null metrics are left out.
     """
 
-    def __init__(self, total_steps: int, start_step: int = 0, console: Console | None = None) -> None:
-        """Prepare the display of steps ``start_step + 1`` to ``total_steps``."""
+    def __init__(
+        self,
+        total_steps: int,
+        start_step: int = 0,
+        console: Console | None = None,
+        step_seconds: float | None = None,
+    ) -> None:
+        """Prepare the display of steps ``start_step + 1`` to ``total_steps``.
+
+        Args:
+            step_seconds: what a step is predicted to take, for the time left until one was measured.
+        """
         self.total_steps = total_steps
         self.console = console or Console()
         self._step = start_step
@@ -43,7 +53,9 @@ class LiveView:
         self._live: Live | None = None
         name, eta = TextColumn("{task.description}"), TextColumn("{task.fields[eta]}")
         self._bars = Progress(name, BarColumn(), MofNCompleteColumn(), eta, console=self.console)
-        self._steps = self._bars.add_task("step", total=total_steps, completed=start_step, eta="")
+        left = step_seconds and format_seconds(step_seconds * max(total_steps - start_step, 0))
+        eta_now = f"ETA {left}, predicted" if left else ""
+        self._steps = self._bars.add_task("step", total=total_steps, completed=start_step, eta=eta_now)
         self._phase = self._bars.add_task("", total=None, visible=False, eta="")
         self._status = Text("waiting for the first step", style="dim")
 
@@ -175,6 +187,39 @@ def print_plan(plan_dict: dict[str, Any], console: Console | None = None) -> Non
     console.print(Text(f"peak {peak} of {budget}: {verdict}", style=style))
     for line in _ranges(plan_dict, unknown):
         console.print(Text(line, style="dim"))
+    print_time(plan_dict, console)
+
+
+def print_time(plan_dict: dict[str, Any], console: Console) -> None:
+    """Print how long a step and the run are predicted to take."""
+    if "time" not in plan_dict:
+        return
+    console.print()
+    if (time_dict := plan_dict["time"]) is None:
+        name = (plan_dict.get("device") or {}).get("name", "the device")
+        console.print(
+            Text(harmless(f"how long it takes is not predicted: nobody tells how fast {name} is"), style="dim")
+        )
+        return
+    low, high = time_dict["step_seconds_range"]
+    rows = [(name, _short(seconds), "") for name, seconds in time_dict["phases"].items()]
+    rows.append(("a step", _short(time_dict["step_seconds"]), _between(low, high)))
+    if time_dict["evaluation_seconds"]:
+        rows.append(("held-out examples, once", format_seconds(time_dict["evaluation_seconds"]), ""))
+    if time_dict["run_seconds"] is not None:
+        low, high = time_dict["run_seconds_range"]
+        rows.append(
+            (f"the run of {time_dict['steps']} steps", format_seconds(time_dict["run_seconds"]), _between(low, high))
+        )
+    console.print(plain_table(("time", "predicted", "at full length"), rows))
+
+
+def _between(low: float, high: float) -> str:
+    return f"between {_short(low)} and {_short(high)}"
+
+
+def _short(seconds: float) -> str:
+    return format_seconds(seconds) if seconds >= 10 else f"{seconds:.2g}s"
 
 
 def print_evaluation(evaluation: dict[str, Any], console: Console | None = None) -> None:

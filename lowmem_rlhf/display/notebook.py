@@ -30,6 +30,7 @@ class NotebookDisplay:
         self._tables: list[str] = []
         self._rows: deque[dict[str, Any]] = deque(maxlen=_RECENT)
         self._phase, self._total, self._step = "", 0, 0
+        self._step_seconds: float | None = None  # as the plan predicts it
 
     def phase(self, name: str, done: int = 0, total: int | None = None) -> None:
         """Show the current part of the work where it changes, and a few times inside it."""
@@ -47,6 +48,7 @@ class NotebookDisplay:
         """Show the settings with their reasons, folded."""
         settings, reasons = plan.get("settings") or {}, plan.get("reasons") or {}
         memory = plan.get("memory") or {}
+        self._step_seconds = (plan.get("time") or {}).get("step_seconds")
         rows = [(key, format_value(value), str(reasons.get(key, ""))) for key, value in settings.items()]
         peak = f"plan: peak {format_bytes(memory.get('peak_bytes'))} of {format_bytes(memory.get('budget_bytes'))}"
         table = _table(("setting", "value", "why"), rows)
@@ -88,7 +90,9 @@ class NotebookDisplay:
         parts += self._tables[:1]
         if self._total:
             times = [seconds for row in self._rows if (seconds := number(row.get("time/step"))) is not None]
-            left = f", ETA {format_seconds(sum(times) / len(times) * (self._total - self._step))}" if times else ""
+            each = sum(times) / len(times) if times else self._step_seconds
+            left = f", ETA {format_seconds(each * (self._total - self._step))}" if each else ""
+            left += ", predicted" if left and not times else ""
             parts.append(
                 f'<div><progress value="{self._step}" max="{self._total}"></progress> '
                 f"step {self._step}/{self._total}{left} {escape(self._phase)}</div>"

@@ -46,6 +46,7 @@ class ConsoleDisplay:
         """Show on a console; bars before the steps go to ``notes``, standard error by default."""
         self.console, self._bars = console or Console(), Bars(notes)
         self._view: LiveView | None = None
+        self._step_seconds: float | None = None  # as the plan predicts it
 
     def phase(self, name: str, done: int = 0, total: int | None = None) -> None:
         """Show a bar, in a terminal."""
@@ -65,14 +66,15 @@ class ConsoleDisplay:
         self.console.file.flush()
 
     def plan(self, plan: dict[str, Any]) -> None:
-        """Show the table of settings and memory."""
+        """Show the table of settings, memory and time."""
         self._bars.stop()
+        self._step_seconds = (plan.get("time") or {}).get("step_seconds")
         print_plan(plan, self.console)
 
     def begin(self, total_steps: int, step: int) -> None:
         """Open the live view."""
         self._bars.stop()
-        self._view = LiveView(total_steps, step, self.console)
+        self._view = LiveView(total_steps, step, self.console, self._step_seconds)
         self._view.__enter__()
 
     def step(self, metrics: dict[str, Any]) -> None:

@@ -1,7 +1,10 @@
 """How passes and rollouts are cut: tokens, rows and tiles at once. Every function returns ``(value, reason)``."""
 
+from bisect import bisect_left
 from collections.abc import Callable, Iterable
 from dataclasses import replace
+from functools import partial
+from typing import Any
 
 from lowmem_rlhf.errors import UserError
 from lowmem_rlhf.planning.inputs import PINNED, PlanInputs, gib
@@ -56,13 +59,65 @@ def gradient_checkpointing(inputs: PlanInputs, settings: Settings) -> tuple[bool
     return count, f"the fewest of {layers} layers with which {tokens} tokens fit: {gib(need(count))} {share}"
 
 
+def fastest_update(inputs: PlanInputs, settings: Settings) -> dict[str, tuple[Any, str]]:
+    """Choose recomputed layers and micro-batch together, by the predicted time of the update among what fits.
+
+    More tokens start fewer kernels and make quantized weights dense less often; fewer recomputed layers compute less.
+
+    Returns:
+        Value and reason of ``gradient_checkpointing`` and ``micro_batch_tokens``; nothing where no size fits.
+
+    Raises:
+        UserError: a pinned value is impossible (see `gradient_checkpointing` and `micro_batch_tokens`).
+    """
+    layers = inputs.dims.num_layers
+    least, top = micro_batch_limits(inputs)
+    pinned_tokens = _pinned_tokens(inputs, "micro_batch_tokens", least)
+    pinned_layers = None
+    if inputs.pinned("gradient_checkpointing") is not None:
+        pinned_layers = gradient_checkpointing(inputs, settings)[0]
+    sizes = (
+        [pinned_tokens] if pinned_tokens else sorted({*_token_steps(least, top), min(group_tokens(inputs.recipe), top)})
+    )
+
+    def cut(tokens: int, count: bool | int) -> Settings:
+        return replace(settings, micro_batch_tokens=tokens, score_batch_tokens=tokens, gradient_checkpointing=count)
+
+    def fits(tokens: int, count: bool | int) -> bool:
+        return inputs.peak(cut(tokens, count), "scoring", "update") <= inputs.budget
+
+    found: list[tuple[int, bool | int]] = []
+    fewest: bool | int = 0 if pinned_layers is None else pinned_layers  # more tokens need as many layers at least
+    for tokens in sizes:
+        if not fits(tokens, fewest):
+            if pinned_layers is not None or not fits(tokens, layers):
+                break
+            fewest = bisect_left(range(layers), True, lo=fewest + 1, key=partial(fits, tokens))
+        found.append((tokens, fewest))
+    if not found:
+        return {}
+    seconds = {pair: inputs.time(cut(*pair)).update() for pair in found}
+    tokens, count = min(found, key=lambda pair: (round(seconds[pair], 3), -pair[0]))
+    best, share = seconds[tokens, count], f"{gib(inputs.peak(cut(tokens, count), 'update'))} of {gib(inputs.budget)}"
+    why = f"of what fits the fastest by prediction, {best:.3g} s of update a step; it takes {share}"
+    most = found[-1]
+    why_tokens = f"{why}; with {most[0]} tokens {seconds[most]:.3g} s" if most[0] > tokens else why
+    if tokens == top:
+        why_tokens = f"a whole step, or the cap of {MICRO_BATCH_CAP['gpu']}: it takes {share}"
+    value: bool | int = (True if count == layers else count or False) if pinned_layers is None else pinned_layers
+    return {
+        "gradient_checkpointing": (value, why if pinned_layers is None else PINNED),
+        "micro_batch_tokens": (tokens, PINNED if pinned_tokens else why_tokens),
+    }
+
+
 def _group_tokens(inputs: PlanInputs, settings: Settings) -> int:
     """Return a group's tokens, at most the cap, or the most that fit with every layer recomputed.
 
     More comes before fewer recomputed layers, as a group that is split repeats its prompt; beyond a whole group a
     larger micro-batch computes nothing less.
     """
-    least, top = _micro_batch_limits(inputs)
+    least, top = micro_batch_limits(inputs)
     group = min(group_tokens(inputs.recipe), top)
 
     def fits(tokens: int) -> bool:
@@ -78,7 +133,7 @@ def micro_batch_tokens(inputs: PlanInputs, settings: Settings) -> tuple[int, str
     Raises:
         UserError: the pinned number is less than that.
     """
-    least, top = _micro_batch_limits(inputs)
+    least, top = micro_batch_limits(inputs)
     if pinned := _pinned_tokens(inputs, "micro_batch_tokens", least):
         return pinned, PINNED
     steps = sorted({*_token_steps(least, top), min(group_tokens(inputs.recipe), top)}, reverse=True)
@@ -106,7 +161,7 @@ def score_batch_tokens(inputs: PlanInputs, settings: Settings) -> tuple[int, str
     Raises:
         UserError: the pinned number is less than the longest prompt with its completion.
     """
-    least, top = _micro_batch_limits(inputs)
+    least, top = micro_batch_limits(inputs)
     if pinned := _pinned_tokens(inputs, "score_batch_tokens", least):
         return pinned, PINNED
     update, group = settings.micro_batch_tokens, min(group_tokens(inputs.recipe), top)
@@ -153,15 +208,15 @@ def rollout_weights(inputs: PlanInputs, settings: Settings) -> tuple[str, str]:
     trained one. On a CPU it saves dequantizing every weight for every token, unless 4-bit weights are multiplied there
     (AVX-512 bf16): by our own product (a rollout of 16 rows took 0.83 of its time with a copy,
     `benchmarks/techniques.py`), or by bitsandbytes', at few rows. On a GPU bitsandbytes multiplies 4-bit weights
-    directly; too few steps were measured there to say which is faster, so it is left to the recipe. There q, k and v,
-    and gate and up, are one product each where the scales that this takes fit.
+    directly, up to some 64 rows; q, k and v, and gate and up, are one product each where the scales that this takes
+    fit. Of these ways the one of the shortest predicted rollout is taken.
     """
     if pinned := inputs.pinned("rollout_weights"):
         return pinned, PINNED
     if settings.quantization != "nf4" or not samples_completions(inputs.recipe):
         return "quantized", "the weights are not 4-bit" if settings.quantization != "nf4" else "nothing is sampled"
     if not inputs.on_cpu:
-        return _joined_weights(inputs, settings)
+        return _card_weights(inputs, settings)
     fast = inputs.device.multiplies_four_bit(settings.compute_dtype)
     if fast and inputs.device.compiler:
         return "quantized", "this CPU multiplies 4-bit weights as they lie, faster than a 16-bit copy"
@@ -189,13 +244,39 @@ def keep_graphs(inputs: PlanInputs, settings: Settings) -> tuple[bool, str]:
     return True, f"beside them the update takes {gib(need)} of {gib(inputs.budget)}"
 
 
-def _joined_weights(inputs: PlanInputs, settings: Settings) -> tuple[str, str]:
-    if not decodes_by_graphs(Memory(inputs.dims, inputs.recipe, settings, inputs.device)):
-        return "quantized", "a GPU multiplies 4-bit weights directly"
-    need = inputs.peak(replace(settings, rollout_weights="joined"), "rollout")
-    if need > inputs.budget:
-        return "quantized", f"joined, the rollout would take {gib(need)} of {gib(inputs.budget)}"
-    return "joined", "a GPU multiplies 4-bit weights directly, and those of layers with one input at once"
+def _card_weights(inputs: PlanInputs, settings: Settings) -> tuple[str, str]:
+    """Choose how a card reads NF4 weights while sampling: by predicted time, where it is known how fast it is."""
+    graphs = decodes_by_graphs(Memory(inputs.dims, inputs.recipe, settings, inputs.device))
+    ways = ["joined", "quantized"] if graphs else ["quantized"]
+    if inputs.rates:
+        ways.insert(1, "dequantized")
+    need = {way: inputs.peak(replace(settings, rollout_weights=way), "rollout") for way in ways}
+    fitting = [way for way in ways if need[way] <= inputs.budget or way == "quantized"]
+    how = "a GPU multiplies 4-bit weights directly"
+    if not inputs.rates:
+        if fitting[0] == "joined":
+            return "joined", f"{how}, and those of layers with one input at once"
+        return (
+            "quantized",
+            f"joined, the rollout would take {gib(need['joined'])} of {gib(inputs.budget)}" if graphs else how,
+        )
+    seconds = {way: inputs.time(replace(settings, rollout_weights=way)).rollout() for way in fitting}
+    chosen = min(fitting, key=lambda way: round(seconds[way], 3))
+    others = [f"{seconds[way]:.3g} s {_WEIGHTS[way]}" for way in fitting if way != chosen]
+    others += [f"{_WEIGHTS[way]} {gib(need[way])} of {gib(inputs.budget)}" for way in ways if way not in fitting]
+    return chosen, "; ".join(
+        [
+            f"by prediction a rollout takes {seconds[chosen]:.3g} s {_WEIGHTS[chosen]}",
+            *([", ".join(others)] if others else []),
+        ]
+    )
+
+
+_WEIGHTS = {
+    "joined": "with 4-bit weights of layers with one input multiplied at once",
+    "dequantized": "with a 16-bit copy",
+    "quantized": "with 4-bit weights as they lie",
+}
 
 
 def _pinned_tokens(inputs: PlanInputs, key: str, least: int) -> int | None:
@@ -208,7 +289,8 @@ def _pinned_tokens(inputs: PlanInputs, key: str, least: int) -> int | None:
     return pinned
 
 
-def _micro_batch_limits(inputs: PlanInputs) -> tuple[int, int]:
+def micro_batch_limits(inputs: PlanInputs) -> tuple[int, int]:
+    """Return the fewest and the most packed tokens of one pass: the longest row, and a step or the cap."""
     least = row_tokens(inputs.recipe)
     return least, max(least, min(step_tokens(inputs.recipe), MICRO_BATCH_CAP["cpu" if inputs.on_cpu else "gpu"]))
 

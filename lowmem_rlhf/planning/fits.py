@@ -230,10 +230,10 @@ def with_length(recipe: Recipe, tokens: int) -> Recipe:
     return recipe.model_copy(update={section: getattr(recipe, section).model_copy(update={key: tokens})})
 
 
-def fit(recipe: Recipe, device: Device, dims: ModelDimensions) -> Fit:
-    """Return what the plan of a recipe for a device says, of a model of these sizes."""
+def fit(recipe: Recipe, device: Device, dims: ModelDimensions, timed: bool = True) -> Fit:
+    """Return what the plan of a recipe for a device says, of a model of these sizes; ``timed`` as `plan_for` has it."""
     try:
-        plan = plan_for(recipe, device, "", dims)
+        plan = plan_for(recipe, device, "", dims, timed)
     except UserError as error:
         return Fit(False, None, None, None, None, None, (), str(error))
     settings, memory = plan.settings, plan.memory
@@ -273,7 +273,7 @@ def longest(recipe: Recipe, device: Device, dims: ModelDimensions) -> int:
     lengths = sorted({length for length in (*LENGTHS, own, most) if 0 < length <= most})
 
     def too_long(length: int) -> bool:
-        return not fit(with_length(recipe, length), device, dims).fits
+        return not fit(with_length(recipe, length), device, dims, timed=False).fits
 
     count = bisect_left(lengths, True, key=too_long)
     return lengths[count - 1] if count else 0

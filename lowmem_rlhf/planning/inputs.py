@@ -1,12 +1,15 @@
 """What a plan is made from: the recipe, the device, the sizes of the model and the bytes that a run may take."""
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from lowmem_rlhf.architecture.dimensions import ModelDimensions
 from lowmem_rlhf.hardware.device import Device
 from lowmem_rlhf.planning.memory.phases import peak_phase, phases
 from lowmem_rlhf.planning.memory.resident import GIB, Components, Settings
+from lowmem_rlhf.planning.time.estimate import StepTime, device_rates
+from lowmem_rlhf.planning.time.rates import Rates
 from lowmem_rlhf.recipe.schema import Recipe
 
 PINNED = "set in the recipe"
@@ -17,17 +20,38 @@ MARGIN = 0.04  # share of free memory left alone
 
 @dataclass(frozen=True)
 class PlanInputs:
-    """What a plan is made from."""
+    """What a plan is made from.
+
+    Attributes:
+        budget: bytes that a run may take.
+        timed: settings are chosen by predicted time, where the device's speed is known.
+    """
 
     recipe: Recipe
     device: Device
     dims: ModelDimensions
     budget: int
+    timed: bool = True
 
     @property
     def on_cpu(self) -> bool:
         """Whether the run computes on the CPU, with the RAM as its budget."""
         return self.device.on_cpu
+
+    @cached_property
+    def rates(self) -> Rates | None:
+        """What the card reaches, by which settings are chosen; None on a CPU, and where nobody tells."""
+        return device_rates(self.device) if self.timed and not self.on_cpu else None
+
+    def time(self, settings: Settings) -> StepTime:
+        """Return the predicted time of a step.
+
+        Raises:
+            ValueError: nobody tells how fast the device is.
+        """
+        if self.rates is None:
+            raise ValueError(f"nobody tells how fast {self.device.name} is")
+        return StepTime(self.dims, self.recipe, settings, self.device, self.rates)
 
     def pinned(self, key: str) -> Any:
         """Return the recipe's value of a setting, or None when it is left to the plan."""
@@ -40,8 +64,7 @@ class PlanInputs:
 
     def peak(self, settings: Settings, *names: str) -> int:
         """Return the predicted bytes of the largest of the named phases (of all, when none is named)."""
-        by_phase = self.phases(settings)
-        return peak_phase({name: by_phase[name] for name in names or by_phase})[1]
+        return peak_phase(phases(self.dims, self.recipe, settings, self.device, names))[1]
 
 
 def gib(count: float) -> str:

@@ -36,6 +36,7 @@ from lowmem_rlhf.planning.shapes import (
     length_keys,
     samples_completions,
 )
+from lowmem_rlhf.planning.time.estimate import RunTime, run_time
 from lowmem_rlhf.planning.verdicts import Verdict, verdict_of
 from lowmem_rlhf.recipe.schema import Recipe
 
@@ -65,6 +66,7 @@ class Plan:
             alone), ``high_bytes`` (with the allocator at the 90th percentile), ``phases`` (bytes by component); on a
             CPU ``process`` (bytes by component of what the process will show), elsewhere ``host`` (bytes by component
             of what lies in host memory: the state of the last finished step).
+        time: how long a step and the run take; None where nobody tells how fast the device is.
     """
 
     fits: bool
@@ -75,6 +77,7 @@ class Plan:
     settings: Settings
     reasons: dict[str, str]
     memory: dict[str, Any]
+    time: RunTime | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain values: what ``plan --json`` prints and ``plan.json`` holds."""
@@ -87,6 +90,7 @@ class Plan:
             "settings": asdict(self.settings),
             "reasons": dict(self.reasons),
             "memory": dict(self.memory),
+            "time": self.time.to_dict() if self.time else None,
         }
 
     @classmethod
@@ -109,6 +113,7 @@ class Plan:
                 settings=_saved_settings(values["settings"]),
                 reasons=dict(values["reasons"]),
                 memory=memory,
+                time=RunTime.from_dict(values["time"]) if values.get("time") else None,
             )
         except (KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"no plan of a run: {type(error).__name__} {error}") from error
@@ -140,14 +145,17 @@ def make_plan(recipe: Recipe, device: Device, profile: str) -> Plan:
     return plan_for(recipe, device, profile, dims)
 
 
-def plan_for(recipe: Recipe, device: Device, profile: str, dims: ModelDimensions) -> Plan:
+def plan_for(recipe: Recipe, device: Device, profile: str, dims: ModelDimensions, timed: bool = True) -> Plan:
     """Return the plan of a recipe for a model of these sizes, which the recipe's own model need not have.
+
+    Args:
+        timed: settings are chosen by predicted time; without it by memory alone, which tells sooner whether a run fits.
 
     Raises:
         UserError: as `make_plan`.
     """
     check_positions(recipe, dims.max_positions, f"has only {dims.max_positions} positions")
-    inputs = PlanInputs(recipe, device, dims, budget_bytes(device))
+    inputs = PlanInputs(recipe, device, dims, budget_bytes(device), timed)
     settings, reasons = _settings(inputs)
     if dims.note:
         reasons["quantization"] = f"{reasons['quantization']}; {dims.note}"
@@ -171,13 +179,44 @@ def plan_for(recipe: Recipe, device: Device, profile: str, dims: ModelDimensions
         if settings.offload_experts:
             memory["host"]["experts"] = expert_bytes(dims)
     verdict, between = verdict_of(dims, memory, inputs.on_cpu)
-    return Plan(peak <= inputs.budget, verdict, between, device, profile, settings, reasons, memory)
+    time = run_time(dims, recipe, settings, device) if timed else None
+    return Plan(peak <= inputs.budget, verdict, between, device, profile, settings, reasons, memory, time)
 
 
 def _settings(inputs: PlanInputs) -> tuple[Settings, dict[str, str]]:
-    """Choose all settings, the first ones for the smallest working set, then how passes are cut."""
-    reasons: dict[str, str] = {}
-    quantization, reasons["quantization"] = precision.quantization(inputs)
+    """Choose all settings: by memory, or by predicted time among what fits where the card's speed is known.
+
+    Then the most exact weights are taken that cost little time (see `precision.at_most`), else NF4.
+    """
+    if inputs.rates is None or inputs.pinned("quantization"):
+        return _settings_at(inputs, *precision.quantization(inputs))
+    limit, why_not = precision.at_most(inputs), []
+    for one in precision.more_exact(inputs):
+        name = precision.NAMES[one]
+        if precision.least_time(inputs, one) > limit.seconds:
+            why_not.append(f"with {name} weights it takes {precision.least_time(inputs, one):.3g} s at least")
+            continue
+        settings, reasons = _settings_at(inputs, one, "")
+        seconds = inputs.time(settings).step()
+        if inputs.peak(settings) > inputs.budget:
+            why_not.append(f"{name} weights do not fit")
+        elif seconds > limit.seconds:
+            why_not.append(f"with {name} weights it takes {seconds:.3g} s in this memory")
+        else:
+            said = f"by prediction a step takes {seconds:.3g} s with {name} weights, {limit.text}"
+            return settings, {**reasons, "quantization": said + precision.advice(inputs)}
+    settings, reasons = _settings_at(inputs, "nf4", "")
+    if inputs.peak(settings) > inputs.budget:
+        return _settings_at(inputs, *precision.quantization(inputs))
+    seconds = inputs.time(settings).step()
+    said = f"by prediction a step takes {seconds:.3g} s with NF4 weights; {', '.join(why_not)}"
+    said += f"; more exact ones may take {limit.text}"
+    return settings, {**reasons, "quantization": said + precision.advice(inputs)}
+
+
+def _settings_at(inputs: PlanInputs, quantization: str, reason: str) -> tuple[Settings, dict[str, str]]:
+    """Choose all other settings, the first ones for the smallest working set, then how passes are cut."""
+    reasons = {"quantization": reason}
     settings = precision.smallest(inputs, quantization)
     reasons["compute_dtype"] = precision.compute_dtype(inputs, quantization)[1]
     for key in ("offload_experts", "optim", "offload_checkpoints", "offload_embeddings"):
@@ -186,6 +225,7 @@ def _settings(inputs: PlanInputs) -> tuple[Settings, dict[str, str]]:
     rank, reason = precision.rank(inputs, settings)
     settings = precision.with_rank(inputs, settings, rank)
     reasons["lora"] = _lora_reason(inputs, rank, reason)
+    chosen = batching.fastest_update(inputs, settings) if inputs.rates else {}
     for key in (
         "gradient_checkpointing",
         "micro_batch_tokens",
@@ -194,7 +234,7 @@ def _settings(inputs: PlanInputs) -> tuple[Settings, dict[str, str]]:
         "rollout_weights",
         "keep_graphs",
     ):
-        value, reasons[key] = getattr(batching, key)(inputs, settings)
+        value, reasons[key] = chosen[key] if key in chosen else getattr(batching, key)(inputs, settings)
         settings = replace(settings, **{key: value})
     reasons["logits_tile_tokens"] = batching.logits_tile_tokens(inputs)[1]
     return settings, reasons

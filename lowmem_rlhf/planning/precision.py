@@ -3,15 +3,18 @@
 How passes are cut stands in `batching`, the rule as a whole in `plan`.
 """
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 from lowmem_rlhf.errors import UserError
 from lowmem_rlhf.planning.inputs import PINNED, PlanInputs, gib
 from lowmem_rlhf.planning.memory.resident import Settings, expert_bytes
-from lowmem_rlhf.planning.shapes import row_tokens
+from lowmem_rlhf.planning.shapes import all_rows, row_tokens
 
 COMFORTABLE = 0.6  # share of the budget that the smallest working set may take at a higher precision
 NEARLY_ALL = 0.9  # the same where 4-bit weights are advised against
+SLOWER_AT_MOST = 1.25  # times what NF4 takes, which more exact weights may take; a 4-bit model answers worse
+NAMES = {"none": "unquantized", "int8": "int8", "nf4": "NF4"}
+SLOWER_WITHOUT_FOUR_BITS = 4.0  # the same where 4-bit weights are advised against
 RANK = 16  # for RL a low rank is enough (LoRA Without Regret, Thinking Machines 2025)
 LOWER_RANKS = (8, 4)
 WORTH_MOVING = 0.1  # share of the budget that embeddings of each layer may take before they lie in host memory
@@ -87,10 +90,8 @@ def quantization(inputs: PlanInputs) -> tuple[str, str]:
     if inputs.pinned("offload_experts") and inputs.dims.expert_parameters and not inputs.on_cpu:
         return "nf4", "experts that wait in host memory are in NF4"
     passed, share_allowed = [], COMFORTABLE
-    advice = ""
     if inputs.dims.avoids_four_bits:
         share_allowed = NEARLY_ALL
-        advice = f"; 4-bit weights are advised against for {inputs.dims.model_type}"
     for candidate, name in (("none", "16-bit"), ("int8", "int8")):
         if candidate == "int8" and (inputs.pinned("compute_dtype") == "float32" or inputs.dims.overflows_float16):
             continue
@@ -102,14 +103,68 @@ def quantization(inputs: PlanInputs) -> tuple[str, str]:
             return (
                 candidate,
                 f"with {name} weights the smallest working set takes {share}, at most {share_allowed * 100:.0f} %"
-                + advice,
+                + advice(inputs),
             )
         passed.append(f"{gib(need)} with {name}")
     need = inputs.peak(smallest(inputs, "nf4"))
     return "nf4", (
         f"the smallest working set takes {gib(need)} against {' and '.join(passed)} weights, which is more than "
-        f"{share_allowed * 100:.0f} % of the {gib(inputs.budget)} budget{advice}"
+        f"{share_allowed * 100:.0f} % of the {gib(inputs.budget)} budget{advice(inputs)}"
     )
+
+
+@dataclass(frozen=True)
+class TimeLimit:
+    """The seconds that a step may take with weights more exact than NF4's, and why, as the end of a sentence."""
+
+    seconds: float
+    text: str
+
+
+def at_most(inputs: PlanInputs) -> TimeLimit:
+    """Return the time that a step may take with more exact weights than NF4.
+
+    It is a multiple of what a step takes with NF4 where memory is no limit. As that is the same in every memory, and
+    steps only get faster with more of it, more memory never gives a lower precision.
+    """
+    factor = SLOWER_WITHOUT_FOUR_BITS if inputs.dims.avoids_four_bits else SLOWER_AT_MOST
+    least = least_time(inputs, "nf4")
+    return TimeLimit(factor * least, f"at most {factor:g} times the {least:.3g} s of NF4 without a limit of memory")
+
+
+def least_time(inputs: PlanInputs, quantization: str) -> float:
+    """Return the predicted seconds of a step in any memory: no layer recomputed, all rows and tokens at once."""
+    from lowmem_rlhf.planning.batching import micro_batch_limits
+
+    recipe, settings = inputs.recipe, smallest(inputs, quantization)
+    most = micro_batch_limits(inputs)[1]
+    pinned = inputs.pinned("gradient_checkpointing")
+    settings = replace(
+        settings,
+        gradient_checkpointing=False if pinned is None else pinned,
+        micro_batch_tokens=inputs.pinned("micro_batch_tokens") or most,
+        score_batch_tokens=inputs.pinned("score_batch_tokens") or most,
+        rollout_batch_size=inputs.pinned("rollout_batch_size") or max(1, all_rows(recipe)),
+    )
+    return inputs.time(settings).step()
+
+
+def more_exact(inputs: PlanInputs) -> list[str]:
+    """Return the quantizations that are more exact than NF4 and possible, the most exact first.
+
+    Raises:
+        UserError: none is possible (see `compute_dtype`).
+    """
+    if inputs.pinned("offload_experts") and inputs.dims.expert_parameters:
+        return []
+    no_int8 = inputs.pinned("compute_dtype") == "float32" or inputs.dims.overflows_float16
+    return ["none"] if no_int8 else ["none", "int8"]
+
+
+def advice(inputs: PlanInputs) -> str:
+    """Return what is to be said of 4-bit weights, as the end of a sentence; mostly nothing."""
+    dims = inputs.dims
+    return f"; 4-bit weights are advised against for {dims.model_type}" if dims.avoids_four_bits else ""
 
 
 def optim(inputs: PlanInputs, settings: Settings) -> tuple[str, str]:

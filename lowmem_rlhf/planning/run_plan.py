@@ -29,7 +29,7 @@ def planned_device(recipe: Recipe) -> tuple[Device, str]:
         return profile_device(profile, hardware.vram), profile.key
     device = detect(hardware.device)
     profile = match_profile(device)
-    return _limited(device, hardware.vram), profile.key
+    return _limited(replace(device, speed=profile.speed), hardware.vram), profile.key
 
 
 def _limited(device: Device, vram: str | None) -> Device:
@@ -55,6 +55,7 @@ def running_plan(recipe: Recipe) -> Plan:
     device, profile = planned_device(recipe)
     if not device.is_present:
         here = detect(recipe.hardware.device)
+        here = replace(here, speed=match_profile(here).speed)
         free = min(device.free_bytes, here.free_bytes)
         device = replace(here, total_bytes=device.total_bytes, free_bytes=free, bf16=device.bf16 and here.bf16)
     return _planner(recipe)(recipe, device, profile)

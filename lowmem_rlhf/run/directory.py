@@ -238,6 +238,15 @@ class RunDirectory(RunReader):
         with writing(self.path / PLAN, remedy=_GO_ON):
             write_text_file(self.path, PLAN, dumps(plan, indent=2) + "\n")
 
+    def record_time(self, measured: dict[str, Any]) -> None:
+        """Write into plan.json what a step took, beside what was predicted."""
+        plan = self.plan()
+        if not plan.get("time"):
+            return
+        plan["time"] = {**plan["time"], "measured": measured}
+        with writing(self.path / PLAN, remedy=_GO_ON):
+            write_text_file(self.path, PLAN, dumps(plan, indent=2) + "\n")
+
     def rewind(self, step: int) -> None:
         """Go back to ``step``: drop later lines and torn ones from the logs, and later checkpoints.
 

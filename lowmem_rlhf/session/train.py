@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lowmem_rlhf.algorithms.spec import resolve
+from lowmem_rlhf.architecture.lookup import model_dimensions
 from lowmem_rlhf.data.preview import with_format
 from lowmem_rlhf.data.provenance import check_base, check_learned, check_resumed_data, run_inputs
 from lowmem_rlhf.data.values import Row
@@ -25,6 +26,7 @@ from lowmem_rlhf.paths import cannot_be_written
 from lowmem_rlhf.planning.advice import warning, why_not
 from lowmem_rlhf.planning.plan import Plan, check_positions
 from lowmem_rlhf.planning.run_plan import planned, resumed_plan, running_plan
+from lowmem_rlhf.planning.time.measured import measured_time
 from lowmem_rlhf.progress import current
 from lowmem_rlhf.recipe.schema import Recipe
 from lowmem_rlhf.run.directory import RECIPE, RunDirectory, default_output
@@ -124,9 +126,26 @@ def finish(trainer: "Loop", display: RunDisplay) -> None:
     """Write the report of a run whose steps are done, and show its results."""
     from lowmem_rlhf.report.html import write_report
 
+    _record_time(trainer, display)
     write_report(trainer.run)
     if evaluation := trainer.run.evaluation():
         display.evaluation(evaluation)
+
+
+def _record_time(trainer: "Loop", display: RunDisplay) -> None:
+    """Put on record what a step took against what was predicted for texts of these lengths, and say it."""
+    recipe, plan, measured = trainer.recipe, trainer.plan, None
+    with suppress(UserError):  # sizes from the Hub, which may be gone by now
+        dims = model_dimensions(recipe.model, recipe.revision, recipe.trust_remote_code)
+        measured = measured_time(dims, recipe, plan.settings, plan.device, trainer.run.metrics())
+    if measured is None:
+        return
+    trainer.run.record_time(measured)
+    step, predicted = measured["step_seconds"], measured["predicted"]["step_seconds"]
+    display.message(
+        f"a step took {step:.3g} s; predicted for texts of this length were {predicted:.3g} s ({measured['ratio']:.2f} "
+        "times that)"
+    )
 
 
 def check(recipe: Recipe, output: Path | None, resume: bool, display: RunDisplay) -> Checked:

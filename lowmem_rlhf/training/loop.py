@@ -98,7 +98,7 @@ class Loop(ABC):
         updates: int = 1,
         ladder: Ladder | None = None,
     ) -> None:
-        self.recipe, self.base, self.run = recipe, base, run
+        self.recipe, self.plan, self.base, self.run = recipe, plan, base, run
         settings = plan.settings
         self.ladder = ladder or Ladder.of(settings, base.device, recipe.generation.temperature)
         self.ladder.savings = savings_of(base, settings)

@@ -126,6 +126,7 @@ def rollout_metrics(rollout: Rollout) -> dict[str, Any]:
     return {
         **own,
         **{name: value for name, value in scores.metrics.items() if name not in (*own, "step")},
+        "prompt/mean_length": sum(len(prompt) for prompt in rollout.prompts) / len(rollout.prompts),
         "completion/mean_length": sum(lengths) / len(lengths),
         "completion/truncated": sum(c.truncated for c in completions) / len(lengths),
         "completion/most_common": most_common(rollout),

@@ -21,7 +21,7 @@ PRECISION = {"nf4": 0, "int8": 1, "none": 2}
 
 def test_the_contract(recipe):
     plan = make_plan(recipe("Qwen2.5-0.5B"), card(10.75), "rtx-2080-ti-11gb").to_dict()
-    keys = {"fits", "verdict", "peak_bytes_range", "device", "profile", "settings", "reasons", "memory"}
+    keys = {"fits", "verdict", "peak_bytes_range", "device", "profile", "settings", "reasons", "memory", "time"}
     assert set(plan) == keys
     assert set(plan["memory"]) == {"budget_bytes", "peak_bytes", "low_bytes", "high_bytes", "phases", "host"}
     assert set(plan["memory"]["phases"]) == {"rollout", "scoring", "update", "optimizer", "export"}
