@@ -3,16 +3,18 @@
 The rule, in this order (a value that the recipe pins is kept, and the others adapt to it):
 
 1. Budget: free memory, less 4 % and the CUDA context (on the CPU: RAM, less the libraries).
-2. Precision: 16-bit weights when the smallest working set (checkpointing, one row in a micro-batch, one completion at
-   a time) takes at most 60 % of the budget; else int8 by the same test; else NF4. What is left buys larger batches.
+2. Precision: the most exact that fits and costs little time (`precision.at_most`). On a CPU, and where nobody tells how
+   fast the card is: 16-bit weights when the smallest working set (checkpointing, one row in a micro-batch, one
+   completion at a time) takes at most 60 % of the budget; else int8 by the same test; else NF4.
 3. Compute dtype: bfloat16 where the device has it, else float16 with loss scaling; int8 on a GPU computes in float16.
 4. What saves memory at a price, each only when the smallest working set does not fit otherwise, in this order: 8-bit
    optimizer moments, checkpoints in host memory, the token embedding in host memory, a lower rank than 16.
-5. Gradient checkpointing of the fewest layers with which the update of a whole group (at most the cap) fits; where it
-   does not fit with all layers recomputed, of the fewest for the most tokens that do.
-6. Micro-batch: the most packed tokens that fit with that, up to a whole step or the cap (16384; CPU 4096); passes
-   without gradients take a whole group where that fits.
-7. Rollout: all completions of a step at once if their key-value cache fits, else fewer whole groups, else fewer rows.
+5. Gradient checkpointing and micro-batch: the fastest update of what fits (`batching.fastest_update`). Without a known
+   speed: the fewest layers with which the update of a whole group (at most the cap) fits, then the most tokens that
+   fit with that, up to a whole step or the cap (16384; CPU 4096).
+6. Passes without gradients take a whole group where that fits.
+7. Rollout: all completions of a step at once if their key-value cache fits, else fewer whole groups, else fewer rows;
+   of the ways to read NF4 weights the fastest that fits.
 
 More memory never gives a lower precision. The memory model stands in `memory`; its figures are predictions.
 """

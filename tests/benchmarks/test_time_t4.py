@@ -10,6 +10,7 @@ from stock_memory.stock_run import StockRun
 from stock_memory.timed import product, step_kernels
 
 from lowmem_rlhf.architecture.dimensions import dimensions_from_config
+from lowmem_rlhf.hardware.speed import Speed
 from lowmem_rlhf.planning.time.rates import ATTENTION, START, Kernel, Rates, rates
 
 CONFIG = {
@@ -97,7 +98,8 @@ def test_a_kernel_takes_the_longer_of_arithmetic_and_bytes_and_its_start():
     assert card.seconds({Kernel(flops=200, width=2, bytes=500): 2}) == 22.0
     assert card.seconds({Kernel(flops=200, width=4, attention=True).less_started(): 1}) == 40.0
     assert product(3, 5, 7, 2) == Kernel(flops=210, width=2, bytes=100)
-    assert rates(65, 8.14, 320).half == pytest.approx(24e12) and rates(65, 8.14, 320).bandwidth == pytest.approx(220e9)
+    t4 = rates(Speed(65, 8.14, 320, steady_half_tflops=24, steady_bandwidth_gb_s=220))
+    assert (t4.half, t4.bandwidth) == (24e12, 220e9)
 
 
 def test_a_model_is_predicted_with_the_constants_of_others(rows, capsys, monkeypatch):
