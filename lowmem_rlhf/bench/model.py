@@ -12,6 +12,7 @@ from lowmem_rlhf.architecture.source import is_local, resolve_model
 from lowmem_rlhf.bench.work import Work
 from lowmem_rlhf.errors import UserError, one_line
 from lowmem_rlhf.files import check_room
+from lowmem_rlhf.hardware.cuda import torch_build
 from lowmem_rlhf.hardware.detect import torch_reaches
 from lowmem_rlhf.progress import ProgressCallback
 
@@ -26,7 +27,7 @@ def prepare(work: Work, progress: ProgressCallback) -> dict[str, Any]:
     """Choose the model, fetch it where it is named, and see whether torch can use the device.
 
     Returns:
-        ``model`` as a recipe names it, ``weights`` (``pretrained`` or ``random``), and ``cuda``, the version that torch
+        ``model`` as a recipe names it, ``weights`` (``own`` or ``random``), and ``cuda``, the version that torch
         was built for, or None.
 
     Raises:
@@ -38,13 +39,13 @@ def prepare(work: Work, progress: ProgressCallback) -> dict[str, Any]:
             "measure the CPU with --device cpu"
         )
     if work.named:
-        found = {"model": _fetched(work.model), "weights": "pretrained"}
+        found = {"model": _fetched(work.model), "weights": "own"}
     elif cached := _cached(work.model):
-        found = {"model": str(cached), "weights": "pretrained"}
+        found = {"model": str(cached), "weights": "own"}
     else:
         found = {"model": str(random_model(work.model, Path(work.folder) / "model")), "weights": "random"}
     progress(1, 1)
-    return {**found, "cuda": torch.version.cuda}
+    return {**found, "cuda": torch_build()}
 
 
 def _cached(model: str) -> Path | None:

@@ -24,6 +24,7 @@ from lowmem_rlhf.hardware.live_bytes import LiveBytes
 from lowmem_rlhf.hardware.memory import clock
 from lowmem_rlhf.planning.plan import Plan
 from lowmem_rlhf.planning.run_plan import planned
+from lowmem_rlhf.planning.shapes import length_keys
 from lowmem_rlhf.progress import Silence
 from lowmem_rlhf.recipe.schema import Recipe
 from lowmem_rlhf.rewards.loading import Reward
@@ -83,19 +84,21 @@ def trainer_of(recipe: Recipe, plan: Plan, folder: Path) -> Loop:
 
 def _examples(recipe: Recipe, vocabulary: int) -> Iterator[Any]:
     draw = random.Random(0)
+    *_, longest = length_keys(recipe).values()
 
     def ids(count: int) -> list[int]:
         return [draw.randrange(vocabulary) for _ in range(count)]
 
     for _ in range(recipe.training.prompts_per_step):
-        if recipe.algorithm == "sft":
-            whole = ids(recipe.sft.max_length)
-            yield Supervised(whole[:1], whole[1:])
-        elif recipe.algorithm == "reward_model":
-            half = recipe.reward_model.max_length // 2
-            yield Pair(ids(half), ids(half), ids(half), 0.0)
-        else:
-            yield Example("", ids(recipe.data.max_prompt_length), {})
+        match recipe.spec.rows:
+            case "completions":
+                whole = ids(longest)
+                yield Supervised(whole[:1], whole[1:])
+            case "pairs":
+                half = longest // 2
+                yield Pair(ids(half), ids(half), ids(half), 0.0)
+            case _:
+                yield Example("", ids(recipe.data.max_prompt_length), {})
 
 
 class _Messages(Silence):

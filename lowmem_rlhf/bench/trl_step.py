@@ -12,6 +12,7 @@ import torch
 from lowmem_rlhf.bench.meter import Meter, counter_for
 from lowmem_rlhf.bench.work import ALPHA, BETA, LEARNING_RATE, RANK, hash_reward
 from lowmem_rlhf.engine.load import DTYPES
+from lowmem_rlhf.hardware.capabilities import capabilities
 
 
 @dataclass(frozen=True)
@@ -82,7 +83,7 @@ def trl_config(work: TrlWork, folder: str) -> Any:
         lr_scheduler_type="constant",
         max_steps=work.steps,
         shuffle_dataset=False,
-        use_cpu=work.device.type == "cpu",
+        use_cpu=capabilities(work.device).on_cpu,
         report_to=[],
         save_strategy="no",
         logging_steps=1000,
