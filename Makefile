@@ -4,6 +4,7 @@
 #                   (waiting threads sleep: where other programs use the cores, spinning ones make it twice as slow)
 # make test-newest  the fast tests with the newest releases of all dependencies but torch
 # make test-oldest  the fast tests with the lower bounds of pyproject.toml (torch as in constraints.txt)
+# make gpu          set up, then measure this machine's graphics card in 8 minutes; the record is a JSON file here
 # make faults       try every fault by force: out of memory at each line that allocates, stops at any moment; about an hour
 # make lint         linters and the type checker
 # make install      set up only
@@ -19,7 +20,7 @@ PYTEST := -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 FAST := -m "not slow and not long" $(addprefix --ignore=tests/,benchmarks export integration training)
 
 
-.PHONY: quickstart check fast test test-newest test-oldest faults lint install clean
+.PHONY: quickstart check fast test test-newest test-oldest gpu faults lint install clean
 
 quickstart: $(VENV)/.installed
 	$(BIN)/lowmem-rlhf train quickstart
@@ -34,6 +35,9 @@ test: $(VENV)/.installed-dev
 
 faults: $(VENV)/.installed-dev
 	OMP_WAIT_POLICY=passive HF_HUB_OFFLINE=1 $(BIN)/python tests/faults/try_all.py
+
+gpu: $(VENV)/.installed-dev
+	$(BIN)/lowmem-rlhf bench
 
 test-newest: .venv-newest/bin/python
 	$< -m pip install $(QUIET) --upgrade --upgrade-strategy eager $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) $(TORCH) --editable ".[dev]"

@@ -10,6 +10,10 @@ from typing import Any
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+from lowmem_rlhf.bench.model import byte_tokenizer
+
+__all__ = ["byte_tokenizer", "model_folder", "tiny_llama", "truncated"]
+
 TINY = {"vocab_size": 512, "hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 4}
 LAYER_KEYS = ("num_hidden_layers", "n_layer", "n_layers")
 
@@ -62,19 +66,6 @@ def _layer_of(name: str) -> int:
     """Return the number of the layer that a tensor belongs to; -1 for one outside the layers."""
     number = re.search(r"\.(\d+)\.", name)
     return int(number[1]) if number else -1
-
-
-def byte_tokenizer() -> Any:
-    """Return a tokenizer of bytes, its ids below 260: padding, beginning and end come first."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    symbols = ["<pad>", "<s>", "</s>", *sorted(pre_tokenizers.ByteLevel.alphabet())]
-    tokenizer = Tokenizer(models.BPE(vocab={symbol: i for i, symbol in enumerate(symbols)}, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    special = {"pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>"}
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special)
 
 
 def tiny_llama(folder: Path) -> Path:

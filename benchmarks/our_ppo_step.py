@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from meter import Meter
 from our_step import Cut, OurStep, Prompts
 from rich.console import Console
 from safetensors.torch import load_file, save_file
@@ -24,6 +23,7 @@ from work import ALPHA, LEARNING_RATE, RANK
 
 from lowmem_rlhf.algorithms.ppo.trainer import PPO
 from lowmem_rlhf.architecture.adapters import HEAD, WEIGHTS
+from lowmem_rlhf.bench.meter import Meter
 from lowmem_rlhf.display.live import LiveView
 from lowmem_rlhf.engine.base import SharedBase
 from lowmem_rlhf.engine.ladder import Ladder

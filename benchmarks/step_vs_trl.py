@@ -16,9 +16,9 @@ checkpointing, logits in tiles of --tile positions, an NF4 base that lends the r
 
 Each side lives in a process of its own and waits while the other one works. After one warm-up step they take turns in
 --repeats timed steps; the table shows medians. One more step runs under a counter of live tensor bytes (see
-live_bytes.py); its time is not counted. Phases: rollout (sampling), score (reference log-probs), update (forward,
-backward, optimizer step), other (rewards, advantages, padding). A peak holds everything that lives in the process,
-the weights included.
+live_bytes.py; on a card its allocator counts); its time is not counted. Phases: rollout (sampling), score (reference
+log-probs), update (forward, backward, optimizer step), other (rewards, advantages, padding). A peak holds everything
+that lives in the process, the weights included.
 
 What is left out: loading, evaluation, checkpoints, logging; the difference between completions of unequal length
 (where packing and compaction gain more); scratch memory inside torch's kernels; vLLM, which needs a card of its own.
@@ -55,9 +55,11 @@ def run_side(work: argparse.Namespace) -> None:
     """Be one side: serve the parent's commands ``step`` and, for a step under the counter, ``bytes``."""
     channel = Channel()
     if work.side == "trl":
-        from trl_step import run_trl
+        from lowmem_rlhf.bench.trl_step import TrlWork, run_trl
 
-        run_trl(work, channel)
+        device, asked, steps = torch_device(work.device), questions(work), work.repeats + 2
+        shape = (work.generations, work.completion_length, steps, work.trl_rows)
+        run_trl(TrlWork(work.model, device, asked, *shape), channel)
         return
     from our_step import OurStep, cut_of
 

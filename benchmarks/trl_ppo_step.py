@@ -64,10 +64,10 @@ def served_trainer(spec: dict[str, Any], folder: str, channel: Channel) -> Any:
     """Return TRL's trainer, each of whose steps waits for the parent's command ``step`` or ``bytes`` and answers it."""
     import torch
     from datasets import Dataset
-    from meter import Meter
     from transformers import AutoTokenizer, TrainerCallback
     from trl.experimental.ppo import PPOTrainer, ppo_trainer
 
+    from lowmem_rlhf.bench.meter import Meter
     from lowmem_rlhf.hardware.live_bytes import LiveBytes
 
     class Serve(TrainerCallback):

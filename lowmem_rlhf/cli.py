@@ -435,6 +435,34 @@ def export(
 
 
 @app.command()
+def bench(
+    minutes: Annotated[float, typer.Option(help="Time in all; the most telling parts come first.")] = 8.0,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N or another torch device.")] = "auto",
+    model: Annotated[
+        str | None, typer.Option(help="Measure this one; default: Qwen2.5-0.5B's sizes, random where it is not cached.")
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="The record's file; default bench-CARD-DATE.json.")] = None,
+    only: Annotated[
+        str | None, typer.Option(metavar="PART,PART", help="Of graphs, step, plan, precisions, device_tests.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Measure this card: decoding, a step against TRL, the plan, precisions, the device tests."""
+    from lowmem_rlhf.bench.run import BenchOptions, run_bench
+    from lowmem_rlhf.report.bench_view import print_record
+
+    record, path = run_bench(BenchOptions(minutes, device, model, out, only))
+    if as_json:
+        _print_json(record)
+    else:
+        print_record(record)
+    _say(path, as_json)
+    statuses = {part["status"] for part in record["parts"].values()}
+    if "failed" in statuses and not any(part["values"] for part in record["parts"].values()):
+        raise RunError("nothing could be measured; the record says why of each part")
+
+
+@app.command()
 def report(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="A run directory.")],
     plot: Annotated[Path | None, typer.Option(help="Also save the reward curve as this PNG.")] = None,

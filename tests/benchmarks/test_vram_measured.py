@@ -40,7 +40,7 @@ def folders(tmp_path_factory):
 @pytest.fixture(scope="module")
 def measured(folders):
     """Return a function that gives a case's recipe, plan and measured peaks by phase."""
-    from vram_step import Measured
+    from lowmem_rlhf.bench.trainer_step import Measured
 
     found = {}
 
@@ -65,7 +65,7 @@ def test_every_phase_of_a_step_is_predicted(measured, case):
 
 
 def test_tensors_of_others_in_the_process_are_not_counted(folders, measured):
-    from vram_step import Measured
+    from lowmem_rlhf.bench.trainer_step import Measured
 
     recipe, plan, peaks = measured(TINY[2])
     others = torch.zeros(50_000_000, dtype=torch.uint8)

@@ -1,4 +1,4 @@
-"""One step of a run's own trainer at the largest shapes that its plan allows for, its live bytes counted by phase.
+"""One step of a run's own trainer at the largest shapes that its plan allows for, its bytes and seconds by phase.
 
 Prompts and completions are random tokens of exactly the recipe's maximal lengths; no token ends a completion.
 """
@@ -7,23 +7,25 @@ import random
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from io import StringIO
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
-from rich.console import Console
 
 from lowmem_rlhf.algorithms.build import make_trainer
+from lowmem_rlhf.bench.meter import Counter
+from lowmem_rlhf.bench.our_step import EndlessBase
 from lowmem_rlhf.data.examples import read_data
 from lowmem_rlhf.data.prompts import Example
 from lowmem_rlhf.data.stream import PromptStream
 from lowmem_rlhf.data.supervised import Pair, Supervised
-from lowmem_rlhf.display.live import LiveView
 from lowmem_rlhf.engine.base import SharedBase
 from lowmem_rlhf.hardware.live_bytes import LiveBytes
+from lowmem_rlhf.hardware.memory import clock
 from lowmem_rlhf.planning.plan import Plan
 from lowmem_rlhf.planning.run_plan import planned
+from lowmem_rlhf.planning.shapes import length_keys
+from lowmem_rlhf.progress import Silence
 from lowmem_rlhf.recipe.schema import Recipe
 from lowmem_rlhf.rewards.loading import Reward
 from lowmem_rlhf.run.directory import RunDirectory
@@ -31,10 +33,6 @@ from lowmem_rlhf.training.loop import Loop
 from lowmem_rlhf.training.roles import add_roles
 
 SKIPPED = 8  # steps at most while the scale of a float16 loss is found
-
-
-class _Endless(SharedBase):
-    stop_ids = frozenset()  # type: ignore[assignment]
 
 
 def hash_reward(prompts: Any, completion_ids: list[list[int]], **_: Any) -> list[float]:
@@ -46,11 +44,14 @@ def load(recipe: Recipe, plan: Plan) -> SharedBase:
     """Load the base of a recipe in the precision of its plan."""
     settings = plan.settings
     lora = planned(recipe, plan).lora
-    return _Endless.load(
+    return EndlessBase.load(
         recipe.model,
         torch.device(plan.device.torch_device),
         settings.quantization,
         settings.compute_dtype,
+        offload_embeddings=settings.offload_embeddings,
+        offload_experts=settings.offload_experts,
+        join=settings.rollout_weights == "joined",
         r=lora.rank,
         lora_alpha=lora.alpha(lora.rank),
         target_modules=lora.target_modules,
@@ -83,29 +84,32 @@ def trainer_of(recipe: Recipe, plan: Plan, folder: Path) -> Loop:
 
 def _examples(recipe: Recipe, vocabulary: int) -> Iterator[Any]:
     draw = random.Random(0)
+    *_, longest = length_keys(recipe).values()
 
     def ids(count: int) -> list[int]:
         return [draw.randrange(vocabulary) for _ in range(count)]
 
     for _ in range(recipe.training.prompts_per_step):
-        if recipe.algorithm == "sft":
-            whole = ids(recipe.sft.max_length)
-            yield Supervised(whole[:1], whole[1:])
-        elif recipe.algorithm == "reward_model":
-            half = recipe.reward_model.max_length // 2
-            yield Pair(ids(half), ids(half), ids(half), 0.0)
-        else:
-            yield Example("", ids(recipe.data.max_prompt_length), {})
+        match recipe.spec.rows:
+            case "completions":
+                whole = ids(longest)
+                yield Supervised(whole[:1], whole[1:])
+            case "pairs":
+                half = longest // 2
+                yield Pair(ids(half), ids(half), ids(half), 0.0)
+            case _:
+                yield Example("", ids(recipe.data.max_prompt_length), {})
 
 
-class Counter(Protocol):
-    """What measures bytes while it is entered: `LiveBytes`, or a card's own counts."""
+class _Messages(Silence):
+    """A display that keeps what is said."""
 
-    peak: int
+    def __init__(self) -> None:
+        self.lines: list[str] = []
 
-    def __enter__(self) -> Any: ...
-    def __exit__(self, *error: Any) -> Any: ...
-    def reset_peak(self) -> None: ...
+    def message(self, text: str) -> None:
+        """Keep a line."""
+        self.lines.append(text)
 
 
 class Measured:
@@ -115,39 +119,55 @@ class Measured:
         recipe, plan: of the run.
         counter: makes what counts during the step; live tensors by default.
         others: bytes that are not the run's; counted by default.
+        timed: one more step is taken before, on which nothing counts.
 
     Attributes:
         peaks: bytes by the trainer's phases.
-        counter: what counted them.
+        seconds: by the same phases, of the step that is timed; empty where none is.
+        counter: what counted the bytes.
         said: what the trainer told the user.
     """
 
     def __init__(
-        self, recipe: Recipe, plan: Plan, counter: Callable[[], Counter] = LiveBytes, others: int | None = None
+        self,
+        recipe: Recipe,
+        plan: Plan,
+        counter: Callable[[], Counter] = LiveBytes,
+        others: int | None = None,
+        timed: bool = False,
     ) -> None:
         self.peaks: dict[str, int] = {}
+        self.seconds: dict[str, float] = {}
+        self.counter: Counter | None = None
+        self._device, self._timing = torch.device(plan.device.torch_device), False
         others = LiveBytes().current if others is None else others
-        said = StringIO()
+        said = _Messages()
         with tempfile.TemporaryDirectory() as folder, torch.random.fork_rng(devices=[]):
             trainer: Any = trainer_of(recipe, plan, Path(folder))
             trainer.timed = self._phase
-            view = LiveView(1, console=Console(file=said))
             for _ in range(SKIPPED + 1):
-                trainer.one_step(view)  # makes the optimizer's state, unless float16's gradients overflow
+                trainer.one_step(said)  # makes the optimizer's state, unless float16's gradients overflow
                 trainer.step += 1
                 if trainer.optimizer.torch_optimizer.state:
                     break
+            if timed:
+                self._timing = True
+                trainer.one_step(said)
+                trainer.step += 1
+                self._timing = False
             self.counter = counter()
             with self.counter:
-                trainer.one_step(view)
+                trainer.one_step(said)
         self.peaks = {name: peak - others for name, peak in self.peaks.items()}
-        self.said = said.getvalue()
+        self.said = "\n".join(said.lines)
 
     @contextmanager
     def _phase(self, name: str) -> Iterator[None]:
-        counter = getattr(self, "counter", None)
-        if counter:
-            counter.reset_peak()
+        if self.counter:
+            self.counter.reset_peak()
+        began = clock(self._device)
         yield
-        if counter:
-            self.peaks[name] = max(self.peaks.get(name, 0), counter.peak)
+        if self._timing:
+            self.seconds[name] = self.seconds.get(name, 0.0) + clock(self._device) - began
+        if self.counter:
+            self.peaks[name] = max(self.peaks.get(name, 0), self.counter.peak)

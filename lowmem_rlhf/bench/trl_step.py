@@ -1,23 +1,72 @@
 """One GRPO step of TRL's GRPOTrainer, run as a sensible user of TRL runs it, timed and measured by phase."""
 
-import argparse
 import tempfile
+from collections.abc import Sequence
 from contextlib import ExitStack, nullcontext
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
-from children import Channel
-from work import ALPHA, BETA, LEARNING_RATE, RANK, hash_reward, questions, torch_device
+import torch
+
+from lowmem_rlhf.bench.meter import Meter, counter_for
+from lowmem_rlhf.bench.work import ALPHA, BETA, LEARNING_RATE, RANK, hash_reward
+from lowmem_rlhf.engine.load import DTYPES
+from lowmem_rlhf.hardware.capabilities import capabilities
 
 
-def trl_config(work: argparse.Namespace, folder: str) -> Any:
-    """Return the GRPOConfig of the work; whatever is not named is TRL's default."""
+@dataclass(frozen=True)
+class TrlWork:
+    """What TRL's trainer does.
+
+    Attributes:
+        model: as in a recipe.
+        device: where everything lies.
+        questions: of the B prompts.
+        generations, completion_length: G completions a prompt, each of exactly so many tokens.
+        steps: that are asked for.
+        rows: completions of a training batch (``per_device_train_batch_size``); 0: all of a step.
+        compute_dtype: ``bfloat16``, ``float32``, or ``float16`` with loss scaling.
+    """
+
+    model: str
+    device: torch.device
+    questions: Sequence[str]
+    generations: int
+    completion_length: int
+    steps: int
+    rows: int = 0
+    compute_dtype: str = "bfloat16"
+
+
+class Channel(Protocol):
+    """Who asks for steps: a process that is led by commands, or a list of them."""
+
+    def ready(self, **settings: Any) -> None:
+        """Take note of the settings that TRL chose."""
+        ...
+
+    def command(self) -> str:
+        """Return ``step``, or ``bytes`` for a step whose memory is counted."""
+        ...
+
+    def send(self, **message: Any) -> None:
+        """Take a step's figures."""
+        ...
+
+
+def trl_config(work: TrlWork, folder: str) -> Any:
+    """Return the GRPOConfig of the work; whatever is not named is TRL's default.
+
+    Raises:
+        ValueError: the rows do not divide the completions.
+    """
     from trl import GRPOConfig
 
-    completions = work.prompts * work.generations
-    rows = work.trl_rows or completions
+    completions = len(work.questions) * work.generations
+    rows = work.rows or completions
     if completions % rows:
-        raise SystemExit(f"--trl-rows {rows} does not divide the {completions} completions")
+        raise ValueError(f"{rows} rows of a training batch do not divide the {completions} completions of a step")
     return GRPOConfig(
         output_dir=folder,
         per_device_train_batch_size=rows,
@@ -28,12 +77,13 @@ def trl_config(work: argparse.Namespace, folder: str) -> Any:
         temperature=1.0,
         beta=BETA,
         loss_type="dapo",
-        bf16=True,
+        bf16=work.compute_dtype == "bfloat16",
+        fp16=work.compute_dtype == "float16",
         learning_rate=LEARNING_RATE,
         lr_scheduler_type="constant",
-        max_steps=work.repeats + 2,
+        max_steps=work.steps,
         shuffle_dataset=False,
-        use_cpu=torch_device(work.device).type == "cpu",
+        use_cpu=capabilities(work.device).on_cpu,
         report_to=[],
         save_strategy="no",
         logging_steps=1000,
@@ -41,9 +91,8 @@ def trl_config(work: argparse.Namespace, folder: str) -> Any:
     )
 
 
-def trl_trainer(work: argparse.Namespace, folder: str, **more: Any) -> Any:
+def trl_trainer(work: TrlWork, folder: str, **more: Any) -> Any:
     """Return TRL's trainer with its phases metered: the attribute ``meter`` is set before each step."""
-    import torch
     from datasets import Dataset
     from peft import LoraConfig
     from transformers import AutoTokenizer
@@ -70,12 +119,12 @@ def trl_trainer(work: argparse.Namespace, folder: str, **more: Any) -> Any:
             with self.meter.phase("update" if training else "score"):
                 return super()._get_per_token_logps_and_entropies(model, input_ids, *args, **kwargs)
 
-    def reward(completions: list[Any], **columns: Any) -> list[float]:
+    def reward(completions: list[Any], **columns: Any) -> list[float | None]:
         return [hash_reward(completion[0]["content"]) for completion in completions]
 
     model, path = trl_model(work)
-    rows = [{"prompt": [{"role": "user", "content": question}]} for question in questions(work)]
-    return Metered(
+    rows = [{"prompt": [{"role": "user", "content": question}]} for question in work.questions]
+    trainer: Any = Metered(
         model=model,
         reward_funcs=reward,
         args=trl_config(work, folder),
@@ -84,11 +133,15 @@ def trl_trainer(work: argparse.Namespace, folder: str, **more: Any) -> Any:
         peft_config=LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules="all-linear", task_type="CAUSAL_LM"),
         **more,
     )
+    if work.compute_dtype != "bfloat16":  # TRL makes the adapters of quantized models bfloat16, which no scaler takes
+        for parameter in trainer.model.parameters():
+            if parameter.requires_grad:
+                parameter.data = parameter.data.float()
+    return trainer
 
 
-def trl_model(work: argparse.Namespace) -> tuple[Any, str]:
+def trl_model(work: TrlWork) -> tuple[Any, str]:
     """Return the NF4 model, loaded as transformers' users do, and the path of its files."""
-    import torch
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
     from lowmem_rlhf.architecture.source import resolve_model
@@ -97,27 +150,24 @@ def trl_model(work: argparse.Namespace) -> tuple[Any, str]:
     path = resolve_model(work.model)
     if path.endswith(".gguf"):
         path = str(convert_gguf(Path(path)))
+    dtype = DTYPES[work.compute_dtype]
     quantization = BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=torch.bfloat16,
+        bnb_4bit_compute_dtype=dtype,
     )
-    placed = {"": str(torch_device(work.device))}
-    options = {"dtype": torch.bfloat16, "quantization_config": quantization, "device_map": placed}
+    options = {"dtype": dtype, "quantization_config": quantization, "device_map": {"": str(work.device)}}
     return AutoModelForCausalLM.from_pretrained(path, **options), path
 
 
-def run_trl(work: argparse.Namespace, channel: Channel) -> None:
-    """Serve the parent's commands from inside TRL's own training loop."""
-    from meter import Meter
+def run_trl(work: TrlWork, channel: Channel) -> None:
+    """Serve the commands of a channel from inside TRL's own training loop."""
     from transformers import TrainerCallback
-
-    from lowmem_rlhf.hardware.live_bytes import LiveBytes
 
     class Serve(TrainerCallback):
         def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            counter = LiveBytes() if channel.command() == "bytes" else None
+            counter = counter_for(work.device) if channel.command() == "bytes" else None
             self.start = counter.current if counter else 0
             trainer.counts, trainer.meter = {}, Meter(args.device, counter)
             self.stack = ExitStack()
