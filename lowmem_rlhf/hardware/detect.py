@@ -250,7 +250,9 @@ def cpu_device(notes: tuple[str, ...] = ()) -> Device:
     about = _cpu_info()
     match = re.search(r"^model name\s*:\s*(.+)$", about, re.MULTILINE)
     name = match[1].strip() if match else platform.processor() or platform.machine() or "CPU"
-    has = re.search(r"^flags\s*:.*\bavx512_bf16\b", about, re.MULTILINE) is not None
+    flags = re.search(r"^flags\s*:(.*)", about, re.MULTILINE)  # of x86; other processors name theirs otherwise
+    known = flags[1].split() if flags else []
+    has = "avx512_bf16" in known
     compiler = _compiler() if has else None
     return Device(
         torch_device="cpu",
@@ -263,6 +265,7 @@ def cpu_device(notes: tuple[str, ...] = ()) -> Device:
         notes=notes,
         avx512_bf16=has,
         compiler=compiler,
+        slow_half=bool(known) and "avx512f" not in known,
         cores=_cores(),
     )
 

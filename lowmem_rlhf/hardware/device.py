@@ -27,6 +27,7 @@ class Device:
         notes: sentences for the user, for example why this card of several was taken.
         avx512_bf16: a CPU that has these instructions, which products with 4-bit weights need.
         compiler: path of a C compiler for `engine.decode.native`, where a CPU has use for one.
+        slow_half: a CPU without AVX-512, where a product in 16 bits takes many times as long as one in fp32.
         cores: of a CPU that a process may use; None for other devices.
         speed: what it computes and moves in a second; None where nobody tells.
     """
@@ -45,6 +46,7 @@ class Device:
     notes: tuple[str, ...] = field(default=())
     avx512_bf16: bool = False
     compiler: str | None = None
+    slow_half: bool = False
     cores: int | None = None
     speed: Speed | None = None
 

@@ -35,6 +35,8 @@ def compute_dtype(inputs: PlanInputs, quantization: str) -> tuple[str, str]:
     if pinned == "float32" and quantization == "int8":
         raise UserError("hardware.compute_dtype: got float32 with int8 weights, which compute in 16 bits; take nf4")
     int8_in_float16 = quantization == "int8" and device.int8_dtype == "float16"
+    if pinned is None and device.slow_half and quantization != "int8" and _single_fits(inputs, quantization):
+        return "float32", "this CPU has no AVX-512: a product in 16 bits takes many times as long as one in fp32"
     chosen = pinned or (device.int8_dtype if quantization == "int8" else device.half_dtype)
     narrow = inputs.dims.overflows_float16 and (chosen == "float16" or int8_in_float16)
     if narrow and (int8_in_float16 or not inputs.dims.wide_stream):
@@ -56,8 +58,17 @@ def compute_dtype(inputs: PlanInputs, quantization: str) -> tuple[str, str]:
     return chosen, f"{device.name} computes bfloat16, which needs no loss scaling"
 
 
+def _single_fits(inputs: PlanInputs, quantization: str) -> bool:
+    """Whether the smallest working set in fp32 leaves as much of the budget as a higher precision must."""
+    return inputs.peak(_smallest(inputs, quantization, "float32")) <= COMFORTABLE * inputs.budget
+
+
 def smallest(inputs: PlanInputs, quantization: str) -> Settings:
     """Return the settings of the smallest working set at a quantization, with pinned values kept."""
+    return _smallest(inputs, quantization, compute_dtype(inputs, quantization)[0])
+
+
+def _smallest(inputs: PlanInputs, quantization: str, dtype: str) -> Settings:
     from lowmem_rlhf.planning.batching import logits_tile_tokens
 
     lora = inputs.recipe.lora
@@ -66,7 +77,7 @@ def smallest(inputs: PlanInputs, quantization: str) -> Settings:
     tokens = inputs.pinned("micro_batch_tokens") or row_tokens(inputs.recipe)
     return Settings(
         quantization=quantization,
-        compute_dtype=compute_dtype(inputs, quantization)[0],
+        compute_dtype=dtype,
         gradient_checkpointing=True if checkpointing is None else checkpointing,
         offload_checkpoints=bool(inputs.pinned("offload_checkpoints")) and not inputs.on_cpu,
         micro_batch_tokens=tokens,

@@ -127,6 +127,7 @@ def test_a_devices_json_has_the_fields_and_nothing_else():
         "notes",
         "avx512_bf16",
         "compiler",
+        "slow_half",
         "cores",
         "speed",
     ]

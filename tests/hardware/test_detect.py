@@ -252,3 +252,20 @@ def test_a_containers_memory_limit(tmp_path, version):
 
 def test_notes_of_the_cpu():
     assert "note: why" in describe(cpu_device(("why",)))
+
+
+@pytest.mark.parametrize(
+    ("info", "slow"),
+    [
+        ("model name : Ryzen\nflags : fpu sse2 avx2\n", True),
+        ("model name : Xeon\nflags : fpu avx2 avx512f\n", False),
+        ("model name : Xeon\nflags : fpu avx2 avx512f avx512_bf16\n", False),
+        ("Features : fp asimd bf16\n", False),
+        ("", False),
+    ],
+)
+def test_a_cpu_without_avx512_is_slow_in_16_bits(info, slow, monkeypatch):
+    monkeypatch.setattr("lowmem_rlhf.hardware.detect._cpu_info", lambda: info)
+    device = cpu_device()
+    assert device.slow_half is slow and device.avx512_bf16 is ("avx512_bf16" in info)
+    assert device.cores and device.cores >= 1

@@ -276,6 +276,17 @@ def test_the_cpu_plans_from_ram_in_bfloat16(recipe):
     )
 
 
+def test_a_cpu_that_is_slow_in_16_bits_computes_in_float32_where_that_has_room(recipe):
+    slow = replace(cpu(8), slow_half=True)
+    plan = make_plan(recipe("SmolLM2-135M", "hardware.quantization=nf4"), slow, "cpu")
+    assert plan.fits and plan.settings.compute_dtype == "float32" and "AVX-512" in plan.reasons["compute_dtype"]
+    wide = make_plan(recipe("SmolLM2-135M"), slow, "cpu")
+    assert wide.settings.compute_dtype == "float32" and "32-bit weights" in wide.reasons["quantization"]
+    assert make_plan(recipe("Qwen2.5-7B"), slow, "cpu").settings.compute_dtype == "bfloat16"  # there is no room
+    pinned = recipe("SmolLM2-135M", "hardware.compute_dtype=bfloat16")
+    assert make_plan(pinned, slow, "cpu").settings.compute_dtype == "bfloat16"
+
+
 def test_int8_on_a_card_computes_in_float16(recipe):
     plan = make_plan(recipe("Qwen2.5-0.5B", "hardware.quantization=int8"), card(10.75, bf16=True), "x")
     assert plan.settings.compute_dtype == "float16"
