@@ -196,10 +196,10 @@ def print_time(plan_dict: dict[str, Any], console: Console) -> None:
         return
     console.print()
     if (time_dict := plan_dict["time"]) is None:
-        name = (plan_dict.get("device") or {}).get("name", "the device")
-        console.print(
-            Text(harmless(f"how long it takes is not predicted: nobody tells how fast {name} is"), style="dim")
-        )
+        device = plan_dict.get("device") or {}
+        unknown = f"nobody tells how fast {device.get('name', 'the device')} is"
+        why = "the terms of its passes are not known" if device.get("speed") or device.get("cores") else unknown
+        console.print(Text(harmless(f"how long it takes is not predicted: {why}"), style="dim"))
         return
     low, high = time_dict["step_seconds_range"]
     rows = [(name, _short(seconds), "") for name, seconds in time_dict["phases"].items()]

@@ -24,8 +24,8 @@ from lowmem_rlhf.hardware.capabilities import capabilities
 from lowmem_rlhf.hardware.memory import is_out_of_memory
 
 GATED_MLP = {"gate_proj", "up_proj", "down_proj", "act_fn"}  # the parts of one
-# a card has one kernel each way for a norm, which keeps its input alone; before torch 2.8 it was written out
-FUSED_NORM = hasattr(torch.ops.aten, "_fused_rms_norm")
+# a card has one kernel each way for a norm, which keeps its input alone; earlier releases of torch write it out
+FUSED_NORM = hasattr(torch.ops.aten, "_fused_rms_norm_backward")
 FP32 = 4 * torch.finfo(torch.float32).eps  # of the size of inner results: their rounding
 OFFSETS = (0.0, 1.0)  # what a norm adds to its weight: nothing (Llama) or one (Gemma)
 

@@ -258,8 +258,14 @@ def _gradients_of_b(
     """Return the fp32 gradients (out, r) of each adapter's B from that of the layer's output and x A^T (T, R_i)."""
     found: list[torch.Tensor | None] = []
     for part, (_, scaling), wanted in zip(xa.split([r for r, _ in scaled], dim=1), scaled, needed, strict=True):
-        whole = torch.empty((grad.shape[1], part.shape[1]), dtype=grad.dtype, device=grad.device) if wanted else None
-        found.append(None if whole is None else torch.addmm(whole, grad.t(), part, beta=0, alpha=scaling).float())
+        if not wanted:
+            found.append(None)
+            continue
+        # in float16 a large factor would overflow before the sum is fp32, and a small one lose digits
+        within = scaling if grad.dtype != torch.float16 or 1 <= scaling <= 2 else 1.0
+        whole = torch.empty((grad.shape[1], part.shape[1]), dtype=grad.dtype, device=grad.device)
+        product = torch.addmm(whole, grad.t(), part, beta=0, alpha=within).float()
+        found.append(product if within == scaling else product.mul_(scaling))
     return found
 
 

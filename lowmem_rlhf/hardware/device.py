@@ -107,5 +107,6 @@ class Device:
         for name in [one.name for one in fields(cls) if one.name in values]:
             known[name] = tuple(values[name]) if isinstance(values[name], list) else values[name]
         if known.get("speed"):
-            known["speed"] = Speed(**known["speed"])
+            names = {one.name for one in fields(Speed)}
+            known["speed"] = Speed(**{name: value for name, value in known["speed"].items() if name in names})
         return cls(**known)

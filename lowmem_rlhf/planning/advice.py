@@ -66,7 +66,7 @@ def _fitting(plan: Plan, recipe: Recipe) -> Iterator[tuple[str, Plan]]:
             yield text, planned
     for key in reversed(length_keys(recipe)):
         shorter = partial(_shorter, plan, recipe, dims, key)
-        length = longest_that_fits(length_keys(recipe)[key], shorter)
+        length = longest_that_fits(length_keys(recipe)[key], partial(shorter, timed=False))
         if length and (planned := shorter(length)):
             yield f"{key}={length}", planned
     for name, smaller in smaller_than(dims):
@@ -84,18 +84,20 @@ def longest_that_fits(most: int, fits: Callable[[int], object]) -> int:
     return low * SHORTEST
 
 
-def _planned(recipe: Recipe, plan: Plan, dims: ModelDimensions) -> Plan | None:
-    """Return the plan of a changed recipe for the same device if it fits."""
+def _planned(recipe: Recipe, plan: Plan, dims: ModelDimensions, timed: bool = True) -> Plan | None:
+    """Return the plan of a changed recipe for the same device if it fits; ``timed`` as `plan_for` has it."""
     try:
-        changed_plan = plan_for(recipe, plan.device, plan.profile, dims)
+        changed_plan = plan_for(recipe, plan.device, plan.profile, dims, timed)
     except UserError:  # a change that cannot be, such as more positions than a smaller model has
         return None
     return changed_plan if changed_plan.fits else None
 
 
-def _shorter(plan: Plan, recipe: Recipe, dims: ModelDimensions, key: str, length: int) -> Plan | None:
+def _shorter(
+    plan: Plan, recipe: Recipe, dims: ModelDimensions, key: str, length: int, timed: bool = True
+) -> Plan | None:
     section, _, name = key.partition(".")
-    return _planned(_with(recipe, section, **{name: length}), plan, dims)
+    return _planned(_with(recipe, section, **{name: length}), plan, dims, timed)
 
 
 def _with(recipe: Recipe, section: str, **values: Any) -> Recipe:

@@ -260,7 +260,10 @@ def _card_weights(inputs: PlanInputs, settings: Settings) -> tuple[str, str]:
             "quantized",
             f"joined, the rollout would take {gib(need['joined'])} of {gib(inputs.budget)}" if graphs else how,
         )
-    seconds = {way: inputs.time(replace(settings, rollout_weights=way)).rollout() for way in fitting}
+    seconds = {
+        way: inputs.time(replace(settings, rollout_weights=way, keep_graphs=way != "dequantized")).rollout()
+        for way in fitting
+    }
     chosen = min(fitting, key=lambda way: round(seconds[way], 3))
     others = [f"{seconds[way]:.3g} s {_WEIGHTS[way]}" for way in fitting if way != chosen]
     others += [f"{_WEIGHTS[way]} {gib(need[way])} of {gib(inputs.budget)}" for way in ways if way not in fitting]

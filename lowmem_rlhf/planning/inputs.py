@@ -8,7 +8,7 @@ from lowmem_rlhf.architecture.dimensions import ModelDimensions
 from lowmem_rlhf.hardware.device import Device
 from lowmem_rlhf.planning.memory.phases import peak_phase, phases
 from lowmem_rlhf.planning.memory.resident import GIB, Components, Settings
-from lowmem_rlhf.planning.time.estimate import StepTime, device_rates
+from lowmem_rlhf.planning.time.estimate import StepTime, device_rates, has_terms
 from lowmem_rlhf.planning.time.rates import Rates
 from lowmem_rlhf.recipe.schema import Recipe
 
@@ -41,7 +41,8 @@ class PlanInputs:
     @cached_property
     def rates(self) -> Rates | None:
         """What the card reaches, by which settings are chosen; None on a CPU, and where nobody tells."""
-        return device_rates(self.device) if self.timed and not self.on_cpu else None
+        decides = self.timed and not self.on_cpu and has_terms(self.dims)
+        return device_rates(self.device) if decides else None
 
     def time(self, settings: Settings) -> StepTime:
         """Return the predicted time of a step.

@@ -115,10 +115,18 @@ class Plan:
                 settings=_saved_settings(values["settings"]),
                 reasons=dict(values["reasons"]),
                 memory=memory,
-                time=RunTime.from_dict(values["time"]) if values.get("time") else None,
+                time=_saved_time(values.get("time")),
             )
         except (KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"no plan of a run: {type(error).__name__} {error}") from error
+
+
+def _saved_time(values: Any) -> RunTime | None:
+    """Return the time of a saved plan; None where it has none, or one that cannot be read, as nothing depends on it."""
+    try:
+        return RunTime.from_dict(values) if values else None
+    except (KeyError, TypeError, ValueError):
+        return None
 
 
 def _saved_settings(values: Mapping[str, Any]) -> Settings:
@@ -200,7 +208,9 @@ def _settings(inputs: PlanInputs) -> tuple[Settings, dict[str, str]]:
             continue
         settings, reasons = _settings_at(inputs, one, "")
         seconds = inputs.time(settings).step()
-        if inputs.peak(settings) > inputs.budget:
+        if price := precision.price(inputs, settings):
+            why_not.append(f"{name} weights would take {price}")
+        elif inputs.peak(settings) > inputs.budget:
             why_not.append(f"{name} weights do not fit")
         elif seconds > limit.seconds:
             why_not.append(f"with {name} weights it takes {seconds:.3g} s in this memory")

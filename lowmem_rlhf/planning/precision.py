@@ -156,6 +156,7 @@ def least_time(inputs: PlanInputs, quantization: str) -> float:
         micro_batch_tokens=inputs.pinned("micro_batch_tokens") or most,
         score_batch_tokens=inputs.pinned("score_batch_tokens") or most,
         rollout_batch_size=inputs.pinned("rollout_batch_size") or max(1, all_rows(recipe)),
+        keep_graphs=True,
     )
     return inputs.time(settings).step()
 
@@ -170,6 +171,16 @@ def more_exact(inputs: PlanInputs) -> list[str]:
         return []
     no_int8 = inputs.pinned("compute_dtype") == "float32" or inputs.dims.overflows_float16
     return ["none"] if no_int8 else ["none", "int8"]
+
+
+def price(inputs: PlanInputs, settings: Settings) -> str:
+    """Return what the plan would give up of what is learned, or of speed, to make room for weights; mostly nothing."""
+    if settings.optim == "adamw_8bit" and not inputs.pinned("optim"):
+        return "8-bit moments"
+    if settings.lora["r"] < RANK and inputs.recipe.lora.r == "auto":
+        return f"a rank of {settings.lora['r']}"
+    away = settings.offload_checkpoints and not inputs.pinned("offload_checkpoints")
+    return "checkpoints in host memory" if away else ""
 
 
 def advice(inputs: PlanInputs) -> str:

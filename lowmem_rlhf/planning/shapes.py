@@ -36,6 +36,11 @@ class PackedShape:
     row_scores: int
 
     @property
+    def rows(self) -> float:
+        """Completions in it, or texts where it has no completions."""
+        return self.attended / self.own_keys if self.own_keys else self.tokens / self.prompt_keys
+
+    @property
     def own_tokens(self) -> int:
         """Fed tokens that are completions'."""
         return self.tokens - self.prompt_tokens

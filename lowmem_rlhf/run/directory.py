@@ -241,7 +241,7 @@ class RunDirectory(RunReader):
     def record_time(self, measured: dict[str, Any]) -> None:
         """Write into plan.json what a step took, beside what was predicted."""
         plan = self.plan()
-        if not plan.get("time"):
+        if not isinstance(plan.get("time"), dict):
             return
         plan["time"] = {**plan["time"], "measured": measured}
         with writing(self.path / PLAN, remedy=_GO_ON):

@@ -135,16 +135,18 @@ def finish(trainer: "Loop", display: RunDisplay) -> None:
 def _record_time(trainer: "Loop", display: RunDisplay) -> None:
     """Put on record what a step took against what was predicted for texts of these lengths, and say it."""
     recipe, plan, measured = trainer.recipe, trainer.plan, None
+    if plan.time is None:
+        return
     with suppress(UserError):  # sizes from the Hub, which may be gone by now
         dims = model_dimensions(recipe.model, recipe.revision, recipe.trust_remote_code)
-        measured = measured_time(dims, recipe, plan.settings, plan.device, trainer.run.metrics())
+        measured = measured_time(dims, recipe, plan.settings, plan.device, trainer.run.metrics()[trainer.began_at :])
     if measured is None:
         return
     trainer.run.record_time(measured)
     step, predicted = measured["step_seconds"], measured["predicted"]["step_seconds"]
+    texts = "texts of this length" if all(measured["lengths"].values()) else "texts of full length"
     display.message(
-        f"a step took {step:.3g} s; predicted for texts of this length were {predicted:.3g} s ({measured['ratio']:.2f} "
-        "times that)"
+        f"a step took {step:.3g} s; predicted for {texts} were {predicted:.3g} s ({measured['ratio']:.2f} times that)"
     )
 
 

@@ -122,6 +122,7 @@ class Loop(ABC):
         self.health = HealthWatch(base.head.vocabulary, recipe.training.max_grad_norm)
         self.lost = LostTokens(recipe.training, self.optimizer)
         self.step = 0
+        self.began_at = 0  # the step that this process began after
         self.learned_tokens = 0  # tokens that taught something, over all steps
         self._keeper = StateKeeper(self.optimizer, base.device, run.path)
         self._finished: _Finished | None = None
@@ -244,7 +245,7 @@ class Loop(ABC):
             progress.message(note)
 
     def _steps(self, progress: Progress) -> Generator[StepOutput, None, None]:
-        evaluation = self.run.evaluation()
+        evaluation, self.began_at = self.run.evaluation(), self.step
         if self._keeper.step != self.step:
             self._keeper.keep(self.step, self._counters(self.learned_tokens))
         if "before" not in evaluation and not self.step:  # a resumed policy is not what there was before

@@ -22,12 +22,12 @@ LOGITS_BYTES = 17  # of one logit: about four copies in fp32; live tensors of an
 
 
 def plan_trl(recipe: Recipe, device: Device, profile: str) -> Plan:
-    """Choose every memory setting of a run with TRL's trainer; see `make_plan`.
+    """Choose every memory setting of a run with TRL's trainer; see `make_plan`. Its time is not predicted.
 
     Raises:
         UserError: as `make_plan`; or the run does not fit.
     """
-    made = _chosen(recipe, device, profile)
+    made = replace(_chosen(recipe, device, profile), time=None)
     if made.fits:
         return made
     phase, _ = peak_phase(made.memory["phases"])

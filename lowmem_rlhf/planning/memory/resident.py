@@ -275,10 +275,10 @@ class Memory:
         if spec.scores_policy:
             roles.add((1, spec.output == "text"))
         if spec.critic(recipe):
-            roles.add((self._critic_adapters(), False))
+            roles.add((self.critic_adapters(), False))
         return roles
 
-    def _critic_adapters(self) -> int:
+    def critic_adapters(self) -> int:
         """Return how many adapters the critic computes with: its own, and the start's below."""
         return 1 + (self.recipe.spec.critic(self.recipe) == "adapter" and starts_from_adapter(self.recipe))
 
@@ -304,7 +304,7 @@ class Memory:
         if spec.output == "text":
             moments += [self.adapter_copies() | moment for moment in self._pass_moments(1, True)]
         if critic or spec.output == "scores":
-            adapters = self._critic_adapters() if critic else 1
+            adapters = self.critic_adapters() if critic else 1
             head = self._pass_moments(adapters, False)
             moments += [self.adapter_copies(adapters) | moment for moment in head]
         return {"gradients": 4 * self.one_adapter * self.trained} | max(moments, key=total)

@@ -1,10 +1,10 @@
 """How long a step and a run take: the passes of a step by phase, and their seconds. No torch.
 
 Every prompt and completion is taken to have its full length, unless lengths are given; rewards that run elsewhere than
-in this package's passes, loading, and the first capture of graphs are left out.
+in this package's passes, and loading, are left out.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
@@ -22,6 +22,7 @@ from lowmem_rlhf.recipe.schema import Recipe
 from lowmem_rlhf.recipe.sections import REWARD_ADAPTER
 
 STARTED_ONE_BY_ONE = 2.0  # kernels of a token decoded in waves, as a multiple of those over slots
+CAPTURES = 3  # passes started one by one for a graph: a warm-up, the capture, and the pass that it is held against
 WAIT = 50e-6  # seconds in which the host waits for a token, where it looks at each
 
 
@@ -56,18 +57,26 @@ class RunTime:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "RunTime":
-        """Return the value that `to_dict` gave."""
-        low, high = values["step_seconds_range"]
+        """Return the value that `to_dict` gave.
+
+        Raises:
+            KeyError, TypeError, ValueError: it gave something else.
+        """
         ends = values["run_seconds_range"]
         return cls(
             dict(values["phases"]),
             values["step_seconds"],
-            (low, high),
+            _pair(values["step_seconds_range"]),
             values["evaluation_seconds"],
             values["steps"],
             values["run_seconds"],
-            None if ends is None else (ends[0], ends[1]),
+            None if ends is None else _pair(ends),
         )
+
+
+def _pair(values: Sequence[float]) -> tuple[float, float]:
+    low, high = values
+    return float(low), float(high)
 
 
 def device_rates(device: Device, case: Case = "expected") -> Rates | None:
@@ -75,6 +84,11 @@ def device_rates(device: Device, case: Case = "expected") -> Rates | None:
     if device.on_cpu:
         return cpu_rates(device.cores, device.avx512_bf16, case) if device.cores else None
     return rates(device.speed, case) if device.speed else None
+
+
+def has_terms(dims: ModelDimensions) -> bool:
+    """Whether the time of a model's passes can be told: not that of a mixture whose routing is not known."""
+    return not dims.expert_parameters or dims.experts is not None
 
 
 class StepTime:
@@ -131,7 +145,8 @@ class StepTime:
         for seen, count in sizes.items():
             token = self.passes.token(rows, seen)
             if graphs:
-                seconds += count * (token.replayed() + WAIT / LOOK)
+                again = 0 if self.settings.keep_graphs else CAPTURES
+                seconds += count * (token.replayed() + WAIT / LOOK) + again * token.kernels * self.rates.start
             else:
                 more = 1 if self.memory.on_cpu else STARTED_ONE_BY_ONE
                 seconds += count * (token.seconds + more * token.kernels * self.rates.start + WAIT)
@@ -146,7 +161,7 @@ class StepTime:
         if spec.scores_policy:
             found += self._scored(1, 1.0)
         if spec.critic(recipe):
-            found += self._scored(1, 1.0, language=False)
+            found += self._scored(self.memory.critic_adapters(), 1.0, language=False)
         return found
 
     def _scored(self, adapters: int, share: float, language: bool = True) -> float:
@@ -156,8 +171,7 @@ class StepTime:
     def _count(self, shape: PackedShape) -> float:
         """Return how many packed rows of this shape a step has; the last one may be a part of one."""
         step = self.recipe.training.prompts_per_step * self.spec.completions(self.recipe)
-        rows = shape.attended / shape.own_keys if shape.own_keys else shape.tokens / shape.prompt_keys
-        return max(1.0, step / rows)
+        return max(1.0, step / shape.rows)
 
     def update(self) -> float:
         """Return the seconds of all passes with gradients and optimizer steps of a step."""
@@ -167,7 +181,7 @@ class StepTime:
         each = partial(self.passes.update, shape)
         seconds = each(1, spec.output == "text").started()
         if critic:
-            seconds += each(1, False).started()
+            seconds += each(self.memory.critic_adapters(), False).started()
         steps = spec.updates(recipe)
         return spec.epochs(recipe) * self._count(shape) * seconds + steps * self.passes.optimizer().started()
 
@@ -185,7 +199,9 @@ class StepTime:
 
 
 def run_time(dims: ModelDimensions, recipe: Recipe, settings: Settings, device: Device) -> RunTime | None:
-    """Return the predicted time of a run; None where nobody tells how fast the device is."""
+    """Return the predicted time of a run; None where nobody tells how fast the device is, or how experts are routed."""
+    if not has_terms(dims):
+        return None
     known = {case: device_rates(device, case) for case in ("expected", "best", "worst")}
     steps = {case: StepTime(dims, recipe, settings, device, one) for case, one in known.items() if one}
     if len(steps) < len(known):

@@ -12,12 +12,14 @@ from lowmem_rlhf.architecture.families.block import Linear
 from lowmem_rlhf.planning.limits import FUSED_ROWS
 from lowmem_rlhf.planning.memory.layers import Layer
 from lowmem_rlhf.planning.memory.mixers import MixerLayer
-from lowmem_rlhf.planning.memory.resident import Memory
+from lowmem_rlhf.planning.memory.resident import EXPERT_BYTES, Memory
 from lowmem_rlhf.planning.memory.rollout import JOINED
 from lowmem_rlhf.planning.time.work import Work
 
 ABSMAX = 17 / 64  # bytes a weight of making the scales of doubly quantized NF4 again: read codes, write, add, read
 INT8_KERNELS = 8  # of LLM.int8: rounding inputs, looking for outliers, both products and their sum
+PLAIN_KERNELS = 3  # that a stock layer has for a token more than one with Llama's parts, besides turning apart
+LLAMAS = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
 MIXER_KERNELS = 60  # of a recurrence in plain torch, in one direction
 
 
@@ -32,7 +34,8 @@ class Weights:
         adapters: of the role.
         adapted: names of the layers that have adapters.
         joined: while decoding, NF4 weights of layers with one input are one product.
-        dense: while decoding, a copy of all NF4 weights in b is multiplied.
+        dense: while decoding, a copy in b of all NF4 weights that have adapters is multiplied.
+        experts_away: experts lie in host memory, and each is fetched for its product.
     """
 
     quantization: str
@@ -42,6 +45,7 @@ class Weights:
     adapted: frozenset[str]
     joined: bool = False
     dense: bool = False
+    experts_away: bool = False
 
     def ranks(self, linears: Sequence[Linear]) -> int:
         """Return R of layers that share an input."""
@@ -59,6 +63,7 @@ def weights_of(memory: Memory, adapters: int) -> Weights:
         frozenset(linear.name for linear in memory.adapted),
         joined=settings.rollout_weights == "joined",
         dense=settings.rollout_weights == "dequantized",
+        experts_away=settings.offload_experts,
     )
 
 
@@ -111,8 +116,8 @@ class LayerWork:
 
     # forward
 
-    def forward(self, gradient: bool = False) -> None:
-        """The whole layer; with gradients the kernels are the same."""
+    def forward(self) -> None:
+        """The whole layer, without gradients or with them."""
         self.attention_half()
         self.mlp_half(last=True)
 
@@ -246,6 +251,8 @@ class LayerWork:
 
     def _activate(self) -> None:
         """An activation, and its product with the other half where there is a gate."""
+        if not self.inner:
+            return
         f = self.tokens * self.inner * self.b
         self.work.move(5 * f if self.layer.block.gated else 2 * f, 2 if self.layer.block.gated else 1)
 
@@ -254,11 +261,12 @@ class LayerWork:
         if (experts := self.layer.dims.experts) is None:
             return
         rows, numbers = experts.per_token * self.tokens, 3 * experts.inner * self.hidden
-        read = experts.count * numbers * (0.5 + 2 * self.b if self.layer.one_by_one else self.b)
+        hit = min(experts.count, rows)  # at most: those that some token is routed to
+        read = hit * numbers * (0.5 + 2 * self.b if self.layer.one_by_one else self.b)
+        if self.weights.experts_away:
+            self.work.fetch(times * hit * numbers * EXPERT_BYTES)
         moved = rows * (2 * self.hidden + 6 * experts.inner) * self.b
-        self.work.multiply(
-            times * 2 * rows * numbers, self.b, times * (read + moved), kernels=12 * times * experts.count
-        )
+        self.work.multiply(times * 2 * rows * numbers, self.b, times * (read + moved), kernels=12 * times * hit)
 
     def _add(self) -> None:
         self.work.move(3 * self.tokens * self.hidden * self.b, 1)
@@ -373,8 +381,11 @@ class LayerWork:
         self._head_norms()
         if self.layer.block.qk_norm != "none":
             work.move(2 * numbers, 1)  # side by side
-        if dims.rotary_dim:
+        if dims.rotary_dim and self.decodes_fast:
             work.move(7 * numbers + 2 * rows * dims.rotary_dim * b, 3)
+        elif dims.rotary_dim and not isinstance(self.layer, MixerLayer):
+            self._rotate()
+            work.move(2 * numbers, PLAIN_KERNELS)
         if not isinstance(self.layer, MixerLayer):
             work.move(4 * rows * self.keys * b, 2)
             flops, moved = 4 * rows * seen * self.queries, rows * (2 * seen * self.keys + 2 * self.queries + seen) * b
@@ -391,19 +402,32 @@ class LayerWork:
         self._decoded(down, rows)
         self._add()
 
+    @property
+    def decodes_fast(self) -> bool:
+        """Whether queries and keys are turned together (`engine.decode.fast_decoder`): a layer has Llama's parts."""
+        layer = self.layer
+        alike = layer.block.norms == 2 and layer.dims.norm_place == "before" and not layer.block.fused
+        names = {linear.name for linear in layer.dims.linears}
+        return alike and names == LLAMAS and names <= self.weights.adapted and not isinstance(layer, MixerLayer)
+
     def _decoded(self, linears: Sequence[Linear], rows: int) -> None:
-        """Layers that share an input as one product, where their weights lie together; else as in other passes."""
+        """Layers that share an input as one product, where their weights lie together; else as in other passes.
+
+        Only those with adapters do.
+        """
         weights = self.weights
-        if not linears or not (weights.dense or (weights.joined and len(linears) > 1)):
-            self._products(linears, rows)
-            if len(linears) == 3 and not weights.dense:
-                self.work.move(2 * rows * sum(x.outputs for x in linears) * self.b, 1)  # side by side
+        mine = [linear for linear in linears if linear.name in weights.adapted]
+        self._products([linear for linear in linears if linear.name not in weights.adapted], rows)
+        if not mine or not (weights.dense or (weights.joined and len(mine) > 1)):
+            self._products(mine, rows)
+            if len(mine) == 3 and not weights.dense:
+                self.work.move(2 * rows * sum(x.outputs for x in mine) * self.b, 1)  # side by side
             return
-        outputs, ranks = sum(linear.outputs for linear in linears), weights.ranks(linears)
-        whole = replace(linears[0], outputs=outputs)
+        outputs, ranks = sum(linear.outputs for linear in mine), weights.ranks(mine)
+        whole = replace(mine[0], outputs=outputs)
         self._weight(whole, rows, "none" if weights.dense else None)
         if not weights.dense:
-            self.work.move(outputs * linears[0].inputs * 3 / 64 - 1024, 0)  # scales are fp32 there
+            self.work.move(outputs * mine[0].inputs * 3 / 64 - 1024, 0)  # scales are fp32 there
         if ranks:
-            self.work.product(rows, linears[0].inputs, ranks, self.b)
+            self.work.product(rows, mine[0].inputs, ranks, self.b)
             self.work.product(rows, ranks, outputs, self.b, adds=True)

@@ -10,7 +10,7 @@ from lowmem_rlhf.planning.limits import LOOK, tile_shape
 from lowmem_rlhf.planning.memory.layers import Layer
 from lowmem_rlhf.planning.memory.resident import Memory, recomputed_layers
 from lowmem_rlhf.planning.shapes import PackedShape
-from lowmem_rlhf.planning.time.layers import LayerWork, Weights, weights_of
+from lowmem_rlhf.planning.time.layers import ABSMAX, LayerWork, Weights, weights_of
 from lowmem_rlhf.planning.time.rates import Rates
 from lowmem_rlhf.planning.time.work import Work
 
@@ -56,13 +56,14 @@ class Passes:
         work = self._forward(shape, adapters)
         self._head(work, shape, language, gradient=True)
         hidden, b = self.dims.hidden_size, self.b
-        rows = shape.attended / shape.own_keys if shape.own_keys else shape.tokens / shape.prompt_keys
-        work.move(40 * shape.scored, LOSS_KERNELS + rows)
+        work.move(40 * shape.scored, LOSS_KERNELS + shape.rows)
         # back to the scored states, to all states, and through the last norm
         work.move(shape.scored * hidden * (b + 4 + 4 + b), 2)
         work.move(shape.scored * hidden * b + 4 * shape.tokens * hidden * b, 3)
         self._each(work, shape, adapters, lambda layer: layer.norm_gradient(1), only=1)
         count = recomputed_layers(self.dims, self.memory.settings.gradient_checkpointing)
+        if self.memory.settings.offload_checkpoints:
+            work.fetch(2 * count * shape.tokens * hidden * b)
         self._each(work, shape, adapters, lambda layer: layer.again(), only=count)
         self._each(work, shape, adapters, lambda layer: layer.backward())
         self._each(work, shape, adapters, lambda layer: layer.backward(first=True), only=1)
@@ -97,9 +98,11 @@ class Passes:
         return work
 
     def copy(self) -> Work:
-        """Return the making of all NF4 weights dense, for a rollout."""
-        work, numbers = Work(self.rates), self.dims.linear_parameters
-        work.move(numbers * (0.8 + self.b), 3 * sum(many for _, many in self.dims.quantizable))
+        """Return the making of a copy in b of the NF4 weights that have adapters, for a rollout."""
+        work = Work(self.rates)
+        for linear, many in self.dims.adaptable:
+            if self.memory.has_adapter(linear):
+                work.move(linear.inputs * linear.outputs * many * (0.5 + ABSMAX + self.b), 3 * many)
         return work
 
     # parts of these

@@ -59,6 +59,7 @@ class Rates:
         attention: what share of these FLOPs SDPA's kernels reach.
         start: seconds that each kernel takes beside its work, where kernels are started one by one.
         replayed: the same, where a graph starts them.
+        bus: bytes a second between host memory and the card.
     """
 
     half: float
@@ -67,6 +68,7 @@ class Rates:
     attention: float
     start: float
     replayed: float
+    bus: float
 
     def seconds(self, kernels: Mapping[Kernel, float]) -> float:
         """Return how long so many of each kernel take one after another."""
@@ -86,7 +88,8 @@ class Rates:
 class _Shares:
     """What is reached of a data sheet: products, bandwidth (and fp32 arithmetic), SDPA; seconds of a start.
 
-    ``steady``: of what was measured in steady work.
+    ``steady``: of what was measured in steady work. ``bus``: bytes a second over PCIe, of 16 lanes of the third
+    generation, of the fourth, and of 8 lanes of the third, less a quarter.
     """
 
     multiplied: float
@@ -95,14 +98,15 @@ class _Shares:
     attention: float
     start: float
     replayed: float
+    bus: float
 
 
 ATTENTION = 0.38  # these two are fitted to all public rows of a T4 (benchmarks/time_t4.py)
 START = 23e-6
 _SHARES: dict[Case, _Shares] = {
-    "expected": _Shares(0.7, 0.8, 1.0, ATTENTION, START, 2e-6),
-    "best": _Shares(0.9, 0.92, 1.1, 0.6, 10e-6, 1e-6),
-    "worst": _Shares(24 / 65, 220 / 320, 0.9, 0.3, 35e-6, 4e-6),
+    "expected": _Shares(0.7, 0.8, 1.0, ATTENTION, START, 2e-6, 12e9),
+    "best": _Shares(0.9, 0.92, 1.1, 0.6, 10e-6, 1e-6, 24e9),
+    "worst": _Shares(24 / 65, 220 / 320, 0.9, 0.3, 35e-6, 4e-6, 6e9),
 }
 # of one core: FLOPs a second in bfloat16 with AVX-512's or AMX's products and without, and bytes a second
 _CORE_HALF, _CORE_SINGLE, _CORE_BYTES, _MOST_BYTES = 150e9, 40e9, 15e9, 60e9
@@ -124,7 +128,9 @@ def rates(speed: Speed, case: Case = "expected") -> Rates:
     if speed.steady_bandwidth_gb_s:
         bandwidth = shares.steady * speed.steady_bandwidth_gb_s
         single = bandwidth / speed.bandwidth_gb_s * speed.single_tflops
-    return Rates(half * 1e12, single * 1e12, bandwidth * 1e9, shares.attention, shares.start, shares.replayed)
+    return Rates(
+        half * 1e12, single * 1e12, bandwidth * 1e9, shares.attention, shares.start, shares.replayed, shares.bus
+    )
 
 
 def cpu_rates(cores: int, multiplies_half: bool, case: Case = "expected") -> Rates:
@@ -137,4 +143,4 @@ def cpu_rates(cores: int, multiplies_half: bool, case: Case = "expected") -> Rat
     half = cores * (_CORE_HALF if multiplies_half else _CORE_SINGLE) * factor
     start = _CPU_START / factor
     bandwidth = min(cores * _CORE_BYTES, _MOST_BYTES) * factor
-    return Rates(half, cores * _CORE_SINGLE * factor, bandwidth, ATTENTION, start, start)
+    return Rates(half, cores * _CORE_SINGLE * factor, bandwidth, ATTENTION, start, start, bandwidth)

@@ -35,6 +35,10 @@ class Work:
         self.kernels += kernels
         self.seconds += self.rates.worked(flops, width, count, attention)
 
+    def fetch(self, count: float) -> None:
+        """Add copies of so many bytes from host memory."""
+        self.seconds += count / self.rates.bus
+
     def add(self, other: "Work", times: float = 1) -> None:
         """Add the work of another part, so many times; a negative number takes it away."""
         self.flops += times * other.flops
