@@ -93,7 +93,7 @@ def test_recomputed_layers_run_again_and_quantized_weights_are_made_each_way():
 
 
 def test_a_kernel_takes_the_longer_of_arithmetic_and_bytes_and_its_start():
-    card = Rates(half=100.0, single=10.0, bandwidth=50.0, attention=0.5, start=1.0, replayed=0.1)
+    card = Rates(half=100.0, single=10.0, bandwidth=50.0, attention=0.5, start=1.0, replayed=0.1, bus=1.0)
     assert card.seconds({Kernel(flops=200, width=2, bytes=50): 1}) == 3.0
     assert card.seconds({Kernel(flops=200, width=2, bytes=500): 2}) == 22.0
     assert card.seconds({Kernel(flops=200, width=4, attention=True).less_started(): 1}) == 40.0
