@@ -191,8 +191,8 @@ def print_plan(plan_dict: dict[str, Any], console: Console | None = None) -> Non
 
 
 def print_time(plan_dict: dict[str, Any], console: Console) -> None:
-    """Print how long a step and the run are predicted to take."""
-    if "time" not in plan_dict:
+    """Print how long a step and the run are predicted to take, where the run fits."""
+    if "time" not in plan_dict or not plan_dict.get("fits"):
         return
     console.print()
     if (time_dict := plan_dict["time"]) is None:

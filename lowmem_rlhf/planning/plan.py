@@ -202,7 +202,7 @@ def _settings(inputs: PlanInputs) -> tuple[Settings, dict[str, str]]:
         return _settings_at(inputs, *precision.quantization(inputs))
     limit, why_not = precision.at_most(inputs), []
     for one in precision.more_exact(inputs):
-        name = precision.NAMES[one]
+        name = precision.name_of(inputs, one)
         if precision.least_time(inputs, one) > limit.seconds:
             why_not.append(f"with {name} weights it takes {precision.least_time(inputs, one):.3g} s at least")
             continue

@@ -13,7 +13,6 @@ from lowmem_rlhf.planning.shapes import all_rows, row_tokens
 COMFORTABLE = 0.6  # share of the budget that the smallest working set may take at a higher precision
 NEARLY_ALL = 0.9  # the same where 4-bit weights are advised against
 SLOWER_AT_MOST = 1.25  # times what NF4 takes, which more exact weights may take; a 4-bit model answers worse
-NAMES = {"none": "unquantized", "int8": "int8", "nf4": "NF4"}
 SLOWER_WITHOUT_FOUR_BITS = 4.0  # the same where 4-bit weights are advised against
 RANK = 16  # for RL a low rank is enough (LoRA Without Regret, Thinking Machines 2025)
 LOWER_RANKS = (8, 4)
@@ -103,12 +102,9 @@ def quantization(inputs: PlanInputs) -> tuple[str, str]:
     passed, share_allowed = [], COMFORTABLE
     if inputs.dims.avoids_four_bits:
         share_allowed = NEARLY_ALL
-    for candidate, name in (("none", "16-bit"), ("int8", "int8")):
-        if candidate == "int8" and (inputs.pinned("compute_dtype") == "float32" or inputs.dims.overflows_float16):
-            continue
-        settings = smallest(inputs, candidate)
-        name = "32-bit" if settings.width == 4 else name
-        need = inputs.peak(settings)
+    for candidate in more_exact(inputs):
+        name = name_of(inputs, candidate)
+        need = inputs.peak(smallest(inputs, candidate))
         share = f"{gib(need)} of the {gib(inputs.budget)} budget"
         if need <= share_allowed * inputs.budget:
             return (
@@ -171,6 +167,11 @@ def more_exact(inputs: PlanInputs) -> list[str]:
         return []
     no_int8 = inputs.pinned("compute_dtype") == "float32" or inputs.dims.overflows_float16
     return ["none"] if no_int8 else ["none", "int8"]
+
+
+def name_of(inputs: PlanInputs, quantization: str) -> str:
+    """Return what sentences call weights: 16-bit, 32-bit, int8."""
+    return f"{8 * smallest(inputs, quantization).width}-bit" if quantization == "none" else quantization
 
 
 def price(inputs: PlanInputs, settings: Settings) -> str:
