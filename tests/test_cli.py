@@ -213,6 +213,10 @@ def test_dry_run_prints_recipe_and_plan_and_writes_nothing(run, model, tmp_path)
             ["train", "quickstart", "rewards=[arithmetic]"],
             ["rewards: got 'arithmetic'", "did you mean 'arithmetic_answer'?"],
         ),
+        (
+            ["plan", "quickstart", "rewards=[{function: regex, options: {pattern: '(a'}}]"],
+            ["rewards: regex: option pattern: got '(a', which is no regular expression"],
+        ),
         (["report", "nowhere"], ["nowhere does not exist", "runs/NAME"]),
     ],
     ids=lambda value: " ".join(value[:3]),

@@ -13,7 +13,8 @@ from lowmem_rlhf.algorithms.sft.settings import SFTSettings
 from lowmem_rlhf.cli import app
 from lowmem_rlhf.recipe.loading import load_recipe, shipped_recipes
 from lowmem_rlhf.recipe.sections import LEARNED_REWARDS, REWARD_OPTIONS, GenerationConfig
-from lowmem_rlhf.rewards.functions import SHIPPED
+from lowmem_rlhf.rewards.options import options_of
+from lowmem_rlhf.rewards.shipped import SHIPPED
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -63,6 +64,13 @@ def test_named_rewards_and_options_exist():
     assert all(named.values()), named
     for section, model in sections.items():
         assert named[section] <= set(model.model_fields)
+
+
+def test_the_table_of_rewards_has_their_options():
+    rows = re.findall(r"^\| `(\w+)` \|.*\| (.*) \|$", REWARDS.split("## Functions that ship")[1], re.MULTILINE)
+    documented = {name: set(re.findall(r"`(\w+)`", options)) - {"jsonschema"} for name, options in rows}
+    with_options = {name: set(options_of(function)) for name, function in SHIPPED.items() if options_of(function)}
+    assert documented == with_options
 
 
 def test_learned_rewards_and_their_options_exist():

@@ -7,7 +7,8 @@ from lowmem_rlhf.errors import UserError
 from lowmem_rlhf.recipe.loading import load_recipe, shipped_recipes
 from lowmem_rlhf.recipe.sections import REWARD_OPTIONS, RewardConfig
 from lowmem_rlhf.rewards import check_reward_columns, load_rewards
-from lowmem_rlhf.rewards.functions import SHIPPED, gsm8k_answer
+from lowmem_rlhf.rewards.functions import gsm8k_answer
+from lowmem_rlhf.rewards.shipped import SHIPPED
 
 USERS_FILE = """
 import re
