@@ -24,6 +24,7 @@ GIVEN = (
     *("prompts", "completions", "prompt_ids", "completion_ids", "prompt_texts"),
     *("trainer_state", "log_extra", "log_metric"),
 )
+TEXTS = "texts"  # the completions as plain texts, given to functions that name this parameter
 
 # Of messages about a user's function: the recipe's key, what it is and how it is called.
 _WORDS = ("rewards", "a reward function", "(prompts, completions, **columns)")
@@ -125,7 +126,7 @@ def check_reward_columns(rewards: list[Reward], columns: Iterable[str]) -> None:
     columns = list(columns)
     for reward in rewards:
         for name in (*_required(reward.function), *reward.columns):
-            if name not in (*GIVEN, *columns, *reward.options):
+            if name not in (*given_to(reward.function), *columns, *reward.options):
                 hint = did_you_mean(name, columns)
                 raise UserError(
                     f"rewards: {reward.name} needs a column {name!r}, which the data lacks{hint} "
@@ -140,6 +141,11 @@ def check_reward_function(function: Any, name: str) -> None:
         UserError: it cannot.
     """
     check_callable(function, name, *_WORDS)
+
+
+def given_to(function: Callable[..., Any]) -> tuple[str, ...]:
+    """Return the names that a reward function is given besides columns and options."""
+    return (*GIVEN, TEXTS) if TEXTS in parameters_of(function) else GIVEN
 
 
 def accepted(function: Callable[..., Any], arguments: dict[str, Any]) -> dict[str, Any]:
@@ -247,9 +253,10 @@ def _check_users(config: RewardConfig, function: Callable[..., Any]) -> None:
     """Check that a user's function takes its options."""
     parameters = parameters_of(function)
     anything = any(one.kind is one.VAR_KEYWORD for one in parameters.values())
-    allowed = [name for name in parameters if name not in GIVEN]
+    given = given_to(function)
+    allowed = [name for name in parameters if name not in given]
     for name in config.options:
-        if name in GIVEN or (not anything and name not in allowed):
+        if name in given or (not anything and name not in allowed):
             raise unknown_option(config.name, name, allowed)
 
 

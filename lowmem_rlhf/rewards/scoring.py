@@ -11,9 +11,9 @@ from typing import Any
 from lowmem_rlhf.errors import RunError
 from lowmem_rlhf.files import dumps
 from lowmem_rlhf.progress import message
-from lowmem_rlhf.rewards.functions import Completion
+from lowmem_rlhf.rewards.functions import Completion, completion_text
 from lowmem_rlhf.rewards.guarded import FunctionFault, finished, guarded, is_memory_fault
-from lowmem_rlhf.rewards.loading import GIVEN, Reward, accepted
+from lowmem_rlhf.rewards.loading import GIVEN, TEXTS, Reward, accepted, given_to
 from lowmem_rlhf.rewards.process_state import new_threads
 from lowmem_rlhf.rollout.scores import Scores
 
@@ -33,6 +33,8 @@ def score(
     prompt_texts: Sequence[str] = (),
 ) -> Scores:
     """Score N completions with every reward function, each of which is given copies.
+
+    One that has a parameter `texts` gets the completions as plain texts there, in place of a column of that name.
 
     A function that gives None for a completion is left out of its sum. Where every function gives None the total is
     NaN, as in TRL 1.16: such a completion is left out of its group's baseline and its advantage is 0.
@@ -72,7 +74,10 @@ def score(
     own = {name: values for name, values in columns.items() if name not in GIVEN}
     by_name, failures = {}, {}
     for reward in rewards:
-        values, failed = _scored(reward, {**own, **reward.options, **lent}, shared, len(completions))
+        given = {**own, **reward.options, **lent}
+        if TEXTS in given_to(reward.function):
+            given[TEXTS] = [completion_text(completion) for completion in completions]
+        values, failed = _scored(reward, given, shared, len(completions))
         by_name[reward.name] = values
         if reward.on_error != "fail":
             failures[reward.name] = failed

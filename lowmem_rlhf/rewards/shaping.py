@@ -3,8 +3,6 @@
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any, Literal
 
-from lowmem_rlhf.rewards.functions import Completion, completion_text
-
 Penalty = Callable[..., list[float | None]]
 
 
@@ -35,7 +33,7 @@ def soft_overlong(*, max_completion_len: int, soft_punish_cache: int) -> Penalty
             return 0.0
         return -1.0 if length > max_completion_len else -over / soft_punish_cache
 
-    def penalties(completions: Sequence[Completion], completion_ids: Sequence[list[int]], **columns: Any) -> list[Any]:
+    def penalties(completion_ids: Sequence[list[int]], **columns: Any) -> list[float | None]:
         return [value(len(ids)) for ids in completion_ids]
 
     return penalties
@@ -69,9 +67,11 @@ def repetition(
         distinct = {tuple(parts[start : start + ngram_size]) for start in range(count)}
         return (1 - len(distinct) / count) * max_penalty + 0.0  # no negative zero
 
-    def penalties(completions: Sequence[Completion], completion_ids: Sequence[list[int]], **columns: Any) -> list[Any]:
-        if unit == "tokens":
-            return [value(ids) for ids in completion_ids]
-        return [value(completion_text(one).lower().split()) for one in completions]
+    def penalties(texts: Sequence[str], completion_ids: Sequence[list[int]], **columns: Any) -> list[float | None]:
+        return [value(ids) for ids in completion_ids] if unit == "tokens" else [value(_words(text)) for text in texts]
 
     return penalties
+
+
+def _words(text: str) -> list[str]:
+    return text.lower().split()

@@ -18,7 +18,7 @@ FUNCTIONS: dict[str, Callable[..., Any]] = {
     function.__name__: function
     for function in (arithmetic_answer, gsm8k_answer, think_format, length, reasoning_gym_answer)
 }
-# called once with the options; what they return is called with completions and columns
+# called once with the options; what they return is called with texts and columns
 FACTORIES: dict[str, Callable[..., Any]] = {
     factory.__name__: factory
     for factory in (exact_match, contains, keywords, regex, json_valid, tags, soft_overlong, repetition)

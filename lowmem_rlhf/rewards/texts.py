@@ -1,6 +1,6 @@
 """Rewards of what a completion's text is: shipped, and made of their options.
 
-Each function here takes the options of `rewards[].options` and returns a reward with TRL's signature, so that a pattern
+Each function here takes the options of `rewards[].options` and returns a reward, so that a pattern
 or a schema is read once. Wrong values of options are a ValueError that begins with the option's name.
 """
 
@@ -14,7 +14,7 @@ import regex as regex_library
 
 from lowmem_rlhf.data.values import is_missing, text_of
 from lowmem_rlhf.errors import UserError
-from lowmem_rlhf.rewards.functions import Completion, begun_answers, completion_text
+from lowmem_rlhf.rewards.functions import begun_answers
 
 _SECONDS = 1.0  # for a pattern on one text
 _TAGS = ["think", "answer"]
@@ -23,7 +23,7 @@ _FENCED = re.compile(r"^[ \t]*```[^\n`]*\n(.*?)^[ \t]*```[ \t]*$", re.DOTALL | r
 
 @dataclass(frozen=True)
 class TextReward:
-    """A reward with TRL's signature that judges each text, perhaps by what its row has in a column.
+    """A reward that judges each text, perhaps by what its row has in a column.
 
     Attributes:
         value: of a text and its reference (None without a column); None where the reward does not apply.
@@ -38,13 +38,10 @@ class TextReward:
         """The columns of the data that it needs."""
         return () if self.column is None else (self.column,)
 
-    def __call__(self, completions: Sequence[Completion], **columns: Any) -> list[float | None]:
-        """Return a value for each completion."""
-        references = [None] * len(completions) if self.column is None else columns[self.column]
-        return [
-            self.value(completion_text(completion), reference)
-            for completion, reference in zip(completions, references, strict=True)
-        ]
+    def __call__(self, texts: Sequence[str], **columns: Any) -> list[float | None]:
+        """Return a value for each completion, given as a text."""
+        references = [None] * len(texts) if self.column is None else columns[self.column]
+        return [self.value(text, reference) for text, reference in zip(texts, references, strict=True)]
 
 
 def exact_match(
@@ -216,11 +213,10 @@ def tags(*, tags: list[str] = _TAGS) -> Callable[..., list[float | None]]:
         return all(text.count(mark) == 1 for mark in wanted) and places == sorted(places)
 
     def judge(
-        completions: Sequence[Completion], prompt_texts: Sequence[str] = (), prompts: Sequence[Any] = (), **columns: Any
+        texts: Sequence[str], prompt_texts: Sequence[str] = (), prompts: Sequence[Any] = (), **columns: Any
     ) -> list[float | None]:
-        before = begun_answers(len(completions), prompt_texts, prompts, wanted[0])
-        texts = [begun + completion_text(one) for begun, one in zip(before, completions, strict=True)]
-        return [float(in_order(text)) for text in texts]
+        before = begun_answers(len(texts), prompt_texts, prompts, wanted[0])
+        return [float(in_order(begun + text)) for begun, text in zip(before, texts, strict=True)]
 
     return judge
 
