@@ -2,12 +2,12 @@
 ``path.py:function``."""
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from lowmem_rlhf.errors import UserError
 from lowmem_rlhf.recipe.python_objects import is_python, python_object
-from lowmem_rlhf.recipe.sections import LEARNED_REWARDS, REWARD_ADAPTER, OnError, RewardConfig
+from lowmem_rlhf.recipe.sections import LEARNED_REWARDS, REWARD_ADAPTER, Normalize, OnError, RewardConfig
 from lowmem_rlhf.rewards.options import check_options, options_of, parameters_of, unknown_option
 from lowmem_rlhf.rewards.process_state import preserved
 from lowmem_rlhf.rewards.shipped import FACTORIES, FUNCTIONS, SHIPPED
@@ -57,6 +57,8 @@ class Reward:
         placement: ``device`` and ``reason`` of a learned reward's model.
         timeout, on_error: see `RewardConfig`.
         learned: whether it is a model of this package's, which needs no guard.
+        requires: `RewardConfig.gates`.
+        normalize: see `RewardConfig`.
         record: of its calls.
     """
 
@@ -70,6 +72,8 @@ class Reward:
     timeout: float | None = None
     on_error: OnError = "fail"
     learned: bool = False
+    requires: dict[str, float | None] = field(default_factory=dict)
+    normalize: Normalize = "none"
     record: CallRecord = field(default_factory=CallRecord, compare=False, repr=False)
 
 
@@ -157,6 +161,12 @@ def accepted(function: Callable[..., Any], arguments: dict[str, Any]) -> dict[st
 
 
 def _load(config: RewardConfig, budget: "DeviceBudget | None", model: str, revision: str | None) -> Reward:
+    reward = _alone(config, budget, model, revision)
+    return replace(reward, requires=config.gates, normalize=config.normalize)
+
+
+def _alone(config: RewardConfig, budget: "DeviceBudget | None", model: str, revision: str | None) -> Reward:
+    """Return a reward without what it has to do with the others."""
     if config.function in LEARNED_REWARDS:
         return _learned(config, budget)
     if config.function == REWARD_ADAPTER:
