@@ -26,13 +26,14 @@ def test_the_table_of_commands_is_the_program_s():
     commands = README.split("## On your card")[1].split("\n## ")[0]
     documented = set(re.findall(r"^\| `([a-z]+)[ `]", commands, re.MULTILINE))
     registered = {command.name or command.callback.__name__ for command in app.registered_commands}
+    registered |= {group.name for group in app.registered_groups}
     assert documented == registered
 
 
 def test_the_options_in_the_table_are_in_the_help():
-    for line in re.findall(r"^\| `([a-z]+ [A-Z\[][^`]*)`", README, re.MULTILINE):
-        name, options = line.split()[0], re.findall(r"--[a-z-]+", line)
-        text = CliRunner().invoke(app, [name, "--help"], env={"COLUMNS": "200"}).output
+    for name, line in re.findall(r"^\| `([a-z]+(?: [a-z]+)?) ([A-Z\[][^`]*)`", README, re.MULTILINE):
+        options = re.findall(r"--[a-z-]+", line)
+        text = CliRunner().invoke(app, [*name.split(), "--help"], env={"COLUMNS": "200"}).output
         for option in options:
             assert option in text, f"{name} has no {option}"
 

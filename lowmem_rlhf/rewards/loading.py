@@ -129,8 +129,8 @@ def check_reward_columns(rewards: list[Reward], columns: Iterable[str]) -> None:
     """
     columns = list(columns)
     for reward in rewards:
-        for name in (*_required(reward.function), *reward.columns):
-            if name not in (*given_to(reward.function), *columns, *reward.options):
+        for name in (*needed_columns(reward.function), *reward.columns):
+            if name not in (*columns, *reward.options):
                 hint = did_you_mean(name, columns)
                 raise UserError(
                     f"rewards: {reward.name} needs a column {name!r}, which the data lacks{hint} "
@@ -150,6 +150,17 @@ def check_reward_function(function: Any, name: str) -> None:
 def given_to(function: Callable[..., Any]) -> tuple[str, ...]:
     """Return the names that a reward function is given besides columns and options."""
     return (*GIVEN, TEXTS) if TEXTS in parameters_of(function) else GIVEN
+
+
+def needed_columns(function: Callable[..., Any]) -> list[str]:
+    """Return what a reward function cannot be called without, besides what it is always given: columns, or options."""
+    return [
+        name
+        for name, one in parameters_of(function).items()
+        if one.default is one.empty
+        and one.kind not in (one.VAR_POSITIONAL, one.VAR_KEYWORD)
+        and name not in given_to(function)
+    ]
 
 
 def accepted(function: Callable[..., Any], arguments: dict[str, Any]) -> dict[str, Any]:
@@ -251,14 +262,6 @@ def _learned(config: RewardConfig, budget: "DeviceBudget | None") -> Reward:
     )
 
 
-def _required(function: Callable[..., Any]) -> list[str]:
-    return [
-        name
-        for name, one in parameters_of(function).items()
-        if one.default is one.empty and one.kind not in (one.VAR_POSITIONAL, one.VAR_KEYWORD)
-    ]
-
-
 def _check_users(config: RewardConfig, function: Callable[..., Any]) -> None:
     """Check that a user's function takes its options."""
     parameters = parameters_of(function)
@@ -276,7 +279,9 @@ def _check_shipped(config: RewardConfig) -> None:
     only = options_of(function)
     check_options(config.name, only, config.options)
     try:  # shipped functions check their options first, and accept a batch without completions
-        empty: dict[str, list[Any]] = {name: [] for name in _required(function) if name not in only}
+        empty: dict[str, list[Any]] = {
+            name: [] for name in ("completions", "completion_ids", *needed_columns(function)) if name not in only
+        }
         function(**empty, **config.options)
     except ValueError as error:
         raise UserError(f"rewards: {config.name}: option {error}") from error

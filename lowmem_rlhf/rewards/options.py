@@ -7,6 +7,7 @@ from types import UnionType
 from typing import Any, Literal, Union, get_args, get_origin
 
 from lowmem_rlhf.errors import UserError
+from lowmem_rlhf.recipe.kinds import kinds_of
 from lowmem_rlhf.suggest import did_you_mean
 
 _WORDS: dict[Any, str] = {
@@ -16,7 +17,6 @@ _WORDS: dict[Any, str] = {
     str: "a text",
     dict: "keys with values",
     list: "a list",
-    None: "null",
     type(None): "null",
 }
 
@@ -55,7 +55,7 @@ def check_options(reward: str, allowed: dict[str, inspect.Parameter], options: d
             raise unknown_option(reward, name, allowed)
         annotation = allowed[name].annotation
         if annotation is not inspect.Parameter.empty and not _is_a(value, annotation):
-            raise UserError(f"rewards: {reward}: option {name}: got {value!r}; give {_words(annotation)}")
+            raise UserError(f"rewards: {reward}: option {name}: got {value!r}; give {type_in_words(annotation)}")
     for name, parameter in allowed.items():
         if name not in options and parameter.default is inspect.Parameter.empty:
             raise UserError(f"rewards: {reward} needs the option {name!r}; set it under its options")
@@ -78,13 +78,15 @@ def _is_a(value: Any, annotation: Any) -> bool:
     return isinstance(value, origin or annotation)
 
 
-def _words(annotation: Any) -> str:
-    """Return what a value should be, in plain words."""
-    origin, arguments = get_origin(annotation), get_args(annotation)
-    if origin in (Union, UnionType):
-        return " or ".join(_words(one) for one in arguments)
+def type_in_words(annotation: Any) -> str:
+    """Return what a value of an annotation should be, in plain words."""
+    return " or ".join(_kind_in_words(kind) for kind in kinds_of(annotation))
+
+
+def _kind_in_words(kind: Any) -> str:
+    origin, arguments = get_origin(kind), get_args(kind)
     if origin is Literal:
         return " or ".join(repr(one) for one in arguments)
     if origin is list and arguments[0] is str:
         return "a list of texts"
-    return _WORDS.get(origin or annotation, str(annotation))
+    return _WORDS.get(origin or kind, str(kind))
