@@ -37,6 +37,9 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
+rewards_app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+app.add_typer(rewards_app, name="rewards")
+
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 Trust = Annotated[
     bool, typer.Option("--trust-run", help="Execute the code that the run's recipe names, though it is from elsewhere.")
@@ -252,6 +255,51 @@ def data(
     else:
         print_preview(check.to_dict())
     check.raise_errors()
+
+
+@rewards_app.callback(invoke_without_command=True)
+def rewards(context: typer.Context, as_json: Json = False) -> None:
+    """List the rewards that ship with the package, with their options; `rewards try` scores texts with one."""
+    from lowmem_rlhf.display.rewards import print_rewards
+    from lowmem_rlhf.rewards.catalogue import described_rewards
+
+    if context.invoked_subcommand is not None:
+        if as_json:
+            raise UserError(f"--json: write it behind the command, `rewards {context.invoked_subcommand} ... --json`")
+        return
+    known = {name: one.to_dict() for name, one in described_rewards().items()}
+    _print_json(known) if as_json else print_rewards(known)
+
+
+@rewards_app.command(name="try")
+def try_reward(
+    name: Annotated[str, typer.Argument(metavar="NAME", help="As in a recipe; path.py:function for your own.")],
+    text: Annotated[
+        list[str] | None, typer.Option(help="A completion to score, as often as there are; - reads standard input.")
+    ] = None,
+    option: Annotated[list[str] | None, typer.Option(metavar="KEY=VALUE", help="An option of the reward.")] = None,
+    column: Annotated[
+        list[str] | None,
+        typer.Option(metavar="KEY=VALUE", help="A column of the data, for all texts or once for each."),
+    ] = None,
+    chat: Annotated[bool, typer.Option("--chat", help="Give the completions as chat messages.")] = False,
+    tokenizer: Annotated[
+        str | None, typer.Option(metavar="MODEL", help="For rewards that count tokens: count those of this model.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Score texts with a reward, without a policy."""
+    from lowmem_rlhf.display.rewards import print_trial
+    from lowmem_rlhf.files import dumps
+    from lowmem_rlhf.quiet import hush
+    from lowmem_rlhf.rewards.time_limit import end_process, stuck_calls_end_with
+    from lowmem_rlhf.rewards.trial import try_reward as scored
+
+    hush()
+    texts = [sys.stdin.read() if one == "-" else one for one in text or []]
+    with _prints_aside(as_json), stuck_calls_end_with(end_process, own_process=True):
+        trial = scored(name, texts, option or [], column or [], chat, tokenizer).to_dict()
+    print(harmless(dumps(trial, indent=2))) if as_json else print_trial(trial)
 
 
 @app.command()

@@ -13,7 +13,8 @@ from lowmem_rlhf.algorithms.sft.settings import SFTSettings
 from lowmem_rlhf.cli import app
 from lowmem_rlhf.recipe.loading import load_recipe, shipped_recipes
 from lowmem_rlhf.recipe.sections import LEARNED_REWARDS, REWARD_OPTIONS, GenerationConfig
-from lowmem_rlhf.rewards.functions import SHIPPED
+from lowmem_rlhf.rewards.options import options_of
+from lowmem_rlhf.rewards.shipped import SHIPPED
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -25,13 +26,14 @@ def test_the_table_of_commands_is_the_program_s():
     commands = README.split("## On your card")[1].split("\n## ")[0]
     documented = set(re.findall(r"^\| `([a-z]+)[ `]", commands, re.MULTILINE))
     registered = {command.name or command.callback.__name__ for command in app.registered_commands}
+    registered |= {group.name for group in app.registered_groups}
     assert documented == registered
 
 
 def test_the_options_in_the_table_are_in_the_help():
-    for line in re.findall(r"^\| `([a-z]+ [A-Z\[][^`]*)`", README, re.MULTILINE):
-        name, options = line.split()[0], re.findall(r"--[a-z-]+", line)
-        text = CliRunner().invoke(app, [name, "--help"], env={"COLUMNS": "200"}).output
+    for name, line in re.findall(r"^\| `([a-z]+(?: [a-z]+)?) ([A-Z\[][^`]*)`", README, re.MULTILINE):
+        options = re.findall(r"--[a-z-]+", line)
+        text = CliRunner().invoke(app, [*name.split(), "--help"], env={"COLUMNS": "200"}).output
         for option in options:
             assert option in text, f"{name} has no {option}"
 
@@ -63,6 +65,13 @@ def test_named_rewards_and_options_exist():
     assert all(named.values()), named
     for section, model in sections.items():
         assert named[section] <= set(model.model_fields)
+
+
+def test_the_table_of_rewards_has_their_options():
+    rows = re.findall(r"^\| `(\w+)` \|.*\| (.*) \|$", REWARDS.split("## Functions that ship")[1], re.MULTILINE)
+    documented = {name: set(re.findall(r"`(\w+)`", options)) - {"jsonschema"} for name, options in rows}
+    with_options = {name: set(options_of(function)) for name, function in SHIPPED.items() if options_of(function)}
+    assert documented == with_options
 
 
 def test_learned_rewards_and_their_options_exist():

@@ -129,11 +129,38 @@ class Recipe(Section):
             raise ValueError(
                 f"rewards: the name {taken.pop()!r} is taken by a metric of all rewards; give another `name:`"
             )
+        self._check_gates(names)
+        for reward in self.rewards:
+            if reward.normalize != "none" and not self.spec.samples:
+                raise ValueError(
+                    f"rewards: {reward.name}: normalize is for rewards that are learned from, and {self.algorithm} "
+                    "only evaluates with them; leave it out"
+                )
+            if reward.normalize == "group" and self.generation.num_generations < 2:
+                raise ValueError(
+                    f"rewards: {reward.name}: normalize: group compares the completions of a prompt, and "
+                    "generation.num_generations is 1; take at least 2, or normalize: batch"
+                )
         self.evaluation.accuracy = self.evaluation.accuracy or (names[0] if names else "")
         if self.evaluation.accuracy and self.evaluation.accuracy not in names:
             raise ValueError(
                 f"evaluation.accuracy: got {self.evaluation.accuracy!r}, which is no reward of this recipe "
                 f"({', '.join(names)}){did_you_mean(self.evaluation.accuracy, names)}"
+            )
+
+    def _check_gates(self, names: list[str]) -> None:
+        """Check that `requires` names rewards of this recipe, and that none requires itself by way of others."""
+        gates = {reward.name: list(reward.gates) for reward in self.rewards}
+        for name, required in gates.items():
+            for other in required:
+                if other not in names:
+                    raise ValueError(
+                        f"rewards: {name} requires {other!r}, which is no reward of this recipe "
+                        f"({', '.join(names)}){did_you_mean(other, names)}"
+                    )
+        if circle := _circle(gates):
+            raise ValueError(
+                f"rewards: {' requires '.join(circle)}, a circle in which none would count; take one requires out"
             )
 
     def to_yaml(self) -> str:
@@ -144,6 +171,18 @@ class Recipe(Section):
         values = self.model_dump(exclude=_added - {self.spec.section})
         del values["training"]["max_steps" if values["training"]["num_train_epochs"] else "num_train_epochs"]
         return write_yaml(values)
+
+
+def _circle(gates: dict[str, list[str]]) -> list[str]:
+    """Return names each of which requires the next, the last being the first again; empty where there is no circle."""
+    left = dict(gates)
+    while free := [name for name, required in left.items() if not left.keys() & required]:
+        for name in free:
+            del left[name]
+    way = list(left)[:1]
+    while way and way[-1] not in way[:-1]:
+        way.append(next(name for name in left[way[-1]] if name in left))
+    return way[way.index(way[-1]) :] if way else []
 
 
 _added: set[str] = set()  # sections of algorithms from outside

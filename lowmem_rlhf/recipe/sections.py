@@ -272,6 +272,7 @@ REWARD_OPTIONS: dict[str, type[Section]] = {**LEARNED_REWARDS, REWARD_ADAPTER: A
 
 
 OnError = Literal["fail", "skip", "zero"]
+Normalize = Literal["none", "group", "batch"]
 
 
 class RewardConfig(Section):
@@ -282,6 +283,10 @@ class RewardConfig(Section):
     # the metric's name; default: the function's
     name: Annotated[str, AfterValidator(check_name), LEARNED_AND_MEASURED] = ""
     weight: Annotated[float, LEARNED_AND_MEASURED] = Field(1.0, ge=-MOST_COEFFICIENT, le=MOST_COEFFICIENT)
+    # counts only where another reward, by its name, is above 0; {NAME: threshold}: where that one reaches it
+    requires: Annotated[str | dict[str, float] | None, LEARNED_AND_MEASURED] = None
+    # standardise its values before they are weighted and learned from: over a prompt's completions, or the step's
+    normalize: Annotated[Normalize, LEARNED_AND_MEASURED] = "none"
     # of a function: extra keyword arguments
     options: Annotated[dict[str, Any], LEARNED_AND_MEASURED] = Field(default_factory=dict)
     # of a function: seconds that one call, for all completions of a step, may take; null: any time
@@ -294,6 +299,27 @@ class RewardConfig(Section):
         """Return a field's annotation; the options of a learned reward have a schema of their own."""
         learned = REWARD_OPTIONS.get(str(given.get("function")))
         return learned if key == "options" and learned else super().kind_of(key, given)
+
+    @property
+    def gates(self) -> dict[str, float | None]:
+        """The rewards that it requires, each with the value that it must reach; None: a value above 0."""
+        if isinstance(self.requires, dict):
+            return dict(self.requires)
+        return {} if self.requires is None else {self.requires: None}
+
+    @field_validator("requires", mode="before")
+    @classmethod
+    def _gates(cls, value: Any) -> Any:
+        names = value if isinstance(value, dict) else [value]
+        thresholds = value.values() if isinstance(value, dict) else ()
+        numbers = all(isinstance(one, int | float) and not isinstance(one, bool) for one in thresholds)
+        bounded = numbers and all(abs(one) <= MOST_COEFFICIENT for one in thresholds)
+        if value is not None and not (names and bounded and all(isinstance(one, str) and one for one in names)):
+            raise ValueError(
+                f"got {value!r}; give the name of another reward, or {{NAME: threshold}} with a number of at most "
+                f"{MOST_COEFFICIENT:g}, or null"
+            )
+        return value
 
     @model_validator(mode="after")
     def _resolved(self) -> "RewardConfig":

@@ -7,7 +7,7 @@ does not apply, and never raises on odd text. Keyword-only arguments other than 
 
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any, Literal
 
@@ -75,24 +75,34 @@ def think_format(
     """
     from trl.rewards import think_format_reward
 
-    none = [""] * len(completions)
-    before = [_begun(*one) for one in zip(prompt_texts or none, prompts or none, strict=True)]
+    before = begun_answers(len(completions), prompt_texts, prompts, _OPENED)
     texts = [begun + completion_text(one) for begun, one in zip(before, completions, strict=True)]
     return list(think_format_reward([[{"role": "assistant", "content": text}] for text in texts]))
 
 
-def _begun(text: str, prompt: Any) -> str:
-    """Return the part of an answer that stands in its prompt already."""
+def begun_answers(count: int, prompt_texts: Sequence[str], prompts: Sequence[Any], opened: str) -> list[str]:
+    """Return the parts of N answers that stand in their prompts already.
+
+    Args:
+        count: N.
+        prompt_texts, prompts: (N,) as rewards get them, or empty.
+        opened: the tag that a chat template may end in, such as ``<think>``.
+    """
+    none = [""] * count
+    return [_begun(*one, opened) for one in zip(prompt_texts or none, prompts or none, strict=True)]
+
+
+def _begun(text: str, prompt: Any, opened: str) -> str:
     if isinstance(prompt, list) and prompt and prompt[-1]["role"] == "assistant":
         return completion_text(prompt[-1:])
-    return _OPENED if text.rstrip().endswith(_OPENED) else ""
+    return opened if text.rstrip().endswith(opened) else ""
 
 
 def length(
     completions: Sequence[Completion],
     completion_ids: Sequence[list[int]],
     *,
-    target: int,
+    target: float,
     unit: Literal["tokens", "characters"] = "tokens",
     prefer: Literal["near", "below"] = "near",
     **columns: Any,
@@ -179,9 +189,3 @@ def _answer_part(text: str) -> str:
     text = text.rpartition("</think>")[2]
     opened = text.rpartition("<answer>")
     return (opened[2].partition("</answer>")[0] if opened[1] else text).strip()
-
-
-SHIPPED: dict[str, Callable[..., Any]] = {
-    function.__name__: function
-    for function in (arithmetic_answer, gsm8k_answer, think_format, length, reasoning_gym_answer)
-}

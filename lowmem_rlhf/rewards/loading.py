@@ -1,16 +1,17 @@
 """From the `rewards` of a recipe to callables: shipped functions and learned rewards by name, the user's own as
 ``path.py:function``."""
 
-import inspect
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from lowmem_rlhf.errors import UserError
 from lowmem_rlhf.recipe.python_objects import is_python, python_object
-from lowmem_rlhf.recipe.sections import LEARNED_REWARDS, REWARD_ADAPTER, OnError, RewardConfig
-from lowmem_rlhf.rewards.functions import SHIPPED
+from lowmem_rlhf.recipe.sections import LEARNED_REWARDS, REWARD_ADAPTER, Normalize, OnError, RewardConfig
+from lowmem_rlhf.rewards.options import check_options, options_of, parameters_of, unknown_option
 from lowmem_rlhf.rewards.process_state import preserved
+from lowmem_rlhf.rewards.shipped import FACTORIES, FUNCTIONS, SHIPPED
+from lowmem_rlhf.rewards.trl_rewards import is_trl, trl_factory, trl_function
 from lowmem_rlhf.suggest import did_you_mean
 from lowmem_rlhf.user_code import check_callable, file_of, is_user_code, load_function
 
@@ -23,6 +24,7 @@ GIVEN = (
     *("prompts", "completions", "prompt_ids", "completion_ids", "prompt_texts"),
     *("trainer_state", "log_extra", "log_metric"),
 )
+TEXTS = "texts"  # the completions as plain texts, given to functions that name this parameter
 
 # Of messages about a user's function: the recipe's key, what it is and how it is called.
 _WORDS = ("rewards", "a reward function", "(prompts, completions, **columns)")
@@ -50,10 +52,13 @@ class Reward:
     """A reward function with its metric's name, its weight in the total and its options.
 
     Attributes:
+        options: given with every call; a reward that was made of its options has none left.
         columns: columns of the data that it needs besides those its signature names.
         placement: ``device`` and ``reason`` of a learned reward's model.
         timeout, on_error: see `RewardConfig`.
         learned: whether it is a model of this package's, which needs no guard.
+        requires: `RewardConfig.gates`.
+        normalize: see `RewardConfig`.
         record: of its calls.
     """
 
@@ -67,6 +72,8 @@ class Reward:
     timeout: float | None = None
     on_error: OnError = "fail"
     learned: bool = False
+    requires: dict[str, float | None] = field(default_factory=dict)
+    normalize: Normalize = "none"
     record: CallRecord = field(default_factory=CallRecord, compare=False, repr=False)
 
 
@@ -122,8 +129,8 @@ def check_reward_columns(rewards: list[Reward], columns: Iterable[str]) -> None:
     """
     columns = list(columns)
     for reward in rewards:
-        for name in (*_required(reward.function), *reward.columns):
-            if name not in (*GIVEN, *columns, *reward.options):
+        for name in (*needed_columns(reward.function), *reward.columns):
+            if name not in (*columns, *reward.options):
                 hint = did_you_mean(name, columns)
                 raise UserError(
                     f"rewards: {reward.name} needs a column {name!r}, which the data lacks{hint} "
@@ -140,15 +147,37 @@ def check_reward_function(function: Any, name: str) -> None:
     check_callable(function, name, *_WORDS)
 
 
+def given_to(function: Callable[..., Any]) -> tuple[str, ...]:
+    """Return the names that a reward function is given besides columns and options."""
+    return (*GIVEN, TEXTS) if TEXTS in parameters_of(function) else GIVEN
+
+
+def needed_columns(function: Callable[..., Any]) -> list[str]:
+    """Return what a reward function cannot be called without, besides what it is always given: columns, or options."""
+    return [
+        name
+        for name, one in parameters_of(function).items()
+        if one.default is one.empty
+        and one.kind not in (one.VAR_POSITIONAL, one.VAR_KEYWORD)
+        and name not in given_to(function)
+    ]
+
+
 def accepted(function: Callable[..., Any], arguments: dict[str, Any]) -> dict[str, Any]:
     """Return the arguments that a function takes: all of them when it has ``**kwargs``."""
-    parameters = _parameters(function)
+    parameters = parameters_of(function)
     if any(one.kind is one.VAR_KEYWORD for one in parameters.values()):
         return arguments
     return {name: value for name, value in arguments.items() if name in parameters}
 
 
 def _load(config: RewardConfig, budget: "DeviceBudget | None", model: str, revision: str | None) -> Reward:
+    reward = _alone(config, budget, model, revision)
+    return replace(reward, requires=config.gates, normalize=config.normalize)
+
+
+def _alone(config: RewardConfig, budget: "DeviceBudget | None", model: str, revision: str | None) -> Reward:
+    """Return a reward without what it has to do with the others."""
     if config.function in LEARNED_REWARDS:
         return _learned(config, budget)
     if config.function == REWARD_ADAPTER:
@@ -156,32 +185,64 @@ def _load(config: RewardConfig, budget: "DeviceBudget | None", model: str, revis
 
         adapter = load_adapter_reward(config.name, config.options["adapter"], model, revision)
         return Reward(config.name, adapter, config.weight, on_error=config.on_error, learned=True)
-    source = ""
-    if is_python(config.function):
-        function = python_object(config.function, "rewards")
-        source = file_of(function)
-    elif is_user_code(config.function):
-        with preserved(path=False):
-            function = load_function(config.function, *_WORDS)
-        source = config.function.rpartition(":")[0]
-    elif config.function in SHIPPED:
-        function = SHIPPED[config.function]
-    else:
-        raise UserError(
-            f"rewards: got {config.function!r}; give path.py:function or one of {', '.join(_NAMES)}"
-            f"{did_you_mean(config.function, _NAMES)}"
-        )
-    reward = Reward(
+    function, options, source = _function(config)
+    return Reward(
         config.name,
         function,
         config.weight,
-        dict(config.options),
+        options,
+        columns=getattr(function, "columns", ()) if config.function in FACTORIES else (),
         source=source,
         timeout=config.timeout,
         on_error=config.on_error,
     )
-    _check_options(reward, shipped=config.function in SHIPPED)
-    return reward
+
+
+def _function(config: RewardConfig) -> tuple[Callable[..., Any], dict[str, Any], str]:
+    """Return a function, the options that its calls are given, and the user's file that it stands in."""
+    name, options = config.function, dict(config.options)
+    if is_trl(name):
+        return *_of_trl(config), ""
+    if name in FACTORIES:
+        check_options(config.name, options_of(FACTORIES[name]), options)
+        return _made(config, FACTORIES[name]), {}, ""
+    if name in FUNCTIONS:
+        _check_shipped(config)
+        return FUNCTIONS[name], options, ""
+    if is_python(name):
+        function = python_object(name, "rewards")
+        source = file_of(function)
+    elif is_user_code(name):
+        with preserved(path=False):
+            function = load_function(name, *_WORDS)
+        source = name.rpartition(":")[0]
+    else:
+        raise UserError(
+            f"rewards: got {name!r}; give path.py:function or one of {', '.join(_NAMES)}{did_you_mean(name, _NAMES)}"
+        )
+    _check_users(config, function)
+    return function, options, source
+
+
+def _of_trl(config: RewardConfig) -> tuple[Callable[..., Any], dict[str, Any]]:
+    """Return a function of TRL's, and the options that its calls are given."""
+    factory = trl_factory(config.function)
+    if factory is not None:
+        check_options(config.name, parameters_of(factory), config.options)
+        return _made(config, lambda **options: trl_function(config.function, options)), {}
+    function = trl_function(config.function, {})
+    optional = {
+        name: one for name, one in parameters_of(function).items() if name not in GIVEN and one.default is not one.empty
+    }
+    check_options(config.name, optional, config.options)
+    return function, dict(config.options)
+
+
+def _made(config: RewardConfig, factory: Callable[..., Any]) -> Callable[..., Any]:
+    try:
+        return factory(**config.options)  # type: ignore[no-any-return]
+    except ValueError as error:
+        raise UserError(f"rewards: {config.name}: option {error}") from error
 
 
 def _learned(config: RewardConfig, budget: "DeviceBudget | None") -> Reward:
@@ -201,36 +262,26 @@ def _learned(config: RewardConfig, budget: "DeviceBudget | None") -> Reward:
     )
 
 
-def _parameters(function: Callable[..., Any]) -> dict[str, inspect.Parameter]:
-    return dict(inspect.signature(function).parameters)
+def _check_users(config: RewardConfig, function: Callable[..., Any]) -> None:
+    """Check that a user's function takes its options."""
+    parameters = parameters_of(function)
+    anything = any(one.kind is one.VAR_KEYWORD for one in parameters.values())
+    given = given_to(function)
+    allowed = [name for name in parameters if name not in given]
+    for name in config.options:
+        if name in given or (not anything and name not in allowed):
+            raise unknown_option(config.name, name, allowed)
 
 
-def _required(function: Callable[..., Any]) -> list[str]:
-    return [
-        name
-        for name, one in _parameters(function).items()
-        if one.default is one.empty and one.kind not in (one.VAR_POSITIONAL, one.VAR_KEYWORD)
-    ]
-
-
-def _check_options(reward: Reward, shipped: bool) -> None:
-    parameters = _parameters(reward.function)
-    only = [name for name, one in parameters.items() if one.kind is one.KEYWORD_ONLY]
-    anything = not shipped and any(one.kind is one.VAR_KEYWORD for one in parameters.values())
-    allowed = only if shipped else [name for name in parameters if name not in GIVEN]
-    for name in reward.options:
-        if name in GIVEN or (not anything and name not in allowed):
-            raise UserError(
-                f"rewards: {reward.name} has no option {name!r}{did_you_mean(name, allowed)} "
-                f"(its options: {', '.join(allowed) or 'none'})"
-            )
-    if not shipped:
-        return
-    for name in only:
-        if name not in reward.options and parameters[name].default is inspect.Parameter.empty:
-            raise UserError(f"rewards: {reward.name} needs the option {name!r}; set it under its options")
+def _check_shipped(config: RewardConfig) -> None:
+    """Check the options of a shipped function: its parameters that are given by keyword only."""
+    function = FUNCTIONS[config.function]
+    only = options_of(function)
+    check_options(config.name, only, config.options)
     try:  # shipped functions check their options first, and accept a batch without completions
-        empty: dict[str, list[Any]] = {name: [] for name in _required(reward.function) if name not in only}
-        reward.function(**empty, **reward.options)
+        empty: dict[str, list[Any]] = {
+            name: [] for name in ("completions", "completion_ids", *needed_columns(function)) if name not in only
+        }
+        function(**empty, **config.options)
     except ValueError as error:
-        raise UserError(f"rewards: {reward.name}: option {error}") from error
+        raise UserError(f"rewards: {config.name}: option {error}") from error

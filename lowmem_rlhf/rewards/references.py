@@ -13,7 +13,6 @@ from lowmem_rlhf.errors import UserError
 from lowmem_rlhf.recipe.schema import Recipe
 from lowmem_rlhf.recipe.sections import DataConfig
 from lowmem_rlhf.rewards.functions import (
-    SHIPPED,
     arithmetic_answer,
     gsm8k_answer,
     gsm8k_value,
@@ -22,6 +21,7 @@ from lowmem_rlhf.rewards.functions import (
     reference_text,
 )
 from lowmem_rlhf.rewards.loading import Reward
+from lowmem_rlhf.rewards.shipped import SHIPPED
 
 _SHOWN = 60  # characters of a reference answer in a message
 _NUMBERS = (

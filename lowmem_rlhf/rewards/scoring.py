@@ -1,4 +1,4 @@
-"""Scoring completions: every reward function once for the whole batch, then the weighted sum."""
+"""Scoring completions: every reward function once for the whole batch, then the weighted sum (`combining`)."""
 
 import copy
 import inspect
@@ -11,14 +11,14 @@ from typing import Any
 from lowmem_rlhf.errors import RunError
 from lowmem_rlhf.files import dumps
 from lowmem_rlhf.progress import message
-from lowmem_rlhf.rewards.functions import Completion
+from lowmem_rlhf.rewards.combining import totals
+from lowmem_rlhf.rewards.functions import Completion, completion_text
 from lowmem_rlhf.rewards.guarded import FunctionFault, finished, guarded, is_memory_fault
-from lowmem_rlhf.rewards.loading import GIVEN, Reward, accepted
+from lowmem_rlhf.rewards.loading import GIVEN, TEXTS, Reward, accepted, given_to
 from lowmem_rlhf.rewards.process_state import new_threads
 from lowmem_rlhf.rollout.scores import Scores
 
 _FLOAT32 = (2 - 2**-23) * 2.0**127  # the largest number of float32, in which rewards are computed with
-_LARGEST_TOTAL = 1e18  # its square, of which advantages are made, is still one of float32
 _SHOWN = 60  # characters of a value in a message
 
 
@@ -31,8 +31,11 @@ def score(
     trainer_state: Any = None,
     prompt_ids: Sequence[Sequence[int]] = (),
     prompt_texts: Sequence[str] = (),
+    num_generations: int | None = None,
 ) -> Scores:
     """Score N completions with every reward function, each of which is given copies.
+
+    One that has a parameter `texts` gets the completions as plain texts there, in place of a column of that name.
 
     A function that gives None for a completion is left out of its sum. Where every function gives None the total is
     NaN, as in TRL 1.16: such a completion is left out of its group's baseline and its advantage is 0.
@@ -46,6 +49,8 @@ def score(
         trainer_state: given to the functions under this name (TRL's has `global_step`).
         prompt_ids: (N,) token ids of each prompt.
         prompt_texts: (N,) each prompt as the model read it, its chat template's tokens written out.
+        num_generations: completions of a prompt, which stand together, for rewards that are normalised; None where
+            nothing is learned: none is.
 
     Where a function does something wrong and its `on_error` is not ``fail``, the completions concerned get None or 0,
     which is said once and counted.
@@ -72,15 +77,16 @@ def score(
     own = {name: values for name, values in columns.items() if name not in GIVEN}
     by_name, failures = {}, {}
     for reward in rewards:
-        values, failed = _scored(reward, {**own, **reward.options, **lent}, shared, len(completions))
+        given = {**own, **reward.options, **lent}
+        if TEXTS in given_to(reward.function):
+            given[TEXTS] = [completion_text(completion) for completion in completions]
+        values, failed = _scored(reward, given, shared, len(completions))
         by_name[reward.name] = values
         if reward.on_error != "fail":
             failures[reward.name] = failed
-    weights = [reward.weight for reward in rewards]
-    total = [_weighted(weights, row) for row in zip(*by_name.values(), strict=True)]
-    _check_totals(rewards, by_name, total)
+    total, raw = totals(rewards, by_name, num_generations)
     means = {name: sum(values) / len(values) for name, values in metrics.items()}
-    return Scores(by_name, total, means, extra, failures)
+    return Scores(by_name, total, means, extra, failures, raw)
 
 
 def _scored(
@@ -202,24 +208,3 @@ def _number(what: str, index: int, value: Any) -> float | FunctionFault | None:
         f"{what} returned {shown if len(shown) <= _SHOWN else shown[:_SHOWN] + '...'} for completion {index + 1}; it "
         f"must return a finite number{' of float32' if math.isfinite(number) else ''}, or None where it does not apply"
     )
-
-
-def _weighted(weights: list[float], row: tuple[float | None, ...]) -> float:
-    parts = [weight * value for weight, value in zip(weights, row, strict=True) if value is not None]
-    return math.fsum(parts) if parts else math.nan
-
-
-def _check_totals(rewards: Sequence[Reward], by_name: dict[str, list[float | None]], total: list[float]) -> None:
-    """Check that advantages can be made of the sums.
-
-    Raises:
-        RunError: one is too large.
-    """
-    for index, value in enumerate(total):
-        if abs(value) > _LARGEST_TOTAL:
-            largest = max(rewards, key=lambda one: abs(one.weight * (by_name[one.name][index] or 0.0)))
-            raise RunError(
-                f"the rewards of completion {index + 1} add up to {value:.3g}, most of it from {largest.name} (weight "
-                f"{largest.weight:g}); advantages are computed in float32, which overflows beyond {_LARGEST_TOTAL:g}: "
-                "give smaller values, or lower its weight"
-            )

@@ -34,10 +34,14 @@ def reward_completions(
     examples: Sequence[Example],
     completions: Sequence[Completion],
     state: TrainerState,
+    num_generations: int | None = None,
 ) -> tuple[Scores, list[str]]:
     """Score completions of examples (one each); return the scores and the completions' texts.
 
     A text is what was written: special tokens that are tags stay in it, the stop at the end does not.
+
+    Args:
+        num_generations: completions of a prompt, where they are learned from (see `score`).
 
     Raises:
         RunError: a reward function failed.
@@ -59,6 +63,7 @@ def reward_completions(
         state,
         [e.prompt_ids for e in examples],
         [e.text for e in examples],
+        num_generations,
     )
     return scores, texts
 

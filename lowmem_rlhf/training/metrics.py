@@ -113,7 +113,7 @@ def silent_rewards(rollout: Rollout) -> list[str]:
 def rollout_metrics(rollout: Rollout) -> dict[str, Any]:
     """Return rewards, lengths, and the share of groups whose completions all got the same reward."""
     scores, completions = rollout.scored, rollout.completions
-    totals = torch.tensor([t for t in scores.total if t == t], dtype=torch.float32, device="cpu")
+    totals = torch.tensor([t for t in scores.raw_total if t == t], dtype=torch.float32, device="cpu")
     lengths = [len(c.ids) for c in completions]
     with_signal = {row // rollout.num_generations for row, value in enumerate(rollout.known_advantages) if value}
     own = {

@@ -203,7 +203,7 @@ class Trainer(Loop):
         repeated = [example for example in examples for _ in range(count)]
         progress.phase("rewards")
         state = TrainerState(self.step, self.recipe.training.max_steps)
-        scores, texts = reward_completions(self.rewards, self.base, repeated, completions, state)
+        scores, texts = reward_completions(self.rewards, self.base, repeated, completions, state, count)
         return Rollout(prompts, completions, count, [example.prompt for example in examples], texts, scores)
 
     def _sampled(self, prompts: Sequence[Sequence[int]], progress: Progress) -> list[list[Completion]]:

@@ -9,7 +9,7 @@ import weakref
 
 import pytest
 import torch
-from tiny_runs import MEASURED, learned, write_jsonl
+from tiny_runs import MEASURED, learned, save_tiny_chat_model, write_jsonl
 
 import lowmem_rlhf as lm
 from lowmem_rlhf.run.directory import RunDirectory
@@ -59,6 +59,38 @@ def test_rows_and_functions_give_what_the_same_file_gives(over_rows, rows, tmp_p
     resolved = got.recipe
     assert (resolved.data.train, resolved.rewards[0].function) == ("python:data", "python:longer")
     assert repr(got) == "<Run 'objects', 3 steps>"
+
+
+def test_gates_that_are_open_change_no_bit_of_a_run(over_rows, rows):
+    plain = quiet(over_rows, data=rows, rewards=[longer, (has_answer, 0.3)], output="plain")
+    gated = {"function": has_answer, "weight": 0.3, "requires": {"longer": -1}, "normalize": "none"}
+    assert same(quiet(over_rows, data=rows, rewards=[longer, gated], output="gated"), plain)
+
+
+def test_rewards_are_normalised_by_group_where_a_run_learns_and_told_raw(over_rows, rows):
+    asked = {"function": longer, "weight": 2.0, "normalize": "group"}
+    with lm.Trainer(over_rows, data=rows, rewards=[asked], output="run", progress=None) as trainer:
+        step = next(iter(trainer))
+    raw = torch.tensor(step.rollout.scored.by_name["longer"]).view(-1, 4)
+    wanted = 2 * (raw - raw.mean(1, keepdim=True)) / (raw.std(1, keepdim=True) + 1e-4)
+    torch.testing.assert_close(torch.tensor(step.rollout.scored.total).view(-1, 4), wanted)
+    assert wanted.abs().max() > 1
+    assert step.metrics["reward/mean"] == pytest.approx(2 * raw.mean().item())
+    assert step.metrics["reward/std"] == pytest.approx(2 * raw.std().item())
+
+
+def test_a_function_gets_texts_of_a_chat_where_it_asks_for_them(over_rows, rows, tmp_path):
+    calls = []
+
+    def shorter(texts, completions, **columns):
+        calls.append((texts, completions))
+        return [-float(len(text)) for text in texts]
+
+    model, once = str(save_tiny_chat_model(tmp_path / "chat")), ["training.max_steps=1"]
+    quiet(over_rows, model=model, data=rows, eval_data=rows[:2], rewards=[shorter], overrides=once)
+    assert [len(texts) for texts, _ in calls] == [2, 16, 2]  # evaluation, a step, evaluation
+    for texts, completions in calls:
+        assert completions == [[{"role": "assistant", "content": text}] for text in texts]
 
 
 @pytest.mark.parametrize("kind", ["dataset", "frame", "generator", "splits", "dict recipe's own"])

@@ -97,7 +97,7 @@ def test_same_value_off_the_main_thread():
 )
 def test_long_texts_are_read_in_no_time(unit):
     """Quadratic time would take minutes."""
-    from lowmem_rlhf.rewards.functions import SHIPPED
+    from lowmem_rlhf.rewards.shipped import SHIPPED
 
     many = unit * (100_000 // len(unit))
     texts = [many, f"1{many}", f"{many} 1", f"#### {many}", rf"\boxed{{{many}}}", f"The answer is {many}"]

@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from lowmem_rlhf.rewards.functions import SHIPPED, arithmetic_answer, gsm8k_answer, length, think_format
+from lowmem_rlhf.rewards.functions import arithmetic_answer, gsm8k_answer, length, think_format
+from lowmem_rlhf.rewards.shipped import FUNCTIONS
 
 GSM8K = Path(__file__).parents[2].parent / "shared" / "data" / "gsm8k"
 
@@ -23,7 +24,7 @@ def gsm8k(name):
 def test_every_function_takes_chat_and_plain_completions():
     pytest.importorskip("reasoning_gym", reason="the optional package reasoning-gym is not installed")
     text = "<think>a</think>8"
-    for name, function in SHIPPED.items():
+    for name, function in FUNCTIONS.items():
         columns = {"answer": ["8"], "task": ["chain_sum"], "task_options": [{}], "entry": [{"answer": "8"}]}
         options = {"target": 10} if name == "length" else {}
         plain, message = (
@@ -95,7 +96,7 @@ def test_reasoning_gym_answer():
     for task in ("chain_sum", "spell_backward", "countdown"):
         rows = generate(f"reasoning_gym/{task}", {}, "train", 0, 4, 0)
         columns = {name: [row[name] for row in rows] for name in rows[0]}
-        function = SHIPPED["reasoning_gym_answer"]
+        function = FUNCTIONS["reasoning_gym_answer"]
         right = [f"<think>hm</think>So <answer>{row['answer']}</answer>" for row in rows]
         assert function(completions=right, **columns) == [1.0] * 4, task
         assert function(completions=[row["answer"] for row in rows], **columns) == [1.0] * 4, task

@@ -7,7 +7,8 @@ from lowmem_rlhf.errors import UserError
 from lowmem_rlhf.recipe.loading import load_recipe, shipped_recipes
 from lowmem_rlhf.recipe.sections import REWARD_OPTIONS, RewardConfig
 from lowmem_rlhf.rewards import check_reward_columns, load_rewards
-from lowmem_rlhf.rewards.functions import SHIPPED, gsm8k_answer
+from lowmem_rlhf.rewards.functions import gsm8k_answer
+from lowmem_rlhf.rewards.shipped import SHIPPED
 
 USERS_FILE = """
 import re
@@ -23,6 +24,9 @@ def with_answer(prompts, completions, answer, bonus=0.0, **kwargs):
 
 def strict(completions):
     return [1.0 for _ in completions]
+
+def plain(texts, **kwargs):
+    return [1.0 for _ in texts]
 """
 
 
@@ -110,12 +114,14 @@ def test_options(users_file):
     refused("gsm8k_answer has no option 'answer' .its options: none", "gsm8k_answer", answer="5")
     refused("has no option 'bonus' .its options: none", f"{users_file}:strict", bonus=1)
     refused("has no option 'completions'", f"{users_file}:with_answer", completions=1)
+    refused("has no option 'texts'", f"{users_file}:plain", texts=["a"])
+    assert load(f"{users_file}:with_answer", texts=1).options == {"texts": 1}
     assert load(f"{users_file}:with_answer", anything=1).options == {"anything": 1}
 
 
 def test_columns_that_rewards_need(users_file):
     check_reward_columns([load("gsm8k_answer"), load("length", target=5)], ["answer"])
-    check_reward_columns([load(f"{users_file}:strict")], [])
+    check_reward_columns([load(f"{users_file}:strict"), load(f"{users_file}:plain")], [])
     with pytest.raises(UserError, match=r"gsm8k_answer needs a column 'answer', .* did you mean 'answers'\?"):
         check_reward_columns([load("gsm8k_answer")], ["answers"])
     with pytest.raises(UserError, match=r"reasoning_gym_answer needs a column 'task', .*its columns: none"):

@@ -68,6 +68,31 @@ def test_a_function_without_kwargs_gets_what_it_names():
     assert scored(reward, answer=["a", "x"], level=[1, 2]).total == [1.0, 0.0]
 
 
+def test_a_function_that_names_texts_gets_plain_texts():
+    seen = []
+
+    def reward(texts, answer, **columns):
+        seen.append((texts, columns["completions"]))
+        return [float(text == reference) for text, reference in zip(texts, answer, strict=True)]
+
+    columns = {"answer": ["a", "x"], "texts": ["not", "these"]}
+    assert scored(reward, completions=chats("a", "b"), **columns).total == [1.0, 0.0]
+    assert scored(reward, completions=("a", "b"), **columns).total == [1.0, 0.0]
+    assert seen == [(["a", "b"], chats("a", "b")), (["a", "b"], ["a", "b"])]
+
+
+def test_other_functions_get_no_texts():
+    seen = []
+
+    def reward(completions, **columns):
+        seen.append(columns)
+        return [0.0 for _ in completions]
+
+    scored(reward)
+    scored(reward, texts=["1", "2"])
+    assert "texts" not in seen[0] and seen[1]["texts"] == ["1", "2"]
+
+
 def test_trls_own_functions_plug_in():
     from trl import rewards
 
