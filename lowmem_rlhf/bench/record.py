@@ -95,6 +95,7 @@ def save(record: Record, path: Path) -> None:
         RunError: the disk refuses.
     """
     with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
         atomic_write(path, dumps(publishable(record), indent=1) + "\n")
 
 

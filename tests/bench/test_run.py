@@ -10,7 +10,7 @@ import pytest
 from lowmem_rlhf.bench import run as bench_run
 from lowmem_rlhf.bench.budget import Budget
 from lowmem_rlhf.bench.parts import PARTS, Part, Task, chosen, with_ratio
-from lowmem_rlhf.bench.record import publishable
+from lowmem_rlhf.bench.record import publishable, save
 from lowmem_rlhf.bench.run import BenchOptions, run_bench
 from lowmem_rlhf.errors import RunError, UserError
 from lowmem_rlhf.hardware.detect import cpu_device
@@ -160,6 +160,11 @@ def test_a_record_says_with_what_and_nothing_of_whose_machine():
 )
 def test_a_path_is_cut_to_its_last_part(text, kept):
     assert publishable({"a": [text]}) == {"a": [kept]}
+
+
+def test_a_record_is_written_into_a_folder_that_is_not_there_yet(tmp_path):
+    save({"schema": 1, "parts": {}}, tmp_path / "of" / "mine" / "bench.json")
+    assert json.loads((tmp_path / "of" / "mine" / "bench.json").read_text(encoding="utf-8"))["schema"] == 1
 
 
 def test_two_records_of_a_day_are_two_files():
