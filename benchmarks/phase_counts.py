@@ -20,7 +20,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from launches import card, options
+from launches import card
+from work import ROOT
 
 WORKS = ("score", "update", "decode")
 MEASURES = ("kernels", "flops", "bytes")
@@ -117,8 +118,10 @@ def _read(name: str, overload: str, given: Sequence[Any], made: Sequence[Any], k
         return _bytes(made) + _bytes(given[1:])
     if name == "index_copy_":  # the rows that are written, not all of them
         return _bytes(given[1:]) + _bytes(given[2:]) - _bytes(made[:1])
-    if name in ("copy_", "mul_out") or overload == "out":
-        given = given[1:] if name == "copy_" else given[:-1]
+    if name == "copy_":
+        given = given[1:]
+    elif overload == "out":
+        given = given[:-1]
     if name == "addmm" and kwargs.get("beta") == 0:
         given = given[1:]
     dense = 0.0
@@ -329,9 +332,10 @@ def summary(rows: Sequence[dict[str, Any]]) -> dict[str, dict[str, dict[str, flo
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser: argparse.ArgumentParser = options()
-    parser.description = (__doc__ or "").split("\n\n")[0]
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
+    parser.add_argument("--card", default=str(ROOT.parent / "shared" / "vcard"), help="folder of vcard.py")
     parser.add_argument("--every", type=int, default=1, metavar="K", help="only each K-th case")
+    parser.add_argument("--json", action="store_true")
     given = parser.parse_args(arguments)
     if given.every < 1:
         raise SystemExit(f"--every: got {given.every}; 1 takes all cases")

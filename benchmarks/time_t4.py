@@ -20,7 +20,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from stock_memory.timed import step_kernels
+from stock_memory.timed import seconds, step_kernels
 from vram_t4 import ROWS, SETTINGS, dimensions_of, options, read_rows, run_of
 
 from lowmem_rlhf.errors import UserError
@@ -55,7 +55,7 @@ def timed(row: dict[str, str], configs: Path | None) -> dict[str, Any]:
         **{name: row[name] for name in SETTINGS},
         "measured": float(row["step_s"]),
         "starts": sum(count * kernel.starts for kernel, count in kernels.items()),
-        "worked": {share: replace(T4, attention=share, start=0.0).seconds(kernels) for share in ATTENTIONS},
+        "worked": {share: seconds(kernels, replace(T4, attention=share, start=0.0)) for share in ATTENTIONS},
     }
 
 

@@ -6,7 +6,8 @@ five products in place of two on the way back (FlashAttention, arXiv 2205.14135,
 """
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 from stock_memory import simulated, stock
@@ -15,10 +16,45 @@ from stock_memory.simulated import SimTensor
 from stock_memory.stock_run import StockRun
 from stock_memory.stock_step import StockStep
 
-from lowmem_rlhf.planning.time.rates import Kernel
+from lowmem_rlhf.planning.time.rates import Rates
 
 ADAMW_BYTES = 28  # a trained number: weight, gradient and two moments are read, all but the gradient are written
 BACKWARD_PRODUCTS = 2.5  # of attention, in those of its forward pass
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """What a kernel does.
+
+    Attributes:
+        flops: of its products.
+        width: bytes of a number that it multiplies: 2 (tensor cores), or 4.
+        bytes: that it reads and writes.
+        attention: it is SDPA's, whose products reach less (`Rates.attention`).
+        starts: kernels that it stands for.
+    """
+
+    flops: int = 0
+    width: int = 4
+    bytes: int = 0
+    attention: bool = False
+    starts: int = 1
+
+    def moving(self, count: int) -> "Kernel":
+        """Return the same kernel with more bytes."""
+        return replace(self, bytes=self.bytes + count)
+
+    def less_started(self) -> "Kernel":
+        """Return the same kernel, whose start is counted elsewhere."""
+        return replace(self, starts=0)
+
+
+def seconds(kernels: Mapping[Kernel, float], rates: Rates) -> float:
+    """Return how long so many of each kernel take one after another, each started by itself."""
+    return sum(
+        count * (rates.worked(one.flops, one.width, one.bytes, one.attention) + one.starts * rates.start)
+        for one, count in kernels.items()
+    )
 
 
 class TimedStep(StockStep):

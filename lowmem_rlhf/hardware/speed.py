@@ -1,9 +1,12 @@
 """What a card computes and moves in a second, from its data sheet or from what its driver tells. No torch here."""
 
+import re
 from dataclasses import dataclass
 
 # of clocks as the driver tells them at most, what a card holds in steady work (its boost clock, as it is sold)
 _HELD_CLOCK = 0.8
+# Turing's small chips, without tensor cores: GTX 1630 to 1660, MX450 and MX550, T400 to T1200, Quadro T1000 and T2000
+_PLAIN_TURING = re.compile(r"GTX|\bMX\d|\bT(?:[4-9]00|550|1[02]00|2000)\b")
 
 
 @dataclass(frozen=True)
@@ -45,8 +48,8 @@ def _half_rate(name: str, capability: tuple[int, int]) -> int:
     """Return how many times as fast as fp32 arithmetic products in 16 bits are."""
     if capability < (7, 0):
         return 1
-    if "GTX" in name:
-        return 2  # Turing without tensor cores
+    if capability == (7, 5) and _PLAIN_TURING.search(name):
+        return 2
     if capability in ((8, 0), (9, 0), (10, 0), (10, 3)):
         return 16
     if capability < (8, 0):

@@ -198,7 +198,7 @@ def _settings(inputs: PlanInputs) -> tuple[Settings, dict[str, str]]:
 
     Then the most exact weights are taken that cost little time (see `precision.at_most`), else NF4.
     """
-    if inputs.rates is None or inputs.pinned("quantization"):
+    if inputs.rates is None or inputs.pinned("quantization") or not precision.more_exact(inputs):
         return _settings_at(inputs, *precision.quantization(inputs))
     limit, why_not = precision.at_most(inputs), []
     for one in precision.more_exact(inputs):

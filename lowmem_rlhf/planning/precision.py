@@ -97,7 +97,7 @@ def quantization(inputs: PlanInputs) -> tuple[str, str]:
     if pinned := inputs.pinned("quantization"):
         compute_dtype(inputs, pinned)  # refuses a combination that cannot be
         return pinned, PINNED
-    if inputs.pinned("offload_experts") and inputs.dims.expert_parameters and not inputs.on_cpu:
+    if not more_exact(inputs):
         return "nf4", "experts that wait in host memory are in NF4"
     passed, share_allowed = [], COMFORTABLE
     if inputs.dims.avoids_four_bits:
@@ -158,12 +158,8 @@ def least_time(inputs: PlanInputs, quantization: str) -> float:
 
 
 def more_exact(inputs: PlanInputs) -> list[str]:
-    """Return the quantizations that are more exact than NF4 and possible, the most exact first.
-
-    Raises:
-        UserError: none is possible (see `compute_dtype`).
-    """
-    if inputs.pinned("offload_experts") and inputs.dims.expert_parameters:
+    """Return the quantizations that are more exact than NF4 and possible, the most exact first."""
+    if inputs.pinned("offload_experts") and inputs.dims.expert_parameters and not inputs.on_cpu:
         return []
     no_int8 = inputs.pinned("compute_dtype") == "float32" or inputs.dims.overflows_float16
     return ["none"] if no_int8 else ["none", "int8"]

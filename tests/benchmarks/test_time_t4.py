@@ -7,11 +7,11 @@ from collections import Counter
 import pytest
 import time_t4
 from stock_memory.stock_run import StockRun
-from stock_memory.timed import product, step_kernels
+from stock_memory.timed import Kernel, product, seconds, step_kernels
 
 from lowmem_rlhf.architecture.dimensions import dimensions_from_config
 from lowmem_rlhf.hardware.speed import Speed
-from lowmem_rlhf.planning.time.rates import ATTENTION, START, Kernel, Rates, rates
+from lowmem_rlhf.planning.time.rates import ATTENTION, START, Rates, rates
 
 CONFIG = {
     "model_type": "llama",
@@ -94,9 +94,9 @@ def test_recomputed_layers_run_again_and_quantized_weights_are_made_each_way():
 
 def test_a_kernel_takes_the_longer_of_arithmetic_and_bytes_and_its_start():
     card = Rates(half=100.0, single=10.0, bandwidth=50.0, attention=0.5, start=1.0, replayed=0.1, bus=1.0)
-    assert card.seconds({Kernel(flops=200, width=2, bytes=50): 1}) == 3.0
-    assert card.seconds({Kernel(flops=200, width=2, bytes=500): 2}) == 22.0
-    assert card.seconds({Kernel(flops=200, width=4, attention=True).less_started(): 1}) == 40.0
+    assert seconds({Kernel(flops=200, width=2, bytes=50): 1}, card) == 3.0
+    assert seconds({Kernel(flops=200, width=2, bytes=500): 2}, card) == 22.0
+    assert seconds({Kernel(flops=200, width=4, attention=True).less_started(): 1}, card) == 40.0
     assert product(3, 5, 7, 2) == Kernel(flops=210, width=2, bytes=100)
     t4 = rates(Speed(65, 8.14, 320, steady_half_tflops=24, steady_bandwidth_gb_s=220))
     assert (t4.half, t4.bandwidth) == (24e12, 220e9)

@@ -26,7 +26,6 @@ from lowmem_rlhf.planning.plan import plan_for
 from lowmem_rlhf.recipe.loading import load_recipe
 
 ALGORITHMS = ("sft", "grpo", "ppo")
-PRECISION = {"nf4": 0, "int8": 1, "16-bit": 2}
 SMALL, LARGE = "Qwen/Qwen2.5-1.5B-Instruct", "meta-llama/Llama-3.1-8B-Instruct"
 
 

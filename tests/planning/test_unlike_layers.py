@@ -1,6 +1,7 @@
 """Models whose layers differ from one another, and mixtures of experts: what the plan takes them for."""
 
 import json
+from dataclasses import replace
 
 import pytest
 from planning_cases import GEMMA_4_E2B, card, cpu
@@ -10,6 +11,7 @@ from lowmem_rlhf.architecture.catalogue import entries, find
 from lowmem_rlhf.architecture.counting import CannotCount
 from lowmem_rlhf.architecture.dimensions import dimensions_from_config
 from lowmem_rlhf.errors import UserError
+from lowmem_rlhf.hardware.profiles import find_profile
 from lowmem_rlhf.planning.memory.resident import Memory, expert_bytes
 from lowmem_rlhf.planning.memory.rollout import kv_bytes_per_token
 from lowmem_rlhf.planning.plan import make_plan
@@ -89,6 +91,13 @@ def test_experts_in_host_memory_where_there_are_none_to_move(recipe):
         make_plan(recipe("Qwen2.5-0.5B", "hardware.offload_experts=true"), card(10.75), "x")
     asked = make_plan(recipe(QWEN3_MOE, "hardware.offload_experts=true"), card(140, bf16=True), "x").settings
     assert asked.quantization == "nf4" and asked.offload_experts
+    fast = replace(card(140, bf16=True), speed=find_profile("rtx-4090").speed)
+    said = make_plan(recipe(QWEN3_MOE, "hardware.offload_experts=true"), fast, "x").reasons["quantization"]
+    assert said.startswith("experts that wait in host memory are in NF4")
+    free, pinned = (
+        make_plan(recipe(QWEN3_MOE, *more), cpu(200), "x") for more in ((), ("hardware.offload_experts=true",))
+    )
+    assert pinned.settings == free.settings and pinned.settings.quantization == "none"  # a CPU's are there anyway
     wide = recipe(QWEN3_MOE, "hardware.offload_experts=true", "hardware.quantization=none")
     with pytest.raises(UserError, match=r"only experts in NF4 can wait in host memory, and .* is none; set it to nf4"):
         make_plan(wide, card(100, bf16=True), "x")

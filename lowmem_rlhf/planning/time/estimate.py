@@ -137,12 +137,12 @@ class StepTime:
         """Return the seconds of all tokens but the first, which the prompt gives, of so many rows side by side."""
         graphs = decodes_by_graphs(self.memory)
         room = slot_room(prompt, length)
-        sizes: dict[int, int] = {}
-        for place in range(prompt, prompt + length - 1):
-            seen = seen_room(place + LOOK, room) if graphs else -(-place // 64) * 64
-            sizes[seen] = sizes.get(seen, 0) + 1
-        seconds = 0.0
-        for seen, count in sizes.items():
+        ahead = LOOK if graphs else 0
+        seconds, place, end = 0.0, prompt, prompt + length - 1
+        while place < end:
+            seen = seen_room(place + ahead, room)
+            count = max(1, min(end, seen - ahead + 1) - place)  # tokens that see as much
+            place += count
             token = self.passes.token(rows, seen)
             if graphs:
                 again = 0 if self.settings.keep_graphs else CAPTURES

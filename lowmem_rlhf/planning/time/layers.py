@@ -97,6 +97,11 @@ def _of_layer(linear: Linear, layer: Layer) -> Linear:
     )
 
 
+def _four_parts(groups: list[list[Linear]]) -> list[list[Linear]]:
+    """Return the groups of a layer, with an empty one for each part that it has not (experts alone have no MLP)."""
+    return [*groups, *[[] for _ in range(3 - len(groups))]]
+
+
 class LayerWork:
     """Adds the kernels of a layer to some work.
 
@@ -110,7 +115,8 @@ class LayerWork:
     def __init__(self, work: Work, layer: Layer, weights: Weights, buckets: int = 1) -> None:
         self.work, self.layer, self.weights, self.buckets = work, layer, weights, buckets
         self.b, self.tokens = weights.width, layer.shape.tokens
-        self.groups = groups_of(layer)
+        # what shares the layer's input, attention's output product, what shares the MLP's input, its last product
+        self.qkv, self.out, *self.inner_products, self.down = _four_parts(groups_of(layer))
         self.queries, self.keys, self.inner = layer.queries, layer.keys, layer.inner
         self.hidden = layer.dims.hidden_size
 
@@ -128,39 +134,42 @@ class LayerWork:
 
     def attention_half(self) -> None:
         """Norm, products, attention, output and its sum with the stream."""
-        qkv, out = self.groups[0], self.groups[1] if len(self.groups) > 1 else []
-        self.norm(self.hidden)
-        self._products(qkv, self.tokens)
+        self.norm()
+        self._products(self.qkv, self.tokens)
         if isinstance(self.layer, MixerLayer):
             self._mix(self.layer)
         else:
             self._head_norms()
             self._rotate()
             self._attend()
-        self._products(out, self.tokens)
+        self._products(self.out, self.tokens)
         self._add()
 
     def mlp_half(self, last: bool) -> None:
         """Norm, products, activation, and with ``last`` the last product and its sum with the stream."""
-        self.norm(self.hidden, self.layer.block.norms - 1 if self.layer.block.norms > 1 else 0)
-        *first, down = self.groups[2:] or [[]]
-        for group in first:
+        self.norm(self.later_norms)
+        for group in self.inner_products:
             self._products(group, self.tokens)
         self._activate()
         self._experts(1)
         if last:
-            self._products(down, self.tokens)
+            self._products(self.down, self.tokens)
             self._add()
-        elif self.weights.ranks(down):
-            self.work.product(self.tokens, down[0].inputs, self.weights.ranks(down), self.b)
+        elif ranks := self.weights.ranks(self.down):
+            self.work.product(self.tokens, self.down[0].inputs, ranks, self.b)
 
-    def norm(self, size: int, times: int = 1) -> None:
+    @property
+    def later_norms(self) -> int:
+        """Norms of the layer behind its first one."""
+        return max(0, self.layer.block.norms - 1)
+
+    def norm(self, times: int = 1) -> None:
         """RMSNorm or LayerNorm: one kernel; with fp32 weights (Gemma) three."""
-        numbers = self.tokens * size
+        numbers = self.tokens * self.hidden
         if self.layer.block.wide_norms:
             self.work.move(times * numbers * (12 + 2 * self.b + 4), 3 * times)
         else:
-            self.work.move(times * ((2 * numbers + size) * self.b + 4 * self.tokens), times)
+            self.work.move(times * ((2 * numbers + self.hidden) * self.b + 4 * self.tokens), times)
 
     def _head_norms(self) -> None:
         for numbers in self._normed_heads():
@@ -231,9 +240,7 @@ class LayerWork:
         """Attention calls; ``back`` 2.5 and their gradient: five products in place of two (arXiv 2205.14135)."""
         moved = (2 * queries * self.queries + 2 * keys * self._attended_heads()) * self.b
         if back > 1:  # the result's gradient is read too, and those of queries, keys and values are written
-            moved += (
-                queries * self.queries + 2 * keys * self._attended_heads()
-            ) * self.b + queries * self.queries * self.b
+            moved += 2 * (queries * self.queries + keys * self._attended_heads()) * self.b
         flops = back * 4 * self.queries * pairs
         if self.layer.capped:  # scores are written out, in fp32 several times
             heads = self.layer.dims.num_heads
@@ -275,16 +282,14 @@ class LayerWork:
 
     def backward(self, first: bool = False) -> None:
         """The gradients of the whole layer; of the ``first`` one those of its input are not needed."""
-        qkv, out = self.groups[0], self.groups[1] if len(self.groups) > 1 else []
-        *before, down = self.groups[2:] or [[]]
-        self._gradients(down)
+        self._gradients(self.down)
         self._experts(2)
         self._activation_gradient()
-        for group in reversed(before):
+        for group in self.inner_products:
             self._gradients(group)
-        self.norm_gradient(self.layer.block.norms - 1 if self.layer.block.norms > 1 else 0)
+        self.norm_gradient(self.later_norms)
         self._add()
-        self._gradients(out)
+        self._gradients(self.out)
         if isinstance(self.layer, MixerLayer):
             self._mix(self.layer)
             self._mix(self.layer)
@@ -293,7 +298,7 @@ class LayerWork:
             self._rotation_gradient()
             for numbers in self._normed_heads():
                 self.work.move((3 * self.tokens * numbers + self.layer.dims.head_dim) * self.b, 1)
-        self._gradients(qkv, of_input=not first)
+        self._gradients(self.qkv, of_input=not first)
         if not first:
             self.norm_gradient(1)
             self._add()
@@ -371,13 +376,11 @@ class LayerWork:
 
     def decode(self, rows: int, seen: int) -> None:
         """One token of so many rows, which see so many positions of their slots each."""
-        qkv, out = self.groups[0], self.groups[1] if len(self.groups) > 1 else []
-        *before, down = self.groups[2:] or [[]]
         b, work, dims = self.b, self.work, self.layer.dims
         numbers = rows * (self.queries + self.keys) * b
         self.tokens = rows
-        self.norm(self.hidden)
-        self._decoded(qkv, rows)
+        self.norm()
+        self._decoded(self.qkv, rows)
         self._head_norms()
         if self.layer.block.qk_norm != "none":
             work.move(2 * numbers, 1)  # side by side
@@ -392,14 +395,14 @@ class LayerWork:
             work.multiply(flops, b, moved, attention=True, kernels=10 if self.layer.capped else 1)
         else:
             work.move(8 * rows * self.layer.mixer.state, MIXER_KERNELS / 4)
-        self._decoded(out, rows)
+        self._decoded(self.out, rows)
         self._add()
-        self.norm(self.hidden, self.layer.block.norms - 1 if self.layer.block.norms > 1 else 0)
-        for group in before:
+        self.norm(self.later_norms)
+        for group in self.inner_products:
             self._decoded(group, rows)
         self._activate()
         self._experts(1)
-        self._decoded(down, rows)
+        self._decoded(self.down, rows)
         self._add()
 
     @property

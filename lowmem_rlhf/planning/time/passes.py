@@ -143,7 +143,7 @@ class Passes:
         if shape.attended:
             work.move(shape.row_scores * (4 + 4 * b), MASK_KERNELS * buckets_of(shape))
         self._each(work, shape, adapters, lambda layer: layer.forward())
-        self._each(work, shape, adapters, lambda layer: layer.norm(hidden), only=1)
+        self._each(work, shape, adapters, lambda layer: layer.norm(), only=1)
         return work
 
     def _head(self, work: Work, shape: PackedShape, language: bool, gradient: bool) -> None:

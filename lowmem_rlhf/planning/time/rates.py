@@ -12,40 +12,12 @@ own decoding on an H100 30. In a graph a kernel of 2.9 microseconds took 3.4 (de
 and no kernel takes less than one or two.
 """
 
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Literal
 
 from lowmem_rlhf.hardware.speed import Speed
 
 Case = Literal["expected", "best", "worst"]
-
-
-@dataclass(frozen=True)
-class Kernel:
-    """What a kernel does.
-
-    Attributes:
-        flops: of its products.
-        width: bytes of a number that it multiplies: 2 (tensor cores), or 4.
-        bytes: that it reads and writes.
-        attention: it is SDPA's, whose products reach less (`Rates.attention`).
-        starts: kernels that it stands for.
-    """
-
-    flops: int = 0
-    width: int = 4
-    bytes: int = 0
-    attention: bool = False
-    starts: int = 1
-
-    def moving(self, count: int) -> "Kernel":
-        """Return the same kernel with more bytes."""
-        return replace(self, bytes=self.bytes + count)
-
-    def less_started(self) -> "Kernel":
-        """Return the same kernel, whose start is counted elsewhere."""
-        return replace(self, starts=0)
 
 
 @dataclass(frozen=True)
@@ -69,14 +41,6 @@ class Rates:
     start: float
     replayed: float
     bus: float
-
-    def seconds(self, kernels: Mapping[Kernel, float]) -> float:
-        """Return how long so many of each kernel take one after another."""
-        return sum(
-            count
-            * (self.worked(kernel.flops, kernel.width, kernel.bytes, kernel.attention) + kernel.starts * self.start)
-            for kernel, count in kernels.items()
-        )
 
     def worked(self, flops: float, width: int, count: float, attention: bool = False) -> float:
         """Return the seconds of a kernel without its start, by its FLOPs and the bytes that it moves."""
