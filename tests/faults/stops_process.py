@@ -28,7 +28,7 @@ import torch
 from safetensors.torch import load_file
 from tiny_runs import tiny_recipe
 
-from lowmem_rlhf import cli
+from lowmem_rlhf import cli, stopping
 from lowmem_rlhf.recipe.schema import Recipe
 from lowmem_rlhf.rewards import time_limit
 from lowmem_rlhf.run.directory import RunDirectory
@@ -188,13 +188,14 @@ def signalled(folder: Path, log: str, code: int, number: int) -> dict[str, Any]:
 
 
 def second_signal(recipe: Path, folder: Path) -> int:
-    """Stop a run whose saving takes long, twice."""
+    """Stop a run whose last saving takes long, twice."""
     begun = OUTPUT / "saving"
 
     def slow_save() -> None:
         def save(*args: object) -> None:
-            begun.touch()
-            time.sleep(60)
+            if stopping._received is not None:  # not that of every step: nothing is kept then
+                begun.touch()
+                time.sleep(60)
 
         loop.save_checkpoint = save
 
