@@ -356,6 +356,7 @@ def chat(
     seed: Annotated[int, typer.Option(min=0, help="Of what is drawn at a temperature above 0.")] = 0,
     device: Annotated[str | None, typer.Option(help="auto, cpu, cuda, ...; default: the recipe's.")] = None,
     step: Annotated[int | None, typer.Option(help="Take this checkpoint and not the finished adapter.")] = None,
+    task: Annotated[str | None, typer.Option(help="Of a run with several: how prompts are written.")] = None,
     trust_run: Trust = False,
     as_json: Json = False,
 ) -> None:
@@ -371,7 +372,7 @@ def chat(
         raise UserError("--json prints one answer; give its prompt with --prompt TEXT")
     if prompt is not None and not prompt.strip():
         raise UserError("--prompt: the prompt is empty; give a text to answer")
-    options = ChatOptions(compare, max_tokens, temperature, seed)
+    options = ChatOptions(compare, max_tokens, temperature, seed, task)
     hush()
     with conversation(OpenRun(open_run(run, trust_run), step), device, options) as talk:
         if prompt is None:

@@ -126,6 +126,7 @@ class Run:
         max_tokens: int | None = None,
         temperature: float | None = None,
         seed: int = 0,
+        task: str | None = None,
     ) -> Any:
         """Return completions of the trained policy, written as training writes its prompts.
 
@@ -136,6 +137,7 @@ class Run:
             max_tokens: of a completion; None: as many as in training.
             temperature: None: 0 (the likeliest tokens) for one completion, as in training for several.
             seed: the same seed gives the same completions.
+            task: of several, the one whose prompts are written; None: the first.
 
         Returns:
             A list of ``n`` texts; of several prompts a list of such lists; with ``compare`` a dict of either by role,
@@ -153,7 +155,7 @@ class Run:
 
             base, recipe = self._opened(compare)
             dequantize = self._directory.plan()["settings"].get("rollout_weights") == "dequantized"
-            answers = answer_prompts(base, recipe, prompts, n, compare, max_tokens, temperature, seed, dequantize)
+            answers = answer_prompts(base, recipe, prompts, n, compare, max_tokens, temperature, seed, dequantize, task)
         by_role: dict[str, Any] = {
             role: lists[0] if isinstance(prompt, str) else lists for role, lists in answers.items()
         }

@@ -1,18 +1,20 @@
 """The examples that a recipe's algorithm learns from, of its rows. No torch here."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 from lowmem_rlhf.architecture.vocabulary import check_ids
 from lowmem_rlhf.data.bad_rows import RowReport
 from lowmem_rlhf.data.labelled import check_both_kinds, read_answers
 from lowmem_rlhf.data.prompts import Example, build_examples
+from lowmem_rlhf.data.sources import SplitRows
 from lowmem_rlhf.data.supervised import Rows, build_pairs, build_supervised, labelled_texts
 from lowmem_rlhf.engine.tokenizer import Tokens
 from lowmem_rlhf.errors import UserError
 from lowmem_rlhf.progress import ProgressCallback
 from lowmem_rlhf.recipe.schema import Recipe
+from lowmem_rlhf.recipe.tasks import of_task
 
 _IDS = ("prompt_ids", "completion_ids", "chosen_ids", "rejected_ids")
 
@@ -29,6 +31,30 @@ class TrainingData:
     train: Sequence[Any]
     held_out: Sequence[Any] = ()
     prompts: Sequence[Example] = ()
+
+
+def read_tasks(
+    recipe: Recipe, rows: Mapping[str, SplitRows], tokens: Tokens, progress: ProgressCallback | None = None
+) -> TrainingData:
+    """Return what a recipe learns from and measures on, of all of its tasks; each example has the name of its own.
+
+    Args:
+        rows: by task.
+        progress: see `read_data`.
+
+    Raises:
+        UserError: see `read_data`; the name of the task stands before the message where there are several.
+    """
+    parts: list[TrainingData] = []
+    for task, own in recipe.by_task.items():
+        with of_task(task):
+            data = read_data(own, rows[task].train, rows[task].held_out, tokens, progress)
+        if not task:
+            return data
+        named = ([replace(one, task=task) for one in part] for part in (data.train, data.held_out, data.prompts))
+        parts.append(TrainingData(*named))
+    joined = ([one for part in parts for one in getattr(part, name)] for name in ("train", "held_out", "prompts"))
+    return TrainingData(*joined)
 
 
 def read_data(

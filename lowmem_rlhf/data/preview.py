@@ -89,9 +89,17 @@ def with_format(recipe: Recipe, split: Split = "train") -> tuple[Recipe, str]:
     Raises:
         UserError: the data cannot be read.
     """
-    if is_generated(split_source(recipe.data, split)):  # with the columns that recipes have by default
-        return recipe, ""
-    return detect_format(recipe, *peek(recipe.data, split))
+    lines: list[str] = []
+
+    def with_columns(task: str, own: Recipe) -> Recipe:
+        if is_generated(split_source(own.data, split)):  # with the columns that recipes have by default
+            return own
+        own, line = detect_format(own, *peek(own.data, split))
+        if line:
+            lines.append(f"{task}: {line}" if task else line)
+        return own
+
+    return recipe.with_each(with_columns), "; ".join(lines)
 
 
 def preview_split(

@@ -27,12 +27,13 @@ _NO_HEADER = (
 
 @dataclass(frozen=True)
 class Example:
-    """One prompt: what rewards see, what the model reads, and the columns that rewards are given."""
+    """One prompt: what rewards see, what the model reads, the columns that rewards are given, and its task's name."""
 
     prompt: str | list[Message]  # chat messages for a chat prompt, otherwise the plain text
     prompt_ids: list[int]
     columns: dict[str, Any]  # the row's other columns, with the reference under `answer` too
     text: str = ""  # the prompt as the model reads it, special tokens written out
+    task: str = ""
 
 
 def build_examples(

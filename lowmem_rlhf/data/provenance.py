@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lowmem_rlhf.architecture.fingerprint import fingerprint, weights_fingerprint
+from lowmem_rlhf.data.sources import SplitRows
 from lowmem_rlhf.data.values import JsonFloat, JsonInt
 from lowmem_rlhf.errors import UserError
 from lowmem_rlhf.recipe.data_sources import is_file, is_generated
@@ -81,14 +82,16 @@ def learned_inputs(recipe: Recipe) -> dict[str, Any]:
     inputs: dict[str, Any] = {}
     if recipe.adapter is not None:
         inputs["adapter"] = {"source": recipe.adapter, "weights": _adapter_weights(recipe.adapter)}
-    for reward in recipe.rewards:
-        if reward.function == REWARD_ADAPTER:
-            source = reward.options["adapter"]
-            inputs[f"rewards.{reward.name}"] = {"source": source, "weights": _adapter_weights(source)}
-        elif reward.function in LEARNED_REWARDS:
-            source = reward.options["model"]
-            its = fingerprint(source, reward.options.get("revision"))
-            inputs[f"rewards.{reward.name}"] = {"source": source, "weights": its.weights if its else None}
+    for task, own in recipe.by_task.items():
+        for reward in own.rewards:
+            key = f"tasks.{task}.rewards.{reward.name}" if task else f"rewards.{reward.name}"
+            if reward.function == REWARD_ADAPTER:
+                source = reward.options["adapter"]
+                inputs[key] = {"source": source, "weights": _adapter_weights(source)}
+            elif reward.function in LEARNED_REWARDS:
+                source = reward.options["model"]
+                its = fingerprint(source, reward.options.get("revision"))
+                inputs[key] = {"source": source, "weights": its.weights if its else None}
     return {key: value for key, value in inputs.items() if value["weights"]}
 
 
@@ -100,9 +103,16 @@ def _adapter_weights(reference: str) -> str | None:
     return hashlib.sha256(":".join(map(str, hashes)).encode()).hexdigest() if all(hashes) else None
 
 
-def run_inputs(recipe: Recipe, train: Rows, held_out: Rows) -> dict[str, Any]:
-    """Return all that inputs.json holds."""
-    data, base = data_inputs(recipe.data, train, held_out), base_inputs(recipe)
+def run_inputs(recipe: Recipe, rows: Mapping[str, SplitRows]) -> dict[str, Any]:
+    """Return all that inputs.json holds.
+
+    Args:
+        rows: by task.
+    """
+    by_task = {
+        task: data_inputs(own.data, rows[task].train, rows[task].held_out) for task, own in recipe.by_task.items()
+    }
+    data, base = {"tasks": by_task} if recipe.tasks else by_task[""], base_inputs(recipe)
     return {"data": data, "base": base, **({"learned": learned} if (learned := learned_inputs(recipe)) else {})}
 
 
@@ -122,16 +132,29 @@ def _count(number: Any) -> str:
     return f"{number:,}" if isinstance(number, int) else "?"
 
 
-def check_resumed_data(run: "RunDirectory", recipe: Recipe, train: Rows, held_out: Rows) -> None:
+def recorded_rows(run: "RunDirectory", task: str = "") -> dict[str, Any]:
+    """Return what inputs.json says of the rows of a task, by split; nothing where it does not."""
+    recorded = run.inputs().get("data") or {}
+    return (recorded.get("tasks") or {}).get(task) or {} if task else recorded
+
+
+def check_resumed_data(run: "RunDirectory", recipe: Recipe, rows: Mapping[str, SplitRows]) -> None:
     """Check that a run goes on with the rows that it began with.
+
+    Args:
+        rows: by task.
 
     Raises:
         UserError: they are others.
     """
-    recorded = run.inputs().get("data") or {}
-    for split, rows in (("train", train), ("eval", held_out)):
+    for task, own in recipe.by_task.items():
+        _check_same_rows(recorded_rows(run, task), own.data, rows[task])
+
+
+def _check_same_rows(recorded: Mapping[str, Any], data: DataConfig, own: SplitRows) -> None:
+    for split, rows in (("train", own.train), ("eval", own.held_out)):
         if difference := rows_differ(recorded.get(split), rows):
-            source = recipe.data.eval or recipe.data.train if split == "eval" else recipe.data.train
+            source = data.eval or data.train if split == "eval" else data.train
             which = "rows" if split == "train" else "held-out rows"
             was, now = recorded[split].get("revision"), _revision(source).get("revision")
             moved = f"; its commit was {was[:SHOWN]}, is now {now[:SHOWN]}" if was and now and now != was else ""

@@ -3,6 +3,7 @@
 import json
 import random
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from itertools import takewhile
 from typing import Any
 
@@ -16,6 +17,7 @@ from lowmem_rlhf.errors import UserError
 from lowmem_rlhf.paths import local_path, obstacle
 from lowmem_rlhf.recipe.data_sources import ARITHMETIC, FORMATS, REASONING_GYM, ending, is_file, is_folder, is_generated
 from lowmem_rlhf.recipe.python_objects import is_python, python_object
+from lowmem_rlhf.recipe.schema import Recipe
 from lowmem_rlhf.recipe.sections import DataConfig
 from lowmem_rlhf.suggest import did_you_mean
 
@@ -36,6 +38,27 @@ def load_rows(data: DataConfig, split: Split, seed: int = 0) -> list[Row]:
     if split == "eval" and data.eval_size == 0:
         return []
     return _eval_rows(data, seed) if split == "eval" else _train_rows(data, seed)
+
+
+@dataclass(frozen=True)
+class SplitRows:
+    """The rows of one task: those to train on, and those that are held out."""
+
+    train: Sequence[Row]
+    held_out: Sequence[Row]
+
+
+def load_tasks(recipe: Recipe) -> dict[str, SplitRows]:
+    """Return the rows of each task of a recipe (see `Recipe.by_task`).
+
+    Raises:
+        UserError: as of `load_rows`.
+    """
+    seed = recipe.training.seed
+    return {
+        task: SplitRows(load_rows(own.data, "train", seed), load_rows(own.data, "eval", seed))
+        for task, own in recipe.by_task.items()
+    }
 
 
 def peek(data: DataConfig, split: Split = "train", rows: int = 20) -> tuple[list[str], list[Row]]:

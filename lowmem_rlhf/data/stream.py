@@ -1,13 +1,26 @@
 """The order in which training sees its prompts, pairs or other examples. No torch here."""
 
 import random
+from array import array
 from collections.abc import Sequence
 from functools import lru_cache
-from typing import Generic, TypeVar
+from typing import Generic, Protocol, TypeVar
 
 from lowmem_rlhf.errors import UserError
+from lowmem_rlhf.recipe.schema import Recipe
+
+
+class OfTask(Protocol):
+    """An example that belongs to a task."""
+
+    @property
+    def task(self) -> str:
+        """The task's name; empty where there is one task only."""
+        ...
+
 
 Item = TypeVar("Item")
+Tasked = TypeVar("Tasked", bound=OfTask)
 
 
 class PromptStream(Generic[Item]):
@@ -39,3 +52,60 @@ class PromptStream(Generic[Item]):
         first = step * self.prompts_per_step
         places = (divmod(first + offset, len(self.examples)) for offset in range(self.prompts_per_step))
         return [self.examples[self._order(epoch)[index]] for epoch, index in places]
+
+
+class MixedStream(Generic[Item]):
+    """Several tasks' examples, mixed: each task's in the order of a `PromptStream`, each as often as its share says.
+
+    The next prompt is of the task that is furthest behind its share, so that after any number of prompts each task has
+    had its share of them to within one (for two tasks; a little more for many). It has no state, as a `PromptStream`.
+    """
+
+    def __init__(self, tasks: Sequence[Sequence[Item]], shares: Sequence[float], prompts_per_step: int, seed: int):
+        """Keep the examples.
+
+        Args:
+            tasks: the examples of each.
+            shares: of the tasks in the prompts; they add up to 1.
+            prompts_per_step: prompts of a step, of all tasks.
+            seed: chooses the order.
+
+        Raises:
+            UserError: a task has no examples.
+        """
+        self.streams = [PromptStream(examples, 1, seed) for examples in tasks]
+        self.shares, self.prompts_per_step = shares, prompts_per_step
+        self._turns = array("H")  # the task of each prompt so far
+        self._places = array("Q")  # and its number among that task's
+        self._counts = [0] * len(shares)
+
+    def batch(self, step: int) -> list[Item]:
+        """Return the ``prompts_per_step`` examples of a step, counted from 0."""
+        first = step * self.prompts_per_step
+        self._continue(first + self.prompts_per_step)
+        return [
+            self.streams[self._turns[place]].batch(self._places[place])[0]
+            for place in range(first, first + self.prompts_per_step)
+        ]
+
+    def _continue(self, until: int) -> None:
+        for number in range(len(self._turns), until):
+            behind = [share * (number + 1) - had for share, had in zip(self.shares, self._counts, strict=True)]
+            task = behind.index(max(behind))
+            self._turns.append(task)
+            self._places.append(self._counts[task])
+            self._counts[task] += 1
+
+
+def stream_of(examples: Sequence[Tasked], recipe: Recipe) -> "PromptStream[Tasked] | MixedStream[Tasked]":
+    """Return the order in which a recipe's training sees its examples.
+
+    Raises:
+        UserError: there are none, of all or of a task.
+    """
+    count, seed = recipe.training.prompts_per_step, recipe.training.seed
+    if not recipe.tasks:
+        return PromptStream(examples, count, seed)
+    tasks = [[one for one in examples if one.task == task.name] for task in recipe.tasks]
+    shares = recipe.mixing.shares([task.weight for task in recipe.tasks], [len(own) for own in tasks])
+    return MixedStream(tasks, shares, count, seed)

@@ -27,11 +27,13 @@ class Supervised:
 
     Attributes:
         learned: which tokens of the completion are learned; None: all of them.
+        task: the name of the task that it is of.
     """
 
     prompt_ids: list[int]
     completion_ids: list[int]
     learned: tuple[bool, ...] | None = None
+    task: str = ""
 
     @property
     def learned_tokens(self) -> int:

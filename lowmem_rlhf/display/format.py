@@ -60,8 +60,20 @@ def format_ratio(before: Any, after: Any) -> str:
 
 
 def evaluation_rows(evaluation: dict[str, Any]) -> list[tuple[str, Any, Any]]:
-    """Return ``(name, before, after)`` of every numeric result but the count of problems; accuracy comes first."""
+    """Return ``(name, before, after)`` of every numeric result but the count of problems; accuracy comes first.
+
+    Those of each task are behind ``TASK: ``.
+    """
     before, after = evaluation.get("before") or {}, evaluation.get("after") or {}
+    rows = _rows(before, after)
+    tasks = [one.get("tasks") or {} for one in (before, after)]
+    for task in dict.fromkeys([*tasks[0], *tasks[1]]):
+        own = _rows(*(one.get(task) or {} for one in tasks))
+        rows += [(f"{task}: {name}", *values) for name, *values in own]
+    return rows
+
+
+def _rows(before: dict[str, Any], after: dict[str, Any]) -> list[tuple[str, Any, Any]]:
     numeric = {n for one in (before, after) for n in one if number(one[n]) is not None}
     names = [n for n in dict.fromkeys([*before, *after]) if n in numeric]
     names = [n for n in names if n not in ("problems", "samples", "temperature")]

@@ -13,12 +13,20 @@ WIDTH = 120  # columns of a table that goes to a file or another program
 
 
 def outcome_rows(outcome: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
-    """Return the head and the rows of an outcome's table: each quantity with its interval by target."""
+    """Return the head and the rows of an outcome's table: each quantity with its interval by target, then by task."""
     results, difference = outcome.get("results") or {}, outcome.get("difference") or {}
-    names = list(dict.fromkeys(name for one in results.values() for name in one))
     head = ["held-out", *results, *(["difference"] if difference else [])]
+    rows = _rows(results, difference)
+    tasks = outcome.get("tasks")  # of lm-eval: their names
+    for task, own in tasks.items() if isinstance(tasks, dict) else ():
+        rows += [[f"{task}: {name}", *cells] for name, *cells in _rows(own.get("results") or {}, own.get("difference"))]
+    return head, rows
+
+
+def _rows(results: dict[str, Any], difference: dict[str, Any] | None) -> list[list[str]]:
+    names = dict.fromkeys(name for one in results.values() for name in one)
     columns = [*results.values(), *([difference] if difference else [])]
-    return head, [[name, *(_cell(column.get(name)) for column in columns)] for name in names]
+    return [[name, *(_cell(column.get(name)) for column in columns)] for name in names]
 
 
 def about(outcome: dict[str, Any]) -> str:

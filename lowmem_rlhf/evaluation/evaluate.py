@@ -4,7 +4,7 @@ import datetime
 import gc
 import importlib.util
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -12,7 +12,7 @@ from lowmem_rlhf import __version__
 from lowmem_rlhf.engine.roles import REFERENCE
 from lowmem_rlhf.errors import UserError
 from lowmem_rlhf.evaluation.intervals import METHOD, Estimate, differences, estimates
-from lowmem_rlhf.evaluation.measure import Measured, measure_target
+from lowmem_rlhf.evaluation.measure import Measured, measure_target, of_all_tasks
 from lowmem_rlhf.evaluation.target import EvalTarget, open_model_target, open_run_target
 from lowmem_rlhf.inference.open_run import OpenRun
 from lowmem_rlhf.recipe.schema import Recipe
@@ -58,9 +58,10 @@ def evaluate_models(models: Sequence[str], recipe: Recipe, overrides: list[str],
     """
     if not recipe.rewards and recipe.spec.rows != "completions":
         raise UserError(f"--recipe {recipe.name}: it has no rewards to judge a model's answers with")
-    measured: list[Measured] = []
+    measured: dict[str, list[Measured]] = {}
     for name, model in zip(_names(models), models, strict=True):
-        measured = _joined(measured, _measured(name, model, recipe, overrides, device))
+        new = _measured(name, model, recipe, overrides, device)
+        measured = {task: _joined(measured.get(task, []), own) for task, own in new.items()}
         gc.collect()
     return outcome(recipe, measured)
 
@@ -102,7 +103,9 @@ def _task_outcome(target: EvalTarget, tasks: Sequence[str], limit: int | None, c
     return {**_about(target.recipe, target.steps), **how, **results, "method": METHOD}
 
 
-def _measured(name: str, model: str, recipe: Recipe, overrides: list[str], device: str | None) -> list[Measured]:
+def _measured(
+    name: str, model: str, recipe: Recipe, overrides: list[str], device: str | None
+) -> dict[str, list[Measured]]:
     """Measure one model; its memory is free again when this returns."""
     target = open_model_target(model, recipe, overrides, device)
     return measure_target(replace(target, roles={name: REFERENCE}))
@@ -127,8 +130,32 @@ def _names(models: Sequence[str]) -> list[str]:
     return short if len(set(short)) == len(short) else list(models)
 
 
-def outcome(recipe: Recipe, measured: Sequence[Measured], steps: int | None = None) -> dict[str, Any]:
-    """Return an estimate of every quantity, and by how much the second of two targets exceeds the first."""
+def outcome(recipe: Recipe, measured: Mapping[str, list[Measured]], steps: int | None = None) -> dict[str, Any]:
+    """Return an estimate of every quantity, and by how much the second of two targets exceeds the first.
+
+    Args:
+        recipe: of the run or the evaluation.
+        measured: by task; several are told together and, under ``tasks``, each alone.
+        steps: that the policy was trained for.
+    """
+    temperature = recipe.evaluation.temperature
+    answers = {
+        "samples": recipe.evaluation.num_samples,
+        "temperature": recipe.generation.temperature if temperature is None else temperature,
+        "max_completion_length": recipe.generation.max_completion_length,
+    }
+    sources = {task: own.data.eval or own.data.train for task, own in recipe.by_task.items()}
+    return {
+        **_about(recipe, steps),
+        "data": ", ".join(f"{source} ({task})" if task else source for task, source in sources.items()),
+        **(answers if recipe.rewards else {}),
+        **_estimated(of_all_tasks(measured)),
+        **({"tasks": {task: _estimated(own) for task, own in measured.items()}} if recipe.tasks else {}),
+        "method": METHOD,
+    }
+
+
+def _estimated(measured: Sequence[Measured]) -> dict[str, Any]:
     results: dict[str, Any] = {}
     difference: dict[str, Any] = {}
     for part in measured:
@@ -138,20 +165,10 @@ def outcome(recipe: Recipe, measured: Sequence[Measured], steps: int | None = No
         if len(part.columns) == 2:
             first, second = part.columns.values()
             difference |= {key: one.to_dict() for key, one in differences(first, second).items()}
-    temperature = recipe.evaluation.temperature
-    answers = {
-        "samples": recipe.evaluation.num_samples,
-        "temperature": recipe.generation.temperature if temperature is None else temperature,
-        "max_completion_length": recipe.generation.max_completion_length,
-    }
     return {
-        **_about(recipe, steps),
-        "data": recipe.data.eval or recipe.data.train,
-        **(answers if recipe.rewards else {}),
         "counts": {part.noun: part.problems for part in measured},
         "results": results,
         **({"difference": difference} if difference else {}),
-        "method": METHOD,
     }
 
 

@@ -14,6 +14,7 @@ What is left out: a correction for reading several quantities at once.
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import NormalDist
 from typing import Any
@@ -51,6 +52,19 @@ class Column:
     def means(self) -> Floats:
         """(P,) a problem's mean, NaN where it has no value."""
         return np.divide(self.sums, self.counts, out=np.full_like(self.sums, np.nan), where=self.counts > 0)
+
+
+def joined_columns(columns: Sequence[Column | None], problems: Sequence[int]) -> Column:
+    """Return one quantity on the problems of all columns; None: the quantity has no value for so many problems."""
+    known = [column for column in columns if column is not None]
+    filled = [column or Column(np.zeros(n), np.zeros(n)) for column, n in zip(columns, problems, strict=True)]
+    trials = sum(column.trials or int(column.counts.sum()) for column in known)
+    return Column(
+        np.concatenate([column.sums for column in filled]),
+        np.concatenate([column.counts for column in filled]),
+        all(column.share for column in known),
+        trials if any(column.trials for column in known) else 0,
+    )
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
 """Measuring the roles of a target on its held-out problems: all roles get the same prompts and random numbers."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -15,11 +15,12 @@ from lowmem_rlhf.engine.ladder import RolloutLimits
 from lowmem_rlhf.engine.passes import BatchLimits, completion_logprobs, head_outputs
 from lowmem_rlhf.engine.roles import POLICY
 from lowmem_rlhf.errors import UserError
-from lowmem_rlhf.evaluation.intervals import Column
+from lowmem_rlhf.evaluation.intervals import Column, joined_columns
 from lowmem_rlhf.evaluation.quantities import of_completions, of_losses, of_pairs
 from lowmem_rlhf.evaluation.target import EvalTarget
 from lowmem_rlhf.inference.opening import memory_explained
 from lowmem_rlhf.progress import ProgressCallback, message, reported_as
+from lowmem_rlhf.recipe.tasks import of_task
 from lowmem_rlhf.rollout.rollout import Completion, Rollout
 from lowmem_rlhf.training.evaluate import TrainerState, sample
 
@@ -42,21 +43,48 @@ class Measured:
     columns: dict[str, Columns]
 
 
-def measure_target(target: EvalTarget) -> list[Measured]:
-    """Return the results of a target: held-out loss (sft), pairs ranked correctly, judged answers.
+def measure_target(target: EvalTarget) -> dict[str, list[Measured]]:
+    """Return the results of a target by task: held-out loss (sft), pairs ranked correctly, judged answers.
 
     Raises:
         UserError: the held-out rows do not suit.
         RunError: a reward failed, or the device's memory ran out.
     """
-    with memory_explained(target.recipe):
-        spec = target.recipe.spec
-        if spec.output == "scores":
-            return [_pairs(target)]
-        measured = [_losses(target)] if spec.rows == "completions" else []
-        if spec.rows in ("pairs", "answers"):
-            measured = [_preferred(target)]
-        return measured + ([_answers(target)] if target.rewards else [])
+    measured = {}
+    for task, own in target.by_task().items():
+        with memory_explained(target.recipe), of_task(task):
+            measured[task] = _measured(own)
+    return measured
+
+
+def of_all_tasks(measured: Mapping[str, list[Measured]]) -> list[Measured]:
+    """Return the results over the problems of all tasks together."""
+    kinds: dict[str, Measured] = {}
+    for one in (one for own in measured.values() for one in own):
+        kinds[one.noun] = one if (other := kinds.get(one.noun)) is None else _both(other, one)
+    return list(kinds.values())
+
+
+def _both(first: Measured, second: Measured) -> Measured:
+    """Return one result of both; a quantity that only one of them has does not apply to the other's problems."""
+    columns: dict[str, Columns] = {}
+    for target, one in first.columns.items():
+        other = second.columns[target]
+        columns[target] = {
+            name: joined_columns([one.get(name), other.get(name)], [first.problems, second.problems])
+            for name in dict.fromkeys([*one, *other])
+        }
+    return Measured(first.noun, first.problems + second.problems, columns)
+
+
+def _measured(target: EvalTarget) -> list[Measured]:
+    spec = target.recipe.spec
+    if spec.output == "scores":
+        return [_pairs(target)]
+    measured = [_losses(target)] if spec.rows == "completions" else []
+    if spec.rows in ("pairs", "answers"):
+        measured = [_preferred(target)]
+    return measured + ([_answers(target)] if target.rewards else [])
 
 
 def _report(target: EvalTarget) -> RowReport:
@@ -65,7 +93,7 @@ def _report(target: EvalTarget) -> RowReport:
 
 def _answers(target: EvalTarget) -> Measured:
     base, recipe = target.base, target.recipe
-    examples = build_examples(target.rows, recipe.data, base.tokenizer, base.stop_ids, _report(target))
+    examples = build_examples(target.rows[""], recipe.data, base.tokenizer, base.stop_ids, _report(target))
     _check_positions(target, max(len(one.prompt_ids) for one in examples))
     state = TrainerState(target.steps or 0, recipe.training.max_steps)
     columns: dict[str, Columns] = {}
@@ -93,7 +121,7 @@ def _check_positions(target: EvalTarget, longest: int) -> None:
 def _losses(target: EvalTarget) -> Measured:
     base, recipe = target.base, target.recipe
     report = _report(target)
-    examples: list[Supervised] = examples_of(recipe, target.rows, base.tokens, report)
+    examples: list[Supervised] = examples_of(recipe, target.rows[""], base.tokens, report)
     columns = {name: _loss(target, role, examples, name) for name, role in target.roles.items()}
     return Measured("example", len(examples), columns)
 
@@ -117,7 +145,7 @@ def _loss(target: EvalTarget, role: str, examples: list[Supervised], name: str) 
 
 def _pairs(target: EvalTarget) -> Measured:
     base, recipe = target.base, target.recipe
-    pairs: list[Pair] = examples_of(recipe, target.rows, base.tokens, _report(target))
+    pairs: list[Pair] = examples_of(recipe, target.rows[""], base.tokens, _report(target))
 
     def work(limits: BatchLimits, shown: ProgressCallback) -> dict[int, torch.Tensor]:
         return head_outputs(base, POLICY, pair_groups(pairs), limits, shown)
@@ -132,7 +160,7 @@ def _preferred(target: EvalTarget) -> Measured:
     from lowmem_rlhf.algorithms.trl.data import pairs_among
 
     base, recipe = target.base, target.recipe
-    pairs = pairs_among(examples_of(recipe, target.rows, base.tokens, _report(target)))
+    pairs = pairs_among(examples_of(recipe, target.rows[""], base.tokens, _report(target)))
     if not pairs:
         raise UserError(f"the held-out data of {recipe.name!r} has no pair of a good and a bad answer to measure")
     answers = [Completion(ids, [], False) for pair in pairs for ids in (pair.chosen_ids, pair.rejected_ids)]

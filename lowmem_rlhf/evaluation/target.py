@@ -5,7 +5,7 @@ to 4 bits, or rounding it to bfloat16, would lose what training changed.
 """
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -13,7 +13,9 @@ import torch
 
 from lowmem_rlhf.architecture.source import resolve_model
 from lowmem_rlhf.data.preview import with_format
-from lowmem_rlhf.data.provenance import other_learned
+from lowmem_rlhf.data.provenance import other_learned, recorded_rows
+from lowmem_rlhf.data.sources import SplitRows
+from lowmem_rlhf.data.values import Row
 from lowmem_rlhf.engine.base import SharedBase
 from lowmem_rlhf.engine.ladder import Ladder
 from lowmem_rlhf.engine.load import quiet
@@ -32,8 +34,9 @@ from lowmem_rlhf.recipe.field_roles import fields_with
 from lowmem_rlhf.recipe.loading import load_recipe
 from lowmem_rlhf.recipe.schema import Recipe
 from lowmem_rlhf.recipe.sections import HardwareConfig, LoraSettings
-from lowmem_rlhf.rewards.loading import Reward, check_reward_columns, load_rewards
-from lowmem_rlhf.rewards.references import check_references
+from lowmem_rlhf.recipe.tasks import of_task
+from lowmem_rlhf.rewards.loading import Reward, load_rewards, rewards_by_task
+from lowmem_rlhf.rewards.references import check_rows
 from lowmem_rlhf.rollout.engine import Engine, engine_for
 from lowmem_rlhf.run.directory import RECIPE
 from lowmem_rlhf.run.start import located, paths_explained
@@ -42,7 +45,7 @@ from lowmem_rlhf.training.roles import bind_rewards, share_ladder
 
 logger = logging.getLogger(__name__)
 
-Rows = Sequence[dict[str, Any]]
+Rows = Sequence[Row]
 
 
 @dataclass(frozen=True)
@@ -51,7 +54,7 @@ class EvalTarget:
 
     Attributes:
         roles: role on the base by the name that results have.
-        rows: held-out rows of the data.
+        rows: held-out rows of the data, by task (see `Recipe.by_task`).
         ladder: how passes and rollouts are cut.
         engine: what samples answers.
         steps: that the policy was trained for; None: a model.
@@ -60,11 +63,19 @@ class EvalTarget:
     base: SharedBase
     recipe: Recipe
     rewards: Sequence[Reward]
-    rows: Rows
+    rows: Mapping[str, Rows]
     roles: dict[str, str]
     ladder: Ladder
     engine: Engine
     steps: int | None = None
+
+    def by_task(self) -> "dict[str, EvalTarget]":
+        """Return the same base and roles for each task alone."""
+        rewards, rows = rewards_by_task(self.recipe, self.rewards), self.rows
+        return {
+            task: replace(self, recipe=own, rewards=rewards[task], rows={"": rows[task]} if task in rows else {})
+            for task, own in self.recipe.by_task.items()
+        }
 
 
 def open_run_target(
@@ -109,8 +120,11 @@ def _open_run(opened: OpenRun, recipe: Recipe, overrides: list[str], device: str
     opened.check_base()
     _check_learned(opened, recipe)
     names_data = any(override.partition("=")[0].strip() == "data.eval" for override in overrides)
-    fingerprint = (run.inputs().get("data") or {}).get("eval")
-    rows = held_out_rows(opened.recipe, recipe, fingerprint, names_data) if judged else []
+    rows: dict[str, Rows] = {}
+    for task, own in recipe.by_task.items() if judged else ():
+        with of_task(task):
+            recorded = recorded_rows(run, task).get("eval")
+            rows[task] = held_out_rows(opened.recipe.by_task[task], own, recorded, names_data)
     hardware = detect(device or recipe.hardware.device)
     rewards = _rewards(recipe, rows, hardware, _spare_bytes(opened.plan, hardware)) if judged else []
     base = open_trained(opened, device)
@@ -166,7 +180,7 @@ def open_model_target(
     plan = running_plan(recipe)
     settings = plan.settings
     check_device(detected, settings.compute_dtype)
-    rows = held_out_rows(None, recipe) if judged else []
+    rows = {task: held_out_rows(None, own) for task, own in recipe.by_task.items()} if judged else {}
     rewards = _rewards(recipe, rows, detected, _spare_bytes(plan, detected)) if judged else []
     precision = f"{settings.quantization.replace('none', 'unquantized')}, {settings.compute_dtype}"
     # the reference needs no adapter, so the one that every base has is as small as can be
@@ -180,7 +194,7 @@ def _target(
     base: SharedBase,
     recipe: Recipe,
     rewards: Sequence[Reward],
-    rows: Rows,
+    rows: Mapping[str, Rows],
     roles: dict[str, str],
     settings: Settings,
     steps: int | None,
@@ -206,11 +220,9 @@ def _check_learned(opened: OpenRun, recipe: Recipe) -> None:
         logger.warning(difference)
 
 
-def _rewards(recipe: Recipe, rows: Rows, device: Device, free_bytes: int) -> list[Reward]:
+def _rewards(recipe: Recipe, rows: Mapping[str, Rows], device: Device, free_bytes: int) -> list[Reward]:
     rewards = load_rewards(recipe.rewards, device.torch_device, max(0, free_bytes), recipe.model, recipe.revision)
-    answer = ["answer"] if recipe.data.answer is not None else []
-    check_reward_columns(rewards, {name for row in rows for name in [*row, *answer]})
-    for note in check_references(rewards, rows, recipe.data, "held-out reference answers"):
+    for note in check_rows(rewards, recipe, {task: SplitRows([], held_out) for task, held_out in rows.items()}):
         message(note)
     return rewards
 

@@ -23,6 +23,7 @@ def answer_prompts(
     temperature: float | None,
     seed: int,
     dequantize: bool = False,
+    task: str | None = None,
 ) -> dict[str, list[list[str]]]:
     """Return by role the completions of each prompt, as texts.
 
@@ -35,6 +36,7 @@ def answer_prompts(
         temperature: None: 0 for one completion, as in training for several.
         seed: of all draws.
         dequantize: NF4 weights are unpacked while sampling.
+        task: of several, the one whose prompts are written; None: the first.
 
     Raises:
         UserError: there is no prompt, one is empty or too long, or ``n`` is less than 1.
@@ -59,6 +61,7 @@ def answer_prompts(
     if temperature is not None and not (isinstance(temperature, int | float) and 0 <= temperature < math.inf):
         raise UserError(f"generate: got temperature={temperature!r}; it is at least 0 (the likeliest tokens)")
     check_temperature(temperature or 0.0)
+    recipe = recipe.of_task(task)
     generation = recipe.generation
     writer = Prompts(recipe.data, base.tokenizer, base.stop_ids)
     ids = [writer.ids(writer.turn(one), []) for one in prompts]

@@ -28,9 +28,11 @@ def conversation(opened: OpenRun, device: str | None, options: ChatOptions) -> I
     """Open a run's policy (see `open_policy`) and yield a conversation with it.
 
     Raises:
-        UserError: as `open_policy`; or the adapter that training began with is gone, and answers should be compared.
+        UserError: as `open_policy`; there is no such task; or the adapter that training began with is gone, and answers
+            should be compared.
         RunError: the device's memory ran out.
     """
+    opened.recipe.of_task(options.task)  # before weights are loaded
     base, recipe = open_policy(opened, device), opened.recipe
     if options.compare:
         with paths_explained(opened.directory.path, opened.written):
@@ -38,7 +40,7 @@ def conversation(opened: OpenRun, device: str | None, options: ChatOptions) -> I
             add_initial_adapter(base, recipe)
     dequantize = opened.plan.settings.rollout_weights == "dequantized"
     with memory_explained(recipe), base.decoding(dequantize):
-        yield Talk(base, recipe, options)
+        yield Talk(base, recipe.of_task(options.task), options)
 
 
 def open_policy(opened: OpenRun, device: str | None = None) -> "SharedBase":

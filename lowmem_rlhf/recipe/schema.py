@@ -1,8 +1,16 @@
 """The schema of a whole recipe, and how its sections go together. Loads without torch."""
 
+from collections.abc import Callable
 from typing import Annotated, Any
 
-from pydantic import AfterValidator, BeforeValidator, Field, model_validator
+from pydantic import (
+    AfterValidator,
+    BeforeValidator,
+    Field,
+    SerializerFunctionWrapHandler,
+    model_serializer,
+    model_validator,
+)
 from pydantic.fields import FieldInfo
 
 from lowmem_rlhf.algorithms.classifier.settings import ClassifierSettings
@@ -25,9 +33,9 @@ from lowmem_rlhf.recipe.sections import (
     NameOrNull,
     PathName,
     PathOrNull,
-    RewardConfig,
     TrainingConfig,
 )
+from lowmem_rlhf.recipe.tasks import MixingConfig, RewardList, TaskConfig, data_of_all, rewards_of_all, spread
 from lowmem_rlhf.recipe.yaml_tree import write_yaml
 from lowmem_rlhf.suggest import did_you_mean
 
@@ -47,12 +55,12 @@ class Recipe(Section):
     trust_remote_code: bool = False
     hardware: HardwareConfig = Field(default_factory=HardwareConfig)
     lora: LoraSettings = Field(default_factory=LoraSettings)
-    data: DataConfig
+    data: DataConfig  # with tasks: see `tasks.data_of_all`
     generation: GenerationConfig = Field(default_factory=GenerationConfig)
-    rewards: Annotated[
-        list[Annotated[RewardConfig, BeforeValidator(lambda v: {"function": v} if isinstance(v, str) else v)]],
-        Field(default_factory=list),
-    ]  # an online algorithm needs at least one; for sft they judge held-out completions
+    # an online algorithm needs at least one; for sft they judge held-out completions; with tasks: those of all
+    rewards: RewardList = Field(default_factory=list)
+    tasks: list[TaskConfig] = Field(default_factory=list)
+    mixing: MixingConfig = Field(default_factory=MixingConfig)
     grpo: GRPOSettings = Field(default_factory=GRPOSettings)
     ppo: PPOSettings = Field(default_factory=PPOSettings)
     sft: SFTSettings = Field(default_factory=SFTSettings)
@@ -62,10 +70,26 @@ class Recipe(Section):
     training: TrainingConfig = Field(default_factory=TrainingConfig)
     evaluation: EvaluationConfig = Field(default_factory=EvaluationConfig)
 
+    @model_validator(mode="before")
+    @classmethod
+    def _spread(cls, values: Any) -> Any:
+        return spread(values) if isinstance(values, dict) else values
+
+    @model_serializer(mode="wrap")
+    def _written(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Leave out what follows from the tasks, or the tasks where there are none."""
+        values: dict[str, Any] = handler(self)
+        for key in ("data", "rewards") if self.tasks else ("tasks", "mixing"):
+            values.pop(key, None)
+        return values
+
     @model_validator(mode="after")
     def _consistent(self) -> "Recipe":
-        self._fill_data()
-        self._check_rewards()
+        if self.tasks:
+            self._check_tasks()
+        else:
+            self._fill_data()
+            self._check_rewards()
         if self.hardware.offload_checkpoints is True and self.hardware.gradient_checkpointing in (False, 0):
             raise ValueError(
                 "hardware.offload_checkpoints: got true, but with hardware.gradient_checkpointing=false there are no "
@@ -88,6 +112,77 @@ class Recipe(Section):
     def spec(self) -> AlgorithmSpec:
         """The facts of the recipe's algorithm."""
         return spec_of(self.algorithm)
+
+    @property
+    def by_task(self) -> "dict[str, Recipe]":
+        """The recipe of each task alone, by its name; without tasks the recipe itself, named by an empty text."""
+        return {task.name: self._alone(task) for task in self.tasks} if self.tasks else {"": self}
+
+    def of_task(self, name: str | None) -> "Recipe":
+        """Return the recipe of one task; None: of the first.
+
+        Raises:
+            UserError: there is no such task.
+        """
+        tasks = self.by_task
+        if name is None:
+            return next(iter(tasks.values()))
+        if not name or name not in tasks:
+            raise UserError(
+                f"task {name!r}: this run has one task only; leave it out"
+                if not self.tasks
+                else f"task {name!r}: the tasks of this run are {', '.join(tasks)}{did_you_mean(name, tasks)}"
+            )
+        return tasks[name]
+
+    def _alone(self, task: TaskConfig) -> "Recipe":
+        length = task.generation.max_completion_length or self.generation.max_completion_length
+        update = {
+            "tasks": [],
+            "data": task.data,
+            "rewards": task.rewards,
+            "generation": self.generation.model_copy(update={"max_completion_length": length}),
+            "evaluation": self.evaluation.model_copy(update={"accuracy": task.accuracy}),
+        }
+        return self.model_copy(update=update)
+
+    def with_each(self, change: "Callable[[str, Recipe], Recipe]") -> "Recipe":
+        """Return the recipe with a change of the data and rewards of each task; see `by_task`."""
+        if not self.tasks:
+            return change("", self)
+        changed = [change(name, own) for name, own in self.by_task.items()]
+        tasks = [
+            task.model_copy(update={"data": own.data, "rewards": own.rewards})
+            for task, own in zip(self.tasks, changed, strict=True)
+        ]
+        return self.model_copy(update={"tasks": tasks, "data": data_of_all(tasks), "rewards": rewards_of_all(tasks)})
+
+    def _check_tasks(self) -> None:
+        names = [task.name for task in self.tasks]
+        if len(set(names)) < len(names):
+            raise ValueError(f"tasks: two tasks have the same name ({', '.join(names)}); each needs its own")
+        if self.spec.rows not in ("prompts", "completions"):
+            raise ValueError(f"tasks: {self.algorithm} learns from one data set; leave them out")
+        if len({str(task.data.chat_template_kwargs) for task in self.tasks}) > 1:
+            raise ValueError("tasks: data.chat_template_kwargs are of the tokenizer; set them in the recipe's `data`")
+        if self.evaluation.accuracy:
+            raise ValueError("evaluation.accuracy: is for a recipe without tasks; set tasks[0].accuracy and so on")
+        most = self.generation.max_completion_length
+        for number, task in enumerate(self.tasks):
+            length = task.generation.max_completion_length or most
+            if length > most:
+                raise ValueError(
+                    f"tasks[{number}].generation.max_completion_length: got {length}, above the limit of all tasks, "
+                    f"generation.max_completion_length={most}; lower it, or raise that"
+                )
+            own = self._alone(task)
+            try:
+                own._fill_data()
+                own._check_rewards()
+            except ValueError as error:
+                raise ValueError(f"tasks[{number}].{error}") from None
+            task.accuracy = own.evaluation.accuracy
+        self.data, self.rewards = data_of_all(self.tasks), rewards_of_all(self.tasks)
 
     def _fill_data(self) -> None:
         """Set the columns that follow from the algorithm, and check that those it needs are named."""

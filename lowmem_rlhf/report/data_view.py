@@ -32,22 +32,26 @@ def print_preview(preview: Mapping[str, Any], console: Console | None = None) ->
     console.print(_plain(f"{preview['recipe']}: {preview['algorithm']}, {preview['model']}", style="bold"))
     for line in preview["said"]:
         console.print(_plain(line, style="dim"))
-    for name in ("train", "eval"):
-        if (split := preview.get(name)) is None:
-            continue
-        console.print()
-        head = f"{name}: {split['source']}, {_counted(split['rows'], 'row')}, {_counted(split['examples'], 'example')}"
-        console.print(_plain(head, style="bold"))
-        for number, example in enumerate(split["shown"], start=1):
-            _print_example(number, example, console)
-        _print_lengths(split["lengths"], console)
-        _print_left_out(split["left_out"], console)
-        for line in split["said"]:
-            console.print(_plain(f"note: {line}"))
+    for task, splits in preview.get("tasks", {"": preview}).items():
+        for name in ("train", "eval"):
+            if (split := splits.get(name)) is not None:
+                _print_split(f"{task} {name}".lstrip(), split, console)
     console.print()
     for key, label in _STEP.items():
         if key in preview["step"]:
             console.print(f"{label + ':':28} {format_number(preview['step'][key])}")
+
+
+def _print_split(name: str, split: Mapping[str, Any], console: Console) -> None:
+    console.print()
+    head = f"{name}: {split['source']}, {_counted(split['rows'], 'row')}, {_counted(split['examples'], 'example')}"
+    console.print(_plain(head, style="bold"))
+    for number, example in enumerate(split["shown"], start=1):
+        _print_example(number, example, console)
+    _print_lengths(split["lengths"], console)
+    _print_left_out(split["left_out"], console)
+    for line in split["said"]:
+        console.print(_plain(f"note: {line}"))
 
 
 def _print_example(number: int, example: Sequence[Mapping[str, Any]], console: Console) -> None:

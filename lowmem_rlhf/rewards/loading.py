@@ -1,12 +1,13 @@
 """From the `rewards` of a recipe to callables: shipped functions and learned rewards by name, the user's own as
 ``path.py:function``."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from lowmem_rlhf.errors import UserError
 from lowmem_rlhf.recipe.python_objects import is_python, python_object
+from lowmem_rlhf.recipe.schema import Recipe
 from lowmem_rlhf.recipe.sections import LEARNED_REWARDS, REWARD_ADAPTER, Normalize, OnError, RewardConfig
 from lowmem_rlhf.rewards.options import check_options, options_of, parameters_of, unknown_option
 from lowmem_rlhf.rewards.process_state import preserved
@@ -103,7 +104,30 @@ def load_rewards(
     from lowmem_rlhf.rewards.learned import DeviceBudget
 
     budget = DeviceBudget(device, free_bytes)
-    return [_load(config, budget, model, revision) for config in configs]
+    rewards: list[Reward] = []
+    for config in configs:  # a model that several tasks judge by is loaded once
+        same = next((one for one, other in zip(rewards, configs, strict=False) if _same_model(config, other)), None)
+        if same is None:
+            rewards.append(_load(config, budget, model, revision))
+        else:
+            own = replace(same, name=config.name, weight=config.weight, on_error=config.on_error, record=CallRecord())
+            rewards.append(replace(own, requires=config.gates, normalize=config.normalize))
+    return rewards
+
+
+def _same_model(one: RewardConfig, other: RewardConfig) -> bool:
+    return one.function in LEARNED_REWARDS and (one.function, one.options) == (other.function, other.options)
+
+
+def rewards_by_task(recipe: Recipe, rewards: Sequence[Reward]) -> dict[str, list[Reward]]:
+    """Return the rewards of each task of a recipe (see `Recipe.by_task`), of those that were loaded for all of it."""
+    if not recipe.tasks:
+        return {"": list(rewards)}
+    loaded = list(zip(recipe.rewards, rewards, strict=True))
+    return {
+        task: [next(reward for config, reward in loaded if config == one) for one in own.rewards]
+        for task, own in recipe.by_task.items()
+    }
 
 
 def placements(rewards: Iterable[Reward]) -> dict[str, dict[str, str]]:

@@ -8,10 +8,12 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from lowmem_rlhf.data.sources import SplitRows
 from lowmem_rlhf.data.values import is_missing, numbered, text_of, value_at
 from lowmem_rlhf.errors import UserError
 from lowmem_rlhf.recipe.schema import Recipe
 from lowmem_rlhf.recipe.sections import DataConfig
+from lowmem_rlhf.recipe.tasks import of_task
 from lowmem_rlhf.rewards.functions import (
     arithmetic_answer,
     gsm8k_answer,
@@ -20,7 +22,7 @@ from lowmem_rlhf.rewards.functions import (
     reasoning_gym_answer,
     reference_text,
 )
-from lowmem_rlhf.rewards.loading import Reward
+from lowmem_rlhf.rewards.loading import Reward, check_reward_columns, rewards_by_task
 from lowmem_rlhf.rewards.shipped import SHIPPED
 
 _SHOWN = 60  # characters of a reference answer in a message
@@ -107,6 +109,33 @@ def check_run_references(
     """
     notes = check_references(rewards, rows, recipe.data) if recipe.spec.samples else []
     return notes + check_references(rewards, held_out, recipe.data, "held-out reference answers")
+
+
+def check_rows(rewards: Sequence[Reward], recipe: Recipe, rows: Mapping[str, SplitRows]) -> list[str]:
+    """Check that the rows of each task have what its rewards read.
+
+    Args:
+        rewards: of the recipe.
+        rows: by task; where nothing is trained on, those that are held out have the columns.
+
+    Returns:
+        What is to be said of them (see `check_references`).
+
+    Raises:
+        UserError: see `check_reward_columns` and `check_references`.
+    """
+    notes: list[str] = []
+    for task, own_rewards in rewards_by_task(recipe, rewards).items():
+        own, own_rows = recipe.by_task[task], rows[task]
+        if not own_rewards:
+            continue
+        answer = ["answer"] if own.data.answer is not None else []
+        with of_task(task):
+            columns = dict.fromkeys(n for row in own_rows.train or own_rows.held_out for n in [*row, *answer])
+            check_reward_columns(own_rewards, columns)
+            said = check_run_references(own_rewards, own, own_rows.train, own_rows.held_out)
+        notes += [f"task {task}: {note}" if task else note for note in said]
+    return notes
 
 
 def _reader(reward: Reward) -> _Reader | None:

@@ -28,17 +28,18 @@ from lowmem_rlhf.rollout.rollout import Completion
 from lowmem_rlhf.rollout.sampling import Sampling
 from lowmem_rlhf.rollout.shared_prompt import PromptRun, prompt_chunks, run_prompts
 from lowmem_rlhf.rollout.slots import Slots
-from lowmem_rlhf.rollout.wave import check_finite, drawn_ahead
+from lowmem_rlhf.rollout.wave import check_finite, drawn_ahead, most_tokens
 
 FEWEST_ROWS = 4  # of a graph: fewer rows are not faster
 
 
 @dataclass
 class _Writing:
-    """A completion that is being written."""
+    """A completion that is being written, of at most so many tokens."""
 
     job: int
     prompt_length: int
+    most: int
     ids: list[int] = field(default_factory=list)
     logps: list[float] = field(default_factory=list)
     fresh: bool = True  # its first token, which the prompt's pass has drawn, was not read yet
@@ -83,16 +84,16 @@ class ContinuousEngine:
         self,
         prompts: Sequence[Sequence[int]],
         num_generations: int,
-        max_completion_length: int,
+        max_completion_length: int | Sequence[int],
         sampling: Sampling,
         limits: RolloutLimits,
         seed: int,
         progress: ProgressCallback | None = None,
     ) -> list[list[Completion]]:
         """Sample completions; see `rollout.engine.Engine.generate`."""
-        total = len(prompts) * num_generations
-        uniforms = drawn_ahead(total, max_completion_length, seed)
-        with self._schedule(prompts, num_generations, uniforms, sampling, limits) as schedule:
+        total, most = len(prompts) * num_generations, most_tokens(max_completion_length, len(prompts))
+        uniforms = drawn_ahead(total, max(most), seed)
+        with self._schedule(prompts, num_generations, most, uniforms, sampling, limits) as schedule:
             completions = schedule.run(progress)
         self.passes = schedule.passes
         return [completions[i : i + num_generations] for i in range(0, total, num_generations)]
@@ -108,7 +109,8 @@ class ContinuousEngine:
     ) -> None:
         """Run the prompts and one pass over all that slots hold, for the memory that a rollout takes."""
         uniforms = drawn_ahead(len(prompts) * num_generations, max_completion_length, seed=0)
-        with self._schedule(prompts, num_generations, uniforms, sampling, limits) as schedule:
+        most = most_tokens(max_completion_length, len(prompts))
+        with self._schedule(prompts, num_generations, most, uniforms, sampling, limits) as schedule:
             schedule.try_largest()
 
     @contextmanager
@@ -116,6 +118,7 @@ class ContinuousEngine:
         self,
         prompts: Sequence[Sequence[int]],
         num_generations: int,
+        most: Sequence[int],
         uniforms: torch.Tensor,
         sampling: Sampling,
         limits: RolloutLimits,
@@ -128,7 +131,7 @@ class ContinuousEngine:
             try:
                 slots = self._slots_for(min(limits.rows, total), room, sampling, limits.tile)
                 on_device = uniforms.to(base.device)
-                yield Schedule(prompts, num_generations, on_device, slots, self._graphs, limits.prefill_tokens)
+                yield Schedule(prompts, num_generations, most, on_device, slots, self._graphs, limits.prefill_tokens)
                 keep = limits.keep_graphs and not copies
             finally:
                 if not keep:
@@ -156,6 +159,7 @@ class Schedule:
         self,
         prompts: Sequence[Sequence[int]],
         num_generations: int,
+        most: Sequence[int],
         uniforms: torch.Tensor,
         slots: Slots,
         graphs: StepGraphs,
@@ -163,7 +167,7 @@ class Schedule:
     ) -> None:
         self._prompts, self._each, self._uniforms = prompts, num_generations, uniforms
         self._slots, self._graphs, self._prefill_tokens = slots, graphs, prefill_tokens
-        self._base, self._length = slots.base, uniforms.shape[1]
+        self._base, self._most = slots.base, most
         # the longest first: running out of memory shows at once
         order = sorted(range(len(prompts)), key=lambda b: -len(prompts[b]))
         self._waiting = deque((b, b * num_generations + g) for b in order for g in range(num_generations))
@@ -229,7 +233,7 @@ class Schedule:
             self._uniforms[jobs[0] : jobs[-1] + 1],
         )
         for slot, job in members:
-            self._writing[slot] = _Writing(job, length)
+            self._writing[slot] = _Writing(job, length, self._most[number])
         if not any(prompt == number for prompt, _ in self._waiting):
             del self._ready[number]
 
@@ -250,7 +254,7 @@ class Schedule:
 
     def _decode(self) -> int:
         """Run as many passes as the host may leave unseen; return how many."""
-        missing = [self._length - len(one.ids) - one.fresh for one in self._writing if one is not None]
+        missing = [one.most - len(one.ids) - one.fresh for one in self._writing if one is not None]
         steps = min(LOOK, max(missing))
         for _ in range(steps):
             self._graphs.run(self._slots)
@@ -269,7 +273,7 @@ class Schedule:
                 check_finite(self._base, [logp], len(one.ids))
                 one.ids.append(token)
                 one.logps.append(logp)
-                if token in stops or len(one.ids) == self._length:
+                if token in stops or len(one.ids) == one.most:
                     self._done[one.job] = Completion(one.ids, one.logps, token not in stops)
                     self._writing[slot] = None
                     break

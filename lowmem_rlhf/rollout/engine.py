@@ -42,7 +42,7 @@ class Engine(Protocol):
         self,
         prompts: Sequence[Sequence[int]],
         num_generations: int,
-        max_completion_length: int,
+        max_completion_length: int | Sequence[int],
         sampling: Sampling,
         limits: RolloutLimits,
         seed: int,
@@ -53,7 +53,7 @@ class Engine(Protocol):
         Args:
             prompts: token ids of the B prompts, none empty.
             num_generations: G.
-            max_completion_length: the most tokens of a completion.
+            max_completion_length: the most tokens of a completion, or of one of each prompt, (B,).
             limits: what bounds the memory; it must hold after `torch.OutOfMemoryError`, when smaller ones are tried.
             seed: the same seed gives the same completions, however many run at once.
             progress: called with (finished completions, all completions).

@@ -38,6 +38,7 @@ class Rollout:
         completions: the N completions.
         num_generations: G.
         questions: (B,) the prompts as the data has them, messages or texts.
+        tasks: (B,) the names of the tasks that they are of; None: there is one task only.
         texts: (N,) what rewards read of the completions.
         scores: of the completions.
         advantages: (N,) of the completions; where every token has its own, their mean. A completion that no reward
@@ -51,6 +52,7 @@ class Rollout:
     texts: Sequence[str] | None = None
     scores: Scores | None = None
     advantages: Sequence[float] | None = None
+    tasks: Sequence[str] | None = None
 
     @property
     def scored(self) -> Scores:
@@ -63,6 +65,21 @@ class Rollout:
         """The advantages of a rollout that has them."""
         assert self.advantages is not None, "the rollout has no advantages yet"
         return self.advantages
+
+    def of_task(self, task: str) -> "Rollout":
+        """Return the part of a scored rollout that is of one task."""
+        assert self.tasks is not None and self.questions is not None and self.texts is not None
+        prompts = [b for b, name in enumerate(self.tasks) if name == task]
+        rows = [b * self.num_generations + g for b in prompts for g in range(self.num_generations)]
+        return Rollout(
+            [self.prompts[b] for b in prompts],
+            [self.completions[n] for n in rows],
+            self.num_generations,
+            [self.questions[b] for b in prompts],
+            [self.texts[n] for n in rows],
+            self.scored.of_rows(rows),
+            None if self.advantages is None else [self.advantages[n] for n in rows],
+        )
 
     def groups(self, rows: Sequence[int]) -> list[Group]:
         """Return the groups of these completions, each prompt once."""

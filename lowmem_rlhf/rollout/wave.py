@@ -58,19 +58,20 @@ class WaveEngine(ABC):
         self,
         prompts: Sequence[Sequence[int]],
         num_generations: int,
-        max_completion_length: int,
+        max_completion_length: int | Sequence[int],
         sampling: Sampling,
         limits: RolloutLimits,
         seed: int,
         progress: ProgressCallback | None = None,
     ) -> list[list[Completion]]:
         """Sample completions; see `rollout.engine.Engine.generate`."""
-        uniforms = drawn_ahead(len(prompts) * num_generations, max_completion_length, seed)
+        most = most_tokens(max_completion_length, len(prompts))
+        uniforms = drawn_ahead(len(prompts) * num_generations, max(most), seed)
         completions: list[Completion | None] = [None] * len(uniforms)
         copies = None if self.dequantize is None else self.dequantize and limits.copy_weights
         with nullcontext() if copies is None else self.base.decoding(copies, limits.copy_weights):
-            for wave in self.waves(prompts, num_generations, max_completion_length, limits.rows):
-                self._write(prompts, wave, uniforms, sampling, limits, completions, progress)
+            for wave in self.waves(prompts, num_generations, max(most), limits.rows):
+                self._write(prompts, wave, most, uniforms, sampling, limits, completions, progress)
         complete = [c for c in completions if c is not None]
         return [complete[i : i + num_generations] for i in range(0, len(complete), num_generations)]
 
@@ -98,6 +99,7 @@ class WaveEngine(ABC):
         self,
         prompts: Sequence[Sequence[int]],
         wave: list[Job],
+        most: Sequence[int],
         uniforms: torch.Tensor,
         sampling: Sampling,
         limits: RolloutLimits,
@@ -105,10 +107,11 @@ class WaveEngine(ABC):
         progress: ProgressCallback | None,
     ) -> None:
         """Write the completions of a wave into their places among all."""
-        base, length = self.base, uniforms.shape[1]
-        used = sorted({b for b, _ in wave})
+        base, used = self.base, sorted({b for b, _ in wave})
         place = {b: i for i, b in enumerate(used)}
         row_prompt = [place[b] for b, _ in wave]
+        last = {row: most[b] - 1 for b, row in wave}  # the place of a completion's last token, if it is cut
+        length = max(last.values()) + 1
         state, hidden = self.start([prompts[b] for b in used], row_prompt, length - 1, limits.prefill_tokens)
         rows = [row for _, row in wave]
         first = uniforms[rows, 0].view(
@@ -126,7 +129,7 @@ class WaveEngine(ABC):
             for i in live:
                 ids[rows[i]].append(token_list[i])
                 logps[rows[i]].append(logp_list[i])
-                if token_list[i] in stops or t == length - 1:
+                if token_list[i] in stops or t == last[rows[i]]:
                     completions[rows[i]] = Completion(ids[rows[i]], logps[rows[i]], token_list[i] not in stops)
                 else:
                     still.append(i)
@@ -141,6 +144,13 @@ class WaveEngine(ABC):
                 rows, live = [rows[i] for i in live], list(range(len(live)))
             hidden = state.next_states(base, tokens)
             tokens, logp = draw_tiled(base, hidden, uniforms[rows, t + 1][:, None], sampling, limits.tile)
+
+
+def most_tokens(max_completion_length: int | Sequence[int], prompts: int) -> list[int]:
+    """Return the most tokens of a completion of each prompt."""
+    if isinstance(max_completion_length, int):
+        return [max_completion_length] * prompts
+    return list(max_completion_length)
 
 
 def drawn_ahead(rows: int, length: int, seed: int) -> torch.Tensor:

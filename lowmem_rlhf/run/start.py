@@ -83,14 +83,18 @@ def map_paths(recipe: Recipe, change: Callable[[str], str]) -> Recipe:
     update: dict[str, Any] = {"model": change(recipe.model)}
     if recipe.adapter is not None:
         update["adapter"] = change(recipe.adapter)
-    sources = {key: change(value) for key in ("train", "eval") if (value := getattr(recipe.data, key)) is not None}
-    update["data"] = recipe.data.model_copy(update=sources)
-    update["rewards"] = [_mapped(reward, change) for reward in recipe.rewards]
     if (spec := find_spec(recipe.algorithm)) is not None and spec.functions:
         section = spec.own(recipe)
         functions = {key: _of_file(getattr(section, key), change) for key in spec.functions}
         update[spec.section] = section.model_copy(update=functions)
-    return recipe.model_copy(update=update)
+    return recipe.with_each(lambda _, own: _with_sources(own, change)).model_copy(update=update)
+
+
+def _with_sources(recipe: Recipe, change: Callable[[str], str]) -> Recipe:
+    sources = {key: change(value) for key in ("train", "eval") if (value := getattr(recipe.data, key)) is not None}
+    data = recipe.data.model_copy(update=sources)
+    rewards = [_mapped(reward, change) for reward in recipe.rewards]
+    return recipe.model_copy(update={"data": data, "rewards": rewards})
 
 
 def _of_file(function: str, change: Callable[[str], str]) -> str:

@@ -16,7 +16,6 @@ from lowmem_rlhf.algorithms.spec import resolve
 from lowmem_rlhf.architecture.lookup import model_dimensions
 from lowmem_rlhf.data.preview import with_format
 from lowmem_rlhf.data.provenance import check_base, check_learned, check_resumed_data, run_inputs
-from lowmem_rlhf.data.values import Row
 from lowmem_rlhf.display.run_display import RunDisplay, display_for, steps_shown
 from lowmem_rlhf.errors import UserError
 from lowmem_rlhf.hardware.cpu_process import bound_kernel_caches
@@ -36,6 +35,7 @@ from lowmem_rlhf.stopping import telling_what_is_kept
 
 if TYPE_CHECKING:
     from lowmem_rlhf.data.examples import TrainingData
+    from lowmem_rlhf.data.sources import SplitRows
     from lowmem_rlhf.engine.base import SharedBase
     from lowmem_rlhf.rewards.loading import Reward
     from lowmem_rlhf.training.loop import Loop
@@ -72,7 +72,7 @@ class Planned:
         plan: the settings.
         probes: the plan is tried out before the first step.
         rewards: the reward functions.
-        rows, held_out: of the data.
+        rows: of the data, by task.
         facts: what plan.json says beside the plan.
     """
 
@@ -81,8 +81,7 @@ class Planned:
     plan: Plan
     probes: bool
     rewards: "list[Reward]"
-    rows: list[Row]
-    held_out: list[Row]
+    rows: "dict[str, SplitRows]"
     facts: dict[str, Any] = field(default_factory=dict)
 
 
@@ -203,30 +202,23 @@ def _plan(checked: Checked, display: RunDisplay) -> Planned:
     if resume:
         check_base(RunDirectory(path), recipe, resume)
         check_learned(RunDirectory(path), recipe, resume)
-    rows, held_out = _rows(checked, recipe, rewards, display)
+    rows = _rows(checked, recipe, rewards, display)
     facts = {"rewards": placements(rewards)}
     display.plan({**plan.to_dict(), **facts})
-    return Planned(checked, recipe, plan, probes, rewards, rows, held_out, facts)
+    return Planned(checked, recipe, plan, probes, rewards, rows, facts)
 
 
-def _rows(
-    checked: Checked, recipe: Recipe, rewards: "Sequence[Reward]", display: RunDisplay
-) -> tuple[list[Row], list[Row]]:
+def _rows(checked: Checked, recipe: Recipe, rewards: "Sequence[Reward]", display: RunDisplay) -> "dict[str, SplitRows]":
     """Read the rows and hold them against what the rewards read; on a resume they are those that the run began with."""
-    from lowmem_rlhf.data.sources import load_rows
-    from lowmem_rlhf.rewards.loading import check_reward_columns
-    from lowmem_rlhf.rewards.references import check_run_references
+    from lowmem_rlhf.data.sources import load_tasks
+    from lowmem_rlhf.rewards.references import check_rows
 
-    rows = load_rows(recipe.data, "train", recipe.training.seed)
-    held_out = load_rows(recipe.data, "eval", recipe.training.seed) if recipe.data.eval_size else []
+    rows = load_tasks(recipe)
     if checked.resume:
-        check_resumed_data(RunDirectory(checked.path), checked.written, rows, held_out)
-    if rewards:
-        answer = ["answer"] if recipe.data.answer is not None else []
-        check_reward_columns(list(rewards), {name for row in rows for name in [*row, *answer]})
-        for sentence in check_run_references(list(rewards), recipe, rows, held_out):
-            display.message(sentence)
-    return rows, held_out
+        check_resumed_data(RunDirectory(checked.path), checked.written, rows)
+    for sentence in check_rows(rewards, recipe, rows):
+        display.message(sentence)
+    return rows
 
 
 def open_run_of(planned: Planned, display: RunDisplay, loaded: LoadedModel | None = None) -> "Loop":
@@ -242,20 +234,18 @@ def open_run_of(planned: Planned, display: RunDisplay, loaded: LoadedModel | Non
 
 
 def _open(planned: Planned, display: RunDisplay, loaded: LoadedModel | None) -> "Loop":
-    from lowmem_rlhf.data.examples import read_data
+    from lowmem_rlhf.data.examples import read_tasks
     from lowmem_rlhf.engine.tokenizer import load_tokens
 
     recipe = planned.recipe
     options = recipe.data.chat_template_kwargs
     tokens = load_tokens(recipe.model, recipe.revision, recipe.trust_remote_code, chat_template_kwargs=options)
     assert tokens is not None  # the Hub may be asked
-    data = read_data(
-        recipe, planned.rows, planned.held_out, tokens, lambda done, total: display.phase("rows", done, total)
-    )
+    data = read_tasks(recipe, planned.rows, tokens, lambda done, total: display.phase("rows", done, total))
     base = open_base(recipe, planned.plan, loaded=loaded)
     with _freed_where_it_fails(base, loaded):
         if base.stop_ids != tokens.stop_ids:  # a model may know of more ends than its files say
-            data = read_data(recipe, planned.rows, planned.held_out, base.tokens)
+            data = read_tasks(recipe, planned.rows, base.tokens)
         return _begun(base, data, planned, display)
 
 
@@ -295,7 +285,7 @@ def _begun(base: "SharedBase", data: "TrainingData", planned: Planned, display: 
         display.message(sentence)
 
     def run_directory(resolved: Recipe) -> RunDirectory:
-        inputs = None if resume else run_inputs(recipe, planned.rows, planned.held_out)
+        inputs = None if resume else run_inputs(recipe, planned.rows)
         written = as_written(resolved, checked.written, path)
         return RunDirectory.create(path, written, {**plan.to_dict(), **facts}, resume, inputs)
 

@@ -1,6 +1,6 @@
 """Held-out evaluation: sample completions of prompts never trained on and score them with the recipe's rewards."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,12 +10,12 @@ from lowmem_rlhf.engine.base import SharedBase
 from lowmem_rlhf.engine.ladder import RolloutLimits
 from lowmem_rlhf.progress import ProgressCallback
 from lowmem_rlhf.recipe.schema import Recipe
-from lowmem_rlhf.rewards.loading import Reward
+from lowmem_rlhf.rewards.loading import Reward, rewards_by_task
 from lowmem_rlhf.rewards.scoring import score
 from lowmem_rlhf.rollout.engine import Engine
 from lowmem_rlhf.rollout.rollout import Completion
 from lowmem_rlhf.rollout.sampling import Sampling
-from lowmem_rlhf.rollout.scores import Scores
+from lowmem_rlhf.rollout.scores import Scores, joined
 
 CORRECT = 1.0  # the accuracy reward's value from which a completion counts as correct
 
@@ -66,6 +66,29 @@ def reward_completions(
         num_generations,
     )
     return scores, texts
+
+
+def reward_tasks(
+    rewards: Mapping[str, Sequence[Reward]],
+    base: SharedBase,
+    examples: Sequence[Example],
+    completions: Sequence[Completion],
+    state: TrainerState,
+    num_generations: int | None = None,
+) -> tuple[Scores, list[str]]:
+    """Score completions of examples (one each) with the rewards of the task of each; see `reward_completions`."""
+    if list(rewards) == [""]:
+        return reward_completions(rewards[""], base, examples, completions, state, num_generations)
+    texts, parts = [""] * len(completions), []
+    for task, own in rewards.items():
+        if not (rows := [row for row, example in enumerate(examples) if example.task == task]):
+            continue
+        answered, written = [examples[row] for row in rows], [completions[row] for row in rows]
+        scores, own_texts = reward_completions(own, base, answered, written, state, num_generations)
+        parts.append((rows, scores))
+        for row, text in zip(rows, own_texts, strict=True):
+            texts[row] = text
+    return joined(parts), texts
 
 
 def sampling_of(recipe: Recipe) -> Sampling:
@@ -141,18 +164,39 @@ def evaluate(
     state: TrainerState,
     progress: ProgressCallback | None = None,
 ) -> dict[str, Any]:
-    """Return accuracy and the mean of every reward on held-out examples (see `sample`)."""
-    sampled = sample(base, engine, examples, recipe, rewards, limits, state, progress)
-    means = {f"reward/{name}": mean(values) for name, values in sampled.scores.by_name.items()}
+    """Return accuracy and the mean of every reward on held-out examples (see `sample`); ``tasks`` has those of each."""
+    parts: dict[str, tuple[Sampled, str]] = {}
+    own_rewards, total = rewards_by_task(recipe, rewards), len(examples) * recipe.evaluation.num_samples
+    for task, own in recipe.by_task.items():
+        if not (asked := [one for one in examples if one.task == task]):
+            continue
+        before = sum(len(done.completions) for done, _ in parts.values())
+
+        def shown(done: int, _: int, before: int = before) -> None:
+            if progress:
+                progress(before + done, total)
+
+        done = sample(base, engine, asked, own, own_rewards[task], limits, state, shown)
+        parts[task] = done, own.evaluation.accuracy
+    means = _means(list(parts.values()))
+    return {**means, "tasks": {task: _means([part]) for task, part in parts.items()}} if recipe.tasks else means
+
+
+def _means(parts: Sequence[tuple[Sampled, str]]) -> dict[str, Any]:
+    """Return what the completions of one or more tasks give, each with the name of its accuracy's reward."""
+    scores = [done.scores for done, _ in parts]
+    names = dict.fromkeys(name for one in scores for name in one.by_name)
+    completions = [one for done, _ in parts for one in done.completions]
+    first = parts[0][0]
     return {
-        "accuracy": mean(sampled.correct(recipe.evaluation.accuracy)),
-        "reward/mean": mean([t for t in sampled.scores.total if t == t]),
-        **means,
-        "completion/mean_length": mean([float(len(c.ids)) for c in sampled.completions]),
-        "completion/truncated": mean([float(c.truncated) for c in sampled.completions]),
-        "problems": len(examples),
-        "samples": sampled.samples,
-        "temperature": sampled.temperature,
+        "accuracy": mean([right for done, accuracy in parts for right in done.correct(accuracy)]),
+        "reward/mean": mean([total for one in scores for total in one.total if total == total]),
+        **{f"reward/{name}": mean([v for one in scores for v in one.by_name.get(name, ())]) for name in names},
+        "completion/mean_length": mean([float(len(c.ids)) for c in completions]),
+        "completion/truncated": mean([float(c.truncated) for c in completions]),
+        "problems": sum(len(done.completions) // done.samples for done, _ in parts),
+        "samples": first.samples,
+        "temperature": first.temperature,
     }
 
 

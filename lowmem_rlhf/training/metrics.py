@@ -111,7 +111,19 @@ def silent_rewards(rollout: Rollout) -> list[str]:
 
 
 def rollout_metrics(rollout: Rollout) -> dict[str, Any]:
-    """Return rewards, lengths, and the share of groups whose completions all got the same reward."""
+    """Return rewards, lengths, and the share of groups whose completions all got the same reward.
+
+    Those of each task in this step are behind ``task/NAME/``, with its ``prompts``.
+    """
+    metrics = _of_all(rollout)
+    for task in dict.fromkeys(rollout.tasks or ()):
+        own = rollout.of_task(task)
+        metrics |= {f"task/{task}/{name}": value for name, value in _of_all(own).items()}
+        metrics[f"task/{task}/prompts"] = len(own.prompts)
+    return metrics
+
+
+def _of_all(rollout: Rollout) -> dict[str, Any]:
     scores, completions = rollout.scored, rollout.completions
     totals = torch.tensor([t for t in scores.raw_total if t == t], dtype=torch.float32, device="cpu")
     lengths = [len(c.ids) for c in completions]
@@ -157,6 +169,7 @@ def samples(rollout: Rollout, prompts: int) -> list[dict[str, Any]]:
             "advantage": rollout.known_advantages[row],
             "tokens": len(rollout.completions[row].ids),
             "truncated": rollout.completions[row].truncated,
+            **({"task": rollout.tasks[row // group]} if rollout.tasks else {}),
         }
         for row in range(0, len(rollout.completions), group)[:prompts]
     ]

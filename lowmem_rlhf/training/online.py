@@ -10,7 +10,7 @@ from dataclasses import asdict, replace
 from typing import Any, Protocol
 
 from lowmem_rlhf.data.prompts import Example
-from lowmem_rlhf.data.stream import PromptStream
+from lowmem_rlhf.data.stream import stream_of
 from lowmem_rlhf.engine.base import SharedBase
 from lowmem_rlhf.engine.ladder import Ladder, RolloutLimits, Saving
 from lowmem_rlhf.engine.roles import POLICY
@@ -18,11 +18,11 @@ from lowmem_rlhf.planning.plan import Plan
 from lowmem_rlhf.progress import Progress
 from lowmem_rlhf.recipe.schema import Recipe
 from lowmem_rlhf.rewards.guarded import faults_named
-from lowmem_rlhf.rewards.loading import Reward, failed_always
+from lowmem_rlhf.rewards.loading import Reward, failed_always, rewards_by_task
 from lowmem_rlhf.rollout.engine import Engine, engine_for
 from lowmem_rlhf.rollout.rollout import Completion, Rollout
 from lowmem_rlhf.run.directory import RunDirectory
-from lowmem_rlhf.training.evaluate import TrainerState, evaluate, reward_completions, sampling_of
+from lowmem_rlhf.training.evaluate import TrainerState, evaluate, reward_tasks, sampling_of
 from lowmem_rlhf.training.loop import Loop, StepOutput
 from lowmem_rlhf.training.memory import EVERY_PHASE
 from lowmem_rlhf.training.metrics import Seen, rollout_metrics, samples, silent_rewards
@@ -138,7 +138,9 @@ class Trainer(Loop):
         super().__init__(recipe, plan, base, run, updates)
         self.rewards = rewards
         self.evaluator = CompletionEvaluator(recipe, plan, base, rewards, held_out, self.ladder)
-        self.stream = PromptStream(train, recipe.training.prompts_per_step, recipe.training.seed)
+        self.stream = stream_of(train, recipe)
+        self._rewards_by_task = rewards_by_task(recipe, rewards)
+        self._lengths = {task: own.generation.max_completion_length for task, own in recipe.by_task.items()}
         self.algorithm = algorithm
         settings, temperature = plan.settings, recipe.generation.temperature
         checked = recipe.hardware.check == "always"
@@ -196,18 +198,22 @@ class Trainer(Loop):
         """Sample completions of the next prompts and score them."""
         count, examples = self.recipe.generation.num_generations, self.stream.batch(self.step)
         prompts = [example.prompt_ids for example in examples]
-        completions = [completion for group in self._sampled(prompts, progress) for completion in group]
+        completions = [completion for group in self._sampled(examples, progress) for completion in group]
         if (note := getattr(self.evaluator.engine, "note", "")) and note != self._noted:
             progress.message(note)
             self._noted = note
         repeated = [example for example in examples for _ in range(count)]
         progress.phase("rewards")
         state = TrainerState(self.step, self.recipe.training.max_steps)
-        scores, texts = reward_completions(self.rewards, self.base, repeated, completions, state, count)
-        return Rollout(prompts, completions, count, [example.prompt for example in examples], texts, scores)
+        scores, texts = reward_tasks(self._rewards_by_task, self.base, repeated, completions, state, count)
+        questions, tasks = [one.prompt for one in examples], [one.task for one in examples]
+        rollout = Rollout(prompts, completions, count, questions, texts, scores)
+        return replace(rollout, tasks=tasks) if self.recipe.tasks else rollout
 
-    def _sampled(self, prompts: Sequence[Sequence[int]], progress: Progress) -> list[list[Completion]]:
+    def _sampled(self, examples: Sequence[Example], progress: Progress) -> list[list[Completion]]:
         generation, engine = self.recipe.generation, self.evaluator.engine
+        prompts, each = [one.prompt_ids for one in examples], [self._lengths[one.task] for one in examples]
+        lengths = each if len(set(self._lengths.values())) > 1 else generation.max_completion_length
 
         def work(limits: RolloutLimits) -> list[list[Completion]]:
             with self.base.role(POLICY):
@@ -215,7 +221,7 @@ class Trainer(Loop):
                 return engine.generate(
                     prompts,
                     generation.num_generations,
-                    generation.max_completion_length,
+                    lengths,
                     sampling_of(self.recipe),
                     limits,
                     seed=(self.recipe.training.seed + 1) * 1_000_003 + self.step,

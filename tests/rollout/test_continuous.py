@@ -14,6 +14,7 @@ from lowmem_rlhf.errors import RunError, UserError
 from lowmem_rlhf.planning.limits import LOOK, SLOT_BLOCK, seen_room, slot_room
 from lowmem_rlhf.rollout.continuous import ContinuousEngine
 from lowmem_rlhf.rollout.engine import engine_for
+from lowmem_rlhf.rollout.own_cache import OwnCacheEngine
 from lowmem_rlhf.rollout.sampling import Sampling
 from lowmem_rlhf.rollout.shared_prompt import SharedPromptEngine
 from lowmem_rlhf.rollout.slots import Slots
@@ -53,6 +54,19 @@ def test_lengths_around_a_look(base, length):
         few, all_at_once = sample(ContinuousEngine(base), 5, length), sample(SharedPromptEngine(base), 12, length)
     assert [[one.ids for one in own] for own in few] == [[one.ids for one in own] for own in all_at_once]
     assert max(len(one.ids) for own in few for one in own) == length
+
+
+@pytest.mark.parametrize("engine", [ContinuousEngine, SharedPromptEngine, OwnCacheEngine])
+def test_each_prompt_may_have_its_own_length(base, engine):
+    """What a completion is cut at changes nothing of it before, nor of the others."""
+    limits = RolloutLimits(5, 64, 8)
+    with base.role(POLICY):
+        whole = engine(base).generate(PROMPTS, 4, 20, Sampling(), limits, seed=2)
+        cut = engine(base).generate(PROMPTS, 4, [3, 20, 1], Sampling(), limits, seed=2)
+    for most, own, same in zip([3, 20, 1], cut, whole, strict=True):
+        assert [one.ids for one in own] == [one.ids[:most] for one in same]
+        assert [one.truncated for one in own] == [len(one.ids) > most or one.truncated for one in same]
+    assert max(len(one.ids) for one in cut[0]) == 3
 
 
 @pytest.mark.parametrize("family", ["gpt2", "llama"])

@@ -10,7 +10,7 @@ from pathlib import Path
 from lowmem_rlhf.algorithms.classifier.fit import train_classifier
 from lowmem_rlhf.data.bad_rows import RowReport
 from lowmem_rlhf.data.provenance import run_inputs
-from lowmem_rlhf.data.sources import load_rows
+from lowmem_rlhf.data.sources import SplitRows, load_rows
 from lowmem_rlhf.data.supervised import labelled_texts
 from lowmem_rlhf.display.run_display import RunDisplay, steps_shown
 from lowmem_rlhf.errors import RunError, UserError
@@ -61,7 +61,7 @@ def train_classifier_run(recipe: Recipe, path: Path, resume: bool, display: RunD
         def progress(step: int, steps: int, loss: float) -> None:
             nonlocal before, run
             if run is None:
-                run = RunDirectory.create(path, recipe, plan, False, run_inputs(recipe, rows, kept))
+                run = RunDirectory.create(path, recipe, plan, False, run_inputs(recipe, {"": SplitRows(rows, kept)}))
                 display.message(f"run directory: {run.path}")
             now = time.perf_counter()
             metrics = {"step": step, "loss": loss, "time/step": now - before}

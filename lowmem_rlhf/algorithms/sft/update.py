@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from lowmem_rlhf.algorithms.common.device_sums import DeviceSums
-from lowmem_rlhf.data.stream import PromptStream
+from lowmem_rlhf.data.stream import stream_of
 from lowmem_rlhf.data.supervised import Supervised
 from lowmem_rlhf.engine.base import SharedBase
 from lowmem_rlhf.engine.ladder import Ladder
@@ -50,7 +50,7 @@ class SFT(Loop):
         ladder: Ladder | None = None,
     ) -> None:
         super().__init__(recipe, plan, base, run, ladder=ladder)
-        self.stream = PromptStream(train, recipe.training.prompts_per_step, recipe.training.seed)
+        self.stream = stream_of(train, recipe)
         self.held_out, self.evaluator = held_out, evaluator
 
     def one_step(self, progress: Progress) -> StepOutput:

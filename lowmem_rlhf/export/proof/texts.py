@@ -6,6 +6,7 @@ from typing import Any
 from lowmem_rlhf.architecture.stops import text_ids
 from lowmem_rlhf.data.chat_template import ChatTemplate
 from lowmem_rlhf.data.prompts import build_examples
+from lowmem_rlhf.data.values import Row
 from lowmem_rlhf.errors import UserError
 from lowmem_rlhf.planning.memory.resident import COMPARED_LENGTH, COMPARED_TOKENS
 from lowmem_rlhf.recipe.schema import Recipe
@@ -56,9 +57,14 @@ def _samples(run: RunDirectory, recipe: Recipe, tokenizer: Any, stop_ids: frozen
 
 def _held_out(run: RunDirectory, recipe: Recipe, tokenizer: Any, stop_ids: frozenset[int]) -> Iterator[list[int]]:
     from lowmem_rlhf.data.sources import load_rows
+
+    for own in recipe.by_task.values():
+        yield from _held_out_of(own, load_rows(own.data, "eval", recipe.training.seed)[:ROWS], tokenizer, stop_ids)
+
+
+def _held_out_of(recipe: Recipe, rows: list[Row], tokenizer: Any, stop_ids: frozenset[int]) -> Iterator[list[int]]:
     from lowmem_rlhf.data.supervised import build_pairs, build_supervised
 
-    rows = load_rows(recipe.data, "eval", recipe.training.seed)[:ROWS]
     spec = recipe.spec
     if spec.rows == "completions":
         for example in build_supervised(rows, recipe.data, spec.own(recipe), tokenizer, stop_ids):

@@ -34,12 +34,14 @@ class ChatOptions:
         max_tokens: of an answer; None: as many as in training.
         temperature: 0 takes the likeliest token; else top-p, top-k and min-p are the recipe's.
         seed: of the first answer; each later one takes the next number.
+        task: of several, the one whose prompts are written; None: the first.
     """
 
     compare: bool = False
     max_tokens: int | None = None
     temperature: float = 0.0
     seed: int = 0
+    task: str | None = None
 
     def __post_init__(self) -> None:
         """Check the numbers.
