@@ -9,6 +9,7 @@ from lowmem_rlhf.data.bad_rows import RowError, RowReport
 from lowmem_rlhf.data.chat_template import ChatTemplate, is_chat
 from lowmem_rlhf.data.columns import cell, check_characters, used_columns
 from lowmem_rlhf.data.conversations import answered
+from lowmem_rlhf.data.few_shot import KEY, Shot, answer_of, before_messages, before_text, column_rows, file_rows
 from lowmem_rlhf.data.messages import Message, chat_messages, is_written_out, tools_of
 from lowmem_rlhf.data.row_template import fill_template, required_fields
 from lowmem_rlhf.data.values import Row, is_missing, text_of, value_at
@@ -42,8 +43,26 @@ class PromptWriter:
         template: the chat template; None: prompts are plain texts.
     """
 
-    def __init__(self, data: DataConfig, tokenizer: Any, stop_ids: frozenset[int], report: RowReport) -> None:
-        """Raises UserError where the recipe asks for a chat that the tokenizer has no template for."""
+    def __init__(
+        self,
+        data: DataConfig,
+        tokenizer: Any,
+        stop_ids: frozenset[int],
+        report: RowReport,
+        shots: Sequence[Shot] | None = None,
+    ) -> None:
+        """Prepare to write.
+
+        Args:
+            data: the recipe's section.
+            tokenizer: of the model.
+            stop_ids: tokens that end a completion.
+            report: on the rows.
+            shots: solved examples before each prompt; None: those that the recipe's file holds.
+
+        Raises:
+            UserError: the recipe asks for a chat that the tokenizer has no template for, or examples cannot be read.
+        """
         if data.text is not None:
             raise UserError(
                 "data.text: whole texts have no prompt that could be completed; name data.prompt and data.completion "
@@ -67,6 +86,7 @@ class PromptWriter:
             self._check_recipe_texts()
             if self.template.renderer.unread_options:
                 report.note(self.template.renderer.unread_options, 0)
+        self.shots = self._shots_of_file() if shots is None else shots
 
     def prompt(self, row: Row, value: Any = None) -> Prompt:
         """Return a row's prompt; ``value`` stands in place of its column.
@@ -77,13 +97,33 @@ class PromptWriter:
         self._note_unread(row)
         if self.template is None:
             text = value if isinstance(value, str) else self._text(row)
+            text = before_text(self._shots(row), text)
             text = f"{self.data.system}\n\n{text}" if self.data.system else text
             return Prompt(row, text, text)
         messages = self._chat(row, value)
         self._check_said(messages)
+        messages = before_messages(self._shots(row), messages)
         tools = tools_of(row)
         text = self.template.prompt(messages, tools, lambda said: self.report.note(said, row.number))
         return Prompt(row, messages, text, tools)
+
+    def _shots_of_file(self) -> list[Shot]:
+        shots: list[Shot] = []
+        for row in file_rows(self.data):
+            try:
+                shots.append(self._shot(row))
+            except RowError as error:
+                assert self.data.few_shot is not None
+                raise UserError(f"{KEY}.file: row {row.number} of {self.data.few_shot.file}: {error}") from error
+        return shots
+
+    def _shots(self, row: Row) -> Sequence[Shot]:
+        return self.shots or [self._shot(one) for one in column_rows(row, self.data)]
+
+    def _shot(self, row: Row) -> Shot:
+        shot = Shot(self._text(row), answer_of(row, self.data))
+        self.check_text(shot.answer, "answer", row.number)
+        return shot
 
     def _note_unread(self, row: Row) -> None:
         """Note the columns that other programs read into a prompt and that this recipe does not name."""

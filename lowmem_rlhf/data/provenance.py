@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lowmem_rlhf.architecture.fingerprint import fingerprint, weights_fingerprint
+from lowmem_rlhf.data.few_shot import file_rows
 from lowmem_rlhf.data.sources import SplitRows
 from lowmem_rlhf.data.values import JsonFloat, JsonInt
 from lowmem_rlhf.errors import UserError
@@ -54,6 +55,8 @@ def data_inputs(data: DataConfig, train: Rows, held_out: Rows) -> dict[str, Any]
     if held_out:
         source = data.eval or data.train
         inputs["eval"] = {"source": source, **rows_fingerprint(held_out), **_revision(source)}
+    if examples := file_rows(data):
+        inputs["few_shot"] = {"source": str(data.few_shot and data.few_shot.file), **rows_fingerprint(examples)}
     return inputs
 
 
@@ -152,10 +155,11 @@ def check_resumed_data(run: "RunDirectory", recipe: Recipe, rows: Mapping[str, S
 
 
 def _check_same_rows(recorded: Mapping[str, Any], data: DataConfig, own: SplitRows) -> None:
-    for split, rows in (("train", own.train), ("eval", own.held_out)):
+    sources = {"train": data.train, "eval": data.eval or data.train, "few_shot": data.few_shot and data.few_shot.file}
+    words = {"train": "rows", "eval": "held-out rows", "few_shot": "examples"}
+    for split, rows in {"train": own.train, "eval": own.held_out, "few_shot": file_rows(data)}.items():
         if difference := rows_differ(recorded.get(split), rows):
-            source = data.eval or data.train if split == "eval" else data.train
-            which = "rows" if split == "train" else "held-out rows"
+            source, which = str(sources[split]), words[split]
             was, now = recorded[split].get("revision"), _revision(source).get("revision")
             moved = f"; its commit was {was[:SHOWN]}, is now {now[:SHOWN]}" if was and now and now != was else ""
             raise UserError(

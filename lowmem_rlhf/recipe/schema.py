@@ -201,6 +201,11 @@ class Recipe(Section):
             )
         if data.prompt_words and (data.template is not None or data.text or data.messages):
             raise ValueError("data.prompt_words: is for data.prompt alone; leave it or template, text and messages out")
+        if data.few_shot is not None and (data.text or data.messages or data.prompt is None):
+            raise ValueError(
+                "data.few_shot: its examples are written as the prompts of a column or a template; leave it out of "
+                "whole texts and conversations"
+            )
         if data.template is not None and (data.text or data.messages):
             raise ValueError("data.template: an example of data.text or data.messages is taken as it is; leave it out")
         if self.spec.rows not in ("prompts", "completions") or data.text or data.messages:

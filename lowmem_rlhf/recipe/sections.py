@@ -169,6 +169,22 @@ class LoraSettings(Section):
         return self.r
 
 
+class FewShotConfig(Section):
+    """Solved examples that stand before each prompt; their rows have the columns that the prompt is made of."""
+
+    file: PathOrNull = None  # of rows: the same examples before every prompt
+    column: NameOrNull = None  # of the data: a list of rows, the examples of its own row
+    count: int | None = Field(None, ge=1, le=MOST_COMPLETIONS)  # the first so many; absent: all
+    answer: NameOrNull = None  # the column with an example's answer; absent: data.completion, or data.answer
+
+    @model_validator(mode="after")
+    def _one_source(self) -> "FewShotConfig":
+        if (self.file is None) == (self.column is None):
+            both = "got both file and column" if self.file else "file or column is missing"
+            raise ValueError(f"{both}; give the one that the examples are in")
+        return self
+
+
 class DataConfig(Section):
     """Where prompts come from and how a row becomes a prompt."""
 
@@ -193,6 +209,7 @@ class DataConfig(Section):
     rejected: NameOrNull = None  # reward_model, trl/...: the column with the worse answer (its default: rejected)
     margin: NameOrNull = None  # reward_model: a column with how much better it is
     system: str | None = None  # system message of a chat prompt, or a text put before a plain one
+    few_shot: FewShotConfig | None = None
     template: NameOrNull = None  # the user's turn, with {column} place-holders; {column?} may be empty
     # only so many first words of the prompt column: a text to go on with
     prompt_words: int | None = Field(None, ge=1, le=MOST_TOKENS)

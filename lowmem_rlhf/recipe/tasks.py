@@ -46,6 +46,8 @@ class MixingConfig(Section):
     by: Literal["weight", "size"] = "weight"
     # of sizes: 1 gives every prompt the same chance, a high one every task (T5, arXiv 1910.10683, section 3.5.2)
     temperature: float = Field(1.0, ge=0.01, le=MOST_COEFFICIENT)
+    # standardise the sums of rewards over each task's completions of a step, so that none teaches more by its scale
+    normalize: bool = False
 
     def shares(self, weights: Sequence[float], sizes: Sequence[int]) -> list[float]:
         """Return the share of each task in the prompts; they add up to 1."""

@@ -4,6 +4,7 @@ matplotlib is imported when a picture is drawn, and used through its objects: no
 """
 
 import io
+import itertools
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -51,13 +52,16 @@ def plot_reward(metrics: Rows, evaluation: dict[str, Any], path: str | Path, tit
 def draw_run(metrics: Rows, evaluation: dict[str, Any]) -> "Figure":
     """Return the picture of a whole run: reward or loss, then what else it recorded, gradient norm and time."""
     panels = [p for p in PANELS if any(map(math.isfinite, [*_series(metrics, p[1][0]), *_series(metrics, p[2][0])]))]
-    rows = (len(panels) + 3) // 2
+    tasks = task_names(metrics)
+    rows = (len(panels) + 3 + bool(tasks)) // 2
     figure = _figure(9.0, 3.2 + 2.5 * rows)
     grid = figure.add_gridspec(1 + rows, 2, height_ratios=(1.35, *[1] * rows))
     main = figure.add_subplot(grid[0, :])
     main.set_title("Loss" if _supervised(metrics) else "Reward", **_TITLE, pad=19)
     _main(main, metrics, evaluation)
-    places = [figure.add_subplot(grid[1 + i // 2, i % 2]) for i in range(len(panels) + 2)]
+    places = [figure.add_subplot(grid[1 + i // 2, i % 2]) for i in range(len(panels) + 2 + bool(tasks))]
+    if tasks:
+        _tasks(places.pop(0), metrics, tasks)
     for axes, (title, left, right) in zip(places, panels, strict=False):
         axes.set_title(title, **_TITLE)
         _two_scales(axes, metrics, left, right)
@@ -69,6 +73,25 @@ def draw_run(metrics: Rows, evaluation: dict[str, Any]) -> "Figure":
     times.set_title("Seconds a step", **_TITLE)
     _times(times, metrics)
     return figure
+
+
+def task_names(metrics: Rows) -> list[str]:
+    """Return the names of the tasks that the steps tell of, in the order of their first turn; none of a single one."""
+    keys = dict.fromkeys(key for row in metrics for key in row if key.startswith("task/"))
+    return [key.split("/")[1] for key in keys if key.endswith("/reward/mean")]
+
+
+def _tasks(axes: "Axes", metrics: Rows, tasks: Sequence[str]) -> None:
+    """Draw the mean reward of each task, smoothed."""
+    axes.set_title("Reward by task", **_TITLE)
+    _style(axes, metrics)
+    for task, color in zip(tasks, itertools.cycle((BLUE, ORANGE, GREEN, RED, PURPLE)), strict=False):
+        key = f"task/{task}/reward/mean"
+        turns = [row for row in metrics if number(row.get(key)) is not None]
+        values = _series(turns, key)
+        marker = "o" if len(turns) < 3 else None
+        axes.plot(_steps(turns), smooth(values, max(3, len(values) // 12)), color=color, marker=marker, label=task)
+    axes.legend(fontsize=7, frameon=False, ncols=3, loc="best", labelcolor=MUTED, handlelength=1.5)
 
 
 def to_png(figure: "Figure", dpi: int) -> bytes:

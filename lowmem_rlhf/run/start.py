@@ -91,7 +91,11 @@ def map_paths(recipe: Recipe, change: Callable[[str], str]) -> Recipe:
 
 
 def _with_sources(recipe: Recipe, change: Callable[[str], str]) -> Recipe:
-    sources = {key: change(value) for key in ("train", "eval") if (value := getattr(recipe.data, key)) is not None}
+    sources: dict[str, Any] = {
+        key: change(value) for key in ("train", "eval") if (value := getattr(recipe.data, key)) is not None
+    }
+    if (few := recipe.data.few_shot) is not None and few.file is not None:
+        sources["few_shot"] = few.model_copy(update={"file": change(few.file)})
     data = recipe.data.model_copy(update=sources)
     rewards = [_mapped(reward, change) for reward in recipe.rewards]
     return recipe.model_copy(update={"data": data, "rewards": rewards})

@@ -234,7 +234,7 @@ def _check_rewards(check: RecipeCheck, rows: Mapping[str, SplitRows]) -> None:
     recipe = check.recipe.with_each(lambda _, own: own.model_copy(update={"rewards": _functions(own.rewards)}))
     try:
         rewards = load_rewards(recipe.rewards)
-        if all(own.train for own in rows.values()):
+        if rows and all(own.train for own in rows.values()):
             check.notes += check_rows(rewards, recipe, rows)
     except UserError as error:
         check.errors.append(str(error))

@@ -1,7 +1,8 @@
 """Held-out evaluation: sample completions of prompts never trained on and score them with the recipe's rewards."""
 
+import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from lowmem_rlhf.architecture.stops import written_text
@@ -10,6 +11,7 @@ from lowmem_rlhf.engine.base import SharedBase
 from lowmem_rlhf.engine.ladder import RolloutLimits
 from lowmem_rlhf.progress import ProgressCallback
 from lowmem_rlhf.recipe.schema import Recipe
+from lowmem_rlhf.rewards.combining import standardized
 from lowmem_rlhf.rewards.loading import Reward, rewards_by_task
 from lowmem_rlhf.rewards.scoring import score
 from lowmem_rlhf.rollout.engine import Engine
@@ -75,8 +77,14 @@ def reward_tasks(
     completions: Sequence[Completion],
     state: TrainerState,
     num_generations: int | None = None,
+    normalize: bool = False,
 ) -> tuple[Scores, list[str]]:
-    """Score completions of examples (one each) with the rewards of the task of each; see `reward_completions`."""
+    """Score completions of examples (one each) with the rewards of the task of each; see `reward_completions`.
+
+    Args:
+        rewards: by task.
+        normalize: standardise what is learned from over the completions of each task; metrics have the raw sums.
+    """
     if list(rewards) == [""]:
         return reward_completions(rewards[""], base, examples, completions, state, num_generations)
     texts, parts = [""] * len(completions), []
@@ -85,10 +93,15 @@ def reward_tasks(
             continue
         answered, written = [examples[row] for row in rows], [completions[row] for row in rows]
         scores, own_texts = reward_completions(own, base, answered, written, state, num_generations)
-        parts.append((rows, scores))
+        parts.append((rows, _standardized(scores) if normalize else scores))
         for row, text in zip(rows, own_texts, strict=True):
             texts[row] = text
     return joined(parts), texts
+
+
+def _standardized(scores: Scores) -> Scores:
+    values = standardized([None if total != total else total for total in scores.total], len(scores.total))
+    return replace(scores, total=[math.nan if one is None else one for one in values], raw=list(scores.raw_total))
 
 
 def sampling_of(recipe: Recipe) -> Sampling:

@@ -205,7 +205,8 @@ class Trainer(Loop):
         repeated = [example for example in examples for _ in range(count)]
         progress.phase("rewards")
         state = TrainerState(self.step, self.recipe.training.max_steps)
-        scores, texts = reward_tasks(self._rewards_by_task, self.base, repeated, completions, state, count)
+        normalize = self.recipe.mixing.normalize
+        scores, texts = reward_tasks(self._rewards_by_task, self.base, repeated, completions, state, count, normalize)
         questions, tasks = [one.prompt for one in examples], [one.task for one in examples]
         rollout = Rollout(prompts, completions, count, questions, texts, scores)
         return replace(rollout, tasks=tasks) if self.recipe.tasks else rollout

@@ -16,7 +16,7 @@ SIGNATURES = {
     "plan": "recipe, *, profile=None, vram=None, model=None, data=None, rewards=None, overrides=()",
     "open_run": "path, *, data=None, eval_data=None, rewards=None, trust=False, progress='auto'",
     "recipes": "",
-    "Run.generate": "self, prompt, n=1, *, compare=False, max_tokens=None, temperature=None, seed=0",
+    "Run.generate": "self, prompt, n=1, *, compare=False, max_tokens=None, temperature=None, seed=0, task=None",
     "Run.evaluate": "self, overrides=(), *, step=None, device=None",
     "Run.export": "self, format='merged', **options",
     "Run.plot": "self, path=None",

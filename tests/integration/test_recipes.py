@@ -7,7 +7,7 @@ import pytest
 from tiny_classifiers import save_sentence_encoder
 from tiny_runs import save_tiny_model, write_jsonl
 
-from lowmem_rlhf.recipe.loading import load_recipe, shipped_recipes
+from lowmem_rlhf.recipe.loading import Recipe, load_recipe, shipped_recipes
 from lowmem_rlhf.run.directory import RunDirectory
 from lowmem_rlhf.session.train import train
 
@@ -17,6 +17,7 @@ BEFORE = {  # what a recipe goes on from
     "style_ppo": "style_classifier",
     "style_grpo": "style_classifier",
     "ppo_reward_adapter": "reward_model",
+    "multi_task": "style_classifier",
 }
 ROWS = [
     {"question": f"{a}+{b}=?", "answer": f"{a}+{b} #### {a + b}", "prompt": f"{a}+{b}=", "chosen": f"{a + b}"}
@@ -69,6 +70,8 @@ def overrides(name: str, place: Path) -> list[str]:
         found.append("trl.max_length=48")
     if recipe.adapter:
         found.append(f"adapter={place / BEFORE[name]}")
+    if recipe.tasks:
+        return found[:2] + task_overrides(recipe, place)
     for number, reward in enumerate(recipe.rewards):
         options = dict(reward.options)
         if reward.function == "similarity":
@@ -81,6 +84,23 @@ def overrides(name: str, place: Path) -> list[str]:
             found = [item for item in found if not item.startswith(("data.train=", "data.options"))]
             found[1:1] = ["data.train=arithmetic"]
         found.append(f"rewards[{number}].options={json.dumps(options)}")
+    return found
+
+
+def task_overrides(recipe: Recipe, place: Path) -> list[str]:
+    """Return what makes a recipe of several tasks tiny."""
+    found = [
+        "training={max_steps: 2, prompts_per_step: 4, warmup_steps: 0}",
+        "data={eval_size: 4, chat: false, max_prompt_length: 200}",
+    ]
+    found.append("generation.max_completion_length=8")
+    for number, (name, own) in enumerate(recipe.by_task.items()):
+        key = f"tasks[{number}]"
+        source = own.data.train if own.data.train == "arithmetic" else place / "rows.jsonl"
+        found += [f"{key}.data.train={source}", f"{key}.data.config=null", f"{key}.generation.max_completion_length=8"]
+        if name == "style":
+            judge = json.dumps({"model": str(place / BEFORE["multi_task"] / "model"), "label": "1"})
+            found += [f"{key}.data.train_size=24", f"{key}.rewards[0].options={judge}"]
     return found
 
 

@@ -285,6 +285,18 @@ def test_scores_of_parts_are_put_together():
     assert both.of_rows([1]) == Scores({"a": [4.0], "b": [0.5]}, [4.5], raw=[4.5])
 
 
+def test_each_task_s_rewards_are_standardised_if_asked(tasks_model, files, tmp_path):
+    """Metrics have what the functions gave, advantages what is left of their scale: nothing."""
+    own = values(tasks_model, files, mixing={"normalize": True})
+    own["grpo"], own["training"] = {"scale_rewards": "none"}, {**own["training"], "max_steps": 1, "log_completions": 4}
+    own["tasks"][1]["rewards"][1]["weight"] = 1000.0
+    run = train(validate_recipe(own), tmp_path / "run")
+    (metrics,) = run.metrics()
+    assert abs(metrics["task/colors/reward/mean"]) > 10 * abs(metrics["task/sums/reward/mean"])
+    largest = {row["task"]: abs(row["advantage"]) for row in run.samples()}
+    assert set(largest) == {"sums", "colors"} and max(largest.values()) < 4
+
+
 def test_a_recipe_object_with_tasks_can_be_changed_in_python(tasks_model, files):
     recipe = validate_recipe(values(tasks_model, files))
     request = request_of(recipe, overrides=["tasks[0].data.eval_size=2"])

@@ -84,7 +84,8 @@ class Prompts:
             chat=self.keeps_messages,
             chat_template_kwargs=data.chat_template_kwargs,
         )
-        self._writer = PromptWriter(own, tokenizer, stop_ids, RowReport(own))
+        shots = PromptWriter(data, tokenizer, stop_ids, RowReport(data)).shots if data.few_shot else ()
+        self._writer = PromptWriter(own, tokenizer, stop_ids, RowReport(own), shots)
 
     def turn(self, text: str) -> str:
         """Return the user's text, put into the recipe's template."""
