@@ -50,8 +50,12 @@ class PromptStream(Generic[Item]):
     def batch(self, step: int) -> list[Item]:
         """Return the ``prompts_per_step`` examples of a step, counted from 0."""
         first = step * self.prompts_per_step
-        places = (divmod(first + offset, len(self.examples)) for offset in range(self.prompts_per_step))
-        return [self.examples[self._order(epoch)[index]] for epoch, index in places]
+        return [self.at(first + offset) for offset in range(self.prompts_per_step)]
+
+    def at(self, place: int) -> Item:
+        """Return the example at a place of the endless order, from 0."""
+        epoch, index = divmod(place, len(self.examples))
+        return self.examples[self._order(epoch)[index]]
 
 
 class MixedStream(Generic[Item]):
@@ -82,11 +86,12 @@ class MixedStream(Generic[Item]):
     def batch(self, step: int) -> list[Item]:
         """Return the ``prompts_per_step`` examples of a step, counted from 0."""
         first = step * self.prompts_per_step
-        self._continue(first + self.prompts_per_step)
-        return [
-            self.streams[self._turns[place]].batch(self._places[place])[0]
-            for place in range(first, first + self.prompts_per_step)
-        ]
+        return [self.at(first + offset) for offset in range(self.prompts_per_step)]
+
+    def at(self, place: int) -> Item:
+        """Return the example at a place of the endless order, from 0."""
+        self._continue(place + 1)
+        return self.streams[self._turns[place]].at(self._places[place])
 
     def _continue(self, until: int) -> None:
         for number in range(len(self._turns), until):

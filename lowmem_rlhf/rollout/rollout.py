@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from lowmem_rlhf.engine.packing import Group
-from lowmem_rlhf.rollout.scores import Scores
+from lowmem_rlhf.rollout.scores import Scores, joined
 
 
 @dataclass(frozen=True)
@@ -68,8 +68,12 @@ class Rollout:
 
     def of_task(self, task: str) -> "Rollout":
         """Return the part of a scored rollout that is of one task."""
-        assert self.tasks is not None and self.questions is not None and self.texts is not None
-        prompts = [b for b, name in enumerate(self.tasks) if name == task]
+        assert self.tasks is not None
+        return self.of_prompts([b for b, name in enumerate(self.tasks) if name == task])
+
+    def of_prompts(self, prompts: Sequence[int]) -> "Rollout":
+        """Return the part of a scored rollout that is of these prompts, given by their places."""
+        assert self.questions is not None and self.texts is not None
         rows = [b * self.num_generations + g for b in prompts for g in range(self.num_generations)]
         return Rollout(
             [self.prompts[b] for b in prompts],
@@ -79,6 +83,7 @@ class Rollout:
             [self.texts[n] for n in rows],
             self.scored.of_rows(rows),
             None if self.advantages is None else [self.advantages[n] for n in rows],
+            None if self.tasks is None else [self.tasks[b] for b in prompts],
         )
 
     def groups(self, rows: Sequence[int]) -> list[Group]:
@@ -87,3 +92,19 @@ class Rollout:
         for row in rows:
             members.setdefault(row // self.num_generations, []).append(row)
         return [Group(self.prompts[b], [self.completions[n].ids for n in ns], ns) for b, ns in members.items()]
+
+
+def joined_rollout(parts: Sequence[Rollout]) -> Rollout:
+    """Return scored rollouts as one, their prompts one after another."""
+    counts = [len(part.completions) for part in parts]
+    starts = [sum(counts[:place]) for place in range(len(parts))]
+    rows = [range(start, start + count) for start, count in zip(starts, counts, strict=True)]
+    return Rollout(
+        [prompt for part in parts for prompt in part.prompts],
+        [completion for part in parts for completion in part.completions],
+        parts[0].num_generations,
+        [question for part in parts for question in part.questions or ()],
+        [text for part in parts for text in part.texts or ()],
+        joined([(list(own), part.scored) for own, part in zip(rows, parts, strict=True)]),
+        tasks=None if parts[0].tasks is None else [task for part in parts for task in part.tasks or ()],
+    )

@@ -25,9 +25,8 @@ class Scores:
     def of_rows(self, rows: Sequence[int]) -> "Scores":
         """Return the values of these completions, without what functions reported or failed at."""
         by_name = {name: [values[n] for n in rows] for name, values in self.by_name.items()}
-        known = {name: values for name, values in by_name.items() if any(value is not None for value in values)}
         raw = None if self.raw is None else [self.raw[n] for n in rows]
-        return Scores(known, [self.total[n] for n in rows], raw=raw)
+        return Scores(by_name, [self.total[n] for n in rows], raw=raw)
 
 
 def joined(parts: Sequence[tuple[Sequence[int], Scores]]) -> Scores:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from lowmem_rlhf.rollout.rollout import Rollout
+from lowmem_rlhf.training.dynamic_sampling import groups_apart
 from lowmem_rlhf.training.evaluate import mean
 
 
@@ -35,7 +36,7 @@ class Seen:
             self.ended + sum(not one.truncated for one in rollout.completions),
             self.rewarded + sum(total == total for total in rollout.scored.total),
             self.unlike + sum(not one for one in alike),
-            self.judged_apart + sum(_judged_apart(rollout)),
+            self.judged_apart + sum(groups_apart(rollout)) * rollout.num_generations,
             self.cut_with_advantage + sum(c.truncated and bool(value) and not same for c, value, same in rows),
         )
 
@@ -68,15 +69,6 @@ class Seen:
             remedies.append("raise generation.max_completion_length, or set grpo.mask_truncated_completions=false")
         why = ", and ".join(reasons)
         return f"nothing was learned: {why}; look at samples.jsonl; {', and '.join(remedies)}"
-
-
-def _judged_apart(rollout: Rollout) -> list[bool]:
-    """Return of each completion whether its group has different rewards."""
-    group, apart = rollout.num_generations, list[bool]()
-    for start in range(0, len(rollout.completions), group):
-        totals = {total for total in rollout.scored.total[start : start + group] if total == total}
-        apart += [len(totals) > 1] * group
-    return apart
 
 
 def all_alike(rollout: Rollout) -> list[bool]:
@@ -118,7 +110,8 @@ def rollout_metrics(rollout: Rollout) -> dict[str, Any]:
     metrics = _of_all(rollout)
     for task in dict.fromkeys(rollout.tasks or ()):
         own = rollout.of_task(task)
-        metrics |= {f"task/{task}/{name}": value for name, value in _of_all(own).items()}
+        told = {name: value for name, value in _of_all(own).items() if value is not None}  # not of others' rewards
+        metrics |= {f"task/{task}/{name}": value for name, value in told.items()}
         metrics[f"task/{task}/prompts"] = len(own.prompts)
     return metrics
 

@@ -22,14 +22,17 @@ from lowmem_rlhf.rewards.loading import Reward, failed_always, rewards_by_task
 from lowmem_rlhf.rollout.engine import Engine, engine_for
 from lowmem_rlhf.rollout.rollout import Completion, Rollout
 from lowmem_rlhf.run.directory import RunDirectory
+from lowmem_rlhf.training.dynamic_sampling import sample_until_different
 from lowmem_rlhf.training.evaluate import TrainerState, evaluate, reward_tasks, sampling_of
 from lowmem_rlhf.training.loop import Loop, StepOutput
 from lowmem_rlhf.training.memory import EVERY_PHASE
 from lowmem_rlhf.training.metrics import Seen, rollout_metrics, samples, silent_rewards
 from lowmem_rlhf.training.roles import share_ladder
 from lowmem_rlhf.training.sampling_check import SamplingCheck
+from lowmem_rlhf.training.turns import Turns
 
-SEEN = "seen"  # the name of `Trainer.seen` in a checkpoint
+SEEN, TURNS = "seen", "turns"  # the names of `Trainer.seen` and of its turns in a checkpoint
+FURTHER = 2**40  # between the seeds of one step's batches of prompts
 
 
 class Algorithm(Protocol):
@@ -142,6 +145,10 @@ class Trainer(Loop):
         self._rewards_by_task = rewards_by_task(recipe, rewards)
         self._lengths = {task: own.generation.max_completion_length for task, own in recipe.by_task.items()}
         self.algorithm = algorithm
+        self._batches = getattr(algorithm, "max_generation_batches", 1)
+        self._turns = Turns(self.stream, train, getattr(algorithm, "set_aside_steps", 0))
+        self._in_turn = self._batches > 1 or self._turns.set_aside_steps > 0  # prompts follow from earlier steps
+        self._told: dict[str, Any] = {}  # metrics of the last rollout
         settings, temperature = plan.settings, recipe.generation.temperature
         checked = recipe.hardware.check == "always"
         self.sampling = SamplingCheck(settings.quantization, settings.compute_dtype, temperature, checked)
@@ -150,11 +157,13 @@ class Trainer(Loop):
 
     def state(self) -> dict[str, Any]:
         """See `Loop.state`."""
-        return {**self.algorithm.state(), SEEN: asdict(self.seen)}
+        turns = {TURNS: self._turns.state()} if self._in_turn else {}
+        return {**self.algorithm.state(), SEEN: asdict(self.seen), **turns}
 
     def load_state(self, state: dict[str, Any]) -> None:
         """See `Loop.load_state`."""
         self.seen = Seen(**state.pop(SEEN)) if SEEN in state else Seen(1, 1, 1, 1)  # older checkpoints do not tell
+        self._turns.load_state(state.pop(TURNS, None), self.step)
         self.algorithm.load_state(state)
 
     def why_nothing(self) -> str:
@@ -190,15 +199,27 @@ class Trainer(Loop):
         self.sampling.check(difference, self.step + 1, progress.message)
         return replace(
             output,
-            metrics={**rollout_metrics(output.rollout), **output.metrics},
+            metrics={**rollout_metrics(output.rollout), **self._told, **output.metrics},
             samples=samples(output.rollout, self.recipe.training.log_completions),
         )
 
     def _rollout(self, progress: Progress) -> Rollout:
         """Sample completions of the next prompts and score them."""
-        count, examples = self.recipe.generation.num_generations, self.stream.batch(self.step)
-        prompts = [example.prompt_ids for example in examples]
-        completions = [completion for group in self._sampled(examples, progress) for completion in group]
+        if not self._in_turn:
+            return self._batch(self.stream.batch(self.step), 0, progress)
+        rollout, self._told = sample_until_different(
+            lambda examples, number: self._batch(examples, number, progress),
+            self._turns,
+            self.recipe.training.prompts_per_step,
+            self._batches,
+            self.step,
+        )
+        return rollout
+
+    def _batch(self, examples: Sequence[Example], number: int, progress: Progress) -> Rollout:
+        """Sample completions of these prompts, the step's batch of this number, and score them."""
+        count, prompts = self.recipe.generation.num_generations, [example.prompt_ids for example in examples]
+        completions = [completion for group in self._sampled(examples, number, progress) for completion in group]
         if (note := getattr(self.evaluator.engine, "note", "")) and note != self._noted:
             progress.message(note)
             self._noted = note
@@ -211,7 +232,7 @@ class Trainer(Loop):
         rollout = Rollout(prompts, completions, count, questions, texts, scores)
         return replace(rollout, tasks=tasks) if self.recipe.tasks else rollout
 
-    def _sampled(self, examples: Sequence[Example], progress: Progress) -> list[list[Completion]]:
+    def _sampled(self, examples: Sequence[Example], number: int, progress: Progress) -> list[list[Completion]]:
         generation, engine = self.recipe.generation, self.evaluator.engine
         prompts, each = [one.prompt_ids for one in examples], [self._lengths[one.task] for one in examples]
         lengths = each if len(set(self._lengths.values())) > 1 else generation.max_completion_length
@@ -225,7 +246,7 @@ class Trainer(Loop):
                     lengths,
                     sampling_of(self.recipe),
                     limits,
-                    seed=(self.recipe.training.seed + 1) * 1_000_003 + self.step,
+                    seed=(self.recipe.training.seed + 1) * 1_000_003 + self.step + number * FURTHER,
                     progress=lambda done, total: progress.phase("rollout", done, total),
                 )
 

@@ -4,7 +4,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, ValidatorFunctionWrapHandler, WrapValidator, model_validator
 
-from lowmem_rlhf.recipe.bounds import MOST_COEFFICIENT, MOST_EPOCHS
+from lowmem_rlhf.recipe.bounds import MOST_COEFFICIENT, MOST_EPOCHS, MOST_STEPS
 from lowmem_rlhf.recipe.section import Section
 
 
@@ -22,6 +22,10 @@ class GRPOSettings(Section):
     # or a loss of one's own as path.py:function, see `algorithms.grpo.losses`
     loss_type: Annotated[Literal["grpo", "bnpo", "dr_grpo", "dapo"], WrapValidator(_own_function)] = "dapo"
     scale_rewards: Literal["group", "batch", "none"] = "group"
+    # the most batches of prompts that a step samples until every group has different rewards (DAPO's dynamic sampling)
+    max_generation_batches: int = Field(1, ge=1, le=64)
+    # steps for which a prompt whose completions all had the same reward is left out; 0: none is
+    set_aside_steps: int = Field(0, ge=0, le=MOST_STEPS)
     num_iterations: int = Field(1, ge=1, le=MOST_EPOCHS)
     mask_truncated_completions: bool = False
     # TRL's vllm_importance_sampling_*: weigh tokens by how far sampling and the training pass differ in log-probs

@@ -30,6 +30,8 @@ class GRPO:
     def __init__(self, recipe: Recipe) -> None:
         self.objective = Objective.of(recipe.grpo, recipe.generation.max_completion_length)
         self.settings = recipe.grpo
+        self.max_generation_batches = recipe.grpo.max_generation_batches
+        self.set_aside_steps = recipe.grpo.set_aside_steps
         self.masks_cut = recipe.grpo.mask_truncated_completions  # nothing is learned from completions that were cut
 
     def learn(self, rollout: Rollout, trainer: "Trainer", progress: Progress) -> StepOutput:
