@@ -199,6 +199,10 @@ class Roles(nn.Module):
             raise RuntimeError("no parameter of the shared base is trainable: nothing would be learned")
         return parameters
 
+    def own_trainable(self, role: str) -> list[str]:
+        """Return the names, of `trainable`, of what is a role's own: its adapter (``.lora_A.ROLE.``) and its head."""
+        return [name for name in self.trainable() if f".{role}." in name]
+
     def adapters_changed(self) -> None:
         """To be called after every change of adapter weights: the 16-bit copies are made anew."""
         self.active.version += 1

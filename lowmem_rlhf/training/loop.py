@@ -34,7 +34,7 @@ from lowmem_rlhf.training.checkpoint import load_checkpoint, save_checkpoint
 from lowmem_rlhf.training.health import HealthWatch
 from lowmem_rlhf.training.learning import LostTokens, no_gradient, parts_of, sums, unchanged, warm_up_remark
 from lowmem_rlhf.training.memory import explain_shortage, savings_of
-from lowmem_rlhf.training.optimizer import Optimizer
+from lowmem_rlhf.training.optimizer import Optimizer, OwnRate
 from lowmem_rlhf.training.trackers import Trackers
 from lowmem_rlhf.training.trained_state import StateKeeper
 
@@ -58,6 +58,16 @@ class StepOutput:
     learned_tokens: int
     samples: Sequence[dict[str, Any]] = field(default_factory=tuple)
     rollout: Rollout | None = None
+
+
+def own_rate(recipe: Recipe, base: SharedBase) -> OwnRate | None:
+    """Return what the critic's own parameters learn at, where the recipe says so."""
+    settings = recipe.spec.own(recipe)
+    rate, norm = (getattr(settings, f"critic_{name}", None) for name in ("learning_rate", "max_grad_norm"))
+    if CRITIC not in base.heads or (rate is None and norm is None):
+        return None
+    names, training = frozenset(base.own_trainable(CRITIC)), recipe.training
+    return OwnRate(names, rate or training.learning_rate, norm or training.max_grad_norm)
 
 
 @dataclass(frozen=True)
@@ -116,6 +126,7 @@ class Loop(ABC):
                 recipe.training.max_steps * updates,
                 base.device,
                 scale_loss=base.dtype == torch.float16,
+                own=own_rate(recipe, base),
             ),
             message,
         )

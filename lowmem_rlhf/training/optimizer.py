@@ -5,7 +5,8 @@ What stays out: unpickling. A checkpoint's tensors are safetensors, its numbers 
 
 import math
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,21 @@ INITIAL_LOSS_SCALE = 2.0**12  # torch's 65536 overflows float16 in the first ste
 MOST_SKIPPED = 5
 
 
+@dataclass(frozen=True)
+class OwnRate:
+    """Parameters that learn at a rate of their own, and whose gradients are clipped by themselves.
+
+    Attributes:
+        names: theirs.
+        learning_rate: at the top of the schedule, which is that of all.
+        max_grad_norm: of their gradients.
+    """
+
+    names: frozenset[str]
+    learning_rate: float
+    max_grad_norm: float
+
+
 class Optimizer:
     """Clips, steps and schedules; a step whose loss or gradient is not finite is left out.
 
@@ -35,6 +51,7 @@ class Optimizer:
         skipped: steps left out so far because a number was not finite.
         at_step: the step of the run that is being taken, for messages.
         total_steps: optimizer steps of the whole run.
+        own_norm: the norm of the gradients of ``own`` in the last step, before clipping.
 
     Args:
         parameters: what trains, by name (fp32 masters).
@@ -42,6 +59,7 @@ class Optimizer:
         optim: ``adamw`` or ``adamw_8bit``.
         total_steps: optimizer steps of the whole run, for the schedule.
         scale_loss: whether the activations are float16.
+        own: parameters with a rate of their own; None: there are none.
     """
 
     def __init__(
@@ -52,8 +70,12 @@ class Optimizer:
         total_steps: int,
         device: torch.device,
         scale_loss: bool,
+        own: OwnRate | None = None,
     ) -> None:
-        self.parameters = parameters
+        self.own, self.own_norm = own, 0.0
+        names = own.names if own else frozenset()
+        shared, apart = ([name for name in parameters if (name in names) == mine] for mine in (False, True))
+        self.parameters = {name: parameters[name] for name in (*shared, *apart)}  # in the order of the groups
         self.optim = optim
         self.max_grad_norm = training.max_grad_norm
         self.total_steps = total_steps
@@ -65,13 +87,16 @@ class Optimizer:
         self.effective = 0  # those of them that were not left out, at a learning rate above 0
         self.stepping = False  # a step has begun and has not ended, or failed within
         settings: dict[str, Any] = {"lr": training.learning_rate, "weight_decay": training.weight_decay}
+        groups: list[dict[str, Any]] = [{"params": [parameters[name] for name in shared]}]
+        if own:
+            groups.append({"params": [parameters[name] for name in apart], "lr": own.learning_rate})
         with torch.device("cpu"):  # the step counters that the optimizers make for themselves
             if optim == "adamw_8bit":
                 from bitsandbytes.optim import AdamW8bit
 
-                self.torch_optimizer: torch.optim.Optimizer = AdamW8bit(list(parameters.values()), **settings)
+                self.torch_optimizer: torch.optim.Optimizer = AdamW8bit(groups, **settings)
             else:
-                self.torch_optimizer = torch.optim.AdamW(list(parameters.values()), **settings)
+                self.torch_optimizer = torch.optim.AdamW(groups, **settings)
             self.scheduler = get_scheduler(
                 training.lr_scheduler_type, self.torch_optimizer, training.warmup_steps, max(total_steps, 1)
             )
@@ -88,6 +113,11 @@ class Optimizer:
     def learning_rate(self) -> float:
         """The learning rate of the next step."""
         return float(self.scheduler.get_last_lr()[0])
+
+    def leave_out(self, names: Iterable[str]) -> None:
+        """Let the next step leave these parameters and their moments as they are."""
+        for name in names:
+            self.parameters[name].grad = None
 
     def zero_grad(self) -> None:
         """Give every parameter a zero gradient, so that a step without any loss still is an optimizer step."""
@@ -115,20 +145,44 @@ class Optimizer:
             return math.nan
         self.scaler.unscale_(self.torch_optimizer)
         gradients = [p.grad for p in self.parameters.values() if p.grad is not None]
-        total = nn.utils.get_total_norm(gradients)
-        norm = float(total)
-        overflowed = not math.isfinite(norm) and all(bool(one.isfinite().all()) for one in gradients)
-        if overflowed:
-            norm = self._clip_beyond_float32(gradients)
-        elif math.isfinite(norm) or self.scaler.is_enabled():
-            nn.utils.clip_grads_with_norm_(self.parameters.values(), self.max_grad_norm, total)
+        if self.own:
+            norm = self._clip_apart(self.own)
+            finite = math.isfinite(norm) and math.isfinite(self.own_norm)
+            if not finite and not self.scaler.is_enabled():
+                self._leave_out(f"the gradient ({norm if math.isfinite(self.own_norm) else self.own_norm})")
+                return norm
         else:
-            self._leave_out(f"the gradient ({norm})")
-            return norm
+            norm = self._clip(gradients)
+            if not math.isfinite(norm) and not self.scaler.is_enabled():
+                self._leave_out(f"the gradient ({norm})")
+                return norm
         if norm == 0 and not any(bool(one.any()) for one in gradients):
             self._let_be()
         else:
             self._take()
+        return norm
+
+    def _clip(self, gradients: list[torch.Tensor]) -> float:
+        """Clip gradients to ``max_grad_norm``, where they are finite or float16's; return their norm."""
+        total = nn.utils.get_total_norm(gradients)
+        norm = float(total)
+        overflowed = not math.isfinite(norm) and all(bool(one.isfinite().all()) for one in gradients)
+        if overflowed:
+            return self._clip_beyond_float32(gradients)
+        if math.isfinite(norm) or self.scaler.is_enabled():
+            nn.utils.clip_grads_with_norm_(self.parameters.values(), self.max_grad_norm, total)
+        return norm
+
+    def _clip_apart(self, own: OwnRate) -> float:
+        """Clip the gradients of `own` and those of the others by themselves; return the norm of the others'."""
+        norms = []
+        for mine, most in ((False, self.max_grad_norm), (True, own.max_grad_norm)):
+            part = [p for name, p in self.parameters.items() if p.grad is not None and (name in own.names) == mine]
+            total = nn.utils.get_total_norm([p.grad for p in part if p.grad is not None])
+            norms.append(float(total))
+            if part and (math.isfinite(norms[-1]) or self.scaler.is_enabled()):
+                nn.utils.clip_grads_with_norm_(part, most, total)
+        norm, self.own_norm = norms
         return norm
 
     def say(self) -> list[str]:

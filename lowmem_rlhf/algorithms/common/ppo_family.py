@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field
 
-from lowmem_rlhf.recipe.bounds import MOST_COEFFICIENT, MOST_EPOCHS, MOST_PROMPTS, MOST_ROWS
+from lowmem_rlhf.recipe.bounds import MOST_COEFFICIENT, MOST_EPOCHS, MOST_PROMPTS, MOST_RATE, MOST_ROWS, MOST_STEPS
 from lowmem_rlhf.recipe.section import Section
 
 if TYPE_CHECKING:
@@ -33,7 +33,14 @@ class PPOSettings(Section):
     # PPO alone
     critic: Literal["adapter", "reward", "policy"] = "adapter"  # its own; its own, from the reward adapter; a head only
     lam: float = Field(0.95, ge=0, le=1)
+    # of the value loss beside the policy's; a critic with parameters of its own learns the same whatever it is, since
+    # AdamW divides by the gradient's size: see critic_learning_rate
     vf_coef: float = Field(0.1, gt=0, le=MOST_COEFFICIENT)
+    # of the critic's own parameters, whose gradients are clipped by themselves then; absent: training.learning_rate
+    critic_learning_rate: float | None = Field(None, gt=0, le=MOST_RATE)
+    critic_max_grad_norm: float | None = Field(None, gt=0, le=MOST_COEFFICIENT)  # absent: training.max_grad_norm
+    critic_warmup_steps: int = Field(0, ge=0, le=MOST_STEPS)  # the first steps, in which the critic learns alone
+    normalize_values: bool = False  # the critic learns returns by their running mean and deviation
     cliprange_value: float | None = Field(0.2, gt=0, le=MOST_COEFFICIENT)
     whiten_rewards: bool = False
     bootstrap_truncated: bool = False  # an answer that was cut is worth what the critic expects from there
@@ -58,6 +65,24 @@ def check_section(recipe: "Recipe") -> None:
     ppo = recipe.ppo
     if ppo.bootstrap_truncated and ppo.score_position != "last":
         raise ValueError("ppo.bootstrap_truncated: is for ppo.score_position=last; after_last has that slot already")
+    if 0 < recipe.training.max_steps <= ppo.critic_warmup_steps:
+        raise ValueError(
+            f"ppo.critic_warmup_steps: got {ppo.critic_warmup_steps} of {recipe.training.max_steps} steps "
+            "(training.max_steps), in which the policy would never move; lower it"
+        )
     completions = recipe.training.prompts_per_step * recipe.generation.num_generations
     if ppo.kl_target and completions > ppo.kl_horizon:
         raise ValueError(f"ppo.kl_horizon: got {ppo.kl_horizon:g} for steps of {completions} completions; raise it")
+
+
+def one_epoch(recipe: "Recipe") -> None:
+    """Check the section of an algorithm without a critic, and set the one epoch over a rollout that suits it.
+
+    With four, as PPO has them, a fifth to a half of RLOO's ratios of whole completions are clipped, without a gradient.
+
+    Raises:
+        ValueError: see `check_section`.
+    """
+    if "num_ppo_epochs" not in recipe.ppo.model_fields_set:
+        recipe.ppo.num_ppo_epochs = 1
+    check_section(recipe)

@@ -128,13 +128,15 @@ class PolicyGradient(ABC):
             targets, metrics = self.penalized(scored)
         with trainer.timed("update"):
             seed = f"mini-batches/{self.seed}/{trainer.step}"
+            alone = targets.returns is not None and trainer.step < self.settings.critic_warmup_steps
             result = update(
-                trainer.base, trainer.optimizer, rollout, targets, self.settings, trainer.ladder, seed, progress
+                trainer.base, trainer.optimizer, rollout, targets, self.settings, trainer.ladder, seed, progress, alone
             )
         means = {row: float(targets.advantages[row].mean()) for row in rows}
         rollout = replace(rollout, advantages=[means.get(row, 0.0) for row in range(len(rollout.completions))])
         learned = sum(len(rollout.completions[row].ids) for row in rows if bool(targets.advantages[row].any()))
-        metrics |= _update_metrics(result)
+        learned = 0 if alone else learned  # by the policy
+        metrics |= self._update_metrics(result, trainer)
         metrics["sampling/logp_difference"] = sampling_difference(rollout, scored.logps)
         return StepOutput(metrics, learned, rollout=rollout)
 
@@ -186,20 +188,22 @@ class PolicyGradient(ABC):
             self.kl.update(per_completion, len(scored.rows))
         return targets, {**metrics, **more}
 
+    def _update_metrics(self, result: UpdateResult, trainer: "Trainer") -> dict[str, Any]:
+        assert result.first is not None
+        unknown = {name: None for name in self.unknown if name.startswith("policy/") and not result.scored}
+        return {
+            **unknown,
+            **result.stats.metrics(),
+            "policy/approx_kl_first": result.first.metrics().get("policy/approx_kl"),
+            "policy/epochs": result.epochs,
+            "entropy": result.entropy / result.scored if result.scored else None,
+            "loss": result.loss,
+            "grad_norm": result.grad_norm,
+            **({"grad_norm/critic": trainer.optimizer.own_norm} if trainer.optimizer.own else {}),
+            "tokens/trained": result.tokens,
+        }
+
     def _nothing(self) -> dict[str, Any]:
         """Return the metrics of a step in which no reward applies to any completion."""
         still = {"loss": 0.0, "grad_norm": 0.0, "tokens/trained": 0, "time/score": 0.0, "time/update": 0.0}
         return {**dict.fromkeys(self.unknown), **still}
-
-
-def _update_metrics(result: UpdateResult) -> dict[str, Any]:
-    assert result.first is not None
-    return {
-        **result.stats.metrics(),
-        "policy/approx_kl_first": result.first.metrics()["policy/approx_kl"],
-        "policy/epochs": result.epochs,
-        "entropy": result.entropy / result.scored,
-        "loss": result.loss,
-        "grad_norm": result.grad_norm,
-        "tokens/trained": result.tokens,
-    }

@@ -9,22 +9,41 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from lowmem_rlhf.algorithms.common.padded import pad_rows, token_mask, unpad_rows, zero_padding
+from lowmem_rlhf.algorithms.common.shaping import RunningMoments
 from lowmem_rlhf.algorithms.ppo.math import Advantages, explained_variance, ppo_advantages
 from lowmem_rlhf.algorithms.ppo.policy_gradient import CriticValues, PolicyGradient, ScoredRollout
 from lowmem_rlhf.algorithms.ppo.update import Targets
 from lowmem_rlhf.engine.passes import head_outputs, with_bootstrap_position
 from lowmem_rlhf.engine.roles import CRITIC
 from lowmem_rlhf.progress import Progress
+from lowmem_rlhf.recipe.schema import Recipe
 from lowmem_rlhf.rollout.rollout import Rollout
 
 if TYPE_CHECKING:
     from lowmem_rlhf.training.online import Trainer
+
+_LEAST_STD = 1e-4  # added to the deviation of returns, as to that of scores
 
 
 class PPO(PolicyGradient):
     """Proximal policy optimisation with a critic on the shared base."""
 
     unknown = (*PolicyGradient.unknown, "value/loss", "value/explained_variance")
+
+    def __init__(self, recipe: Recipe) -> None:
+        super().__init__(recipe)
+        self.returns = RunningMoments()  # of ``ppo.normalize_values``
+
+    def state(self) -> dict[str, Any]:
+        """See `PolicyGradient.state`; with the moments of the returns where values are normalised."""
+        returns = {"returns": self.returns.state_dict()} if self.settings.normalize_values else {}
+        return {**super().state(), **returns}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """See `PolicyGradient.load_state`."""
+        super().load_state(state)
+        if "returns" in state:
+            self.returns.load_state_dict(state["returns"])
 
     def critic_values(
         self, rollout: Rollout, rows: Sequence[int], trainer: "Trainer", progress: Progress
@@ -40,6 +59,7 @@ class PPO(PolicyGradient):
         values = trainer.ladder.score(
             lambda limits: head_outputs(trainer.base, CRITIC, groups, limits, shown), progress.message
         )
+        values = {row: self._in_reward(value) for row, value in values.items()}
         if not bootstrap_position:
             return CriticValues(values)
         bootstrap = {row: value[-1] for row, value in values.items()}
@@ -69,14 +89,30 @@ class PPO(PolicyGradient):
             bootstrap=self._bootstrap(scored),
             score_position=settings.score_position,
         )
+        if settings.normalize_values:
+            self.returns.update(estimated.returns[token_mask(estimated.value_lengths, values.shape[1])])
+        old_values, returns = (
+            unpad_rows(self._normalized(one), estimated.value_lengths) for one in (values, estimated.returns)
+        )
         targets = Targets(
             scored.logps,
             dict(zip(rows, unpad_rows(estimated.advantages, lengths), strict=True)),
-            dict(zip(rows, unpad_rows(values, estimated.value_lengths), strict=True)),
-            dict(zip(rows, unpad_rows(estimated.returns, estimated.value_lengths), strict=True)),
+            dict(zip(rows, old_values, strict=True)),
+            dict(zip(rows, returns, strict=True)),
             bootstrap_position=settings.score_position == "after_last",
         )
         return targets, _value_metrics(values, estimated)
+
+    def _in_reward(self, values: torch.Tensor) -> torch.Tensor:
+        """Return what the critic's head says on the scale of rewards."""
+        known = self.settings.normalize_values and self.returns.count
+        return values * (self.returns.std + _LEAST_STD) + self.returns.mean if known else values
+
+    def _normalized(self, values: torch.Tensor) -> torch.Tensor:
+        """Return numbers on the scale of rewards as the critic's head should say them."""
+        if not self.settings.normalize_values:
+            return values
+        return (values - self.returns.mean) / (self.returns.std + _LEAST_STD)
 
     def _bootstrap(self, scored: ScoredRollout) -> torch.Tensor | None:
         """Return what the critic expects behind the answers that were cut (M,), 0 for the others; None: not asked."""

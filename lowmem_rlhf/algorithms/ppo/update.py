@@ -103,17 +103,20 @@ def update(
     ladder: Ladder,
     seed: str,
     progress: Progress,
+    critic_alone: bool = False,
 ) -> UpdateResult:
     """Take ``num_ppo_epochs * num_mini_batches`` optimizer steps on one rollout, fewer after an early stop.
 
     Args:
         targets: of the rows that are learned from.
         seed: of the order in which rows come into mini-batches.
+        critic_alone: the policy stays as it is; only what is the critic's own learns.
 
     Raises:
         RunError: memory runs out whatever the micro-batch size; the optimizer step in question was not taken.
     """
     result, rows = UpdateResult(), list(targets.advantages)
+    still = set(base.trainable()) - set(base.own_trainable(CRITIC)) if critic_alone else ()
     epochs = range(settings.num_ppo_epochs)
     minis = [(e, mini) for e in epochs for mini in mini_batches(rows, settings.num_mini_batches, f"{seed}/{e}")]
     done = 0
@@ -121,11 +124,12 @@ def update(
 
         def gradient(limits: BatchLimits, mini: list[int] = mini) -> MiniBatchResult:
             optimizer.zero_grad()
-            return backward(base, rollout, mini, targets, settings, limits, optimizer.loss_scale)
+            return backward(base, rollout, mini, targets, settings, limits, optimizer.loss_scale, critic_alone)
 
         part = ladder.update(gradient, progress.message)
         _take_in(result, part, epoch)
-        if done > 1 and settings.target_kl and part.stats.metrics()["policy/approx_kl"] > 1.5 * settings.target_kl:
+        optimizer.leave_out(still)
+        if done > 1 and not critic_alone and _too_far(part, settings):
             progress.message(f"epoch {epoch + 1}: approx_kl is above 1.5 times ppo.target_kl; the step ends here")
             break
         result.grad_norm = optimizer.step(part.loss, logits=part.entropy)
@@ -134,6 +138,11 @@ def update(
     result.loss /= done
     optimizer.drop_gradients()
     return result
+
+
+def _too_far(part: MiniBatchResult, settings: PPOSettings) -> bool:
+    """Whether the policy is so far from the one that sampled that the epochs end."""
+    return bool(settings.target_kl) and part.stats.metrics()["policy/approx_kl"] > 1.5 * (settings.target_kl or 0.0)
 
 
 def _take_in(result: UpdateResult, part: MiniBatchResult, epoch: int) -> None:
@@ -155,12 +164,13 @@ def backward(
     settings: PPOSettings,
     limits: BatchLimits,
     loss_scale: float = 1.0,
+    critic_alone: bool = False,
 ) -> MiniBatchResult:
     """Add the gradient of a mini-batch's loss to the adapters': policy, value and entropy terms.
 
     ``policy / its tokens + vf_coef * value / its positions - entropy_coef * entropy / its tokens``.
     """
-    return _MiniBatch(base, rollout, rows, targets, settings, limits, loss_scale).backward()
+    return _MiniBatch(base, rollout, rows, targets, settings, limits, loss_scale).backward(critic_alone)
 
 
 class _MiniBatch:
@@ -183,8 +193,11 @@ class _MiniBatch:
         self.positions = 0 if targets.returns is None else sum(len(targets.returns[row]) for row in rows)
         self.result, self.sums = MiniBatchResult(), DeviceSums()
 
-    def backward(self) -> MiniBatchResult:
+    def backward(self, critic_alone: bool) -> MiniBatchResult:
         base, targets = self.base, self.targets
+        if critic_alone:
+            self._critic_passes(gradient=base.roles[CRITIC] != base.roles[POLICY])
+            return self._read()
         shared = base.roles.get(CRITIC) == base.roles[POLICY] and targets.returns is not None
         one_pass = shared and not targets.bootstrap_position
         with base.role(POLICY):
@@ -197,16 +210,21 @@ class _MiniBatch:
                 del states, loss  # they hold the policy's 16-bit adapters, which the critic's pass has no use for
         if targets.returns is not None and not one_pass:
             self._critic_passes()
+        return self._read()
+
+    def _read(self) -> MiniBatchResult:
         for name, value in self.sums.read().items():
             setattr(self.result, name, value)
         return self.result
 
-    def _critic_passes(self) -> None:
+    def _critic_passes(self, gradient: bool = True) -> None:
+        """Run the critic's own passes; without ``gradient`` what is below its head does not learn."""
         base = self.base
         groups = with_bootstrap_position(self.groups) if self.targets.bootstrap_position else self.groups
         with base.role(CRITIC):
             for packed in micro_batches(base, groups, self.limits.micro_batch_tokens):
-                states = base.states(packed).index_select(0, packed.predict)
+                with torch.set_grad_enabled(gradient):
+                    states = base.states(packed).index_select(0, packed.predict)
                 self._accumulate(self._value_term(states, packed), packed)
 
     def _accumulate(self, loss: torch.Tensor, packed: PackedBatch) -> None:

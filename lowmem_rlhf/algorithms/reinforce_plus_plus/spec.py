@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING
 
-from lowmem_rlhf.algorithms.common.ppo_family import PPOSettings, check_section, updates
+from lowmem_rlhf.algorithms.common.ppo_family import PPOSettings, one_epoch, updates
 from lowmem_rlhf.algorithms.spec import AlgorithmSpec
 
 if TYPE_CHECKING:
@@ -23,6 +23,6 @@ SPEC = AlgorithmSpec(
     updates=updates,
     epochs=lambda recipe: recipe.ppo.num_ppo_epochs,
     compares=_compares,
-    prepare=check_section,
+    prepare=one_epoch,
     learner="lowmem_rlhf.algorithms.reinforce_plus_plus.trainer:ReinforcePlusPlus",
 )

@@ -1,6 +1,6 @@
 """RLOO: REINFORCE whose baseline is the mean of a prompt's other completions. Loads without torch."""
 
-from lowmem_rlhf.algorithms.common.ppo_family import PPOSettings, check_section, updates
+from lowmem_rlhf.algorithms.common.ppo_family import PPOSettings, one_epoch, updates
 from lowmem_rlhf.algorithms.spec import AlgorithmSpec
 
 SPEC = AlgorithmSpec(
@@ -13,6 +13,6 @@ SPEC = AlgorithmSpec(
     updates=updates,
     epochs=lambda recipe: recipe.ppo.num_ppo_epochs,
     compares=lambda recipe: "RLOO",
-    prepare=check_section,
+    prepare=one_epoch,
     learner="lowmem_rlhf.algorithms.rloo.trainer:RLOO",
 )
