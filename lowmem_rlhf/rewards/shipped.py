@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from typing import Any
 
+from lowmem_rlhf.rewards.code_tests import code_tests
 from lowmem_rlhf.rewards.functions import (
     arithmetic_answer,
     gsm8k_answer,
@@ -22,6 +23,17 @@ FUNCTIONS: dict[str, Callable[..., Any]] = {
 # called once with the options; what they return is called with texts and columns
 FACTORIES: dict[str, Callable[..., Any]] = {
     factory.__name__: factory
-    for factory in (exact_match, contains, keywords, regex, json_valid, tags, numbers, soft_overlong, repetition)
+    for factory in (
+        exact_match,
+        contains,
+        keywords,
+        regex,
+        json_valid,
+        tags,
+        numbers,
+        code_tests,
+        soft_overlong,
+        repetition,
+    )
 }
 SHIPPED: dict[str, Callable[..., Any]] = {**FUNCTIONS, **FACTORIES}
