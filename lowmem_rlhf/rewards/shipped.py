@@ -12,6 +12,7 @@ from lowmem_rlhf.rewards.functions import (
     think_format,
 )
 from lowmem_rlhf.rewards.judge import judge
+from lowmem_rlhf.rewards.language import language
 from lowmem_rlhf.rewards.numbers import numbers
 from lowmem_rlhf.rewards.shaping import repetition, soft_overlong
 from lowmem_rlhf.rewards.texts import contains, exact_match, json_valid, keywords, regex, tags
@@ -26,7 +27,7 @@ FACTORIES: dict[str, Callable[..., Any]] = {
     factory.__name__: factory
     for factory in (
         *(exact_match, contains, keywords, regex, json_valid, tags, numbers),
-        *(code_tests, judge, soft_overlong, repetition),
+        *(code_tests, judge, language, soft_overlong, repetition),
     )
 }
 SHIPPED: dict[str, Callable[..., Any]] = {**FUNCTIONS, **FACTORIES}
