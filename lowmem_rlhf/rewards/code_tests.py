@@ -19,6 +19,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import psutil
+
 from lowmem_rlhf.data.values import is_missing
 from lowmem_rlhf.errors import RunError, UserError
 from lowmem_rlhf.progress import message
@@ -192,8 +194,11 @@ class CodeTests:
                 try:
                     out, errors = process.communicate(marshal.dumps(job), timeout=self.timeout + _GRACE)
                 except subprocess.TimeoutExpired:
-                    os.killpg(process.pid, signal.SIGKILL)  # the tests' processes die with their supervisor
-                    return _Outcome([], True, "the supervisor did not end")
+                    with suppress(ProcessLookupError):
+                        os.killpg(process.pid, signal.SIGKILL)  # the tests' processes die with their supervisor
+                    out, errors = b"", b"the supervisor did not end"
+            if not out:
+                _end_those_at_home_in(folder)
         except OSError as error:
             raise RunError(f"programs cannot be run here: {error}") from error
         finally:
@@ -229,6 +234,7 @@ def _environment(folder: str) -> dict[str, str]:
     """Return the environment of a program under test: nothing of ours, so no token."""
     places = dict.fromkeys(("HOME", "TMPDIR"), folder)
     threads = {f"{name}_NUM_THREADS": "1" for name in ("OMP", "OPENBLAS", "MKL")}
+    threads["MALLOC_ARENA_MAX"] = "1"  # glibc sets address space aside for each thread
     return {"PATH": "/usr/bin:/bin", "LANG": "C.UTF-8", "PYTHONHASHSEED": "0", **places, **threads}
 
 
@@ -238,6 +244,14 @@ def _outcome(out: bytes, errors: bytes) -> _Outcome:
     if isolated not in (b"0", b"1"):  # the supervisor was killed: where there are no namespaces, the code can do that
         return _Outcome([], True, complaint)
     return _Outcome([one == ord("1") for one in passed], isolated == b"1", complaint)
+
+
+def _end_those_at_home_in(folder: str) -> None:
+    """End what a program has left that has killed its supervisor."""
+    for process in psutil.process_iter():
+        with suppress(psutil.Error, OSError):
+            if process.environ().get("HOME") == folder:
+                process.kill()
 
 
 def _remove(folder: str) -> None:

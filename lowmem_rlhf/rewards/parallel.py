@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 T = TypeVar("T")
 R = TypeVar("R")
 
+_TICK = 0.5  # seconds
 _PATIENCE = 5.0  # seconds in which work that was told to end may do so; then it is left behind
 
 
@@ -79,8 +80,9 @@ def in_parallel(work: Callable[[T, Ending], R], items: Sequence[T], workers: int
             threading.Thread(target=run, daemon=True).start()
             running += 1
         while running:
-            ended.get()
-            running -= 1
+            with suppress(Empty):  # in other threads than the main one a time limit is raised between two lines alone
+                ended.get(timeout=_TICK)
+                running -= 1
     except BaseException:
         ending.now()
         with suppress(Empty):
