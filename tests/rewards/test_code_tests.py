@@ -144,7 +144,6 @@ CHEATS = {
     "own builtins": "__builtins__ = {'f': lambda x: x * x}\n",
     "no assertions": "import builtins\nAssertionError = builtins.AssertionError = None\ndef f(x): return 0",
     "print": "print = lambda *a: 'ok'\ndef f(x): return print(x)",
-    "trace": "import sys\nsys.settrace(lambda *a: os._exit(0))\ndef f(x): return 0",
     "at exit": "import atexit, os\natexit.register(os._exit, 0)\ndef f(x): return 0",
     "sees": "import gc\nassert any('f(' + str(2) in str(o) for o in gc.get_objects() if type(o) in (list, dict))\n"
     + SQUARE,
@@ -155,17 +154,23 @@ CHEATS = {
 def test_nothing_passes_that_does_not_run_to_the_end_of_the_tests(monkeypatch):
     monkeypatch.setenv("HF_TOKEN", "secret")
     assert dict(zip(CHEATS, values(CHEATS.values()), strict=True)) == dict.fromkeys(CHEATS, 0.0)
+    jumps = "def t(f, e, a):\n  if e == 'line' and f.f_code.co_filename == '<test>': f.f_lineno = 3\n  return t\n"
+    tests = "x = 1\nassert f(x)\nx = 2"
+    assert values([f"import sys\n{jumps}sys.settrace(t)\ndef f(x): return 0", "def f(x): return 1"], tests) == [
+        0.0,
+        1.0,
+    ]
     assert values(["import builtins\nbuiltins.all = lambda x: True\ndef f(x): return 0"], "assert all([f(0)])") == [0.0]
 
 
 HARMLESS = {
-    "memory": "x = bytearray(2**33)\n" + SQUARE,
+    "memory": "x = bytearray(2**30)\n" + SQUARE,
     "signal": "import os; os.kill(os.getpid(), 11)",
     "crash": "import ctypes; ctypes.string_at(0)",
     "recursion": "def f(x): return f(x)",
     "closed files": "import os\nos.closerange(0, 4096)\n" + SQUARE,
     "no folder": "import os, shutil\nshutil.rmtree(os.getcwd(), True)\nos.getcwd()",
-    "large file": "with open('x', 'wb') as f:\n  while True: f.write(bytes(2**20))",
+    "large file": "with open('x', 'wb') as file: file.write(bytes(2**25))\n" + SQUARE,
     "locked folders": "import os\nos.makedirs('a/b')\nopen('a/b/c', 'w')\nos.chmod('a/b', 0); os.chmod('a', 0); 1 / 0",
     "deep folders": "import os\nfor n in range(1000): os.mkdir('a'); os.chdir('a')\nraise ValueError",
     "null": "\0",
