@@ -21,15 +21,20 @@ def print_rewards(known: dict[str, dict[str, Any]]) -> None:
 
 def _option(name: str, option: dict[str, Any]) -> str:
     default = option["default"]
-    shown = default if isinstance(default, str) else json.dumps(default)
+    shown = _short(default) if isinstance(default, str) else json.dumps(default)
     return f"{name} ({option['type']})" if option["required"] else f"{name}={shown}"
+
+
+def _short(text: str) -> str:
+    """Return the beginning of a text on one line."""
+    text = " ".join(text.split())
+    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}..."
 
 
 def print_trial(trial: dict[str, Any]) -> None:
     """Print a value and the beginning of its text on each line, then what the reward reported."""
     for one in trial["scored"]:
-        text = " ".join(one["text"].split())
         value = "none" if one["value"] is None else f"{one['value']:g}"
-        print(harmless(f"{value:>8}  {text if len(text) <= _SHOWN else text[:_SHOWN] + '...'}"))
+        print(harmless(f"{value:>8}  {_short(one['text'])}"))
     for name, value in trial["metrics"].items():
         print(harmless(f"{name}: {value:g}"))

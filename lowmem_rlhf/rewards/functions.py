@@ -43,15 +43,9 @@ def gsm8k_answer(completions: Sequence[Completion], answer: Sequence[Any], **col
 
 
 def reference_text(value: Any) -> str | None:
-    """Return the text of a reference that answers can be compared with; None where there is none.
-
-    A number is compared as it is written in the file, or where that is no form that answers have (``1e3``) by its
-    value.
-    """
-    if is_missing(value):
-        return None
-    forms = (text_of(value), str(value)) if isinstance(value, int | float) else (text_of(value),)
-    return next((text for text in forms if is_answer(text)), None)
+    """Return the text of a reference that answers can be compared with, as in the file; None where there is none."""
+    text = None if is_missing(value) else text_of(value)
+    return text if is_answer(text) else None
 
 
 def gsm8k_value(value: Any) -> str | None:

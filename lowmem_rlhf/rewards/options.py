@@ -87,6 +87,6 @@ def _kind_in_words(kind: Any) -> str:
     origin, arguments = get_origin(kind), get_args(kind)
     if origin is Literal:
         return " or ".join(repr(one) for one in arguments)
-    if origin is list and arguments[0] is str:
-        return "a list of texts"
+    if origin is list and arguments[0] in (str, float):
+        return f"a list of {'texts' if arguments[0] is str else 'numbers'}"
     return _WORDS.get(origin or kind, str(kind))

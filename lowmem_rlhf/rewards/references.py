@@ -146,8 +146,10 @@ def _reader(reward: Reward) -> _Reader | None:
     if reward.function is SHIPPED[reasoning_gym_answer.__name__]:
         remedy = "it reads the columns task, task_options and entry of data.train: reasoning_gym/TASK"
         return _Reader("entry", lambda row, value: _reads_problem(row), remedy)
-    if reward.columns:  # similarity: any text can be compared
-        return _Reader(reward.columns[0], lambda row, value: True, "")
+    reads: Callable[[Any], bool] | None = getattr(reward.function, "reads", None)
+    if reward.columns:  # where it does not say what it reads, as of similarity, any text can be compared
+        remedy = getattr(reward.function, "remedy", "")
+        return _Reader(reward.columns[0], lambda row, value: reads is None or reads(value), remedy)
     return None
 
 

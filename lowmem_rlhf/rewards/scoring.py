@@ -197,6 +197,8 @@ def _values(what: str, result: Any, expected: int) -> list[float | FunctionFault
 def _number(what: str, index: int, value: Any) -> float | FunctionFault | None:
     if value is None:
         return None
+    if isinstance(value, FunctionFault):
+        return FunctionFault(f"{what}: {value}")
     try:
         number = math.nan if isinstance(value, str | bytes) else float(value)
     except (TypeError, ValueError, RuntimeError, OverflowError):

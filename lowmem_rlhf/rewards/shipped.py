@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from typing import Any
 
+from lowmem_rlhf.rewards.code_tests import code_tests
 from lowmem_rlhf.rewards.functions import (
     arithmetic_answer,
     gsm8k_answer,
@@ -10,6 +11,9 @@ from lowmem_rlhf.rewards.functions import (
     reasoning_gym_answer,
     think_format,
 )
+from lowmem_rlhf.rewards.judge import judge
+from lowmem_rlhf.rewards.language import language
+from lowmem_rlhf.rewards.numbers import numbers
 from lowmem_rlhf.rewards.shaping import repetition, soft_overlong
 from lowmem_rlhf.rewards.texts import contains, exact_match, json_valid, keywords, regex, tags
 
@@ -21,6 +25,9 @@ FUNCTIONS: dict[str, Callable[..., Any]] = {
 # called once with the options; what they return is called with texts and columns
 FACTORIES: dict[str, Callable[..., Any]] = {
     factory.__name__: factory
-    for factory in (exact_match, contains, keywords, regex, json_valid, tags, soft_overlong, repetition)
+    for factory in (
+        *(exact_match, contains, keywords, regex, json_valid, tags, numbers),
+        *(code_tests, judge, language, soft_overlong, repetition),
+    )
 }
 SHIPPED: dict[str, Callable[..., Any]] = {**FUNCTIONS, **FACTORIES}

@@ -28,10 +28,14 @@ class TextReward:
     Attributes:
         value: of a text and its reference (None without a column); None where the reward does not apply.
         column: of the references.
+        reads: whether it can read a reference, which a run asks before it begins; None: any.
+        remedy: what to do where it reads none of them.
     """
 
     value: Callable[[str, Any], float | None]
     column: str | None = None
+    reads: Callable[[Any], bool] | None = None
+    remedy: str = ""
 
     @property
     def columns(self) -> tuple[str, ...]:
@@ -69,7 +73,7 @@ def exact_match(
         references = [form(one) for one in _texts(reference)]
         return float(form(text) in references) if references else None
 
-    return TextReward(value, _column(column))
+    return TextReward(value, column_named(column))
 
 
 def contains(
@@ -102,7 +106,7 @@ def contains(
         texts = wanted if wanted is not None else [one for one in _texts(reference) if one]
         return float(enough(form(one) in form(text) for one in texts)) if texts else None
 
-    return TextReward(value, None if column is None else _column(column))
+    return TextReward(value, None if column is None else column_named(column))
 
 
 def keywords(
@@ -221,7 +225,8 @@ def tags(*, tags: list[str] = _TAGS) -> Callable[..., list[float | None]]:
     return judge
 
 
-def _column(name: str) -> str:
+def column_named(name: str) -> str:
+    """Return the value of an option `column`; ValueError where it names none."""
     if not name:
         raise ValueError("column: got ''; name a column of the data")
     return name

@@ -318,12 +318,12 @@ def test_a_reward_that_raises_names_its_file_and_line(tmp_path, monkeypatch, nam
         ("\n\nimport no_such_module\n", "rew.py, line 3, cannot be imported: ModuleNotFoundError: "),
         ("def f():\n    raise OSError\n\nf()\n", "rew.py, line 2, cannot be imported: OSError: no message"),
         ("x = 1\ndef f(:\n", "rew.py, line 2, cannot be imported: SyntaxError: "),
-        ("import neighbour\n", "rew.py, line 1, cannot be imported: ZeroDivisionError: "),
+        ("import failing_neighbour\n", "rew.py, line 1, cannot be imported: ZeroDivisionError: "),
     ],
 )
 def test_a_file_that_cannot_be_imported_names_the_line(tmp_path, monkeypatch, code, message):
     (tmp_path / "rew.py").write_text(code, encoding="utf-8")
-    (tmp_path / "neighbour.py").write_text("\n\n1 / 0\n", encoding="utf-8")
+    (tmp_path / "failing_neighbour.py").write_text("\n\n1 / 0\n", encoding="utf-8")
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError) as caught:
         rewards_of("rew.py:f")
