@@ -51,8 +51,10 @@ def show_plan(plan: dict[str, Any], console: Console | None = None) -> None:
 
 
 def show_result(facts: dict[str, Any], console: Console | None = None) -> None:
-    """Print an export's folder, its dtype with the reason, and its proof."""
+    """Print what is left of what was learned in an export, its dtype with the reason, its proof and its folder."""
     console = console or Console()
+    if summary := facts.get("summary"):
+        print(harmless(summary))
     if "dtype" in facts:
         print(harmless(f"{facts['dtype']}: {facts['dtype_reason']}"))
     for note in facts.get("notes") or ():

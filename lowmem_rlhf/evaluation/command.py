@@ -114,7 +114,10 @@ def _of_run(opened: OpenRun, request: Request) -> dict[str, Any]:
     from lowmem_rlhf.evaluation.evaluate import evaluate_run
 
     run = opened.directory
-    if request.sampling and not (run.recipe_values().get("rewards") or any("rewards" in o for o in request.overrides)):
+    values = run.recipe_values()
+    named = [values, *(values.get("tasks") or ())]
+    rewarded = any(one.get("rewards") for one in named) or any("rewards" in o for o in request.overrides)
+    if request.sampling and not rewarded:
         name, _ = _named(request)[0]
         raise UserError(f"{name}: the run in {run.path} has no rewards, so no answers are sampled; leave it out")
     overrides = [*request.overrides, *request.sampling]

@@ -14,6 +14,7 @@ from lowmem_rlhf.errors import LowmemError, RunError, UserError
 from lowmem_rlhf.export.formats.table import FORMATS, check_options
 from lowmem_rlhf.export.job import ExportJob
 from lowmem_rlhf.export.options import ExportOptions
+from lowmem_rlhf.export.proof.words import in_words
 from lowmem_rlhf.export.target import EXPORT, check_disk, check_target, free_disk
 from lowmem_rlhf.files import begin_folder, delete, dumps, fault_number, finish_folder, why_not_written
 from lowmem_rlhf.inference.open_run import OpenRun
@@ -98,6 +99,7 @@ class Export:
             written = self.format.write(job, folder)
             proof = self.format.prove(job, folder, written)
             facts = {"format": self.format.name, "step": job.options.step, **written.facts, "proof": proof}
+            facts = {"summary": in_words(facts), **facts}
             (folder / EXPORT).write_text(dumps(facts, indent=2) + "\n", encoding="utf-8")
             write_card(folder, job.run, facts)
         return facts

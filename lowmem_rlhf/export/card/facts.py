@@ -44,6 +44,12 @@ def hub_datasets(data: dict[str, Any]) -> list[str]:
     return list(dict.fromkeys(one for one in sources if HUB_ID.fullmatch(one) and not any(test(one) for test in here)))
 
 
+def data_by_task(recipe: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """Return the `data` of each task of a recipe's values, or of the recipe itself, named by an empty text."""
+    tasks = {str(task.get("name")): task.get("data") or {} for task in recipe.get("tasks") or ()}
+    return tasks or {"": recipe.get("data") or {}}
+
+
 def license_of(model: str) -> str:
     """Return the licence that the base itself names in its README or GGUF header; ``unknown`` if it names none.
 

@@ -13,8 +13,8 @@ from lowmem_rlhf.algorithms.registry import find_spec
 from lowmem_rlhf.display.export import judged_rows
 from lowmem_rlhf.display.format import evaluation_rows, format_bytes, format_number, format_value, number
 from lowmem_rlhf.display.outcome import about, outcome_rows
-from lowmem_rlhf.export.card.facts import hub_datasets, is_hub_id, license_of, model_name, versions
-from lowmem_rlhf.export.card.markdown import code, fenced, link, plain, table
+from lowmem_rlhf.export.card.facts import data_by_task, hub_datasets, is_hub_id, license_of, model_name, versions
+from lowmem_rlhf.export.card.markdown import Markdown, code, fenced, link, plain, table
 from lowmem_rlhf.export.formats.format import ExportFormat
 from lowmem_rlhf.export.formats.table import FORMATS
 from lowmem_rlhf.export.local_paths import last_part, without_folders
@@ -92,8 +92,8 @@ def _front_matter(original: dict[str, Any], recipe: dict[str, Any], format: Expo
         metadata["pipeline_tag"] = "text-generation"
     tags = format.tags if format else ()
     metadata["tags"] = ["lowmem-rlhf", re.sub(r"[^\w.]+|_", "-", algorithm), *tags]
-    if sets := hub_datasets(original.get("data") or {}):
-        metadata["datasets"] = sets
+    if sets := [one for data in data_by_task(original).values() for one in hub_datasets(data)]:
+        metadata["datasets"] = list(dict.fromkeys(sets))
     return metadata
 
 
@@ -163,7 +163,9 @@ def _proof(export: dict[str, Any]) -> str:
     rows = [(PROOF.get(key, key.replace("_", " ")), format_value(_short(value))) for key, value in told.items()]
     if not rows:
         return ""
-    text = "The export was loaded again and compared with the live policy:\n\n" + table(("measure", "value"), rows)
+    summary = f"{plain(export['summary'])}\n\n" if export.get("summary") else ""
+    text = f"{summary}The export was loaded again and compared with the live policy:\n\n"
+    text += table(("measure", "value"), rows)
     if verdicts := judged_rows(proof):
         text += "\n\nHeld against each other, with a bound that rounding explains:\n\n"
         text += table(("models", "measured", "allowed"), verdicts)
@@ -175,7 +177,15 @@ def _short(value: Any) -> Any:
 
 
 def _data(recipe: dict[str, Any]) -> str:
-    data = recipe.get("data") or {}
+    rows = [
+        (f"{task}: {key}" if task else key, value)
+        for task, data in data_by_task(recipe).items()
+        for key, value in _data_rows(data)
+    ]
+    return table(("", "what was learned from"), rows)
+
+
+def _data_rows(data: dict[str, Any]) -> list[tuple[str, Markdown]]:
     sets = hub_datasets(data)
     rows = []
     for key in ("train", "eval"):
@@ -183,8 +193,7 @@ def _data(recipe: dict[str, Any]) -> str:
             address = f"https://huggingface.co/datasets/{source}"
             rows.append((key, link(source, address) if source in sets else code(source)))
     shown = ("config", "train_split", "eval_split", "train_size", "eval_size", "options", "template", "system")
-    rows += [(key, code(format_value(data[key]))) for key in shown if data.get(key) not in (None, {}, "")]
-    return table(("", "what was learned from"), rows)
+    return rows + [(key, code(format_value(data[key]))) for key in shown if data.get(key) not in (None, {}, "")]
 
 
 def _plan(plan: dict[str, Any]) -> str:

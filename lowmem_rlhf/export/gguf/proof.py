@@ -33,6 +33,6 @@ def proof_of_gguf(
         unread = f"not compared: it is of a family that is not read back here ({first_sentence(error)})"
         return {"gguf": unread, "judged": []}
     proof = proof_of_logits(live, stock_logits(model, live.ids), reference, "the GGUF", kind)
-    reported = ("mean_kl", "top1_agreement", "mean_kl_to_adapter_on_original")
+    reported = ("mean_kl", "top1_agreement", "mean_kl_to_adapter_on_original", "kept_in_predictions")
     facts = {f"gguf_{key}": proof[key] for key in reported if key in proof}
     return facts | {"gguf_largest_error_in_steps": furthest, "judged": proof["judged"]}
