@@ -20,7 +20,21 @@ class GRPOSettings(Section):
     epsilon: float = Field(0.2, gt=0, lt=1)
     epsilon_high: float | None = Field(None, gt=0, le=MOST_COEFFICIENT)
     # or a loss of one's own as path.py:function, see `algorithms.grpo.losses`
-    loss_type: Annotated[Literal["grpo", "bnpo", "dr_grpo", "dapo"], WrapValidator(_own_function)] = "dapo"
+    loss_type: Annotated[
+        Literal["grpo", "bnpo", "dr_grpo", "dapo", "luspo", "cispo", "sapo", "vespo"], WrapValidator(_own_function)
+    ] = "dapo"
+    # one ratio a token, or one a completion: the geometric mean over its tokens (GSPO)
+    importance_sampling_level: Literal["token", "sequence"] = "token"
+    delta: float | None = Field(None, gt=1, le=MOST_COEFFICIENT)  # the most that a ratio counts where A is negative
+    use_bias_correction_kl: bool = True
+    # nats a token from sampling to now, above which completions with a negative advantage are left out
+    off_policy_mask_threshold: float | None = Field(None, gt=0, le=MOST_COEFFICIENT)
+    sapo_temperature_pos: float = Field(1.0, gt=0, le=MOST_COEFFICIENT)
+    sapo_temperature_neg: float = Field(1.05, gt=0, le=MOST_COEFFICIENT)
+    vespo_k_pos: float = Field(2.0, ge=0, le=MOST_COEFFICIENT)
+    vespo_lambda_pos: float = Field(3.0, ge=0, le=MOST_COEFFICIENT)
+    vespo_k_neg: float = Field(3.0, ge=0, le=MOST_COEFFICIENT)
+    vespo_lambda_neg: float = Field(2.0, ge=0, le=MOST_COEFFICIENT)
     scale_rewards: Literal["group", "batch", "none"] = "group"
     num_iterations: int = Field(1, ge=1, le=MOST_EPOCHS)
     mask_truncated_completions: bool = False
@@ -45,4 +59,32 @@ class GRPOSettings(Section):
                 "importance_sampling_correction: a bound is missing; give importance_sampling_clip_max or "
                 "importance_sampling_clip_min"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _fits_the_loss(self) -> "GRPOSettings":
+        kind, level = self.loss_type, self.importance_sampling_level
+        high = self.epsilon if self.epsilon_high is None else self.epsilon_high
+        if kind == "luspo" and level == "token":
+            raise ValueError(
+                "importance_sampling_level: got token; luspo is a loss of whole completions, set it to sequence"
+            )
+        if kind == "vespo" and level == "sequence":
+            raise ValueError(
+                "importance_sampling_level: got sequence; vespo weighs whole completions by itself, leave it at token"
+            )
+        if kind == "vespo" and self.importance_sampling_correction and "sequence" in self.importance_sampling_mode:
+            raise ValueError(
+                f"importance_sampling_mode: got {self.importance_sampling_mode}; vespo multiplies the weights of "
+                "tokens itself, set it to token_truncate or token_mask"
+            )
+        if kind == "cispo" and high < 1:
+            raise ValueError(
+                f"epsilon_high: got {high:g}; for cispo it is the largest weight itself, which is 1 on the policy; "
+                "set it to 1 or more (5 is usual)"
+            )
+        if self.delta is not None and kind in ("cispo", "sapo", "vespo"):
+            raise ValueError(f"delta: {kind} has no clip range that it could bound; leave it out")
+        if self.delta is not None and self.delta <= 1 + high:
+            raise ValueError(f"delta: got {self.delta:g}; it should be above {1 + high:g}, where the clip range ends")
         return self

@@ -5,7 +5,6 @@ KL term; it is not run through the model then, but it counts in every mean of th
 alone moves no weight, where TRL's optimizer drifts on by its momentum and its weight decay.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -13,8 +12,9 @@ import torch
 
 from lowmem_rlhf.algorithms.common.device_sums import DeviceSums
 from lowmem_rlhf.algorithms.common.kl import k3
-from lowmem_rlhf.algorithms.grpo.losses import Loss, LossInputs, load_loss
-from lowmem_rlhf.algorithms.grpo.math import importance_weights, measured_tokens
+from lowmem_rlhf.algorithms.grpo.inputs import BatchInputs, LossInputs, counted
+from lowmem_rlhf.algorithms.grpo.losses import Loss, load_loss, measured
+from lowmem_rlhf.algorithms.grpo.math import kl_term
 from lowmem_rlhf.algorithms.grpo.settings import GRPOSettings
 from lowmem_rlhf.engine.base import SharedBase
 from lowmem_rlhf.engine.ladder import Ladder
@@ -47,7 +47,7 @@ class Objective:
         Raises:
             UserError: see `load_loss`.
         """
-        return cls(settings, max_completion_length, load_loss(settings.loss_type))
+        return cls(settings, max_completion_length, load_loss(settings.loss_type, settings))
 
 
 @dataclass
@@ -60,7 +60,8 @@ class UpdateStats:
         tokens: tokens fed to the model, over all iterations.
         scored: completion tokens with a gradient.
         entropy, kl: sums before the update; kl over ``kl_tokens`` of them.
-        clipped_low, clipped_high: tokens outside the clip range, over all iterations, of ``clip_tokens``.
+        clipped_low, clipped_high, phi, left_out: see `losses.measured`; these and what they are shares of, tokens and
+            completions, are counted over all iterations.
         logps: the policy's log-probs before the update, by row.
     """
 
@@ -73,7 +74,10 @@ class UpdateStats:
     kl_tokens: int = 0
     clipped_low: float = 0.0
     clipped_high: float = 0.0
+    phi: float = 0.0
+    left_out: float = 0.0
     clip_tokens: int = 0
+    clip_completions: int = 0
     logps: dict[int, torch.Tensor] = field(default_factory=dict)
 
     def with_sums(self, sums: DeviceSums) -> "UpdateStats":
@@ -83,16 +87,17 @@ class UpdateStats:
             read["kl_tokens"] = int(read["kl_tokens"])
         return replace(self, **read)
 
+    def go_on(self, later: "UpdateStats") -> None:
+        """Take in what a later iteration did: all that is counted over all iterations."""
+        for name in ("tokens", "clipped_low", "clipped_high", "phi", "left_out", "clip_tokens", "clip_completions"):
+            setattr(self, name, getattr(self, name) + getattr(later, name))
+
 
 def rows_to_train(rollout: Rollout, objective: Objective) -> list[int]:
     """Return the completions that have any gradient: of those that count all, or those with an advantage."""
-    counted, advantages = _counted(rollout, objective.settings), rollout.known_advantages
+    advantages = rollout.known_advantages
     every = objective.settings.beta or not objective.loss.needs_advantage
-    return [n for n, counts in enumerate(counted) if counts and (every or advantages[n])]
-
-
-def _counted(rollout: Rollout, settings: GRPOSettings) -> list[bool]:
-    return [not (settings.mask_truncated_completions and c.truncated) for c in rollout.completions]
+    return [n for n, counts in enumerate(counted(rollout, objective.settings)) if counts and (every or advantages[n])]
 
 
 def backward(
@@ -114,7 +119,8 @@ def backward(
         old_logps: of the policy before the first iteration, by row; None: it is the policy as it is now.
         loss_scale: multiplies the loss (float16).
     """
-    stats, sums, inputs_of = UpdateStats(), DeviceSums(), _Inputs(rollout, objective)
+    stats, sums = UpdateStats(), DeviceSums()
+    inputs_of = BatchInputs(rollout, objective.settings, objective.max_completion_length)
     groups = rollout.groups(rows_to_train(rollout, objective))
     for packed in micro_batches(base, groups, limits.micro_batch_tokens, progress):
         logps, entropies = packed_logprobs(base, packed, limits.temperature, limits.tile)
@@ -131,63 +137,15 @@ def backward(
     return stats.with_sums(sums)
 
 
-class _Inputs:
-    """Makes the loss's inputs of each micro-batch; what is the whole batch's is made once."""
-
-    def __init__(self, rollout: Rollout, objective: Objective) -> None:
-        self.rollout, self.objective = rollout, objective
-        settings = objective.settings
-        self.lengths = [len(c.ids) for c in rollout.completions]
-        self.tokens = max(sum(n for n, c in zip(self.lengths, _counted(rollout, settings), strict=True) if c), 1)
-        self.epsilon_high = settings.epsilon if settings.epsilon_high is None else settings.epsilon_high
-
-    def __call__(
-        self, packed: PackedBatch, logps: torch.Tensor, old_logps: torch.Tensor, ref_logps: torch.Tensor
-    ) -> LossInputs:
-        settings, advantages = self.objective.settings, self.rollout.known_advantages
-        row_values = [(advantages[row], self.lengths[row]) for row in packed.rows]
-        per_token = torch.tensor(row_values, dtype=torch.float32, device=logps.device).index_select(0, packed.row_index)
-        return LossInputs(
-            logps,
-            old_logps,
-            ref_logps,
-            advantages=per_token[:, 0],
-            lengths=per_token[:, 1],
-            sampling_weights=sampling_correction(self.rollout, packed.rows, old_logps, settings),
-            completions=len(self.lengths),
-            tokens=self.tokens,
-            max_completion_length=self.objective.max_completion_length,
-            epsilon_low=settings.epsilon,
-            epsilon_high=self.epsilon_high,
-            beta=settings.beta,
-        )
-
-
 def _measure(stats: UpdateStats, sums: DeviceSums, inputs: LossInputs, scored: torch.Tensor) -> None:
-    """Add to the statistics what does not depend on the loss; ``scored`` (S,) is 1 where the reference has scored."""
-    kl, low, high = measured_tokens(
-        inputs.logps, inputs.old_logps, inputs.advantages, inputs.epsilon_low, inputs.epsilon_high, inputs.ref_logps
-    )
+    """Add what is told of a micro-batch to the statistics; ``scored`` (S,) is 1 where the reference has scored."""
+    settings = inputs.settings
+    with torch.no_grad():
+        kl = kl_term(inputs.ratio(), inputs.logps, inputs.ref_logps, settings.use_bias_correction_kl)
     stats.scored += len(kl)
-    sums.add(kl=(kl * scored).sum(), kl_tokens=scored.sum(), clipped_low=low.sum(), clipped_high=high.sum())
+    sums.add(kl=(kl * scored).sum(), kl_tokens=scored.sum(), **measured(inputs))
     stats.clip_tokens += len(kl)
-
-
-def sampling_correction(
-    rollout: Rollout, rows: Sequence[int], old_logps: torch.Tensor, settings: GRPOSettings
-) -> torch.Tensor | None:
-    """Return the weights (S,) that correct for the sampler's log-probs of these completions; None: not asked for."""
-    if not settings.importance_sampling_correction:
-        return None
-    drawn = [rollout.completions[row].logps for row in rows]
-    return importance_weights(
-        old_logps,
-        torch.tensor([logp for logps in drawn for logp in logps], dtype=torch.float32, device=old_logps.device),
-        [len(logps) for logps in drawn],
-        settings.importance_sampling_mode,
-        settings.importance_sampling_clip_min,
-        settings.importance_sampling_clip_max,
-    )
+    stats.clip_completions += inputs.rows
 
 
 @torch.no_grad()
@@ -247,10 +205,7 @@ def update(
         if first is None:
             first = stats
         else:
-            first.tokens += stats.tokens
-            first.clipped_low += stats.clipped_low
-            first.clipped_high += stats.clipped_high
-            first.clip_tokens += stats.clip_tokens
+            first.go_on(stats)
         first.grad_norm = norm
     optimizer.drop_gradients()
     assert first is not None
