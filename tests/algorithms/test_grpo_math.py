@@ -88,7 +88,7 @@ def loss_of(ratio: float, advantage: float, ref: float = 0.0, beta: float = 0.0)
     """Return the loss of one token, its gradient, and what is measured."""
     inputs = inputs_of([ratio], [advantage], ref=ref, beta=beta)
     (loss,), (slope,) = loss_and_slope(inputs)
-    found = measured(inputs)
+    found = measured(inputs, inputs.ratio())
     kl = kl_term(inputs.ratio(), inputs.logps, inputs.ref_logps)
     return loss, slope, (kl, found["clipped_low"], found["clipped_high"])
 
@@ -219,7 +219,7 @@ def test_a_completion_has_one_ratio_the_geometric_mean_of_its_tokens():
     loss, slope = loss_and_slope(inputs)
     assert loss == pytest.approx([-1.3] * 2 + [0.8] * 3)  # both are clipped
     assert slope == [0.0] * 5
-    found = measured(inputs)
+    found = measured(inputs, inputs.ratio())
     assert (found["clipped_low"].item(), found["clipped_high"].item()) == (pytest.approx(1.0), 1.0)  # completions
     free = inputs_of([1.2, 1.0, 1.0], [1.0, -1.0], lengths=(2, 1), importance_sampling_level="sequence")
     assert loss_and_slope(free)[1] == pytest.approx([-(1.2**0.5)] * 2 + [1.0])
@@ -229,9 +229,8 @@ def test_vespo_weighs_a_completion_by_the_product_of_its_ratios_and_of_the_sampl
     weight = 3.0**2 * math.exp(3 - 9)
     two = inputs_of([2.0, 1.5], [1.0], lengths=(2,))
     assert loss_and_slope(two, "vespo")[0] == pytest.approx([weight] * 2)
-    assert measured(inputs_of([2.0, 1.5], [1.0], lengths=(2,), loss_type="vespo"))["phi"].item() == pytest.approx(
-        weight
-    )
+    told = inputs_of([2.0, 1.5], [1.0], lengths=(2,), loss_type="vespo")
+    assert measured(told, told.ratio())["phi"].item() == pytest.approx(weight)
     drawn = inputs_of([2.0, 1.0], [1.0], lengths=(2,), weights=[1.0, 1.5])
     assert loss_and_slope(drawn, "vespo")[0] == pytest.approx([weight] * 2)
     masked = inputs_of([2.0, 1.0], [1.0], lengths=(2,), weights=[1.0, 0.0])

@@ -3,6 +3,7 @@
 One trainer of TRL serves all cases; `Oracle.configure` gives it the settings of each.
 """
 
+import json
 from types import SimpleNamespace
 
 import pytest
@@ -20,6 +21,7 @@ from training_cases import (
 )
 from trl_grpo_oracle import TOLERANCE, Oracle, advantages_of, word_tokenizer
 
+from lowmem_rlhf.algorithms.grpo.entropy import EntropyCoefficient, high_entropy_tokens
 from lowmem_rlhf.algorithms.grpo.metrics import update_metrics
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -67,8 +69,14 @@ def theirs(case, monkeypatch, old, correction, **settings):
     return oracle.gradients(inputs)
 
 
-def ours(case, old, **settings):
-    return gradients(case.base, case.batch, settings_of(**settings), limits_of(40), ref=dict(case.ref), old_logps=old)
+def ours(case, old, applied=None, **given):
+    settings = settings_of(**given)
+    logps = {"ref": dict(case.ref), "old_logps": old}
+    kept = None
+    if settings.top_entropy_quantile < 1:
+        kept = high_entropy_tokens(case.base, case.batch, settings, limits_of(40))
+    coefficient = settings.entropy_coef if applied is None else applied
+    return gradients(case.base, case.batch, settings, limits_of(40), **logps, kept=kept, entropy_coef=coefficient)
 
 
 def differ(some, others) -> bool:
@@ -96,6 +104,16 @@ LOSSES = {
     "biased-kl": ({"beta": 0.4, "use_bias_correction_kl": False}, {"beta": 0.4}),
     "biased-kl-sequence": ({"beta": 0.4, **SEQUENCE, "use_bias_correction_kl": False}, {"beta": 0.4, **SEQUENCE}),
     "off-policy-mask": ({"off_policy_mask_threshold": 0.02, **KL}, KL),
+    "entropy-quantile": ({"top_entropy_quantile": 0.2}, {}),
+    "entropy-quantile-0": ({"top_entropy_quantile": 0.0, "loss_type": "grpo"}, {"loss_type": "grpo"}),
+    "entropy-quantile-kl-masked": ({"top_entropy_quantile": 0.3, **KL, **MASKED}, {**KL, **MASKED}),
+    "entropy-quantile-luspo": ({**LUSPO, **NARROW, "top_entropy_quantile": 0.5}, {**LUSPO, **NARROW}),
+    "entropy-bonus": ({"entropy_coef": 0.3}, {}),
+    "entropy-bonus-masked": ({"loss_type": "grpo", "entropy_coef": 0.3, **MASKED}, {"loss_type": "grpo", **MASKED}),
+    "both-entropies": (
+        {**CISPO, **KL, "top_entropy_quantile": 0.4, "entropy_coef": 0.3, "off_policy_mask_threshold": 0.02},
+        {**CISPO, **KL, "entropy_coef": 0.3},
+    ),
     "off-policy-mask-vespo": ({**VESPO, "off_policy_mask_threshold": 0.02}, VESPO),
 }
 
@@ -133,6 +151,8 @@ def _check_metrics(case, stats, settings) -> None:
         assert stats.clipped_low / count == pytest.approx(metric("clip_ratio/low_mean"), rel=TOLERANCE)
         assert stats.clipped_high / count == pytest.approx(metric("clip_ratio/high_mean"), rel=TOLERANCE)
         assert stats.clipped_low + stats.clipped_high > 0 or "epsilon" not in settings
+    if settings.get("entropy_coef"):
+        assert stats.policy_loss == pytest.approx(metric("policy_loss"), rel=TOLERANCE)
     if kind in ("sapo", "vespo", "cispo"):
         assert "clip_ratio/low" not in metrics
 
@@ -165,3 +185,31 @@ def test_importance_correction(settings, mode, off_policy, case, monkeypatch):
     assert stats.loss == pytest.approx(loss, rel=TOLERANCE, abs=1e-7)
     assert max(close(gradient, wanted[key]) for key, gradient in got.items()) < TOLERANCE
     assert differ(got, ours(case, old, **settings)[1])
+
+
+def test_an_adaptive_entropy_coefficient_goes_trls_way(case):
+    settings = {
+        "use_adaptive_entropy": True,
+        "entropy_coef": 0.1,
+        "entropy_coef_delta": 0.2,
+        "entropy_coef_max": 0.4,
+        "entropy_coef_min": 0.05,
+        "entropy_target": 10.0,
+    }
+    oracle, own, steps = case.oracle, EntropyCoefficient(settings_of(**settings)), []
+    oracle.configure(**settings)
+    inputs = oracle.inputs()
+    for target in (10.0, 10.0, 0.1, 0.1, 0.1):
+        own.settings.entropy_target = oracle.trainer.args.entropy_target = target
+        loss, wanted = oracle.gradients(inputs)
+        stats, got = ours(case, None, applied=own.applied, **settings)
+        steps.append(own.applied)
+        own.update(stats.mean_entropy)
+        assert own.value == pytest.approx(oracle.trainer.entropy_coef)
+        assert own.entropy == pytest.approx(oracle.trainer._last_world_entropy, rel=TOLERANCE)
+        assert stats.loss == pytest.approx(loss, rel=TOLERANCE, abs=1e-6)
+        assert max(close(gradient, wanted[key]) for key, gradient in got.items()) < TOLERANCE
+    assert steps == pytest.approx([0.0, 0.3, 0.0, 0.0, 0.0])
+    again = EntropyCoefficient(settings_of(**settings))
+    again.load_state_dict(json.loads(json.dumps(own.state_dict())))
+    assert (again.value, again.entropy) == (own.value, own.entropy)

@@ -20,6 +20,7 @@ from training_cases import (
 )
 
 from lowmem_rlhf.algorithms.grpo import update
+from lowmem_rlhf.algorithms.grpo.entropy import high_entropy_tokens
 from lowmem_rlhf.algorithms.grpo.update import rows_to_train
 from lowmem_rlhf.engine.packing import split_groups
 
@@ -81,6 +82,25 @@ def test_any_split_gives_the_same_gradient_of_every_other_loss(base, batch, chan
         assert stats.loss == pytest.approx(whole.loss, rel=TOLERANCE, abs=1e-6)
         for name in ("clipped_low", "clipped_high", "phi", "left_out"):
             assert getattr(stats, name) == pytest.approx(getattr(whole, name), rel=TOLERANCE)
+        for name, gradient in got.items():
+            assert close(gradient, want[name]) < TOLERANCE, (name, tokens)
+
+
+def test_any_split_gives_the_same_tokens_of_high_entropy_and_the_same_bonus(base, batch):
+    settings = settings_of(loss_type="grpo", top_entropy_quantile=0.4, entropy_coef=0.2)
+    kept = high_entropy_tokens(base, batch, settings, limits_of(1_000_000))
+    share = torch.cat(list(kept.values())).double().mean()
+    assert share == pytest.approx(0.4, abs=0.01) and len(kept) == len(batch.completions)
+    whole, want = gradients(base, batch, settings, limits_of(1_000_000), kept=kept, entropy_coef=0.2)
+    assert whole.mean_entropy > whole.entropy / whole.scored + 0.01
+    assert whole.loss == pytest.approx(whole.policy_loss - 0.2 * whole.mean_entropy, rel=TOLERANCE)
+    assert len(whole.logps) == len(batch.completions)  # those without an advantage have an entropy
+    for tokens, tile in [(1, 1), (17, 7), (90, 64)]:
+        again = high_entropy_tokens(base, batch, settings, limits_of(tokens, tile))
+        assert all(torch.equal(again[row], one) for row, one in kept.items())
+        stats, got = gradients(base, batch, settings, limits_of(tokens, tile), kept=again, entropy_coef=0.2)
+        for name in ("loss", "policy_loss", "mean_entropy", "left_out"):
+            assert getattr(stats, name) == pytest.approx(getattr(whole, name), rel=TOLERANCE, abs=1e-6)
         for name, gradient in got.items():
             assert close(gradient, want[name]) < TOLERANCE, (name, tokens)
 

@@ -110,6 +110,8 @@ class BatchInputs:
     ) -> None:
         self.rollout, self.settings, self.max_completion_length = rollout, settings, max_completion_length
         self.kept = kept
+        if kept:
+            self.kept_tokens = torch.cat(list(kept.values())).sum().clamp(min=1)  # on the device
         self.lengths = [len(c.ids) for c in rollout.completions]
         self.tokens = max(sum(n for n, c in zip(self.lengths, counted(rollout, settings), strict=True) if c), 1)
         self.epsilon_high = settings.epsilon if settings.epsilon_high is None else settings.epsilon_high
@@ -139,6 +141,16 @@ class BatchInputs:
             kept=self._kept(packed, logps.detach(), per_token),
             settings=settings,
         )
+
+    def share_of_entropy(self, packed: PackedBatch, entropies: torch.Tensor) -> torch.Tensor:
+        """Return a micro-batch's share of the mean entropy of all tokens that count, of the `kept` ones if any are not.
+
+        Args:
+            entropies: (S,).
+        """
+        if self.kept is None:
+            return entropies.sum() / self.tokens
+        return (entropies * torch.cat([self.kept[row] for row in packed.rows])).sum() / self.kept_tokens
 
     def _kept(self, packed: PackedBatch, logps: torch.Tensor, per_token: torch.Tensor) -> torch.Tensor | None:
         kept = None

@@ -96,27 +96,29 @@ LOSSES: dict[str, LossFunction] = {
 
 
 @torch.no_grad()
-def measured(inputs: LossInputs) -> dict[str, torch.Tensor]:
+def measured(inputs: LossInputs, ratio: torch.Tensor) -> dict[str, torch.Tensor]:
     """Return what is told of a micro-batch's ratios: sums over tokens, or over completions where these have one ratio.
 
     ``clipped_low`` and ``clipped_high`` count those out of the clip range (CISPO: of weights that were truncated, with
     an advantage above 0), ``phi`` sums VESPO's weights over the completions. ``left_out`` counts tokens whose policy
     term does not count.
     """
-    kind, ratio = inputs.settings.loss_type, inputs.ratio()
+    kind = inputs.settings.loss_type
+    by_sequence = kind == "vespo" or inputs.settings.importance_sampling_level == "sequence"
+    # the tokens of a completion count as one together
+    each = inputs.lengths.reciprocal() if by_sequence else None
     found = {} if inputs.kept is None else {"left_out": (1 - inputs.kept).sum()}
-    each = inputs.lengths.reciprocal()  # a completion's tokens together count as one
-    if kind == "vespo":
-        return {**found, "phi": (vespo_weights(inputs) * each).sum()}
     if kind == "sapo":
         return found
-    if kind == "cispo":
+    shares: dict[str, torch.Tensor]
+    if kind == "vespo":
+        shares = {"phi": vespo_weights(inputs)}
+    elif kind == "cispo":
         shares = {"clipped_high": (ratio > inputs.epsilon_high) & (inputs.advantages > 0)}
     else:
         low, high = out_of_range(ratio, inputs.advantages, inputs.epsilon_low, inputs.epsilon_high)
         shares = {"clipped_low": low, "clipped_high": high}
-    by_sequence = inputs.settings.importance_sampling_level == "sequence"
-    return {**found, **{name: (one * each if by_sequence else one).sum() for name, one in shares.items()}}
+    return {**found, **{name: (one if each is None else one * each).sum() for name, one in shares.items()}}
 
 
 @dataclass(frozen=True)

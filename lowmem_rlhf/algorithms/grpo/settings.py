@@ -35,6 +35,15 @@ class GRPOSettings(Section):
     vespo_lambda_pos: float = Field(3.0, ge=0, le=MOST_COEFFICIENT)
     vespo_k_neg: float = Field(3.0, ge=0, le=MOST_COEFFICIENT)
     vespo_lambda_neg: float = Field(2.0, ge=0, le=MOST_COEFFICIENT)
+    # the share of tokens, those of the highest entropy, whose policy term counts
+    top_entropy_quantile: float = Field(1.0, ge=0, le=1)
+    entropy_coef: float = Field(0.0, ge=0, le=MOST_COEFFICIENT)
+    # the coefficient goes up by delta after a step at or below the target (nats a token), and applies there only
+    use_adaptive_entropy: bool = False
+    entropy_target: float = Field(0.2, ge=0, le=MOST_COEFFICIENT)
+    entropy_coef_delta: float = Field(0.005, ge=0, le=MOST_COEFFICIENT)
+    entropy_coef_min: float = Field(0.0, ge=0, le=MOST_COEFFICIENT)
+    entropy_coef_max: float = Field(1.0, ge=0, le=MOST_COEFFICIENT)
     scale_rewards: Literal["group", "batch", "none"] = "group"
     num_iterations: int = Field(1, ge=1, le=MOST_EPOCHS)
     mask_truncated_completions: bool = False
@@ -45,6 +54,11 @@ class GRPOSettings(Section):
     )
     importance_sampling_clip_max: float | None = Field(3.0, gt=0, le=MOST_COEFFICIENT)
     importance_sampling_clip_min: float | None = Field(None, gt=0, le=MOST_COEFFICIENT)
+
+    @property
+    def entropy_bonus(self) -> bool:
+        """Whether the objective has entropy in it, be its coefficient 0 for a while."""
+        return self.entropy_coef != 0 or self.use_adaptive_entropy
 
     @model_validator(mode="after")
     def _ordered_bounds(self) -> "GRPOSettings":
@@ -58,6 +72,12 @@ class GRPOSettings(Section):
             raise ValueError(
                 "importance_sampling_correction: a bound is missing; give importance_sampling_clip_max or "
                 "importance_sampling_clip_min"
+            )
+        least, most = self.entropy_coef_min, self.entropy_coef_max
+        if self.use_adaptive_entropy and not least <= self.entropy_coef <= most:
+            raise ValueError(
+                f"entropy_coef: got {self.entropy_coef:g}; it should be from entropy_coef_min, which is {least:g}, to "
+                f"entropy_coef_max, which is {most:g}"
             )
         return self
 

@@ -12,18 +12,22 @@ import torch
 
 from lowmem_rlhf.algorithms.common.device_sums import DeviceSums
 from lowmem_rlhf.algorithms.common.kl import k3
+from lowmem_rlhf.algorithms.grpo.entropy import EntropyCoefficient, high_entropy_tokens
 from lowmem_rlhf.algorithms.grpo.inputs import BatchInputs, LossInputs, counted
 from lowmem_rlhf.algorithms.grpo.losses import Loss, load_loss, measured
 from lowmem_rlhf.algorithms.grpo.math import kl_term
 from lowmem_rlhf.algorithms.grpo.settings import GRPOSettings
 from lowmem_rlhf.engine.base import SharedBase
 from lowmem_rlhf.engine.ladder import Ladder
+from lowmem_rlhf.engine.logprobs import Entropy
 from lowmem_rlhf.engine.packing import PackedBatch
 from lowmem_rlhf.engine.passes import BatchLimits, micro_batches, packed_logprobs
 from lowmem_rlhf.engine.roles import POLICY
 from lowmem_rlhf.progress import Progress, ProgressCallback
 from lowmem_rlhf.rollout.rollout import Rollout
 from lowmem_rlhf.training.optimizer import Optimizer
+
+Rows = dict[int, torch.Tensor]  # numbers of tokens, by a completion's row
 
 
 @dataclass(frozen=True)
@@ -60,6 +64,8 @@ class UpdateStats:
         tokens: tokens fed to the model, over all iterations.
         scored: completion tokens with a gradient.
         entropy, kl: sums before the update; kl over ``kl_tokens`` of them.
+        policy_loss: the loss without the entropy bonus.
+        mean_entropy: of the tokens that the bonus is for; only with a bonus.
         clipped_low, clipped_high, phi, left_out: see `losses.measured`; these and what they are shares of, tokens and
             completions, are counted over all iterations.
         logps: the policy's log-probs before the update, by row.
@@ -70,6 +76,8 @@ class UpdateStats:
     tokens: int = 0
     scored: int = 0
     entropy: float = 0.0
+    policy_loss: float = 0.0
+    mean_entropy: float = 0.0
     kl: float = 0.0
     kl_tokens: int = 0
     clipped_low: float = 0.0
@@ -78,7 +86,7 @@ class UpdateStats:
     left_out: float = 0.0
     clip_tokens: int = 0
     clip_completions: int = 0
-    logps: dict[int, torch.Tensor] = field(default_factory=dict)
+    logps: Rows = field(default_factory=dict)
 
     def with_sums(self, sums: DeviceSums) -> "UpdateStats":
         """Return these with what was added up on the device."""
@@ -96,8 +104,9 @@ class UpdateStats:
 def rows_to_train(rollout: Rollout, objective: Objective) -> list[int]:
     """Return the completions that have any gradient: of those that count all, or those with an advantage."""
     advantages = rollout.known_advantages
-    every = objective.settings.beta or not objective.loss.needs_advantage
-    return [n for n, counts in enumerate(counted(rollout, objective.settings)) if counts and (every or advantages[n])]
+    settings = objective.settings
+    every = settings.beta or settings.entropy_bonus or not objective.loss.needs_advantage
+    return [n for n, counts in enumerate(counted(rollout, settings)) if counts and (every or advantages[n])]
 
 
 def backward(
@@ -105,10 +114,12 @@ def backward(
     rollout: Rollout,
     objective: Objective,
     limits: BatchLimits,
-    ref_logps: dict[int, torch.Tensor],
-    old_logps: dict[int, torch.Tensor] | None = None,
+    ref_logps: Rows,
+    old_logps: Rows | None = None,
     loss_scale: float = 1.0,
     progress: ProgressCallback | None = None,
+    kept: Rows | None = None,
+    entropy_coef: float = 0.0,
 ) -> UpdateStats:
     """Add the gradient of the whole batch's loss to the adapter's gradients.
 
@@ -118,17 +129,24 @@ def backward(
         ref_logps: of the reference, by row; with beta all trained rows, otherwise any rows whose KL is to be measured.
         old_logps: of the policy before the first iteration, by row; None: it is the policy as it is now.
         loss_scale: multiplies the loss (float16).
+        kept: see `high_entropy_tokens`; None: all tokens.
+        entropy_coef: of the mean entropy of the kept tokens, which is subtracted from the loss.
     """
     stats, sums = UpdateStats(), DeviceSums()
-    inputs_of = BatchInputs(rollout, objective.settings, objective.max_completion_length)
+    inputs_of = BatchInputs(rollout, objective.settings, objective.max_completion_length, kept)
     groups = rollout.groups(rows_to_train(rollout, objective))
+    kind: Entropy = "gradient" if entropy_coef else "value"
     for packed in micro_batches(base, groups, limits.micro_batch_tokens, progress):
-        logps, entropies = packed_logprobs(base, packed, limits.temperature, limits.tile)
+        logps, entropies = packed_logprobs(base, packed, limits.temperature, limits.tile, kind)
         own = dict(zip(packed.rows, logps.detach().split(packed.lengths), strict=True))
         old = torch.cat([(old_logps or own)[row] for row in packed.rows])
         ref, scored = _reference(packed, ref_logps, own)
         inputs = inputs_of(packed, logps, old, ref)
         loss = objective.loss.function(inputs).sum()
+        if objective.settings.entropy_bonus:
+            entropy = inputs_of.share_of_entropy(packed, entropies)
+            sums.add(policy_loss=loss, mean_entropy=entropy)
+            loss = loss - entropy_coef * entropy if entropy_coef else loss
         (loss * loss_scale).backward()
         stats.tokens += packed.input_ids.numel()
         sums.add(loss=loss, entropy=entropies.detach().sum())
@@ -139,17 +157,17 @@ def backward(
 
 def _measure(stats: UpdateStats, sums: DeviceSums, inputs: LossInputs, scored: torch.Tensor) -> None:
     """Add what is told of a micro-batch to the statistics; ``scored`` (S,) is 1 where the reference has scored."""
-    settings = inputs.settings
     with torch.no_grad():
-        kl = kl_term(inputs.ratio(), inputs.logps, inputs.ref_logps, settings.use_bias_correction_kl)
+        ratio = inputs.ratio()
+        kl = kl_term(ratio, inputs.logps, inputs.ref_logps, inputs.settings.use_bias_correction_kl)
     stats.scored += len(kl)
-    sums.add(kl=(kl * scored).sum(), kl_tokens=scored.sum(), **measured(inputs))
+    sums.add(kl=(kl * scored).sum(), kl_tokens=scored.sum(), **measured(inputs, ratio))
     stats.clip_tokens += len(kl)
     stats.clip_completions += inputs.rows
 
 
 @torch.no_grad()
-def measure(base: SharedBase, rollout: Rollout, limits: BatchLimits, ref_logps: dict[int, torch.Tensor]) -> UpdateStats:
+def measure(base: SharedBase, rollout: Rollout, limits: BatchLimits, ref_logps: Rows) -> UpdateStats:
     """Return log-probs, entropy and KL of the policy on the rows that the reference has scored, without an update."""
     stats, sums = UpdateStats(), DeviceSums()
     for packed in micro_batches(base, rollout.groups(list(ref_logps)), limits.micro_batch_tokens):
@@ -163,9 +181,7 @@ def measure(base: SharedBase, rollout: Rollout, limits: BatchLimits, ref_logps: 
     return stats.with_sums(sums)
 
 
-def _reference(
-    packed: PackedBatch, ref_logps: dict[int, torch.Tensor], own: dict[int, torch.Tensor]
-) -> tuple[torch.Tensor, torch.Tensor]:
+def _reference(packed: PackedBatch, ref_logps: Rows, own: Rows) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the reference's log-probs (S,) and which of them there are; the policy's own stand for the others."""
     ref = torch.cat([ref_logps.get(row, own[row]) for row in packed.rows])
     measured = torch.cat([torch.full_like(own[row], float(row in ref_logps)) for row in packed.rows])
@@ -178,29 +194,42 @@ def update(
     rollout: Rollout,
     objective: Objective,
     ladder: Ladder,
-    ref_logps: dict[int, torch.Tensor],
+    ref_logps: Rows,
     progress: Progress,
+    entropy: EntropyCoefficient | None = None,
 ) -> UpdateStats:
     """Take ``num_iterations`` optimizer steps on one rollout.
+
+    Args:
+        entropy: the weight of the entropy bonus, which adapts to each optimizer step; None: as the recipe begins.
 
     Raises:
         RunError: memory runs out whatever the micro-batch size; the optimizer step in question was not taken.
     """
     first: UpdateStats | None = None
+    settings, entropy = objective.settings, entropy or EntropyCoefficient(objective.settings)
 
     def shown(done: int, total: int) -> None:
         progress.phase("update", done, total)
 
-    for _ in range(objective.settings.num_iterations):
-        old = first.logps if first else None
+    def high(limits: BatchLimits) -> Rows:
+        return high_entropy_tokens(base, rollout, settings, limits)
 
-        def gradient(limits: BatchLimits, old: dict[int, torch.Tensor] | None = old) -> UpdateStats:
+    asks = settings.top_entropy_quantile < 1 and bool(rows_to_train(rollout, objective))
+    for _ in range(settings.num_iterations):
+        old = first.logps if first else None
+        kept = ladder.score(high, progress.message) if asks else None
+
+        def gradient(limits: BatchLimits, old: Rows | None = old, kept: Rows | None = kept) -> UpdateStats:
             optimizer.zero_grad()
+            scale, coefficient = optimizer.loss_scale, entropy.applied
             with base.role(POLICY):
-                return backward(base, rollout, objective, limits, ref_logps, old, optimizer.loss_scale, shown)
+                return backward(base, rollout, objective, limits, ref_logps, old, scale, shown, kept, coefficient)
 
         stats = ladder.update(gradient, progress.message)
         norm = optimizer.step(stats.loss, logits=stats.entropy)
+        if stats.scored:
+            entropy.update(stats.mean_entropy)
         base.adapters_changed()
         if first is None:
             first = stats
