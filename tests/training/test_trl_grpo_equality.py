@@ -38,9 +38,26 @@ def tokenizer():
     return word_tokenizer()
 
 
+@pytest.fixture(scope="module")
+def with_oracle(tmp_path_factory, tokenizer):
+    """Return a function that gives a base, and TRL's trainer of its adapter with other settings; few are ever made."""
+    made = {}
+
+    def given(tie: bool = False, temperature: float = 1.0, **settings):
+        key = tie, temperature  # which are built into a trainer
+        if key not in made:
+            base, folder = base_of(tie=tie), tmp_path_factory.mktemp("oracle")
+            oracle = Oracle(base, [ragged_batch()], [REWARDS], folder, tokenizer, temperature=temperature)
+            made[key] = base, oracle
+        made[key][1].configure(**settings)
+        return made[key]
+
+    return given
+
+
 @pytest.mark.parametrize("scale", ["group", "batch", "none"])
-def test_advantages(scale, tmp_path, tokenizer):
-    oracle = Oracle(base_of(), [ragged_batch()], [REWARDS], tmp_path, tokenizer, scale_rewards=scale)
+def test_advantages(scale, with_oracle):
+    _, oracle = with_oracle(scale_rewards=scale)
     theirs = oracle.inputs()["advantages"]
     assert theirs.abs().max() > 0.4
     assert (theirs == 0).sum() == 5  # the group without variance, and the completion without a reward
@@ -74,12 +91,11 @@ CASES += [pytest.param("dapo", 0.04, True, {}, {"tie": True}, id="dapo-0.04-tied
 
 
 @pytest.mark.parametrize(("loss_type", "beta", "off_policy", "changes", "other"), CASES)
-def test_loss_and_gradients(loss_type, beta, off_policy, changes, other, tmp_path, tokenizer):
+def test_loss_and_gradients(loss_type, beta, off_policy, changes, other, with_oracle):
     temperature = other.get("temperature", 1.0)
-    base = base_of(tie=other.get("tie", False))
     batch = ragged_batch(advantages_of(REWARDS))
     settings = {"loss_type": loss_type, "beta": beta, **changes}
-    oracle = Oracle(base, [batch], [REWARDS], tmp_path, tokenizer, temperature=temperature, **settings)
+    base, oracle = with_oracle(other.get("tie", False), temperature=temperature, **settings)
     inputs = oracle.inputs()
     ref = logps_of(base, batch, "reference", temperature)
     old = shifted(logps_of(base, batch, "policy", temperature)) if off_policy else None
@@ -122,17 +138,16 @@ CORRECTIONS = [
 
 
 @pytest.mark.parametrize(("mode", "loss_type", "beta", "off_policy", "masked"), CORRECTIONS)
-def test_importance_correction(mode, loss_type, beta, off_policy, masked, tmp_path, tokenizer, monkeypatch):
-    base, bounds = base_of(), {"clip_min": 0.8, "clip_max": 1.25}
-    plain = ragged_batch(advantages_of(REWARDS))
-    policy, ref = logps_of(base, plain, "policy"), logps_of(base, plain, "reference")
-    batch = drawn_with(plain, shifted(policy, by=0.4, seed=11))
+def test_importance_correction(mode, loss_type, beta, off_policy, masked, with_oracle, monkeypatch):
+    bounds = {"clip_min": 0.8, "clip_max": 1.25}
     settings = {"loss_type": loss_type, "beta": beta, "mask_truncated_completions": masked}
     own = {"importance_sampling_correction": True, "importance_sampling_mode": mode}
     own |= {f"importance_sampling_{name}": bound for name, bound in bounds.items()}
-    oracle = Oracle(
-        base, [batch], [REWARDS], tmp_path, tokenizer, **settings, **{f"vllm_{name}": v for name, v in own.items()}
-    )
+    base, oracle = with_oracle(**settings, **{f"vllm_{name}": value for name, value in own.items()})
+    plain = ragged_batch(advantages_of(REWARDS))
+    policy, ref = logps_of(base, plain, "policy"), logps_of(base, plain, "reference")
+    batch = drawn_with(plain, shifted(policy, by=0.4, seed=11))
+    monkeypatch.setattr(oracle, "batches", [batch])
     oracle.sampled_elsewhere()
     old = shifted(policy) if off_policy else None
     with monkeypatch.context() as patch:
@@ -161,9 +176,9 @@ def test_importance_correction(mode, loss_type, beta, off_policy, masked, tmp_pa
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
-def test_log_probs_of_policy_and_reference(temperature, tmp_path, tokenizer):
-    base, batch = base_of(), ragged_batch()
-    oracle = Oracle(base, [batch], [REWARDS], tmp_path, tokenizer, temperature=temperature)
+def test_log_probs_of_policy_and_reference(temperature, with_oracle):
+    batch = ragged_batch()
+    base, oracle = with_oracle(temperature=temperature)
     inputs = oracle.inputs()
     mask = inputs["completion_mask"].bool()
     policy = oracle.logps(inputs)

@@ -60,8 +60,6 @@ def theirs(case, monkeypatch, old, correction, **settings):
         if old:  # the policy that TRL asks where it corrects is the one before the first update
             given = (oracle.padded(old), None, None)
             patch.setattr(oracle.trainer, "_get_per_token_logps_and_entropies", lambda *args, **kwargs: given)
-            if settings.get("beta"):
-                patch.setattr(oracle.trainer, "beta", 0.0)  # whose reference is given below
         inputs = oracle.inputs()
     inputs["ref_per_token_logps"] = oracle.padded(case.ref)
     if old:

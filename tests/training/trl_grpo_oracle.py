@@ -20,7 +20,7 @@ TOLERANCE = 1e-4
 # what GRPOTrainer's constructor keeps of its config under the same name, of what a loss reads
 TAKEN_OVER = (
     *("beta", "loss_type", "importance_sampling_level", "mask_truncated_completions", "off_policy_mask_threshold"),
-    *("top_entropy_quantile", "entropy_coef", "use_adaptive_entropy"),
+    *("top_entropy_quantile", "entropy_coef", "use_adaptive_entropy", "scale_rewards"),
     *(f"vllm_importance_sampling_{name}" for name in ("correction", "mode", "clip_min", "clip_max")),
 )
 
@@ -94,7 +94,7 @@ class Oracle:
         trainer.epsilon_high = config.epsilon if config.epsilon_high is None else config.epsilon_high
         trainer._entropy_bonus_enabled = config.entropy_coef != 0.0 or config.use_adaptive_entropy
         trainer._last_world_entropy, trainer._entropy_window_stats = math.inf, None
-        trainer.use_vllm, self.calls = False, 0
+        trainer.use_vllm = False
 
     def rollout(self, prompts: list[str], _: Any) -> dict[str, Any]:
         """Give the recorded completions of the prompts, in TRL's order."""
@@ -118,11 +118,17 @@ class Oracle:
         return [None if math.isnan(flat[row]) else flat[row] for row in self.rows]
 
     def inputs(self) -> dict[str, torch.Tensor]:
-        """Return what TRL makes of the recorded batch: padded ids, masks, advantages, the normaliser."""
+        """Return what TRL makes of the recorded batch: padded ids, masks, advantages, the normaliser.
+
+        The log-probs of a reference are not among it: the tests give those of ours.
+        """
         group = self.batches[0].num_generations
         rows = [{"prompt": str(b)} for b in range(len(self.batches[0].prompts)) for _ in range(group)]
         self.model.train()
-        return self.trainer._generate_and_score_completions(rows)
+        beta, self.trainer.beta, self.calls = self.trainer.beta, 0.0, 0
+        inputs = self.trainer._generate_and_score_completions(rows)
+        self.trainer.beta = beta
+        return inputs
 
     def sampled_elsewhere(self) -> None:
         """Let the trainer take the recorded log-probs for those of vLLM, whose weights are in step."""

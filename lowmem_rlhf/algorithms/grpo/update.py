@@ -184,8 +184,8 @@ def measure(base: SharedBase, rollout: Rollout, limits: BatchLimits, ref_logps: 
 def _reference(packed: PackedBatch, ref_logps: Rows, own: Rows) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the reference's log-probs (S,) and which of them there are; the policy's own stand for the others."""
     ref = torch.cat([ref_logps.get(row, own[row]) for row in packed.rows])
-    measured = torch.cat([torch.full_like(own[row], float(row in ref_logps)) for row in packed.rows])
-    return ref, measured
+    scored = torch.cat([torch.full_like(own[row], float(row in ref_logps)) for row in packed.rows])
+    return ref, scored
 
 
 def update(
