@@ -91,9 +91,9 @@ def test_what_is_left_out_keeps_its_kl_term_alone(loss_type, beta):
 # Losses of one's own
 
 
-def load(tmp_path, text: str, name: str = "mine"):
+def load(tmp_path, text: str, name: str = "mine", **settings):
     (tmp_path / "losses.py").write_text("import torch\n" + text, encoding="utf-8")
-    return load_loss(f"{tmp_path}/losses.py:{name}")
+    return load_loss(f"{tmp_path}/losses.py:{name}", GRPOSettings(**settings))
 
 
 def test_a_loss_from_a_file_is_called_as_it_is(tmp_path):
@@ -107,6 +107,30 @@ def test_a_loss_that_needs_no_advantage_trains_on_all_completions(tmp_path):
     loss = load(tmp_path, "def mine(inputs):\n    return -inputs.logps / inputs.completions / inputs.lengths\n")
     assert not loss.needs_advantage
     assert all(load_loss(name).needs_advantage for name in LOSSES)
+
+
+PARTS = [{"top_entropy_quantile": 0.2}, {"off_policy_mask_threshold": 0.1}]
+
+
+@pytest.mark.parametrize("settings", PARTS)
+def test_a_loss_of_ones_own_has_to_leave_out_what_the_settings_do(tmp_path, settings):
+    plain = "def mine(inputs):\n    return -inputs.logps * inputs.advantages / inputs.tokens"
+    masked = "\n    ".join([plain.partition("\n")[0], "loss = -inputs.logps * inputs.advantages / inputs.tokens"])
+    masked += "\n    return loss * inputs.kept\n"
+    assert load(tmp_path, masked, **settings).needs_advantage
+    with pytest.raises(UserError, match=f"learns from tokens that grpo.{next(iter(settings))} leaves out; multiply"):
+        load(tmp_path, plain, **settings)
+
+
+def test_a_loss_of_ones_own_may_be_of_whole_completions(tmp_path):
+    text = (
+        "def mine(inputs):\n    ratio = inputs.ratio()\n    surrogate = -ratio * inputs.advantages\n"
+        "    return inputs.objective(surrogate, ratio) / inputs.completions\n"
+    )
+    loss = load(tmp_path, text, importance_sampling_level="sequence")
+    inputs = inputs_of(beta=0.04, importance_sampling_level="sequence")
+    assert torch.equal(loss.function(inputs), inputs.objective(-inputs.ratio() * inputs.advantages, inputs.ratio()) / 3)
+    assert loss.needs_advantage
 
 
 REFUSED = {

@@ -36,7 +36,7 @@ def _ratios(stats: UpdateStats, settings: GRPOSettings) -> dict[str, float]:
         "vespo": {"vespo/phi_seq_mean": stats.phi / max(stats.clip_completions, 1)},
     }
     found = of_loss.get(settings.loss_type, {"clip_ratio/low": low, "clip_ratio/high": high})
-    if settings.off_policy_mask_threshold is not None or settings.top_entropy_quantile < 1:
+    if settings.leave_out:
         found["policy/left_out"] = stats.left_out / max(stats.clip_tokens, 1)
     return found
 

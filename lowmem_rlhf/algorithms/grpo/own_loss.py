@@ -22,11 +22,14 @@ def load_own(name: str, settings: GRPOSettings) -> tuple[LossFunction, bool]:
     """Return the function of a ``path.py:function``, and whether completions without an advantage have no gradient.
 
     Raises:
-        UserError: the file or the function is absent or fails; or what the function returns is no loss of tokens.
+        UserError: the file or the function is absent or fails; what the function returns is no loss of tokens; or it
+            does not read what the settings leave out.
     """
     with preserved(path=False):
         function = load_function(name, "grpo.loss_type", "a loss", "(inputs)")
-    return _checked(name, function), _needs_advantage(name, function, settings)
+    needs_advantage = _needs_advantage(name, function, settings)
+    _check_left_out(name, function, settings)
+    return _checked(name, function), needs_advantage
 
 
 def _checked(name: str, function: LossFunction) -> LossFunction:
@@ -98,6 +101,23 @@ def _needs_advantage(name: str, function: LossFunction, settings: GRPOSettings) 
     return not bool(silent.any())
 
 
+def _check_left_out(name: str, function: LossFunction, settings: GRPOSettings) -> None:
+    """Check that tokens are left out by a user's loss, where the settings ask for it.
+
+    Raises:
+        UserError: they have a gradient.
+    """
+    if not settings.leave_out:
+        return
+    trial = _trial(settings)
+    _, gradient = _tried(name, function, replace(trial, beta=0.0, kept=torch.zeros_like(trial.lengths)))
+    if bool(gradient.any()):
+        keys = " and ".join(f"grpo.{key}" for key in settings.leave_out)
+        raise UserError(
+            f"grpo.loss_type: {name} learns from tokens that {keys} leaves out; multiply its policy term by inputs.kept"
+        )
+
+
 def _trial(settings: GRPOSettings) -> LossInputs:
     """Return three completions of 2, 3 and 4 tokens."""
     generator = torch.Generator(device="cpu").manual_seed(0)
@@ -105,13 +125,15 @@ def _trial(settings: GRPOSettings) -> LossInputs:
     lengths = torch.tensor([2.0] * 2 + [3.0] * 3 + [4.0] * 4, dtype=torch.float32, device="cpu")
     advantages = lengths - 3.25
     rows = torch.tensor([0] * 2 + [1] * 3 + [2] * 4, dtype=torch.long, device="cpu")
-    return LossInputs(logps, old, ref, advantages, lengths, None, 3, 9, 8, 0.2, 0.2, 0.1, rows, 3, settings=settings)
+    kept = torch.ones_like(lengths) if settings.leave_out else None
+    return LossInputs(logps, old, ref, advantages, lengths, None, 3, 9, 8, 0.2, 0.2, 0.1, rows, 3, kept, settings)
 
 
 def _cut(inputs: LossInputs, part: slice) -> LossInputs:
     """Return the inputs of one completion's tokens."""
     names = ("logps", "old_logps", "ref_logps", "advantages", "lengths")
     own = {name: getattr(inputs, name)[part] for name in names}
+    own["kept"] = None if inputs.kept is None else inputs.kept[part]
     return replace(inputs, **own, row_index=torch.zeros_like(inputs.row_index[part]), rows=1)
 
 

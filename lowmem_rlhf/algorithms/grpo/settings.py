@@ -60,6 +60,12 @@ class GRPOSettings(Section):
         """Whether the objective has entropy in it, be its coefficient 0 for a while."""
         return self.entropy_coef != 0 or self.use_adaptive_entropy
 
+    @property
+    def leave_out(self) -> list[str]:
+        """The keys that leave the policy terms of some tokens out."""
+        quantile = ["top_entropy_quantile"] if self.top_entropy_quantile < 1 else []
+        return quantile + (["off_policy_mask_threshold"] if self.off_policy_mask_threshold is not None else [])
+
     @model_validator(mode="after")
     def _ordered_bounds(self) -> "GRPOSettings":
         low, high = self.importance_sampling_clip_min, self.importance_sampling_clip_max
