@@ -33,6 +33,11 @@ def one_update(recipe: "Recipe") -> int:
     return 1
 
 
+def none(recipe: "Recipe") -> int:
+    """Return 0."""
+    return 0
+
+
 def whole(recipe: "Recipe") -> float:
     """Return 1: all of a step's completions."""
     return 1.0
@@ -79,6 +84,9 @@ class AlgorithmSpec:
             ``reward`` adapter, or as a head on the ``policy``.
         bootstrap: whether the critic is read one position behind the last token as well.
         scores_policy: whether the policy makes passes without gradients over what is learned from.
+        entropy_passes: passes of the policy without gradients that the updates of a step make over what is learned
+            from, for entropies that they must know beforehand.
+        entropy_gradient: whether entropy is a part of the loss.
         keeps_states: whether the update holds the hidden states of scored tokens during the backward pass.
         lengths: the keys of the recipe that bound a row in tokens, the one that grows with the examples last.
         updates: optimizer steps of each step.
@@ -113,6 +121,8 @@ class AlgorithmSpec:
     critic: Callable[["Recipe"], Literal["adapter", "reward", "policy"] | None] = no_critic
     bootstrap: Callable[["Recipe"], bool] = never
     scores_policy: bool = True
+    entropy_passes: Callable[["Recipe"], int] = none
+    entropy_gradient: Callable[["Recipe"], bool] = never
     keeps_states: bool = False
     lengths: Callable[["Recipe"], dict[str, int]] = sampled_lengths
     updates: Callable[["Recipe"], int] = one_update

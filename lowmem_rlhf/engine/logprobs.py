@@ -239,7 +239,7 @@ class _TiledLogProbs(torch.autograd.Function):
         for saved, outer in zip(ctx.saved_tensors, (grad_logps, grad_entropies), strict=True):
             if saved is not None and outer is not None:
                 part = saved * outer.mul(ctx.factor)[:, None]
-                grad = part if grad is None else grad + part
+                grad = part if grad is None else grad.add_(part)
         return None if grad is None else grad.to(ctx.saved_tensors[0].dtype), None, None, None, None, None
 
 

@@ -14,6 +14,7 @@ from lowmem_rlhf.architecture.lookup import model_dimensions
 from lowmem_rlhf.engine.base import SharedBase
 from lowmem_rlhf.engine.host_embedding import embeddings_to_host
 from lowmem_rlhf.engine.ladder import RolloutLimits
+from lowmem_rlhf.engine.logprobs import Entropy
 from lowmem_rlhf.engine.packing import ATTENDED_PER_TOKEN, Group
 from lowmem_rlhf.engine.passes import packed_logprobs, packed_outputs, with_bootstrap_position
 from lowmem_rlhf.engine.roles import CRITIC, POLICY, REFERENCE
@@ -261,9 +262,10 @@ def _update(base: SharedBase, recipe: Recipe, plan: Plan, language: bool) -> Non
     packed = base.layout.lay_out(_largest(base, recipe, plan.settings.micro_batch_tokens), base.device)
     if language:
         with base.role(POLICY):
-            logps, _ = packed_logprobs(base, packed, 1.0, plan.settings.logits_tile_tokens)
-            logps.mean().backward()
-            del logps
+            kind: Entropy = "gradient" if recipe.spec.entropy_gradient(recipe) else "value"
+            logps, entropies = packed_logprobs(base, packed, 1.0, plan.settings.logits_tile_tokens, kind)
+            (logps.mean() if kind == "value" else logps.mean() + entropies.mean()).backward()
+            del logps, entropies
     for role in [CRITIC] if CRITIC in base.heads else [] if language else [POLICY]:
         with base.role(role):
             packed_outputs(base, role, packed).mean().backward()

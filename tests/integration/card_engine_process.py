@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 from tiny_architectures import save_tiny
 from tiny_models import as_batch, fill_adapter, ragged_groups, tiny_model, tiny_tokenizer
 
-from lowmem_rlhf.algorithms.grpo.math import token_loss
+from lowmem_rlhf.algorithms.grpo.math import clipped_surrogate, kl_term
 from lowmem_rlhf.algorithms.grpo.settings import GRPOSettings
 from lowmem_rlhf.algorithms.grpo.update import Objective, backward
 from lowmem_rlhf.architecture.experts import expert_stacks
@@ -115,7 +115,9 @@ def stock(base: SharedBase, batch: Rollout, family: str, device: str) -> Numbers
         own = policy[row]
         advantages = torch.full_like(own, batch.known_advantages[row], requires_grad=False)
         epsilon = SETTINGS.epsilon
-        losses = token_loss(own, own.detach(), advantages, epsilon, epsilon, reference[row], SETTINGS.beta)
+        ratio = (own - own.detach()).exp()
+        losses = clipped_surrogate(ratio, advantages, epsilon, epsilon)
+        losses = losses + SETTINGS.beta * kl_term(ratio, own, reference[row])
         total = total + losses.sum() / tokens_of_all
     total.backward()
     return {

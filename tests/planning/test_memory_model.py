@@ -180,6 +180,31 @@ def test_the_tile_has_the_heads_shape():
     assert logits_tile_bytes(model, 0, 64, 2, gradient=True, on_cpu=False) == 0
 
 
+@pytest.mark.parametrize(("name", "width"), [("float32", 4), ("bfloat16", 2)])
+def test_an_entropy_gradient_takes_what_is_planned(name, width):
+    import torch
+
+    from lowmem_rlhf.engine.logprobs import Head, tiled_logprobs
+    from lowmem_rlhf.hardware.live_bytes import LiveBytes
+
+    positions, tile = 600, 64
+    model = replace(dims("Qwen2.5-0.5B"), hidden_size=256, vocab_size=700)
+    layer = torch.nn.Linear(256, 700, bias=False, dtype=getattr(torch, name)).requires_grad_(False)
+    hidden = torch.randn((positions, 256), dtype=layer.weight.dtype, requires_grad=True)
+    counter = LiveBytes()
+    before = counter.current
+    with counter:
+        logps, entropies = tiled_logprobs(hidden, torch.arange(positions), Head(layer), 1.0, tile, entropy="gradient")
+    forward = counter.peak - before
+    counter.reset_peak()
+    with counter:
+        (logps + entropies).sum().backward()
+    numbers = positions * 256
+    states = logits_tile_bytes(model, positions, tile, width, gradient=True, on_cpu=True, entropy=True)
+    assert 0.95 < forward / (2 * width * numbers + states) < 1.02
+    assert 0.75 < (counter.peak - before) / ((3 * width + 8) * numbers) < 1.02
+
+
 @pytest.mark.parametrize("vocabulary", [500, 32000, 151936])
 @pytest.mark.parametrize("positions", [1, 40, 2000])
 def test_a_card_takes_as_much_of_the_vocabulary_at_once_as_the_room_is_for(positions, vocabulary):

@@ -102,6 +102,32 @@ def test_adapters_are_copied_in_the_compute_dtype_for_the_role_that_computes(qwe
 
 
 @pytest.mark.parametrize(
+    ("without", "with_entropy"),
+    [
+        ([], ["grpo.entropy_coef=0.01"]),
+        ([], ["grpo.use_adaptive_entropy=true"]),
+        (["algorithm=rloo"], ["algorithm=rloo", "ppo.entropy_coef=0.01"]),
+    ],
+)
+def test_an_entropy_bonus_holds_another_gradient_of_the_scored_states(qwen, without, with_entropy):
+    wide = replace(DIMS, vocab_size=2_000_000)  # so that the loss is the largest moment
+    updates = [memory.phases(wide, qwen(*one), SETTINGS, card(10.75))["update"] for one in (without, with_entropy)]
+    plain, bonus = updates
+    assert bonus["scored_states"] == pytest.approx(1.5 * plain["scored_states"])
+    assert bonus["logits_tile"] > plain["logits_tile"]
+    both = {"scored_states", "logits_tile", "allocator"}
+    assert {key: plain[key] for key in plain.keys() - both} == {key: bonus[key] for key in bonus.keys() - both}
+
+
+def test_tokens_of_high_entropy_take_passes_of_the_policy(qwen):
+    plain, some = (
+        memory.phases(DIMS, qwen(*one), SETTINGS, cpu(16)) for one in ([], ["grpo.top_entropy_quantile=0.2"])
+    )
+    assert some["scoring"]["adapter_copies"] == plain["update"]["adapter_copies"]
+    assert not plain["scoring"]["adapter_copies"] and some["update"] == plain["update"]
+
+
+@pytest.mark.parametrize(
     ("overrides", "sampled"),
     [
         ([], True),

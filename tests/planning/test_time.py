@@ -167,6 +167,10 @@ def test_the_passes_of_a_step_follow_from_the_recipe():
     )
     without, with_kl = (step(plan, load_recipe("grpo_gsm8k", [f"grpo.beta={beta}"]))["score"] for beta in (0, 0.04))
     assert with_kl > 4 * without  # one completion a group against all
+    some = step(plan, load_recipe("grpo_gsm8k", ["grpo.top_entropy_quantile=0.2"]))["update"]
+    assert some - once["update"] == pytest.approx(with_kl, rel=0.1)  # the policy's entropies of all completions
+    bonus = step(plan, load_recipe("grpo_gsm8k", ["grpo.entropy_coef=0.01"]))["update"]
+    assert 1 < bonus / once["update"] < 1.2
     ppo = with_algorithm(recipe, "ppo")
     assert step(plan, ppo)["update"] > 1.5 * recipe.model_copy(update={}).ppo.num_ppo_epochs * once["update"]
     longer = step(plan, load_recipe("grpo_gsm8k", ["generation.max_completion_length=512"]))

@@ -16,6 +16,7 @@ from training_cases import (
     weights,
 )
 
+from lowmem_rlhf.algorithms.grpo.entropy import EntropyCoefficient, high_entropy_tokens
 from lowmem_rlhf.algorithms.grpo.update import update
 
 
@@ -63,6 +64,27 @@ def test_every_iteration_takes_the_log_probs_from_before_the_first(iterations):
     assert all(torch.equal(a, b) for a, b in zip(weights(base).values(), weights(by_hand).values(), strict=True))
     assert (stats.loss, stats.tokens, stats.grad_norm) == (first.loss, tokens, norms[-1])
     assert optimizer.scheduler.last_epoch == iterations
+
+
+def test_every_iteration_asks_the_policy_as_it_is_for_its_entropies():
+    settings = settings_of(num_iterations=2, top_entropy_quantile=0.4, entropy_coef=0.1, use_adaptive_entropy=True)
+    settings.entropy_target = 10.0
+    base, batch, entropy = base_of(), ragged_batch(), EntropyCoefficient(settings)
+    optimizer = stepper_of(base.trainable(), learning_rate=0.02, lr_scheduler_type="constant")
+    stats = update(base, optimizer, batch, objective_of(settings), ladder_of(40), {}, Heard(), entropy)
+
+    by_hand, masks, found = base_of(), [], []
+    own = stepper_of(by_hand.trainable(), learning_rate=0.02, lr_scheduler_type="constant")
+    for applied in (0.0, 0.105):  # nothing before the first measurement
+        masks.append(high_entropy_tokens(by_hand, batch, settings, limits_of(40)))
+        given = {"old_logps": found[0].logps if found else None, "kept": masks[-1], "entropy_coef": applied}
+        found.append(gradients(by_hand, batch, settings, limits_of(40), **given)[0])
+        norm = own.step()
+        by_hand.adapters_changed()
+    assert all(torch.equal(a, b) for a, b in zip(weights(base).values(), weights(by_hand).values(), strict=True))
+    assert any(not torch.equal(masks[0][row], one) for row, one in masks[1].items())
+    assert (stats.grad_norm, stats.mean_entropy) == (norm, found[0].mean_entropy)
+    assert (entropy.value, entropy.entropy) == (pytest.approx(0.11), found[1].mean_entropy)
 
 
 def test_the_learning_rate_schedule_counts_iterations():

@@ -202,6 +202,23 @@ def test_a_resumed_run_is_the_uninterrupted_one(model_folder, tmp_path, optim, d
     assert got == wanted
 
 
+def test_a_resumed_run_goes_on_with_its_entropy_coefficient(model_folder, tmp_path):
+    entropy = {"use_adaptive_entropy": True, "entropy_target": 10.0, "entropy_coef_delta": 0.1}
+    recipe = recipe_of(model_folder, grpo={**entropy, "top_entropy_quantile": 0.5}, training={"max_steps": 3})
+    whole = trainer_of(recipe, tmp_path / "whole")
+    train(whole)
+    stopped = trainer_of(recipe, tmp_path / "run", Failing(2, KeyboardInterrupt()))
+    with pytest.raises(KeyboardInterrupt):
+        train(stopped)
+    resumed = trainer_of(recipe, tmp_path / "run", resume=True)
+    train(resumed)
+    assert same(adapter(resumed.run), adapter(whole.run))
+    rows = resumed.run.metrics()
+    assert [row["entropy_coef"] for row in rows] == pytest.approx([0.1, 0.2, 0.3])
+    assert rows[0]["policy_loss"] == rows[0]["loss"] and rows[1]["policy_loss"] > rows[1]["loss"]
+    assert all(0.4 < row["policy/left_out"] < 0.6 for row in rows)
+
+
 def test_a_finished_run_can_be_made_longer(model_folder, tmp_path):
     def recipe(steps):
         return recipe_of(model_folder, training={"max_steps": steps, "lr_scheduler_type": "constant"})

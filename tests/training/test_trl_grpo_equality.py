@@ -4,18 +4,10 @@ TRL's side is a stock peft model loaded from our adapter folder, padded as TRL p
 completions (through its `rollout_func`), their rewards, and log-probs of the old policy where these matter.
 """
 
-import math
-from pathlib import Path
-from typing import Any
-
 import pytest
 import torch
-from datasets import Dataset
-from peft import PeftModel
-from tiny_models import EOS, VOCAB, tiny_model
 from training_cases import (
     BETAS,
-    LIMIT,
     LOSS_TYPES,
     REWARDS,
     Heard,
@@ -33,142 +25,39 @@ from training_cases import (
     stepper_of,
     weights,
 )
-from trl import GRPOConfig, GRPOTrainer
+from trl_grpo_oracle import TOLERANCE, Oracle, advantages_of, word_tokenizer
 
-from lowmem_rlhf.algorithms.grpo.math import group_advantages
 from lowmem_rlhf.algorithms.grpo.metrics import update_metrics
 from lowmem_rlhf.algorithms.grpo.update import update
-from lowmem_rlhf.engine.base import SharedBase
-from lowmem_rlhf.rollout.rollout import Rollout
 
 pytestmark = pytest.mark.filterwarnings("ignore")
-TOLERANCE = 1e-4
 
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    from tokenizers import Tokenizer, models
-    from transformers import PreTrainedTokenizerFast
-
-    vocab = {f"t{i}": i for i in range(VOCAB)}
-    vocab["<pad>"], vocab["</s>"] = vocab.pop("t0"), vocab.pop(f"t{EOS}")
-    made = Tokenizer(models.WordLevel(vocab, unk_token="t1"))
-    return PreTrainedTokenizerFast(tokenizer_object=made, pad_token="<pad>", eos_token="</s>")
+    return word_tokenizer()
 
 
-class Oracle:
-    """TRL's trainer with the adapter that a base of ours has, fed with recorded batches, one an optimizer step."""
+@pytest.fixture(scope="module")
+def with_oracle(tmp_path_factory, tokenizer):
+    """Return a function that gives a base, and TRL's trainer of its adapter with other settings; few are ever made."""
+    made = {}
 
-    def __init__(
-        self,
-        base: SharedBase,
-        batches: list[Rollout],
-        rewards: list[list[list[float]]],
-        folder: Path,
-        tokenizer: Any,
-        **args: Any,
-    ) -> None:
-        self.batches, self.rewards, self.calls = batches, rewards, 0
-        base.save_adapter(folder / "adapter")
-        stock = tiny_model("llama", attn="sdpa", tie_word_embeddings=base.model.config.tie_word_embeddings)
-        stock.generation_config.eos_token_id = EOS
-        model = PeftModel.from_pretrained(stock, folder / "adapter", is_trainable=True)
-        rows = len(batches[0].completions)
-        settings = {
-            "output_dir": str(folder / "trl"),
-            "per_device_train_batch_size": rows,
-            "gradient_accumulation_steps": 1,
-            "num_generations": batches[0].num_generations,
-            "max_completion_length": LIMIT,
-            "gradient_checkpointing": False,
-            "use_cpu": True,
-            "bf16": False,
-            "report_to": [],
-            "save_strategy": "no",
-            "logging_steps": 1,
-            "disable_tqdm": True,
-            "shuffle_dataset": False,
-            "optim": "adamw_torch",
-        }
-        self.trainer = GRPOTrainer(
-            model=model,
-            reward_funcs=self.reward,
-            args=GRPOConfig(**{**settings, **args}),
-            train_dataset=Dataset.from_list([{"prompt": str(b)} for b in range(len(batches[0].prompts))]),
-            processing_class=tokenizer,
-            rollout_func=self.rollout,
-        )
-        self.trainer.current_gradient_accumulation_steps = 1
-        self.model = self.trainer.model
+    def given(tie: bool = False, temperature: float = 1.0, **settings):
+        key = tie, temperature  # which are built into a trainer
+        if key not in made:
+            base, folder = base_of(tie=tie), tmp_path_factory.mktemp("oracle")
+            oracle = Oracle(base, [ragged_batch()], [REWARDS], folder, tokenizer, temperature=temperature)
+            made[key] = base, oracle
+        made[key][1].configure(**settings)
+        return made[key]
 
-    def rollout(self, prompts: list[str], _: Any) -> dict[str, Any]:
-        """Give the recorded completions of the prompts, in TRL's order."""
-        batch = self.batches[self.calls]
-        group, seen = batch.num_generations, dict.fromkeys(prompts, 0)
-        self.rows = []
-        for prompt in prompts:
-            self.rows.append(int(prompt) * group + seen[prompt])
-            seen[prompt] += 1
-        assert sorted(self.rows) == list(range(len(batch.completions)))
-        return {
-            "prompt_ids": [list(batch.prompts[row // group]) for row in self.rows],
-            "completion_ids": [batch.completions[row].ids for row in self.rows],
-            "logprobs": [batch.completions[row].logps for row in self.rows] if self.trainer.use_vllm else None,
-        }
-
-    def reward(self, prompts: list[str], completions: list[str], **columns: Any) -> list[float | None]:
-        """Give the recorded rewards; a NaN is TRL's None."""
-        flat = [r for group in self.rewards[self.calls] for r in group]
-        self.calls += 1
-        return [None if math.isnan(flat[row]) else flat[row] for row in self.rows]
-
-    def inputs(self) -> dict[str, torch.Tensor]:
-        """Return what TRL makes of the recorded batch: padded ids, masks, advantages, the normaliser."""
-        group = self.batches[0].num_generations
-        rows = [{"prompt": str(b)} for b in range(len(self.batches[0].prompts)) for _ in range(group)]
-        self.model.train()
-        return self.trainer._generate_and_score_completions(rows)
-
-    def sampled_elsewhere(self) -> None:
-        """Let the trainer take the recorded log-probs for those of vLLM, whose weights are in step."""
-        self.trainer.use_vllm = True
-        self.trainer._last_loaded_step = self.trainer.state.global_step
-
-    def padded(self, logps: dict[int, torch.Tensor]) -> torch.Tensor:
-        """Return log-probs by row as TRL has them; what stands on padding must not matter."""
-        length = max(len(c.ids) for c in self.batches[0].completions)
-        out = torch.full((len(logps), length), -7.0)
-        for row, values in logps.items():
-            out[row, : len(values)] = values
-        return out
-
-    def logps(self, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
-        """Return TRL's own log-probs (N, longest completion) of the model as it is."""
-        ids = torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], dim=1)
-        mask = torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], dim=1)
-        keep = inputs["completion_ids"].shape[1]
-        with torch.no_grad():
-            return self.trainer._get_per_token_logps_and_entropies(self.model, ids, mask, keep)[0]
-
-    def gradients(self, inputs: dict[str, torch.Tensor]) -> tuple[float, dict[str, torch.Tensor]]:
-        """Return the loss and every adapter gradient, named as ours."""
-        self.model.zero_grad()
-        loss = self.trainer.compute_loss(self.model, inputs)
-        loss.backward()
-        found = {name: p.grad for name, p in self.model.named_parameters() if p.grad is not None}
-        return loss.item(), {name.replace(".default.", ".policy."): grad for name, grad in found.items()}
-
-    def metric(self, name: str) -> float:
-        return self.trainer._metrics["train"][name][-1]
-
-
-def advantages_of(rewards: list[list[float]], scale: str = "group") -> list[float]:
-    return group_advantages(torch.tensor(rewards), scale).flatten().tolist()
+    return given
 
 
 @pytest.mark.parametrize("scale", ["group", "batch", "none"])
-def test_advantages(scale, tmp_path, tokenizer):
-    oracle = Oracle(base_of(), [ragged_batch()], [REWARDS], tmp_path, tokenizer, scale_rewards=scale)
+def test_advantages(scale, with_oracle):
+    _, oracle = with_oracle(scale_rewards=scale)
     theirs = oracle.inputs()["advantages"]
     assert theirs.abs().max() > 0.4
     assert (theirs == 0).sum() == 5  # the group without variance, and the completion without a reward
@@ -202,12 +91,11 @@ CASES += [pytest.param("dapo", 0.04, True, {}, {"tie": True}, id="dapo-0.04-tied
 
 
 @pytest.mark.parametrize(("loss_type", "beta", "off_policy", "changes", "other"), CASES)
-def test_loss_and_gradients(loss_type, beta, off_policy, changes, other, tmp_path, tokenizer):
+def test_loss_and_gradients(loss_type, beta, off_policy, changes, other, with_oracle):
     temperature = other.get("temperature", 1.0)
-    base = base_of(tie=other.get("tie", False))
     batch = ragged_batch(advantages_of(REWARDS))
     settings = {"loss_type": loss_type, "beta": beta, **changes}
-    oracle = Oracle(base, [batch], [REWARDS], tmp_path, tokenizer, temperature=temperature, **settings)
+    base, oracle = with_oracle(other.get("tie", False), temperature=temperature, **settings)
     inputs = oracle.inputs()
     ref = logps_of(base, batch, "reference", temperature)
     old = shifted(logps_of(base, batch, "policy", temperature)) if off_policy else None
@@ -250,17 +138,16 @@ CORRECTIONS = [
 
 
 @pytest.mark.parametrize(("mode", "loss_type", "beta", "off_policy", "masked"), CORRECTIONS)
-def test_importance_correction(mode, loss_type, beta, off_policy, masked, tmp_path, tokenizer, monkeypatch):
-    base, bounds = base_of(), {"clip_min": 0.8, "clip_max": 1.25}
-    plain = ragged_batch(advantages_of(REWARDS))
-    policy, ref = logps_of(base, plain, "policy"), logps_of(base, plain, "reference")
-    batch = drawn_with(plain, shifted(policy, by=0.4, seed=11))
+def test_importance_correction(mode, loss_type, beta, off_policy, masked, with_oracle, monkeypatch):
+    bounds = {"clip_min": 0.8, "clip_max": 1.25}
     settings = {"loss_type": loss_type, "beta": beta, "mask_truncated_completions": masked}
     own = {"importance_sampling_correction": True, "importance_sampling_mode": mode}
     own |= {f"importance_sampling_{name}": bound for name, bound in bounds.items()}
-    oracle = Oracle(
-        base, [batch], [REWARDS], tmp_path, tokenizer, **settings, **{f"vllm_{name}": v for name, v in own.items()}
-    )
+    base, oracle = with_oracle(**settings, **{f"vllm_{name}": value for name, value in own.items()})
+    plain = ragged_batch(advantages_of(REWARDS))
+    policy, ref = logps_of(base, plain, "policy"), logps_of(base, plain, "reference")
+    batch = drawn_with(plain, shifted(policy, by=0.4, seed=11))
+    monkeypatch.setattr(oracle, "batches", [batch])
     oracle.sampled_elsewhere()
     old = shifted(policy) if off_policy else None
     with monkeypatch.context() as patch:
@@ -289,9 +176,9 @@ def test_importance_correction(mode, loss_type, beta, off_policy, masked, tmp_pa
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
-def test_log_probs_of_policy_and_reference(temperature, tmp_path, tokenizer):
-    base, batch = base_of(), ragged_batch()
-    oracle = Oracle(base, [batch], [REWARDS], tmp_path, tokenizer, temperature=temperature)
+def test_log_probs_of_policy_and_reference(temperature, with_oracle):
+    batch = ragged_batch()
+    base, oracle = with_oracle(temperature=temperature)
     inputs = oracle.inputs()
     mask = inputs["completion_mask"].bool()
     policy = oracle.logps(inputs)

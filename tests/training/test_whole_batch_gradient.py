@@ -20,6 +20,7 @@ from training_cases import (
 )
 
 from lowmem_rlhf.algorithms.grpo import update
+from lowmem_rlhf.algorithms.grpo.entropy import high_entropy_tokens
 from lowmem_rlhf.algorithms.grpo.update import rows_to_train
 from lowmem_rlhf.engine.packing import split_groups
 
@@ -60,6 +61,50 @@ def test_any_split_gives_the_whole_batches_gradient(base, batch, loss_type, beta
     assert max(counts) == len(rows_to_train(batch, objective_of(settings)))
 
 
+NARROW = {"epsilon": 0.03, "epsilon_high": 0.05, "importance_sampling_level": "sequence"}
+OTHERS = [
+    {**NARROW, "loss_type": "grpo", "beta": 0.04},
+    {**NARROW, "loss_type": "luspo", "delta": 1.06},
+    {"loss_type": "cispo", "epsilon_high": 1.2, "beta": 0.04, "mask_truncated_completions": True},
+    {"loss_type": "sapo"},
+    {"loss_type": "vespo", "off_policy_mask_threshold": 0.02},
+]
+
+
+@pytest.mark.parametrize("changes", OTHERS, ids=lambda changes: changes["loss_type"])
+def test_any_split_gives_the_same_gradient_of_every_other_loss(base, batch, changes):
+    policy, settings = logps_of(base, batch, "policy"), settings_of(**changes)
+    drawn = drawn_with(batch, shifted(policy, by=0.3, seed=11))
+    logps = {"ref": logps_of(base, batch, "reference"), "old_logps": shifted(policy)}
+    whole, want = gradients(base, drawn, settings, limits_of(1_000_000), **dict(logps))
+    for tokens, tile in [(1, 1), (17, 7), (90, 64)]:
+        stats, got = gradients(base, drawn, settings, limits_of(tokens, tile), **dict(logps))
+        assert stats.loss == pytest.approx(whole.loss, rel=TOLERANCE, abs=1e-6)
+        for name in ("clipped_low", "clipped_high", "phi", "left_out"):
+            assert getattr(stats, name) == pytest.approx(getattr(whole, name), rel=TOLERANCE)
+        for name, gradient in got.items():
+            assert close(gradient, want[name]) < TOLERANCE, (name, tokens)
+
+
+def test_any_split_gives_the_same_tokens_of_high_entropy_and_the_same_bonus(base, batch):
+    settings = settings_of(loss_type="grpo", top_entropy_quantile=0.4, entropy_coef=0.2)
+    kept = high_entropy_tokens(base, batch, settings, limits_of(1_000_000))
+    share = torch.cat(list(kept.values())).double().mean()
+    assert share == pytest.approx(0.4, abs=0.01) and len(kept) == len(batch.completions)
+    whole, want = gradients(base, batch, settings, limits_of(1_000_000), kept=kept, entropy_coef=0.2)
+    assert whole.mean_entropy > whole.entropy / whole.scored + 0.01
+    assert whole.loss == pytest.approx(whole.policy_loss - 0.2 * whole.mean_entropy, rel=TOLERANCE)
+    assert len(whole.logps) == len(batch.completions)  # those without an advantage have an entropy
+    for tokens, tile in [(1, 1), (17, 7), (90, 64)]:
+        again = high_entropy_tokens(base, batch, settings, limits_of(tokens, tile))
+        assert all(torch.equal(again[row], one) for row, one in kept.items())
+        stats, got = gradients(base, batch, settings, limits_of(tokens, tile), kept=again, entropy_coef=0.2)
+        for name in ("loss", "policy_loss", "mean_entropy", "left_out"):
+            assert getattr(stats, name) == pytest.approx(getattr(whole, name), rel=TOLERANCE, abs=1e-6)
+        for name, gradient in got.items():
+            assert close(gradient, want[name]) < TOLERANCE, (name, tokens)
+
+
 @pytest.mark.parametrize("mode", ["token_truncate", "token_mask", "sequence_truncate", "sequence_mask"])
 def test_any_split_gives_the_same_corrected_gradient(base, batch, mode):
     policy = logps_of(base, batch, "policy")
@@ -87,9 +132,9 @@ def test_a_correction_of_equal_log_probs_changes_nothing(base, batch):
         assert close(gradient, plain[name]) < TOLERANCE, name
 
 
-@pytest.mark.parametrize("loss_type", LOSS_TYPES)
-def test_leaving_out_completions_without_advantage_is_exact(base, batch, loss_type, monkeypatch):
-    settings = settings_of(loss_type=loss_type)
+@pytest.mark.parametrize("changes", [{"loss_type": name} for name in LOSS_TYPES] + OTHERS, ids=lambda c: c["loss_type"])
+def test_leaving_out_completions_without_advantage_is_exact(base, batch, changes, monkeypatch):
+    settings = settings_of(**{**changes, "beta": 0.0, "mask_truncated_completions": False})
     skipped, got = gradients(base, batch, settings, limits_of())
     monkeypatch.setattr(update, "rows_to_train", lambda batch, settings: list(range(len(batch.completions))))
     full, want = gradients(base, batch, settings, limits_of())

@@ -12,4 +12,4 @@ def check_loss(recipe: Recipe) -> None:
     if ":" in recipe.grpo.loss_type:
         from lowmem_rlhf.algorithms.grpo.losses import load_loss
 
-        load_loss(recipe.grpo.loss_type)
+        load_loss(recipe.grpo.loss_type, recipe.grpo)

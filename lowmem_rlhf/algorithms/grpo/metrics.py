@@ -4,8 +4,9 @@ from typing import Any
 
 import torch
 
+from lowmem_rlhf.algorithms.grpo.inputs import sampling_correction
 from lowmem_rlhf.algorithms.grpo.settings import GRPOSettings
-from lowmem_rlhf.algorithms.grpo.update import UpdateStats, sampling_correction
+from lowmem_rlhf.algorithms.grpo.update import UpdateStats
 from lowmem_rlhf.rollout.rollout import Rollout
 from lowmem_rlhf.training.metrics import sampling_difference
 
@@ -17,12 +18,27 @@ def update_metrics(rollout: Rollout, stats: UpdateStats, settings: GRPOSettings)
         "entropy": stats.entropy / stats.scored if stats.scored else None,
         "loss": stats.loss,
         "grad_norm": stats.grad_norm,
-        "clip_ratio/low": stats.clipped_low / max(stats.clip_tokens, 1),
-        "clip_ratio/high": stats.clipped_high / max(stats.clip_tokens, 1),
+        **_ratios(stats, settings),
         "tokens/trained": stats.tokens,
         "sampling/logp_difference": sampling_difference(rollout, stats.logps),
         **_correction(rollout, stats.logps, settings),
     }
+
+
+def _ratios(stats: UpdateStats, settings: GRPOSettings) -> dict[str, float]:
+    """Return what is told of ratios and masks, over all iterations, under TRL's names where it has one."""
+    by_sequence = settings.importance_sampling_level == "sequence"
+    ratios = max(stats.clip_completions if by_sequence else stats.clip_tokens, 1)
+    low, high = stats.clipped_low / ratios, stats.clipped_high / ratios
+    of_loss: dict[str, dict[str, float]] = {
+        "cispo": {"cispo_clip_ratio": high},
+        "sapo": {},
+        "vespo": {"vespo/phi_seq_mean": stats.phi / max(stats.clip_completions, 1)},
+    }
+    found = of_loss.get(settings.loss_type, {"clip_ratio/low": low, "clip_ratio/high": high})
+    if settings.leave_out:
+        found["policy/left_out"] = stats.left_out / max(stats.clip_tokens, 1)
+    return found
 
 
 def _correction(rollout: Rollout, logps: dict[int, torch.Tensor], settings: GRPOSettings) -> dict[str, float | None]:

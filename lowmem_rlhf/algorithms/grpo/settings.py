@@ -20,7 +20,30 @@ class GRPOSettings(Section):
     epsilon: float = Field(0.2, gt=0, lt=1)
     epsilon_high: float | None = Field(None, gt=0, le=MOST_COEFFICIENT)
     # or a loss of one's own as path.py:function, see `algorithms.grpo.losses`
-    loss_type: Annotated[Literal["grpo", "bnpo", "dr_grpo", "dapo"], WrapValidator(_own_function)] = "dapo"
+    loss_type: Annotated[
+        Literal["grpo", "bnpo", "dr_grpo", "dapo", "luspo", "cispo", "sapo", "vespo"], WrapValidator(_own_function)
+    ] = "dapo"
+    # one ratio a token, or one a completion: the geometric mean over its tokens (GSPO)
+    importance_sampling_level: Literal["token", "sequence"] = "token"
+    delta: float | None = Field(None, gt=1, le=MOST_COEFFICIENT)  # the most that a ratio counts where A is negative
+    use_bias_correction_kl: bool = True
+    # nats a token from sampling to now, above which completions with a negative advantage are left out
+    off_policy_mask_threshold: float | None = Field(None, gt=0, le=MOST_COEFFICIENT)
+    sapo_temperature_pos: float = Field(1.0, gt=0, le=MOST_COEFFICIENT)
+    sapo_temperature_neg: float = Field(1.05, gt=0, le=MOST_COEFFICIENT)
+    vespo_k_pos: float = Field(2.0, ge=0, le=MOST_COEFFICIENT)
+    vespo_lambda_pos: float = Field(3.0, ge=0, le=MOST_COEFFICIENT)
+    vespo_k_neg: float = Field(3.0, ge=0, le=MOST_COEFFICIENT)
+    vespo_lambda_neg: float = Field(2.0, ge=0, le=MOST_COEFFICIENT)
+    # the share of tokens, those of the highest entropy, whose policy term counts
+    top_entropy_quantile: float = Field(1.0, ge=0, le=1)
+    entropy_coef: float = Field(0.0, ge=0, le=MOST_COEFFICIENT)
+    # the coefficient goes up by delta after a step at or below the target (nats a token), and applies there only
+    use_adaptive_entropy: bool = False
+    entropy_target: float = Field(0.2, ge=0, le=MOST_COEFFICIENT)
+    entropy_coef_delta: float = Field(0.005, ge=0, le=MOST_COEFFICIENT)
+    entropy_coef_min: float = Field(0.0, ge=0, le=MOST_COEFFICIENT)
+    entropy_coef_max: float = Field(1.0, ge=0, le=MOST_COEFFICIENT)
     scale_rewards: Literal["group", "batch", "none"] = "group"
     # the most batches of prompts that a step samples until every group has different rewards (DAPO's dynamic sampling)
     max_generation_batches: int = Field(1, ge=1, le=64)
@@ -36,6 +59,17 @@ class GRPOSettings(Section):
     importance_sampling_clip_max: float | None = Field(3.0, gt=0, le=MOST_COEFFICIENT)
     importance_sampling_clip_min: float | None = Field(None, gt=0, le=MOST_COEFFICIENT)
 
+    @property
+    def entropy_bonus(self) -> bool:
+        """Whether the objective has entropy in it, be its coefficient 0 for a while."""
+        return self.entropy_coef != 0 or self.use_adaptive_entropy
+
+    @property
+    def leave_out(self) -> list[str]:
+        """The keys that leave the policy terms of some tokens out."""
+        quantile = ["top_entropy_quantile"] if self.top_entropy_quantile < 1 else []
+        return quantile + (["off_policy_mask_threshold"] if self.off_policy_mask_threshold is not None else [])
+
     @model_validator(mode="after")
     def _ordered_bounds(self) -> "GRPOSettings":
         low, high = self.importance_sampling_clip_min, self.importance_sampling_clip_max
@@ -49,4 +83,38 @@ class GRPOSettings(Section):
                 "importance_sampling_correction: a bound is missing; give importance_sampling_clip_max or "
                 "importance_sampling_clip_min"
             )
+        least, most = self.entropy_coef_min, self.entropy_coef_max
+        if self.use_adaptive_entropy and not least <= self.entropy_coef <= most:
+            raise ValueError(
+                f"entropy_coef: got {self.entropy_coef:g}; it should be from entropy_coef_min, which is {least:g}, to "
+                f"entropy_coef_max, which is {most:g}"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _fits_the_loss(self) -> "GRPOSettings":
+        kind, level = self.loss_type, self.importance_sampling_level
+        high = self.epsilon if self.epsilon_high is None else self.epsilon_high
+        if kind == "luspo" and level == "token":
+            raise ValueError(
+                "importance_sampling_level: got token; luspo is a loss of whole completions, set it to sequence"
+            )
+        if kind == "vespo" and level == "sequence":
+            raise ValueError(
+                "importance_sampling_level: got sequence; vespo weighs whole completions by itself, leave it at token"
+            )
+        if kind == "vespo" and self.importance_sampling_correction and "sequence" in self.importance_sampling_mode:
+            raise ValueError(
+                f"importance_sampling_mode: got {self.importance_sampling_mode}; vespo multiplies the weights of "
+                "tokens itself, set it to token_truncate or token_mask"
+            )
+        if kind == "cispo" and high < 1:
+            raise ValueError(
+                f"epsilon_high: got {high:g}; for cispo it is the largest weight itself, which is 1 on the policy; "
+                "set it to 1 or more (5 is usual)"
+            )
+        if self.delta is not None and kind in ("cispo", "sapo", "vespo"):
+            raise ValueError(f"delta: {kind} has no clip range that it could bound; leave it out")
+        if self.delta is not None and self.delta <= 1 + high:
+            raise ValueError(f"delta: got {self.delta:g}; it should be above {1 + high:g}, where the clip range ends")
         return self

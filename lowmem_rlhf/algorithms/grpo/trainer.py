@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from lowmem_rlhf.algorithms.grpo.entropy import EntropyCoefficient
 from lowmem_rlhf.algorithms.grpo.math import group_advantages
 from lowmem_rlhf.algorithms.grpo.metrics import update_metrics
 from lowmem_rlhf.algorithms.grpo.update import Objective, UpdateStats, measure, rows_to_train, update
@@ -32,6 +33,7 @@ class GRPO:
         self.settings = recipe.grpo
         self.max_generation_batches = recipe.grpo.max_generation_batches
         self.set_aside_steps = recipe.grpo.set_aside_steps
+        self.entropy = EntropyCoefficient(recipe.grpo)
         self.masks_cut = recipe.grpo.mask_truncated_completions  # nothing is learned from completions that were cut
 
     def learn(self, rollout: Rollout, trainer: "Trainer", progress: Progress) -> StepOutput:
@@ -42,20 +44,24 @@ class GRPO:
             ref_logps = self._reference(rollout, rows, trainer, progress)
             quiet = None if rows else self._measured(rollout, ref_logps, trainer, progress)
         with trainer.timed("update"):
-            stats = update(
-                trainer.base, trainer.optimizer, rollout, self.objective, trainer.ladder, ref_logps, progress
-            )
+            given = (rollout, self.objective, trainer.ladder, ref_logps, progress, self.entropy)
+            stats = update(trainer.base, trainer.optimizer, *given)
         if quiet:
             stats = replace(quiet, loss=stats.loss, grad_norm=stats.grad_norm)
         learned = sum(len(rollout.completions[row].ids) for row in self._with_signal(rollout, rows))
-        return StepOutput(update_metrics(rollout, stats, self.settings), learned, rollout=rollout)
+        metrics = update_metrics(rollout, stats, self.settings)
+        if self.settings.entropy_bonus:
+            metrics |= {"entropy_coef": self.entropy.value, "policy_loss": stats.policy_loss}
+        return StepOutput(metrics, learned, rollout=rollout)
 
     def state(self) -> dict[str, Any]:
-        """GRPO keeps nothing between steps."""
-        return {}
+        """Return the entropy's coefficient where it adapts; GRPO keeps nothing else between steps."""
+        return {"entropy": self.entropy.state_dict()} if self.settings.use_adaptive_entropy else {}
 
     def load_state(self, state: dict[str, Any]) -> None:
-        """GRPO keeps nothing between steps."""
+        """Go on from what `state` gave."""
+        if self.settings.use_adaptive_entropy:
+            self.entropy.load_state_dict(state["entropy"])
 
     def _advantages(self, rollout: Rollout) -> list[float]:
         rewards = torch.tensor(rollout.scored.total, dtype=torch.float32, device="cpu")

@@ -5,7 +5,6 @@ KL term; it is not run through the model then, but it counts in every mean of th
 alone moves no weight, where TRL's optimizer drifts on by its momentum and its weight decay.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -13,17 +12,22 @@ import torch
 
 from lowmem_rlhf.algorithms.common.device_sums import DeviceSums
 from lowmem_rlhf.algorithms.common.kl import k3
-from lowmem_rlhf.algorithms.grpo.losses import Loss, LossInputs, load_loss
-from lowmem_rlhf.algorithms.grpo.math import importance_weights, measured_tokens
+from lowmem_rlhf.algorithms.grpo.entropy import EntropyCoefficient, high_entropy_tokens
+from lowmem_rlhf.algorithms.grpo.inputs import BatchInputs, LossInputs, counted
+from lowmem_rlhf.algorithms.grpo.losses import Loss, load_loss, measured
+from lowmem_rlhf.algorithms.grpo.math import kl_term
 from lowmem_rlhf.algorithms.grpo.settings import GRPOSettings
 from lowmem_rlhf.engine.base import SharedBase
 from lowmem_rlhf.engine.ladder import Ladder
+from lowmem_rlhf.engine.logprobs import Entropy
 from lowmem_rlhf.engine.packing import PackedBatch
 from lowmem_rlhf.engine.passes import BatchLimits, micro_batches, packed_logprobs
 from lowmem_rlhf.engine.roles import POLICY
 from lowmem_rlhf.progress import Progress, ProgressCallback
 from lowmem_rlhf.rollout.rollout import Rollout
 from lowmem_rlhf.training.optimizer import Optimizer
+
+Rows = dict[int, torch.Tensor]  # numbers of tokens, by a completion's row
 
 
 @dataclass(frozen=True)
@@ -47,7 +51,7 @@ class Objective:
         Raises:
             UserError: see `load_loss`.
         """
-        return cls(settings, max_completion_length, load_loss(settings.loss_type))
+        return cls(settings, max_completion_length, load_loss(settings.loss_type, settings))
 
 
 @dataclass
@@ -60,7 +64,10 @@ class UpdateStats:
         tokens: tokens fed to the model, over all iterations.
         scored: completion tokens with a gradient.
         entropy, kl: sums before the update; kl over ``kl_tokens`` of them.
-        clipped_low, clipped_high: tokens outside the clip range, over all iterations, of ``clip_tokens``.
+        policy_loss: the loss without the entropy bonus.
+        mean_entropy: of the tokens that the bonus is for; only with a bonus.
+        clipped_low, clipped_high, phi, left_out: see `losses.measured`; these and what they are shares of, tokens and
+            completions, are counted over all iterations.
         logps: the policy's log-probs before the update, by row.
     """
 
@@ -69,12 +76,17 @@ class UpdateStats:
     tokens: int = 0
     scored: int = 0
     entropy: float = 0.0
+    policy_loss: float = 0.0
+    mean_entropy: float = 0.0
     kl: float = 0.0
     kl_tokens: int = 0
     clipped_low: float = 0.0
     clipped_high: float = 0.0
+    phi: float = 0.0
+    left_out: float = 0.0
     clip_tokens: int = 0
-    logps: dict[int, torch.Tensor] = field(default_factory=dict)
+    clip_completions: int = 0
+    logps: Rows = field(default_factory=dict)
 
     def with_sums(self, sums: DeviceSums) -> "UpdateStats":
         """Return these with what was added up on the device."""
@@ -83,16 +95,18 @@ class UpdateStats:
             read["kl_tokens"] = int(read["kl_tokens"])
         return replace(self, **read)
 
+    def go_on(self, later: "UpdateStats") -> None:
+        """Take in what a later iteration did: all that is counted over all iterations."""
+        for name in ("tokens", "clipped_low", "clipped_high", "phi", "left_out", "clip_tokens", "clip_completions"):
+            setattr(self, name, getattr(self, name) + getattr(later, name))
+
 
 def rows_to_train(rollout: Rollout, objective: Objective) -> list[int]:
     """Return the completions that have any gradient: of those that count all, or those with an advantage."""
-    counted, advantages = _counted(rollout, objective.settings), rollout.known_advantages
-    every = objective.settings.beta or not objective.loss.needs_advantage
-    return [n for n, counts in enumerate(counted) if counts and (every or advantages[n])]
-
-
-def _counted(rollout: Rollout, settings: GRPOSettings) -> list[bool]:
-    return [not (settings.mask_truncated_completions and c.truncated) for c in rollout.completions]
+    advantages = rollout.known_advantages
+    settings = objective.settings
+    every = settings.beta or settings.entropy_bonus or not objective.loss.needs_advantage
+    return [n for n, counts in enumerate(counted(rollout, settings)) if counts and (every or advantages[n])]
 
 
 def backward(
@@ -100,10 +114,12 @@ def backward(
     rollout: Rollout,
     objective: Objective,
     limits: BatchLimits,
-    ref_logps: dict[int, torch.Tensor],
-    old_logps: dict[int, torch.Tensor] | None = None,
+    ref_logps: Rows,
+    old_logps: Rows | None = None,
     loss_scale: float = 1.0,
     progress: ProgressCallback | None = None,
+    kept: Rows | None = None,
+    entropy_coef: float = 0.0,
 ) -> UpdateStats:
     """Add the gradient of the whole batch's loss to the adapter's gradients.
 
@@ -113,16 +129,24 @@ def backward(
         ref_logps: of the reference, by row; with beta all trained rows, otherwise any rows whose KL is to be measured.
         old_logps: of the policy before the first iteration, by row; None: it is the policy as it is now.
         loss_scale: multiplies the loss (float16).
+        kept: see `high_entropy_tokens`; None: all tokens.
+        entropy_coef: of the mean entropy of the kept tokens, which is subtracted from the loss.
     """
-    stats, sums, inputs_of = UpdateStats(), DeviceSums(), _Inputs(rollout, objective)
+    stats, sums = UpdateStats(), DeviceSums()
+    inputs_of = BatchInputs(rollout, objective.settings, objective.max_completion_length, kept)
     groups = rollout.groups(rows_to_train(rollout, objective))
+    kind: Entropy = "gradient" if entropy_coef else "value"
     for packed in micro_batches(base, groups, limits.micro_batch_tokens, progress):
-        logps, entropies = packed_logprobs(base, packed, limits.temperature, limits.tile)
+        logps, entropies = packed_logprobs(base, packed, limits.temperature, limits.tile, kind)
         own = dict(zip(packed.rows, logps.detach().split(packed.lengths), strict=True))
         old = torch.cat([(old_logps or own)[row] for row in packed.rows])
         ref, scored = _reference(packed, ref_logps, own)
         inputs = inputs_of(packed, logps, old, ref)
         loss = objective.loss.function(inputs).sum()
+        if objective.settings.entropy_bonus:
+            entropy = inputs_of.share_of_entropy(packed, entropies)
+            sums.add(policy_loss=loss, mean_entropy=entropy)
+            loss = loss - entropy_coef * entropy if entropy_coef else loss
         (loss * loss_scale).backward()
         stats.tokens += packed.input_ids.numel()
         sums.add(loss=loss, entropy=entropies.detach().sum())
@@ -131,67 +155,19 @@ def backward(
     return stats.with_sums(sums)
 
 
-class _Inputs:
-    """Makes the loss's inputs of each micro-batch; what is the whole batch's is made once."""
-
-    def __init__(self, rollout: Rollout, objective: Objective) -> None:
-        self.rollout, self.objective = rollout, objective
-        settings = objective.settings
-        self.lengths = [len(c.ids) for c in rollout.completions]
-        self.tokens = max(sum(n for n, c in zip(self.lengths, _counted(rollout, settings), strict=True) if c), 1)
-        self.epsilon_high = settings.epsilon if settings.epsilon_high is None else settings.epsilon_high
-
-    def __call__(
-        self, packed: PackedBatch, logps: torch.Tensor, old_logps: torch.Tensor, ref_logps: torch.Tensor
-    ) -> LossInputs:
-        settings, advantages = self.objective.settings, self.rollout.known_advantages
-        row_values = [(advantages[row], self.lengths[row]) for row in packed.rows]
-        per_token = torch.tensor(row_values, dtype=torch.float32, device=logps.device).index_select(0, packed.row_index)
-        return LossInputs(
-            logps,
-            old_logps,
-            ref_logps,
-            advantages=per_token[:, 0],
-            lengths=per_token[:, 1],
-            sampling_weights=sampling_correction(self.rollout, packed.rows, old_logps, settings),
-            completions=len(self.lengths),
-            tokens=self.tokens,
-            max_completion_length=self.objective.max_completion_length,
-            epsilon_low=settings.epsilon,
-            epsilon_high=self.epsilon_high,
-            beta=settings.beta,
-        )
-
-
 def _measure(stats: UpdateStats, sums: DeviceSums, inputs: LossInputs, scored: torch.Tensor) -> None:
-    """Add to the statistics what does not depend on the loss; ``scored`` (S,) is 1 where the reference has scored."""
-    kl, low, high = measured_tokens(
-        inputs.logps, inputs.old_logps, inputs.advantages, inputs.epsilon_low, inputs.epsilon_high, inputs.ref_logps
-    )
+    """Add what is told of a micro-batch to the statistics; ``scored`` (S,) is 1 where the reference has scored."""
+    with torch.no_grad():
+        ratio = inputs.ratio()
+        kl = kl_term(ratio, inputs.logps, inputs.ref_logps, inputs.settings.use_bias_correction_kl)
     stats.scored += len(kl)
-    sums.add(kl=(kl * scored).sum(), kl_tokens=scored.sum(), clipped_low=low.sum(), clipped_high=high.sum())
+    sums.add(kl=(kl * scored).sum(), kl_tokens=scored.sum(), **measured(inputs, ratio))
     stats.clip_tokens += len(kl)
-
-
-def sampling_correction(
-    rollout: Rollout, rows: Sequence[int], old_logps: torch.Tensor, settings: GRPOSettings
-) -> torch.Tensor | None:
-    """Return the weights (S,) that correct for the sampler's log-probs of these completions; None: not asked for."""
-    if not settings.importance_sampling_correction:
-        return None
-    drawn = [rollout.completions[row].logps for row in rows]
-    return importance_weights(
-        old_logps,
-        torch.tensor([logp for logps in drawn for logp in logps], dtype=torch.float32, device=old_logps.device),
-        [len(logps) for logps in drawn],
-        settings.importance_sampling_mode,
-        settings.importance_sampling_clip_min,
-        settings.importance_sampling_clip_max,
-    )
+    stats.clip_completions += inputs.rows
 
 
 @torch.no_grad()
-def measure(base: SharedBase, rollout: Rollout, limits: BatchLimits, ref_logps: dict[int, torch.Tensor]) -> UpdateStats:
+def measure(base: SharedBase, rollout: Rollout, limits: BatchLimits, ref_logps: Rows) -> UpdateStats:
     """Return log-probs, entropy and KL of the policy on the rows that the reference has scored, without an update."""
     stats, sums = UpdateStats(), DeviceSums()
     for packed in micro_batches(base, rollout.groups(list(ref_logps)), limits.micro_batch_tokens):
@@ -205,13 +181,11 @@ def measure(base: SharedBase, rollout: Rollout, limits: BatchLimits, ref_logps: 
     return stats.with_sums(sums)
 
 
-def _reference(
-    packed: PackedBatch, ref_logps: dict[int, torch.Tensor], own: dict[int, torch.Tensor]
-) -> tuple[torch.Tensor, torch.Tensor]:
+def _reference(packed: PackedBatch, ref_logps: Rows, own: Rows) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the reference's log-probs (S,) and which of them there are; the policy's own stand for the others."""
     ref = torch.cat([ref_logps.get(row, own[row]) for row in packed.rows])
-    measured = torch.cat([torch.full_like(own[row], float(row in ref_logps)) for row in packed.rows])
-    return ref, measured
+    scored = torch.cat([torch.full_like(own[row], float(row in ref_logps)) for row in packed.rows])
+    return ref, scored
 
 
 def update(
@@ -220,37 +194,47 @@ def update(
     rollout: Rollout,
     objective: Objective,
     ladder: Ladder,
-    ref_logps: dict[int, torch.Tensor],
+    ref_logps: Rows,
     progress: Progress,
+    entropy: EntropyCoefficient | None = None,
 ) -> UpdateStats:
     """Take ``num_iterations`` optimizer steps on one rollout.
+
+    Args:
+        entropy: the weight of the entropy bonus, which adapts to each optimizer step; None: as the recipe begins.
 
     Raises:
         RunError: memory runs out whatever the micro-batch size; the optimizer step in question was not taken.
     """
     first: UpdateStats | None = None
+    settings, entropy = objective.settings, entropy or EntropyCoefficient(objective.settings)
 
     def shown(done: int, total: int) -> None:
         progress.phase("update", done, total)
 
-    for _ in range(objective.settings.num_iterations):
-        old = first.logps if first else None
+    def high(limits: BatchLimits) -> Rows:
+        return high_entropy_tokens(base, rollout, settings, limits)
 
-        def gradient(limits: BatchLimits, old: dict[int, torch.Tensor] | None = old) -> UpdateStats:
+    asks = settings.top_entropy_quantile < 1 and bool(rows_to_train(rollout, objective))
+    for _ in range(settings.num_iterations):
+        old = first.logps if first else None
+        kept = ladder.score(high, progress.message) if asks else None
+
+        def gradient(limits: BatchLimits, old: Rows | None = old, kept: Rows | None = kept) -> UpdateStats:
             optimizer.zero_grad()
+            scale, coefficient = optimizer.loss_scale, entropy.applied
             with base.role(POLICY):
-                return backward(base, rollout, objective, limits, ref_logps, old, optimizer.loss_scale, shown)
+                return backward(base, rollout, objective, limits, ref_logps, old, scale, shown, kept, coefficient)
 
         stats = ladder.update(gradient, progress.message)
         norm = optimizer.step(stats.loss, logits=stats.entropy)
+        if stats.scored:
+            entropy.update(stats.mean_entropy)
         base.adapters_changed()
         if first is None:
             first = stats
         else:
-            first.tokens += stats.tokens
-            first.clipped_low += stats.clipped_low
-            first.clipped_high += stats.clipped_high
-            first.clip_tokens += stats.clip_tokens
+            first.go_on(stats)
         first.grad_norm = norm
     optimizer.drop_gradients()
     assert first is not None

@@ -29,6 +29,7 @@ SPEC = AlgorithmSpec(
     reference="below",
     critic=lambda recipe: recipe.ppo.critic,
     bootstrap=_bootstrap,
+    entropy_gradient=lambda recipe: bool(recipe.ppo.entropy_coef),
     keeps_states=True,
     updates=updates,
     epochs=lambda recipe: recipe.ppo.num_ppo_epochs,

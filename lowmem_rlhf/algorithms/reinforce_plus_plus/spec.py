@@ -19,6 +19,7 @@ SPEC = AlgorithmSpec(
     section="ppo",
     settings=PPOSettings,
     reference="below",
+    entropy_gradient=lambda recipe: bool(recipe.ppo.entropy_coef),
     keeps_states=True,
     updates=updates,
     epochs=lambda recipe: recipe.ppo.num_ppo_epochs,

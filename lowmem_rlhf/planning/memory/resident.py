@@ -157,17 +157,25 @@ def recomputed_layers(dims: ModelDimensions, checkpointing: bool | int) -> int:
 
 
 def logits_tile_bytes(
-    dims: ModelDimensions, positions: int, tile: int, width: int, gradient: bool, on_cpu: bool
+    dims: ModelDimensions,
+    positions: int,
+    tile: int,
+    width: int,
+    gradient: bool,
+    on_cpu: bool,
+    entropy: bool = False,
 ) -> int:
     """Bytes of a tile in the log-probs: K positions by C of the vocabulary, one in the compute dtype and two in fp32.
 
     ``K C (b + 8)``, with K C at most ``tile * V``; with gradients, and a soft cap, its slope (4 K C), and the mean of
-    the head's rows, ``K h (b + 4)``. K and C as `limits.tile_shape` has them.
+    the head's rows, ``K h (b + 4)``; with the entropy's gradient another mean of them and what both are combined in,
+    ``16 K h``. K and C as `limits.tile_shape` has them.
     """
     most, chunk = tile_shape(positions, tile, dims.vocab_size, on_cpu)
     rows = math.ceil(positions / math.ceil(positions / most)) if positions else 0
     slope = 4 if gradient and dims.logit_softcap else 0
-    return rows * chunk * (width + 8 + slope) + (rows * dims.hidden_size * (width + 4) if gradient else 0)
+    means = width + 4 + (16 if entropy else 0)
+    return rows * chunk * (width + 8 + slope) + (rows * dims.hidden_size * means if gradient else 0)
 
 
 def distinct(layers: list[Layer]) -> list[Layer]:
@@ -272,7 +280,7 @@ class Memory:
         roles = {(1, False)} if any(reward.function == REWARD_ADAPTER for reward in recipe.rewards) else set()
         if spec.reference:
             roles.add((int(start), True))
-        if spec.scores_policy:
+        if spec.scores_policy or spec.entropy_passes(recipe):
             roles.add((1, spec.output == "text"))
         if spec.critic(recipe):
             roles.add((self.critic_adapters(), False))
@@ -293,9 +301,9 @@ class Memory:
         peak = max(one.forward_peak() for one in distinct(self.layers(shape, adapters)))
         return [{"layer_activations": peak + layer.common()}, loss]
 
-    def _tile(self, positions: int, gradient: bool) -> int:
+    def _tile(self, positions: int, gradient: bool, entropy: bool = False) -> int:
         tile = self.settings.logits_tile_tokens
-        return logits_tile_bytes(self.dims, positions, tile, self.width, gradient, self.on_cpu)
+        return logits_tile_bytes(self.dims, positions, tile, self.width, gradient, self.on_cpu, entropy)
 
     def update(self) -> Components:
         """Return the largest moment of the policy's and the critic's passes with gradients."""
@@ -334,13 +342,17 @@ class Memory:
         states = layer.of(self.dims.hidden_size, scored)
         held = states if self.recipe.spec.keeps_states else 0
         both = {"positions": layer.common(gradient=True), "stored_activations": inputs + saved}
-        loss: Components = {"final_states": hidden, "scored_states": 2 * states}
+        entropy = language and self.recipe.spec.entropy_gradient(self.recipe)
+        loss: Components = {"final_states": hidden, "scored_states": (3 if entropy else 2) * states}
         if language:
-            loss["logits_tile"] = self._tile(scored, gradient=True)
+            loss["logits_tile"] = self._tile(scored, gradient=True, entropy=entropy)
         else:
             loss["scored_states"] = states + 4 * self.dims.hidden_size * scored
         norm = {"final_states": 2 * hidden + layer.norm_gradients(), "scored_states": held}
         moments = [both | loss, both | norm]
+        if entropy:  # two gradients in fp32, which are added up
+            back = 3 * states + 8 * self.dims.hidden_size * scored
+            moments.append(both | {"final_states": hidden, "scored_states": back})
         if count < layers:
             # the last layer of each kind, once those behind it have freed what they kept
             last = {id(one): (one, sum(kept[: place + 1])) for place, one in enumerate(each[count:])}

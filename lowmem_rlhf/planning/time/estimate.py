@@ -180,10 +180,12 @@ class StepTime:
         critic = spec.critic(recipe)
         each = partial(self.passes.update, shape)
         seconds = each(1, spec.output == "text").started()
+        before = spec.entropy_passes(recipe) * self._scored(1, 1.0) if spec.entropy_passes(recipe) else 0.0
         if critic:
             seconds += each(self.memory.critic_adapters(), False).started()
         steps = spec.updates(recipe)
-        return spec.epochs(recipe) * self._count(shape) * seconds + steps * self.passes.optimizer().started()
+        passes = spec.epochs(recipe) * self._count(shape) * seconds + before
+        return passes + steps * self.passes.optimizer().started()
 
     def evaluation(self) -> float:
         """Return the seconds of the held-out examples once."""

@@ -172,6 +172,10 @@ class Passes:
             work.move(logits * (12 + 4 + 4 + b), (TILE_BACK_KERNELS - 1) * parts * chunks)
             work.move(20 * scored * hidden * (chunks - 1), JOINED_BACK_KERNELS * parts * (chunks - 1))
             work.move(scored * hidden * (b + 4 + 4 * b + 8 + 4 + 3 * b), 9 * parts)
+        if gradient and self.memory.recipe.spec.entropy_gradient(self.memory.recipe):
+            add(product, kernels=parts * chunks)  # the mean row under the logits' weights too
+            work.move(logits * (4 + b), parts * chunks)
+            work.move(scored * hidden * (12 * (chunks - 1) + 4 * 8 + 3 * b + 12), 5 * parts * chunks + 3)
 
 
 def buckets_of(shape: PackedShape) -> int:
