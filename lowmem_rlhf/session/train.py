@@ -32,6 +32,7 @@ from lowmem_rlhf.recipe.schema import Recipe
 from lowmem_rlhf.run.directory import RECIPE, RunDirectory, default_output
 from lowmem_rlhf.run.start import as_written, located, paths_explained
 from lowmem_rlhf.run.trust import check_code
+from lowmem_rlhf.session.saved_lora import saved_lora
 from lowmem_rlhf.stopping import telling_what_is_kept
 
 if TYPE_CHECKING:
@@ -356,22 +357,7 @@ def _as_saved(recipe: Recipe) -> Recipe:
     from lowmem_rlhf.architecture.adapters import saved_adapter
 
     saved = saved_adapter(recipe.adapter, recipe.model, recipe.revision)
-    for key in ("r", "lora_alpha"):
-        value = getattr(recipe.lora, key)
-        if key in recipe.lora.model_fields_set and value not in ("auto", getattr(saved, key)):
-            raise UserError(
-                f"lora.{key}: got {value:g}, but the adapter that the recipe continues from ({recipe.adapter}) has "
-                f"{getattr(saved, key):g}; leave it out or set it to that"
-            )
-    targets = recipe.lora.target_modules
-    if isinstance(targets, list) and isinstance(saved.target_modules, list):
-        wanted, saved_names = ({name.rsplit(".", 1)[-1] for name in names} for names in (targets, saved.target_modules))
-        if wanted != saved_names:
-            raise UserError(
-                f"lora.target_modules: got {', '.join(targets)}, but the adapter that the recipe continues from "
-                f"({recipe.adapter}) is beside {', '.join(sorted(saved_names))}; leave it out or set it to that"
-            )
-    lora = recipe.lora.model_copy(update={"r": saved.r, "lora_alpha": saved.lora_alpha})
+    lora = saved_lora(recipe.lora, saved.shape, recipe.adapter)
     return recipe.model_copy(update={"lora": lora})
 
 

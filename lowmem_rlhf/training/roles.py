@@ -67,7 +67,7 @@ def _check_layers(base: SharedBase, reward: AdapterReward) -> None:
         names = ", ".join(sorted({name.rsplit(".", 1)[-1] for name in other}))
         raise UserError(
             f"rewards: {reward.name}: the adapter in {reward.saved.folder} and the policy's are not beside the same "
-            f"layers ({names}); set lora.target_modules to {reward.saved.target_modules}"
+            f"layers ({names}); give lora the shape {reward.saved.shape.values}"
         )
 
 
@@ -81,16 +81,12 @@ def _add_critic(base: SharedBase, recipe: Recipe, kind: str) -> None:
     if kind == "reward":
         adapter = next(r.options["adapter"] for r in recipe.rewards if r.function == REWARD_ADAPTER)
         saved = saved_adapter(adapter, recipe.model, recipe.revision)
-        base.add_role(CRITIC, saved.r, saved.lora_alpha, saved.target_modules, use_rslora=saved.use_rslora)
+        base.add_role(CRITIC, **saved.shape.values)
         base.load_adapter(saved.folder, CRITIC)
         base.add_head(CRITIC)
         base.load_head(saved.folder, CRITIC)
         return
     start = INITIAL if INITIAL in base.roles else ""
-    targets = (
-        saved_adapter(recipe.adapter, recipe.model, recipe.revision).target_modules
-        if recipe.adapter
-        else lora.target_modules
-    )
-    base.add_role(CRITIC, lora.rank, lora.alpha(lora.rank), targets, seed=recipe.training.seed + 1, below=start)
+    shape = saved_adapter(recipe.adapter, recipe.model, recipe.revision).shape if recipe.adapter else lora.shape()
+    base.add_role(CRITIC, **shape.values, seed=recipe.training.seed + 1, below=start)
     base.add_head(CRITIC, bias=True)
