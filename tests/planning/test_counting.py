@@ -95,6 +95,11 @@ def test_the_count_is_that_of_the_real_model(model_type, in_process):
     assert dims.counted is not None and dims.num_parameters == dims.counted.total == total
     assert dims.linear_parameters == sum(m.in_features * m.out_features for m in four_bit)
     assert dims.lora_parameters(4) == sum(p.numel() for p in adapted.parameters() if p.requires_grad)
+    upper = LoraShape.of(4, layers_to_transform=[1], rank_pattern={r"layers?\.1\..*|h\.1\..*|blocks\.1\..*": 2})
+    with torch.device("meta"):
+        stock = AutoModelForCausalLM.from_config(config)
+        adapted = get_peft_model(stock, lora_config(upper, "x", stock))
+    assert dims.adapted(upper).parameters == sum(p.numel() for p in adapted.parameters() if p.requires_grad)
     assert block_weight_bytes(dims, "none", 2) + embedding_bytes(dims, 2) == 2 * total
     if not dims.known:
         assert f"{model_type!r} is not known here" in dims.note and "counted from its class" in dims.note
