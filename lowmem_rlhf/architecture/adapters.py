@@ -57,10 +57,13 @@ class SavedAdapter:
     head: Path | None
 
 
-def adapter_folder(reference: str) -> Path:
+def adapter_folder(reference: str, fetch: bool = True) -> Path:
     """Return the folder with an adapter's files for a run directory, a checkpoint, the folder itself or a Hub id.
 
-    What is in the Hub's cache on this machine is taken from there, what is not is fetched.
+    What is in the Hub's cache on this machine is taken from there.
+
+    Args:
+        fetch: what is not there either is fetched.
 
     Raises:
         UserError: there is none, or it is damaged.
@@ -74,7 +77,11 @@ def adapter_folder(reference: str) -> Path:
             return folder
     if not path.exists():
         if _is_hub_id(reference):
-            return cached_adapter(reference) or fetch_adapter(reference)
+            if cached := cached_adapter(reference):
+                return cached
+            if not fetch:
+                raise UserError(f"adapter {reference!r} is not on this machine; it is fetched from the Hub then")
+            return fetch_adapter(reference)
         raise UserError(f"adapter {reference!r} does not exist{_instead_of_missing(reference)}")
     if path.is_file():
         raise UserError(f"adapter {reference!r} is a file; give the folder that it lies in, adapter={path.parent}")

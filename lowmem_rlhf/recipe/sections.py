@@ -174,7 +174,7 @@ class LoraSettings(Section):
     r: Annotated[int, Field(ge=1, le=MOST_RANK)] | Auto = "auto"
     lora_alpha: Annotated[float, Field(gt=0, le=MOST_COEFFICIENT)] | Auto = "auto"  # auto: twice the rank
     # ends of names, or one regular expression that fits whole names of modules
-    target_modules: str | Annotated[list[str], Field(min_length=1)] = "all-linear"
+    target_modules: Literal["all-linear"] | str | Annotated[list[str], Field(min_length=1)] = "all-linear"
     use_rslora: bool = False  # scaled by alpha / sqrt(r) (arXiv 2312.03732) and not alpha / r
     layers_to_transform: Layers | None = None  # numbers of layers from 0, and ranges such as 8-15; null: all
     # other ranks and alphas of modules, by a regular expression that fits the end of their names
@@ -186,6 +186,11 @@ class LoraSettings(Section):
     def _named_each(cls, value: str | list[str]) -> str | list[str]:
         for name in [value] if isinstance(value, str) else value:
             _named(name)
+            if isinstance(value, list) and not re.fullmatch(r"[\w.-]+", name):
+                raise ValueError(
+                    f"got {name!r} in a list, which holds names or ends of names; a regular expression stands alone, "
+                    "in quotes where it has a comma"
+                )
         if isinstance(value, str) and value != ALL:
             _regex(value, "write all-linear, a list of names such as [q_proj, v_proj], or an expression")
         return value

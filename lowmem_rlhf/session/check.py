@@ -121,7 +121,7 @@ def check_recipe(recipe: Recipe, shown: int = 3, network: bool = True, most: int
         )
         _check_rewards(check, None, None)
         _check_algorithm(check)
-        _check_adapter(check)
+        _check_adapter(check, network)
         return check
     recipe, line = with_format(recipe)
     check = RecipeCheck(recipe, notes=[line] if line else [])
@@ -145,7 +145,7 @@ def check_recipe(recipe: Recipe, shown: int = 3, network: bool = True, most: int
         _check_kinds(check)
     _check_rewards(check, rows, held_out)
     _check_algorithm(check)
-    _check_adapter(check)
+    _check_adapter(check, network)
     return check
 
 
@@ -168,11 +168,11 @@ def _check_split(
     return report
 
 
-def _check_adapter(check: RecipeCheck) -> None:
+def _check_adapter(check: RecipeCheck, network: bool) -> None:
     """Say that the first stage is missing: no fault of a plan, which may be made before any stage has run."""
     try:
         if check.recipe.adapter:
-            adapter_folder(check.recipe.adapter)
+            adapter_folder(check.recipe.adapter, fetch=network)
     except UserError as error:
         check.notes.append(f"training cannot begin yet: {error}")
 

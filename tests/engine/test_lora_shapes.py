@@ -20,6 +20,7 @@ from lowmem_rlhf.engine.lora import SharedLoraLinear
 from lowmem_rlhf.engine.packing import Group
 from lowmem_rlhf.engine.roles import CRITIC, INITIAL, POLICY, REFERENCE
 from lowmem_rlhf.errors import UserError
+from lowmem_rlhf.export.formats.adapter_files import name_for
 from lowmem_rlhf.export.merging.lora_file import LoraFile
 from lowmem_rlhf.hardware.profiles import find_profile, profile_device
 from lowmem_rlhf.planning.memory.resident import Memory, Settings
@@ -349,15 +350,34 @@ def test_a_recipe_takes_the_shape_that_it_goes_on_from_or_says_where_it_differs(
     assert auto.shape() == shape
     assert saved_lora(auto, shape, "runs/sft") == auto  # as a resumed run reads it
     assert saved_lora(lora(r=4, use_rslora=True, layers_to_transform="1-1"), shape, "runs/sft").shape() == shape
+    written_out = lora(**lora().model_dump())
+    assert saved_lora(written_out, shape, "runs/sft").shape() == shape
+    plain = LoraShape.of(4, 6, ["q_proj"], layers_to_transform=[1])
+    assert "lora.use_rslora: got True, but" in refused(saved_lora, lora(use_rslora=True), plain, "runs/sft")
     for values, said in (
         ({"r": 8}, "lora.r: got 8, but the adapter that the recipe continues from (runs/sft) has 4"),
-        ({"use_rslora": False}, "lora.use_rslora: got False, but"),
         ({"layers_to_transform": [0, 1]}, "lora.layers_to_transform: got 0, 1, but"),
         ({"target_modules": ["v_proj"]}, "lora.target_modules: got v_proj, but"),
         ({"target_modules": ".*q_proj"}, "lora.target_modules: got .*q_proj, but"),
         ({"rank_pattern": {"q_proj": 8}}, "lora.rank_pattern: got"),
     ):
         assert said in refused(saved_lora, lora(**values), shape, "runs/sft")
+
+
+def test_an_adapter_under_the_names_of_a_whole_model_keeps_its_ranks_and_alphas(tmp_path):
+    """A model for images calls the same layers otherwise, so that patterns of whole names would fit none."""
+    shape = {"target_modules": ["q_proj"], "rank_pattern": {Q: 2}, "alpha_pattern": {"2.self_attn.q_proj": 9}}
+    saved_by_peft(tmp_path / "adapter", layers_to_transform=[1, 2], **shape)
+    name_for(tmp_path / "adapter", "wrapper", "smolvlm")
+    written = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    whole = [f"model.text_model.layers.{n}.self_attn.q_proj" for n in (1, 2)]
+    assert written["target_modules"] == whole and written["layers_to_transform"] is None
+    assert written["rank_pattern"] == dict(zip(whole, (2, 4), strict=True))
+    saved = saved_adapter(str(tmp_path / "adapter"), "tiny/llama")
+    stock = saved_by_peft(tmp_path / "again", layers_to_transform=[1, 2], **shape)
+    base = base_of(**saved.shape.values)
+    base.start_from(saved)
+    torch.testing.assert_close(logits(base), stock_logits(stock), **EXACT)
 
 
 def test_an_adapter_of_the_hub_comes_from_its_cache(tmp_path, monkeypatch):
