@@ -27,8 +27,8 @@ from lowmem_rlhf.suggest import did_you_mean
 MERGE = "merge it into its base (peft's merge_and_unload) and give that as the model"
 _MORE_THAN = f"more than a low-rank product beside a linear layer; {MERGE}"
 MORE = {
-    "use_dora": "which scales each row of a whole weight by its norm: it adds to no other adapter, as a critic's "
-    f"above a start must, and needs every weight made dense anew after each step; {MERGE}",
+    "use_dora": "which scales each row of a whole weight to a length of its own: no product of low rank, which does "
+    f"not add up with another role's adapter; {MERGE}",
     "modules_to_save": "whole weights that were trained in place of the base's; here the base is one for all roles, "
     f"frozen, and its memory is planned as such; {MERGE}",
     **dict.fromkeys(("lora_bias", "trainable_token_indices", "velora_config", "alora_invocation_tokens"), _MORE_THAN),

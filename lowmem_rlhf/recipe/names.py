@@ -116,8 +116,8 @@ ELSEWHERE: dict[str, str] = {
 ADAPTERS: dict[str, str] = {
     "modules_to_save": "a whole weight, such as the head, is not trained beside adapters: it would be a second copy, "
     "16 bytes a number, of what all roles share, and what is frozen would no longer be the base",
-    "use_dora": "DoRA scales the rows of whole weights by their norms: its adapters do not add up with those of other "
-    "roles, and every step would make all weights dense anew (docs/models.md has the numbers)",
+    "use_dora": "DoRA scales the rows of whole weights to lengths of their own, which is no product of low rank: "
+    "layers would keep half as much again, and adapters of two roles do not add up (docs/adapters.md has the numbers)",
     "bias": "the base's biases stay frozen: all roles share them",
     "init_lora_weights": "an adapter starts at zero; a start such as PiSSA's changes the base's weights, which all "
     "roles share",

@@ -65,9 +65,11 @@ def _check_layers(base: SharedBase, reward: AdapterReward) -> None:
     other = [name for name, layer in layers.items() if (POLICY in layer.lora_A) != (reward.role in layer.lora_A)]
     if other:
         names = ", ".join(sorted({name.rsplit(".", 1)[-1] for name in other}))
+        its = reward.saved.shape.values
+        keys = ("target_modules", *([key] if (key := "layers_to_transform") in its else []))
         raise UserError(
             f"rewards: {reward.name}: the adapter in {reward.saved.folder} and the policy's are not beside the same "
-            f"layers ({names}); give lora the shape {reward.saved.shape.values}"
+            f"layers ({names}); set {' and '.join(f'lora.{key} to {its[key]}' for key in keys)}"
         )
 
 

@@ -264,6 +264,28 @@ def test_conv1d_and_biases(tmp_path):
     assert "the base's own biases were trained, which all roles share" in said
 
 
+@pytest.mark.parametrize("use_rslora", [False, True])
+def test_a_start_that_changed_the_base_is_taken_once_peft_has_converted_it(use_rslora, tmp_path):
+    config = LoraConfig(r=2, lora_alpha=6, init_lora_weights="pissa", use_rslora=use_rslora, target_modules=["q_proj"])
+    made = get_peft_model(tiny_model("llama", num_hidden_layers=LAYERS), config)
+    made.peft_config["default"].init_lora_weights = True  # as saved beside the changed base
+    made.save_pretrained(tmp_path / "start")
+    made.peft_config["default"].init_lora_weights = "pissa"
+    with torch.no_grad():
+        for name, p in made.named_parameters():
+            if ".lora_" in name:
+                p.add_(torch.randn(p.shape, generator=torch.Generator().manual_seed(1)), alpha=0.2)
+    made.save_pretrained(tmp_path / "changed")
+    assert "began as pissa, which changes the base's weights" in refused(
+        saved_adapter, str(tmp_path / "changed"), "tiny/llama"
+    )
+    made.save_pretrained(tmp_path / "converted", path_initial_model_for_weight_conversion=str(tmp_path / "start"))
+    saved = saved_adapter(str(tmp_path / "converted"), "tiny/llama")
+    base = base_of(**saved.shape.values)
+    base.start_from(saved)
+    torch.testing.assert_close(logits(base), stock_logits(made), rtol=0, atol=1e-4)
+
+
 WRONG = {
     r".*self_attn.*": "fits model.layers.0.self_attn of 'tiny/llama' too, a LlamaAttention; adapters lie beside linear "
     "layers inside the model: let it end in their names, such as those of model.layers.0.self_attn.q_proj",
@@ -308,7 +330,7 @@ BAD = {
     "rank_pattern={q_proj: 0}": "rank_pattern",
     "alpha_pattern={'(': 3}": "no regular expression",
     "modules_to_save=[lm_head]": "it would be a second copy, 16 bytes a number, of what all roles share",
-    "use_dora=true": "DoRA scales the rows of whole weights by their norms",
+    "use_dora=true": "DoRA scales the rows of whole weights to lengths of their own, which is no product of low rank",
     "bias=all": "the base's biases stay frozen: all roles share them",
     "init_lora_weights=pissa": "changes the base's weights",
 }

@@ -181,7 +181,7 @@ KINDS = {
     "embedding": ({"target_modules": ["q_proj", "embed_tokens"]}, "is beside embed_tokens too"),
     "head": ({"target_modules": ["q_proj", "lm_head"]}, "is beside lm_head too; here only linear layers inside"),
     "whole weights": ({"modules_to_save": ["lm_head"]}, "has modules_to_save, whole weights that were trained"),
-    "dora": ({"use_dora": True}, "has use_dora, which scales each row of a whole weight by its norm"),
+    "dora": ({"use_dora": True}, "has use_dora, which scales each row of a whole weight to a length"),
     "new tokens": ({"trainable_token_indices": [3]}, "has trainable_token_indices, more than a low-rank product"),
 }
 
