@@ -47,7 +47,7 @@ def saved_lora(lora: LoraSettings, saved: LoraShape, adapter: str) -> LoraSettin
     fields = type(lora).model_fields
     defaults = {key: field.get_default(call_default_factory=True) for key, field in fields.items()}
     its: dict[str, Any] = {**defaults, **saved.values}
-    for key in lora.model_fields_set:
+    for key in (key for key in fields if key in lora.model_fields_set):
         got, has = getattr(lora, key), its[key]
         if got == defaults[key]:
             continue  # as a recipe that is written out whole has it
@@ -60,8 +60,8 @@ def saved_lora(lora: LoraSettings, saved: LoraShape, adapter: str) -> LoraSettin
             agrees = got == has
         if not agrees:
             raise UserError(
-                f"lora.{key}: got {_shown(got)}, but the adapter that the recipe continues from ({adapter}) has "
-                f"{_shown(has)}; leave it out or set it to that"
+                f"lora.{key}: got {_shown(got)}, but the adapter that the recipe continues from ({adapter}) "
+                f"{'is beside' if key == 'target_modules' else 'has'} {_shown(has)}; leave it out or set it to that"
             )
     return lora.model_copy(update=its)
 
