@@ -133,7 +133,7 @@ class Bench:
         shape = packed_shape(point.prompt_length, length - 1, length, point.generations, point.prompts, tokens)
         dense = dense_bytes(dims, self.work.quantization, width)
         explicit = capabilities(self.device).explicit_scores
-        layer = Layer(dims, shape, width, RANK * len(dims.linears), dense, explicit, wide=False)
+        layer = Layer(dims, shape, width, (RANK,) * len(dims.linears), 1, dense, explicit, wide=False)
         again = recomputed_layers(dims, self.work.checkpointing)
         kept = again * layer.hidden + (point.layers - again) * layer.saved()
         return {"kv_bytes": cached * kv_bytes_per_token(dims, width), "row_bytes": kept + layer.backward_peak()}

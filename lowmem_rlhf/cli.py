@@ -171,6 +171,7 @@ def plan(
     from lowmem_rlhf.planning.run_plan import plan_recipe
     from lowmem_rlhf.recipe.loading import load_recipe
     from lowmem_rlhf.report.plan_plots import check_picture, draw_phases, save_picture
+    from lowmem_rlhf.session.saved_lora import as_saved_here
 
     if plot:
         check_picture(plot)
@@ -181,7 +182,7 @@ def plan(
     if all_profiles:
         _what_fits(resolved, models, plot, as_json)
         return
-    made = plan_recipe(resolved)
+    made = plan_recipe(as_saved_here(resolved))
     resolved = _checked(resolved, network=False)
     if as_json:
         _print_json(made.to_dict())

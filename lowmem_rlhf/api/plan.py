@@ -38,12 +38,13 @@ def plan(
     from lowmem_rlhf.planning.advice import why_not
     from lowmem_rlhf.planning.run_plan import plan_recipe
     from lowmem_rlhf.session.check import QUICK_ROWS, check_recipe
+    from lowmem_rlhf.session.saved_lora import as_saved_here
 
     card = {"hardware.profile": profile, "hardware.vram": vram}
     texts = [*override_texts(overrides), *override_texts({k: v for k, v in card.items() if v is not None})]
     request = request_of(recipe, model=model, data=data, rewards=rewards, overrides=texts)
     resolved = request.recipe
-    made = plan_recipe(resolved)
+    made = plan_recipe(as_saved_here(resolved))
     with hushed(lambda text: None), given(request.objects), suppress(OfflineError):  # no rows, and a plan all the same
         check = check_recipe(resolved, 0, network=False, most=QUICK_ROWS)
         check.raise_errors()

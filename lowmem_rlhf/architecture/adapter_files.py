@@ -10,9 +10,11 @@ from safetensors import SafetensorError, safe_open
 
 from lowmem_rlhf.architecture.weight_files import FLOATS
 from lowmem_rlhf.errors import UserError
+from lowmem_rlhf.recipe.lora_shape import LoraShape
 from lowmem_rlhf.run.stages import run_of
 
 WEIGHTS, CONFIG, HEAD = "adapter_model.safetensors", "adapter_config.json", "head.safetensors"
+PREFIX = "base_model.model."  # of all names in the file
 
 
 def is_scale(value: Any) -> bool:
@@ -31,12 +33,18 @@ def check_fields(reference: str, config: dict[str, Any]) -> None:
             return all(isinstance(one, str) for one in value)
         return isinstance(value, str) and _is_regex(value)
 
+    def numbers(value: Any) -> bool:
+        return all(isinstance(one, int) and one >= 0 for one in (value if isinstance(value, list) else [value]))
+
     def pattern(value: Any) -> bool:
-        return isinstance(value, dict) and all(_is_regex(key) for key in value)
+        return isinstance(value, dict) and all(_is_regex(key) and is_scale(one) for key, one in value.items())
 
     wanted: dict[str, tuple[Callable[[Any], bool], str]] = {
         **dict.fromkeys(("target_modules", "exclude_modules"), (names, "a list of names, or a pattern")),
-        **dict.fromkeys(("rank_pattern", "alpha_pattern"), (pattern, "names or patterns of layers with a number each")),
+        **dict.fromkeys(
+            ("rank_pattern", "alpha_pattern"), (pattern, "names or patterns of layers with a number above 0 each")
+        ),
+        "layers_to_transform": (numbers, "numbers of layers"),
         **dict.fromkeys(("peft_type", "base_model_name_or_path", "revision", "bias"), (_is_text, "a text")),
     }
     for key, (fits, what) in wanted.items():
@@ -59,8 +67,13 @@ def _is_regex(text: str) -> bool:
     return True
 
 
-def check_ranks(reference: str, folder: Path, r: int) -> None:
-    """Check that the tensors of an adapter's file are pairs of matrices of this rank.
+def other_tensors(folder: Path) -> list[str]:
+    """Return the tensors of an adapter's file that are no matrix of a low-rank product."""
+    return sorted(name for name in tensors_of(folder) if not re.search(r"\.lora_[AB]\.weight$", name))
+
+
+def check_ranks(reference: str, folder: Path, shape: LoraShape) -> None:
+    """Check that the tensors of an adapter's file are pairs of matrices of the ranks of its shape.
 
     Raises:
         UserError: they are not, or cannot be read.
@@ -70,13 +83,16 @@ def check_ranks(reference: str, folder: Path, r: int) -> None:
         raise UserError(
             f"adapter {reference!r}: {WEIGHTS} holds no matrix of an adapter (lora_A, lora_B); fetch it again"
         )
-    for name, (dtype, shape) in sorted(tensors.items()):
+    for name, (dtype, sizes) in sorted(tensors.items()):
         if dtype not in FLOATS:
             raise UserError(f"adapter {reference!r}: {name} is of {dtype}, and not of floating-point numbers")
-        rank = shape[0 if ".lora_A." in name else -1] if len(shape) == 2 else r
+        r = shape.rank(name.removeprefix(PREFIX).rsplit(".lora_", 1)[0])
+        rank = sizes[0 if ".lora_A." in name else -1] if len(sizes) == 2 else r
         if rank != r:
+            said = f"r={r}" if r == shape.r else f"{r} in its rank_pattern"
+            said += f" (rank_pattern {dict(shape.rank_pattern)})" if r == shape.r and shape.rank_pattern else ""
             raise UserError(
-                f"adapter {reference!r}: {CONFIG} says r={r}, and {name} is of rank {rank} ({tuple(shape)}); the two "
+                f"adapter {reference!r}: {CONFIG} says {said}, and {name} is of rank {rank} ({tuple(sizes)}); the two "
                 "files do not belong together: fetch the adapter again"
             )
 

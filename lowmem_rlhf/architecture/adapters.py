@@ -11,34 +11,28 @@ from pathlib import Path
 from typing import Any
 
 from lowmem_rlhf.architecture.adapter_base import check_adapter_base
-from lowmem_rlhf.architecture.adapter_files import (
-    CONFIG,
-    HEAD,
-    WEIGHTS,
-    check_fields,
-    check_ranks,
-    is_scale,
-    tensors_of,
-)
-from lowmem_rlhf.architecture.families.wrappers import text_key
-from lowmem_rlhf.architecture.lookup import model_dimensions
+from lowmem_rlhf.architecture.adapter_files import CONFIG, HEAD, WEIGHTS, check_fields, other_tensors, tensors_of
+from lowmem_rlhf.architecture.adapter_shape import layers_of, saved_shape
+from lowmem_rlhf.architecture.hub import cached_adapter, fetch_adapter
 from lowmem_rlhf.errors import UserError
 from lowmem_rlhf.paths import local_path, obstacle
+from lowmem_rlhf.recipe.lora_shape import LoraShape
 from lowmem_rlhf.run.checkpoints import STATE, check_adapter
 from lowmem_rlhf.run.directory import ADAPTER, MODEL, RunDirectory
 from lowmem_rlhf.run.proof import HASHES
 from lowmem_rlhf.run.stages import first_stage, run_of, to_finish
 from lowmem_rlhf.suggest import did_you_mean
 
-# what peft can add to a low-rank product and this package does not compute
-MORE = (
-    *("use_dora", "lora_bias", "modules_to_save", "trainable_token_indices", "velora_config"),
-    *("alora_invocation_tokens", "arrow_config", "kasa_config", "monteclora_config", "use_bdlora", "use_qalora"),
-)
-# what peft can choose layers by besides their names
-SOME_LAYERS = {
-    "layers_to_transform": "the adapter is beside some layers only",
-    "layer_replication": "the adapter is of a model with layers that are repeated",
+# what peft can add to a low-rank product, and why it cannot lie on a base that all roles share
+MERGE = "merge it into its base (peft's merge_and_unload) and give that as the model"
+_MORE_THAN = f"more than a low-rank product beside a linear layer; {MERGE}"
+MORE = {
+    "use_dora": "which scales each row of a whole weight to a length of its own: no product of low rank, which does "
+    f"not add up with another role's adapter; {MERGE}",
+    "modules_to_save": "whole weights that were trained in place of the base's; here the base is one for all roles, "
+    f"frozen, and its memory is planned as such; {MERGE}",
+    **dict.fromkeys(("lora_bias", "trainable_token_indices", "velora_config", "alora_invocation_tokens"), _MORE_THAN),
+    **dict.fromkeys(("arrow_config", "kasa_config", "monteclora_config", "use_bdlora", "use_qalora"), _MORE_THAN),
 }
 # names of token embeddings and output heads
 OUTSIDE = ("embed_tokens", "lm_head", "wte", "embed_in", "embed_out", "word_embeddings")
@@ -52,23 +46,24 @@ class SavedAdapter:
 
     Attributes:
         folder: where its files are.
-        r, lora_alpha, target_modules: its shape.
-        use_rslora: its scaling is alpha over the root of r.
+        shape: what it is beside, its ranks and how it is scaled.
         base: the model it was trained on, as it was named then.
         head: the file of the value or score head beside it, if there is one.
     """
 
     folder: Path
-    r: int
-    lora_alpha: float
-    target_modules: str | list[str]
-    use_rslora: bool
+    shape: LoraShape
     base: str
     head: Path | None
 
 
-def adapter_folder(reference: str) -> Path:
-    """Return the folder with an adapter's files for a run directory, a checkpoint or the folder itself.
+def adapter_folder(reference: str, fetch: bool = True) -> Path:
+    """Return the folder with an adapter's files for a run directory, a checkpoint, the folder itself or a Hub id.
+
+    What is in the Hub's cache on this machine is taken from there.
+
+    Args:
+        fetch: what is not there either is fetched.
 
     Raises:
         UserError: there is none, or it is damaged.
@@ -81,6 +76,12 @@ def adapter_folder(reference: str) -> Path:
             check_adapter(folder, f"put that file back; a folder without {HASHES} and {STATE} is taken as it is")
             return folder
     if not path.exists():
+        if _is_hub_id(reference):
+            if cached := cached_adapter(reference):
+                return cached
+            if not fetch:
+                raise UserError(f"adapter {reference!r} is not on this machine; it is fetched from the Hub then")
+            return fetch_adapter(reference)
         raise UserError(f"adapter {reference!r} does not exist{_instead_of_missing(reference)}")
     if path.is_file():
         raise UserError(f"adapter {reference!r} is a file; give the folder that it lies in, adapter={path.parent}")
@@ -96,16 +97,19 @@ def adapter_folder(reference: str) -> Path:
     raise UserError(f"adapter {reference!r} {_what_is_there(path)}")
 
 
+def _is_hub_id(reference: str) -> bool:
+    """Whether what is not here may be on the Hub: no folder of that name is begun, and no recipe makes it."""
+    looks = re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", reference)
+    return bool(looks) and not reference.startswith("runs/") and not local_path(reference).parent.is_dir()
+
+
 def _instead_of_missing(reference: str) -> str:
     """Return what may be done about an adapter that is not there, to be put behind that."""
     if stage := first_stage(reference):
         return stage
     path = Path(reference).expanduser()
     near = did_you_mean(path.name, [p.name for p in path.parent.iterdir()]) if path.parent.is_dir() else ""
-    if re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", reference) and not path.parent.is_dir():
-        fetch = f"fetch one of the Hub with `hf download {reference} --local-dir FOLDER` and give adapter=FOLDER"
-        return f" here; give a run's folder or an adapter's, or {fetch}"
-    return f"{near}; give a run's folder or one with {CONFIG} and {WEIGHTS}"
+    return f"{near}; give a run's folder, one with {CONFIG} and {WEIGHTS}, or a Hub id (org/name)"
 
 
 def _what_is_there(path: Path) -> str:
@@ -131,7 +135,7 @@ def saved_adapter(reference: str, model: str, revision: str | None = None) -> Sa
     """Read what a saved adapter is, and check that it can lie on this model's base.
 
     Args:
-        reference: a run directory, a checkpoint or the folder itself.
+        reference: a run directory, a checkpoint, the folder itself or a Hub id.
         model: as in a recipe; what it was trained on is told by the content of its files where that is known.
         revision: of a model on the Hub.
 
@@ -144,37 +148,17 @@ def saved_adapter(reference: str, model: str, revision: str | None = None) -> Sa
     except (OSError, ValueError, TypeError) as error:
         raise UserError(f"adapter {reference!r}: {CONFIG} cannot be read ({error})") from error
     check_fields(reference, config)
-    _check_kind(reference, folder, config, model, revision)
+    _check_kind(reference, folder, config)
     base = str(config.get("base_model_name_or_path") or "")
     check_adapter_base(reference, folder, base, config.get("revision"), model, revision)
-    target = config.get("target_modules") or "all-linear"
-    if not isinstance(target, str):  # peft lists what it would have taken, also what was excluded
-        target = sorted(name for name in target if name.rsplit(".", 1)[-1] not in (config.get("exclude_modules") or ()))
-    layers = _layer_names(folder)
-    if {text_key(name) for name in layers} != layers:  # the whole model's names, of a base for images or sound
-        target = sorted({text_key(name).removeprefix("base_model.model.") for name in layers})
-    r, alpha = config.get("r"), config.get("lora_alpha")
-    if isinstance(r, bool) or not isinstance(r, int) or r < 1 or not is_scale(alpha):
-        raise UserError(
-            f"adapter {reference!r}: {CONFIG} must have a whole number above 0 as r and a number above 0 as lora_alpha "
-            f"(finite); got {r!r} and {alpha!r}"
-        )
-    check_ranks(reference, folder, r)
+    shape = saved_shape(reference, folder, config)
     if (folder / HEAD).is_file():
         tensors_of(folder, HEAD)
-    return SavedAdapter(
-        folder=folder,
-        r=r,
-        lora_alpha=float(alpha),  # type: ignore[arg-type]
-        target_modules=target,
-        use_rslora=bool(config.get("use_rslora")),
-        base=base,
-        head=folder / HEAD if (folder / HEAD).is_file() else None,
-    )
+    return SavedAdapter(folder, shape, base, folder / HEAD if (folder / HEAD).is_file() else None)
 
 
-def _check_kind(reference: str, folder: Path, config: dict[str, Any], model: str, revision: str | None) -> None:
-    """Check that an adapter is one low-rank product of one shape beside every layer that it names.
+def _check_kind(reference: str, folder: Path, config: dict[str, Any]) -> None:
+    """Check that an adapter is a low-rank product beside linear layers of an unchanged base, and nothing else.
 
     Raises:
         UserError: it is not.
@@ -189,13 +173,15 @@ def _check_kind(reference: str, folder: Path, config: dict[str, Any], model: str
             f"adapter {reference!r} began as {start}, which changes the base's weights, so that the base without it is "
             "no reference; train one with the usual start (init_lora_weights=true)"
         )
-    more = [name for name in MORE if config.get(name)] or _patterns(config, folder)
-    if (config.get("bias") or "none") != "none":
-        more.append("bias")
-    if more:
+    if more := next((name for name in MORE if config.get(name)), None):
+        raise UserError(f"adapter {reference!r} has {more}, {MORE[more]}")
+    if (bias := config.get("bias") or "none") != "none" and (other := other_tensors(folder)):
         raise UserError(
-            f"adapter {reference!r} has {more[0]}, more than a low-rank product of one shape; it cannot be used"
+            f"adapter {reference!r} has bias={bias}, and with it {other[0]}: the base's own biases were trained, which "
+            f"all roles share; {MERGE}"
         )
+    if parameters := _of_parameters(config, folder):
+        raise UserError(f"adapter {reference!r} has target_parameters ({', '.join(parameters)}), {_MORE_THAN}")
     targets = config.get("target_modules") or ()
     beside = [name for name in targets if name.rsplit(".", 1)[-1] in OUTSIDE] if not isinstance(targets, str) else []
     if beside:
@@ -203,46 +189,21 @@ def _check_kind(reference: str, folder: Path, config: dict[str, Any], model: str
             f"adapter {reference!r} is beside {beside[0]} too; here only linear layers inside the model carry one: "
             "train one without it, or merge it into its base (peft's merge_and_unload) and give that as the model"
         )
-    for name, why in SOME_LAYERS.items():
-        if (value := config.get(name)) not in (None, [], "") and not _is_every_layer(value, model, revision):
-            raise UserError(
-                f"adapter {reference!r}: {name} is not supported ({value}): {why}, and here every layer of a kind "
-                "carries one; train one without it, or merge it into its base (peft's merge_and_unload) and give that "
-                "as the model"
-            )
+    if repeated := config.get("layer_replication"):
+        raise UserError(
+            f"adapter {reference!r}: layer_replication is not supported ({repeated}): it is of a model with repeated "
+            f"layers; {MERGE}"
+        )
 
 
-def _is_every_layer(value: Any, model: str, revision: str | None) -> bool:
-    """Whether a choice of layers by their numbers is all of them."""
-    if not isinstance(value, list):
-        return isinstance(value, str)  # a name for the list of layers, which chooses nothing by itself
-    try:
-        return set(range(model_dimensions(model, revision).num_layers)) <= {n for n in value if isinstance(n, int)}
-    except UserError:
-        return False
+def _of_parameters(config: dict[str, Any], folder: Path) -> list[str]:
+    """Return what an adapter has beside parameters without a linear layer.
 
-
-def _patterns(config: dict[str, Any], folder: Path) -> list[str]:
-    """Return which of peft's patterns of other ranks and scalings fit a layer of the adapter; most fit none.
-
-    The same goes for adapters of parameters without a linear layer: peft names them for whole families of models, and
-    the adapter has some only where a layer in its file is none of the target modules.
+    peft names these for whole families of models, and the adapter has some only where a layer in its file is none of
+    the target modules.
     """
-    kinds = [kind for kind in ("rank_pattern", "alpha_pattern") if config.get(kind)]
-    parameters, targets = config.get("target_parameters"), config.get("target_modules")
-    if not kinds and not parameters:
+    targets = config.get("target_modules")
+    if not config.get("target_parameters") or not isinstance(targets, list):
         return []
-    layers = _layer_names(folder)
-    fitting = [kind for kind in kinds if any(re.search(f"{p}$", layer) for p in config[kind] for layer in layers)]
-    modules = {layer.removesuffix(".base_layer").rsplit(".", 1)[-1] for layer in layers}
-    named = {name.rsplit(".", 1)[-1] for name in targets} if isinstance(targets, list) else modules
-    return [*fitting, *(["target_parameters"] if parameters and modules - named else [])]
-
-
-def _layer_names(folder: Path) -> set[str]:
-    """Return the layers that an adapter's file has tensors of.
-
-    Raises:
-        UserError: it cannot be read.
-    """
-    return {name.rsplit(".lora_", 1)[0] for name in tensors_of(folder)}
+    modules = {layer.removesuffix(".base_layer").rsplit(".", 1)[-1] for layer in layers_of(folder)}
+    return sorted(modules - {name.rsplit(".", 1)[-1] for name in targets})

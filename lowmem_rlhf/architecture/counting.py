@@ -12,7 +12,7 @@ import os
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import astuple, dataclass
 from functools import cache
@@ -21,11 +21,13 @@ from typing import Any
 
 from lowmem_rlhf.architecture.families.block import Linear
 from lowmem_rlhf.architecture.source import cache_folder
+from lowmem_rlhf.recipe.lora_shape import in_any_layer, layer_number
 
 FORMAT = 3  # of the cached files; raised when `count_class` counts otherwise
 TIMEOUT_S = 180.0
 
 Linears = tuple[tuple[Linear, int], ...]  # kinds of linear layers, and how many there are of each
+Places = tuple[tuple[str, Linear, tuple[int, ...]], ...]  # see `Counted.places`
 
 
 @dataclass(frozen=True)
@@ -34,7 +36,8 @@ class Counted:
 
     Attributes:
         quantized: the linear layers that bitsandbytes quantizes.
-        adapted: those that ``all-linear`` adapts.
+        places: those that ``all-linear`` adapts: what their modules are called, with * for the number of the layer, and
+            the layers that have one so called (none: it lies outside of layers, under that very name).
         block: the adapted ones of one decoder layer, of the one with the most weights in them.
         embedding, head: parameters of the token embedding and of an output head of its own.
         other: parameters that are neither these nor quantized weights: norms, biases, stacked experts, convolutions,
@@ -44,7 +47,7 @@ class Counted:
     """
 
     quantized: Linears
-    adapted: Linears
+    places: Places
     block: tuple[Linear, ...]
     embedding: int
     head: int
@@ -54,20 +57,57 @@ class Counted:
 
     def to_json(self) -> dict[str, Any]:
         """Return it as plain values, for the catalogue."""
-        kinds = {name: [[*astuple(x), many] for x, many in getattr(self, name)] for name in ("quantized", "adapted")}
         numbers = {name: getattr(self, name) for name in ("embedding", "head", "other", "stacked", "tables")}
-        return {**kinds, "block": [list(astuple(x)) for x in self.block], **numbers}
+        return {
+            "quantized": [[*astuple(x), many] for x, many in self.quantized],
+            "places": [[name, *astuple(x)[1:], numbers_text(layers)] for name, x, layers in self.places],
+            "block": [list(astuple(x)) for x in self.block],
+            **numbers,
+        }
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> "Counted":
         """Return what `to_json` wrote."""
-        kinds = {name: tuple((Linear(*one[:-1]), one[-1]) for one in values[name]) for name in ("quantized", "adapted")}
-        return cls(**{**values, **kinds, "block": tuple(Linear(*one) for one in values["block"])})
+        kinds = {
+            "quantized": tuple((Linear(*one[:-1]), one[-1]) for one in values["quantized"]),
+            "places": tuple((one[0], _linear(*one[:-1]), text_numbers(one[-1])) for one in values["places"]),
+            "block": tuple(Linear(*one) for one in values["block"]),
+        }
+        return cls(**{**values, **kinds})
+
+    @property
+    def adapted(self) -> Linears:
+        """The linear layers that ``all-linear`` adapts, and how many there are of each."""
+        found: Counter[Linear] = Counter()
+        for _, linear, layers in self.places:
+            found[linear] += len(layers) or 1
+        return tuple(found.items())
 
     @property
     def total(self) -> int:
         """All parameters, a tied matrix once."""
         return weights_of(self.quantized) + self.embedding + self.head + self.other
+
+
+def _linear(name: str, inputs: int, outputs: int, bias: bool) -> Linear:
+    return Linear(name.rsplit(".", 1)[-1], inputs, outputs, bias)
+
+
+def numbers_text(numbers: Sequence[int]) -> str:
+    """Return ascending numbers as ``0-3 5 7-9``."""
+    runs: list[list[int]] = []
+    for number in numbers:
+        if runs and number == runs[-1][-1] + 1:
+            runs[-1][1:] = [number]
+        else:
+            runs.append([number])
+    return " ".join("-".join(map(str, run)) for run in runs)
+
+
+def text_numbers(text: str) -> tuple[int, ...]:
+    """Return what `numbers_text` wrote."""
+    ends = [[int(end) for end in run.split("-")] for run in text.split()]
+    return tuple(number for run in ends for number in range(run[0], run[-1] + 1))
 
 
 def weights_of(linears: Linears) -> int:
@@ -140,20 +180,21 @@ def _counted(measured: Mapping[str, Any]) -> Counted:
     from lowmem_rlhf.architecture.count_class import layer_of
 
     quantized: Counter[Linear] = Counter()
-    adapted: Counter[Linear] = Counter()
+    places: dict[tuple[str, Linear], list[int]] = {}
     layers: dict[str, list[Linear]] = {}
     for name, inputs, outputs, bias, is_quantized, is_adapted in measured["linears"]:
         linear = Linear(name.rsplit(".", 1)[-1], inputs, outputs, bias)
         quantized[linear] += is_quantized
-        adapted[linear] += is_adapted
         if is_adapted:
             layers.setdefault(layer_of(name), []).append(linear)
+            number = layer_number(name)
+            places.setdefault((in_any_layer(name), linear), []).extend(() if number is None else (number,))
     inside = [linears for layer, linears in layers.items() if layer] or list(layers.values())
     block = max(inside, key=lambda linears: sum(x.inputs * x.outputs for x in linears), default=[])
     converted = tuple((linear, many) for linear, many in quantized.items() if many)
     return Counted(
         quantized=converted,
-        adapted=tuple((linear, many) for linear, many in adapted.items() if many),
+        places=tuple((name, linear, tuple(numbers)) for (name, linear), numbers in places.items()),
         block=tuple(block),
         embedding=measured["embedding"],
         head=measured["head"],

@@ -6,20 +6,22 @@
 import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
+from lowmem_rlhf.architecture.adapted import Adapted, adapted
 from lowmem_rlhf.architecture.config_fields import LIMITS, block_traits, common_fields, heads_of, positive
 from lowmem_rlhf.architecture.counted_fields import counted_fields, is_gated
-from lowmem_rlhf.architecture.counting import CannotCount, Counted, Linears, count, weights_of
+from lowmem_rlhf.architecture.counting import CannotCount, Counted, Linears, Places, count, weights_of
 from lowmem_rlhf.architecture.families import block_of, family_of
-from lowmem_rlhf.architecture.families.block import Linear, block_linears, other_parameters
+from lowmem_rlhf.architecture.families.block import Block, Linear, block_linears, module_names, other_parameters
 from lowmem_rlhf.architecture.families.layers import Experts, LayerSizes
 from lowmem_rlhf.architecture.families.mixer import Mixer
 from lowmem_rlhf.architecture.families.wrappers import text_config
 from lowmem_rlhf.architecture.kinds import check_experts, check_kind, has_experts
 from lowmem_rlhf.errors import UserError
-from lowmem_rlhf.suggest import did_you_mean
+from lowmem_rlhf.recipe.lora_shape import LoraShape
 
 
 @dataclass(frozen=True)
@@ -169,21 +171,36 @@ class ModelDimensions:
         """Whether it is computed in float16 all the same, with an fp32 residual stream (`engine.wide`)."""
         return family_of(self.model_type).wide_stream is not None
 
+    @property
+    def places(self) -> Places:
+        """The linear layers that take adapters, by their whole names (see `Counted.places`)."""
+        if self.counted:
+            return self.counted.places
+        block, every = family_of(self.model_type).block or Block(), tuple(range(self.num_layers))
+        names = module_names(block, self.linears)
+        return tuple((f"{block.path}.*.{name}", x, every) for name, x in zip(names, self.linears, strict=True))
+
+    def adapted(self, shape: LoraShape) -> Adapted:
+        """Return which linear layers an adapter of a shape lies beside.
+
+        Raises:
+            UserError: it names none, or something that is none.
+        """
+        if shape not in self._known_shapes:
+            self._known_shapes[shape] = adapted(self, shape)
+        return self._known_shapes[shape]
+
+    @cached_property
+    def _known_shapes(self) -> dict[LoraShape, Adapted]:
+        return {}  # a plan asks for the same one again and again
+
     def lora_parameters(self, r: int, target_modules: Literal["all-linear"] | Iterable[str] = "all-linear") -> int:
         """Adapter parameters at rank r: ``r * (inputs + outputs)`` for every adapted layer (LoRA, arXiv 2106.09685).
 
         Raises:
-            UserError: a target is no linear layer of the blocks.
+            UserError: see `adapted`.
         """
-        names = list(dict.fromkeys(linear.name for linear, _ in self.adaptable))
-        targets = names if target_modules == "all-linear" else [str(name).rsplit(".", 1)[-1] for name in target_modules]
-        for target in targets:
-            if target not in names:
-                raise UserError(
-                    f"lora.target_modules: got {target!r}; the linear layers of a {self.model_type} block are "
-                    f"{', '.join(names)}{did_you_mean(target, names)}"
-                )
-        return sum(r * (x.inputs + x.outputs) * many for x, many in self.adaptable if x.name in targets)
+        return self.adapted(LoraShape.of(r, target_modules=target_modules)).parameters
 
 
 def from_config_file(path: Path, model: str, trust_remote_code: bool = True) -> ModelDimensions:

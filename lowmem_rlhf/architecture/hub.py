@@ -6,6 +6,7 @@ from pathlib import Path
 from lowmem_rlhf.errors import UserError
 from lowmem_rlhf.suggest import did_you_mean
 
+ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 _TIMEOUT_S = 5.0
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 
@@ -15,7 +16,18 @@ class HubUnreachable(UserError):
 
 
 def cached_config(model: str, revision: str | None = None) -> Path | None:
-    """Return the config.json of a Hub model that was downloaded to this machine before; None if it was not.
+    """Return the config.json of a Hub model that was downloaded to this machine before; None if it was not."""
+    return _cached(model, "config.json", revision)
+
+
+def cached_adapter(repository: str) -> Path | None:
+    """Return the folder of an adapter of the Hub that was downloaded to this machine before; None if it was not."""
+    files = [_cached(repository, name) for name in ADAPTER_FILES]
+    return files[0].parent if files[0] and all(files) else None
+
+
+def _cached(model: str, name: str, revision: str | None = None) -> Path | None:
+    """Return a file of a repository in the Hub's cache on this machine; None if it is not there.
 
     The layout of the cache (``models--ORG--NAME/refs``, ``snapshots``) is the one that huggingface_hub documents;
     reading it here spares a tenth of a second, which its downloading code takes to import.
@@ -29,7 +41,7 @@ def cached_config(model: str, revision: str | None = None) -> Path | None:
         commit = named if _COMMIT.fullmatch(named) else ref.read_text(encoding="utf-8").strip()
     except (OSError, ValueError):
         return None
-    path = folder / "snapshots" / commit / "config.json"
+    path = folder / "snapshots" / commit / name
     return path if path.is_file() else None
 
 
@@ -75,6 +87,43 @@ def fetch_config(model: str, revision: str | None) -> Path:
         ) from error
     except OSError as error:
         raise _unreachable(model) from error
+
+
+def fetch_adapter(repository: str) -> Path:
+    """Download an adapter of the Hub into the cache and return its folder; a head beside it comes along.
+
+    Raises:
+        HubUnreachable: there is no network.
+        UserError: no such repository, no access to it, or it holds no adapter with safetensors.
+    """
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import GatedRepoError, HFValidationError, RepositoryNotFoundError
+
+    try:
+        _check_reachable(repository)
+        wanted = [*ADAPTER_FILES, "head.safetensors", "base.json"]
+        folder = Path(snapshot_download(repository, allow_patterns=wanted, etag_timeout=_TIMEOUT_S))
+    except GatedRepoError as error:
+        raise UserError(
+            f"adapter {repository!r} is gated: accept its terms on https://huggingface.co/{repository} and run "
+            "`hf auth login`"
+        ) from error
+    except (RepositoryNotFoundError, HFValidationError) as error:
+        raise UserError(
+            f"adapter {repository!r} is neither a folder here nor on the Hub, unless it is private: check the name, or "
+            "run `hf auth login`"
+        ) from error
+    except (HubUnreachable, OSError) as error:
+        raise HubUnreachable(
+            f"adapter {repository!r} is no folder here, and the Hugging Face Hub cannot be reached to look for it; "
+            "give a run's folder or an adapter's, or go online once"
+        ) from error
+    if lacking := [name for name in ADAPTER_FILES if not (folder / name).is_file()]:
+        raise UserError(
+            f"adapter {repository!r} has no {lacking[0]} on the Hub, so it is no adapter of peft's that is read "
+            "without unpickling; give another one"
+        )
+    return folder
 
 
 def _check_reachable(model: str) -> None:

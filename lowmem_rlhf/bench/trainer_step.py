@@ -52,9 +52,7 @@ def load(recipe: Recipe, plan: Plan) -> SharedBase:
         offload_embeddings=settings.offload_embeddings,
         offload_experts=settings.offload_experts,
         join=settings.rollout_weights == "joined",
-        r=lora.rank,
-        lora_alpha=lora.alpha(lora.rank),
-        target_modules=lora.target_modules,
+        **lora.shape().values,
     )
 
 

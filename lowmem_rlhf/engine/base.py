@@ -44,6 +44,7 @@ from lowmem_rlhf.engine.roles import POLICY, REFERENCE, Roles
 from lowmem_rlhf.engine.tokenizer import Tokens
 from lowmem_rlhf.engine.wide import is_wide, widen
 from lowmem_rlhf.errors import UserError
+from lowmem_rlhf.recipe.lora_shape import LoraShape
 
 
 class SharedBase(Roles):
@@ -53,7 +54,8 @@ class SharedBase(Roles):
         model: a loaded, frozen transformers causal LM; its linear layers get the policy adapter.
         tokenizer: its tokenizer.
         model_id: the name that goes into the adapter's file.
-        r, lora_alpha, target_modules, use_rslora: the policy adapter, as in peft.
+        r, lora_alpha, target_modules: the policy adapter, as in peft.
+        more: of it: ``use_rslora``, ``layers_to_transform``, ``rank_pattern``, ``alpha_pattern``.
         seed: of the adapter's initial weights.
     """
 
@@ -66,7 +68,7 @@ class SharedBase(Roles):
         lora_alpha: float = 32,
         target_modules: str | list[str] = "all-linear",
         seed: int = 0,
-        use_rslora: bool = False,
+        **more: Any,
     ) -> None:
         super().__init__()
         self.why_padded = why_not_packed(model)
@@ -83,7 +85,7 @@ class SharedBase(Roles):
             model.set_attn_implementation(ATTENTION)
             self.mixers = pack_mixers(model)
         model.name_or_path = model_id  # peft puts it into the adapter's file
-        config = lora_config(r, lora_alpha, target_modules, model_id, model, use_rslora)
+        config = lora_config(LoraShape.of(r, lora_alpha, target_modules, **more), model_id, model)
         with torch.device("cpu"), torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             try:

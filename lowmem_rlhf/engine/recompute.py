@@ -3,10 +3,11 @@
 The input may wait in host memory ("offload"). It is copied without rounding, so gradients are the same numbers.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
@@ -22,7 +23,8 @@ def recompute_layers(model: PreTrainedModel, layers: bool | int, offload: bool) 
     """Let the first ``layers`` decoder layers be recomputed (all, none, or a number); the others keep activations.
 
     The first ones, because the backward pass begins at the last: the layers that keep theirs have freed them before
-    the first recomputed one needs room for its own.
+    the first recomputed one needs room for its own. Layers below the first that trains have no backward pass: they keep
+    nothing by themselves, so that nothing of them is computed again or waits in host memory.
 
     Args:
         offload: the recomputed layers' inputs wait in host memory; on a CPU they are there already.
@@ -37,10 +39,20 @@ def recompute_layers(model: PreTrainedModel, layers: bool | int, offload: bool) 
             f"hardware.gradient_checkpointing: got {count}, but the model has {len(checkpointed)} layers; give at most "
             f"{len(checkpointed)}, or true for all of them"
         )
+    first = _first_that_trains(model, checkpointed)
     away = offload and not capabilities(model.device).on_cpu
     for index, layer in enumerate(checkpointed):
-        layer.gradient_checkpointing = index < count
+        layer.gradient_checkpointing = first <= index < count
         layer._gradient_checkpointing_func = _recomputed_from_host if away else _recomputed  # type: ignore[assignment]
+
+
+def _first_that_trains(model: nn.Module, layers: Sequence[nn.Module]) -> int:
+    """Return the first layer with something that trains; 0 where something outside of layers does, perhaps below."""
+    trained = {id(p) for p in model.parameters() if p.requires_grad}
+    inside = [{id(p) for p in layer.parameters()} & trained for layer in layers]
+    if trained.difference(*inside):
+        return 0
+    return next((index for index, those in enumerate(inside) if those), 0)
 
 
 def _recomputed(function: Callable[..., Any], *args: Any) -> Any:

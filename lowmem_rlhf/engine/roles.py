@@ -21,6 +21,7 @@ from lowmem_rlhf.engine.logprobs import Head
 from lowmem_rlhf.engine.lora import ActiveAdapters, SharedLoraLinear, lora_config
 from lowmem_rlhf.engine.whole import differing_tensors, few
 from lowmem_rlhf.errors import UserError
+from lowmem_rlhf.recipe.lora_shape import LoraShape
 
 POLICY, REFERENCE, INITIAL, CRITIC, REWARD = "policy", "reference", "initial", "critic", "reward"
 
@@ -67,17 +68,17 @@ class Roles(nn.Module):
         lora_alpha: float,
         target_modules: str | list[str],
         seed: int = 0,
-        use_rslora: bool = False,
         below: str = "",
+        **more: Any,
     ) -> None:
         """Add a role with an adapter of its own, which starts at zero and trains.
 
         Args:
             role: its name, and the adapter's.
-            r, lora_alpha, target_modules, seed, use_rslora: as for the policy's adapter.
+            r, lora_alpha, target_modules, seed, more: as for the policy's adapter.
             below: a frozen adapter that is active with it.
         """
-        config = lora_config(r, lora_alpha, target_modules, self.model_id, self.model, use_rslora)
+        config = lora_config(LoraShape.of(r, lora_alpha, target_modules, **more), self.model_id, self.model)
         trains = {name: p.requires_grad for name, p in self.peft.named_parameters()}
         try:
             with torch.device("cpu"), torch.random.fork_rng(devices=[]):
@@ -111,7 +112,7 @@ class Roles(nn.Module):
             UserError: it does not fit this base.
         """
         try:
-            self.add_role(role, saved.r, saved.lora_alpha, saved.target_modules, use_rslora=saved.use_rslora)
+            self.add_role(role, **saved.shape.values)
             self.load_adapter(saved.folder, role)
             if saved.head is not None:
                 self.add_head(role)
@@ -121,7 +122,7 @@ class Roles(nn.Module):
             self.remove_role(role)
             raise UserError(
                 f"the adapter in {saved.folder} does not fit this base, whose layers are not those that it names "
-                f"(target_modules {saved.target_modules!r}); give the model that it was trained on"
+                f"(target_modules {saved.shape.values['target_modules']!r}); give the model that it was trained on"
             ) from error
         except BaseException:
             self.remove_role(role)

@@ -92,15 +92,7 @@ def open_base(
 
 def _shape(recipe: Recipe, adapter: "SavedAdapter | None") -> dict[str, Any]:
     """Return what `SharedBase.load` is told of the policy's adapter."""
-    if adapter is None:
-        lora = recipe.lora
-        return {"r": lora.rank, "lora_alpha": lora.alpha(lora.rank), "target_modules": lora.target_modules}
-    return {
-        "r": adapter.r,
-        "lora_alpha": adapter.lora_alpha,
-        "target_modules": adapter.target_modules,
-        "use_rslora": adapter.use_rslora,
-    }
+    return (recipe.lora.shape() if adapter is None else adapter.shape).values
 
 
 def held_against_stock(base: "SharedBase", recipe: Recipe, dequantize: bool) -> dict[str, Any]:

@@ -264,7 +264,7 @@ def shortage(phase: str, components: Components, budget: int) -> str:
 
 def _lora_reason(inputs: PlanInputs, rank: int, reason: str) -> str:
     trained, frozen = adapters_of(inputs.recipe)
-    millions = inputs.dims.lora_parameters(rank, inputs.recipe.lora.target_modules) / 1e6
+    millions = inputs.dims.adapted(inputs.recipe.lora.shape(rank)).parameters / 1e6
     share = 100e6 * millions / inputs.dims.num_parameters
     more = f"; {trained} adapters train and {frozen} are frozen" if trained + frozen > 1 else ""
     return f"rank {rank}: {reason}; {millions:.2f} million adapter parameters, {share:.2g} % of the model's{more}"

@@ -86,7 +86,7 @@ def _smallest(inputs: PlanInputs, quantization: str, dtype: str) -> Settings:
         keep_graphs=bool(inputs.pinned("keep_graphs")),
         logits_tile_tokens=logits_tile_tokens(inputs)[0],
         optim=inputs.pinned("optim") or "adamw",
-        lora={"r": rank, "lora_alpha": lora.alpha(rank), "target_modules": lora.target_modules},
+        lora=lora.shape(rank).values,
         offload_embeddings=bool(inputs.pinned("offload_embeddings")) and _embeddings_can_leave(inputs),
         offload_experts=bool(inputs.pinned("offload_experts")) and _experts_can_leave(inputs, quantization),
     )
@@ -303,4 +303,4 @@ def rank(inputs: PlanInputs, settings: Settings) -> tuple[int, str]:
 
 def with_rank(inputs: PlanInputs, settings: Settings, r: int) -> Settings:
     """Return the settings with another rank, and the alpha that goes with it."""
-    return replace(settings, lora={**settings.lora, "r": r, "lora_alpha": inputs.recipe.lora.alpha(r)})
+    return replace(settings, lora=inputs.recipe.lora.shape(r).values)

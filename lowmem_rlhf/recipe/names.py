@@ -68,6 +68,8 @@ _ALSO: dict[str, str] = {
     "lora.r": "rank lora_r lora_rank",
     "lora.lora_alpha": "alpha",
     "lora.target_modules": "lora_target_modules targets modules",
+    "lora.use_rslora": "rslora rs_lora",
+    "lora.layers_to_transform": "layers lora_layers",
     "generation.num_generations": "n num_return_sequences num_samples_per_prompt group_size rollouts num_rollouts",
     "generation.max_completion_length": "max_new_tokens max_tokens response_length max_response_length max_gen_len",
     "generation.temperature": "temp",
@@ -110,6 +112,19 @@ ELSEWHERE: dict[str, str] = {
     **dict.fromkeys(("use_vllm", "vllm", "deepspeed", "fsdp"), "this package samples and trains on one card by itself"),
 }
 
+# keys of peft's LoraConfig that an adapter on a shared base cannot have, and why
+ADAPTERS: dict[str, str] = {
+    "modules_to_save": "a whole weight, such as the head, is not trained beside adapters: it would be a second copy, "
+    "16 bytes a number, of what all roles share, and what is frozen would no longer be the base",
+    "use_dora": "DoRA scales the rows of whole weights to lengths of their own, which is no product of low rank: "
+    "layers would keep half as much again, and adapters of two roles do not add up (docs/adapters.md has the numbers)",
+    "bias": "the base's biases stay frozen: all roles share them",
+    "init_lora_weights": "an adapter starts at zero; a start such as PiSSA's changes the base's weights, which all "
+    "roles share",
+    "layers_pattern": "layers_to_transform counts the first number in a module's name",
+    "exclude_modules": "name what is adapted in target_modules; a regular expression can leave modules out",
+}
+
 
 def suggestion(where: list[str | int], allowed: list[str], schema: type[BaseModel]) -> str:
     """Return what may have been meant by an unknown key, with the full dotted key where it lies elsewhere.
@@ -129,6 +144,8 @@ def suggestion(where: list[str | int], allowed: list[str], schema: type[BaseMode
     keys = _dotted_keys(schema)
     if meant := ALIASES.get(folded) or tuple(key for key in keys if key.rsplit(".", 1)[-1] == folded):
         return _mean(meant)
+    if folded in ADAPTERS:
+        return f"; {ADAPTERS[folded]}"
     if near:
         return near
     if folded in ELSEWHERE:

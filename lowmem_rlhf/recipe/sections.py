@@ -3,12 +3,14 @@
 Loads without torch. `recipe` holds the whole, and says how the sections go together.
 """
 
+import re
 from collections.abc import Mapping
 from keyword import iskeyword
 from typing import Annotated, Any, Literal
 
 from pydantic import (
     AfterValidator,
+    BeforeValidator,
     Field,
     StrictInt,
     StrictStr,
@@ -49,9 +51,29 @@ from lowmem_rlhf.recipe.field_roles import (
     WHERE,
 )
 from lowmem_rlhf.recipe.file_names import check_name, check_path
+from lowmem_rlhf.recipe.lora_shape import ALL, LoraShape
 from lowmem_rlhf.recipe.section import Section
 
 Auto = Literal["auto"]
+
+
+def _layer_numbers(value: Any) -> Any:
+    """Take numbers of layers and ranges of them, alone or in a list, as a list of numbers."""
+    numbers: list[int] = []
+    for one in value if isinstance(value, list) else [] if value is None else [value]:
+        ends = [one] if isinstance(one, int) else one.split("-") if isinstance(one, str) else []
+        if isinstance(one, bool) or not 1 <= len(ends) <= 2 or not all(str(end).strip().isdecimal() for end in ends):
+            raise ValueError(f"got {one!r}; give numbers of layers from 0, or ranges such as 8-15")
+        first, last = int(ends[0]), int(ends[-1])
+        if not first <= last < MOST_LAYERS:
+            raise ValueError(f"got {one!r}; a range goes up, and a layer's number is below {MOST_LAYERS}")
+        numbers += range(first, last + 1)
+    if value is not None and not numbers:
+        raise ValueError("got an empty list; write null for all layers")
+    return None if value is None else sorted(set(numbers))
+
+
+Layers = Annotated[list[int], BeforeValidator(_layer_numbers)]
 MOST_GIGABYTES = 1024  # that a number without its unit can mean
 CountOrAuto = Annotated[int, Field(ge=1, le=MOST_IN_A_PASS)] | Auto
 
@@ -79,6 +101,13 @@ def _named(text: str) -> str:
     if not text.strip():
         raise ValueError(f"got {text!r}; it should not be empty")
     return text
+
+
+def _regex(text: str, remedy: str) -> None:
+    try:
+        re.compile(text)
+    except re.error as error:
+        raise ValueError(f"got {text!r}, which is no regular expression ({error}); {remedy}") from error
 
 
 def _named_or_null(text: str) -> str:
@@ -144,18 +173,58 @@ class LoraSettings(Section):
 
     r: Annotated[int, Field(ge=1, le=MOST_RANK)] | Auto = "auto"
     lora_alpha: Annotated[float, Field(gt=0, le=MOST_COEFFICIENT)] | Auto = "auto"  # auto: twice the rank
-    target_modules: Literal["all-linear"] | Annotated[list[str], Field(min_length=1)] = "all-linear"
+    # ends of names, or one regular expression that fits whole names of modules
+    target_modules: Literal["all-linear"] | str | Annotated[list[str], Field(min_length=1)] = "all-linear"
+    use_rslora: bool = False  # scaled by alpha / sqrt(r) (arXiv 2312.03732) and not alpha / r
+    layers_to_transform: Layers | None = None  # numbers of layers from 0, and ranges such as 8-15; null: all
+    # other ranks and alphas of modules, by a regular expression that fits the end of their names
+    rank_pattern: dict[str, Annotated[int, Field(ge=1, le=MOST_RANK)]] = Field(default_factory=dict)
+    alpha_pattern: dict[str, Annotated[float, Field(gt=0, le=MOST_COEFFICIENT)]] = Field(default_factory=dict)
 
     @field_validator("target_modules")
     @classmethod
     def _named_each(cls, value: str | list[str]) -> str | list[str]:
-        for name in value if isinstance(value, list) else ():
+        for name in [value] if isinstance(value, str) else value:
             _named(name)
+            if isinstance(value, list) and not re.fullmatch(r"[\w.-]+", name):
+                raise ValueError(
+                    f"got {name!r} in a list, which holds names or ends of names; a regular expression stands alone, "
+                    "in quotes where it has a comma"
+                )
+        if isinstance(value, str) and value != ALL:
+            _regex(value, "write all-linear, a list of names such as [q_proj, v_proj], or an expression")
         return value
 
+    @field_validator("rank_pattern", "alpha_pattern")
+    @classmethod
+    def _patterns(cls, value: dict[str, float]) -> dict[str, float]:
+        for pattern in value:
+            _regex(pattern, "a key is the end of a module's name, or an expression for it")
+        return value
+
+    @model_validator(mode="after")
+    def _layers_by_one_of_both(self) -> "LoraSettings":
+        if self.layers_to_transform and isinstance(self.target_modules, str) and self.target_modules != ALL:
+            raise OptionErrors(
+                [
+                    "layers_to_transform: got layers beside a regular expression in target_modules, which names the "
+                    r"layers itself; write them there, such as .*\.(8|9)\..*_proj, or give target_modules as a list"
+                ],
+                below="",
+            )
+        return self
+
     def alpha(self, r: int) -> float:
-        """Return lora_alpha at a rank."""
-        return 2.0 * r if self.lora_alpha == "auto" else self.lora_alpha
+        """Return lora_alpha at a rank; auto gives the scale 2, with rsLoRA at rank 16 and by it at all others."""
+        if self.lora_alpha != "auto":
+            return self.lora_alpha
+        return 8.0 if self.use_rslora else 2.0 * r
+
+    def shape(self, r: int | None = None) -> LoraShape:
+        """Return the adapter's shape at a rank; without one it must be known (see `rank`)."""
+        r = self.rank if r is None else r
+        values = {key: getattr(self, key) for key in type(self).model_fields}
+        return LoraShape.of(**{**values, "r": r, "lora_alpha": self.alpha(r)})
 
     @property
     def rank(self) -> int:

@@ -126,7 +126,7 @@ def check_recipe(recipe: Recipe, shown: int = 3, network: bool = True, most: int
         )
         _check_rewards(check, {})
         _check_algorithm(check)
-        _check_adapter(check)
+        _check_adapter(check, network)
         return check
     recipe, line = with_format(recipe)
     check = RecipeCheck(recipe, notes=[line] if line else [])
@@ -141,7 +141,7 @@ def check_recipe(recipe: Recipe, shown: int = 3, network: bool = True, most: int
         _check_task(check, task, rows[task], tokens, shown, most)
     _check_rewards(check, rows)
     _check_algorithm(check)
-    _check_adapter(check)
+    _check_adapter(check, network)
     return check
 
 
@@ -195,11 +195,11 @@ def _check_split(
     return report
 
 
-def _check_adapter(check: RecipeCheck) -> None:
+def _check_adapter(check: RecipeCheck, network: bool) -> None:
     """Say that the first stage is missing: no fault of a plan, which may be made before any stage has run."""
     try:
         if check.recipe.adapter:
-            adapter_folder(check.recipe.adapter)
+            adapter_folder(check.recipe.adapter, fetch=network)
     except UserError as error:
         check.notes.append(f"training cannot begin yet: {error}")
 

@@ -31,6 +31,7 @@ from lowmem_rlhf.recipe.schema import Recipe
 from lowmem_rlhf.run.directory import RECIPE, RunDirectory, default_output
 from lowmem_rlhf.run.start import as_written, located, paths_explained
 from lowmem_rlhf.run.trust import check_code
+from lowmem_rlhf.session.saved_lora import as_saved
 from lowmem_rlhf.stopping import telling_what_is_kept
 
 if TYPE_CHECKING:
@@ -172,7 +173,7 @@ def check(recipe: Recipe, output: Path | None, resume: bool, display: RunDisplay
             raise UserError(f"rewards: {recipe.algorithm} learns from its data alone; leave them out (rewards=[])")
         if recipe.spec.check is not None:
             resolve(recipe.spec.check)(recipe)
-        return Checked(_as_saved(recipe), written, path, resume)
+        return Checked(as_saved(recipe), written, path, resume)
 
 
 def plan(checked: Checked, display: RunDisplay) -> Planned:
@@ -333,36 +334,6 @@ def _probes(recipe: Recipe, plan: Plan) -> bool:
         return False
     wanted = recipe.hardware.probe
     return not plan.device.on_cpu if wanted == "auto" else wanted
-
-
-def _as_saved(recipe: Recipe) -> Recipe:
-    """Return the recipe with the shape of the adapter that it continues from.
-
-    Raises:
-        UserError: that adapter is not there, belongs to another base or has another shape than the recipe sets.
-    """
-    if recipe.adapter is None:
-        return recipe
-    from lowmem_rlhf.architecture.adapters import saved_adapter
-
-    saved = saved_adapter(recipe.adapter, recipe.model, recipe.revision)
-    for key in ("r", "lora_alpha"):
-        value = getattr(recipe.lora, key)
-        if key in recipe.lora.model_fields_set and value not in ("auto", getattr(saved, key)):
-            raise UserError(
-                f"lora.{key}: got {value:g}, but the adapter that the recipe continues from ({recipe.adapter}) has "
-                f"{getattr(saved, key):g}; leave it out or set it to that"
-            )
-    targets = recipe.lora.target_modules
-    if isinstance(targets, list) and isinstance(saved.target_modules, list):
-        wanted, saved_names = ({name.rsplit(".", 1)[-1] for name in names} for names in (targets, saved.target_modules))
-        if wanted != saved_names:
-            raise UserError(
-                f"lora.target_modules: got {', '.join(targets)}, but the adapter that the recipe continues from "
-                f"({recipe.adapter}) is beside {', '.join(sorted(saved_names))}; leave it out or set it to that"
-            )
-    lora = recipe.lora.model_copy(update={"r": saved.r, "lora_alpha": saved.lora_alpha})
-    return recipe.model_copy(update={"lora": lora})
 
 
 def _check_rate(recipe: Recipe) -> None:

@@ -65,9 +65,11 @@ def _check_layers(base: SharedBase, reward: AdapterReward) -> None:
     other = [name for name, layer in layers.items() if (POLICY in layer.lora_A) != (reward.role in layer.lora_A)]
     if other:
         names = ", ".join(sorted({name.rsplit(".", 1)[-1] for name in other}))
+        its = reward.saved.shape.values
+        keys = ("target_modules", *([key] if (key := "layers_to_transform") in its else []))
         raise UserError(
             f"rewards: {reward.name}: the adapter in {reward.saved.folder} and the policy's are not beside the same "
-            f"layers ({names}); set lora.target_modules to {reward.saved.target_modules}"
+            f"layers ({names}); set {' and '.join(f'lora.{key} to {its[key]}' for key in keys)}"
         )
 
 
@@ -81,16 +83,12 @@ def _add_critic(base: SharedBase, recipe: Recipe, kind: str) -> None:
     if kind == "reward":
         adapter = next(r.options["adapter"] for r in recipe.rewards if r.function == REWARD_ADAPTER)
         saved = saved_adapter(adapter, recipe.model, recipe.revision)
-        base.add_role(CRITIC, saved.r, saved.lora_alpha, saved.target_modules, use_rslora=saved.use_rslora)
+        base.add_role(CRITIC, **saved.shape.values)
         base.load_adapter(saved.folder, CRITIC)
         base.add_head(CRITIC)
         base.load_head(saved.folder, CRITIC)
         return
     start = INITIAL if INITIAL in base.roles else ""
-    targets = (
-        saved_adapter(recipe.adapter, recipe.model, recipe.revision).target_modules
-        if recipe.adapter
-        else lora.target_modules
-    )
-    base.add_role(CRITIC, lora.rank, lora.alpha(lora.rank), targets, seed=recipe.training.seed + 1, below=start)
+    shape = saved_adapter(recipe.adapter, recipe.model, recipe.revision).shape if recipe.adapter else lora.shape()
+    base.add_role(CRITIC, **shape.values, seed=recipe.training.seed + 1, below=start)
     base.add_head(CRITIC, bias=True)

@@ -7,6 +7,7 @@ from tiny_models import fill_adapter, tiny_base
 from lowmem_rlhf.engine.grouped_lora import dense_weight
 from lowmem_rlhf.engine.lora import lora_config
 from lowmem_rlhf.engine.roles import POLICY
+from lowmem_rlhf.recipe.lora_shape import LoraShape
 
 TOGETHER = {
     "llama": [{"q_proj", "k_proj", "v_proj"}, {"o_proj"}, {"gate_proj", "up_proj"}, {"down_proj"}],
@@ -127,7 +128,7 @@ def test_an_equal_input_that_is_another_tensor_is_computed_anew():
 @pytest.mark.parametrize("frozen", [(), (POLICY,), (SECOND,)], ids=str)
 def test_two_adapters_at_once(frozen):
     base, _ = tiny_base("llama-tied-biased")
-    base.peft.add_adapter(SECOND, lora_config(3, 12, "all-linear", "tiny", base.model))
+    base.peft.add_adapter(SECOND, lora_config(LoraShape(3, 12), "tiny", base.model))
     for layer in base.adapter_layers():
         for name in (POLICY, SECOND):
             for master in layer.masters(name):

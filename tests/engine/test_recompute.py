@@ -95,7 +95,7 @@ def test_the_peak_falls_with_every_layer_that_is_recomputed():
     assert peaks == sorted(peaks, reverse=True)
     dims = dimensions_from_config(base.model.config.to_dict(), "tiny")
     shape = packed_shape(prompt=40, fed=59, scored=60, generations=3, groups=1, tokens=tokens)
-    layer = Layer(dims, shape, 4, ranks=4 * len(dims.linears), dense=0, explicit_scores=True, wide=False)
+    layer = Layer(dims, shape, 4, (4,) * len(dims.linears), 1, dense=0, explicit_scores=True, wide=False)
     for more, fewer in pairwise(peaks[:layers]):
         assert more - fewer == pytest.approx(layer.saved() - layer.hidden, rel=0.1)
     assert peaks[-1] < 0.4 * peaks[0]

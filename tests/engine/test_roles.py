@@ -73,10 +73,7 @@ def base_for(saved, dtype=torch.float32):
         tiny_model("llama").to(dtype),
         tiny_tokenizer(),
         "tiny/llama",
-        r=saved.r,
-        lora_alpha=saved.lora_alpha,
-        target_modules=saved.target_modules,
-        use_rslora=saved.use_rslora,
+        **saved.shape.values,
     )
 
 
@@ -204,7 +201,7 @@ def test_what_is_saved_loads_in_stock_peft(family, use_rslora, tmp_path):
 def test_a_run_goes_on_from_an_adapter_of_stock_peft(use_rslora, tmp_path):
     stock_adapter(tmp_path / "adapter", r=9, lora_alpha=3, use_rslora=use_rslora)
     saved = saved_adapter(str(tmp_path / "adapter"), "someone/llama")
-    assert (saved.r, saved.lora_alpha, saved.use_rslora, saved.head) == (9, 3, use_rslora, None)
+    assert (saved.shape.r, saved.shape.lora_alpha, saved.shape.use_rslora, saved.head) == (9, 3, use_rslora, None)
     base = base_for(saved)
     base.start_from(saved)
     stock = PeftModel.from_pretrained(tiny_model("llama"), tmp_path / "adapter")
@@ -248,7 +245,7 @@ def test_a_mamba_goes_on_from_its_own_adapter(tmp_path):
     base, stock = tiny_base("mamba")
     base.save_adapter(tmp_path / "adapter")
     saved = saved_adapter(str(tmp_path / "adapter"), "tiny/mamba")
-    longer = SharedBase(stock, tiny_tokenizer(), "tiny/mamba", 4, 8, saved.target_modules)
+    longer = SharedBase(stock, tiny_tokenizer(), "tiny/mamba", **saved.shape.values)
     longer.start_from(saved)
     assert torch.equal(states(longer, POLICY), states(base, POLICY))
 
@@ -313,11 +310,9 @@ def refused(match, work, *args):
 OTHERS = {
     "PiSSA": ({"init_lora_weights": "pissa"}, "began as pissa, which changes the base's weights"),
     "OLoRA": ({"init_lora_weights": "olora"}, "began as olora, which changes the base's weights"),
-    "DoRA": ({"use_dora": True}, "has use_dora, more than a low-rank product"),
-    "trained head": ({"modules_to_save": ["lm_head"]}, "has modules_to_save, more than a low-rank product"),
+    "DoRA": ({"use_dora": True}, "has use_dora, which scales each row"),
+    "trained head": ({"modules_to_save": ["lm_head"]}, "has modules_to_save, whole weights"),
     "biased": ({"lora_bias": True}, "has lora_bias, more than a low-rank product"),
-    "ranks": ({"rank_pattern": {"q_proj": 2}}, "has rank_pattern, more than a low-rank product"),
-    "alphas": ({"alpha_pattern": {"down_proj": 2}}, "has alpha_pattern, more than a low-rank product"),
     "aLoRA": ({"alora_invocation_tokens": [5, 6]}, "has alora_invocation_tokens, more than a low-rank product"),
     "LoHa": ({"config": LoHaConfig}, "is of kind LOHA; only LoRA adapters can be continued"),
 }
@@ -339,7 +334,7 @@ def test_an_adapter_from_loftq_is_refused(tmp_path):
 
 def test_a_pattern_that_fits_no_layer_is_no_pattern(tmp_path):
     stock_adapter(tmp_path / "adapter", target_modules=["q_proj"], rank_pattern={"gate_up_proj": 2})
-    assert saved_adapter(str(tmp_path / "adapter"), "tiny/llama").target_modules == ["q_proj"]
+    assert saved_adapter(str(tmp_path / "adapter"), "tiny/llama").shape.target_modules == ("q_proj",)
 
 
 @pytest.mark.parametrize("text", ["{", "[1]", "\xff"])

@@ -106,7 +106,7 @@ BAD_INPUTS: list[tuple[str, str]] = [
     ("plan tiny.yaml lora.r=100000",
      "recipe tiny.yaml has an error: lora.r: got 100000; it should be at most 65536 or 'auto'"),
     ("plan tiny.yaml lora.target_modules=[]",
-     "recipe tiny.yaml has an error: lora.target_modules: got []; it should be 'all-linear' or a list of at "
+     "recipe tiny.yaml has an error: lora.target_modules: got []; it should be 'all-linear' or a text or a list of at "
      "least one"),
     ("plan tiny.yaml lora.target_modules=[q_prj]",
      "lora.target_modules: got 'q_prj'; the linear layers of a llama block are ...; did you mean 'q_proj'?"),

@@ -135,8 +135,7 @@ def logps_in(base: SharedBase, role: str, batch: Rollout | None = None) -> torch
 def policy_with(model: Path, run: Path, quantization: str = "none", dtype: str = "float32") -> SharedBase:
     """Return the base whose policy is a run's result, its head included."""
     saved = saved_adapter(str(run), str(model))
-    shape = {"r": saved.r, "lora_alpha": saved.lora_alpha, "target_modules": saved.target_modules}
-    base = SharedBase.load(str(model), torch.device("cpu"), quantization, dtype, **shape)
+    base = SharedBase.load(str(model), torch.device("cpu"), quantization, dtype, **saved.shape.values)
     base.load_adapter(saved.folder)
     if saved.head:
         base.add_head(POLICY)

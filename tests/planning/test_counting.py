@@ -19,6 +19,7 @@ from lowmem_rlhf.errors import UserError
 from lowmem_rlhf.planning.fits import fit, one_card, what_fits
 from lowmem_rlhf.planning.memory.resident import block_weight_bytes, embedding_bytes
 from lowmem_rlhf.planning.plan import make_plan
+from lowmem_rlhf.recipe.lora_shape import LoraShape
 from lowmem_rlhf.report.fits_view import cell_text
 
 pytestmark = pytest.mark.usefixtures("cache")
@@ -88,12 +89,17 @@ def test_the_count_is_that_of_the_real_model(model_type, in_process):
             modules_to_not_convert=get_keys_to_not_convert(other),
             quantization_config=quantization_settings("nf4", torch.bfloat16),
         )
-        adapted = get_peft_model(stock, lora_config(4, 8, "all-linear", "x", stock))
+        adapted = get_peft_model(stock, lora_config(LoraShape(4, 8), "x", stock))
     total = sum(p.numel() for p in stock.parameters() if not p.requires_grad)
     four_bit = [m for m in quantized.modules() if type(m).__name__ == "Linear4bit"]
     assert dims.counted is not None and dims.num_parameters == dims.counted.total == total
     assert dims.linear_parameters == sum(m.in_features * m.out_features for m in four_bit)
     assert dims.lora_parameters(4) == sum(p.numel() for p in adapted.parameters() if p.requires_grad)
+    upper = LoraShape.of(4, layers_to_transform=[1], rank_pattern={r"layers?\.1\..*|h\.1\..*|blocks\.1\..*": 2})
+    with torch.device("meta"):
+        stock = AutoModelForCausalLM.from_config(config)
+        adapted = get_peft_model(stock, lora_config(upper, "x", stock))
+    assert dims.adapted(upper).parameters == sum(p.numel() for p in adapted.parameters() if p.requires_grad)
     assert block_weight_bytes(dims, "none", 2) + embedding_bytes(dims, 2) == 2 * total
     if not dims.known:
         assert f"{model_type!r} is not known here" in dims.note and "counted from its class" in dims.note

@@ -126,16 +126,15 @@ def test_a_layer_of_llama_by_hand():
     """Per token: input and norm (2h), x A^T (R / 2), queries, SDPA's result and the joined one; and the MLP's part."""
     h, f, q, kv, ranks, width = 576, 1536, 9 * 64, 3 * 64, 7 * 16, 2
     shape = shapes.packed_shape(prompt=400, fed=300, scored=301, generations=2, groups=1, tokens=1000)
-    layer = Layer(dims("SmolLM2-135M"), shape, width, ranks, dense=0, explicit_scores=False, wide=False)
+    layer = Layer(dims("SmolLM2-135M"), shape, width, (16,) * 7, adapters=1, dense=0, explicit_scores=False, wide=False)
     attention = 1000 * (2 * h + ranks / 2 + q + q + q)
     attention += 2 * q * (400 + 2 * 700)  # keys and values, heads expanded: the prompt's, and each completion's
     mlp = 1000 * (2 * h + 3 * f + ranks / 2)
     assert layer.saved() == width * (attention + mlp) + 4 * 9 * 1000  # and the log-sum-exp
     assert layer.hidden == width * 1000 * h
     assert layer.backward_peak() > layer.saved() > layer.forward_peak() > layer.hidden
-    explicit = Layer(
-        dims("SmolLM2-135M"), shapes.prompts_shape(200, 200), width, ranks, dense=0, explicit_scores=True, wide=False
-    )
+    alone = shapes.prompts_shape(200, 200)
+    explicit = Layer(dims("SmolLM2-135M"), alone, width, (16,) * 7, 1, dense=0, explicit_scores=True, wide=False)
     on_card = replace(explicit, explicit_scores=False, wide=False)
     softmax = width * 9 * 200 * 200
     results = width * 200 * q + 4 * 9 * 200  # which SDPA keeps instead, and expanded keys and values
@@ -291,7 +290,7 @@ def test_a_layer_keeps_what_is_predicted():
         assert hidden.requires_grad
         return sum(storage.nbytes() for storage in found.values())
 
-    layer = Layer(dims("SmolLM2-135M"), shape, 2, 7 * 16, dense=0, explicit_scores=True, wide=False)
+    layer = Layer(dims("SmolLM2-135M"), shape, 2, (16,) * 7, 1, dense=0, explicit_scores=True, wide=False)
     assert kept(3) - kept(2) == pytest.approx(layer.saved(), rel=0.01)
 
 

@@ -102,7 +102,7 @@ def _frozen_bytes(recipe: Recipe) -> int:
     if not (recipe.adapter and TRL_TRAINERS[recipe.algorithm].reference):
         return 0
     rank = RANK if recipe.lora.r == "auto" else recipe.lora.r
-    return 2 * model_dimensions(recipe.model, recipe.revision).lora_parameters(rank, recipe.lora.target_modules)
+    return 2 * model_dimensions(recipe.model, recipe.revision).adapted(recipe.lora.shape(rank)).parameters
 
 
 def _beside(recipe: Recipe, device: Device, profile: str, frozen: int, logits: int = 0) -> Plan:

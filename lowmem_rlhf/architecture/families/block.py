@@ -3,7 +3,7 @@
 The defaults are Llama's; a family's row says how its blocks depart from them.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -44,6 +44,8 @@ class Block:
         grouped: fewer key and value heads than query heads are possible.
         names: of the layers: attention output, then MLP in order.
         fused_name: of the query, key and value layer where they are one.
+        path, attention, mlp: what the model calls the list of its blocks, and a block these parts of it (empty: the
+            layers of the MLP lie in the block itself).
         tied: the default of ``tie_word_embeddings``.
         head_bias: a bias on the output head.
         head_dim: the default; None for ``hidden_size / num_attention_heads``.
@@ -76,6 +78,9 @@ class Block:
     grouped: bool = True
     names: tuple[str, ...] = ("o_proj", "gate_proj", "up_proj", "down_proj")
     fused_name: str = "qkv_proj"
+    path: str = "model.layers"
+    attention: str = "self_attn"
+    mlp: str = "mlp"
     tied: bool = False
     head_bias: bool = False
     head_dim: int | None = None
@@ -114,6 +119,14 @@ def block_linears(block: Block, config: Mapping[str, Any], *, heads: int, kv_hea
     up = 2 * inner if block.fused and block.gated else inner
     linears += [Linear(name, hidden, up, mlp) for name in mlp_names[:-1]]
     return [*linears, Linear(mlp_names[-1], inner, hidden, mlp)]
+
+
+def module_names(block: Block, linears: Sequence[Linear]) -> list[str]:
+    """Return what `block_linears` are called inside their block, such as self_attn.q_proj."""
+    names = [linear.name for linear in linears]
+    last = names.index(block.names[0]) if block.names[0] in names else len(names) - len(block.names)
+    parts = [block.attention if place <= last else block.mlp for place in range(len(names))]
+    return [f"{part}.{linear.name}".lstrip(".") for part, linear in zip(parts, linears, strict=True)]
 
 
 def other_parameters(

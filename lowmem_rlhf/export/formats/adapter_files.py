@@ -4,6 +4,7 @@ import json
 import shutil
 from pathlib import Path
 
+from lowmem_rlhf.architecture.adapter_shape import saved_shape
 from lowmem_rlhf.architecture.adapters import CONFIG, HEAD, WEIGHTS, adapter_folder
 from lowmem_rlhf.architecture.families.wrappers import text_key, wrapper_name
 from lowmem_rlhf.errors import UserError
@@ -46,6 +47,7 @@ def name_for(folder: Path, names: str, base_type: str) -> None:
     """Let an adapter's files carry the names of a class of its base, which is a model for images or sound.
 
     ``target_modules`` lists the adapted layers one by one: the towers for images have layers of the same last names.
+    Where there are patterns of ranks and alphas, these do too: a pattern may begin with a name of the other class.
 
     Args:
         names: ``wrapper`` or ``text``.
@@ -54,12 +56,19 @@ def name_for(folder: Path, names: str, base_type: str) -> None:
     from safetensors.torch import load_file, save_file
 
     start = "base_model.model."
+    config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+    shape = saved_shape(str(folder), folder, config)
     named = {text_key(name).removeprefix(start): x for name, x in load_file(folder / WEIGHTS, device="cpu").items()}
+    layers = sorted({name.rsplit(".lora_", 1)[0] for name in named})
+    called = {layer: wrapper_name(layer, base_type) if names == WRAPPER else layer for layer in layers}
     if names == WRAPPER:
         named = {wrapper_name(name, base_type): tensor for name, tensor in named.items()}
     save_file({start + name: x.contiguous() for name, x in named.items()}, folder / WEIGHTS, metadata={"format": "pt"})
-    config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-    config["target_modules"] = sorted({name.rsplit(".lora_", 1)[0] for name in named})
+    config |= {"target_modules": sorted(called.values()), "layers_to_transform": None, "exclude_modules": None}
+    if config.get("rank_pattern"):
+        config["rank_pattern"] = {to: shape.rank(layer) for layer, to in called.items()}
+    if config.get("alpha_pattern"):
+        config["alpha_pattern"] = {to: shape.alpha(layer) for layer, to in called.items()}
     (folder / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True), encoding="utf-8")
 
 

@@ -18,6 +18,7 @@ class LoraFile:
 
     Attributes:
         folder: where it lies.
+        shape: how it is scaled.
         layers: those that it changes, by name: (inputs, outputs).
 
     Raises:
@@ -26,7 +27,7 @@ class LoraFile:
 
     def __init__(self, saved: SavedAdapter) -> None:
         self.folder = saved.folder
-        self.scaling = saved.lora_alpha / (saved.r**0.5 if saved.use_rslora else saved.r)
+        self.shape = saved.shape
         self._factors: dict[tuple[str, str], Stored] = {}
         for name, stored in self._tensors(saved.folder / WEIGHTS).items():
             match = _NAME.fullmatch(text_key(name))
@@ -59,5 +60,5 @@ class LoraFile:
             (out, r) and (r, in), or (in, r) and (r, out).
         """
         a = self._factors[layer, "A"].read().float()  # (r, in)
-        b = self._factors[layer, "B"].read().float() * self.scaling  # (out, r)
+        b = self._factors[layer, "B"].read().float() * self.shape.scaling(layer)  # (out, r)
         return (a.t().contiguous(), b.t().contiguous()) if transposed else (b, a)

@@ -23,7 +23,8 @@ class Layer:
     Attributes:
         dims, shape: of the model and of the packed row.
         width: b.
-        ranks: sum of the ranks of all adapters beside the layer's linear layers in the role that computes.
+        beside: the rank of an adapter beside each of the layer's linear layers; 0: it has none.
+        adapters: of the role that computes.
         dense: bytes of the largest weight where it is quantized and made dense to be multiplied, else 0.
         explicit_scores: the device takes explicit scores for short attention.
         wide: the residual stream is in fp32, and so is what is added to it (`engine.wide`).
@@ -34,7 +35,8 @@ class Layer:
     dims: ModelDimensions
     shape: PackedShape
     width: int
-    ranks: int
+    beside: tuple[int, ...]
+    adapters: int
     dense: int
     explicit_scores: bool
     wide: bool
@@ -51,6 +53,11 @@ class Layer:
     def of(self, numbers: float, tokens: int | None = None) -> int:
         """Return the bytes of so many compute-dtype numbers for each token (of all tokens, or of so many)."""
         return round(self.width * numbers * (self.shape.tokens if tokens is None else tokens))
+
+    @property
+    def ranks(self) -> int:
+        """Sum of the ranks of all adapters beside the layer's linear layers in the role that computes."""
+        return self.adapters * sum(self.beside)
 
     @property
     def queries(self) -> int:

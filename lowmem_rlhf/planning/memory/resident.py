@@ -5,13 +5,13 @@ from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from lowmem_rlhf.architecture.dimensions import ModelDimensions
-from lowmem_rlhf.architecture.families.block import Linear
 from lowmem_rlhf.architecture.families.layers import LayerSizes
 from lowmem_rlhf.hardware.device import Device
 from lowmem_rlhf.planning.limits import tile_shape
 from lowmem_rlhf.planning.memory.layers import Layer
 from lowmem_rlhf.planning.memory.mixers import MixerLayer
 from lowmem_rlhf.planning.shapes import PackedShape, adapters_of, starts_from_adapter, step_shape
+from lowmem_rlhf.recipe.lora_shape import LoraShape
 from lowmem_rlhf.recipe.schema import Recipe
 from lowmem_rlhf.recipe.sections import REWARD_ADAPTER
 
@@ -57,7 +57,7 @@ class Settings:
             layers with one input are multiplied at once, for which their scales exist in fp32; else ``quantized``.
         logits_tile_tokens: positions whose logits exist at once.
         optim: ``adamw`` or ``adamw_8bit``.
-        lora: ``r``, ``lora_alpha`` and ``target_modules`` of the policy adapter.
+        lora: the policy adapter's shape: ``r``, ``lora_alpha``, ``target_modules``, and what else a recipe sets of it.
         offload_embeddings: the token embedding lies in host memory.
         offload_experts: experts in NF4 lie in host memory, and each is copied to the device for its product.
         keep_graphs: the captured passes of decoding, and the caches that they read, stay from one rollout to the next.
@@ -197,22 +197,10 @@ class Memory:
         self.workspace = cublas_workspace(device.compute_capability) if self.capabilities.blas_workspace else 0
         self.four_bit_product = device.multiplies_four_bit(settings.compute_dtype)
         self.four_bit_in_place = self.four_bit_product and device.compiler is not None  # `engine.decode.native`
-        self.one_adapter = dims.lora_parameters(settings.lora["r"], settings.lora["target_modules"])
+        self.beside = dims.adapted(LoraShape.of(**settings.lora))
+        self.one_adapter = self.beside.parameters
         self.trained, self.frozen = adapters_of(recipe)
         self.dense = dense_bytes(dims, settings.quantization, self.width)
-
-    def has_adapter(self, linear: Linear) -> bool:
-        """Say whether a linear layer that can take an adapter has one."""
-        targets = self.settings.lora["target_modules"]
-        if targets == "all-linear":
-            return True
-        names = {targets} if isinstance(targets, str) else {target.rsplit(".", 1)[-1] for target in targets}
-        return linear.name in names
-
-    @property
-    def adapted(self) -> list[Linear]:
-        """The linear layers of a block that have adapters."""
-        return [linear for linear in self.dims.linears if self.has_adapter(linear)]
 
     def resident(self) -> Components:
         """Return what lies on the device in every phase.
@@ -240,31 +228,41 @@ class Memory:
 
     def layers(self, shape: PackedShape, adapters: int = 1) -> list[Layer]:
         """Return each layer in a pass over a packed row; those that are alike are one and the same object."""
-        layer, mixer, sizes = self.layer(shape, adapters), self.dims.mixer, self.dims.layer_sizes
-        if sizes:
-            made = {one: self._of_sizes(layer, one, adapters) for one in dict.fromkeys(sizes)}
-            return [made[one] for one in sizes]
-        if mixer is None:
-            return [layer] * self.dims.num_layers
-        mixed = MixerLayer(**{field.name: getattr(layer, field.name) for field in fields(Layer)}, mixer=mixer)
-        return [mixed if mixes else layer for mixes in mixer.places]
+        count, mixer = self.dims.num_layers, self.dims.mixer
+        sizes = self.dims.layer_sizes or (None,) * count
+        kinds = list(zip(self.beside.ranks, sizes, mixer.places if mixer else (False,) * count, strict=True))
+        layer = self.layer(shape, adapters)
+        made = {kind: self._of_kind(layer, *kind) for kind in dict.fromkeys(kinds)}
+        return [made[kind] for kind in kinds]
 
-    def _of_sizes(self, layer: Layer, sizes: LayerSizes, adapters: int) -> Layer:
-        own = {field.name: getattr(sizes, field.name) for field in fields(LayerSizes) if field.name != "reuses_keys"}
-        missing = [linear for linear in self.adapted if sizes.reuses_keys and linear.name in ("k_proj", "v_proj")]
-        ranks = layer.ranks - self.settings.lora["r"] * len(missing) * adapters
-        return replace(layer, dims=replace(self.dims, **own), ranks=ranks, reuses_keys=sizes.reuses_keys)
+    def _of_kind(self, layer: Layer, ranks: tuple[int, ...], sizes: LayerSizes | None, mixes: bool) -> Layer:
+        """Return a layer with these ranks beside its linear layers, of these sizes, or that passes a state on."""
+        own = {}
+        if sizes is not None:
+            own = {one.name: getattr(sizes, one.name) for one in fields(LayerSizes) if one.name != "reuses_keys"}
+            if sizes.reuses_keys:
+                names = [linear.name for linear in self.dims.linears]
+                ranks = tuple(0 if name in ("k_proj", "v_proj") else r for name, r in zip(names, ranks, strict=True))
+            layer = replace(layer, dims=replace(self.dims, **own), reuses_keys=sizes.reuses_keys)
+        layer = replace(layer, beside=ranks)
+        if mixes and self.dims.mixer:
+            values = {one.name: getattr(layer, one.name) for one in fields(Layer)}
+            return MixerLayer(**values, mixer=self.dims.mixer)
+        return layer
 
     def layer(self, shape: PackedShape, adapters: int = 1) -> Layer:
-        """Return a layer with attention in a pass over a packed row, in a role with so many adapters."""
-        ranks = self.settings.lora["r"] * len(self.adapted) * adapters
+        """Return a layer with attention in a pass over a packed row, in a role with so many adapters.
+
+        It is the one with the most of them.
+        """
+        beside = max(self.beside.ranks, key=sum)
         dense = self.dense
         if self.settings.quantization == "int8" and self.capabilities.int8_kernel:  # int8 inputs, int32 results
             dense = max(dense, *(shape.tokens * (x.inputs + 4 * x.outputs) for x, _ in self.dims.quantizable))
         wide = self.dims.wide_stream and self.settings.compute_dtype == "float16"
         nf4 = self.settings.quantization == "nf4"
         explicit = self.capabilities.explicit_scores
-        return Layer(self.dims, shape, self.width, ranks, dense, explicit, wide, one_by_one=nf4)
+        return Layer(self.dims, shape, self.width, beside, adapters, dense, explicit, wide, one_by_one=nf4)
 
     def scoring(self) -> Components:
         """Return the largest moment of all roles' passes without gradients: a layer, or what is read of the states."""
@@ -324,8 +322,9 @@ class Memory:
     def _pass_moments(self, adapters: int, language: bool) -> list[Components]:
         """Return the moments of a pass with gradients: the loss, the last norm, and a layer of each kind.
 
-        The layers that keep their activations come first in the backward pass and have freed them when the recomputed
-        ones are reached. Each of these has its input, and all of itself again when its turn comes.
+        Layers below the first adapter have no backward pass and keep nothing. Those that keep their activations come
+        first in the backward pass and have freed them when the recomputed ones are reached. Each of these has its
+        input, and all of itself again when its turn comes.
 
         Args:
             adapters: of the role.
@@ -334,8 +333,10 @@ class Memory:
         layer = self.layer_in_step(adapters)
         each = self.layers(layer.shape, adapters)
         layers, hidden, scored = self.dims.num_layers, layer.hidden, layer.shape.scored
-        count = recomputed_layers(self.dims, self.settings.gradient_checkpointing)
-        inputs = hidden * (min(count, 1) if self.settings.offload_checkpoints else count)
+        first = self.beside.first  # nothing below has a gradient
+        count = max(first, recomputed_layers(self.dims, self.settings.gradient_checkpointing))
+        again = count - first
+        inputs = hidden * (min(again, 1) if self.settings.offload_checkpoints else again)
         of_each = {id(one): one.saved() for one in distinct(each)}
         kept = [of_each[id(one)] for one in each[count:]]
         saved = sum(kept)
@@ -358,10 +359,13 @@ class Memory:
             last = {id(one): (one, sum(kept[: place + 1])) for place, one in enumerate(each[count:])}
             extra = max(one.backward_peak() - one.saved() + held - saved for one, held in last.values())
             moments.append(both | {"layer_gradients": max(0, extra), "scored_states": held})
-        if count:
-            again = {"positions": layer.common(gradient=True), "stored_activations": inputs, "scored_states": held}
-            peak = max(one.backward_peak(recomputed=True) for one in distinct(each[:count]))
-            moments.append(again | {"layer_activations": peak - hidden})
+        if again:
+            stored = {"positions": layer.common(gradient=True), "stored_activations": inputs, "scored_states": held}
+            peak = max(one.backward_peak(recomputed=True) for one in distinct(each[first:count]))
+            moments.append(stored | {"layer_activations": peak - hidden})
+        if first:
+            peak = max(one.forward_peak() for one in distinct(each[:first]))
+            moments.append({"positions": layer.common(gradient=True), "layer_activations": peak})
         return moments
 
     def optimizer(self) -> Components:

@@ -54,7 +54,7 @@ def rollout_copy_bytes(memory: Memory) -> int:
     settings = memory.settings
     if settings.quantization != "nf4":
         return 0
-    adapted = [(linear, many) for linear, many in memory.dims.adaptable if memory.has_adapter(linear)]
+    adapted = memory.beside.linears
     if settings.rollout_weights == "dequantized":
         return memory.width * sum(x.inputs * x.outputs * many for x, many in adapted)
     if settings.rollout_weights == "joined":
@@ -73,13 +73,16 @@ def grouped_adapter_bytes(memory: Memory) -> int:
     """
     if not rollout_copy_bytes(memory):
         return 0
-    groups: dict[str, list[int]] = {}
-    for place, linear in enumerate(memory.adapted):
-        groups.setdefault(JOINED.get(linear.name, str(place)), []).append(linear.outputs)
-    rank: int = memory.settings.lora["r"]
     every = memory.settings.rollout_weights != "joined"  # else layers alone have no product
-    blocks = sum(rank * len(outs) * sum(outs) for outs in groups.values() if every or len(outs) > 1)
-    return memory.dims.num_layers * memory.width * blocks
+    blocks = 0
+    for ranks in memory.beside.ranks:
+        groups: dict[str, list[tuple[int, int]]] = {}
+        for place, (linear, rank) in enumerate(zip(memory.dims.linears, ranks, strict=True)):
+            if rank:
+                groups.setdefault(JOINED.get(linear.name, str(place)), []).append((rank, linear.outputs))
+        sums = [(sum(r for r, _ in group), sum(outs for _, outs in group), len(group)) for group in groups.values()]
+        blocks += sum(ranks * outs for ranks, outs, many in sums if every or many > 1)
+    return memory.width * blocks
 
 
 def shared_base_bytes(memory: Memory) -> Components:
@@ -92,7 +95,7 @@ def shared_base_bytes(memory: Memory) -> Components:
     token = kv_bytes_per_token(dims, width)
     layers = memory.layers(prompts_shape(prompt, at_once * prompt))
     with_copy = _prefills_with_copy(memory, at_once * prompt)
-    if with_copy and len(memory.adapted) == len(dims.linears):
+    if with_copy and memory.beside.everywhere:
         layers = [one if one.mixes else replace(one, dense=0) for one in layers]
     keys = sum(one.kept_keys(together=with_copy) for one in layers)
     earlier, cache = (prompts - at_once) * prompt * token, prompts * prompt * token
@@ -219,7 +222,7 @@ def _decoding(memory: Memory, rows: int, keys: int) -> Components:
     if dims.mixer:
         moments.append({"state_update": 4 * UPDATE[dims.mixer.kind] * rows * dims.mixer.state})
     joined = memory.settings.rollout_weights == "joined"
-    if joined or not rollout_copy_bytes(memory) or len(memory.adapted) < len(dims.linears):
+    if joined or not rollout_copy_bytes(memory) or not memory.beside.everywhere:
         moments.append({"dequantized_weight": max(memory.dense, _joined_dense(memory))})
     return max(moments, key=total)
 
@@ -229,8 +232,8 @@ def _joined_dense(memory: Memory) -> int:
     if memory.settings.rollout_weights != "joined":
         return 0
     groups: dict[str, int] = {}
-    for linear in memory.adapted:
-        if linear.name in JOINED:
+    for place, linear in enumerate(memory.dims.linears):
+        if linear.name in JOINED and any(ranks[place] for ranks in memory.beside.ranks):
             groups[JOINED[linear.name]] = groups.get(JOINED[linear.name], 0) + linear.inputs * linear.outputs
     return memory.width * max(groups.values(), default=0)
 

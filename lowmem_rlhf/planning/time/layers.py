@@ -30,26 +30,31 @@ class Weights:
     Attributes:
         quantization: ``nf4``, ``int8`` or ``none``.
         width: b.
-        rank: of one adapter; 0 where the role has none.
         adapters: of the role.
-        adapted: names of the layers that have adapters.
         joined: while decoding, NF4 weights of layers with one input are one product.
+        everywhere: all linear layers of all layers have adapters.
         dense: while decoding, a copy in b of all NF4 weights that have adapters is multiplied.
         experts_away: experts lie in host memory, and each is fetched for its product.
     """
 
     quantization: str
     width: int
-    rank: int
     adapters: int
-    adapted: frozenset[str]
+    everywhere: bool = True
     joined: bool = False
     dense: bool = False
     experts_away: bool = False
 
-    def ranks(self, linears: Sequence[Linear]) -> int:
+    def ranks(self, linears: Sequence["RankedLinear"]) -> int:
         """Return R of layers that share an input."""
-        return self.rank * self.adapters * sum(linear.name in self.adapted for linear in linears)
+        return self.adapters * sum(linear.rank for linear in linears)
+
+
+@dataclass(frozen=True)
+class RankedLinear(Linear):
+    """A linear layer, and the rank of an adapter beside it; 0: it has none."""
+
+    rank: int = 0
 
 
 def weights_of(memory: Memory, adapters: int) -> Weights:
@@ -58,29 +63,28 @@ def weights_of(memory: Memory, adapters: int) -> Weights:
     return Weights(
         settings.quantization,
         memory.width,
-        settings.lora["r"] if adapters else 0,
         adapters,
-        frozenset(linear.name for linear in memory.adapted),
+        everywhere=memory.beside.everywhere,
         joined=settings.rollout_weights == "joined",
         dense=settings.rollout_weights == "dequantized",
         experts_away=settings.offload_experts,
     )
 
 
-def groups_of(layer: Layer) -> list[list[Linear]]:
+def groups_of(layer: Layer) -> list[list[RankedLinear]]:
     """Return the linear layers of a decoder layer, those that share an input together."""
-    groups: dict[str, list[Linear]] = {}
-    for place, linear in enumerate(layer.dims.linears):
+    groups: dict[str, list[RankedLinear]] = {}
+    for place, (linear, rank) in enumerate(zip(layer.dims.linears, layer.beside, strict=True)):
         if layer.reuses_keys and linear.name in ("k_proj", "v_proj"):
             continue
-        groups.setdefault(JOINED.get(linear.name, str(place)), []).append(_of_layer(linear, layer))
+        groups.setdefault(JOINED.get(linear.name, str(place)), []).append(_of_layer(linear, rank, layer))
     return list(groups.values())
 
 
-def _of_layer(linear: Linear, layer: Layer) -> Linear:
+def _of_layer(linear: Linear, rank: int, layer: Layer) -> RankedLinear:
     """Return a linear layer in the size that it has where layers differ."""
     if not layer.dims.layer_sizes:
-        return linear
+        return RankedLinear(linear.name, linear.inputs, linear.outputs, linear.bias, rank)
     inner = layer.dims.intermediate_size
     outputs = {
         "q_proj": layer.queries,
@@ -90,14 +94,16 @@ def _of_layer(linear: Linear, layer: Layer) -> Linear:
         "up_proj": inner,
     }
     inputs = {"o_proj": layer.queries, "down_proj": inner}
-    return replace(
-        linear,
-        inputs=inputs.get(linear.name, linear.inputs),
-        outputs=outputs.get(linear.name, linear.outputs),
+    return RankedLinear(
+        linear.name,
+        inputs.get(linear.name, linear.inputs),
+        outputs.get(linear.name, linear.outputs),
+        linear.bias,
+        rank,
     )
 
 
-def _four_parts(groups: list[list[Linear]]) -> list[list[Linear]]:
+def _four_parts(groups: list[list[RankedLinear]]) -> list[list[RankedLinear]]:
     """Return the groups of a layer, with an empty one for each part that it has not (experts alone have no MLP)."""
     return [*groups, *[[] for _ in range(3 - len(groups))]]
 
@@ -183,7 +189,7 @@ class LayerWork:
             *([] if self.layer.reuses_keys else [self.keys] * (2 if self.layer.block.value_norm else 1)),
         ]
 
-    def _products(self, linears: Sequence[Linear], rows: float) -> None:
+    def _products(self, linears: Sequence[RankedLinear], rows: float) -> None:
         """The products of layers that share an input: x A^T of all, each weight, and each B added."""
         if not linears:
             return
@@ -192,8 +198,8 @@ class LayerWork:
             self.work.product(rows, linears[0].inputs, ranks, self.b)
         for linear in linears:
             self._weight(linear, rows)
-            if ranks and linear.name in weights.adapted:
-                self.work.product(rows, weights.rank * weights.adapters, linear.outputs, self.b, adds=True)
+            if rank := weights.ranks([linear]):
+                self.work.product(rows, rank, linear.outputs, self.b, adds=True)
 
     def _weight(self, linear: Linear, rows: float, quantization: str | None = None) -> None:
         numbers, moved = linear.inputs * linear.outputs, rows * (linear.inputs + linear.outputs) * self.b
@@ -303,7 +309,7 @@ class LayerWork:
             self.norm_gradient(1)
             self._add()
 
-    def _gradients(self, linears: Sequence[Linear], of_input: bool = True) -> None:
+    def _gradients(self, linears: Sequence[RankedLinear], of_input: bool = True) -> None:
         """Of an input by each weight and by A, and of each A and B, added to fp32 gradients."""
         work, b, rows = self.work, self.b, self.tokens
         for place, linear in enumerate(linears if of_input else ()):
@@ -312,14 +318,14 @@ class LayerWork:
         ranks = self.weights.ranks(linears)
         if not ranks:
             return
-        adapted = [linear for linear in linears if linear.name in self.weights.adapted]
-        r = self.weights.rank * self.weights.adapters
+        adapted = [linear for linear in linears if linear.rank]
         for linear in adapted:
+            r = self.weights.ranks([linear])
             work.product(rows, linear.outputs, r, b)
             work.product(linear.outputs, rows, r, b)
             work.move(linear.outputs * r * (b + 4 + 12), 2)  # to fp32, and added
         work.product(ranks, rows, linears[0].inputs, b)
-        work.move(len(adapted) * r * linears[0].inputs * (b + 4 + 12), 2 * len(adapted))
+        work.move(ranks * linears[0].inputs * (b + 4 + 12), 2 * len(adapted))
         if of_input:
             work.product(rows, ranks, linears[0].inputs, b)
             work.move(3 * rows * linears[0].inputs * b, 1)
@@ -411,16 +417,16 @@ class LayerWork:
         layer = self.layer
         alike = layer.block.norms == 2 and layer.dims.norm_place == "before" and not layer.block.fused
         names = {linear.name for linear in layer.dims.linears}
-        return alike and names == LLAMAS and names <= self.weights.adapted and not isinstance(layer, MixerLayer)
+        return alike and names == LLAMAS and self.weights.everywhere and not isinstance(layer, MixerLayer)
 
-    def _decoded(self, linears: Sequence[Linear], rows: int) -> None:
+    def _decoded(self, linears: Sequence[RankedLinear], rows: int) -> None:
         """Layers that share an input as one product, where their weights lie together; else as in other passes.
 
         Only those with adapters do.
         """
         weights = self.weights
-        mine = [linear for linear in linears if linear.name in weights.adapted]
-        self._products([linear for linear in linears if linear.name not in weights.adapted], rows)
+        mine = [linear for linear in linears if linear.rank]
+        self._products([linear for linear in linears if not linear.rank], rows)
         if not mine or not (weights.dense or (weights.joined and len(mine) > 1)):
             self._products(mine, rows)
             if len(mine) == 3 and not weights.dense:

@@ -60,14 +60,14 @@ class Passes:
         # back to the scored states, to all states, and through the last norm
         work.move(shape.scored * hidden * (b + 4 + 4 + b), 2)
         work.move(shape.scored * hidden * b + 4 * shape.tokens * hidden * b, 3)
-        self._each(work, shape, adapters, lambda layer: layer.norm_gradient(1), only=1)
-        count = recomputed_layers(self.dims, self.memory.settings.gradient_checkpointing)
+        self._each(work, shape, adapters, lambda layer: layer.norm_gradient(1), only=slice(1))
+        first = self.memory.beside.first  # the backward pass ends there
+        count = max(first, recomputed_layers(self.dims, self.memory.settings.gradient_checkpointing))
         if self.memory.settings.offload_checkpoints:
-            work.fetch(2 * count * shape.tokens * hidden * b)
-        self._each(work, shape, adapters, lambda layer: layer.again(), only=count)
-        self._each(work, shape, adapters, lambda layer: layer.backward())
-        self._each(work, shape, adapters, lambda layer: layer.backward(first=True), only=1)
-        self._each(work, shape, adapters, lambda layer: layer.backward(), only=1, times=-1)
+            work.fetch(2 * (count - first) * shape.tokens * hidden * b)
+        self._each(work, shape, adapters, lambda layer: layer.again(), only=slice(first, count))
+        self._each(work, shape, adapters, lambda layer: layer.backward(), only=slice(first + 1, None))
+        self._each(work, shape, adapters, lambda layer: layer.backward(first=True), only=slice(first, first + 1))
         return work
 
     def token(self, rows: int, seen: int) -> Work:
@@ -92,17 +92,16 @@ class Passes:
     def optimizer(self) -> Work:
         """Return an optimizer step, and the copies of the adapters in b that the passes behind it make."""
         memory, work = self.memory, Work(self.rates)
-        parameters, linears = memory.one_adapter * memory.trained, sum(many for _, many in self.dims.adaptable)
-        work.move(ADAMW_BYTES * parameters, ADAMW_KERNELS * (1 + 2 * linears * memory.trained / TENSORS_AT_ONCE))
-        work.move(3 * (4 + self.b) * parameters, 6 * linears * memory.trained)
+        parameters, tensors = memory.one_adapter * memory.trained, memory.beside.matrices * memory.trained
+        work.move(ADAMW_BYTES * parameters, ADAMW_KERNELS * (1 + tensors / TENSORS_AT_ONCE))
+        work.move(3 * (4 + self.b) * parameters, 3 * tensors)
         return work
 
     def copy(self) -> Work:
         """Return the making of a copy in b of the NF4 weights that have adapters, for a rollout."""
         work = Work(self.rates)
-        for linear, many in self.dims.adaptable:
-            if self.memory.has_adapter(linear):
-                work.move(linear.inputs * linear.outputs * many * (0.5 + ABSMAX + self.b), 3 * many)
+        for linear, many in self.memory.beside.linears:
+            work.move(linear.inputs * linear.outputs * many * (0.5 + ABSMAX + self.b), 3 * many)
         return work
 
     # parts of these
@@ -116,18 +115,17 @@ class Passes:
         shape: PackedShape,
         adapters: int,
         act: Callable[[LayerWork], None],
-        only: int | None = None,
-        times: float = 1,
+        only: slice | None = None,
     ) -> None:
-        """Add what each layer does, or each of the first so many; those that are alike are counted once."""
+        """Add what each layer does, or each of some; those that are alike are counted once."""
         weights: Weights = weights_of(self.memory, adapters)
         counts: dict[int, tuple[Layer, int]] = {}
-        for layer in self._layers(shape, adapters)[:only]:
+        for layer in self._layers(shape, adapters)[only or slice(None)]:
             counts[id(layer)] = (layer, counts.get(id(layer), (layer, 0))[1] + 1)
         for layer, count in counts.values():
             one = Work(self.rates)
             act(LayerWork(one, layer, weights, buckets_of(shape)))
-            work.add(one, count * times)
+            work.add(one, count)
 
     def _forward(self, shape: PackedShape, adapters: int) -> Work:
         """Embedding, layers, the last norm, and what all layers share."""
@@ -143,7 +141,7 @@ class Passes:
         if shape.attended:
             work.move(shape.row_scores * (4 + 4 * b), MASK_KERNELS * buckets_of(shape))
         self._each(work, shape, adapters, lambda layer: layer.forward())
-        self._each(work, shape, adapters, lambda layer: layer.norm(), only=1)
+        self._each(work, shape, adapters, lambda layer: layer.norm(), only=slice(1))
         return work
 
     def _head(self, work: Work, shape: PackedShape, language: bool, gradient: bool) -> None:

@@ -117,7 +117,7 @@ def test_an_adapter_of_another_base_with_the_same_last_name_is_refused(model):
     message = refused(saved_adapter, adapter, "./two/final")
     assert "was trained on other weights than the recipe's model has: on 'one/final'" in message
     assert "'./two/final' has" in message and message.endswith("give model=one/final")
-    assert saved_adapter(adapter, "./one/final").r == 2
+    assert saved_adapter(adapter, "./one/final").shape.r == 2
 
 
 def test_the_fingerprint_beside_an_adapter_outlives_its_base(model, caplog):
@@ -178,12 +178,10 @@ def test_names_that_only_look_quantized_are_names(model, name):
 
 
 KINDS = {
-    "some layers": ({"layers_to_transform": [1]}, "layers_to_transform is not supported ([1])"),
-    "one layer": ({"layers_to_transform": 0}, "layers_to_transform is not supported (0)"),
-    "of a list": ({"layers_to_transform": [0], "layers_pattern": "layers"}, "layers_to_transform is not supported"),
     "embedding": ({"target_modules": ["q_proj", "embed_tokens"]}, "is beside embed_tokens too"),
     "head": ({"target_modules": ["q_proj", "lm_head"]}, "is beside lm_head too; here only linear layers inside"),
-    "biases": ({"bias": "lora_only"}, "has bias, more than a low-rank product"),
+    "whole weights": ({"modules_to_save": ["lm_head"]}, "has modules_to_save, whole weights that were trained"),
+    "dora": ({"use_dora": True}, "has use_dora, which scales each row of a whole weight to a length"),
     "new tokens": ({"trainable_token_indices": [3]}, "has trainable_token_indices, more than a low-rank product"),
 }
 
@@ -198,11 +196,12 @@ BY_HAND = {
     "r": (None, 0, -1, "16", 1.5, True),
     "lora_alpha": (None, 0, -2, "16", True, float("nan"), float("inf"), [1]),
     "peft_type": (None, 3, "IA3"),
-    "bias": ("all", 3, ["none"]),
+    "bias": (3, ["none"]),
+    "layers_to_transform": (["a"], -1),
     "target_modules": (3, ["q_proj", None], {"q_proj": 1}, "proj("),
     "exclude_modules": (3, [None]),
     "rank_pattern": ({"q_proj": 8}, {"(": 1}, [1], "q_proj"),
-    "alpha_pattern": ({"q_proj": 8}, {"(": 1}, 3),
+    "alpha_pattern": ({"q_proj": 0}, {"(": 1}, 3),
     "use_dora": (True,),
     "modules_to_save": (["lm_head"],),
     "base_model_name_or_path": (3,),
@@ -224,7 +223,7 @@ def test_a_configuration_that_peft_did_not_write_is_one_sentence(model):
         file.write_text(text)
         assert repr(adapter) in refused(saved_adapter, adapter, model)
     file.write_text(right)
-    assert saved_adapter(configure(adapter, use_rslora=True), model).use_rslora
+    assert saved_adapter(configure(adapter, use_rslora=True), model).shape.use_rslora
 
 
 def test_weights_that_do_not_belong_to_the_configuration_are_named(model):
@@ -246,7 +245,7 @@ def test_weights_that_do_not_belong_to_the_configuration_are_named(model):
 
 
 def test_all_layers_by_their_numbers_are_all_layers(model):
-    assert saved_adapter(stock_adapter(model, "adapter", layers_to_transform=[0, 1]), model).r == 2
+    assert saved_adapter(stock_adapter(model, "adapter", layers_to_transform=[0, 1]), model).shape.r == 2
 
 
 def test_repeated_layers_are_refused(model):
@@ -366,7 +365,7 @@ def test_a_run_of_no_shipped_recipe_is_only_missing(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("runs/mine").mkdir(parents=True)
     assert "did you mean" in refused(saved_adapter, "runs/mina", "org/model")
-    assert "hf download org/lora --local-dir FOLDER" in refused(saved_adapter, "org/lora", "org/model")
+    assert "is no folder here, and the Hugging Face Hub cannot be" in refused(saved_adapter, "org/lora", "org/model")
     assert "--output elsewhere/runs/sft_gpt2_gsm8k" in refused(
         saved_adapter, "elsewhere/runs/sft_gpt2_gsm8k", "openai-community/gpt2"
     )

@@ -268,8 +268,12 @@ def test_names_with_commas_are_a_list_where_a_list_is_asked_for():
     assert recipe("", "lora.target_modules=ALL_linear").lora.target_modules == "all-linear"
     assert recipe("", "training.report_to=TensorBoard, wandb").training.report_to == ["tensorboard", "wandb"]
     assert [one.function for one in recipe("", "rewards=length,my.py:f").rewards] == ["length", "my.py:f"]
-    said = refusal("", "lora.target_modules=.*q_proj")
-    assert "got '.*q_proj'; it should be 'all-linear' or a list, written [a, b]" in said
+    assert recipe("", "lora.target_modules=.*q_proj").lora.target_modules == ".*q_proj"
+    assert (
+        recipe("", r"""lora.target_modules='.*\.\d{1,2}\..*q_proj'""").lora.target_modules == r".*\.\d{1,2}\..*q_proj"
+    )
+    said = refusal("", r"lora.target_modules=.*\.\d{1,2}\..*q_proj")
+    assert r"got '.*\\.\\d{1' in a list, which holds names or ends of names; a regular expression stands alone" in said
 
 
 @pytest.mark.parametrize(
