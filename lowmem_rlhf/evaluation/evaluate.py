@@ -11,12 +11,12 @@ from typing import Any
 from lowmem_rlhf import __version__
 from lowmem_rlhf.engine.roles import REFERENCE
 from lowmem_rlhf.errors import UserError
-from lowmem_rlhf.evaluation.intervals import METHOD, Estimate, differences, estimates
 from lowmem_rlhf.evaluation.measure import Measured, measure_target
 from lowmem_rlhf.evaluation.target import EvalTarget, open_model_target, open_run_target
 from lowmem_rlhf.inference.open_run import OpenRun
 from lowmem_rlhf.recipe.schema import Recipe
 from lowmem_rlhf.run.start import as_written
+from lowmem_rlhf.training.intervals import METHOD, Estimate, differences, estimates
 
 
 def evaluate_run(

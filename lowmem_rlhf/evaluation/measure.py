@@ -15,13 +15,13 @@ from lowmem_rlhf.engine.ladder import RolloutLimits
 from lowmem_rlhf.engine.passes import BatchLimits, completion_logprobs, head_outputs
 from lowmem_rlhf.engine.roles import POLICY
 from lowmem_rlhf.errors import UserError
-from lowmem_rlhf.evaluation.intervals import Column
-from lowmem_rlhf.evaluation.quantities import of_completions, of_losses, of_pairs
 from lowmem_rlhf.evaluation.target import EvalTarget
 from lowmem_rlhf.inference.opening import memory_explained
 from lowmem_rlhf.progress import ProgressCallback, message, reported_as
 from lowmem_rlhf.rollout.rollout import Completion, Rollout
 from lowmem_rlhf.training.evaluate import TrainerState, sample
+from lowmem_rlhf.training.intervals import Column
+from lowmem_rlhf.training.quantities import of_completions, of_losses, of_pairs
 
 Columns = dict[str, Column]
 T = TypeVar("T")

@@ -16,13 +16,13 @@ from lowmem_rlhf.engine.load import load_base
 from lowmem_rlhf.errors import UserError
 from lowmem_rlhf.evaluation import evaluate as evaluate_module
 from lowmem_rlhf.evaluation import measure as measure_module
-from lowmem_rlhf.evaluation.intervals import pass_at_k, wilson
 from lowmem_rlhf.evaluation.problems import held_out_rows
 from lowmem_rlhf.recipe.loading import load_recipe
 from lowmem_rlhf.report.html import write_report
 from lowmem_rlhf.run.directory import RunDirectory
 from lowmem_rlhf.run.evaluations import read_evaluations
 from lowmem_rlhf.session.train import train
+from lowmem_rlhf.training.intervals import pass_at_k, wilson
 
 REWARDS = (
     "def exact(prompts, completions, answer, **_):\n    return [float(a in c) for a, c in zip(answer, completions)]\n"
