@@ -6,16 +6,15 @@ from rich.console import Console
 from rich.text import Text
 
 from lowmem_rlhf.display.format import format_number
-from lowmem_rlhf.display.live import plain_table
+from lowmem_rlhf.display.live import WIDTH, plain_table
 from lowmem_rlhf.plain_text import harmless
-
-WIDTH = 120  # columns of a table that goes to a file or another program
 
 
 def outcome_rows(outcome: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
     """Return the head and the rows of an outcome's table: each quantity with its interval by target."""
     results, difference = outcome.get("results") or {}, outcome.get("difference") or {}
     names = list(dict.fromkeys(name for one in results.values() for name in one))
+    names.sort(key=lambda name: name != outcome.get("headline"))
     head = ["held-out", *results, *(["difference"] if difference else [])]
     columns = [*results.values(), *([difference] if difference else [])]
     return head, [[name, *(_cell(column.get(name)) for column in columns)] for name in names]

@@ -3,7 +3,6 @@
 import datetime
 import gc
 import importlib.util
-import math
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -16,7 +15,7 @@ from lowmem_rlhf.evaluation.target import EvalTarget, open_model_target, open_ru
 from lowmem_rlhf.inference.open_run import OpenRun
 from lowmem_rlhf.recipe.schema import Recipe
 from lowmem_rlhf.run.start import as_written
-from lowmem_rlhf.training.intervals import METHOD, Estimate, differences, estimates
+from lowmem_rlhf.training.intervals import METHOD, Estimate, differences, estimates, perplexity
 
 
 def evaluate_run(
@@ -151,6 +150,7 @@ def outcome(recipe: Recipe, measured: Sequence[Measured], steps: int | None = No
         "counts": {part.noun: part.problems for part in measured},
         "results": results,
         **({"difference": difference} if difference else {}),
+        "headline": measured[-1].headline,
         "method": METHOD,
     }
 
@@ -169,6 +169,6 @@ def _with_perplexity(estimated: dict[str, Estimate]) -> dict[str, Estimate]:
     """Return the estimates with the perplexity: the exponential of the loss and of its interval."""
     if (loss := estimated.get("loss")) is None:
         return estimated
-    value, low, high = (None if x is None else math.exp(min(x, 700.0)) for x in (loss.value, loss.low, loss.high))
+    value, low, high = (None if x is None else perplexity(x) for x in (loss.value, loss.low, loss.high))
     assert value is not None
     return {"loss": loss, "perplexity": Estimate(value, low, high), **estimated}

@@ -24,3 +24,4 @@ FACTORIES: dict[str, Callable[..., Any]] = {
     for factory in (exact_match, contains, keywords, regex, json_valid, tags, soft_overlong, repetition)
 }
 SHIPPED: dict[str, Callable[..., Any]] = {**FUNCTIONS, **FACTORIES}
+GRADED = frozenset(("length", "keywords", "soft_overlong", "repetition"))  # of the others 1 means right, less wrong

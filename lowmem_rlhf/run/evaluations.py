@@ -2,7 +2,8 @@
 
 One object: ``made`` (time, UTC), ``version``, ``steps`` the policy was trained for, ``data``, ``samples``,
 ``temperature``, ``max_completion_length``, ``seed``, ``counts`` (of problems, examples or pairs), ``results`` (quantity
-by target, each with ``value``, ``low`` and ``high``), ``difference`` (second target less the first) and ``method``.
+by target, each with ``value``, ``low`` and ``high``), ``difference`` (second target less the first), ``headline`` (the
+quantity that is shown first) and ``method``.
 """
 
 from pathlib import Path

@@ -16,6 +16,9 @@ from lowmem_rlhf.rollout.engine import Engine
 from lowmem_rlhf.rollout.rollout import Completion
 from lowmem_rlhf.rollout.sampling import Sampling
 from lowmem_rlhf.rollout.scores import Scores
+from lowmem_rlhf.run.held_out import ACCURACY, MEAN_REWARD
+from lowmem_rlhf.training.intervals import bounds
+from lowmem_rlhf.training.quantities import of_completions
 
 CORRECT = 1.0  # the accuracy reward's value from which a completion counts as correct
 
@@ -141,11 +144,12 @@ def evaluate(
     state: TrainerState,
     progress: ProgressCallback | None = None,
 ) -> dict[str, Any]:
-    """Return accuracy and the mean of every reward on held-out examples (see `sample`)."""
+    """Return accuracy and the mean of every reward on held-out examples (see `sample`), with their intervals."""
     sampled = sample(base, engine, examples, recipe, rewards, limits, state, progress)
+    accuracy = recipe.evaluation.accuracy
     means = {f"reward/{name}": mean(values) for name, values in sampled.scores.by_name.items()}
     return {
-        "accuracy": mean(sampled.correct(recipe.evaluation.accuracy)),
+        "accuracy": mean(sampled.correct(accuracy)),
         "reward/mean": mean([t for t in sampled.scores.total if t == t]),
         **means,
         "completion/mean_length": mean([float(len(c.ids)) for c in sampled.completions]),
@@ -153,7 +157,23 @@ def evaluate(
         "problems": len(examples),
         "samples": sampled.samples,
         "temperature": sampled.temperature,
+        "headline": headline_of_answers(sampled, rewards, accuracy),
+        "intervals": bounds(of_completions(sampled, accuracy)),
     }
+
+
+def headline_of_answers(sampled: Sampled, rewards: Sequence[Reward], accuracy: str) -> str:
+    """Return the measure that answers are reported by: the accuracy if it tells right from wrong, or the mean reward.
+
+    Args:
+        rewards: that judged them.
+        accuracy: the reward that says what is right (see `Reward.judges_correct`); if nobody says whether it does, it
+            does where all of its values are 0 or 1.
+    """
+    said = next((reward.judges_correct for reward in rewards if reward.name == accuracy), None)
+    if said is None:
+        said = {value for value in sampled.scores.by_name[accuracy] if value is not None} <= {0.0, 1.0}
+    return ACCURACY if said else MEAN_REWARD
 
 
 def mean(values: Sequence[float | None]) -> float | None:

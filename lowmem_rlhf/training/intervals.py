@@ -106,6 +106,22 @@ def estimates(columns: dict[str, Column]) -> dict[str, Estimate]:
     return {name: _estimate(column, draws.get(name)) for name, column in columns.items()}
 
 
+def bounds(columns: dict[str, Column]) -> dict[str, list[float]]:
+    """Return ``[low, high]`` of every quantity that has an interval."""
+    found = estimates(columns).items()
+    return {name: [one.low, one.high] for name, one in found if one.low is not None and one.high is not None}
+
+
+def perplexity(loss: float) -> float:
+    """Return the exponential of a loss; of one above 700 that of 700, which is near the largest number."""
+    return math.exp(min(loss, 700.0))
+
+
+def with_perplexity(found: dict[str, list[float]]) -> dict[str, list[float]]:
+    """Return intervals with that of the perplexity, where there is one of the loss."""
+    return {**found, "perplexity": [perplexity(bound) for bound in found["loss"]]} if "loss" in found else found
+
+
 def _estimate(column: Column, drawn: Floats | None) -> Estimate:
     value = float(column.sums.sum() / column.counts.sum())
     if drawn is None:
