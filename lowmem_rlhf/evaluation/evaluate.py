@@ -150,7 +150,7 @@ def outcome(recipe: Recipe, measured: Sequence[Measured], steps: int | None = No
         "counts": {part.noun: part.problems for part in measured},
         "results": results,
         **({"difference": difference} if difference else {}),
-        "headline": measured[-1].headline,
+        "headline": measured[-1].headline if recipe.evaluation.metric == "auto" else recipe.evaluation.metric,
         "method": METHOD,
     }
 

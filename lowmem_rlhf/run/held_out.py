@@ -11,10 +11,13 @@ import math
 from collections.abc import Iterable
 from typing import Any
 
+from lowmem_rlhf.recipe.sections import EvaluationConfig
+
 ACCURACY, MEAN_REWARD, LOSS = "accuracy", "reward/mean", "loss"
 BEFORE, DURING, AFTER, BEST, STOPPED = "before", "during", "after", "best", "stopped"
 PREFIX = "eval/"  # of what metrics get of an evaluation
 COUNTS = ("problems", "samples", "temperature", "step")  # numbers of a row that measure nothing
+_SMALLER = ("loss", "perplexity", "truncated")  # last parts of names; or their ends
 
 Row = dict[str, Any]
 
@@ -66,6 +69,63 @@ def headline(evaluation: dict[str, Any]) -> str:
     return next((name for name in (ACCURACY, MEAN_REWARD, LOSS) if name in there), there[0] if there else ACCURACY)
 
 
+def is_greater_better(name: str, wanted: EvaluationConfig) -> bool:
+    """Whether a greater value of a measure is the better one, as the recipe says, or by its name."""
+    if wanted.greater_is_better != "auto":
+        return wanted.greater_is_better
+    return not name.rpartition("/")[2].endswith(_SMALLER)
+
+
+def best_of(evaluation: dict[str, Any], wanted: EvaluationConfig) -> dict[str, Any] | None:
+    """Return step, metric and value of the best evaluation, the first of equals; None where there is none.
+
+    That before training is none of them: nothing was learned by then, and there is no checkpoint of it.
+    """
+    name = headline(evaluation)
+    best: dict[str, Any] | None = None
+    for row in _with_steps(evaluation):
+        value = number(row.get(name))
+        if value is not None and (best is None or _gain(name, value, best["value"], wanted) > 0):
+            best = {"step": int(row["step"]), "metric": name, "value": value}
+    return best
+
+
+def without_gain(evaluation: dict[str, Any], wanted: EvaluationConfig) -> int:
+    """Return how many evaluations there were since one that exceeded those before by more than `evaluation.min_delta`.
+
+    The first one counts as a gain; one without the measure counts as none.
+    """
+    name, reference, count = headline(evaluation), None, 0
+    for row in during(evaluation):
+        value = number(row.get(name))
+        if value is not None and (reference is None or _gain(name, value, reference, wanted) > wanted.min_delta):
+            reference, count = value, 0
+        else:
+            count += 1
+    return count
+
+
+def no_better_than_before(evaluation: dict[str, Any], best: dict[str, Any], wanted: EvaluationConfig) -> bool:
+    """Whether what was measured before training is as good as the best evaluation."""
+    before = number(part(evaluation, BEFORE).get(best["metric"]))
+    return before is not None and _gain(best["metric"], best["value"], before, wanted) <= 0
+
+
+def taken_back(evaluation: dict[str, Any], step: int, ended: bool, wanted: EvaluationConfig) -> dict[str, Any]:
+    """Return what there was after a step.
+
+    Args:
+        ended: the run ended with it, so that ``after`` stays.
+    """
+    left = {key: value for key, value in evaluation.items() if ended or key not in (AFTER, STOPPED)}
+    if DURING in left:
+        left[DURING] = [row for row in during(evaluation) if row["step"] <= step]
+    left.pop(BEST, None)
+    if wanted.keep_best and (best := best_of(left, wanted)):
+        left[BEST] = best
+    return left
+
+
 def metrics_of(row: Row) -> dict[str, Any]:
     """Return what a step's metrics get of its evaluation: ``eval/NAME``, and the headline's name."""
     named = {f"{PREFIX}headline": row["headline"]} if "headline" in row else {}
@@ -76,3 +136,12 @@ def with_evaluations(metrics: Iterable[Row], evaluation: dict[str, Any]) -> list
     """Return the metrics, those of a step after which there was an evaluation with what it measured."""
     found = {row["step"]: metrics_of(row) for row in during(evaluation)}
     return [{**row, **found.get(row.get("step"), {})} for row in metrics]
+
+
+def _with_steps(evaluation: dict[str, Any]) -> list[Row]:
+    after = part(evaluation, AFTER)
+    return [*during(evaluation), *([after] if number(after.get("step")) else [])]
+
+
+def _gain(name: str, value: float, than: float, wanted: EvaluationConfig) -> float:
+    return value - than if is_greater_better(name, wanted) else than - value

@@ -69,7 +69,10 @@ def test_both_roles_give_exactly_what_training_measured(lowmem_rlhf, grpo):
     for role, when in (("reference", "before"), ("policy", "after")):
         for name in ("accuracy", "reward/mean", "reward/exact", "completion/mean_length", "completion/truncated"):
             assert got["results"][role][name]["value"] == pytest.approx(measured[when][name], rel=1e-12), (role, name)
+            bounds = [got["results"][role][name][end] for end in ("low", "high")]
+            assert measured[when]["intervals"][name] == pytest.approx(bounds, rel=1e-12), (role, name)
     assert got["counts"] == {"problem": 24} and got["samples"] == 2 and got["steps"] == 3
+    assert got["headline"] == measured["after"]["headline"] == "accuracy"
     for name, difference in got["difference"].items():
         reference, policy = (got["results"][role][name]["value"] for role in ("reference", "policy"))
         assert difference["value"] == pytest.approx(policy - reference)
@@ -234,7 +237,7 @@ def test_fewer_problems_are_a_part_of_those_held_out_and_other_data_is_taken_who
     [
         (["nowhere"], ["nowhere is no run", "--recipe", "--lm-eval"]),
         (["nowhere", "--recipe", "quickstart"], ["'nowhere'"]),
-        (["RUN", "model=x"], ["'model=x'", "evaluation.*", "data.eval_size"]),
+        (["RUN", "model=x"], ["'model=x'", "evaluation.temperature", "data.eval_size"]),
         (["RUN", "training.seed=1"], ["'training.seed=1'"]),
         (["RUN", "data.eval_size=25"], ["got 25", "held 24 problems", "data.eval=FILE"]),
         (["RUN", "data.eval_size=0"], ["holds nothing out"]),
