@@ -4,7 +4,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lowmem_rlhf.report.plots import INK, MUTED, PHASES, style_axes
+from lowmem_rlhf.report.axes import INK, MUTED, style_axes
+from lowmem_rlhf.report.plots import PHASES
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

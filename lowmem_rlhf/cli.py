@@ -4,7 +4,7 @@ import json
 import sys
 from contextlib import AbstractContextManager, nullcontext, redirect_stdout, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 from typer.core import TyperGroup
@@ -44,6 +44,10 @@ Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 Trust = Annotated[
     bool, typer.Option("--trust-run", help="Execute the code that the run's recipe names, though it is from elsewhere.")
 ]
+Step = Annotated[
+    str | None,
+    typer.Option(metavar="N|best", help="Take this checkpoint, or the best one, and not the finished adapter."),
+]
 RecipeName = Annotated[str, typer.Argument(metavar="RECIPE", help="A recipe file, or the name of a shipped recipe.")]
 Overrides = Annotated[
     list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Changes, e.g. training.max_steps=10.")
@@ -70,6 +74,17 @@ def main() -> None:
     except LowmemError as error:
         _tell(f"error: {with_notes(str(error), error)}")
         sys.exit(error.exit_code)
+
+
+def _step(given: str | None) -> int | Literal["best"] | None:
+    if given is None:
+        return None
+    if given == "best":
+        return "best"
+    try:
+        return int(given)
+    except ValueError:
+        raise UserError(f"--step: got {given!r}; give the number of a step that has a checkpoint, or best") from None
 
 
 def _tell(line: str) -> None:
@@ -356,7 +371,7 @@ def chat(
     temperature: Annotated[float, typer.Option(min=0, help="0 takes the likeliest token.")] = 0.0,
     seed: Annotated[int, typer.Option(min=0, help="Of what is drawn at a temperature above 0.")] = 0,
     device: Annotated[str | None, typer.Option(help="auto, cpu, cuda, ...; default: the recipe's.")] = None,
-    step: Annotated[int | None, typer.Option(help="Take this checkpoint and not the finished adapter.")] = None,
+    step: Step = None,
     task: Annotated[str | None, typer.Option(help="Of a run with several: how prompts are written.")] = None,
     trust_run: Trust = False,
     as_json: Json = False,
@@ -375,7 +390,7 @@ def chat(
         raise UserError("--prompt: the prompt is empty; give a text to answer")
     options = ChatOptions(compare, max_tokens, temperature, seed, task)
     hush()
-    with conversation(OpenRun(open_run(run, trust_run), step), device, options) as talk:
+    with conversation(OpenRun.at(open_run(run, trust_run), _step(step)), device, options) as talk:
         if prompt is None:
             interact(talk)
         elif as_json:
@@ -395,7 +410,7 @@ def evaluate(
     samples: Annotated[int | None, typer.Option(min=1, help="Answers a problem, for pass@k.")] = None,
     temperature: Annotated[float | None, typer.Option(min=0, help="0 takes the likeliest token.")] = None,
     max_tokens: Annotated[int | None, typer.Option(min=1, help="Of an answer; default: as in training.")] = None,
-    step: Annotated[int | None, typer.Option(help="Take this checkpoint and not the finished adapter.")] = None,
+    step: Step = None,
     device: Annotated[str | None, typer.Option(help="auto, cpu, cuda, ...; default: the recipe's.")] = None,
     lm_eval: Annotated[
         str | None,
@@ -422,7 +437,8 @@ def evaluate(
     tasks = [task.strip() for task in (lm_eval or "").split(",") if task.strip()]
     if lm_eval is not None and not tasks:
         raise UserError(f"--lm-eval: got {lm_eval!r}; give tasks with commas between them, or leave it out")
-    request = Request(what, overrides or [], asked, recipe, against, step, device, tasks, limit, chat, trust_run)
+    at = _step(step)
+    request = Request(what, overrides or [], asked, recipe, against, at, device, tasks, limit, chat, trust_run)
     hush()
     with _prints_aside(as_json), stuck_calls_end_with(end_process, own_process=True):
         outcome, kept = run_evaluation(request)
@@ -448,7 +464,7 @@ def export(
     ] = None,
     quantize: Annotated[str | None, typer.Option(help="f16, bf16, q8_0 (default), q6_k, q5_k_m or q4_k_m.")] = None,
     output: Annotated[Path | None, typer.Option(help="The folder; default RUN/export/FORMAT.")] = None,
-    step: Annotated[int | None, typer.Option(help="Take this checkpoint and not the finished adapter.")] = None,
+    step: Step = None,
     heads: Annotated[bool, typer.Option("--heads", help="Take a value or score head along.")] = False,
     as_class: Annotated[
         str | None,
@@ -471,7 +487,7 @@ def export(
 
     if push is not None and not push.strip():
         raise UserError(f"--push: got {push!r}; give OWNER/NAME, or NAME for your own account")
-    options = ExportOptions(format, onto, dtype, quantize, output, step, heads, as_class, device, push)
+    options = ExportOptions(format, onto, dtype, quantize, output, _step(step), heads, as_class, device, push)
     job = Export(open_run(run, trust_run), options)
     with ByteBars() as display, shown_by(display):
         hush()

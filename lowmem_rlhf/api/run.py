@@ -4,7 +4,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from lowmem_rlhf.api.plan import PlanView
 from lowmem_rlhf.api.request import Overrides, RewardLike, given_objects, override_texts
@@ -81,7 +81,10 @@ class Run:
         return PlanView(self._directory.plan(), str(self._directory.recipe_values().get("name", "")))
 
     def metrics(self) -> list[dict[str, Any]]:
-        """Return the metrics, a dict a step; `pandas.DataFrame` takes them as they are."""
+        """Return the metrics, a dict a step; `pandas.DataFrame` takes them as they are.
+
+        A step that was evaluated (`evaluation.steps`) has ``eval/NAME`` too.
+        """
         return self._directory.metrics()
 
     def samples(self) -> list[dict[str, Any]]:
@@ -89,7 +92,7 @@ class Run:
         return self._directory.samples()
 
     def evaluation(self) -> dict[str, Any]:
-        """Return the held-out results that training measured, ``before`` and ``after``."""
+        """Return the held-out results that training measured: ``before``, ``after``, and ``during`` where it did."""
         return self._directory.evaluation()
 
     def plot(self, path: str | Path | None = None) -> "Figure":
@@ -162,13 +165,14 @@ class Run:
         return by_role if compare else by_role["policy"]
 
     def evaluate(
-        self, overrides: Overrides = (), *, step: int | None = None, device: str | None = None
+        self, overrides: Overrides = (), *, step: int | Literal["best"] | None = None, device: str | None = None
     ) -> dict[str, Any]:
         """Measure the policy beside its reference on held-out data, with intervals; keep and return the outcome.
 
         Args:
             overrides: changes of the recipe, for example ``["evaluation.num_samples=8"]``.
-            step: of a checkpoint; None: the finished adapter.
+            step: of a checkpoint; ``"best"``: that of the best evaluation (`evaluation.keep_best`); None: the finished
+                adapter.
             device: None: the recipe's.
 
         Returns:
@@ -187,7 +191,7 @@ class Run:
         with self._inside():
             from lowmem_rlhf.evaluation.evaluate import evaluate_run
 
-            outcome = evaluate_run(OpenRun(self._directory, step), override_texts(overrides), device)
+            outcome = evaluate_run(OpenRun.at(self._directory, step), override_texts(overrides), device)
             try:
                 append_evaluation(self.path, outcome)
                 write_report(self._directory)

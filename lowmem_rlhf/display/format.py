@@ -1,14 +1,22 @@
 """Numbers as people read them; shared by the live view, the tables and report.html."""
 
-import math
 from typing import Any
 
+from lowmem_rlhf.run.held_out import (
+    ACCURACY,
+    AFTER,
+    BEFORE,
+    BEST,
+    MEAN_REWARD,
+    during,
+    headline,
+    measures,
+    number,
+    part,
+    with_tasks,
+)
 
-def number(value: Any) -> float | None:
-    """Return a finite number, or None for anything else (a missing metric, null, text)."""
-    if isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value):
-        return float(value)
-    return None
+__all__ = ["number"]
 
 
 def format_number(value: Any) -> str:
@@ -59,23 +67,67 @@ def format_ratio(before: Any, after: Any) -> str:
     return "-" if first is None or second is None or first <= 0 or second < 0 else f"{second / first:.3g}x"
 
 
+def in_words(measure: str) -> str:
+    """Return what sentences call a measure of an evaluation."""
+    return "mean reward" if measure == MEAN_REWARD else measure
+
+
+def format_measure(name: str, value: Any) -> str:
+    """Return a measure as a headline shows it: an accuracy in percent."""
+    got = number(value)
+    return "-" if got is None else f"{got:.1%}" if name.rpartition("/")[2] == ACCURACY else format_number(got)
+
+
+def interval_of(row: dict[str, Any], name: str) -> tuple[float, float] | None:
+    """Return between which bounds a measure of an evaluation's row lies; None where nobody tells."""
+    bounds = part(row, "intervals").get(name)
+    low, high = map(number, bounds) if isinstance(bounds, list) and len(bounds) == 2 else (None, None)
+    return None if low is None or high is None else (low, high)
+
+
+def with_interval(row: dict[str, Any], name: str) -> str:
+    """Return a measure of an evaluation's row with its interval, ``0.055 [0.027, 0.109]``."""
+    bounds = interval_of(row, name)
+    text = format_number(row.get(name))
+    return text if bounds is None else f"{text} [{format_number(bounds[0])}, {format_number(bounds[1])}]"
+
+
 def evaluation_rows(evaluation: dict[str, Any]) -> list[tuple[str, Any, Any]]:
-    """Return ``(name, before, after)`` of every numeric result but the count of problems; accuracy comes first.
+    """Return ``(name, before, after)`` of every numeric result but the counts; the headline comes first.
 
-    Those of each task are behind ``TASK: ``.
+    Those of each task come last, behind ``TASK: ``.
     """
-    before, after = evaluation.get("before") or {}, evaluation.get("after") or {}
-    rows = _rows(before, after)
-    tasks = [one.get("tasks") or {} for one in (before, after)]
-    for task in dict.fromkeys([*tasks[0], *tasks[1]]):
-        own = _rows(*(one.get(task) or {} for one in tasks))
-        rows += [(f"{task}: {name}", *values) for name, *values in own]
-    return rows
+    before, after = (with_tasks(part(evaluation, when)) for when in (BEFORE, AFTER))
+    names, first = list(measures(before) | measures(after)), (headline(evaluation), ACCURACY)
 
+    def place(name: str) -> int:
+        return first.index(name) if name in first else 2 if name.startswith("reward/") else 4 if ": " in name else 3
 
-def _rows(before: dict[str, Any], after: dict[str, Any]) -> list[tuple[str, Any, Any]]:
-    numeric = {n for one in (before, after) for n in one if number(one[n]) is not None}
-    names = [n for n in dict.fromkeys([*before, *after]) if n in numeric]
-    names = [n for n in names if n not in ("problems", "samples", "temperature")]
-    names.sort(key=lambda name: 0 if name == "accuracy" else 1 if name.startswith("reward/") else 2)
+    names.sort(key=place)
     return [(name, before.get(name), after.get(name)) for name in names]
+
+
+def evaluated_on(evaluation: dict[str, Any]) -> str:
+    """Return how many problems the held-out results are of, and what their intervals are; empty where nobody tells."""
+    ends = [part(evaluation, when) for when in (BEFORE, AFTER)]
+    count = next((n for end in ends if (n := number(end.get("problems")))), None)
+    intervals = ", 95 % intervals over them in brackets" if any(end.get("intervals") for end in ends) else ""
+    return f"{format_number(count)} held-out problems{intervals}" if count else ""
+
+
+def evaluation_table(evaluation: dict[str, Any], ratio: bool = True) -> tuple[list[str], list[tuple[str, ...]]]:
+    """Return head and rows of the table of held-out results, each with its interval; no rows where there are none.
+
+    Args:
+        ratio: how many times the first is the last, too.
+    """
+    columns = {when: with_tasks(part(evaluation, when)) for when in (BEFORE, AFTER)}
+    step = part(evaluation, BEST).get("step")
+    best = next((row for row in during(evaluation) if row["step"] == step), None)
+    if best is not None and best["step"] != columns[AFTER].get("step"):
+        columns = {BEFORE: columns[BEFORE], f"best, step {step}": with_tasks(best), AFTER: columns[AFTER]}
+    rows = [
+        (name, *(with_interval(row, name) for row in columns.values()), *([format_ratio(first, last)] if ratio else []))
+        for name, first, last in evaluation_rows(evaluation)
+    ]
+    return ["held-out", *columns, *(["ratio"] if ratio else [])], rows

@@ -12,16 +12,19 @@ from rich.table import Table
 from rich.text import Text
 
 from lowmem_rlhf.display.format import (
-    evaluation_rows,
+    evaluated_on,
+    evaluation_table,
     format_bytes,
+    format_measure,
     format_number,
-    format_ratio,
     format_seconds,
     format_value,
+    in_words,
     number,
 )
 from lowmem_rlhf.plain_text import harmless
 
+WIDTH = 120  # columns of a table that goes to a file or another program
 _RECENT = 10  # steps that the ETA and the reward's trend look back on
 
 
@@ -49,6 +52,7 @@ class LiveView:
         self._step = start_step
         self._seconds: deque[float] = deque(maxlen=_RECENT)
         self._rewards: deque[float] = deque(maxlen=2 * _RECENT)
+        self._evaluated = ""  # what the last evaluation found
         self._last = time.monotonic()
         self._live: Live | None = None
         name, eta = TextColumn("{task.description}"), TextColumn("{task.fields[eta]}")
@@ -94,7 +98,10 @@ class LiveView:
             return
         self._bars.update(self._steps, completed=self._step, eta=f"ETA {eta}")
         self._bars.update(self._phase, visible=False)
-        self._status = Text("   ".join(parts))
+        if (name := metrics.get("eval/headline")) is not None:
+            value = format_measure(str(name), metrics.get(f"eval/{name}"))
+            self._evaluated = f"held-out {in_words(str(name))} {value} after step {self._step}"
+        self._status = Text("\n".join(filter(None, ("   ".join(parts), self._evaluated))))
         self._live.update(self._content())
 
     def message(self, text: str) -> None:
@@ -205,7 +212,9 @@ def print_time(plan_dict: dict[str, Any], console: Console) -> None:
     rows = [(name, _short(seconds), "") for name, seconds in time_dict["phases"].items()]
     rows.append(("a step", _short(time_dict["step_seconds"]), _between(low, high)))
     if time_dict["evaluation_seconds"]:
-        rows.append(("held-out examples, once", format_seconds(time_dict["evaluation_seconds"]), ""))
+        times = time_dict.get("evaluations")
+        often = f" (of {times} times)" if times is not None and times != 2 else ""
+        rows.append((f"held-out examples, once{often}", format_seconds(time_dict["evaluation_seconds"]), ""))
     if time_dict["run_seconds"] is not None:
         low, high = time_dict["run_seconds_range"]
         rows.append(
@@ -223,19 +232,17 @@ def _short(seconds: float) -> str:
 
 
 def print_evaluation(evaluation: dict[str, Any], console: Console | None = None) -> None:
-    """Print the held-out results before and after training, with their ratio."""
+    """Print the held-out results before and after training, with their intervals and ratio."""
     console = console or Console()
-    rows = [
-        (name, format_number(before), format_number(after), format_ratio(before, after))
-        for name, before, after in evaluation_rows(evaluation)
-    ]
+    head, rows = evaluation_table(evaluation)
     if not rows:
         console.print(Text("no held-out evaluation", style="dim"))
         return
-    console.print(plain_table(("held-out", "before", "after", "ratio"), rows))
-    counts = [number((evaluation.get(when) or {}).get("problems")) for when in ("before", "after")]
-    if any(counts):
-        console.print(Text(f"{next(int(n) for n in counts if n)} held-out problems", style="dim"))
+    if not console.is_terminal:
+        console.width = max(console.width, WIDTH)
+    console.print(plain_table(head, rows))
+    if said := evaluated_on(evaluation):
+        console.print(Text(said, style="dim"))
 
 
 def _ranges(plan_dict: dict[str, Any], unknown: bool) -> Iterator[str]:

@@ -5,7 +5,7 @@ from html import escape
 from typing import Any
 
 from lowmem_rlhf.display.format import (
-    evaluation_rows,
+    evaluation_table,
     format_bytes,
     format_number,
     format_seconds,
@@ -74,11 +74,9 @@ class NotebookDisplay:
 
     def evaluation(self, evaluation: dict[str, Any]) -> None:
         """Show the held-out results before and after."""
-        rows = [
-            (name, format_number(before), format_number(after)) for name, before, after in evaluation_rows(evaluation)
-        ]
+        head, rows = evaluation_table(evaluation, ratio=False)
         if rows:
-            self._tables.append(_table(("held-out", "before", "after"), rows))
+            self._tables.append(_table(head, rows))
             self._write()
 
     def _write(self) -> None:

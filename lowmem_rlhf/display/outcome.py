@@ -6,10 +6,8 @@ from rich.console import Console
 from rich.text import Text
 
 from lowmem_rlhf.display.format import format_number
-from lowmem_rlhf.display.live import plain_table
+from lowmem_rlhf.display.live import WIDTH, plain_table
 from lowmem_rlhf.plain_text import harmless
-
-WIDTH = 120  # columns of a table that goes to a file or another program
 
 
 def outcome_rows(outcome: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
@@ -17,6 +15,7 @@ def outcome_rows(outcome: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
     results, difference = outcome.get("results") or {}, outcome.get("difference") or {}
     head = ["held-out", *results, *(["difference"] if difference else [])]
     rows = _rows(results, difference)
+    rows.sort(key=lambda row: row[0] != outcome.get("headline"))
     tasks = outcome.get("tasks")  # of lm-eval: their names
     for task, own in tasks.items() if isinstance(tasks, dict) else ():
         rows += [[f"{task}: {name}", *cells] for name, *cells in _rows(own.get("results") or {}, own.get("difference"))]

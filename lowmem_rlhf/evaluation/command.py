@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from lowmem_rlhf.errors import RunError, UserError
-from lowmem_rlhf.inference.open_run import OpenRun
+from lowmem_rlhf.inference.open_run import OpenRun, Step
 from lowmem_rlhf.paths import local_path, obstacle
 from lowmem_rlhf.recipe.loading import load_recipe, validate_recipe
 from lowmem_rlhf.recipe.schema import Recipe
@@ -25,7 +25,7 @@ class Request:
         overrides: changes of the recipe.
         sampling: changes that its options stand for, all of how answers are sampled.
         recipe, against: of a model.
-        step: of a run's checkpoint.
+        step: of a run's checkpoint, or ``best``.
         tasks, limit, chat: of lm-eval.
         trust: the code that the run's recipe names may be executed (see `run.trust`).
     """
@@ -35,7 +35,7 @@ class Request:
     sampling: list[str]
     recipe: str | None = None
     against: str | None = None
-    step: int | None = None
+    step: Step = None
     device: str | None = None
     tasks: tuple[str, ...] | list[str] = ()
     limit: int | None = None
@@ -60,7 +60,7 @@ def run_evaluation(request: Request) -> tuple[dict[str, Any], Path | RunError | 
     _check(request)
     if not is_run(request.what):
         return _of_model(request), None
-    opened = OpenRun(open_run(request.what, request.trust), request.step)
+    opened = OpenRun.at(open_run(request.what, request.trust), request.step)
     outcome = _of_run(opened, request)
     from lowmem_rlhf.report.html import write_report
 

@@ -3,7 +3,6 @@
 import datetime
 import gc
 import importlib.util
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -11,12 +10,12 @@ from typing import Any
 from lowmem_rlhf import __version__
 from lowmem_rlhf.engine.roles import REFERENCE
 from lowmem_rlhf.errors import UserError
-from lowmem_rlhf.evaluation.intervals import METHOD, Estimate, differences, estimates
 from lowmem_rlhf.evaluation.measure import Measured, measure_target, of_all_tasks
 from lowmem_rlhf.evaluation.target import EvalTarget, open_model_target, open_run_target
 from lowmem_rlhf.inference.open_run import OpenRun
 from lowmem_rlhf.recipe.schema import Recipe
 from lowmem_rlhf.run.start import as_written
+from lowmem_rlhf.training.intervals import METHOD, Estimate, differences, estimates, perplexity
 
 
 def evaluate_run(
@@ -144,12 +143,14 @@ def outcome(recipe: Recipe, measured: Mapping[str, list[Measured]], steps: int |
         "temperature": recipe.generation.temperature if temperature is None else temperature,
         "max_completion_length": recipe.generation.max_completion_length,
     }
+    metric = recipe.evaluation.metric
     sources = {task: own.data.eval or own.data.train for task, own in recipe.by_task.items()}
     return {
         **_about(recipe, steps),
         "data": ", ".join(f"{source} ({task})" if task else source for task, source in sources.items()),
         **(answers if recipe.rewards else {}),
         **_estimated(of_all_tasks(measured)),
+        **({"headline": metric} if metric != "auto" else {}),
         **({"tasks": {task: _estimated(own) for task, own in measured.items()}} if recipe.tasks else {}),
         "method": METHOD,
     }
@@ -169,6 +170,7 @@ def _estimated(measured: Sequence[Measured]) -> dict[str, Any]:
         "counts": {part.noun: part.problems for part in measured},
         "results": results,
         **({"difference": difference} if difference else {}),
+        "headline": measured[-1].headline,
     }
 
 
@@ -186,6 +188,6 @@ def _with_perplexity(estimated: dict[str, Estimate]) -> dict[str, Estimate]:
     """Return the estimates with the perplexity: the exponential of the loss and of its interval."""
     if (loss := estimated.get("loss")) is None:
         return estimated
-    value, low, high = (None if x is None else math.exp(min(x, 700.0)) for x in (loss.value, loss.low, loss.high))
+    value, low, high = (None if x is None else perplexity(x) for x in (loss.value, loss.low, loss.high))
     assert value is not None
     return {"loss": loss, "perplexity": Estimate(value, low, high), **estimated}

@@ -22,12 +22,12 @@ from lowmem_rlhf.engine.logprobs import tiles
 from lowmem_rlhf.engine.packing import Group, PackedBatch
 from lowmem_rlhf.engine.passes import BatchLimits, micro_batches
 from lowmem_rlhf.errors import UserError, one_line
-from lowmem_rlhf.evaluation.intervals import Column, Estimate, Z, differences, estimates
 from lowmem_rlhf.evaluation.target import EvalTarget
 from lowmem_rlhf.inference.opening import memory_explained
 from lowmem_rlhf.progress import message, reported_as
 from lowmem_rlhf.rollout.sampling import Sampling
 from lowmem_rlhf.suggest import did_you_mean
+from lowmem_rlhf.training.intervals import Column, Estimate, Z, differences, estimates
 
 POSITIONS = 2048  # where a model does not say how many it has; lm-eval's own default
 MAX_GEN_TOKENS = 256  # likewise

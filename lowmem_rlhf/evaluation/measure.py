@@ -15,14 +15,15 @@ from lowmem_rlhf.engine.ladder import RolloutLimits
 from lowmem_rlhf.engine.passes import BatchLimits, completion_logprobs, head_outputs
 from lowmem_rlhf.engine.roles import POLICY
 from lowmem_rlhf.errors import UserError
-from lowmem_rlhf.evaluation.intervals import Column, joined_columns
-from lowmem_rlhf.evaluation.quantities import of_completions, of_losses, of_pairs
 from lowmem_rlhf.evaluation.target import EvalTarget
 from lowmem_rlhf.inference.opening import memory_explained
 from lowmem_rlhf.progress import ProgressCallback, message, reported_as
 from lowmem_rlhf.recipe.tasks import of_task
 from lowmem_rlhf.rollout.rollout import Completion, Rollout
-from lowmem_rlhf.training.evaluate import TrainerState, sample
+from lowmem_rlhf.run.held_out import ACCURACY, LOSS, MEAN_REWARD
+from lowmem_rlhf.training.evaluate import TrainerState, headline_of_answers, sample
+from lowmem_rlhf.training.intervals import Column, joined
+from lowmem_rlhf.training.quantities import of_completions, of_losses, of_pairs
 
 Columns = dict[str, Column]
 T = TypeVar("T")
@@ -36,11 +37,13 @@ class Measured:
         noun: what a problem is: problem, example, pair.
         problems: how many there are.
         columns: quantities by target.
+        headline: the quantity that is shown first.
     """
 
     noun: str
     problems: int
     columns: dict[str, Columns]
+    headline: str
 
 
 def measure_target(target: EvalTarget) -> dict[str, list[Measured]]:
@@ -67,14 +70,10 @@ def of_all_tasks(measured: Mapping[str, list[Measured]]) -> list[Measured]:
 
 def _both(first: Measured, second: Measured) -> Measured:
     """Return one result of both; a quantity that only one of them has does not apply to the other's problems."""
-    columns: dict[str, Columns] = {}
-    for target, one in first.columns.items():
-        other = second.columns[target]
-        columns[target] = {
-            name: joined_columns([one.get(name), other.get(name)], [first.problems, second.problems])
-            for name in dict.fromkeys([*one, *other])
-        }
-    return Measured(first.noun, first.problems + second.problems, columns)
+    problems = [first.problems, second.problems]
+    columns = {name: joined([one, second.columns[name]], problems) for name, one in first.columns.items()}
+    headline = first.headline if first.headline == second.headline else MEAN_REWARD
+    return Measured(first.noun, sum(problems), columns, headline)
 
 
 def _measured(target: EvalTarget) -> list[Measured]:
@@ -96,16 +95,18 @@ def _answers(target: EvalTarget) -> Measured:
     examples = build_examples(target.rows[""], recipe.data, base.tokenizer, base.stop_ids, _report(target))
     _check_positions(target, max(len(one.prompt_ids) for one in examples))
     state = TrainerState(target.steps or 0, recipe.training.max_steps)
+    accuracy, headlines = recipe.evaluation.accuracy, set[str]()
     columns: dict[str, Columns] = {}
     for name, role in target.roles.items():
 
         def work(limits: RolloutLimits, name: str = name, role: str = role) -> Columns:
             with base.role(role):
                 done = sample(base, target.engine, examples, recipe, target.rewards, limits, state, reported_as(name))
-            return of_completions(done, recipe.evaluation.accuracy)
+            headlines.add(headline_of_answers(done, target.rewards, accuracy))
+            return of_completions(done, accuracy)
 
         columns[name] = target.ladder.rollout(work, message)
-    return Measured("problem", len(examples), columns)
+    return Measured("problem", len(examples), columns, MEAN_REWARD if MEAN_REWARD in headlines else ACCURACY)
 
 
 def _check_positions(target: EvalTarget, longest: int) -> None:
@@ -123,7 +124,7 @@ def _losses(target: EvalTarget) -> Measured:
     report = _report(target)
     examples: list[Supervised] = examples_of(recipe, target.rows[""], base.tokens, report)
     columns = {name: _loss(target, role, examples, name) for name, role in target.roles.items()}
-    return Measured("example", len(examples), columns)
+    return Measured("example", len(examples), columns, LOSS)
 
 
 def _loss(target: EvalTarget, role: str, examples: list[Supervised], name: str) -> Columns:
@@ -152,7 +153,7 @@ def _pairs(target: EvalTarget) -> Measured:
 
     scores = _fitted(target, work, POLICY)
     ends = torch.stack([scores[row][-1] for row in range(2 * len(pairs))])
-    return Measured("pair", len(pairs), {POLICY: of_pairs(ends[::2], ends[1::2])})
+    return Measured("pair", len(pairs), {POLICY: of_pairs(ends[::2], ends[1::2])}, ACCURACY)
 
 
 def _preferred(target: EvalTarget) -> Measured:
@@ -175,7 +176,7 @@ def _preferred(target: EvalTarget) -> Measured:
         logps = _fitted(target, work, f"{name}, pairs")
         means = torch.stack([logps[row].mean() for row in range(len(answers))])
         columns[name] = of_pairs(means[::2], means[1::2])
-    return Measured("pair", len(pairs), columns)
+    return Measured("pair", len(pairs), columns, ACCURACY)
 
 
 def _fitted(target: EvalTarget, work: Callable[[BatchLimits, ProgressCallback], T], name: str) -> T:

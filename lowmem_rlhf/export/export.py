@@ -33,7 +33,7 @@ class Export:
     """
 
     def __init__(self, run: RunDirectory, options: ExportOptions) -> None:
-        opened = OpenRun(run, options.step)
+        opened = OpenRun.at(run, options.step)
         self.written = opened.written
         options = check_options(options, opened.recipe, run)
         self.format = FORMATS[str(options.format)]
@@ -98,7 +98,7 @@ class Export:
         with self._whole_or_not() as folder:
             written = self.format.write(job, folder)
             proof = self.format.prove(job, folder, written)
-            facts = {"format": self.format.name, "step": job.options.step, **written.facts, "proof": proof}
+            facts = {"format": self.format.name, "step": job.opened.step, **written.facts, "proof": proof}
             facts = {"summary": in_words(facts), **facts}
             (folder / EXPORT).write_text(dumps(facts, indent=2) + "\n", encoding="utf-8")
             write_card(folder, job.run, facts)

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from lowmem_rlhf.planning.memory.export import GGUF_BYTES, WIDTHS
 
@@ -27,7 +28,7 @@ class ExportOptions:
         dtype: of merged weights.
         quantize: of a GGUF: f16, bf16, q8_0, q6_k, q5_k_m or q4_k_m.
         output: the folder.
-        step: of a checkpoint.
+        step: of a checkpoint; ``best``: that of the best evaluation.
         heads: whether a critic or a score head goes along.
         as_class: of a base inside a model for images or sound, the class whose names the files carry: ``wrapper`` (the
             whole model's) or ``text`` (the text-only one's).
@@ -40,7 +41,7 @@ class ExportOptions:
     dtype: str | None = None
     quantize: str | None = None
     output: Path | None = None
-    step: int | None = None
+    step: int | Literal["best"] | None = None
     heads: bool = False
     as_class: str | None = None
     device: str | None = None

@@ -8,6 +8,7 @@ import logging
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
+from typing import Literal
 
 from lowmem_rlhf.architecture.adapters import SavedAdapter, saved_adapter
 from lowmem_rlhf.data.provenance import check_base, check_learned
@@ -24,6 +25,9 @@ from lowmem_rlhf.run.trust import check_code
 logger = logging.getLogger(__name__)
 
 
+Step = int | Literal["best"] | None  # best: that of the best evaluation
+
+
 @dataclass(frozen=True)
 class OpenRun:
     """A run to generate with, to evaluate or to export.
@@ -37,6 +41,26 @@ class OpenRun:
 
     directory: RunDirectory
     step: int | None = None
+
+    @classmethod
+    def at(cls, directory: RunDirectory, step: Step) -> "OpenRun":
+        """Open a run at a checkpoint.
+
+        Args:
+            step: of the checkpoint; ``best``: that of the best evaluation, which `evaluation.keep_best` keeps; None:
+                the finished adapter.
+
+        Raises:
+            UserError: the best one is asked for, and the run knows of none.
+        """
+        if not isinstance(step, str):
+            return cls(directory, step)
+        if (best := directory.best_step()) is None:
+            raise UserError(
+                f"--step best: the run in {directory.path} has kept no best checkpoint; evaluation.keep_best=true with "
+                "evaluation.steps=N does so while it trains, and --step N takes a checkpoint that is there"
+            )
+        return cls(directory, best)
 
     @cached_property
     def written(self) -> Recipe:

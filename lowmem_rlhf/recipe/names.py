@@ -10,7 +10,7 @@ _STEPS = "a step has training.prompts_per_step examples, and hardware.micro_batc
 _PRECISION = "set hardware.compute_dtype"
 _RECOMPUTE = "set hardware.gradient_checkpointing"
 _OPTIMIZER = "set hardware.optim, training.learning_rate and training.weight_decay"
-_EVALUATION = "held-out data is data.eval with data.eval_size, measured before and after"
+_EVALUATION = "held-out data is data.eval with data.eval_size, measured before and after, and every evaluation.steps"
 _SAVING = "set training.save_steps and training.save_total_limit"
 _LENGTH = "nothing is cut off: trl.max_length bounds an example, data.long_prompts says what happens to longer ones"
 _REFERENCE = "the reference is the base on the card, or the frozen adapter that `adapter` names"
@@ -43,6 +43,9 @@ DECIDED: dict[str, str] = {
     "router_aux_loss_coef": "the base, its router included, is frozen",
     "use_weighting": "it needs sums over all of the vocabulary that are not kept here",
     "generate_during_eval": "give the recipe rewards, and held-out completions are sampled and judged",
+    "load_best_model_at_end": "set evaluation.keep_best",
+    "metric_for_best_model": "set evaluation.metric",
+    "greater_is_better": "set evaluation.greater_is_better",
     "push_to_hub": "use `lowmem-rlhf export RUN --push REPO`",
 }
 
@@ -60,7 +63,11 @@ _ALSO: dict[str, str] = {
     "training.seed": "random_seed",
     "training.save_steps": "save_every save_interval checkpoint_steps",
     "training.report_to": "logger tracker wandb tensorboard",
-    "sft.eval_steps reward_model.eval_steps": "eval_every eval_interval",
+    "evaluation.steps": "eval_every eval_interval evaluation_steps",
+    "evaluation.keep_best": "load_best_model_at_end save_best keep_best_checkpoint",
+    "evaluation.metric": "metric_for_best_model monitor",
+    "evaluation.patience": "early_stopping_patience early_stopping",
+    "evaluation.min_delta": "early_stopping_threshold",
     "sft.max_length generation.max_completion_length data.max_prompt_length": (
         "max_seq_length max_seq_len seq_len sequence_len context_length cutoff_len"
     ),

@@ -90,6 +90,7 @@ class Recipe(Section):
         else:
             self._fill_data()
             self._check_rewards()
+        self._check_evaluation()
         if self.hardware.offload_checkpoints is True and self.hardware.gradient_checkpointing in (False, 0):
             raise ValueError(
                 "hardware.offload_checkpoints: got true, but with hardware.gradient_checkpointing=false there are no "
@@ -246,6 +247,35 @@ class Recipe(Section):
             raise ValueError(
                 f"evaluation.accuracy: got {self.evaluation.accuracy!r}, which is no reward of this recipe "
                 f"({', '.join(names)}){did_you_mean(self.evaluation.accuracy, names)}"
+            )
+
+    def _check_evaluation(self) -> None:
+        wanted, own = self.evaluation, self.spec.section
+        if wanted.steps is not None and not self.data.eval_size:
+            raise ValueError(
+                f"evaluation.steps: got {wanted.steps}, but nothing is held out (data.eval_size is 0); set "
+                "data.eval_size=N, or leave evaluation.steps out"
+            )
+        if wanted.steps is not None and getattr(self.spec.own(self), "eval_steps", None) is not None:
+            raise ValueError(
+                f"{own}.eval_steps, evaluation.steps: got both; evaluation.steps measures all that {own}.eval_steps "
+                f"does, so leave {own}.eval_steps out"
+            )
+        for key, is_set in (("keep_best", wanted.keep_best), ("patience", wanted.patience is not None)):
+            if is_set and wanted.steps is None:
+                raise ValueError(
+                    f"evaluation.{key}: is for evaluations while the run goes on, and there are none; set "
+                    f"evaluation.steps=N, or leave evaluation.{key} out"
+                )
+        if wanted.min_delta and wanted.patience is None:
+            raise ValueError("evaluation.min_delta: is for evaluation.patience; set that to N, or leave it out")
+        if wanted.keep_best and self.spec.leaves == "model":
+            raise ValueError(f"evaluation.keep_best: a {self.spec.title}'s run keeps no checkpoints; leave it out")
+        names = [f"reward/{name}" for name in ("mean", *(reward.name for reward in self.rewards))]
+        if wanted.metric.startswith("reward/") and wanted.metric not in names:
+            raise ValueError(
+                f"evaluation.metric: got {wanted.metric!r}; of rewards this recipe has {', '.join(names)}"
+                f"{did_you_mean(wanted.metric, names)}"
             )
 
     def _check_gates(self, names: list[str]) -> None:

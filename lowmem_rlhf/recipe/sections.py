@@ -39,6 +39,7 @@ from lowmem_rlhf.recipe.errors import OptionErrors, explain
 from lowmem_rlhf.recipe.field_roles import (
     BATCHING,
     FAULTS,
+    JUDGED,
     LEARNED,
     LEARNED_AND_MEASURED,
     LENGTH,
@@ -451,9 +452,19 @@ class TrainingConfig(Section):
 
 
 class EvaluationConfig(Section):
-    """Held-out evaluation before and after training."""
+    """Held-out evaluation before and after training, and while it goes on."""
 
     # the reward whose value of at least 1 counts as correct; default: the first
     accuracy: Annotated[str, MEASURED] = ""
     temperature: Annotated[TemperatureOrGreedy | None, MEASURED] = None  # 0: greedy; absent: as in training
     num_samples: Annotated[int, MEASURED] = Field(1, ge=1, le=MOST_COMPLETIONS)  # completions a problem
+    steps: Annotated[int | None, RECORDS] = Field(None, ge=1, le=MOST_STEPS)  # also after every so many steps
+    # the measure that is shown first and that tells which evaluation is the best, by its name in evaluation.json;
+    # auto: what the task has (accuracy, else the mean reward, else the loss)
+    metric: Annotated[Name, JUDGED] = "auto"
+    greater_is_better: Annotated[bool | Auto, JUDGED] = "auto"  # auto: not of a loss, a perplexity and cut answers
+    # keep the checkpoint of the best evaluation beyond training.save_total_limit; `--step best` takes it
+    keep_best: Annotated[bool, RECORDS] = False
+    # the run ends once so many evaluations have been no better than those before, by more than min_delta
+    patience: Annotated[int | None, LENGTH] = Field(None, ge=1, le=MOST_STEPS)
+    min_delta: Annotated[float, LENGTH] = Field(0.0, ge=0, le=MOST_COEFFICIENT)

@@ -8,13 +8,16 @@ from pathlib import Path
 from typing import Any
 
 from lowmem_rlhf.display.format import (
-    evaluation_rows,
+    evaluated_on,
+    evaluation_table,
     format_bytes,
+    format_measure,
     format_number,
-    format_ratio,
     format_seconds,
     format_value,
+    in_words,
     number,
+    with_interval,
 )
 from lowmem_rlhf.display.outcome import about, outcome_rows
 from lowmem_rlhf.files import atomic_write, writing
@@ -23,6 +26,7 @@ from lowmem_rlhf.recipe.secrets import masked
 from lowmem_rlhf.report.plots import draw_run, to_png
 from lowmem_rlhf.run.directory import RECIPE, REPORT, RunDirectory
 from lowmem_rlhf.run.evaluations import read_evaluations
+from lowmem_rlhf.run.held_out import AFTER, BEFORE, BEST, STOPPED, during, headline, part
 
 _SAMPLES = 12  # the last ones shown
 _LATER = 3  # evaluations shown, the newest first
@@ -122,10 +126,11 @@ def _header(name: str, recipe: dict[str, Any], metrics: list[dict[str, Any]], ev
         ("training time", format_seconds(seconds)),
         ("peak memory", format_bytes(peak)),
     ]
-    accuracy = [number((evaluation.get(when) or {}).get("accuracy")) for when in ("before", "after")]
-    if any(value is not None for value in accuracy):
-        shown = " → ".join("?" if value is None else f"{value:.1%}" for value in accuracy)
-        cards.insert(0, ("held-out accuracy", shown))
+    name = headline(evaluation)
+    ends = [number(part(evaluation, when).get(name)) for when in (BEFORE, AFTER)]
+    if any(value is not None for value in ends):
+        shown = " → ".join("?" if value is None else format_measure(name, value) for value in ends)
+        cards.insert(0, (f"held-out {in_words(name)}", shown))
     boxes = "".join(
         f'<div class="card"><span class="muted">{escape(k)}</span><b>{escape(v)}</b></div>' for k, v in cards
     )
@@ -138,12 +143,24 @@ def _header(name: str, recipe: dict[str, Any], metrics: list[dict[str, Any]], ev
 
 
 def _evaluation(evaluation: dict[str, Any]) -> str:
-    rows = [(n, format_number(b), format_number(a), format_ratio(b, a)) for n, b, a in evaluation_rows(evaluation)]
+    (_, *head), rows = evaluation_table(evaluation)
     if not rows:
         return _none("no held-out evaluation yet")
-    problems = [(evaluation.get(when) or {}).get("problems") for when in ("before", "after")]
-    count = next((f"{format_number(n)} held-out problems" for n in problems if number(n)), "")
-    return _table(("", "before", "after", "ratio"), rows) + (_none(count) if count else "")
+    notes = [evaluated_on(evaluation), str(evaluation.get(STOPPED) or "")]
+    return _table(("", *head), rows) + _during(evaluation) + "".join(_none(note) for note in notes if note)
+
+
+def _during(evaluation: dict[str, Any]) -> str:
+    """Return the folded table of evaluations while the run went on: the headline of each."""
+    name, best = headline(evaluation), part(evaluation, BEST).get("step")
+    rows = [
+        (f"step {row['step']}", with_interval(row, name) + (", the best" if row["step"] == best else ""))
+        for row in during(evaluation)
+    ]
+    if not rows:
+        return ""
+    table = _table(("after", in_words(name)), rows)
+    return f"<details><summary>{len(rows)} evaluations while it trained</summary>{table}</details>"
 
 
 def _later(outcome: dict[str, Any]) -> str:

@@ -12,8 +12,8 @@ from lowmem_rlhf.errors import UserError
 from lowmem_rlhf.files import atomic_write, writing
 from lowmem_rlhf.paths import cannot_be_written, obstacle
 from lowmem_rlhf.planning.fits import Fit, WhatFits
+from lowmem_rlhf.report.axes import INK, MUTED, RED, style_axes
 from lowmem_rlhf.report.fits_view import GIB, PRICE, gigabytes, precision_text, short_name, title
-from lowmem_rlhf.report.plots import INK, MUTED, RED, style_axes
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -11,7 +11,7 @@ from lowmem_rlhf.recipe.schema import Recipe
 from lowmem_rlhf.recipe.sections import LEARNED_REWARDS, REWARD_ADAPTER, Normalize, OnError, RewardConfig
 from lowmem_rlhf.rewards.options import check_options, options_of, parameters_of, unknown_option
 from lowmem_rlhf.rewards.process_state import preserved
-from lowmem_rlhf.rewards.shipped import FACTORIES, FUNCTIONS, SHIPPED
+from lowmem_rlhf.rewards.shipped import FACTORIES, FUNCTIONS, GRADED, SHIPPED
 from lowmem_rlhf.rewards.trl_rewards import is_trl, trl_factory, trl_function
 from lowmem_rlhf.suggest import did_you_mean
 from lowmem_rlhf.user_code import check_callable, file_of, is_user_code, load_function
@@ -58,6 +58,7 @@ class Reward:
         placement: ``device`` and ``reason`` of a learned reward's model.
         timeout, on_error: see `RewardConfig`.
         learned: whether it is a model of this package's, which needs no guard.
+        judges_correct: whether a value of at least 1 means that an answer is right; None: nobody says.
         requires: `RewardConfig.gates`.
         normalize: see `RewardConfig`.
         record: of its calls.
@@ -73,6 +74,7 @@ class Reward:
     timeout: float | None = None
     on_error: OnError = "fail"
     learned: bool = False
+    judges_correct: bool | None = None
     requires: dict[str, float | None] = field(default_factory=dict)
     normalize: Normalize = "none"
     record: CallRecord = field(default_factory=CallRecord, compare=False, repr=False)
@@ -208,7 +210,7 @@ def _alone(config: RewardConfig, budget: "DeviceBudget | None", model: str, revi
         from lowmem_rlhf.rewards.adapter import load_adapter_reward
 
         adapter = load_adapter_reward(config.name, config.options["adapter"], model, revision)
-        return Reward(config.name, adapter, config.weight, on_error=config.on_error, learned=True)
+        return Reward(config.name, adapter, config.weight, on_error=config.on_error, learned=True, judges_correct=False)
     function, options, source = _function(config)
     return Reward(
         config.name,
@@ -219,7 +221,16 @@ def _alone(config: RewardConfig, budget: "DeviceBudget | None", model: str, revi
         source=source,
         timeout=config.timeout,
         on_error=config.on_error,
+        judges_correct=_judges_correct(config.function, function),
     )
+
+
+def _judges_correct(name: str, function: Callable[..., Any]) -> bool | None:
+    """Return what is known of a shipped function, or what the user's says of itself."""
+    if name in SHIPPED:
+        return name not in GRADED
+    said = getattr(function, "judges_correct", None)
+    return said if isinstance(said, bool) else None
 
 
 def _function(config: RewardConfig) -> tuple[Callable[..., Any], dict[str, Any], str]:
@@ -283,6 +294,7 @@ def _learned(config: RewardConfig, budget: "DeviceBudget | None") -> Reward:
         placement=placement,
         on_error=config.on_error,
         learned=True,
+        judges_correct=False,
     )
 
 

@@ -31,3 +31,4 @@ FACTORIES: dict[str, Callable[..., Any]] = {
     )
 }
 SHIPPED: dict[str, Callable[..., Any]] = {**FUNCTIONS, **FACTORIES}
+GRADED = frozenset(("length", "keywords", "soft_overlong", "repetition"))  # of the others 1 means right, less wrong

@@ -31,6 +31,7 @@ from lowmem_rlhf.progress import message
 from lowmem_rlhf.recipe.schema import Recipe
 from lowmem_rlhf.run.base_file import write_base
 from lowmem_rlhf.run.checkpoints import STATE, write_state
+from lowmem_rlhf.run.held_out import taken_back
 from lowmem_rlhf.run.lock import LOCK, Lock
 from lowmem_rlhf.run.logs import LogProof, rewind_log
 from lowmem_rlhf.run.proof import HASHES, Damaged, read_sealed, write_hashes
@@ -113,7 +114,7 @@ class RunDirectory(RunReader):
     ) -> None:
         found = self._check(recipe, resume, resolved=True)  # nobody else writes from here on
         if resume:
-            self._go_back(found, recipe.training.max_steps)
+            self._go_back(found, recipe)
         self._clean()
         write_text_file(self.path, RECIPE, recipe.to_yaml())
         write_text_file(self.path, PLAN, dumps(plan_dict, indent=2) + "\n")
@@ -150,14 +151,13 @@ class RunDirectory(RunReader):
             )
         return found
 
-    def _go_back(self, found: Found, max_steps: int) -> None:
+    def _go_back(self, found: Found, recipe: Recipe) -> None:
         """Take everything back to the checkpoint that the run goes on from."""
         for folder, what in found.damaged:
             aside = set_aside(folder)
             message(f"{folder} is damaged ({what}): it is {aside.name} now, and an earlier one is taken")
         step = found.latest[0] if found.latest else 0
         self.rewind(step)
-        self._prune()
         if hashes_damaged(self.path):
             message(
                 f"{self.path / HASHES} is damaged: {RECIPE}, {PLAN}, {INPUTS} and {EVALUATION} are taken as they are"
@@ -171,8 +171,9 @@ class RunDirectory(RunReader):
             damage = str(error).removeprefix(f"{file} ")
         if damage and file.exists():
             message(f"{file} {damage}: it is {set_aside(file).name} now, and what it says is not used")
-        elif step < max_steps and evaluation.pop("after", None) is not None:
-            self._write_evaluation(evaluation)
+        elif (left := taken_back(evaluation, step, step >= recipe.training.max_steps, recipe.evaluation)) != evaluation:
+            self._write_evaluation(left)
+        self._prune()
 
     def check_text_files(self) -> None:
         """Check that what a resume computes from is what the run wrote.
@@ -221,9 +222,14 @@ class RunDirectory(RunReader):
             append_lines(self.path / name, rows)
 
     def write_evaluation(self, evaluation: dict[str, Any]) -> None:
-        """Write the held-out results, ``{"before": {...}, "after": {...}}``; ``after`` may still be missing."""
+        """Write the held-out results (see `run.held_out`); ``after`` may still be missing.
+
+        The checkpoint of an evaluation that was the best before is then one of many.
+        """
         with writing(self.path / EVALUATION, remedy=_GO_ON):
             self._write_evaluation(evaluation)
+        with suppress(OSError):
+            self._prune()
 
     def _write_evaluation(self, evaluation: dict[str, Any]) -> None:
         write_text_file(self.path, EVALUATION, dumps(evaluation, indent=2) + "\n")
@@ -267,8 +273,8 @@ class RunDirectory(RunReader):
         """Yield a temporary folder and the values of its state.json, both to be filled.
 
         When the block ends without an error they become ``checkpoints/step-N``, with the hashes of all files, and the
-        oldest ones beyond ``save_total_limit`` are deleted, but never the latest one that is healthy. The logs reach
-        the disk before it.
+        oldest ones beyond ``save_total_limit`` are deleted, but never the latest one that is healthy, nor that of the
+        best evaluation. The logs reach the disk before it.
 
         Args:
             step: the steps done.
@@ -319,11 +325,11 @@ class RunDirectory(RunReader):
             raise
 
     def _prune(self) -> None:
-        """Delete the oldest checkpoints beyond the limit, but the latest one that is healthy."""
+        """Delete the oldest checkpoints beyond the limit, but the latest healthy one and the best evaluation's."""
         if self.save_total_limit is not None and (surplus := self.checkpoints()[: -self.save_total_limit]):
-            healthy = self.last_healthy(self.unhealthy_from)
+            healthy, best = self.last_healthy(self.unhealthy_from), self.best_step()
             for checkpoint in surplus:
-                if checkpoint != healthy:
+                if checkpoint != healthy and checkpoint[0] != best:
                     delete(checkpoint[1])
 
 

@@ -2,8 +2,9 @@
 
 One object: ``made`` (time, UTC), ``version``, ``steps`` the policy was trained for, ``data``, ``samples``,
 ``temperature``, ``max_completion_length``, ``seed``, ``counts`` (of problems, examples or pairs), ``results`` (quantity
-by target, each with ``value``, ``low`` and ``high``), ``difference`` (second target less the first) and ``method``;
-where there are several tasks, ``tasks`` with ``counts``, ``results`` and ``difference`` of each.
+by target, each with ``value``, ``low`` and ``high``), ``difference`` (second target less the first), ``headline`` (the
+quantity that is shown first) and ``method``; where there are several tasks, ``tasks`` with ``counts``, ``results``,
+``difference`` and ``headline`` of each.
 """
 
 from pathlib import Path

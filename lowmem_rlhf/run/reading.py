@@ -14,6 +14,7 @@ from lowmem_rlhf.files import read_lines
 from lowmem_rlhf.recipe.loading import validate_recipe
 from lowmem_rlhf.recipe.schema import Recipe
 from lowmem_rlhf.run.checkpoints import is_healthy, step_of
+from lowmem_rlhf.run.held_out import BEST, part, with_evaluations
 from lowmem_rlhf.run.trust import check_code
 
 RECIPE, PLAN, METRICS, SAMPLES = "recipe.yaml", "plan.json", "metrics.jsonl", "samples.jsonl"
@@ -62,8 +63,14 @@ class RunReader:
         return next((one for one in reversed(earlier) if is_healthy(one[1])), None)
 
     def metrics(self) -> list[dict[str, Any]]:
-        """Return the metrics, one row a step."""
-        return [row for _, row in read_lines(self.path / METRICS)]
+        """Return the metrics, one row a step; of one that was evaluated with what that measured, as ``eval/NAME``.
+
+        The log is written when a step ends and its evaluation when that ends, so that neither waits for the other.
+        """
+        evaluation: dict[str, Any] = {}
+        with suppress(UserError):  # damaged, which is said where it is read for itself
+            evaluation = self.evaluation()
+        return with_evaluations((row for _, row in read_lines(self.path / METRICS)), evaluation)
 
     def samples(self) -> list[dict[str, Any]]:
         """Return the logged samples, oldest first."""
@@ -72,6 +79,13 @@ class RunReader:
     def evaluation(self) -> dict[str, Any]:
         """Return the held-out results; empty when there are none yet."""
         return self._json(EVALUATION)
+
+    def best_step(self) -> int | None:
+        """Return the step of the best evaluation, whose checkpoint is kept; None where none is."""
+        with suppress(UserError):
+            step = part(self.evaluation(), BEST).get("step")
+            return step if isinstance(step, int) else None
+        return None
 
     def plan(self) -> dict[str, Any]:
         """Return the plan; empty when there is none."""

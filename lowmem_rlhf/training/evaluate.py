@@ -18,6 +18,9 @@ from lowmem_rlhf.rollout.engine import Engine
 from lowmem_rlhf.rollout.rollout import Completion
 from lowmem_rlhf.rollout.sampling import Sampling
 from lowmem_rlhf.rollout.scores import Scores, joined
+from lowmem_rlhf.run.held_out import ACCURACY, MEAN_REWARD
+from lowmem_rlhf.training import intervals
+from lowmem_rlhf.training.quantities import of_completions
 
 CORRECT = 1.0  # the accuracy reward's value from which a completion counts as correct
 
@@ -178,39 +181,72 @@ def evaluate(
     progress: ProgressCallback | None = None,
 ) -> dict[str, Any]:
     """Return accuracy and the mean of every reward on held-out examples (see `sample`); ``tasks`` has those of each."""
-    parts: dict[str, tuple[Sampled, str]] = {}
+    parts: dict[str, _Answers] = {}
     own_rewards, total = rewards_by_task(recipe, rewards), len(examples) * recipe.evaluation.num_samples
     for task, own in recipe.by_task.items():
         if not (asked := [one for one in examples if one.task == task]):
             continue
-        before = sum(len(done.completions) for done, _ in parts.values())
+        before = sum(len(one.sampled.completions) for one in parts.values())
 
         def shown(done: int, _: int, before: int = before) -> None:
             if progress:
                 progress(before + done, total)
 
         done = sample(base, engine, asked, own, own_rewards[task], limits, state, shown)
-        parts[task] = done, own.evaluation.accuracy
-    means = _means(list(parts.values()))
-    return {**means, "tasks": {task: _means([part]) for task, part in parts.items()}} if recipe.tasks else means
+        parts[task] = _Answers(done, own.evaluation.accuracy, own_rewards[task])
+    told = _told(list(parts.values()))
+    return {**told, "tasks": {task: _told([one]) for task, one in parts.items()}} if recipe.tasks else told
 
 
-def _means(parts: Sequence[tuple[Sampled, str]]) -> dict[str, Any]:
-    """Return what the completions of one or more tasks give, each with the name of its accuracy's reward."""
-    scores = [done.scores for done, _ in parts]
+@dataclass(frozen=True)
+class _Answers:
+    """The answers of one task, the reward that says which are correct, and all that judged them."""
+
+    sampled: Sampled
+    accuracy: str
+    rewards: Sequence[Reward]
+
+    @property
+    def problems(self) -> int:
+        return len(self.sampled.completions) // self.sampled.samples
+
+
+def _told(parts: Sequence[_Answers]) -> dict[str, Any]:
+    """Return what the answers of one or more tasks give, with intervals."""
+    scores = [one.sampled.scores for one in parts]
     names = dict.fromkeys(name for one in scores for name in one.by_name)
-    completions = [one for done, _ in parts for one in done.completions]
-    first = parts[0][0]
+    completions = [completion for one in parts for completion in one.sampled.completions]
+    columns = intervals.joined(
+        [of_completions(one.sampled, one.accuracy) for one in parts], [one.problems for one in parts]
+    )
+    headlines = [headline_of_answers(one.sampled, one.rewards, one.accuracy) for one in parts]
+    first = parts[0].sampled
     return {
-        "accuracy": mean([right for done, accuracy in parts for right in done.correct(accuracy)]),
+        "accuracy": mean([right for one in parts for right in one.sampled.correct(one.accuracy)]),
         "reward/mean": mean([total for one in scores for total in one.total if total == total]),
         **{f"reward/{name}": mean([v for one in scores for v in one.by_name.get(name, ())]) for name in names},
         "completion/mean_length": mean([float(len(c.ids)) for c in completions]),
         "completion/truncated": mean([float(c.truncated) for c in completions]),
-        "problems": sum(len(done.completions) // done.samples for done, _ in parts),
+        "problems": sum(one.problems for one in parts),
         "samples": first.samples,
         "temperature": first.temperature,
+        "headline": ACCURACY if set(headlines) == {ACCURACY} else MEAN_REWARD,
+        "intervals": intervals.bounds(columns),
     }
+
+
+def headline_of_answers(sampled: Sampled, rewards: Sequence[Reward], accuracy: str) -> str:
+    """Return the measure that answers are reported by: the accuracy if it tells right from wrong, or the mean reward.
+
+    Args:
+        rewards: that judged them.
+        accuracy: the reward that says what is right (see `Reward.judges_correct`); if nobody says whether it does, it
+            does where all of its values are 0 or 1.
+    """
+    said = next((reward.judges_correct for reward in rewards if reward.name == accuracy), None)
+    if said is None:
+        said = {value for value in sampled.scores.by_name[accuracy] if value is not None} <= {0.0, 1.0}
+    return ACCURACY if said else MEAN_REWARD
 
 
 def mean(values: Sequence[float | None]) -> float | None:

@@ -1,4 +1,4 @@
-"""What all training shares: steps, held-out evaluation before and after, checkpoints, and what may go wrong.
+"""What all training shares: steps, held-out evaluation before, after and between, checkpoints, what may go wrong.
 
 A kind of training fills in one step and the evaluation (`online` for what samples and scores, `supervised` for what
 learns from given texts). All randomness is a function of (seed, step), so a resumed run continues as the uninterrupted
@@ -29,9 +29,11 @@ from lowmem_rlhf.rewards.process_state import random_states, set_random_states
 from lowmem_rlhf.rewards.time_limit import end_process, stuck_calls_end_with
 from lowmem_rlhf.rollout.rollout import Rollout
 from lowmem_rlhf.run.directory import RunDirectory
+from lowmem_rlhf.run.held_out import AFTER, BEFORE, DURING, metrics_of, number
 from lowmem_rlhf.stopping import check_stop
 from lowmem_rlhf.training.checkpoint import load_checkpoint, save_checkpoint
 from lowmem_rlhf.training.health import HealthWatch
+from lowmem_rlhf.training.held_out import HeldOut
 from lowmem_rlhf.training.learning import LostTokens, no_gradient, parts_of, sums, unchanged, warm_up_remark
 from lowmem_rlhf.training.memory import explain_shortage, savings_of
 from lowmem_rlhf.training.optimizer import Optimizer, OwnRate
@@ -48,7 +50,8 @@ class StepOutput:
 
     Attributes:
         metrics: the step's row of metrics.jsonl: ``step``, ``loss``, ``grad_norm``, ``learning_rate``, ``reward/mean``,
-            ``time/step`` (seconds), ``memory/peak_bytes`` and more; None is a number that there is none of.
+            ``time/step`` (seconds), ``memory/peak_bytes`` and more; None is a number that there is none of. Of a step
+            that was evaluated also ``eval/NAME``.
         learned_tokens: tokens whose loss had a gradient in this step.
         samples: the step's rows of samples.jsonl, a completion each; empty where nothing is sampled.
         rollout: the completions with their scores and advantages; None where nothing is sampled.
@@ -134,6 +137,7 @@ class Loop(ABC):
         self.lost = LostTokens(recipe.training, self.optimizer)
         self.step = 0
         self.began_at = 0  # the step that this process began after
+        self.held_out_results = HeldOut(recipe, run)
         self.learned_tokens = 0  # tokens that taught something, over all steps
         self._keeper = StateKeeper(self.optimizer, base.device, run.path)
         self._finished: _Finished | None = None
@@ -149,7 +153,14 @@ class Loop(ABC):
 
     @abstractmethod
     def evaluate(self, when: str, progress: Progress) -> dict[str, Any]:
-        """Return held-out results; empty if nothing is held out."""
+        """Return held-out results by name; empty if nothing is held out.
+
+        ``intervals`` (``[low, high]`` by name) and ``headline``, the name of the measure that the task has, may be
+        among them (see `run.held_out`).
+
+        Args:
+            when: ``before``, ``after``, or ``of step N``.
+        """
 
     def state(self) -> dict[str, Any]:
         """Return what a checkpoint keeps besides weights, optimizer and step; fit for JSON."""
@@ -158,6 +169,10 @@ class Loop(ABC):
     def why_nothing(self) -> str:
         """Return what a run says in which no token taught anything."""
         return self.nothing_learned
+
+    def last_words(self) -> list[str]:
+        """Return what is said once all steps are done, a sentence each."""
+        return []
 
     def load_state(self, state: dict[str, Any]) -> None:  # noqa: B027 (most have no state)
         """Go on from what `state` gave."""
@@ -256,20 +271,26 @@ class Loop(ABC):
             progress.message(note)
 
     def _steps(self, progress: Progress) -> Generator[StepOutput, None, None]:
-        evaluation, self.began_at = self.run.evaluation(), self.step
+        held_out, self.began_at = self.held_out_results, self.step
+        held_out.begin()
         if self._keeper.step != self.step:
             self._keeper.keep(self.step, self._counters(self.learned_tokens))
-        if "before" not in evaluation and not self.step:  # a resumed policy is not what there was before
-            self._evaluate("before", evaluation, progress)
+        if BEFORE not in held_out.results and not self.step:  # a resumed policy is not what there was before
+            self._evaluate_end(BEFORE, progress)
         checksum = base_checksum(self.base) if self.checks_base else ""
         if self.step == 0 and (remark := warm_up_remark(self.recipe.training, self.optimizer.total_steps)):
             progress.message(remark)
+        if self.step == 0 and held_out.remark:
+            progress.message(held_out.remark)
+        self._evaluate_during(progress)  # of the step gone on from, where a stop came before the end of it
         try:
-            while self.step < self.recipe.training.max_steps:
+            while self.step < self.recipe.training.max_steps and not held_out.ends(self.step):
                 finished = self._train_step(progress)
                 if self.step % self.recipe.training.save_steps == 0:
                     self._save()
-                yield finished
+                yield replace(finished, metrics={**finished.metrics, **self._evaluate_during(progress)})
+            if sentence := held_out.ends(self.step):
+                progress.message(sentence)
         finally:
             self.trackers.end()
         if self.recipe.training.max_steps and not self.learned_tokens:
@@ -277,14 +298,14 @@ class Loop(ABC):
         if checksum and base_checksum(self.base) != checksum:
             raise RunError(DRIFTED)
         self._save()
-        self._evaluate("after", evaluation, progress)
+        self._evaluate_end(AFTER, progress)
         parameters = self._keeper.state().parameters
         with self.run.new_adapter() as folder:
             self.base.save_adapter(folder, parameters=parameters)
             for role in self._others():
                 self.base.save_adapter(folder / role, role, parameters)
-        if summary := self.health.summary():
-            progress.message(summary)
+        for sentence in filter(None, (held_out.summary(), self.health.summary())):
+            progress.message(sentence)
 
     def _others(self) -> list[str]:
         """Return the roles that train besides the policy."""
@@ -337,12 +358,43 @@ class Loop(ABC):
         lost = f"step {last} is" if last == saved + 1 else f"steps {saved + 1} to {last} are"
         return f"{note}; {lost} lost" if saved < last else note
 
-    def _evaluate(self, when: str, evaluation: dict[str, Any], progress: Progress) -> None:
-        with stuck_calls_end_with(self._end_stuck):
-            results = self.ladder.survive("evaluation", lambda: self.evaluate(when, progress), progress.message)
+    def _evaluate(self, when: str, progress: Progress) -> dict[str, Any]:
+        """Evaluate; whatever it draws from the generators of random numbers, the next step finds them as they were."""
+        states = random_states()
+        try:
+            with stuck_calls_end_with(self._end_stuck):
+                return self.ladder.survive("evaluation", lambda: self.evaluate(when, progress), progress.message)
+        finally:
+            set_random_states(states)
+
+    def _evaluate_end(self, when: str, progress: Progress) -> None:
+        """Evaluate before or after all steps, unless that is the evaluation of the last step."""
+        held_out = self.held_out_results
+        for sentence in self.last_words() if when == AFTER else ():
+            progress.message(sentence)
+        results = (held_out.row(self.step) if when == AFTER else None) or self._evaluate(when, progress)
         if results:
-            evaluation[when] = results
-            self.run.write_evaluation(evaluation)
+            if when == AFTER:
+                held_out.end(results, self.step)
+            else:
+                held_out.add(when, results, self.step)
+            held_out.write()
+
+    def _evaluate_during(self, progress: Progress) -> dict[str, Any]:
+        """Evaluate after the last finished step if it is one to evaluate; return what its metrics get of that.
+
+        The step is on record by then. The results are on the disk after their checkpoint, and so never without it.
+        """
+        held_out = self.held_out_results
+        if not held_out.due(self.step) or not (results := self._evaluate(f"of step {self.step}", progress)):
+            return {}
+        if held_out.add(DURING, results, self.step):
+            self._save()
+        held_out.write()
+        found = metrics_of(held_out.row(self.step) or {})
+        self.trackers.log({key: value for key, value in found.items() if number(value) is not None}, self.step)
+        progress.message(held_out.shown(self.step))
+        return found
 
     @contextmanager
     def timed(self, name: str) -> Iterator[None]:

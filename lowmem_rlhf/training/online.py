@@ -174,11 +174,12 @@ class Trainer(Loop):
             return why
         return self.rewards_differed if self.seen.judged_apart else self.nothing_learned
 
+    def last_words(self) -> list[str]:
+        """See `Loop.last_words`."""
+        return failed_always(self.rewards)
+
     def evaluate(self, when: str, progress: Progress) -> dict[str, Any]:
         """Sample held-out completions in the policy's role and score them."""
-        if when == "after":
-            for sentence in failed_always(self.rewards):
-                progress.message(sentence)
         return self.evaluator.evaluate(when, progress, self.step)
 
     def one_step(self, progress: Progress) -> StepOutput:

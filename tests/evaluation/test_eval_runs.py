@@ -16,13 +16,13 @@ from lowmem_rlhf.engine.load import load_base
 from lowmem_rlhf.errors import UserError
 from lowmem_rlhf.evaluation import evaluate as evaluate_module
 from lowmem_rlhf.evaluation import measure as measure_module
-from lowmem_rlhf.evaluation.intervals import pass_at_k, wilson
 from lowmem_rlhf.evaluation.problems import held_out_rows
 from lowmem_rlhf.recipe.loading import load_recipe
 from lowmem_rlhf.report.html import write_report
 from lowmem_rlhf.run.directory import RunDirectory
 from lowmem_rlhf.run.evaluations import read_evaluations
 from lowmem_rlhf.session.train import train
+from lowmem_rlhf.training.intervals import pass_at_k, wilson
 
 REWARDS = (
     "def exact(prompts, completions, answer, **_):\n    return [float(a in c) for a, c in zip(answer, completions)]\n"
@@ -69,7 +69,10 @@ def test_both_roles_give_exactly_what_training_measured(lowmem_rlhf, grpo):
     for role, when in (("reference", "before"), ("policy", "after")):
         for name in ("accuracy", "reward/mean", "reward/exact", "completion/mean_length", "completion/truncated"):
             assert got["results"][role][name]["value"] == pytest.approx(measured[when][name], rel=1e-12), (role, name)
+            bounds = [got["results"][role][name][end] for end in ("low", "high")]
+            assert measured[when]["intervals"][name] == pytest.approx(bounds, rel=1e-12), (role, name)
     assert got["counts"] == {"problem": 24} and got["samples"] == 2 and got["steps"] == 3
+    assert got["headline"] == measured["after"]["headline"] == "accuracy"
     for name, difference in got["difference"].items():
         reference, policy = (got["results"][role][name]["value"] for role in ("reference", "policy"))
         assert difference["value"] == pytest.approx(policy - reference)
@@ -234,7 +237,7 @@ def test_fewer_problems_are_a_part_of_those_held_out_and_other_data_is_taken_who
     [
         (["nowhere"], ["nowhere is no run", "--recipe", "--lm-eval"]),
         (["nowhere", "--recipe", "quickstart"], ["'nowhere'"]),
-        (["RUN", "model=x"], ["'model=x'", "evaluation.*", "data.eval_size"]),
+        (["RUN", "model=x"], ["'model=x'", "evaluation.temperature", "data.eval_size"]),
         (["RUN", "training.seed=1"], ["'training.seed=1'"]),
         (["RUN", "data.eval_size=25"], ["got 25", "held 24 problems", "data.eval=FILE"]),
         (["RUN", "data.eval_size=0"], ["holds nothing out"]),

@@ -6,7 +6,7 @@ import math
 import numpy as np
 import pytest
 
-from lowmem_rlhf.evaluation.intervals import (
+from lowmem_rlhf.training.intervals import (
     Column,
     differences,
     effective_trials,

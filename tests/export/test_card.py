@@ -68,6 +68,19 @@ def written(run: RunDirectory, tmp_path: Path, **changes: Any) -> tuple[str, dic
     return text, ModelCard(text).data.to_dict(), folder
 
 
+def test_results_have_their_intervals_and_the_best_checkpoint_a_column(run, tmp_path):
+    rows = [
+        {"step": step, "accuracy": value, "problems": 64, "intervals": {"accuracy": [value - 0.1, value + 0.1]}}
+        for step, value in ((0, 0.2), (2, 0.7), (3, 0.5))
+    ]
+    run.write_evaluation({"before": rows[0], "during": rows[1:2], "after": rows[2], "best": {"step": 2}})
+    text, _, _ = written(run, tmp_path, step=2)
+    assert "On held-out data (64 problems), before and after training, with 95 % intervals over the problems:" in text
+    assert "| held-out | before | best, step 2 | after |" in text
+    assert "| accuracy | 0.2 [0.1, 0.3] | 0.7 [0.6, 0.8] | 0.5 [0.4, 0.6] |" in text
+    assert "the checkpoint after step 2." in text
+
+
 def test_the_card_tells_what_was_measured(run, tmp_path):
     text, _, folder = written(run, tmp_path)
     heads = re.findall(r"^## (.*)$", text, re.MULTILINE)

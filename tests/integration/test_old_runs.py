@@ -53,7 +53,9 @@ def test_it_resumes_and_the_next_step_is_the_one_it_would_have_been(old_run, low
     known = {key: value for key, value in computed(third).items() if key in expected["metrics"]}  # others came later
     assert (second["step"], known) == (2, near(expected["metrics"]))
     assert [row for row in rows(old_run, "samples") if row["step"] == 3] == near(expected["samples"])
-    assert json.loads((old_run / "evaluation.json").read_text(encoding="utf-8")) == near(expected["evaluation"])
+    evaluation = json.loads((old_run / "evaluation.json").read_text(encoding="utf-8"))
+    for when, results in expected["evaluation"].items():
+        assert {key: value for key, value in evaluation[when].items() if key in results} == near(results)
     assert (old_run / "checkpoints" / "step-3").is_dir()
 
 

@@ -19,7 +19,7 @@ from lowmem_rlhf.planning.memory.resident import Memory
 from lowmem_rlhf.planning.plan import Plan, plan_for
 from lowmem_rlhf.planning.run_plan import plan_recipe
 from lowmem_rlhf.planning.shapes import packed_shape
-from lowmem_rlhf.planning.time.estimate import RunTime, StepTime, device_rates, run_time
+from lowmem_rlhf.planning.time.estimate import RunTime, StepTime, device_rates, evaluations_of, run_time
 from lowmem_rlhf.planning.time.measured import measured_time
 from lowmem_rlhf.planning.time.passes import Passes
 from lowmem_rlhf.planning.time.rates import cpu_rates, rates
@@ -123,7 +123,7 @@ def test_json_has_the_time_and_gives_it_back():
     time = values["time"]
     assert set(time) == {
         *("phases", "step_seconds", "step_seconds_range", "evaluation_seconds", "steps", "run_seconds"),
-        "run_seconds_range",
+        *("run_seconds_range", "evaluations"),
     }
     assert set(time["phases"]) == {"rollout", "score", "update"}
     assert time["step_seconds"] == pytest.approx(sum(time["phases"].values()))
@@ -133,6 +133,15 @@ def test_json_has_the_time_and_gives_it_back():
     assert Plan.from_dict(values).time == plan.time and isinstance(plan.time, RunTime)
     del values["time"]  # as earlier versions wrote it
     assert Plan.from_dict(values).time is None
+
+
+def test_evaluations_while_a_run_trains_are_counted():
+    once = planned()
+    for every, max_steps, times in ((10, 40, 5), (10, 45, 6), (50, 40, 2), (1, 1, 2), (1, 3, 4)):
+        plan = planned(QWEN, "rtx-2080-ti", f"evaluation.steps={every}", f"training.max_steps={max_steps}")
+        assert plan.time and plan.time.run and once.time and plan.time.evaluations == times, (every, max_steps)
+        assert plan.time.run == pytest.approx(max_steps * once.time.step + times * once.time.evaluation)
+    assert evaluations_of(load_recipe("grpo_gsm8k", ["data.eval_size=0"]), 40) == 0
 
 
 def test_device_json_gives_the_speed_back():

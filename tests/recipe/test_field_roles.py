@@ -45,14 +45,16 @@ def test_what_a_resume_may_change():
         *("rewards[].timeout", "rewards[].on_error"),
         *("training.max_steps", "training.num_train_epochs", "training.save_steps", "training.save_total_limit"),
         *("training.log_completions", "training.report_to"),
+        *("evaluation.steps", "evaluation.keep_best", "evaluation.patience", "evaluation.min_delta"),
     )
 
 
 def test_what_an_evaluation_may_change():
     assert keys_with(Recipe, may_change_in_evaluation=True) == (
-        *("generation.*", "rewards", "evaluation.*"),
+        *("generation.*", "rewards"),
         *("hardware.micro_batch_tokens", "hardware.score_batch_tokens", "hardware.rollout_batch_size"),
         *("hardware.logits_tile_tokens", "data.eval", "data.eval_size", "data.max_prompt_length", "data.long_prompts"),
+        *("evaluation.accuracy", "evaluation.temperature", "evaluation.num_samples"),
     )
 
 

@@ -66,6 +66,17 @@ def test_report_has_every_section_and_escapes(run):
     assert "2m30s" in text  # five steps of 30 seconds
 
 
+def test_evaluations_while_it_trains_are_listed_and_why_it_ended_is_said(run):
+    rows = [{"step": step, "reward/mean": step / 50, "headline": "reward/mean"} for step in (0, 10, 20)]
+    stopped = "the last evaluation did not improve"
+    more = {"during": rows[1:], "best": {"step": 10}, "stopped": stopped}
+    run.write_evaluation({"before": rows[0], "after": rows[2], **more})
+    text = write_report(run).read_text(encoding="utf-8")
+    for part in ("held-out mean reward", "0 → 0.4", "2 evaluations while it trained", "0.2, the best", stopped):
+        assert part in text, part
+    assert "best, step 10" in text
+
+
 def test_report_needs_no_network(run):
     run.log_samples(1, [{"prompt": EVIL, "completion": EVIL, EVIL: EVIL}])
     text = write_report(run).read_text(encoding="utf-8")

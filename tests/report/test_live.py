@@ -140,6 +140,31 @@ def test_print_evaluation():
     assert "no held-out evaluation" in printed(print_evaluation, {})
 
 
+def test_results_are_shown_with_intervals_and_begin_with_what_the_task_has():
+    ends = [
+        {"accuracy": 0.0, "reward/mean": value, "headline": "reward/mean", "problems": 32}
+        | {"intervals": {"reward/mean": [value - 0.05, value + 0.05]}}
+        for value in (0.13, 0.91)
+    ]
+    text = printed(print_evaluation, {"before": ends[0], "after": ends[1]})
+    lines = [line.split("  ") for line in text.splitlines()]
+    cells = [[cell.strip() for cell in line if cell.strip()] for line in lines]
+    assert cells[1] == ["reward/mean", "0.13 [0.08, 0.18]", "0.91 [0.86, 0.96]", "7x"]
+    assert cells[2][0] == "accuracy" and cells[3] == ["32 held-out problems, 95 % intervals over them in brackets"]
+    odd = {"after": {"accuracy": 1, "intervals": "?"}, "best": 3, "during": {}}  # whatever stands there
+    assert evaluation_rows(odd) == [("accuracy", None, 1)]
+
+
+def test_the_live_view_keeps_the_last_evaluation():
+    console = terminal()
+    with LiveView(60, console=console) as view:
+        view.step({**METRICS, "eval/headline": "accuracy", "eval/accuracy": 0.523})
+        view.step({**METRICS, "step": 13})
+        assert view._status.plain.endswith("held-out accuracy 52.3% after step 12")
+        view.step({**METRICS, "step": 14, "eval/headline": "reward/mean", "eval/reward/mean": 0.91})
+        assert view._status.plain.endswith("held-out mean reward 0.91 after step 14")
+
+
 def test_formats():
     assert [format_seconds(s) for s in (None, 0.4, 59, 130, 3725)] == ["-", "0s", "59s", "2m10s", "1h02m"]
     assert [format_bytes(b) for b in (None, 0, 2**20, 2**30)] == ["-", "0 MiB", "1 MiB", "1.00 GiB"]

@@ -89,6 +89,23 @@ def test_an_accuracy_far_from_the_reward_gives_way_to_the_held_out_reward():
     assert list(marks.get_ydata()) == pytest.approx([0.6, 0.68])
 
 
+def test_every_evaluation_is_marked_at_its_step_with_its_interval():
+    def row(step, value):
+        return {"step": step, "accuracy": value, "headline": "accuracy", "intervals": {"accuracy": [0.0, value + 0.2]}}
+
+    evaluation = {"before": row(0, 0.1), "during": [row(4, 0.3), row(8, 0.5)], "after": row(8, 0.5)}
+    metrics = [{"step": i, "reward/mean": 0.1 * i} for i in range(1, 9)]
+    axes = plots._figure(4, 3).add_subplot()
+    plots._reward(axes, metrics, evaluation)
+    marks = next(line for line in axes.lines if line.get_label() == "held-out accuracy")
+    assert list(zip(*marks.get_data(), strict=True)) == [(0, 0.1), (4, 0.3), (8, 0.5)]
+    (bars,) = axes.containers
+    ends = [point[1] for path in bars.lines[2][0].get_segments() for point in path]
+    assert ends == pytest.approx([0.0, 0.3, 0.0, 0.5, 0.0, 0.7]) and axes.get_ylim()[1] > 0.7
+    losses = [{"step": i, "loss": 1 / i} for i in range(1, 9)]
+    assert len(draw_run(losses, evaluation).axes) == len(draw_run(losses, {}).axes) + 1  # a place for the accuracy
+
+
 def test_marks_lie_inside_the_axes():
     axes = plots._figure(4, 3).add_subplot()
     plots._reward(axes, [{"step": i, "reward/mean": 0.7} for i in range(1, 9)], {"before": {"accuracy": 0.1}})

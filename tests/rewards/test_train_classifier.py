@@ -1,5 +1,6 @@
 """Training a classifier: it learns what can be learned, is what the reward reads, and does not depend on the split."""
 
+import json
 import random
 import shutil
 
@@ -9,8 +10,11 @@ from safetensors.torch import load_file
 from tiny_classifiers import FAMILIES, save_classifier, save_sentence_encoder
 
 from lowmem_rlhf.algorithms.classifier.fit import train_classifier
+from lowmem_rlhf.algorithms.classifier.update import train_classifier_run
 from lowmem_rlhf.errors import UserError
+from lowmem_rlhf.recipe.loading import validate_recipe
 from lowmem_rlhf.recipe.sections import LearnedReward, RewardConfig, TrainingConfig
+from lowmem_rlhf.report import html
 from lowmem_rlhf.rewards import load_rewards
 
 pytestmark = pytest.mark.long
@@ -76,6 +80,44 @@ def test_every_split_makes_the_same_classifier(tmp_path):
         assert torch.equal(value, states["again"][key]), key
     other = train(start, tmp_path / "other", toy(40, 0), epochs=1, learning_rate=1e-3, seed=1)
     assert other.losses != reports["whole"].losses
+
+
+def test_it_is_evaluated_while_it_trains_and_ends_early_and_the_rest_is_the_same(tmp_path, monkeypatch):
+    """Dropout is on: its random numbers are those of a training without evaluations."""
+    monkeypatch.setattr(html, "write_report", lambda run: None)
+    start, losses = save_classifier(tmp_path / "start"), {}
+    rows = [{"t": text, "l": label} for text, label in zip(*toy(40, 0), strict=True)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for name, values in (("without", {}), ("with", {"steps": 2}), ("early", {"steps": 2, "patience": 2})):
+        recipe = validate_recipe(
+            {"name": name, "model": str(start), "algorithm": "classifier"}
+            | {"data": {"train": str(tmp_path / "rows.jsonl"), "text": "t", "label": "l", "eval_size": 8}}
+            | {"training": {"num_train_epochs": 2, "prompts_per_step": 8, "learning_rate": 1e-6}}
+            | {"evaluation": {**values, "metric": "accuracy/prose"}, "hardware": {"device": "cpu"}}
+        )
+        said = Said()
+        run = train_classifier_run(recipe, tmp_path / name, False, said)
+        losses[name] = [row["loss"] for row in run.metrics()]
+        found = run.evaluation()
+        if values:
+            assert [row["step"] for row in found["during"]] == list(range(2, len(losses[name]) + 1, 2))
+            assert found["after"] == found["during"][-1] and found["after"]["headline"] == "accuracy/prose"
+            assert {"loss", "accuracy", "accuracy/prose"} <= found["after"]["intervals"].keys()
+            assert run.metrics()[1]["eval/loss"] == found["during"][0]["loss"] == said.steps[1]["eval/loss"]
+    assert len(losses["without"]) == 8 and losses["with"] == losses["without"]
+    assert len(losses["early"]) == 6 and losses["early"] == losses["without"][:6]  # nothing is learned at this rate
+    assert found["stopped"] in said.messages and "ends after step 6 of 8" in found["stopped"]
+
+
+class Said:
+    """A display that keeps what it is told."""
+
+    def __init__(self) -> None:
+        self.messages, self.steps = [], []
+        self.message, self.step = self.messages.append, self.steps.append
+
+    def __getattr__(self, name):
+        return lambda *given: None
 
 
 def test_what_cannot_be_learned_from_is_refused(tmp_path):

@@ -29,6 +29,7 @@ from lowmem_rlhf.planning.run_plan import running_plan
 from lowmem_rlhf.recipe.loading import validate_recipe
 from lowmem_rlhf.rewards.adapter import load_adapter_reward
 from lowmem_rlhf.run.directory import RunDirectory
+from lowmem_rlhf.training.intervals import wilson
 
 FAMILIES = ("llama", "bloom", "lfm2")  # packed; padded: biases on the scores; packed, with a convolution
 SPLITS = (10_000, 40, 16)  # tokens of a micro-batch: all at once, some, one row
@@ -158,8 +159,12 @@ def test_the_held_out_loss_is_over_all_learned_tokens(make, tmp_path):
         "loss": pytest.approx(wanted, abs=1e-5),
         "perplexity": pytest.approx(math.exp(wanted), rel=1e-4),
         "accuracy": None,
+        "headline": "loss",
         "problems": 5,
+        "intervals": found["intervals"],
     }
+    low, high = found["intervals"]["loss"]
+    assert low < wanted < high and found["intervals"]["perplexity"] == [math.exp(low), math.exp(high)]
     assert make(SFT, base, examples()).evaluate("before", Talk(1)) == {}
 
 
@@ -293,7 +298,11 @@ def test_held_out_pairs_are_measured_as_they_are_scored(make, tmp_path):
         "score/margin": pytest.approx(float((chosen - rejected).mean()), abs=1e-5),
         "score/mean": pytest.approx(float(torch.cat([chosen, rejected]).mean()), abs=1e-5),
         "problems": 8,
+        "headline": "accuracy",
+        "intervals": found["intervals"],
     }
+    assert found["intervals"]["accuracy"] == pytest.approx(wilson(found["accuracy"], 8))
+    assert found["intervals"]["loss"][0] < found["loss"] < found["intervals"]["loss"][1]
 
 
 def test_a_tie_is_half_right(make, monkeypatch):
@@ -392,9 +401,9 @@ KINDS = {
 }
 
 
-def built(model, algorithm, path, resume=False, **training):
+def built(model, algorithm, path, resume=False, sections=None, **training):
     """Return a trainer as `session.train` makes it, of ten rows and four held-out ones."""
-    sections = {**KINDS[algorithm], "training": {"prompts_per_step": 4, "save_steps": 100, **training}}
+    sections = {**(sections or KINDS[algorithm]), "training": {"prompts_per_step": 4, "save_steps": 100, **training}}
     recipe = stage(model, algorithm, **sections)
     plan = running_plan(recipe)
     base = SharedBase.load(recipe.model, CPU, "none", "float32", r=4, lora_alpha=8, seed=recipe.training.seed)

@@ -29,6 +29,7 @@ from lowmem_rlhf.recipe.names import DECIDED
 from lowmem_rlhf.recipe.sections import HardwareConfig
 from lowmem_rlhf.run.directory import RunDirectory
 from lowmem_rlhf.session.train import train
+from lowmem_rlhf.training.intervals import wilson
 
 HELD_OUT = [{"prompt": "5+1= ", "chosen": "6", "rejected": "ef"}, {"prompt": "b a? ", "chosen": "b", "rejected": "44"}]
 KIND = {"trl/kto": {"chosen": None, "rejected": None, "label": "label"}}
@@ -94,6 +95,7 @@ def test_a_run_learns_and_leaves_what_every_run_leaves(algorithm, runs, model):
         assert before["accuracy"] is None and before["rewards/chosen"] == before["rewards/rejected"] == 0
     if algorithm != "trl/kto":  # shown also where there is none before
         assert evaluation_rows(evaluation)[0][0] == "accuracy" and evaluation["after"]["accuracy"] >= 0.5
+        assert evaluation["after"]["intervals"]["accuracy"] == list(wilson(evaluation["after"]["accuracy"], 2))
     names = {"recipe.yaml", "plan.json", "metrics.jsonl", "samples.jsonl", "evaluation.json", "report.html", "adapter"}
     assert {path.name for path in run.path.iterdir()} == names | {
         *("checkpoints", "inputs.json", "local.json", "hashes.json", ".lock")

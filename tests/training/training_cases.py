@@ -33,6 +33,7 @@ from lowmem_rlhf.rollout.rollout import Completion, Rollout
 from lowmem_rlhf.run.directory import RunDirectory
 from lowmem_rlhf.training.online import Trainer
 from lowmem_rlhf.training.optimizer import Optimizer
+from lowmem_rlhf.training.roles import add_roles
 
 CPU = torch.device("cpu")
 LOSS_TYPES = ("grpo", "bnpo", "dr_grpo", "dapo")
@@ -216,7 +217,7 @@ def recipe_of(model: Path, **sections: Any) -> Recipe:
         },
     }
     for key, value in sections.items():
-        values[key] = {**values[key], **value} if isinstance(value, dict) else value
+        values[key] = {**values.get(key, {}), **value} if isinstance(value, dict) else value
     return validate_recipe(values)
 
 
@@ -248,6 +249,7 @@ def trainer_of(recipe: Recipe, path: Path, reward: Callable[..., list[Any]] = di
         lora_alpha=recipe.lora.lora_alpha,
         seed=recipe.training.seed,
     )
+    add_roles(base, recipe, [])
     examples = build_examples(load_rows(recipe.data, "train"), recipe.data, base.tokenizer)
     held_out = build_examples(load_rows(recipe.data, "eval"), recipe.data, base.tokenizer)
     run = RunDirectory.create(path, recipe, plan.to_dict(), resume)

@@ -2,15 +2,17 @@
 
 All weights train in fp32 with a cross-entropy loss, the model's own dropout and a fresh head. A step has a fixed number
 of texts and is split by padded tokens; its loss is the mean over its texts, however it is split. Left out: mixed
-precision, class weights, choosing the best epoch.
+precision, class weights, keeping the best of the evaluations.
 """
 
 import math
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 
@@ -23,6 +25,7 @@ from lowmem_rlhf.progress import message
 from lowmem_rlhf.recipe.sections import LearnedReward, TrainingConfig
 from lowmem_rlhf.rewards.encoder import Encoder, batches_by_tokens, load_encoder
 from lowmem_rlhf.training.health import HealthWatch
+from lowmem_rlhf.training.intervals import Column, bounds
 from lowmem_rlhf.training.learning import LostTokens, Parts, no_gradient, sums, unchanged, warm_up_remark
 from lowmem_rlhf.training.optimizer import Optimizer
 
@@ -36,12 +39,18 @@ class ClassifierReport:
     Attributes:
         labels: the classes, in the order of the logits.
         losses: the loss of every step.
-        held_out: ``loss``, ``accuracy``, and ``accuracy/LABEL`` on the texts of each class; empty without such texts.
+        held_out: ``loss``, ``accuracy``, and ``accuracy/LABEL`` on the texts of each class, and their ``intervals``;
+            empty without such texts.
     """
 
     labels: list[str]
     losses: list[float]
-    held_out: dict[str, float]
+    held_out: dict[str, Any]
+
+
+Progress = Callable[[int, int, float], None]
+Measure = Callable[[], dict[str, Any]]
+After = Callable[[int, Measure], bool]
 
 
 def train_classifier(
@@ -51,7 +60,8 @@ def train_classifier(
     training: TrainingConfig,
     epochs: int = 3,
     held_out: LabelledTexts = ((), ()),
-    progress: Callable[[int, int, float], None] = lambda step, steps, loss: None,
+    progress: Progress = lambda step, steps, loss: None,
+    after: After = lambda step, measure: False,
 ) -> ClassifierReport:
     """Train a classifier and write it, with its tokenizer, into a new folder.
 
@@ -63,6 +73,7 @@ def train_classifier(
         epochs: how often each text is seen.
         held_out: labelled texts to measure the result on.
         progress: called after every step with its number, the number of steps and its loss.
+        after: called then with its number and what measures the held-out texts now; training ends where it is True.
 
     Raises:
         UserError: the texts cannot be learned from, the model cannot be loaded, or the folder is taken.
@@ -72,9 +83,19 @@ def train_classifier(
     torch.manual_seed(training.seed)
     encoder = _load(start, labels)
     encoder.to("cpu" if start.device == "auto" else detect(start.device).torch_device)
-    losses = _train(encoder, encoder.tokens(train[0]), _indices(train, labels), training, epochs, progress)
-    encoder.model.eval()
-    report = ClassifierReport(labels, losses, _measure(encoder, held_out, labels) if held_out[0] else {})
+
+    def measure() -> dict[str, Any]:
+        encoder.model.eval()
+        return _measure(encoder, held_out, labels) if held_out[0] else {}
+
+    def goes_on(step: int, steps: int, loss: float) -> bool:
+        progress(step, steps, loss)
+        ended = after(step, measure)
+        encoder.model.train()
+        return not ended
+
+    losses = _train(encoder, encoder.tokens(train[0]), _indices(train, labels), training, epochs, goes_on)
+    report = ClassifierReport(labels, losses, measure())
     with writing(output):
         check_room(output, sum(p.numel() * p.element_size() for p in encoder.model.parameters()))
         folder = begin_folder(output)
@@ -133,9 +154,9 @@ def _train(
     targets: list[int],
     training: TrainingConfig,
     epochs: int,
-    progress: Callable[[int, int, float], None],
+    goes_on: Callable[[int, int, float], bool],
 ) -> list[float]:
-    """Train on tokenized texts; return the loss of every step."""
+    """Train on tokenized texts until all steps are done or one does not go on; return the loss of every step."""
     size = training.prompts_per_step
     steps = epochs * math.ceil(len(ids) / size)
     parameters = dict(encoder.model.named_parameters())
@@ -145,24 +166,21 @@ def _train(
     losses: list[float] = []
     if remark := warm_up_remark(training, steps):
         message(remark)
-    for epoch in range(epochs):
-        order = list(range(len(ids)))
-        random.Random(f"{training.seed} {epoch}").shuffle(order)
-        for first in range(0, len(order), size):
-            rows = order[first : first + size]
-            optimizer.at_step, rate, skipped = len(losses) + 1, optimizer.learning_rate, optimizer.skipped
-            start = sums(parts) if before is None else before
-            losses.append(_gradient(encoder, optimizer, [ids[row] for row in rows], [targets[row] for row in rows]))
-            norm = optimizer.step(losses[-1])
-            optimizer.check_weights()
-            if before is None and rate and optimizer.skipped == skipped:
-                before = start
-                if sentence := unchanged(before, sums(parts), {"grad_norm": norm}):
-                    raise RunError(sentence)
-            metrics = {"step": len(losses), "loss": losses[-1], "grad_norm": norm, "learning_rate": rate}
-            for sentence in [*optimizer.say(), *watch.observe(metrics)]:
-                message(sentence)
-            progress(len(losses), steps, losses[-1])
+    for rows in _rows_of_steps(len(ids), size, epochs, training.seed):
+        optimizer.at_step, rate, skipped = len(losses) + 1, optimizer.learning_rate, optimizer.skipped
+        start = sums(parts) if before is None else before
+        losses.append(_gradient(encoder, optimizer, [ids[row] for row in rows], [targets[row] for row in rows]))
+        norm = optimizer.step(losses[-1])
+        optimizer.check_weights()
+        if before is None and rate and optimizer.skipped == skipped:
+            before = start
+            if sentence := unchanged(before, sums(parts), {"grad_norm": norm}):
+                raise RunError(sentence)
+        metrics = {"step": len(losses), "loss": losses[-1], "grad_norm": norm, "learning_rate": rate}
+        for sentence in [*optimizer.say(), *watch.observe(metrics)]:
+            message(sentence)
+        if not goes_on(len(losses), steps, losses[-1]):
+            break
     if before is None:
         lost = LostTokens(training, optimizer)
         lost.add(len(ids), left_out=optimizer.skipped > 0)
@@ -170,6 +188,15 @@ def _train(
     if summary := watch.summary():
         message(summary)
     return losses
+
+
+def _rows_of_steps(count: int, size: int, epochs: int, seed: int) -> Iterator[list[int]]:
+    """Yield the texts of each step: every text once an epoch, in an order of its own."""
+    for epoch in range(epochs):
+        order = list(range(count))
+        random.Random(f"{seed} {epoch}").shuffle(order)
+        for first in range(0, count, size):
+            yield order[first : first + size]
 
 
 def _parts(encoder: Encoder, parameters: dict[str, torch.nn.Parameter]) -> Parts:
@@ -204,14 +231,23 @@ def _gradient(encoder: Encoder, optimizer: Optimizer, ids: list[list[int]], targ
         raise
 
 
-def _measure(encoder: Encoder, held_out: LabelledTexts, labels: list[str]) -> dict[str, float]:
-    """Return loss and accuracy, the accuracy of each class as well."""
+def _measure(encoder: Encoder, held_out: LabelledTexts, labels: list[str]) -> dict[str, Any]:
+    """Return loss and accuracy, the accuracy of each class as well, and the intervals of all of them."""
     logits = encoder.read(held_out[0], lambda output, mask: output.logits)  # (N, C)
     targets = torch.tensor(_indices(held_out, labels), dtype=torch.long, device="cpu")
     right = (logits.argmax(dim=-1) == targets).float()
+    losses = F.cross_entropy(logits, targets, reduction="none").double().numpy()
     there = [(index, label) for index, label in enumerate(labels) if bool((targets == index).any())]
+    columns = {"loss": Column(losses, np.ones_like(losses)), "accuracy": _share(right)}
+    columns |= {f"accuracy/{label}": _share(right[targets == index]) for index, label in there}
     return {
         "loss": float(F.cross_entropy(logits, targets)),
         "accuracy": float(right.mean()),
         **{f"accuracy/{label}": float(right[targets == index].mean()) for index, label in there},
+        "intervals": bounds(columns),
     }
+
+
+def _share(right: torch.Tensor) -> Column:
+    values = right.double().numpy()
+    return Column(values, np.ones_like(values), share=True)

@@ -30,7 +30,10 @@ from lowmem_rlhf.planning.plan import Plan
 from lowmem_rlhf.progress import Progress
 from lowmem_rlhf.recipe.schema import Recipe
 from lowmem_rlhf.run.directory import RunDirectory
+from lowmem_rlhf.run.held_out import ACCURACY
+from lowmem_rlhf.training.intervals import Column, bounds
 from lowmem_rlhf.training.loop import Loop, StepOutput
+from lowmem_rlhf.training.quantities import of_losses, of_pairs
 
 
 class RewardModel(Loop):
@@ -68,7 +71,7 @@ class RewardModel(Loop):
             scale = self.optimizer.loss_scale  # which the host reads from the device
             scores = head_outputs(self.base, POLICY, groups, limits)
             ends = torch.stack([scores[row][-1] for row in range(2 * len(pairs))]).requires_grad_()  # (N,)
-            loss = self._loss(ends, pairs)
+            loss = self._losses(ends, pairs).mean()
             (slope,) = torch.autograd.grad(loss, ends)  # so the pairs may be cut anywhere
             fed = 0
             with self.base.role(POLICY):
@@ -88,14 +91,16 @@ class RewardModel(Loop):
         metrics = {"loss": loss, "grad_norm": norm, "tokens/trained": fed, **_pair_metrics(ends, pairs)}
         every = self.recipe.reward_model.eval_steps
         if every and self.held_out and (self.step + 1) % every == 0:
-            metrics |= {f"eval/{name}": value for name, value in self._measure(progress).items()}
+            measured, _ = self._measure(progress)
+            metrics |= {f"eval/{name}": value for name, value in measured.items()}
         return StepOutput(metrics, sum(len(p.chosen_ids) + len(p.rejected_ids) for p in pairs))
 
-    def _loss(self, ends: torch.Tensor, pairs: Sequence[Pair]) -> torch.Tensor:
+    def _losses(self, ends: torch.Tensor, pairs: Sequence[Pair]) -> torch.Tensor:
         margins = torch.tensor([pair.margin for pair in pairs], dtype=torch.float32, device=ends.device)
-        return pair_loss(ends[::2], ends[1::2], margins, self.recipe.reward_model.center_rewards_coefficient).mean()
+        return pair_loss(ends[::2], ends[1::2], margins, self.recipe.reward_model.center_rewards_coefficient)
 
-    def _measure(self, progress: Progress) -> dict[str, float]:
+    def _measure(self, progress: Progress) -> tuple[dict[str, float], dict[str, Column]]:
+        """Return what is measured on held-out pairs, and of its parts what each pair has."""
         groups = pair_groups(self.held_out)
 
         def shown(done: int, total: int) -> None:
@@ -105,11 +110,17 @@ class RewardModel(Loop):
             lambda limits: head_outputs(self.base, POLICY, groups, limits, shown), progress.message
         )
         ends = torch.stack([scores[row][-1] for row in range(2 * len(self.held_out))])
-        return {"loss": float(self._loss(ends, self.held_out)), **_pair_metrics(ends, self.held_out)}
+        losses = self._losses(ends, self.held_out)
+        columns = {**of_losses(losses.tolist(), [1] * len(self.held_out)), **of_pairs(ends[::2], ends[1::2])}
+        return {"loss": float(losses.mean()), **_pair_metrics(ends, self.held_out)}, columns
 
     def evaluate(self, when: str, progress: Progress) -> dict[str, Any]:
         """Return loss, accuracy (of pairs) and mean margin on held-out pairs."""
-        return {**self._measure(progress), "problems": len(self.held_out)} if self.held_out else {}
+        if not self.held_out:
+            return {}
+        measured, columns = self._measure(progress)
+        more = {"problems": len(self.held_out), "headline": ACCURACY, "intervals": bounds(columns)}
+        return {**measured, **more}
 
 
 def pair_groups(pairs: Sequence[Pair]) -> list[Group]:

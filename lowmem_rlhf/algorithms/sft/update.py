@@ -6,7 +6,6 @@ known before the first backward pass.
 Shapes: S scored tokens of a micro-batch.
 """
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -24,8 +23,11 @@ from lowmem_rlhf.planning.plan import Plan
 from lowmem_rlhf.progress import Progress
 from lowmem_rlhf.recipe.schema import Recipe
 from lowmem_rlhf.run.directory import RunDirectory
+from lowmem_rlhf.run.held_out import LOSS
+from lowmem_rlhf.training.intervals import bounds, perplexity, with_perplexity
 from lowmem_rlhf.training.loop import Loop, StepOutput
 from lowmem_rlhf.training.online import CompletionEvaluator
+from lowmem_rlhf.training.quantities import of_losses
 
 
 class SFT(Loop):
@@ -89,32 +91,50 @@ class SFT(Loop):
             return {}
         return {"eval/loss": self.loss(self.held_out, progress)}
 
-    @torch.no_grad()
     def loss(self, examples: Sequence[Supervised], progress: Progress) -> float:
         """Return the mean loss over all learned tokens of the examples, in the policy's role."""
+        return self._losses(examples, progress)[0]
+
+    @torch.no_grad()
+    def _losses(self, examples: Sequence[Supervised], progress: Progress) -> tuple[float, list[float]]:
+        """Return the mean loss over all learned tokens, and the sum over each example's."""
         groups, masks = _groups(examples), _masks(examples)
 
         def shown(done: int, total: int) -> None:
             progress.phase("evaluation", done, total)
 
-        def work(limits: BatchLimits) -> float:
-            sums = DeviceSums()
+        def work(limits: BatchLimits) -> tuple[float, list[float]]:
+            sums, each, rows = DeviceSums(), list[torch.Tensor](), list[int]()
             with self.base.role(POLICY):
                 for packed in micro_batches(self.base, groups, limits.micro_batch_tokens, shown):
                     packed = scored_only(packed, masks)
                     logps, _ = packed_logprobs(self.base, packed, 1.0, limits.tile, entropy="none")
                     sums.add(loss=-logps.sum())
-            return sums.read()["loss"]
+                    each += [-one.sum() for one in logps.split(packed.lengths)]
+                    rows += packed.rows
+            ordered = dict(zip(rows, torch.stack(each).tolist(), strict=True))
+            return sums.read()["loss"], [ordered[row] for row in range(len(examples))]
 
-        return self.ladder.score(work, progress.message) / sum(one.learned_tokens for one in examples)
+        total, each = self.ladder.score(work, progress.message)
+        return total / sum(one.learned_tokens for one in examples), each
 
     def evaluate(self, when: str, progress: Progress) -> dict[str, Any]:
         """Return the held-out loss, and what is said of sampled completions where the recipe has rewards."""
         if not self.held_out:
             return {}
-        loss = self.loss(self.held_out, progress)
-        sampled = self.evaluator.evaluate(when, progress) if self.evaluator else {"accuracy": None}
-        return {"loss": loss, "perplexity": math.exp(min(loss, 700.0)), **sampled, "problems": len(self.held_out)}
+        loss, each = self._losses(self.held_out, progress)
+        tokens = [one.learned_tokens for one in self.held_out]
+        own = with_perplexity(bounds(of_losses(each, tokens)))
+        sampled: dict[str, Any] = {"accuracy": None, "headline": LOSS}
+        if self.evaluator:
+            sampled = self.evaluator.evaluate(when, progress)
+        return {
+            "loss": loss,
+            "perplexity": perplexity(loss),
+            **sampled,
+            "problems": len(self.held_out),
+            "intervals": {**own, **sampled.get("intervals", {})},
+        }
 
 
 def _groups(examples: Sequence[Supervised]) -> list[Group]:

@@ -36,6 +36,8 @@ from lowmem_rlhf.progress import Progress, message
 from lowmem_rlhf.recipe.schema import Recipe
 from lowmem_rlhf.rewards.loading import Reward
 from lowmem_rlhf.run.directory import RunDirectory
+from lowmem_rlhf.run.held_out import ACCURACY, LOSS
+from lowmem_rlhf.training.intervals import wilson
 from lowmem_rlhf.training.loop import Loop, StepOutput
 from lowmem_rlhf.training.memory import explain_shortage
 from lowmem_rlhf.training.online import CompletionEvaluator
@@ -111,12 +113,21 @@ class TRLLoop(Loop):
             return {}
         score, say = self.ladder.score, progress.message
         results = _named(score(lambda limits: self._measured(limits, progress), say))
+        count, found = len(self.held_out), dict[str, list[float]]()
+        headline = ACCURACY if ACCURACY in results else LOSS
+        if headline == ACCURACY:  # a share of pairs, as nothing else has it
+            found[ACCURACY] = found["rewards/accuracies"] = list(wilson(results[ACCURACY], count))
         if self.kind.reference and not (results.get("rewards/chosen") or results.get("rewards/rejected")):
             results["accuracy"] = None
+            found = {}
         if pairs := pairs_among(self.held_out):
-            results["logps/accuracy"] = score(lambda limits: self._likelier(pairs, limits, progress), say)
-        sampled = self.evaluator.evaluate(when, progress) if self.evaluator else {}
-        return {**results, **sampled, "problems": len(self.held_out)}
+            likelier = score(lambda limits: self._likelier(pairs, limits, progress), say)
+            results["logps/accuracy"] = likelier
+            found["logps/accuracy"] = list(wilson(likelier, len(pairs)))
+            headline = "logps/accuracy" if headline == LOSS else headline
+        sampled: dict[str, Any] = self.evaluator.evaluate(when, progress) if self.evaluator else {"headline": headline}
+        intervals = {**found, **sampled.get("intervals", {})}
+        return {**results, **sampled, "problems": count, "intervals": intervals}
 
     @torch.no_grad()
     def _measured(self, limits: BatchLimits, progress: Progress) -> dict[str, float]:

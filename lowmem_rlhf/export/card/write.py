@@ -11,7 +11,7 @@ from typing import Any
 
 from lowmem_rlhf.algorithms.registry import find_spec
 from lowmem_rlhf.display.export import judged_rows
-from lowmem_rlhf.display.format import evaluation_rows, format_bytes, format_number, format_value, number
+from lowmem_rlhf.display.format import evaluation_table, format_bytes, format_number, format_value, number
 from lowmem_rlhf.display.outcome import about, outcome_rows
 from lowmem_rlhf.export.card.facts import data_by_task, hub_datasets, is_hub_id, license_of, model_name, versions
 from lowmem_rlhf.export.card.markdown import Markdown, code, fenced, link, plain, table
@@ -27,6 +27,7 @@ from lowmem_rlhf.recipe.yaml_tree import write_yaml
 from lowmem_rlhf.report.plots import plot_reward
 from lowmem_rlhf.run.directory import RECIPE, RunDirectory
 from lowmem_rlhf.run.evaluations import read_evaluations
+from lowmem_rlhf.run.held_out import AFTER, BEFORE, part
 from lowmem_rlhf.run.start import start_folder
 
 README, CURVE = "README.md", "curve.png"
@@ -116,7 +117,8 @@ def _summary(original: dict[str, Any], recipe: dict[str, Any], export: dict[str,
             "here."
         )
     onto = f"onto the {export['onto']} weights" if export.get("onto") else None
-    told = ", ".join(plain(fact) for fact in (export.get("format"), onto, export.get("dtype")) if fact)
+    step = None if export.get("step") is None else f"the checkpoint after step {export['step']}"
+    told = ", ".join(plain(fact) for fact in (export.get("format"), onto, export.get("dtype"), step) if fact)
     return "\n\n".join(line for line in [*lines, f"Export: {told}." if told else ""] if line)
 
 
@@ -137,11 +139,14 @@ def _later(run: RunDirectory, metrics: list[dict[str, Any]]) -> list[dict[str, A
 
 def _evaluation(evaluation: dict[str, Any], later: list[dict[str, Any]]) -> str:
     parts = []
-    if rows := [(name, format_number(b), format_number(a)) for name, b, a in evaluation_rows(evaluation)]:
-        problems = next((p for w in ("after", "before") if (p := (evaluation.get(w) or {}).get("problems"))), None)
+    head, rows = evaluation_table(evaluation, ratio=False)
+    if rows:
+        ends = [part(evaluation, when) for when in (AFTER, BEFORE)]
+        problems = next((count for end in ends if (count := end.get("problems"))), None)
         count = f" ({format_number(problems)} problems)" if problems else ""
-        parts.append(f"On held-out data{count}, before and after training:")
-        parts.append(table(("held-out", "before", "after"), rows))
+        told = ", with 95 % intervals over the problems" if any(end.get("intervals") for end in ends) else ""
+        parts.append(f"On held-out data{count}, before and after training{told}:")
+        parts.append(table(head, rows))
     for outcome in later:
         outcome = {**outcome, "data": without_folders({"eval": outcome.get("data", "?")})[0]["eval"]}
         parts.append(f"Measured on the trained policy and its reference, from one base: {plain(about(outcome))}.")

@@ -35,7 +35,8 @@ class RunTime:
         step, step_range: of one step, and between which ends it lies.
         evaluation: of the held-out examples once.
         steps: of the run; None where they follow from data that were not read.
-        run, run_range: of all steps, with the evaluation before and after; None without ``steps``.
+        run, run_range: of all steps, with every evaluation; None without ``steps``.
+        evaluations: of the run, before, after and between; None without ``steps``.
     """
 
     phases: dict[str, float]
@@ -45,6 +46,7 @@ class RunTime:
     steps: int | None
     run: float | None
     run_range: tuple[float, float] | None
+    evaluations: int | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain values, as ``plan --json`` has them."""
@@ -71,6 +73,7 @@ class RunTime:
             values["steps"],
             values["run_seconds"],
             None if ends is None else _pair(ends),
+            values.get("evaluations"),
         )
 
 
@@ -200,6 +203,14 @@ class StepTime:
         return share * self._count(shape) * self.passes.score(shape, 1, self.spec.output == "text").started()
 
 
+def evaluations_of(recipe: Recipe, steps: int) -> int:
+    """Return how often a run of so many steps evaluates: before, after, and every `evaluation.steps` between."""
+    if not recipe.data.eval_size:
+        return 0
+    every = recipe.evaluation.steps
+    return 2 + (max(0, steps - 1) // every if every else 0)  # that of the last step is the one after
+
+
 def run_time(dims: ModelDimensions, recipe: Recipe, settings: Settings, device: Device) -> RunTime | None:
     """Return the predicted time of a run; None where nobody tells how fast the device is, or how experts are routed."""
     if not has_terms(dims):
@@ -214,9 +225,10 @@ def run_time(dims: ModelDimensions, recipe: Recipe, settings: Settings, device: 
     training = recipe.training
     count = training.max_steps if training.num_train_epochs is None else None
     step = sum(phases.values())
-    run, ends = None, None
+    run, ends, times = None, None, None
     if count is not None:
-        run = count * step + 2 * evaluation
+        times = evaluations_of(recipe, count)
+        run = count * step + times * evaluation
         low, high = (steps[case].evaluation() for case in ("best", "worst"))
-        ends = (count * best + 2 * low, count * worst + 2 * high)
-    return RunTime(phases, step, (best, worst), evaluation, count, run, ends)
+        ends = (count * best + times * low, count * worst + times * high)
+    return RunTime(phases, step, (best, worst), evaluation, count, run, ends, times)

@@ -4,17 +4,20 @@ Names are those of evaluation.json; ``pass@k`` is added, of which ``accuracy`` i
 """
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
-from lowmem_rlhf.evaluation.intervals import Column, pass_at_k
-from lowmem_rlhf.training.evaluate import Sampled
+from lowmem_rlhf.training.intervals import Column, pass_at_k
+
+if TYPE_CHECKING:
+    from lowmem_rlhf.training.evaluate import Sampled
 
 Value = float | None
 
 
-def of_completions(sampled: Sampled, accuracy: str) -> dict[str, Column]:
+def of_completions(sampled: "Sampled", accuracy: str) -> dict[str, Column]:
     """Return accuracy, pass@k, every reward, length and truncation of sampled answers.
 
     Args:

@@ -67,6 +67,12 @@ def joined_columns(columns: Sequence[Column | None], problems: Sequence[int]) ->
     )
 
 
+def joined(parts: Sequence[dict[str, Column]], problems: Sequence[int]) -> dict[str, Column]:
+    """Return the quantities of several sets of problems, given with their sizes, on all of them."""
+    names = dict.fromkeys(name for part in parts for name in part)
+    return {name: joined_columns([part.get(name) for part in parts], problems) for name in names}
+
+
 @dataclass(frozen=True)
 class Estimate:
     """A value with its interval; the bounds are None where one problem is all there is."""
@@ -118,6 +124,22 @@ def estimates(columns: dict[str, Column]) -> dict[str, Estimate]:
     columns = {name: column for name, column in columns.items() if column.counts.sum() > 0}
     draws = resampled({name: column for name, column in columns.items() if not column.share})
     return {name: _estimate(column, draws.get(name)) for name, column in columns.items()}
+
+
+def bounds(columns: dict[str, Column]) -> dict[str, list[float]]:
+    """Return ``[low, high]`` of every quantity that has an interval."""
+    found = estimates(columns).items()
+    return {name: [one.low, one.high] for name, one in found if one.low is not None and one.high is not None}
+
+
+def perplexity(loss: float) -> float:
+    """Return the exponential of a loss; of one above 700 that of 700, which is near the largest number."""
+    return math.exp(min(loss, 700.0))
+
+
+def with_perplexity(found: dict[str, list[float]]) -> dict[str, list[float]]:
+    """Return intervals with that of the perplexity, where there is one of the loss."""
+    return {**found, "perplexity": [perplexity(bound) for bound in found["loss"]]} if "loss" in found else found
 
 
 def _estimate(column: Column, drawn: Floats | None) -> Estimate:
@@ -174,7 +196,8 @@ def resampled(columns: dict[str, Column], seed: int = 0) -> dict[str, Floats]:
     for start in range(0, RESAMPLES, _CHUNK):
         rows = min(_CHUNK, RESAMPLES - start)
         drawn = generator.integers(0, problems, (rows, problems))
-        times = np.apply_along_axis(np.bincount, 1, drawn, minlength=problems)  # (rows, P)
+        places = drawn + problems * np.arange(rows)[:, None]
+        times = np.bincount(places.ravel(), minlength=rows * problems).reshape(rows, problems)  # (rows, P)
         parts.append(times @ table)
     sums, counts = np.concatenate(parts)[:, ::2], np.concatenate(parts)[:, 1::2]
     means = np.divide(sums, counts, out=np.full_like(sums, np.nan), where=counts > 0)
