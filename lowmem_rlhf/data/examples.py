@@ -6,6 +6,7 @@ from typing import Any
 
 from lowmem_rlhf.architecture.vocabulary import check_ids
 from lowmem_rlhf.data.bad_rows import RowReport
+from lowmem_rlhf.data.curriculum import check_difficulties
 from lowmem_rlhf.data.labelled import check_both_kinds, read_answers
 from lowmem_rlhf.data.prompts import Example, build_examples
 from lowmem_rlhf.data.sources import SplitRows
@@ -75,6 +76,7 @@ def read_data(
     other = RowReport(recipe.data, recipe.data.eval or "", before=report)
     train = examples_of(recipe, rows, tokens, report)
     check_both_kinds(train)
+    check_difficulties(train, recipe.data)
     held_out = examples_of(recipe, held, tokens, other) if held else []
     if held and recipe.rewards and not recipe.spec.samples:
         prompts = build_examples(held, recipe.data, tokens.tokenizer, tokens.stop_ids, other.again())

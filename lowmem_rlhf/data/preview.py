@@ -8,6 +8,7 @@ from typing import Any
 
 from lowmem_rlhf.architecture.vocabulary import check_ids
 from lowmem_rlhf.data.bad_rows import RowReport
+from lowmem_rlhf.data.curriculum import check_difficulties
 from lowmem_rlhf.data.examples import examples_of, ids_of
 from lowmem_rlhf.data.formats import detect_format
 from lowmem_rlhf.data.labelled import check_both_kinds
@@ -140,6 +141,7 @@ def preview_split(
     if tokens.rows is not None:
         check_ids(tokens.tokenizer, tokens.rows, (ids for one in made for ids in ids_of(one)))
     if split == "train":
+        check_difficulties(made, data)
         try:
             check_both_kinds(made)
         except UserError as error:

@@ -4,23 +4,11 @@ import random
 from array import array
 from collections.abc import Sequence
 from functools import lru_cache
-from typing import Generic, Protocol, TypeVar
+from typing import Generic, TypeVar
 
 from lowmem_rlhf.errors import UserError
-from lowmem_rlhf.recipe.schema import Recipe
-
-
-class OfTask(Protocol):
-    """An example that belongs to a task."""
-
-    @property
-    def task(self) -> str:
-        """The task's name; empty where there is one task only."""
-        ...
-
 
 Item = TypeVar("Item")
-Tasked = TypeVar("Tasked", bound=OfTask)
 
 
 class PromptStream(Generic[Item]):
@@ -65,20 +53,15 @@ class MixedStream(Generic[Item]):
     had its share of them to within one (for two tasks; a little more for many). It has no state, as a `PromptStream`.
     """
 
-    def __init__(self, tasks: Sequence[Sequence[Item]], shares: Sequence[float], prompts_per_step: int, seed: int):
-        """Keep the examples.
+    def __init__(self, streams: Sequence[PromptStream[Item]], shares: Sequence[float], prompts_per_step: int) -> None:
+        """Keep the streams.
 
         Args:
-            tasks: the examples of each.
+            streams: of each task.
             shares: of the tasks in the prompts; they add up to 1.
             prompts_per_step: prompts of a step, of all tasks.
-            seed: chooses the order.
-
-        Raises:
-            UserError: a task has no examples.
         """
-        self.streams = [PromptStream(examples, 1, seed) for examples in tasks]
-        self.shares, self.prompts_per_step = shares, prompts_per_step
+        self.streams, self.shares, self.prompts_per_step = streams, shares, prompts_per_step
         self._turns = array("H")  # the task of each prompt so far
         self._places = array("Q")  # and its number among that task's
         self._counts = [0] * len(shares)
@@ -100,17 +83,3 @@ class MixedStream(Generic[Item]):
             self._turns.append(task)
             self._places.append(self._counts[task])
             self._counts[task] += 1
-
-
-def stream_of(examples: Sequence[Tasked], recipe: Recipe) -> "PromptStream[Tasked] | MixedStream[Tasked]":
-    """Return the order in which a recipe's training sees its examples.
-
-    Raises:
-        UserError: there are none, of all or of a task.
-    """
-    count, seed = recipe.training.prompts_per_step, recipe.training.seed
-    if not recipe.tasks:
-        return PromptStream(examples, count, seed)
-    tasks = [[one for one in examples if one.task == task.name] for task in recipe.tasks]
-    shares = recipe.mixing.shares([task.weight for task in recipe.tasks], [len(own) for own in tasks])
-    return MixedStream(tasks, shares, count, seed)

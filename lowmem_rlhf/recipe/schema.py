@@ -202,6 +202,10 @@ class Recipe(Section):
             )
         if data.prompt_words and (data.template is not None or data.text or data.messages):
             raise ValueError("data.prompt_words: is for data.prompt alone; leave it or template, text and messages out")
+        if data.curriculum is not None and not self.spec.samples:
+            raise ValueError(
+                f"data.curriculum: is for algorithms that sample, and {self.algorithm} does not; leave it out"
+            )
         if data.few_shot is not None and (data.text or data.messages or data.prompt is None):
             raise ValueError(
                 "data.few_shot: its examples are written as the prompts of a column or a template; leave it out of "

@@ -255,6 +255,14 @@ class FewShotConfig(Section):
         return self
 
 
+class CurriculumConfig(Section):
+    """Begin with the easiest rows, and let in the others little by little (algorithms that sample)."""
+
+    column: Name  # of numbers: the easier the smaller
+    start: float = Field(0.2, gt=0, le=1)  # the share of rows that training begins with
+    steps: int | None = Field(None, ge=1, le=MOST_STEPS)  # until all rows are in; absent: half of training.max_steps
+
+
 class DataConfig(Section):
     """Where prompts come from and how a row becomes a prompt."""
 
@@ -280,6 +288,7 @@ class DataConfig(Section):
     margin: NameOrNull = None  # reward_model: a column with how much better it is
     system: str | None = None  # system message of a chat prompt, or a text put before a plain one
     few_shot: FewShotConfig | None = None
+    curriculum: CurriculumConfig | None = None
     template: NameOrNull = None  # the user's turn, with {column} place-holders; {column?} may be empty
     # only so many first words of the prompt column: a text to go on with
     prompt_words: int | None = Field(None, ge=1, le=MOST_TOKENS)

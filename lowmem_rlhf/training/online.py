@@ -9,8 +9,8 @@ from collections.abc import Sequence
 from dataclasses import asdict, replace
 from typing import Any, Protocol
 
+from lowmem_rlhf.data.curriculum import stream_of
 from lowmem_rlhf.data.prompts import Example
-from lowmem_rlhf.data.stream import stream_of
 from lowmem_rlhf.engine.base import SharedBase
 from lowmem_rlhf.engine.ladder import Ladder, RolloutLimits, Saving
 from lowmem_rlhf.engine.roles import POLICY

@@ -11,8 +11,9 @@ import torch
 from tiny_runs import learned, save_tiny_chat_model, tiny_values, write_jsonl
 
 from lowmem_rlhf.api.request import request_of
+from lowmem_rlhf.data.curriculum import stream_of
 from lowmem_rlhf.data.prompts import Example
-from lowmem_rlhf.data.stream import MixedStream, PromptStream, stream_of
+from lowmem_rlhf.data.stream import MixedStream, PromptStream
 from lowmem_rlhf.errors import UserError
 from lowmem_rlhf.recipe.loading import load_recipe, validate_recipe
 from lowmem_rlhf.recipe.tasks import MixingConfig
@@ -140,13 +141,17 @@ def test_shares_follow_weights_and_sizes():
     assert MixingConfig(by="size").shares([3, 1], [10, 30]) == [0.5, 0.5]
 
 
+def mixed(tasks, shares) -> MixedStream[Any]:
+    return MixedStream([PromptStream(examples, 1, seed=3) for examples in tasks], shares, 4)
+
+
 @pytest.mark.parametrize("shares", [(0.75, 0.25), (0.5, 0.3, 0.2), (1.0,), (0.05, 0.9, 0.05)])
 def test_every_task_has_its_share_and_its_own_order_whatever_step_is_asked_for_first(shares):
     tasks = [[(task, n) for n in range(7 + task)] for task in range(len(shares))]
-    whole, steps = MixedStream(tasks, shares, 4, seed=3), 60
+    whole, steps = mixed(tasks, shares), 60
     batches = [whole.batch(step) for step in range(steps)]
     for step in (59, 0, 17):
-        assert MixedStream(tasks, shares, 4, seed=3).batch(step) == batches[step]
+        assert mixed(tasks, shares).batch(step) == batches[step]
     flat = [one for batch in batches for one in batch]
     for count in range(1, len(flat) + 1):
         had = Counter(task for task, _ in flat[:count])

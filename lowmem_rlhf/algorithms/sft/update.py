@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from lowmem_rlhf.algorithms.common.device_sums import DeviceSums
-from lowmem_rlhf.data.stream import stream_of
+from lowmem_rlhf.data.curriculum import stream_of
 from lowmem_rlhf.data.supervised import Supervised
 from lowmem_rlhf.engine.base import SharedBase
 from lowmem_rlhf.engine.ladder import Ladder
