@@ -36,6 +36,7 @@ def prepare(folder: Path, data: Path = DATA) -> None:
     ]
     solved = [json.loads(line) for line in (data / "gsm8k" / "train.jsonl").read_text(encoding="utf-8").splitlines()]
     _write(folder / "chats.jsonl", [_chat(one["question"], one["answer"]) for one in solved[:1000]])
+    _write(folder / "thoughts.jsonl", [_thought(**one) for one in solved if len(one["question"]) < 130][:3])
     _write(folder / "styles.jsonl", rows)
     _write(folder / "starts.jsonl", [{"text": t} for t in reviews[3000:6000]])
 
@@ -56,6 +57,12 @@ def _passages(text: str) -> list[str]:
 
 def _chat(question: str, answer: str) -> dict[str, Any]:
     return {"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]}
+
+
+def _thought(question: str, answer: str) -> dict[str, Any]:
+    """Return a solved problem in the form that the recipe asks for: the way to the answer, and the answer."""
+    way, _, number = answer.partition("####")
+    return {"question": question, "thought": f"<think>{way.strip()}</think>\n#### {number.strip()}"}
 
 
 def _write(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
@@ -196,6 +203,34 @@ def ppo_reward_adapter(folder: Path) -> list[str]:
     ]
 
 
+def multi_task(folder: Path) -> list[str]:
+    """Return the overrides of this twin; a few solved problems show it the form of a chain of thought."""
+    classifier = {"model": str(folder / "style_classifier" / "model"), "label": "shakespeare"}
+    gsm8k = [line.replace("data.", "tasks[1].data.", 1) for line in _gsm8k_files()]
+    shots = {"file": str(folder / "thoughts.jsonl"), "count": 2, "answer": "thought"}
+    return [
+        *SMALL_CHAT,
+        "data.eval_size=48",
+        "generation.max_completion_length=64",
+        "tasks[0].weight=2",
+        'tasks[0].data.options={operations: ["+"], low: 1, high: 20}',
+        *gsm8k,
+        "tasks[1].weight=1",
+        "tasks[1].data.train_size=1000",
+        f"tasks[1].data.few_shot={json.dumps(shots)}",
+        "tasks[1].rewards[2].options={max_completion_len: 64, soft_punish_cache: 32}",
+        f"tasks[2].data.train={folder / 'starts.jsonl'}",
+        "tasks[2].data.train_size=2000",
+        "tasks[2].data.prompt_words=4",
+        f"tasks[2].rewards[0].options={json.dumps(classifier)}",
+        "tasks[2].generation.max_completion_length=20",
+        "training.max_steps=24",
+        "training.prompts_per_step=16",
+        "training.learning_rate=3.0e-4",
+        "training.warmup_steps=0",
+    ]
+
+
 def dpo(folder: Path) -> list[str]:
     """Return the overrides of this twin."""
     return [
@@ -289,6 +324,7 @@ TWINS: dict[str, Callable[[Path], list[str]]] = {
         ppo_gpt2_gsm8k,
         reward_model,
         ppo_reward_adapter,
+        multi_task,
         dpo,
         sft_qwen_gsm8k,
         sft_then_grpo,
@@ -301,6 +337,7 @@ TWINS: dict[str, Callable[[Path], list[str]]] = {
 }
 # What a twin goes on from.
 NEEDS = {
+    "multi_task": "style_classifier",
     "style_ppo": "style_classifier",
     "style_grpo": "style_classifier",
     "ppo_gpt2_gsm8k": "sft_gpt2_gsm8k",
