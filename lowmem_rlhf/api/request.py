@@ -64,6 +64,8 @@ def request_of(
     changes: dict[str, Any] = {}
     loaded = _model(model, tokenizer, changes)
     objects: dict[str, Any] = _objects(data, eval_data, changes)
+    if isinstance(recipe, Mapping) and isinstance(recipe.get("tasks"), list | tuple):
+        recipe = {**recipe, "tasks": [_task(one, objects) for one in recipe["tasks"]]}
     if rewards is not None:
         changes["rewards"], functions = reward_configs(rewards)
         objects |= functions
@@ -142,6 +144,24 @@ def reward_configs(rewards: Sequence[RewardLike]) -> tuple[list[dict[str, Any]],
             functions[config["function"]] = function
         configs.append(config)
     return configs, functions
+
+
+def _task(task: Any, objects: dict[str, Any]) -> Any:
+    """Return a task of a recipe given as a dict, with names for its rows and functions, which go into ``objects``."""
+    if not isinstance(task, Mapping):
+        return task
+    named, data = dict(task), task.get("data")
+    if isinstance(data, Mapping):
+        place = f"{PREFIX}{task.get('name')}"
+        rows = {key: data[key] for key in ("train", "eval") if data.get(key) is not None}
+        sources = {key: _source(one, f"{place}_{key}", f"{key} rows", objects) for key, one in rows.items()}
+        named["data"] = {**data, **sources}
+    if task.get("rewards"):
+        named["rewards"], functions = reward_configs(task["rewards"])
+        for name, function in functions.items():
+            if objects.setdefault(name, function) is not function:
+                raise UserError(f"rewards: two functions are called {name.removeprefix(PREFIX)!r}; give one a name")
+    return named
 
 
 def _reward(one: RewardLike) -> Mapping[str, Any]:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any, TypeVar
 
-from lowmem_rlhf.data.stream import MixedStream, PromptStream
+from lowmem_rlhf.data.stream import MixedStream, PromptStream, Stream
 from lowmem_rlhf.data.values import value_at
 from lowmem_rlhf.errors import UserError
 from lowmem_rlhf.recipe.schema import Recipe
@@ -73,7 +73,7 @@ def check_difficulties(examples: Sequence[Any], data: DataConfig) -> None:
         _difficulties(examples, data.curriculum.column)
 
 
-def stream_of(examples: Sequence[Any], recipe: Recipe) -> PromptStream[Any] | MixedStream[Any]:
+def stream_of(examples: Sequence[Any], recipe: Recipe) -> Stream[Any]:
     """Return the order in which a recipe's training sees its examples.
 
     Raises:

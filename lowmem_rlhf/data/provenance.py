@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lowmem_rlhf.architecture.fingerprint import fingerprint, weights_fingerprint
-from lowmem_rlhf.data.few_shot import file_rows
 from lowmem_rlhf.data.sources import SplitRows
 from lowmem_rlhf.data.values import JsonFloat, JsonInt
 from lowmem_rlhf.errors import UserError
@@ -49,14 +48,14 @@ def _literal(value: Any) -> Any:
     return [_literal(part) for part in value] if isinstance(value, list) else value
 
 
-def data_inputs(data: DataConfig, train: Rows, held_out: Rows) -> dict[str, Any]:
+def data_inputs(data: DataConfig, rows: SplitRows) -> dict[str, Any]:
     """Return what inputs.json says of the data: by split the source, its rows, and a Hub data set's commit."""
-    inputs = {"train": {"source": data.train, **rows_fingerprint(train), **_revision(data.train)}}
-    if held_out:
+    inputs = {"train": {"source": data.train, **rows_fingerprint(rows.train), **_revision(data.train)}}
+    if rows.held_out:
         source = data.eval or data.train
-        inputs["eval"] = {"source": source, **rows_fingerprint(held_out), **_revision(source)}
-    if examples := file_rows(data):
-        inputs["few_shot"] = {"source": str(data.few_shot and data.few_shot.file), **rows_fingerprint(examples)}
+        inputs["eval"] = {"source": source, **rows_fingerprint(rows.held_out), **_revision(source)}
+    if rows.few_shot:
+        inputs["few_shot"] = {"source": str(data.few_shot and data.few_shot.file), **rows_fingerprint(rows.few_shot)}
     return inputs
 
 
@@ -112,9 +111,7 @@ def run_inputs(recipe: Recipe, rows: Mapping[str, SplitRows]) -> dict[str, Any]:
     Args:
         rows: by task.
     """
-    by_task = {
-        task: data_inputs(own.data, rows[task].train, rows[task].held_out) for task, own in recipe.by_task.items()
-    }
+    by_task = {task: data_inputs(own.data, rows[task]) for task, own in recipe.by_task.items()}
     data, base = {"tasks": by_task} if recipe.tasks else by_task[""], base_inputs(recipe)
     return {"data": data, "base": base, **({"learned": learned} if (learned := learned_inputs(recipe)) else {})}
 
@@ -157,7 +154,7 @@ def check_resumed_data(run: "RunDirectory", recipe: Recipe, rows: Mapping[str, S
 def _check_same_rows(recorded: Mapping[str, Any], data: DataConfig, own: SplitRows) -> None:
     sources = {"train": data.train, "eval": data.eval or data.train, "few_shot": data.few_shot and data.few_shot.file}
     words = {"train": "rows", "eval": "held-out rows", "few_shot": "examples"}
-    for split, rows in {"train": own.train, "eval": own.held_out, "few_shot": file_rows(data)}.items():
+    for split, rows in {"train": own.train, "eval": own.held_out, "few_shot": own.few_shot}.items():
         if difference := rows_differ(recorded.get(split), rows):
             source, which = str(sources[split]), words[split]
             was, now = recorded[split].get("revision"), _revision(source).get("revision")

@@ -8,6 +8,7 @@ from itertools import takewhile
 from typing import Any
 
 from lowmem_rlhf.data.columns import check_columns, used_columns
+from lowmem_rlhf.data.few_shot import file_rows
 from lowmem_rlhf.data.folders import is_saved, read_folder
 from lowmem_rlhf.data.readers import read_file, same_file
 from lowmem_rlhf.data.table import Table
@@ -19,6 +20,7 @@ from lowmem_rlhf.recipe.data_sources import ARITHMETIC, FORMATS, REASONING_GYM, 
 from lowmem_rlhf.recipe.python_objects import is_python, python_object
 from lowmem_rlhf.recipe.schema import Recipe
 from lowmem_rlhf.recipe.sections import DataConfig
+from lowmem_rlhf.recipe.tasks import of_task
 from lowmem_rlhf.suggest import did_you_mean
 
 
@@ -42,10 +44,11 @@ def load_rows(data: DataConfig, split: Split, seed: int = 0) -> list[Row]:
 
 @dataclass(frozen=True)
 class SplitRows:
-    """The rows of one task: those to train on, and those that are held out."""
+    """The rows of one task: those to train on, those that are held out, and the solved examples of a file."""
 
     train: Sequence[Row]
     held_out: Sequence[Row]
+    few_shot: Sequence[Row] = ()
 
 
 def load_tasks(recipe: Recipe) -> dict[str, SplitRows]:
@@ -54,11 +57,12 @@ def load_tasks(recipe: Recipe) -> dict[str, SplitRows]:
     Raises:
         UserError: as of `load_rows`.
     """
-    seed = recipe.training.seed
-    return {
-        task: SplitRows(load_rows(own.data, "train", seed), load_rows(own.data, "eval", seed))
-        for task, own in recipe.by_task.items()
-    }
+    seed, rows = recipe.training.seed, {}
+    for task, own in recipe.by_task.items():
+        with of_task(task):
+            train, held_out = load_rows(own.data, "train", seed), load_rows(own.data, "eval", seed)
+            rows[task] = SplitRows(train, held_out, file_rows(own.data))
+    return rows
 
 
 def peek(data: DataConfig, split: Split = "train", rows: int = 20) -> tuple[list[str], list[Row]]:

@@ -1,6 +1,7 @@
 """The order in which training sees its prompts, pairs or other examples. No torch here."""
 
 import random
+from abc import ABC, abstractmethod
 from array import array
 from collections.abc import Sequence
 from functools import lru_cache
@@ -11,7 +12,22 @@ from lowmem_rlhf.errors import UserError
 Item = TypeVar("Item")
 
 
-class PromptStream(Generic[Item]):
+class Stream(ABC, Generic[Item]):
+    """An endless order of examples; a step sees the next ``prompts_per_step`` of them."""
+
+    prompts_per_step: int
+
+    @abstractmethod
+    def at(self, place: int) -> Item:
+        """Return the example at a place of the endless order, from 0."""
+
+    def batch(self, step: int) -> list[Item]:
+        """Return the ``prompts_per_step`` examples of a step, counted from 0."""
+        first = step * self.prompts_per_step
+        return [self.at(first + offset) for offset in range(self.prompts_per_step)]
+
+
+class PromptStream(Stream[Item]):
     """The endless, shuffled order of prompts, or of other examples: each once an epoch, each epoch in another order.
 
     It has no state: a batch is a function of (seed, step), so a resumed run sees what an uninterrupted one would have.
@@ -35,18 +51,13 @@ class PromptStream(Generic[Item]):
         random.Random(f"prompts/{self.seed}/{epoch}").shuffle(order)
         return order
 
-    def batch(self, step: int) -> list[Item]:
-        """Return the ``prompts_per_step`` examples of a step, counted from 0."""
-        first = step * self.prompts_per_step
-        return [self.at(first + offset) for offset in range(self.prompts_per_step)]
-
     def at(self, place: int) -> Item:
         """Return the example at a place of the endless order, from 0."""
         epoch, index = divmod(place, len(self.examples))
         return self.examples[self._order(epoch)[index]]
 
 
-class MixedStream(Generic[Item]):
+class MixedStream(Stream[Item]):
     """Several tasks' examples, mixed: each task's in the order of a `PromptStream`, each as often as its share says.
 
     The next prompt is of the task that is furthest behind its share, so that after any number of prompts each task has
@@ -65,11 +76,6 @@ class MixedStream(Generic[Item]):
         self._turns = array("H")  # the task of each prompt so far
         self._places = array("Q")  # and its number among that task's
         self._counts = [0] * len(shares)
-
-    def batch(self, step: int) -> list[Item]:
-        """Return the ``prompts_per_step`` examples of a step, counted from 0."""
-        first = step * self.prompts_per_step
-        return [self.at(first + offset) for offset in range(self.prompts_per_step)]
 
     def at(self, place: int) -> Item:
         """Return the example at a place of the endless order, from 0."""

@@ -2,6 +2,7 @@
 
 import logging
 import random
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -26,7 +27,8 @@ def check_overrides(overrides: list[str]) -> None:
         UserError: one does not.
     """
     for override in overrides:
-        key = override.partition("=")[0].strip()
+        key = re.sub(r"^tasks\[\d+\]\.", "", override.partition("=")[0].strip())  # of one of several tasks
+        key = "evaluation.accuracy" if key == "accuracy" else key
         section = key.partition("[")[0].partition(".")[0]
         if not {key, f"{section}.*", section}.intersection(MAY_CHANGE):
             raise UserError(f"override {override!r}: an evaluation of a run may change {', '.join(MAY_CHANGE)}")

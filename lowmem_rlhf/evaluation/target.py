@@ -73,8 +73,9 @@ class EvalTarget:
         """Return the same base and roles for each task alone."""
         rewards, rows = rewards_by_task(self.recipe, self.rewards), self.rows
         return {
-            task: replace(self, recipe=own, rewards=rewards[task], rows={"": rows[task]} if task in rows else {})
+            task: replace(self, recipe=own, rewards=rewards[task], rows={"": rows[task]})
             for task, own in self.recipe.by_task.items()
+            if task in self.rows
         }
 
 
@@ -94,6 +95,7 @@ def open_run_target(
         RunError: the device's memory ran out.
     """
     check_overrides(overrides)
+    overrides = [*overrides, *_task_lengths(opened.recipe, overrides)]
     path, written = opened.directory.path, opened.written  # which asks for what the recipe would execute
     changed = load_recipe(str(path / RECIPE), overrides, quiet=True)
     recipe = located(changed, path, written)
@@ -101,6 +103,16 @@ def open_run_target(
         _check_rewards_code(opened, recipe)
     with paths_explained(path, written):
         return _open_run(opened, recipe, overrides, device, judged)
+
+
+def _task_lengths(recipe: Recipe, overrides: list[str]) -> list[str]:
+    """Return overrides that keep the completions of each task to a length that is given for all."""
+    key = "generation.max_completion_length"
+    given = [value.strip() for name, _, value in (one.partition("=") for one in overrides) if name.strip() == key]
+    if not given or not given[-1].isdecimal():
+        return []
+    most = [task.generation.max_completion_length for task in recipe.tasks]
+    return [f"tasks[{n}].{key}={given[-1]}" for n, own in enumerate(most) if own is not None and own > int(given[-1])]
 
 
 def _check_rewards_code(opened: OpenRun, recipe: Recipe) -> None:
@@ -119,12 +131,7 @@ def _open_run(opened: OpenRun, recipe: Recipe, overrides: list[str], device: str
         )
     opened.check_base()
     _check_learned(opened, recipe)
-    names_data = any(override.partition("=")[0].strip() == "data.eval" for override in overrides)
-    rows: dict[str, Rows] = {}
-    for task, own in recipe.by_task.items() if judged else ():
-        with of_task(task):
-            recorded = recorded_rows(run, task).get("eval")
-            rows[task] = held_out_rows(opened.recipe.by_task[task], own, recorded, names_data)
+    rows = _held_out(opened, recipe, {one.partition("=")[0].strip() for one in overrides}) if judged else {}
     hardware = detect(device or recipe.hardware.device)
     rewards = _rewards(recipe, rows, hardware, _spare_bytes(opened.plan, hardware)) if judged else []
     base = open_trained(opened, device)
@@ -137,6 +144,21 @@ def _open_run(opened: OpenRun, recipe: Recipe, overrides: list[str], device: str
         recipe = recipe.model_copy(update={"training": recipe.training.model_copy(update={"max_steps": last})})
     steps = last if opened.step is None else opened.step
     return _target(base, recipe, rewards, rows, roles, opened.plan.settings, steps)
+
+
+def _held_out(opened: OpenRun, recipe: Recipe, changed: set[str]) -> dict[str, Rows]:
+    """Return the held-out rows of each task that holds some out, or of the only one."""
+    rows: dict[str, Rows] = {}
+    tasks = recipe.by_task
+    for number, (task, own) in enumerate(tasks.items()):
+        if not own.data.eval_size and any(other.data.eval_size for other in tasks.values()):
+            message(f"task {task}: nothing is held out of it, so it is left out here")
+            continue
+        with of_task(task):
+            recorded = recorded_rows(opened.directory, task).get("eval")
+            named = bool(changed & {"data.eval", f"tasks[{number}].data.eval"})
+            rows[task] = held_out_rows(opened.recipe.by_task[task], own, recorded, named)
+    return rows
 
 
 def _spare_bytes(plan: Plan, hardware: Device) -> int:

@@ -4,7 +4,16 @@ import re
 from pathlib import PurePosixPath, PureWindowsPath
 from typing import Any
 
-PATH_KEYS = ("model", "adapter", "algorithm", "train", "eval", "function")  # of a recipe, whose values may be paths
+PATH_KEYS = (
+    "model",
+    "adapter",
+    "algorithm",
+    "train",
+    "eval",
+    "file",
+    "function",
+    "loss_type",
+)  # of a recipe, whose values may be paths
 
 
 def without_folders(values: dict[str, Any]) -> tuple[dict[str, Any], dict[str, str]]:

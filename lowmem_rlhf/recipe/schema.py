@@ -178,10 +178,10 @@ class Recipe(Section):
                 )
             own = self._alone(task)
             try:
-                own._fill_data()
+                own.model_copy(update={"rewards": rewards_of_all(self.tasks)})._fill_data()
                 own._check_rewards()
             except ValueError as error:
-                raise ValueError(f"tasks[{number}].{error}") from None
+                raise ValueError(_of_number(number, str(error))) from None
             task.accuracy = own.evaluation.accuracy
         self.data, self.rewards = data_of_all(self.tasks), rewards_of_all(self.tasks)
 
@@ -305,6 +305,13 @@ class Recipe(Section):
         values = self.model_dump(exclude=_added - {self.spec.section})
         del values["training"]["max_steps" if values["training"]["num_train_epochs"] else "num_train_epochs"]
         return write_yaml(values)
+
+
+def _of_number(number: int, error: str) -> str:
+    """Return an error about a recipe of one task alone as it is about the task of this number."""
+    if error.startswith("evaluation.accuracy"):
+        return f"tasks[{number}].{error.removeprefix('evaluation.')}"
+    return f"tasks[{number}].{error}" if error.startswith(("data.", "rewards")) else error
 
 
 def _circle(gates: dict[str, list[str]]) -> list[str]:

@@ -65,8 +65,10 @@ def spread(values: dict[str, Any]) -> dict[str, Any]:
     tasks, common, rewards = values.get("tasks"), values.get("data"), values.get("rewards")
     if not tasks or not isinstance(tasks, list) or not all(isinstance(task, dict) for task in tasks):
         return values
+    if common is not None and not isinstance(common, dict):
+        return values
     own = [task.get("data") if isinstance(task.get("data"), dict) else {} for task in tasks]
-    common = common if isinstance(common, dict) else {}
+    common = common or {}
     for key in common:
         if all(key in data for data in own):
             raise ValueError(

@@ -126,9 +126,9 @@ def check_rows(rewards: Sequence[Reward], recipe: Recipe, rows: Mapping[str, Spl
     """
     notes: list[str] = []
     for task, own_rewards in rewards_by_task(recipe, rewards).items():
-        own, own_rows = recipe.by_task[task], rows[task]
-        if not own_rewards:
+        if not own_rewards or task not in rows:
             continue
+        own, own_rows = recipe.by_task[task], rows[task]
         answer = ["answer"] if own.data.answer is not None else []
         with of_task(task):
             columns = dict.fromkeys(n for row in own_rows.train or own_rows.held_out for n in [*row, *answer])

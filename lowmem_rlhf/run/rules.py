@@ -91,6 +91,7 @@ def check_resume(run: RunReader, recipe: Recipe) -> None:
 
 def _may_change(key: str) -> bool:
     """Whether a resume may change the key of a flattened recipe."""
+    key = re.sub(r"^tasks\[\d+\]\.", "", key)  # of one of several tasks, as of a single one
     names = {re.sub(r"\[\d+\]", "[]", key), f"{key.partition('.')[0]}.*"}
     return bool(names.intersection(MAY_CHANGE))
 

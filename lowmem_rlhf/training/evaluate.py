@@ -11,11 +11,11 @@ from lowmem_rlhf.engine.base import SharedBase
 from lowmem_rlhf.engine.ladder import RolloutLimits
 from lowmem_rlhf.progress import ProgressCallback
 from lowmem_rlhf.recipe.schema import Recipe
-from lowmem_rlhf.rewards.combining import standardized
+from lowmem_rlhf.rewards.combining import standardized, totals
 from lowmem_rlhf.rewards.loading import Reward, rewards_by_task
 from lowmem_rlhf.rewards.scoring import score
 from lowmem_rlhf.rollout.engine import Engine
-from lowmem_rlhf.rollout.rollout import Completion
+from lowmem_rlhf.rollout.rollout import Completion, Rollout
 from lowmem_rlhf.rollout.sampling import Sampling
 from lowmem_rlhf.rollout.scores import Scores, joined
 from lowmem_rlhf.run.held_out import ACCURACY, MEAN_REWARD
@@ -80,14 +80,8 @@ def reward_tasks(
     completions: Sequence[Completion],
     state: TrainerState,
     num_generations: int | None = None,
-    normalize: bool = False,
 ) -> tuple[Scores, list[str]]:
-    """Score completions of examples (one each) with the rewards of the task of each; see `reward_completions`.
-
-    Args:
-        rewards: by task.
-        normalize: standardise what is learned from over the completions of each task; metrics have the raw sums.
-    """
+    """Score completions of examples (one each) with the rewards (by task) of each; see `reward_completions`."""
     if list(rewards) == [""]:
         return reward_completions(rewards[""], base, examples, completions, state, num_generations)
     texts, parts = [""] * len(completions), []
@@ -96,15 +90,35 @@ def reward_tasks(
             continue
         answered, written = [examples[row] for row in rows], [completions[row] for row in rows]
         scores, own_texts = reward_completions(own, base, answered, written, state, num_generations)
-        parts.append((rows, _standardized(scores) if normalize else scores))
+        parts.append((rows, scores))
         for row, text in zip(rows, own_texts, strict=True):
             texts[row] = text
     return joined(parts), texts
 
 
-def _standardized(scores: Scores) -> Scores:
-    values = standardized([None if total != total else total for total in scores.total], len(scores.total))
-    return replace(scores, total=[math.nan if one is None else one for one in values], raw=list(scores.raw_total))
+def learned_from(rewards: Mapping[str, Sequence[Reward]], rollout: Rollout, normalize: bool) -> Rollout:
+    """Return a rollout with the sums that are learned from, made anew of its rewards' values.
+
+    What a reward's `normalize` compares are the completions of this rollout then, not of the batches that were sampled.
+
+    Args:
+        rewards: by task.
+        rollout: scored.
+        normalize: standardise the sums over the completions of each task, too.
+    """
+    scores, group = rollout.scored, rollout.num_generations
+    total, raw = list(scores.total), list(scores.raw_total)
+    tasks = [task for task in rollout.tasks or [""] * len(rollout.prompts) for _ in range(group)]
+    for task, own in rewards.items():
+        rows = [row for row, name in enumerate(tasks) if name == task]
+        values = {one.name: [scores.by_name[one.name][row] for row in rows] for one in own} if rows else {}
+        sums, raw_sums = totals(own, values, group) if rows else ([], [])
+        if normalize and rows:
+            known = standardized([None if one != one else one for one in sums], len(sums))
+            sums = [math.nan if one is None else one for one in known]
+        for row, learned, before in zip(rows, sums, raw_sums, strict=True):
+            total[row], raw[row] = learned, before
+    return replace(rollout, scores=replace(scores, total=total, raw=raw))
 
 
 def sampling_of(recipe: Recipe) -> Sampling:

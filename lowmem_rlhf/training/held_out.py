@@ -100,7 +100,7 @@ class HeldOut:
     def ends(self, step: int) -> str:
         """Return why the run ends after a step that is not its last; empty where it goes on."""
         wanted = self._wanted
-        if wanted.patience is None or step >= self._total or without_gain(self.results, wanted) < wanted.patience:
+        if wanted.patience is None or step >= self._total or without_gain(self._moved(), wanted) < wanted.patience:
             return ""
         best = best_of(self.results, wanted)
         reached = f" (the best was {best['value']:.4g}, after step {best['step']})" if best else ""
@@ -110,6 +110,11 @@ class HeldOut:
             f"{evaluations} did not improve the held-out {in_words(headline(self.results))}{by}{reached}, so the run "
             f"ends after step {step} of {self._total}, as evaluation.patience={wanted.patience} asks"
         )
+
+    def _moved(self) -> dict[str, Any]:
+        """Return the evaluations of a policy that has moved: a critic may learn alone first."""
+        still = getattr(self._recipe.spec.own(self._recipe), "critic_warmup_steps", 0)
+        return {**self.results, DURING: [row for row in during(self.results) if row["step"] > still]}
 
     def end(self, results: dict[str, Any], step: int) -> None:
         """Take the last evaluation in, and why the run ended early if it did."""
@@ -135,7 +140,7 @@ class HeldOut:
     def _with_headline(self, results: dict[str, Any]) -> dict[str, Any]:
         if self._wanted.metric == "auto":
             return results
-        check_metric(self._recipe, [key for key in results if key not in ("headline", "intervals", *COUNTS)])
+        check_metric(self._recipe, [key for key in results if key not in ("headline", "intervals", "tasks", *COUNTS)])
         return {**results, "headline": self._wanted.metric}
 
 

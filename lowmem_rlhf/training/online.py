@@ -23,7 +23,7 @@ from lowmem_rlhf.rollout.engine import Engine, engine_for
 from lowmem_rlhf.rollout.rollout import Completion, Rollout
 from lowmem_rlhf.run.directory import RunDirectory
 from lowmem_rlhf.training.dynamic_sampling import sample_until_different
-from lowmem_rlhf.training.evaluate import TrainerState, evaluate, reward_tasks, sampling_of
+from lowmem_rlhf.training.evaluate import TrainerState, evaluate, learned_from, reward_tasks, sampling_of
 from lowmem_rlhf.training.loop import Loop, StepOutput
 from lowmem_rlhf.training.memory import EVERY_PHASE
 from lowmem_rlhf.training.metrics import Seen, rollout_metrics, samples, silent_rewards
@@ -206,16 +206,19 @@ class Trainer(Loop):
 
     def _rollout(self, progress: Progress) -> Rollout:
         """Sample completions of the next prompts and score them."""
+        normalize, prompts = self.recipe.mixing.normalize, self.recipe.training.prompts_per_step
         if not self._in_turn:
-            return self._batch(self.stream.batch(self.step), 0, progress)
-        rollout, self._told = sample_until_different(
-            lambda examples, number: self._batch(examples, number, progress),
-            self._turns,
-            self.recipe.training.prompts_per_step,
-            self._batches,
-            self.step,
-        )
-        return rollout
+            rollout, again = self._batch(self.stream.batch(self.step), 0, progress), False
+        else:
+            rollout, self._told = sample_until_different(
+                lambda examples, number: self._batch(examples, number, progress),
+                self._turns,
+                prompts,
+                self._batches,
+                self.step,
+            )
+            again = self._told["groups/sampled"] > prompts
+        return learned_from(self._rewards_by_task, rollout, normalize) if normalize or again else rollout
 
     def _batch(self, examples: Sequence[Example], number: int, progress: Progress) -> Rollout:
         """Sample completions of these prompts, the step's batch of this number, and score them."""
@@ -227,8 +230,7 @@ class Trainer(Loop):
         repeated = [example for example in examples for _ in range(count)]
         progress.phase("rewards")
         state = TrainerState(self.step, self.recipe.training.max_steps)
-        normalize = self.recipe.mixing.normalize
-        scores, texts = reward_tasks(self._rewards_by_task, self.base, repeated, completions, state, count, normalize)
+        scores, texts = reward_tasks(self._rewards_by_task, self.base, repeated, completions, state, count)
         questions, tasks = [one.prompt for one in examples], [one.task for one in examples]
         rollout = Rollout(prompts, completions, count, questions, texts, scores)
         return replace(rollout, tasks=tasks) if self.recipe.tasks else rollout

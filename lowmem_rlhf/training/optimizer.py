@@ -287,7 +287,10 @@ class Optimizer:
 
     def plain(self) -> dict[str, Any]:
         """Return the rest of the state: plain values, fit for JSON."""
+        stepped = {place.partition("|")[0] for place, _ in self._state()}
+        waiting = [name for name in self.parameters if name not in stepped] if stepped else []
         return {
+            **({"waiting": waiting} if waiting else {}),  # parameters that no step has changed yet, while others were
             "optim": self.optim,
             "scheduler": {"last_epoch": self.scheduler.last_epoch},
             "scaler": self.scaler.state_dict(),
@@ -352,7 +355,9 @@ class Optimizer:
             if name not in index:
                 raise UserError(f"the optimizer state in {folder} has {name!r}, which this run does not train")
             state.setdefault(index[name], {})[key] = value
-        if lacking := [name for name, i in index.items() if state and i not in state]:  # before the first step: all
+        waiting = plain.get("waiting", ())
+        # before the first step all are
+        if lacking := [name for name, i in index.items() if state and i not in state and name not in waiting]:
             raise UserError(f"the optimizer state in {folder} lacks {lacking[0]}, which this run trains")
         whole = self.torch_optimizer.state_dict()
         with torch.device("cpu"):

@@ -3,7 +3,7 @@
 from collections.abc import Hashable, Sequence
 from typing import Any, Generic, TypeVar
 
-from lowmem_rlhf.data.stream import MixedStream, PromptStream
+from lowmem_rlhf.data.stream import Stream
 
 Item = TypeVar("Item")
 
@@ -17,9 +17,7 @@ class Turns(Generic[Item]):
         set_aside_steps: steps for which a prompt without a difference between its completions is left out; 0: none is.
     """
 
-    def __init__(
-        self, stream: PromptStream[Item] | MixedStream[Item], examples: Sequence[Item], set_aside_steps: int = 0
-    ) -> None:
+    def __init__(self, stream: Stream[Item], examples: Sequence[Item], set_aside_steps: int = 0) -> None:
         self.stream, self.set_aside_steps = stream, set_aside_steps
         self._numbers: dict[Hashable, int] = {id(one): number for number, one in enumerate(examples)}
         self._drawn = 0  # places of the stream that have had their turn

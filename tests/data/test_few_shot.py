@@ -8,6 +8,7 @@ from lowmem_rlhf.data.few_shot import KEY
 from lowmem_rlhf.data.prompts import build_examples
 from lowmem_rlhf.data.supervised import build_supervised
 from lowmem_rlhf.errors import UserError
+from lowmem_rlhf.export.local_paths import without_folders
 from lowmem_rlhf.inference.chat.talk import Prompts
 from lowmem_rlhf.recipe.loading import validate_recipe
 from lowmem_rlhf.recipe.sections import DataConfig
@@ -96,7 +97,8 @@ def test_a_file_that_is_not_there_and_one_without_answers(chat_tokenizer, tmp_pa
 def test_a_resume_refuses_other_examples(tmp_path, file, monkeypatch):
     monkeypatch.setattr(html, "write_report", lambda run: None)
     model = save_tiny_model(tmp_path / "model")
-    section = {"few_shot": {"file": file}, "max_prompt_length": 64, "eval_size": 2}
+    monkeypatch.chdir(tmp_path)
+    section = {"few_shot": {"file": "solved.jsonl"}, "max_prompt_length": 64, "eval_size": 2}
     recipe = tiny_recipe(model, data=section, training={"max_steps": 2, "save_steps": 1, "prompts_per_step": 1})
     rollout = Trainer._rollout
 
@@ -108,6 +110,7 @@ def test_a_resume_refuses_other_examples(tmp_path, file, monkeypatch):
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(Trainer, "_rollout", stopped)
         train(recipe, tmp_path / "run")
+    assert without_folders({"data": {"few_shot": {"file": file}}})[0]["data"]["few_shot"]["file"] == "solved.jsonl"
     kept = write_jsonl(tmp_path / "kept.jsonl", SOLVED).read_text()
     write_jsonl(tmp_path / "solved.jsonl", SOLVED[:1])
     with pytest.raises(
@@ -115,4 +118,6 @@ def test_a_resume_refuses_other_examples(tmp_path, file, monkeypatch):
     ):
         train(recipe, tmp_path / "run", resume=True)
     (tmp_path / "solved.jsonl").write_text(kept)
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
     assert len(train(recipe, tmp_path / "run", resume=True).metrics()) == 2

@@ -109,7 +109,9 @@ def test_a_recipe_without_tasks_is_its_own_only_task_and_is_written_as_ever(task
         ("tasks.0.data.promt", "x", "tasks[0].data.promt: unknown key; did you mean 'prompt'?"),
         ("tasks.0.weight", 0, "tasks[0].weight: got 0; it should be greater than 0"),
         ("tasks.1.generation.max_completion_length", 13, "got 13, above the limit of all tasks"),
-        ("tasks.1.accuracy", "evn", "tasks[1].evaluation.accuracy: got 'evn', which is no reward"),
+        ("tasks.1.accuracy", "evn", "tasks[1].accuracy: got 'evn', which is no reward"),
+        ("data", "rows.jsonl", "data: got 'rows.jsonl'; it should hold keys"),
+        ("trl", {"beta": 0.1}, "trl: is for the algorithms"),
         ("data.train", "x.jsonl", "data.train: every task has its own; set that of one, for example tasks[0].data"),
         ("evaluation.accuracy", "even", "evaluation.accuracy: is for a recipe without tasks"),
         ("algorithm", "reward_model", "tasks: reward_model learns from one data set; leave them out"),
@@ -247,6 +249,13 @@ def test_eval_tells_each_task_and_chat_writes_the_prompts_of_one(run, lowmem_rlh
         assert policy["reward/mean"]["value"] == pytest.approx(own["reward/mean"])
     assert found["results"]["policy"]["reward/mean"]["value"] == pytest.approx(after["reward/mean"])
     assert "colors: reward/even" in lowmem_rlhf("eval", run.path, "--trust-run").out
+    fewer = ["tasks[1].data.eval_size=2", "tasks[1].accuracy=length", "--max-tokens", "3", "--json", "--trust-run"]
+    done = lowmem_rlhf("eval", run.path, *fewer)
+    assert done.code == 0, done.err
+    found = json.loads(done.out)
+    assert found["counts"] == {"problem": 6}
+    assert found["results"]["policy"]["completion/mean_length"]["value"] <= 3
+    assert lowmem_rlhf("eval", run.path, "tasks[1].weight=2").code == 2
     answers = []
     for options in ([], ["--task", "sums"], ["--task", "colors"]):
         done = lowmem_rlhf("chat", run.path, "--prompt", "1+1", "--json", *options)
@@ -270,14 +279,44 @@ def test_data_and_plan_know_the_tasks(tasks_model, files, tmp_path, lowmem_rlhf)
     assert lowmem_rlhf("plan", path, "--json").code == 0
 
 
-def test_sft_learns_from_several_data_sets(tasks_model, files, tmp_path):
+def test_sft_learns_from_several_data_sets(tasks_model, files, tmp_path, lowmem_rlhf):
     own = values(tasks_model, files, algorithm="sft", sft={"max_length": 32}, rewards=[])
     own["tasks"][1]["rewards"] = []
     own["tasks"][1]["data"] |= {"completion": "color", "chat": False}
     own["tasks"][1].pop("generation")
     run = train(validate_recipe(own), tmp_path / "run")
     assert [row["tokens/learned"] > 0 for row in run.metrics()] == [True] * 3
-    assert run.evaluation()["after"]["problems"] == 10
+    after = run.evaluation()["after"]
+    assert (after["problems"], *(own["problems"] for own in after["tasks"].values())) == (10, 4, 6)
+    assert (
+        min(own["loss"] for own in after["tasks"].values())
+        < after["loss"]
+        < max(own["loss"] for own in after["tasks"].values())
+    )
+    done = lowmem_rlhf("eval", run.path, "--json")
+    assert done.code == 0, done.err
+    found = json.loads(done.out)["tasks"]
+    for task, own in after["tasks"].items():
+        assert found[task]["results"]["policy"]["loss"]["value"] == pytest.approx(own["loss"], rel=1e-5)
+
+
+def test_a_task_that_holds_nothing_out_is_left_out_of_an_evaluation(tasks_model, files, tmp_path, lowmem_rlhf):
+    own = values(tasks_model, files)
+    own["tasks"][1]["data"]["eval_size"], own["training"]["max_steps"] = 0, 1
+    run = train(validate_recipe(own), tmp_path / "run")
+    assert set(run.evaluation()["after"]["tasks"]) == {"sums"}
+    done = lowmem_rlhf("eval", run.path, "--json", "--trust-run")
+    assert done.code == 0 and "task colors: nothing is held out of it" in done.err, done.err
+    assert json.loads(done.out)["counts"] == {"problem": 4}
+
+
+def test_a_resume_may_change_what_is_done_about_a_fault_in_a_task(tasks_model, files, tmp_path):
+    own = values(tasks_model, files)
+    own["training"] = {**own["training"], "max_steps": 1, "save_steps": 1}
+    train(validate_recipe(own), tmp_path / "run")
+    own["training"]["max_steps"] = 2
+    own["tasks"][1]["rewards"][0]["timeout"] = 7.0
+    assert len(train(validate_recipe(own), tmp_path / "run", resume=True).metrics()) == 2
 
 
 def test_scores_of_parts_are_put_together():
@@ -306,5 +345,19 @@ def test_a_recipe_object_with_tasks_can_be_changed_in_python(tasks_model, files)
     recipe = validate_recipe(values(tasks_model, files))
     request = request_of(recipe, overrides=["tasks[0].data.eval_size=2"])
     assert [own.data.eval_size for own in request.recipe.by_task.values()] == [2, 6]
+    rows, given = [{"question": f"{n}", "answer": "1"} for n in range(9)], values(tasks_model, files)
+    given.pop("rewards")
+    given["tasks"][0] |= {"data": {"train": rows}, "rewards": [(lambda completions, **_: [0.5], 2.0)]}
+    with pytest.raises(UserError, match="a function without a name of its own was given"):
+        request_of(given)
+
+    def half(completions, **columns):
+        return [0.5 for _ in completions]
+
+    given["tasks"][0]["rewards"] = [(half, 2.0)]
+    request = request_of(given)
+    own = request.recipe.by_task["sums"]
+    assert (own.data.train, own.rewards[0].function, own.rewards[0].weight) == ("python:sums_train", "python:half", 2.0)
+    assert request.objects["python:half"] is half and len(request.objects["python:sums_train"]) == 9
     with pytest.raises(UserError, match="every task has its own"):
         request_of(recipe, data=[{"question": "1", "answer": "1"}])

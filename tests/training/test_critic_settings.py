@@ -95,21 +95,24 @@ def test_in_its_first_steps_the_critic_learns_alone(place, critic):
     assert any(bool(one.any()) for one in critic_after.values())
 
 
-def test_a_resumed_run_is_the_uninterrupted_one(place, monkeypatch):
-    settings = {"critic_learning_rate": 0.02, "critic_warmup_steps": 1, "normalize_values": True}
-    whole = learned(run(place, "whole", 3, **settings))
-    assert all(row["grad_norm/critic"] > 0 for row in whole["metrics"])
+@pytest.mark.parametrize("stop", [1, 2])
+def test_a_resumed_run_is_the_uninterrupted_one(place, monkeypatch, stop):
+    """Also where it was stopped while the critic learned alone, and only the critic has moments."""
+    settings = {"critic_learning_rate": 0.02, "critic_warmup_steps": 2, "normalize_values": True, "kl_target": 6.0}
+    whole = learned(run(place, f"whole-{stop}", 3, **settings))
+    assert [row["objective/kl_coef"] for row in whole["metrics"]] == [0.05] * 3
+    assert all(row["grad_norm/critic"] > 0 for row in whole["metrics"][:2])
     rollout = Trainer._rollout
 
     def stopped(self, progress):
-        if self.step == 2:
+        if self.step == stop:
             raise KeyboardInterrupt
         return rollout(self, progress)
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(Trainer, "_rollout", stopped)
-        run(place, "part", 3, **settings)
-    again = learned(run(place, "part", 3, resume=True, **settings))
+        run(place, f"part-{stop}", 3, **settings)
+    again = learned(run(place, f"part-{stop}", 3, resume=True, **settings))
     assert all((again["adapter"].pop(name) == one).all() for name, one in whole.pop("adapter").items())
     assert again.pop("adapter") == {} and again == whole
 
@@ -123,6 +126,10 @@ def test_a_critic_of_normalised_returns_learns_the_same_at_any_scale_of_rewards(
             assert float((one - theirs[name]).norm()) <= 0.06 * float(one.norm()) + 1e-6, name
     losses = [[row["value/loss"] for row in one.metrics()] for one in (small, large)]
     assert losses[0] == pytest.approx(losses[1], rel=0.02)
+    once = run(place, "once", 3, normalize_values=True, num_ppo_epochs=1)
+    assert [row["value/clip_fraction"] for row in once.metrics()] == [
+        0.0
+    ] * 3  # the critic is still the one that valued
     returns = [[row["value/returns_mean"] for row in one.metrics()] for one in (small, large)]
     assert [50 * one for one in returns[0]] == pytest.approx(returns[1], rel=0.01)
 

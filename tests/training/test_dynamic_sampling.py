@@ -5,16 +5,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from tiny_runs import learned, save_tiny_model, tiny_recipe
 
 from lowmem_rlhf.data.prompts import Example
 from lowmem_rlhf.data.stream import PromptStream
 from lowmem_rlhf.report import html
+from lowmem_rlhf.rewards.loading import Reward
 from lowmem_rlhf.rollout.rollout import Completion, Rollout
 from lowmem_rlhf.rollout.scores import Scores
 from lowmem_rlhf.run.directory import RunDirectory
 from lowmem_rlhf.session.train import train
 from lowmem_rlhf.training.dynamic_sampling import sample_until_different
+from lowmem_rlhf.training.evaluate import learned_from
 from lowmem_rlhf.training.online import Trainer
 from lowmem_rlhf.training.turns import Turns
 
@@ -102,6 +105,21 @@ def test_turns_of_a_run_without_them_are_those_of_its_stream():
     stream, turns = PromptStream(those, 3, 1), turns_of(those)
     turns.load_state(None, step=2)
     assert turns.take(3, 2) == stream.batch(2) and turns.take(3, 3) == stream.batch(3)
+
+
+def test_rewards_are_standardised_over_the_rollout_that_is_learned_from():
+    """Not over the batches that it was chosen from, one of which may be a single group."""
+    those = examples()
+    rewards = [Reward("r", lambda **_: [], normalize="batch")]
+    rollout, _ = sample_until_different(lambda e, n: rollout_of(e, n, {0, 4}), turns_of(those), 3, 5, step=0)
+    learned_totals = learned_from({"": rewards}, rollout, normalize=False).scored
+    raw = torch.tensor(rollout.scored.by_name["r"], dtype=torch.float64)
+    wanted = (raw - raw.mean()) / (raw.std() + 1e-4)
+    assert learned_totals.total == pytest.approx(wanted.tolist()) and learned_totals.raw_total == raw.tolist()
+    plain = [Reward("r", lambda **_: [], weight=3.0)]
+    once = learned_from({"": plain}, rollout, normalize=True).scored
+    assert once.total == pytest.approx(((raw - raw.mean()) * 3 / (3 * raw.std() + 1e-4)).tolist())
+    assert once.raw_total == (3 * raw).tolist()
 
 
 # Whole runs

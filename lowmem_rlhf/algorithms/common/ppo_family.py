@@ -65,11 +65,6 @@ def check_section(recipe: "Recipe") -> None:
     ppo = recipe.ppo
     if ppo.bootstrap_truncated and ppo.score_position != "last":
         raise ValueError("ppo.bootstrap_truncated: is for ppo.score_position=last; after_last has that slot already")
-    if 0 < recipe.training.max_steps <= ppo.critic_warmup_steps:
-        raise ValueError(
-            f"ppo.critic_warmup_steps: got {ppo.critic_warmup_steps} of {recipe.training.max_steps} steps "
-            "(training.max_steps), in which the policy would never move; lower it"
-        )
     completions = recipe.training.prompts_per_step * recipe.generation.num_generations
     if ppo.kl_target and completions > ppo.kl_horizon:
         raise ValueError(f"ppo.kl_horizon: got {ppo.kl_horizon:g} for steps of {completions} completions; raise it")

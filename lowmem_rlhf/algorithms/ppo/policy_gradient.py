@@ -125,10 +125,10 @@ class PolicyGradient(ABC):
             return StepOutput(self._nothing(), 0, rollout=without)
         with trainer.timed("score"):
             scored = self._score(rollout, rows, trainer, progress)
-            targets, metrics = self.penalized(scored)
+            alone = self.settings.critic_warmup_steps > trainer.step and bool(scored.critic.values)
+            targets, metrics = self.penalized(scored, adapts=not alone)
         with trainer.timed("update"):
             seed = f"mini-batches/{self.seed}/{trainer.step}"
-            alone = targets.returns is not None and trainer.step < self.settings.critic_warmup_steps
             result = update(
                 trainer.base, trainer.optimizer, rollout, targets, self.settings, trainer.ladder, seed, progress, alone
             )
@@ -172,8 +172,13 @@ class PolicyGradient(ABC):
             missing_eos_penalty=settings.missing_eos_penalty,
         )
 
-    def penalized(self, scored: ScoredRollout) -> tuple[Targets, dict[str, Any]]:
-        """Return `targets`, with metrics of the penalty too; adapts the KL coefficient afterwards."""
+    def penalized(self, scored: ScoredRollout, adapts: bool = True) -> tuple[Targets, dict[str, Any]]:
+        """Return `targets`, with metrics of the penalty too; the KL coefficient adapts afterwards.
+
+        Args:
+            scored: the rollout.
+            adapts: False while the critic learns alone, when there is no KL.
+        """
         coefficient = self.kl.value
         per_completion = float(scored.kl.sum(1).mean())
         metrics: dict[str, Any] = {
@@ -184,7 +189,7 @@ class PolicyGradient(ABC):
             "objective/non_score_reward": -coefficient * per_completion,
         }
         targets, more = self.targets(scored)
-        if math.isfinite(per_completion):  # else the update leaves its steps out, and says why
+        if adapts and math.isfinite(per_completion):  # else the update leaves its steps out, and says why
             self.kl.update(per_completion, len(scored.rows))
         return targets, {**metrics, **more}
 

@@ -12,6 +12,11 @@ if TYPE_CHECKING:
 
 def _prepare(recipe: "Recipe") -> None:
     check_section(recipe)
+    if 0 < recipe.training.max_steps <= recipe.ppo.critic_warmup_steps:
+        raise ValueError(
+            f"ppo.critic_warmup_steps: got {recipe.ppo.critic_warmup_steps} of {recipe.training.max_steps} steps "
+            "(training.max_steps), in which the policy would never move; lower it"
+        )
     adapters = [reward for reward in recipe.rewards if reward.function == REWARD_ADAPTER]
     if recipe.ppo.critic == "reward" and not adapters:
         raise ValueError(f"ppo.critic: got reward, but no reward of this recipe is a {REWARD_ADAPTER}")

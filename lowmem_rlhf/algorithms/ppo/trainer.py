@@ -89,11 +89,10 @@ class PPO(PolicyGradient):
             bootstrap=self._bootstrap(scored),
             score_position=settings.score_position,
         )
+        old_values = unpad_rows(self._of_head(values), estimated.value_lengths)
         if settings.normalize_values:
             self.returns.update(estimated.returns[token_mask(estimated.value_lengths, values.shape[1])])
-        old_values, returns = (
-            unpad_rows(self._normalized(one), estimated.value_lengths) for one in (values, estimated.returns)
-        )
+        returns = unpad_rows(self._of_head(estimated.returns), estimated.value_lengths)
         targets = Targets(
             scored.logps,
             dict(zip(rows, unpad_rows(estimated.advantages, lengths), strict=True)),
@@ -104,15 +103,16 @@ class PPO(PolicyGradient):
         return targets, _value_metrics(values, estimated)
 
     def _in_reward(self, values: torch.Tensor) -> torch.Tensor:
-        """Return what the critic's head says on the scale of rewards."""
-        known = self.settings.normalize_values and self.returns.count
-        return values * (self.returns.std + _LEAST_STD) + self.returns.mean if known else values
+        """Return what the critic's head says on the scale of rewards, by the returns up to now."""
+        return values * (self.returns.std + _LEAST_STD) + self.returns.mean if self._normalizes else values
 
-    def _normalized(self, values: torch.Tensor) -> torch.Tensor:
-        """Return numbers on the scale of rewards as the critic's head should say them."""
-        if not self.settings.normalize_values:
-            return values
-        return (values - self.returns.mean) / (self.returns.std + _LEAST_STD)
+    def _of_head(self, values: torch.Tensor) -> torch.Tensor:
+        """Return numbers on the scale of rewards as the critic's head says them: the inverse of `_in_reward`."""
+        return (values - self.returns.mean) / (self.returns.std + _LEAST_STD) if self._normalizes else values
+
+    @property
+    def _normalizes(self) -> bool:
+        return self.settings.normalize_values and self.returns.count > 0
 
     def _bootstrap(self, scored: ScoredRollout) -> torch.Tensor | None:
         """Return what the critic expects behind the answers that were cut (M,), 0 for the others; None: not asked."""

@@ -123,16 +123,28 @@ class SFT(Loop):
         if not self.held_out:
             return {}
         loss, each = self._losses(self.held_out, progress)
-        tokens = [one.learned_tokens for one in self.held_out]
-        own = with_perplexity(bounds(of_losses(each, tokens)))
         sampled: dict[str, Any] = {"accuracy": None, "headline": LOSS}
         if self.evaluator:
             sampled = self.evaluator.evaluate(when, progress)
+        told = self._told(range(len(self.held_out)), loss, each, sampled)
+        if self.recipe.tasks:
+            of_task = {"accuracy": None, "headline": LOSS}
+            told["tasks"] = {}
+            for task in self.recipe.by_task:
+                if rows := [row for row, one in enumerate(self.held_out) if one.task == task]:
+                    own = sum(each[row] for row in rows) / sum(self.held_out[row].learned_tokens for row in rows)
+                    told["tasks"][task] = self._told(rows, own, each, sampled.get("tasks", {}).get(task, of_task))
+        return told
+
+    def _told(self, rows: Sequence[int], loss: float, each: Sequence[float], sampled: dict[str, Any]) -> dict[str, Any]:
+        """Return what is told of held-out examples, by their places, with their mean loss."""
+        tokens = [self.held_out[row].learned_tokens for row in rows]
+        own = with_perplexity(bounds(of_losses([each[row] for row in rows], tokens)))
         return {
             "loss": loss,
             "perplexity": perplexity(loss),
             **sampled,
-            "problems": len(self.held_out),
+            "problems": len(rows),
             "intervals": {**own, **sampled.get("intervals", {})},
         }
 
