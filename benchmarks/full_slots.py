@@ -104,7 +104,8 @@ def continuous(wanted: Sequence[int], generations: int, slots: int) -> int:
 
     held: Any = Lengths()
     jobs = torch.arange(len(wanted), dtype=torch.long, device="cpu")[:, None].expand(-1, LIMIT)
-    schedule = Simulated([[0] * 20] * (len(wanted) // generations), generations, jobs, held, held, 4096)
+    prompts = len(wanted) // generations
+    schedule = Simulated([[0] * 20] * prompts, generations, [LIMIT] * prompts, jobs, held, held, 4096)
     completions = schedule.run(None)
     assert [len(one.ids) for one in completions] == list(wanted)
     return schedule.passes

@@ -198,7 +198,8 @@ def evaluate(
     parts: dict[str, _Answers] = {}
     own_rewards, total = rewards_by_task(recipe, rewards), len(examples) * recipe.evaluation.num_samples
     for task, own in recipe.by_task.items():
-        if not (asked := [one for one in examples if one.task == task]):
+        asked = [one for one in examples if one.task == task] if recipe.tasks else examples
+        if not asked:
             continue
         before = sum(len(one.sampled.completions) for one in parts.values())
 

@@ -65,8 +65,7 @@ class StepOutput:
 
 def own_rate(recipe: Recipe, base: SharedBase) -> OwnRate | None:
     """Return what the critic's own parameters learn at, where the recipe says so."""
-    settings = recipe.spec.own(recipe)
-    rate, norm = (getattr(settings, f"critic_{name}", None) for name in ("learning_rate", "max_grad_norm"))
+    rate, norm = recipe.ppo.critic_learning_rate, recipe.ppo.critic_max_grad_norm
     if CRITIC not in base.heads or (rate is None and norm is None):
         return None
     names, training = frozenset(base.own_trainable(CRITIC)), recipe.training

@@ -31,6 +31,7 @@ from lowmem_rlhf.rewards.loading import load_rewards
 from lowmem_rlhf.rollout.rollout import Completion, Rollout
 from lowmem_rlhf.run.directory import RunDirectory
 from lowmem_rlhf.session import train as session
+from lowmem_rlhf.session.saved_lora import as_saved
 from lowmem_rlhf.session.train import train
 from lowmem_rlhf.training.online import Trainer
 from lowmem_rlhf.training.roles import add_roles
@@ -111,7 +112,7 @@ def watched(monkeypatch) -> Callable[[Recipe, Path], Trainer]:
 
 def roles_of(recipe: Recipe) -> SharedBase:
     """Return the base of a recipe with all its roles, as `session.train` makes it."""
-    recipe = session._as_saved(recipe)
+    recipe = as_saved(recipe)
     plan = running_plan(recipe)
     base = session.open_base(recipe, plan)
     add_roles(base, recipe, load_rewards(recipe.rewards, "cpu", 0, recipe.model))
@@ -289,7 +290,7 @@ def test_the_reference_stays_the_sft_model(tiny_model, sft, with_all_roles, watc
 
 @pytest.mark.parametrize(("quantization", "dtype"), PRECISIONS[1:])
 def test_all_roles_lie_on_one_copy_of_the_base(with_all_roles, quantization, dtype):
-    recipe = session._as_saved(with_all_roles(hardware={"quantization": quantization, "compute_dtype": dtype}))
+    recipe = as_saved(with_all_roles(hardware={"quantization": quantization, "compute_dtype": dtype}))
     plan = running_plan(recipe)
     base = session.open_base(recipe, plan)
     logps_in(base, POLICY)

@@ -26,7 +26,11 @@ def test_a_run_on_the_card_equals_the_cpus(card, card_device, case):
         assert got == pytest.approx(expected, rel=1e-4, abs=1e-5)
     for when in ("before", "after"):
         expected, got = (one["evaluation"][when] for one in (cpu, there))
-        assert got.pop("accuracy", None) == expected.pop("accuracy", None)  # null where there is none
+        for name in ("accuracy", "headline"):  # null or a text
+            assert got.pop(name, None) == expected.pop(name, None)
+        bounds, wanted = got.pop("intervals"), expected.pop("intervals")
+        assert bounds.keys() == wanted.keys()
+        assert all(bounds[name] == pytest.approx(wanted[name], rel=1e-3, abs=1e-4) for name in wanted)
         assert got == pytest.approx(expected, rel=1e-3, abs=1e-4)
 
 

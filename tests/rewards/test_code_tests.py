@@ -35,9 +35,11 @@ def folders(tmp_path, monkeypatch):
     """Look after each test that no folder and no process is left."""
     (place := tmp_path / "programs").mkdir()
     monkeypatch.setattr(tempfile, "tempdir", str(place))
+    before = psutil.Process().children(recursive=True)  # what libraries have begun for other tests
     yield place
     assert not list(place.iterdir())
-    assert not [one for one in psutil.Process().children(recursive=True) if one.status() != psutil.STATUS_ZOMBIE]
+    now = psutil.Process().children(recursive=True)
+    assert not [one for one in now if one not in before and one.status() != psutil.STATUS_ZOMBIE]
     assert not marked(place)
 
 

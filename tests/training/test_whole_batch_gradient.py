@@ -80,7 +80,7 @@ def test_any_split_gives_the_same_gradient_of_every_other_loss(base, batch, chan
     for tokens, tile in [(1, 1), (17, 7), (90, 64)]:
         stats, got = gradients(base, drawn, settings, limits_of(tokens, tile), **dict(logps))
         assert stats.loss == pytest.approx(whole.loss, rel=TOLERANCE, abs=1e-6)
-        for name in ("clipped_low", "clipped_high", "phi", "left_out"):
+        for name in ("clipped_low", "clipped_high", "phi_seq", "left_out"):
             assert getattr(stats, name) == pytest.approx(getattr(whole, name), rel=TOLERANCE)
         for name, gradient in got.items():
             assert close(gradient, want[name]) < TOLERANCE, (name, tokens)

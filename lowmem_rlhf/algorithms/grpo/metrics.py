@@ -33,7 +33,7 @@ def _ratios(stats: UpdateStats, settings: GRPOSettings) -> dict[str, float]:
     of_loss: dict[str, dict[str, float]] = {
         "cispo": {"cispo_clip_ratio": high},
         "sapo": {},
-        "vespo": {"vespo/phi_seq_mean": stats.phi / max(stats.clip_completions, 1)},
+        "vespo": {"vespo/phi_seq_mean": stats.phi_seq / max(stats.clip_completions, 1)},
     }
     found = of_loss.get(settings.loss_type, {"clip_ratio/low": low, "clip_ratio/high": high})
     if settings.leave_out:

@@ -66,7 +66,7 @@ class UpdateStats:
         entropy, kl: sums before the update; kl over ``kl_tokens`` of them.
         policy_loss: the loss without the entropy bonus.
         mean_entropy: of the tokens that the bonus is for; only with a bonus.
-        clipped_low, clipped_high, phi, left_out: see `losses.measured`; these and what they are shares of, tokens and
+        clipped_low, clipped_high, phi_seq, left_out: see `losses.measured`; these and what they are shares of, tokens and
             completions, are counted over all iterations.
         logps: the policy's log-probs before the update, by row.
     """
@@ -82,7 +82,7 @@ class UpdateStats:
     kl_tokens: int = 0
     clipped_low: float = 0.0
     clipped_high: float = 0.0
-    phi: float = 0.0
+    phi_seq: float = 0.0
     left_out: float = 0.0
     clip_tokens: int = 0
     clip_completions: int = 0
@@ -97,7 +97,7 @@ class UpdateStats:
 
     def go_on(self, later: "UpdateStats") -> None:
         """Take in what a later iteration did: all that is counted over all iterations."""
-        for name in ("tokens", "clipped_low", "clipped_high", "phi", "left_out", "clip_tokens", "clip_completions"):
+        for name in ("tokens", "clipped_low", "clipped_high", "phi_seq", "left_out", "clip_tokens", "clip_completions"):
             setattr(self, name, getattr(self, name) + getattr(later, name))
 
 
