@@ -100,7 +100,7 @@ def measured(inputs: LossInputs, ratio: torch.Tensor) -> dict[str, torch.Tensor]
     """Return what is told of a micro-batch's ratios: sums over tokens, or over completions where these have one ratio.
 
     ``clipped_low`` and ``clipped_high`` count those out of the clip range (CISPO: of weights that were truncated, with
-    an advantage above 0), ``phi_seq`` sums VESPO's weights over the completions. ``left_out`` counts tokens whose policy
+    an advantage above 0), ``phi_seq`` sums VESPO's weights over completions. ``left_out`` counts tokens whose policy
     term does not count.
     """
     kind = inputs.settings.loss_type

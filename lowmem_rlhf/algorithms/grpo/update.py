@@ -66,8 +66,8 @@ class UpdateStats:
         entropy, kl: sums before the update; kl over ``kl_tokens`` of them.
         policy_loss: the loss without the entropy bonus.
         mean_entropy: of the tokens that the bonus is for; only with a bonus.
-        clipped_low, clipped_high, phi_seq, left_out: see `losses.measured`; these and what they are shares of, tokens and
-            completions, are counted over all iterations.
+        clipped_low, clipped_high, phi_seq, left_out: see `losses.measured`; these and what they are shares of, tokens
+            and completions, are counted over all iterations.
         logps: the policy's log-probs before the update, by row.
     """
 
