@@ -47,6 +47,16 @@ def no_critic(recipe: "Recipe") -> None:
     """Return None: nothing trains beside the policy."""
 
 
+def as_the_policy(recipe: "Recipe") -> tuple[float | None, float | None]:
+    """Return that a critic has no learning rate and no gradient norm of its own."""
+    return None, None
+
+
+def at_once(recipe: "Recipe") -> int:
+    """Return 0: the policy moves from the first step on."""
+    return 0
+
+
 def never(recipe: "Recipe") -> bool:
     """Return False."""
     return False
@@ -82,6 +92,8 @@ class AlgorithmSpec:
             policy's, which goes on from it.
         critic: whether and how a critic trains too: None, or with its own ``adapter``, with one that begins as the
             ``reward`` adapter, or as a head on the ``policy``.
+        critic_rate: learning rate and largest gradient norm of the critic's own parameters; None: those of all.
+        critic_warmup: steps at the beginning in which the critic learns alone.
         bootstrap: whether the critic is read one position behind the last token as well.
         scores_policy: whether the policy makes passes without gradients over what is learned from.
         entropy_passes: passes of the policy without gradients that the updates of a step make over what is learned
@@ -119,6 +131,8 @@ class AlgorithmSpec:
     rewards: Rewards = "needed"
     reference: Literal["below", "beside"] | None = None
     critic: Callable[["Recipe"], Literal["adapter", "reward", "policy"] | None] = no_critic
+    critic_rate: Callable[["Recipe"], tuple[float | None, float | None]] = as_the_policy
+    critic_warmup: Callable[["Recipe"], int] = at_once
     bootstrap: Callable[["Recipe"], bool] = never
     scores_policy: bool = True
     entropy_passes: Callable[["Recipe"], int] = none

@@ -113,7 +113,7 @@ class HeldOut:
 
     def _moved(self) -> dict[str, Any]:
         """Return the evaluations of a policy that has moved: a critic may learn alone first."""
-        still = self._recipe.ppo.critic_warmup_steps if self._recipe.spec.critic(self._recipe) else 0
+        still = self._recipe.spec.critic_warmup(self._recipe)
         return {**self.results, DURING: [row for row in during(self.results) if row["step"] > still]}
 
     def end(self, results: dict[str, Any], step: int) -> None:

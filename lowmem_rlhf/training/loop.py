@@ -65,7 +65,7 @@ class StepOutput:
 
 def own_rate(recipe: Recipe, base: SharedBase) -> OwnRate | None:
     """Return what the critic's own parameters learn at, where the recipe says so."""
-    rate, norm = recipe.ppo.critic_learning_rate, recipe.ppo.critic_max_grad_norm
+    rate, norm = recipe.spec.critic_rate(recipe)
     if CRITIC not in base.heads or (rate is None and norm is None):
         return None
     names, training = frozenset(base.own_trainable(CRITIC)), recipe.training

@@ -230,7 +230,7 @@ def test_vespo_weighs_a_completion_by_the_product_of_its_ratios_and_of_the_sampl
     two = inputs_of([2.0, 1.5], [1.0], lengths=(2,))
     assert loss_and_slope(two, "vespo")[0] == pytest.approx([weight] * 2)
     told = inputs_of([2.0, 1.5], [1.0], lengths=(2,), loss_type="vespo")
-    assert measured(told, told.ratio())["phi"].item() == pytest.approx(weight)
+    assert measured(told, told.ratio())["phi_seq"].item() == pytest.approx(weight)
     drawn = inputs_of([2.0, 1.0], [1.0], lengths=(2,), weights=[1.0, 1.5])
     assert loss_and_slope(drawn, "vespo")[0] == pytest.approx([weight] * 2)
     masked = inputs_of([2.0, 1.0], [1.0], lengths=(2,), weights=[1.0, 0.0])

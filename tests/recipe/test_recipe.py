@@ -233,10 +233,7 @@ def test_every_option_is_read_somewhere():
 
 # sections and the names under which the package hands them on
 STAGES = {
-    "ppo": (
-        {"ppo", "settings"},
-        ("algorithms/ppo/*.py", "algorithms/*/spec.py", "algorithms/rloo/*.py", "training/loop.py"),
-    ),
+    "ppo": ({"ppo", "settings"}, ("algorithms/ppo/*.py", "algorithms/*/spec.py", "algorithms/rloo/*.py")),
     "sft": ({"sft", "settings"}, ("algorithms/sft/*.py", "data/supervised.py")),
     "reward_model": ({"reward_model"}, ("algorithms/reward_model/*.py",)),
     "classifier": ({"classifier"}, ("algorithms/classifier/*.py",)),

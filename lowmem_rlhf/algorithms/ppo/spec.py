@@ -26,6 +26,14 @@ def _bootstrap(recipe: "Recipe") -> bool:
     return recipe.ppo.bootstrap_truncated or recipe.ppo.score_position == "after_last"
 
 
+def _critic_rate(recipe: "Recipe") -> tuple[float | None, float | None]:
+    return recipe.ppo.critic_learning_rate, recipe.ppo.critic_max_grad_norm
+
+
+def _critic_warmup(recipe: "Recipe") -> int:
+    return recipe.ppo.critic_warmup_steps
+
+
 SPEC = AlgorithmSpec(
     name="ppo",
     title="PPO",
@@ -33,6 +41,8 @@ SPEC = AlgorithmSpec(
     settings=PPOSettings,
     reference="below",
     critic=lambda recipe: recipe.ppo.critic,
+    critic_rate=_critic_rate,
+    critic_warmup=_critic_warmup,
     bootstrap=_bootstrap,
     entropy_gradient=lambda recipe: bool(recipe.ppo.entropy_coef),
     keeps_states=True,
