@@ -5,7 +5,7 @@ to 4 bits, or rounding it to bfloat16, would lose what training changed.
 """
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -131,7 +131,7 @@ def _open_run(opened: OpenRun, recipe: Recipe, overrides: list[str], device: str
         )
     opened.check_base()
     _check_learned(opened, recipe)
-    rows = _held_out(opened, recipe, {one.partition("=")[0].strip() for one in overrides}) if judged else {}
+    rows = _held_out(recipe, opened, {one.partition("=")[0].strip() for one in overrides}) if judged else {}
     hardware = detect(device or recipe.hardware.device)
     rewards = _rewards(recipe, rows, hardware, _spare_bytes(opened.plan, hardware)) if judged else []
     base = open_trained(opened, device)
@@ -146,18 +146,25 @@ def _open_run(opened: OpenRun, recipe: Recipe, overrides: list[str], device: str
     return _target(base, recipe, rewards, rows, roles, opened.plan.settings, steps)
 
 
-def _held_out(opened: OpenRun, recipe: Recipe, changed: set[str]) -> dict[str, Rows]:
-    """Return the held-out rows of each task that holds some out, or of the only one."""
+def _held_out(recipe: Recipe, opened: OpenRun | None = None, changed: Collection[str] = ()) -> dict[str, Rows]:
+    """Return the held-out rows of each task that holds some out, or of the only one.
+
+    Args:
+        recipe: with the changes of this evaluation.
+        opened: the run that is evaluated; None: a model is.
+        changed: keys of the recipe that this evaluation sets.
+    """
     rows: dict[str, Rows] = {}
     tasks = recipe.by_task
     for number, (task, own) in enumerate(tasks.items()):
         if not own.data.eval_size and any(other.data.eval_size for other in tasks.values()):
             message(f"task {task}: nothing is held out of it, so it is left out here")
             continue
+        trained = opened.recipe.by_task[task] if opened else None
+        recorded = recorded_rows(opened.directory, task).get("eval") if opened else None
+        named = not {"data.eval", f"tasks[{number}].data.eval"}.isdisjoint(changed)
         with of_task(task):
-            recorded = recorded_rows(opened.directory, task).get("eval")
-            named = bool(changed & {"data.eval", f"tasks[{number}].data.eval"})
-            rows[task] = held_out_rows(opened.recipe.by_task[task], own, recorded, named)
+            rows[task] = held_out_rows(trained, own, recorded, named)
     return rows
 
 
@@ -202,7 +209,7 @@ def open_model_target(
     plan = running_plan(recipe)
     settings = plan.settings
     check_device(detected, settings.compute_dtype)
-    rows = {task: held_out_rows(None, own) for task, own in recipe.by_task.items()} if judged else {}
+    rows = _held_out(recipe) if judged else {}
     rewards = _rewards(recipe, rows, detected, _spare_bytes(plan, detected)) if judged else []
     precision = f"{settings.quantization.replace('none', 'unquantized')}, {settings.compute_dtype}"
     # the reference needs no adapter, so the one that every base has is as small as can be

@@ -31,4 +31,5 @@ FACTORIES: dict[str, Callable[..., Any]] = {
     )
 }
 SHIPPED: dict[str, Callable[..., Any]] = {**FUNCTIONS, **FACTORIES}
-GRADED = frozenset(("length", "keywords", "soft_overlong", "repetition"))  # of the others 1 means right, less wrong
+# of the others 1 means right, less wrong
+GRADED = frozenset(("length", "keywords", "soft_overlong", "repetition", "judge", "language"))

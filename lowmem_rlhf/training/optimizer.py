@@ -5,7 +5,7 @@ What stays out: unpickling. A checkpoint's tensors are safetensors, its numbers 
 
 import math
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -144,45 +144,30 @@ class Optimizer:
             self._leave_out(f"the {name.replace('_', ' ')} ({value})")
             return math.nan
         self.scaler.unscale_(self.torch_optimizer)
-        gradients = [p.grad for p in self.parameters.values() if p.grad is not None]
-        if self.own:
-            norm = self._clip_apart(self.own)
-            finite = math.isfinite(norm) and math.isfinite(self.own_norm)
-            if not finite and not self.scaler.is_enabled():
-                self._leave_out(f"the gradient ({norm if math.isfinite(self.own_norm) else self.own_norm})")
-                return norm
-        else:
-            norm = self._clip(gradients)
-            if not math.isfinite(norm) and not self.scaler.is_enabled():
-                self._leave_out(f"the gradient ({norm})")
-                return norm
-        if norm == 0 and not any(bool(one.any()) for one in gradients):
+        names = self.own.names if self.own else frozenset()
+        norm = self._clip([p for name, p in self.parameters.items() if name not in names], self.max_grad_norm)
+        if self.own:  # in the order of the parameters: sums of another order round otherwise
+            own = [p for name, p in self.parameters.items() if name in names]
+            self.own_norm = self._clip(own, self.own.max_grad_norm)
+        broken = next((one for one in (norm, self.own_norm) if not math.isfinite(one)), None)
+        if broken is not None and not self.scaler.is_enabled():
+            self._leave_out(f"the gradient ({broken})")
+            return norm
+        if norm == 0 and not any(bool(p.grad.any()) for p in self.parameters.values() if p.grad is not None):
             self._let_be()
         else:
             self._take()
         return norm
 
-    def _clip(self, gradients: list[torch.Tensor]) -> float:
-        """Clip gradients to ``max_grad_norm``, where they are finite or float16's; return their norm."""
+    def _clip(self, parameters: Sequence[nn.Parameter], most: float) -> float:
+        """Clip the gradients of these to a norm, where they are finite or float16's; return their norm before."""
+        gradients = [p.grad for p in parameters if p.grad is not None]
         total = nn.utils.get_total_norm(gradients)
         norm = float(total)
-        overflowed = not math.isfinite(norm) and all(bool(one.isfinite().all()) for one in gradients)
-        if overflowed:
-            return self._clip_beyond_float32(gradients)
+        if not math.isfinite(norm) and all(bool(one.isfinite().all()) for one in gradients):
+            return self._clip_beyond_float32(gradients, most)
         if math.isfinite(norm) or self.scaler.is_enabled():
-            nn.utils.clip_grads_with_norm_(self.parameters.values(), self.max_grad_norm, total)
-        return norm
-
-    def _clip_apart(self, own: OwnRate) -> float:
-        """Clip the gradients of `own` and those of the others by themselves; return the norm of the others'."""
-        norms = []
-        for mine, most in ((False, self.max_grad_norm), (True, own.max_grad_norm)):
-            part = [p for name, p in self.parameters.items() if p.grad is not None and (name in own.names) == mine]
-            total = nn.utils.get_total_norm([p.grad for p in part if p.grad is not None])
-            norms.append(float(total))
-            if part and (math.isfinite(norms[-1]) or self.scaler.is_enabled()):
-                nn.utils.clip_grads_with_norm_(part, most, total)
-        norm, self.own_norm = norms
+            nn.utils.clip_grads_with_norm_(parameters, most, total)
         return norm
 
     def say(self) -> list[str]:
@@ -218,11 +203,11 @@ class Optimizer:
             warnings.simplefilter("ignore")  # that the optimizer was not stepped first
             self.scheduler.step()
 
-    def _clip_beyond_float32(self, gradients: list[torch.Tensor]) -> float:
+    def _clip_beyond_float32(self, gradients: Sequence[torch.Tensor], most: float) -> float:
         """Clip finite gradients whose norm is above float32's largest number; return the norm."""
         norm = math.hypot(*(float(one.double().norm()) for one in gradients))
         for one in gradients:
-            one.copy_(one.double().mul_(min(1.0, self.max_grad_norm / norm)))
+            one.copy_(one.double().mul_(min(1.0, most / norm)))
         return norm
 
     def _leave_out(self, what: str) -> None:

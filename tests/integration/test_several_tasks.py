@@ -308,6 +308,9 @@ def test_a_task_that_holds_nothing_out_is_left_out_of_an_evaluation(tasks_model,
     done = lowmem_rlhf("eval", run.path, "--json", "--trust-run")
     assert done.code == 0 and "task colors: nothing is held out of it" in done.err, done.err
     assert json.loads(done.out)["counts"] == {"problem": 4}
+    done = lowmem_rlhf("eval", tasks_model, "--recipe", run.path / "recipe.yaml", "--json", "hardware.check=auto")
+    assert done.code == 0 and "task colors: nothing is held out of it" in done.err, done.err
+    assert json.loads(done.out)["counts"] == {"problem": 4}
 
 
 def test_a_resume_may_change_what_is_done_about_a_fault_in_a_task(tasks_model, files, tmp_path):

@@ -74,6 +74,13 @@ def test_a_critic_s_gradient_takes_nothing_of_the_policy_s_room():
     )
 
 
+def test_a_norm_beyond_float32_is_clipped_by_itself_as_well():
+    optimizer, parameters = optimizer_of(OwnRate(frozenset({"critic.a"}), 0.05, 2.0), {"critic.a": 3e38, "policy": 1.0})
+    optimizer.step()
+    assert optimizer.skipped == 0 and optimizer.own_norm == pytest.approx(6e38)
+    assert float(parameters["critic.a"].grad.norm()) == pytest.approx(2.0, rel=1e-3)
+
+
 @pytest.mark.parametrize("name", ["critic.a", "policy"])
 def test_a_step_with_a_number_that_is_not_finite_is_left_out_whosever_it_is(name):
     optimizer, parameters = optimizer_of(OwnRate(frozenset({"critic.a"}), 0.05, 2.0), {"critic.a": 1.0, "policy": 1.0})

@@ -13,6 +13,7 @@ from trl_cases import LABELLED, loop_of, trl_recipe, write_rows
 from lowmem_rlhf.errors import UserError
 from lowmem_rlhf.inference.open_run import OpenRun
 from lowmem_rlhf.rewards.loading import Reward, load_rewards
+from lowmem_rlhf.rewards.shipped import GRADED, SHIPPED
 from lowmem_rlhf.rollout.rollout import Completion
 from lowmem_rlhf.rollout.scores import Scores
 from lowmem_rlhf.run.directory import RunDirectory
@@ -211,6 +212,13 @@ def test_a_reward_that_is_a_degree_is_not_reported_as_accuracy(monkeypatch):
     monkeypatch.setattr(digits, "judges_correct", True, raising=False)
     recipe = recipe_of("model", rewards=[{"function": f"{__file__}:digits", "name": "r"}])
     assert load_rewards(recipe.rewards)[0].judges_correct is True
+
+
+def test_every_shipped_reward_is_known_to_tell_right_from_wrong_or_a_degree():
+    """A new one has to be put on either side, since the headline follows from it."""
+    right = {"arithmetic_answer", "gsm8k_answer", "reasoning_gym_answer", "think_format", "exact_match", "contains"}
+    right |= {"regex", "json_valid", "tags", "numbers", "code_tests"}
+    assert not right & GRADED and right | GRADED == set(SHIPPED)
 
 
 def test_a_trainer_of_trl_s_learns_the_same_with_evaluations(model_folder, tmp_path):

@@ -142,7 +142,8 @@ def update(
 
 def _too_far(part: MiniBatchResult, settings: PPOSettings) -> bool:
     """Whether the policy is so far from the one that sampled that the epochs end."""
-    return bool(settings.target_kl) and part.stats.metrics()["policy/approx_kl"] > 1.5 * (settings.target_kl or 0.0)
+    limit = settings.target_kl
+    return limit is not None and part.stats.metrics()["policy/approx_kl"] > 1.5 * limit
 
 
 def _take_in(result: UpdateResult, part: MiniBatchResult, epoch: int) -> None:

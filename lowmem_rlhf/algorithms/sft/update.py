@@ -123,17 +123,15 @@ class SFT(Loop):
         if not self.held_out:
             return {}
         loss, each = self._losses(self.held_out, progress)
-        sampled: dict[str, Any] = {"accuracy": None, "headline": LOSS}
-        if self.evaluator:
-            sampled = self.evaluator.evaluate(when, progress)
+        not_sampled: dict[str, Any] = {"accuracy": None, "headline": LOSS}
+        sampled = self.evaluator.evaluate(when, progress) if self.evaluator else not_sampled
         told = self._told(range(len(self.held_out)), loss, each, sampled)
         if self.recipe.tasks:
-            of_task = {"accuracy": None, "headline": LOSS}
             told["tasks"] = {}
             for task in self.recipe.by_task:
                 if rows := [row for row, one in enumerate(self.held_out) if one.task == task]:
                     own = sum(each[row] for row in rows) / sum(self.held_out[row].learned_tokens for row in rows)
-                    told["tasks"][task] = self._told(rows, own, each, sampled.get("tasks", {}).get(task, of_task))
+                    told["tasks"][task] = self._told(rows, own, each, sampled.get("tasks", {}).get(task, not_sampled))
         return told
 
     def _told(self, rows: Sequence[int], loss: float, each: Sequence[float], sampled: dict[str, Any]) -> dict[str, Any]:
