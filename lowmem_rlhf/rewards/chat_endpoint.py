@@ -111,6 +111,7 @@ class Endpoint:
             except OSError as error:
                 raise _Again(f"{self.url} cannot be reached: {error.strerror or error}", down=True) from None
             self._check_peer(connection.sock)
+            connection.sock.settimeout(None)  # one clock alone, that of the whole try: two would be a race
             with _ended_by(connection.sock, began + self.timeout, ending) as over:
                 try:
                     connection.request("POST", self.path, body, self._headers())
