@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from spared import spare_collector, spare_pictures
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 _LIBRARIES: list[Any] = []  # what they add ends with them
@@ -71,6 +72,8 @@ class CudaCard:
 
 def card_of(argument: str) -> tuple[Any, str]:
     """Return the card that a script was told of and its device: ``cuda``, or the folder of the virtual card."""
+    spare_collector()
+    spare_pictures()
     if argument == "cuda":
         return CudaCard(), "cuda:0"
     sys.path.insert(0, argument)

@@ -9,6 +9,7 @@ import tempfile
 
 os.environ["LOWMEM_RLHF_STATE"] = tempfile.mkdtemp(prefix="lowmem-rlhf-state-")  # not the developer's own
 
+import gc
 import importlib.util
 import io
 import signal
@@ -18,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from spared import spare_collector, spare_pictures
 
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job begins with it ignored
 
@@ -32,6 +34,9 @@ LONGEST = (
     *("export/test_export_runs.py", "api/test_training.py", "export/test_export_smollm2.py"),
     *("export/test_export_bounds.py", "export/test_gguf_smollm2.py", "test_silence.py", "test_notebooks.py"),
 )
+
+
+IMPORTED = [0]  # modules, when the collector was last spared them
 
 
 def pytest_collection_modifyitems(items):
@@ -75,6 +80,16 @@ def one_thread():
     import torch
 
     torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def spared(request, monkeypatch):
+    """Spare tests what takes a third of their time: pictures that nobody looks at, and collecting what was imported."""
+    if request.node.path.parent.name != "report":
+        spare_pictures(monkeypatch.setattr)
+    if "torch" in sys.modules and (len(sys.modules) > IMPORTED[0] + 50 or not gc.get_freeze_count()):
+        spare_collector()
+        IMPORTED[0] = len(sys.modules)
 
 
 @pytest.fixture(scope="session")

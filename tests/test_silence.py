@@ -62,7 +62,7 @@ LATER = """
 import lowmem_rlhf as lm
 
 with lm.open_run("run", progress=None) as run:
-    assert run.{call}
+    assert run.generate("1+2=", compare=True) and run.evaluate() and run.export("adapter")
 """
 
 
@@ -72,7 +72,6 @@ def test_a_python_call_that_asks_for_silence_is_silent(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     recipe = tiny_values(save_tiny_model(tmp_path / "model"))
     recipe["training"] = {**recipe["training"], "max_steps": 1}
-    calls = ("generate('1+2=', compare=True)", "evaluate()", "export('adapter')")
-    for program in (SILENT.format(recipe=recipe), *(LATER.format(call=call) for call in calls)):
+    for program in (SILENT.format(recipe=recipe), LATER):
         done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
         assert (done.returncode, done.stdout, done.stderr) == (0, "", "")

@@ -1,5 +1,7 @@
 """The live-byte counter against allocation patterns whose peak is known by hand."""
 
+import gc
+
 import pytest
 import torch
 
@@ -41,6 +43,13 @@ def test_storages_that_were_there_are_found_once():
     with counter:
         weight.detach().view(-1, 2)
     assert counter.current - before.current == 256 * KIB
+
+
+def test_what_the_collector_was_told_to_leave_alone_is_found_as_well():
+    before = LiveBytes()
+    weight = torch.nn.Parameter(floats(256))
+    gc.freeze()
+    assert LiveBytes().current - before.current == 256 * KIB == weight.untyped_storage().nbytes()
 
 
 def test_resized_storage_counts_with_its_new_size():

@@ -209,6 +209,7 @@ class Peak:
 
     def __init__(self, device: str, counted: bool) -> None:
         self.device, self.counter, self.bytes = device, LiveBytes() if counted else None, 0
+        gc.freeze()  # as in `cards.card_of`; to look for tensors is to look at all
 
     def __enter__(self) -> "Peak":
         gc.collect()

@@ -1,0 +1,23 @@
+"""What tests are spared of a run where it is not what they test. Not a test module."""
+
+import gc
+from collections.abc import Callable
+from typing import Any
+
+
+def spare_pictures(put: Callable[[Any, str, Any], None] = setattr) -> None:
+    """Leave the pictures of reports empty: each takes a second to draw."""
+    from lowmem_rlhf.report import plots
+
+    render = plots._render
+
+    def empty(figure: Any, kind: str, dpi: int) -> bytes:
+        return render(type(figure)(figsize=(1, 1)), kind, 20)
+
+    put(plots, "_render", empty)
+
+
+def spare_collector() -> None:
+    """Let the garbage collector leave alone what was imported by now: it takes a third of a second at a run's end."""
+    gc.collect()
+    gc.freeze()
