@@ -9,7 +9,6 @@ import tempfile
 
 os.environ["LOWMEM_RLHF_STATE"] = tempfile.mkdtemp(prefix="lowmem-rlhf-state-")  # not the developer's own
 
-import gc
 import importlib.util
 import io
 import signal
@@ -87,7 +86,7 @@ def spared(request, monkeypatch):
     """Spare tests what takes a third of their time: pictures that nobody looks at, and collecting what was imported."""
     if request.node.path.parent.name != "report":
         spare_pictures(monkeypatch.setattr)
-    if "torch" in sys.modules and (len(sys.modules) > IMPORTED[0] + 50 or not gc.get_freeze_count()):
+    if "torch" in sys.modules and len(sys.modules) > IMPORTED[0] + 50:
         spare_collector()
         IMPORTED[0] = len(sys.modules)
 
