@@ -95,6 +95,10 @@ def _files(recipe: Recipe, samples: int, output: Path) -> dict[str, Path]:
             f"--measure-difficulty: is for algorithms that sample, and {recipe.algorithm} does not; give a recipe of "
             "grpo or another one that does, with the same data and the rewards that judge its answers"
         )
+    if recipe.data.streaming:
+        raise UserError(
+            "--measure-difficulty: measures all rows, and data.streaming never has them all; leave that out"
+        )
     if samples < 1:
         raise UserError(f"--measure-difficulty: got {samples}; give a number of samples of each prompt, from 1")
     if output.suffix != ".jsonl":
