@@ -143,6 +143,7 @@ PROGRAMS = {  # each with the share of the cases that it passes
     "x = input()\nif x == '1 2': bytearray(2**30)\nprint(0)": 1 / 3,
     "import sys\nf = sys._getframe().f_back\nassert not any(chr(45) in str(v) for v in f.f_back.f_locals.values())\n"
     "print(0)": 1 / 3,
+    "print(3 if input() == '1 2' else '0' + ' ' * 2**21)": 1 / 3,  # more than is read
     "def f(": 0.0,
 }
 
@@ -159,7 +160,7 @@ def test_programs_that_read_their_input_and_print():
 
 def test_a_case_has_a_time_limit_of_its_own():
     waits = "import time\nif input() == '1 2': time.sleep(1000)\nprint(0)"
-    assert values([waits], ADDS, score="fraction", case_timeout=1.0) == [1 / 3]
+    assert values([waits], ADDS, score="fraction", case_timeout=2.0) == [1 / 3]
     codes = [waits, LEAVES + "print(3)"]  # what the other one leaves holds its output open
     assert values(codes, ADDS[:1], case_timeout=0.3) == [0.0, 0.0]
 
@@ -268,6 +269,7 @@ def test_without_namespaces_nothing_is_left_either(no_namespaces, monkeypatch):
     one = reward(timeout=2.0, workers=5).function
     assert one(codes, tests=[TESTS] * 5) == [1.0, 1.0, 0.0, 0.0, 0.0]
     one([SQUARE], tests=[TESTS])
+    assert values([LEAVES + "print(3)"], ADDS[:1], case_timeout=0.5) == [0.0]
     assert len(said) == 1 and "can use the network and signal your processes" in said[0]
 
 
