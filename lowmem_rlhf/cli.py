@@ -255,9 +255,22 @@ def data(
     recipe: RecipeName,
     overrides: Overrides = None,
     rows: Annotated[int, typer.Option(min=0, help="Examples of each split to print.")] = 3,
+    measure_difficulty: Annotated[
+        int | None,
+        typer.Option(metavar="K", min=1, help="Sample K answers to each training prompt, and write its mean reward."),
+    ] = None,
+    output: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE.jsonl", help="For --measure-difficulty: the rows with what it measured."),
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Show the rows of a recipe as the model will see them, what is learned and what is left out."""
+    if (measure_difficulty is None) != (output is None):
+        raise UserError("--measure-difficulty K and --output FILE.jsonl belong together; give both, or neither")
+    if measure_difficulty is not None and output is not None:
+        _measure_difficulty(recipe, overrides, measure_difficulty, output, as_json)
+        return
     from lowmem_rlhf.quiet import hush
     from lowmem_rlhf.recipe.loading import load_recipe
     from lowmem_rlhf.report.data_view import print_preview
@@ -271,6 +284,23 @@ def data(
     else:
         print_preview(check.to_dict())
     check.raise_errors()
+
+
+def _measure_difficulty(recipe: str, overrides: list[str] | None, samples: int, output: Path, as_json: bool) -> None:
+    from lowmem_rlhf.quiet import hush
+    from lowmem_rlhf.recipe.loading import load_recipe
+    from lowmem_rlhf.rewards.time_limit import end_process, stuck_calls_end_with
+    from lowmem_rlhf.session.difficulty import DIFFICULTY, measure_difficulty
+
+    hush()
+    with _prints_aside(as_json), stuck_calls_end_with(end_process, own_process=True):
+        told = measure_difficulty(load_recipe(recipe, overrides), samples, output)
+    if as_json:
+        _print_json(told)
+        return
+    print(told["said"])
+    for file in told["files"]:
+        print(f"{file}: learn from it with data.train={file} 'data.curriculum={{column: {DIFFICULTY}}}'")
 
 
 @rewards_app.callback(invoke_without_command=True)

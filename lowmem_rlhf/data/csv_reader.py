@@ -31,12 +31,10 @@ def read_csv(
         BrokenFile: a column without a name or with that of another, a row with too many or too few cells, a quote that
             is never closed, or text behind a cell's closing quote.
     """
-    note = ""
-    if found := _SEP_LINE.match(text):
-        separator, text, sure = found[1], text[found.end() :], True
-    if not sure and (guessed := _guess(text, separator)) != separator:
-        note = f"its cells are separated by {SEPARATORS[guessed]}s, not by {SEPARATORS[separator]}s"
-        separator = guessed
+    note, usual = "", separator
+    separator, text, guessed = _separated(text, separator, sure)
+    if guessed:
+        note = f"its cells are separated by {SEPARATORS[separator]}s, not by {SEPARATORS[usual]}s"
     cells = _cells(text, separator, quote)
     _check_quotes(text, separator, quote, first=0 if names is None else 1)
     if names is None:
@@ -52,6 +50,20 @@ def read_csv(
         raise BrokenFile(f"it has {len(cells)} columns, and its data set names {len(names)}")
     rows = [Row(dict(zip(names, row, strict=True)), number) for number, row in enumerate(zip(*cells, strict=True), 1)]
     return list(names), rows, note
+
+
+def separator_of(text: str, separator: str = ",", sure: bool = False) -> str:
+    """Return what separates the cells of CSV text, given its beginning; see `read_csv`."""
+    return _separated(text, separator, sure)[0]
+
+
+def _separated(text: str, separator: str, sure: bool) -> tuple[str, str, bool]:
+    """Return the separator, the text behind Excel's first line, and whether the header has told it."""
+    if found := _SEP_LINE.match(text):
+        return found[1], text[found.end() :], False
+    if not sure and (guessed := _guess(text, separator)) != separator:
+        return guessed, text, True
+    return separator, text, False
 
 
 def _guess(text: str, separator: str) -> str:

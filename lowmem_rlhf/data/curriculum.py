@@ -7,6 +7,7 @@ from functools import lru_cache
 from typing import Any, TypeVar
 
 from lowmem_rlhf.data.stream import MixedStream, PromptStream, Stream
+from lowmem_rlhf.data.streaming import Streamed, WindowStream
 from lowmem_rlhf.data.values import value_at
 from lowmem_rlhf.errors import UserError
 from lowmem_rlhf.recipe.schema import Recipe
@@ -80,6 +81,8 @@ def stream_of(examples: Sequence[Any], recipe: Recipe) -> Stream[Any]:
         UserError: there are none, of all or of a task; or one has no difficulty where the recipe goes by one.
     """
     count = recipe.training.prompts_per_step
+    if isinstance(examples, Streamed):
+        return WindowStream(examples.window, count, recipe.training.seed)
     if not recipe.tasks:
         return _of_one(examples, recipe, recipe.data, count, 1.0)
     parts = {task.name: [one for one in examples if one.task == task.name] for task in recipe.tasks}

@@ -10,6 +10,7 @@ from lowmem_rlhf.data.curriculum import check_difficulties
 from lowmem_rlhf.data.labelled import check_both_kinds, read_answers
 from lowmem_rlhf.data.prompts import Example, build_examples
 from lowmem_rlhf.data.sources import SplitRows
+from lowmem_rlhf.data.streaming import Streamed, Windows, examples_in
 from lowmem_rlhf.data.supervised import Rows, build_pairs, build_supervised, labelled_texts
 from lowmem_rlhf.engine.tokenizer import Tokens
 from lowmem_rlhf.errors import UserError
@@ -50,12 +51,26 @@ def read_tasks(
     for task, own in recipe.by_task.items():
         with of_task(task):
             data = read_data(own, rows[task].train, rows[task].held_out, tokens, progress)
+        if own.data.streaming:
+            data = replace(data, train=_streamed(own, rows[task], tokens, data.train))
         if not task:
             return data
         named = ([replace(one, task=task) for one in part] for part in (data.train, data.held_out, data.prompts))
         parts.append(TrainingData(*named))
     joined = ([one for part in parts for one in getattr(part, name)] for name in ("train", "held_out", "prompts"))
     return TrainingData(*joined)
+
+
+def _streamed(recipe: Recipe, rows: SplitRows, tokens: Tokens, first: Sequence[Any]) -> Streamed[Any]:
+    """Return the examples of the first window with what reads the others as they are needed."""
+
+    def made(own: Rows, report: RowReport) -> list[Any]:
+        examples = examples_of(recipe, own, tokens, report)
+        if tokens.rows is not None:
+            check_ids(tokens.tokenizer, tokens.rows, (ids for one in examples for ids in ids_of(one)))
+        return examples
+
+    return Streamed(first, examples_in(Windows(recipe.data, rows), recipe.data, made))
 
 
 def read_data(

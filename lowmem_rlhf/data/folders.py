@@ -114,6 +114,42 @@ def _layout(source: str, config: str | None, split: str, key: str, field: str | 
     return read_split(lambda name: DatasetTable(loaded[name], origins[name]), list(loaded), split)
 
 
+def split_files(source: str, config: str | None, split: str, key: str) -> tuple[list[str], str, Options]:
+    """Return the files of a whole split of a folder or a Hub data set, their format, and how they are read.
+
+    Returns:
+        Paths, or what `fsspec` opens for files of the Hub; ``json``, ``csv`` or ``parquet``.
+
+    Raises:
+        UserError: see `read_folder`; or the files have another format.
+    """
+    folder = local_path(source)
+    try:
+        with quiet(), _plain_name(folder) as (stand_in, real):
+            builder = _builder(str(stand_in) if is_folder(source) else source, config)
+            named = {
+                str(name): [real(file) for file in found] for name, found in (builder.config.data_files or {}).items()
+            }
+    except UserError:
+        raise
+    except Exception as error:
+        kind = OfflineError if isinstance(error, ConnectionError | TimeoutError) else UserError
+        raise kind(hub_problem(error, source, config, split, key)) from error
+    if split not in named:
+        raise UserError(
+            f"{key}_split: {source!r} has no split {split!r} (it has {', '.join(named)}); set {key}_split to one that "
+            "exists"
+        )
+    if builder.name == "parquet":
+        return named[split], "parquet", Options()
+    if builder.name not in ("json", "csv"):
+        raise UserError(
+            f"data.streaming: {source} holds files that are read as a whole ({builder.name}); streamed are JSON lines, "
+            "CSV and Parquet: leave data.streaming out, or convert them"
+        )
+    return named[split], builder.name, _options(builder, source, key, None)
+
+
 @contextmanager
 def _plain_name(folder: Path) -> Iterator[tuple[Path, Callable[[str], str]]]:
     """Give a folder whose path `datasets` would take for a pattern (``[1]``) the same names under a plain path.

@@ -3,7 +3,7 @@
 import json
 import json.scanner
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from itertools import islice
 from typing import Any
@@ -14,6 +14,7 @@ from lowmem_rlhf.data.values import JsonFloat, JsonInt, Row
 
 MAX_DEPTH = 100  # of lists and objects in one another; far below what later steps can walk through
 _SPACE = " \t\r\n"
+BLANK = " \t\r\ufeff"  # what does not count at the ends of a line
 _HALF = re.compile(r"\\u[dD][89a-fA-F][0-9a-fA-F]{2}")  # one half of a surrogate pair, perhaps beside the other
 
 
@@ -40,7 +41,7 @@ def read_json(text: str, name: str, field: str | None = None, lines: bool = Fals
     first_two = list(islice(_lines(text), 2))
     if not first_two:
         raise NoRows("it has no rows")
-    if field is None and _is_lines([line for _, line in first_two], lines):
+    if field is None and is_lines([line for _, line in first_two], lines):
         return _read_lines(text), ""
     documents = _documents(text)
     if len(documents) == 1:
@@ -61,12 +62,12 @@ def _lines(text: str) -> Iterator[tuple[int, str]]:
         end = text.find("\n", start)
         end = len(text) if end < 0 else end
         number += 1
-        if line := text[start:end].strip(" \t\r\ufeff"):
+        if line := text[start:end].strip(BLANK):
             yield number, line
         start = end + 1
 
 
-def _is_lines(first: list[str], lines: bool) -> bool:
+def is_lines(first: list[str], lines: bool) -> bool:
     """Whether a file holds one JSON value a line, as far as its first two lines that hold something tell."""
     if not first[0].startswith(("{", "[")):
         return True
@@ -89,9 +90,18 @@ def _parses(line: str) -> bool:
 
 
 def _read_lines(text: str) -> list[Row]:
+    read = line_reader()
+    return [read(number, line) for number, line in _lines(text)]
+
+
+def line_reader() -> Callable[[int, str], Row]:
+    """Return what makes a row of a line of JSON lines that holds something, given its number and its text.
+
+    It raises `BrokenFile` where the line is no row.
+    """
     decoder = _decoder()
-    rows = []
-    for number, line in _lines(text):
+
+    def read(number: int, line: str) -> Row:
         try:
             row = decoder.decode(line)
             if not isinstance(row, dict) or line.count("{") + line.count("[") > MAX_DEPTH or _HALF.search(line):
@@ -102,8 +112,9 @@ def _read_lines(text: str) -> list[Row]:
             raise BrokenFile(f"line {number} {error}") from error
         except RecursionError as error:
             raise BrokenFile(f"line {number} {_too_deep()}") from error
-        rows.append(Row(row, number))
-    return rows
+        return Row(row, number)
+
+    return read
 
 
 def _documents(text: str) -> list[Any]:

@@ -1,7 +1,7 @@
 """From rows to the prompts that are sampled from."""
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from lowmem_rlhf.data.bad_rows import RowReport
@@ -27,13 +27,14 @@ _NO_HEADER = (
 
 @dataclass(frozen=True)
 class Example:
-    """One prompt: what rewards see, what the model reads, the columns that rewards are given, and its task's name."""
+    """One prompt: what rewards see, what the model reads, the columns that rewards are given, its task and its row."""
 
     prompt: str | list[Message]  # chat messages for a chat prompt, otherwise the plain text
     prompt_ids: list[int]
     columns: dict[str, Any]  # the row's other columns, with the reference under `answer` too
     text: str = ""  # the prompt as the model reads it, special tokens written out
     task: str = ""
+    number: int = field(default=0, compare=False)  # of its row in the source
 
 
 def build_examples(
@@ -88,7 +89,8 @@ def _examples(rows: Sequence[Row], names: Iterable[str], writer: PromptWriter, r
             writer.check_end(ids)
             if not report.fits(number, len(ids), data.max_prompt_length, "data.max_prompt_length", "prompt"):
                 continue
-            examples.append(Example(prompt.prompt, ids, _columns(prompt.row, data, names), prompt.text))
+            columns = _columns(prompt.row, data, names)
+            examples.append(Example(prompt.prompt, ids, columns, prompt.text, number=number))
             if not isinstance(prompt.prompt, str) and prompt.prompt[-1]["role"] == "assistant":
                 report.note(_CONTINUED, number)
             elif writer.template is not None and (header := writer.template.renderer.header_left_out):

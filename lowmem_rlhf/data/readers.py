@@ -64,6 +64,16 @@ def read_file(source: str, key: str, field: str | None = None) -> Table:
     Raises:
         UserError: there is no such file, it has another format, cannot be read, or holds no rows.
     """
+    path = check_file(source, key)
+    return read_table(path, source, key, FORMATS[ending(source)], Options(field=field))
+
+
+def check_file(source: str, key: str) -> Path:
+    """Return the path of a local file of rows.
+
+    Raises:
+        UserError: there is no such file, or it has another format.
+    """
     path = local_path(source)
     if why := obstacle(path):
         raise UserError(f"{key}: {source} {why}; give a file that holds rows ({ENDINGS})")
@@ -71,7 +81,7 @@ def read_file(source: str, key: str, field: str | None = None) -> Table:
         raise UserError(f"{key}: there is no file {source}{_nearest(path)}{path_hint(source)}")
     if ending(source) not in FORMATS:
         raise UserError(f"{key}: {source} {_not_read(ending(source))}")
-    return read_table(path, source, key, FORMATS[ending(source)], Options(field=field))
+    return path
 
 
 def file_key(path: Path, format_: str, options: Options) -> tuple[Any, ...]:
@@ -142,6 +152,15 @@ def _read_parquet(path: Path) -> Table:
         table.validate(full=True)  # text that is not UTF-8 would otherwise fail at some later row
     except pa.ArrowException as error:
         raise BrokenFile(one_line(error)) from error
+    return arrow_table(table, frozenset([str(path.resolve())]))
+
+
+def arrow_table(table: "pa.Table", origins: frozenset[str]) -> Table:
+    """Return an Arrow table, or a part of one, as the rows of its file.
+
+    Raises:
+        BrokenFile: two of its columns have one name.
+    """
     names = table.column_names
     if len(set(names)) < len(names):
         twice = next(name for name in names if names.count(name) > 1)
@@ -150,8 +169,8 @@ def _read_parquet(path: Path) -> Table:
         from datasets import Dataset
         from datasets.table import InMemoryTable
 
-        return DatasetTable(Dataset(InMemoryTable(table)), frozenset([str(path.resolve())]))
-    return ArrowTable(_texts_of_bytes(table), frozenset([str(path.resolve())]))
+        return DatasetTable(Dataset(InMemoryTable(table)), origins)
+    return ArrowTable(_texts_of_bytes(table), origins)
 
 
 def _texts_of_bytes(table: "pa.Table") -> "pa.Table":

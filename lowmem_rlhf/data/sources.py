@@ -2,15 +2,16 @@
 
 import json
 import random
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import takewhile
+from itertools import islice, takewhile
 from typing import Any
 
 from lowmem_rlhf.data.columns import check_columns, used_columns
 from lowmem_rlhf.data.few_shot import file_rows
 from lowmem_rlhf.data.folders import is_saved, read_folder
 from lowmem_rlhf.data.readers import read_file, same_file
+from lowmem_rlhf.data.row_stream import RowStream, open_stream
 from lowmem_rlhf.data.table import Table
 from lowmem_rlhf.data.tasks import Split, generate
 from lowmem_rlhf.data.values import Row, numbered, value_at
@@ -31,6 +32,9 @@ def load_rows(data: DataConfig, split: Split, seed: int = 0) -> list[Row]:
     a generated task that are never trained on; rows taken out of the training file (training then also loses every
     other row with the same prompt). `eval_size` 0 holds nothing out and gives an empty list. At most half of a file or
     of a problem space can be held out; a separate source or split with fewer rows than `eval_size` is used whole.
+
+    With `data.streaming` the training rows are those of the first window (see `data.streaming`), and held-out rows that
+    come out of the training source are its first ones.
 
     Raises:
         UserError: no such file, data set, split, task, option or column; unreadable or empty data; held-out rows that
@@ -76,6 +80,9 @@ def peek(data: DataConfig, split: Split = "train", rows: int = 20) -> tuple[list
     if is_generated(source):
         made = numbered(generate(source, data.options, "train", 0, rows, 0))
         return list(made[0]), made
+    if data.streaming and (source == data.train or has_splits(source)):
+        first = list(islice(row_stream(data, split).rows(), rows))
+        return list(dict.fromkeys(name for row in first for name in row)), first
     table = _table(source, data, split)
     return table.column_names, table.rows(range(min(rows, len(table))))
 
@@ -131,7 +138,59 @@ def _also_trained(data: DataConfig) -> UserError:
     )
 
 
+def row_stream(data: DataConfig, split: Split) -> RowStream:
+    """Return all rows of a split's source, read as they are needed.
+
+    Raises:
+        UserError: it cannot be streamed, or is not there.
+    """
+    source, name = split_source(data, split), data.train_split if split == "train" else data.eval_split
+    return open_stream(source, data.config, name, f"data.{split}", lambda: _table(source, data, split))
+
+
+def may_learn(data: DataConfig, held_out: Sequence[Row]) -> Callable[[Row], bool]:
+    """Return what says of a row of a streamed source that no row held out of it has the same prompt."""
+    names = _prompt_names(data)
+    hidden = {_prompt_key(row, names, data) for row in held_out} if holds_out(data) else set()
+    return lambda row: not hidden or _prompt_key(row, names, data) not in hidden
+
+
+def _first_rows(data: DataConfig) -> tuple[list[Row], list[Row]]:
+    """Return the first window of a streamed source, and the rows before it, which are held out."""
+    rows = row_stream(data, "train").rows()
+    held_out = list(islice(rows, data.eval_size if holds_out(data) else 0))
+    first = list(islice(rows, data.shuffle_buffer))
+    if not first:
+        remedy = "; lower data.eval_size, or give held-out data with data.eval" if held_out else ""
+        behind = f" behind the {len(held_out)} that are held out" if held_out else ""
+        raise UserError(f"data.train: {data.train} has no rows{behind}; it must hold at least one{remedy}")
+    check_columns(dict.fromkeys(name for row in held_out + first for name in row), data, data.train)
+    learns = may_learn(data, held_out)
+    if not (kept := [row for row in first if learns(row)]):
+        raise UserError(
+            f"data.eval_size: the first {data.shuffle_buffer} rows behind the {len(held_out)} that are held out have "
+            "the same prompts; give held-out data with data.eval, or set data.eval_size=0"
+        )
+    return kept, held_out
+
+
+def _first_held_out(data: DataConfig) -> list[Row]:
+    """Return the first rows of a split or a folder of its own, of a streamed set."""
+    stream = row_stream(data, "eval")
+    if stream.origins & row_stream(data, "train").origins:
+        raise _also_trained(data)
+    rows = list(islice(stream.rows(), data.eval_size))
+    if not rows:
+        raise UserError(
+            f"data.eval: {data.eval or data.train} has no held-out rows; name others, or set data.eval_size=0"
+        )
+    check_columns(dict.fromkeys(name for row in rows for name in row), data, split_source(data, "eval"))
+    return rows
+
+
 def _train_rows(data: DataConfig, seed: int) -> list[Row]:
+    if data.streaming:
+        return _first_rows(data)[0]
     if is_generated(data.train):
         held_out = data.eval_size if data.eval in (None, data.train) else 0
         return _generated(data.train, data.options, data, "train", seed, held_out)
@@ -147,8 +206,12 @@ def _eval_rows(data: DataConfig, seed: int) -> list[Row]:
         options = data.options if source == data.train or not is_generated(data.train) else {}
         return _generated(source, options, data, "eval", seed, data.eval_size)
     if holds_out(data):
+        if data.streaming:
+            return _first_rows(data)[1]
         table = _read(data.train, data, "train")
         return _take(table, _held_out(table, data, seed), None, seed)
+    if data.streaming and has_splits(source):
+        return _first_held_out(data)
     table = _read(source, data, "eval")
     _check_apart(table, data)
     return _take(table, range(len(table)), data.eval_size, seed)
@@ -187,7 +250,11 @@ def _check_apart(table: Table, data: DataConfig) -> None:
         return
     if not own_source and not set("[+").intersection(data.train_split + data.eval_split):
         return
-    if not _table(data.train, data, "train").shares_rows(table):
+    if data.streaming:
+        origins = row_stream(data, "train").origins
+        if not any(origins & its for its, _ in table.pieces()):
+            return
+    elif not _table(data.train, data, "train").shares_rows(table):
         return
     if own_source:
         raise _also_trained(data)
@@ -208,10 +275,8 @@ def _held_out(table: Table, data: DataConfig, seed: int) -> list[int]:
 
 
 def _kept(table: Table, data: DataConfig, seed: int) -> list[int]:
-    names = used_columns(data)
-    if data.prompt is None and data.rejected is not None:
-        names.append(data.rejected)
-    prompts = [json.dumps(_prompt_of(row, names, data), sort_keys=True, default=str) for row in table.parts(names)]
+    names = _prompt_names(data)
+    prompts = [_prompt_key(row, names, data) for row in table.parts(names)]
     hidden = {prompts[index] for index in _held_out(table, data, seed)}
     kept = [index for index, prompt in enumerate(prompts) if prompt not in hidden]
     if not kept:
@@ -220,6 +285,15 @@ def _kept(table: Table, data: DataConfig, seed: int) -> list[int]:
             "rows share their prompts; give held-out data with data.eval, or set data.eval_size=0"
         )
     return kept
+
+
+def _prompt_names(data: DataConfig) -> list[str]:
+    names = used_columns(data)
+    return [*names, data.rejected] if data.prompt is None and data.rejected is not None else names
+
+
+def _prompt_key(row: Mapping[str, Any], names: Sequence[str], data: DataConfig) -> str:
+    return json.dumps(_prompt_of(row, names, data), sort_keys=True, default=str)
 
 
 def _prompt_of(row: Mapping[str, Any], names: Sequence[str], data: DataConfig) -> list[Any]:

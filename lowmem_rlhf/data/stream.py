@@ -5,7 +5,7 @@ from abc import ABC, abstractmethod
 from array import array
 from collections.abc import Sequence
 from functools import lru_cache
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 from lowmem_rlhf.errors import UserError
 
@@ -25,6 +25,14 @@ class Stream(ABC, Generic[Item]):
         """Return the ``prompts_per_step`` examples of a step, counted from 0."""
         first = step * self.prompts_per_step
         return [self.at(first + offset) for offset in range(self.prompts_per_step)]
+
+    def state(self) -> dict[str, Any]:
+        """Return what a checkpoint keeps, so that a resumed run need not find it out again; most have nothing."""
+        return {}
+
+    def load_state(self, state: dict[str, Any] | None) -> None:
+        """Take over what `state` gave; None: nothing was kept."""
+        return
 
 
 class PromptStream(Stream[Item]):

@@ -3,10 +3,12 @@
 import bz2
 import codecs
 import gzip
+import io
 import lzma
 import zlib
-from collections.abc import Callable
-from pathlib import Path
+from collections.abc import Callable, Iterator
+from pathlib import Path, PurePath
+from typing import IO, Any
 
 from lowmem_rlhf.recipe.data_sources import COMPRESSIONS
 
@@ -31,6 +33,9 @@ _WIDE: dict[tuple[bool, ...], str] = {
     (True, False, True, False): "UTF-16LE",
     (False, True, False, True): "UTF-16BE",
 }
+
+
+_CONVERT = "save it as UTF-8, or convert it, where it was written on Windows: iconv -f WINDOWS-1252 -t UTF-8 OLD > NEW"
 
 
 class BrokenFile(ValueError):
@@ -70,13 +75,8 @@ def decode(content: bytes, encoding: str | None = None) -> str:
     Raises:
         BrokenFile: it is something else; the message names line and byte, and how the file is converted.
     """
-    mark, name = next((found for found in _MARKS if content.startswith(found[0])), (b"", encoding or "utf-8"))
+    mark, name = _mark_and_name(content, encoding)
     body = content[len(mark) :]
-    if not mark and encoding is None and (found := _WIDE.get(tuple(byte > 0 for byte in body[:4]))):
-        raise BrokenFile(
-            f"it is not UTF-8 text but looks like {found} without a byte order mark; convert it: "
-            f"iconv -f {found} -t UTF-8 OLD > NEW"
-        )
     try:
         return body.decode(name).lstrip("\ufeff")  # a mark that was put before another one
     except UnicodeDecodeError as error:
@@ -88,8 +88,61 @@ def decode(content: bytes, encoding: str | None = None) -> str:
         line = body.count(b"\n", 0, error.start) + 1
         raise BrokenFile(
             f"it is not UTF-8 text (line {line}, byte {error.start + len(mark)} of the file is "
-            f"0x{body[error.start]:02x}); save it as UTF-8, or convert it, where it was written on Windows: "
-            "iconv -f WINDOWS-1252 -t UTF-8 OLD > NEW"
+            f"0x{body[error.start]:02x}); {_CONVERT}"
         ) from error
     except LookupError as error:
         raise BrokenFile(f"its encoding {name!r} is not known; save it as UTF-8") from error
+
+
+def _mark_and_name(content: bytes, encoding: str | None) -> tuple[bytes, str]:
+    """Return the byte order mark that a text begins with, perhaps none, and its encoding."""
+    mark, name = next((found for found in _MARKS if content.startswith(found[0])), (b"", encoding or "utf-8"))
+    if not mark and encoding is None and (found := _WIDE.get(tuple(byte > 0 for byte in content[:4]))):
+        raise BrokenFile(
+            f"it is not UTF-8 text but looks like {found} without a byte order mark; convert it: "
+            f"iconv -f {found} -t UTF-8 OLD > NEW"
+        )
+    return mark, name
+
+
+def decompressed(file: IO[bytes], name: str) -> IO[bytes]:
+    """Return an open file, which can seek, as what it holds once it is decompressed; it is read as it is needed.
+
+    Raises:
+        BrokenFile: it is a stand-in of Git LFS, or not compressed as its ending says.
+    """
+    first = file.read(len(_LFS))
+    file.seek(0)
+    if first.startswith(_LFS):
+        raise BrokenFile("it is a pointer of Git LFS, and not the file itself; run `git lfs pull` in its folder")
+    openers: list[Callable[[IO[bytes]], Any]] = [gzip.open, bz2.open, lzma.open]
+    for (magic, _, _), opened in zip(_MAGIC, openers, strict=True):
+        if first.startswith(magic):
+            stream: IO[bytes] = opened(file)
+            return stream
+    if PurePath(name).suffix.lower() in COMPRESSIONS and first:
+        raise BrokenFile(f"it is not compressed as its ending {PurePath(name).suffix} says; fetch it again")
+    return file
+
+
+def text_lines(file: IO[bytes], encoding: str | None = None, newline: str = "\n") -> Iterator[str]:
+    """Go through the lines of a text as they are needed, each with its end; encodings are those of `decode`.
+
+    Args:
+        newline: as of `open`: what ends a line, or empty: any end.
+
+    Raises:
+        BrokenFile: it is no such text, or its compressed data are damaged.
+    """
+    mark, name = _mark_and_name(file.read(4), encoding)
+    file.seek(len(mark))
+    number = 0
+    try:
+        for number, line in enumerate(io.TextIOWrapper(file, encoding=name, newline=newline), 1):  # noqa: B007
+            yield line
+    except UnicodeDecodeError as error:
+        raise BrokenFile(f"it is not {name.upper()} text (behind line {number}); {_CONVERT}") from error
+    except LookupError as error:
+        raise BrokenFile(f"its encoding {name!r} is not known; save it as UTF-8") from error
+    except (EOFError, lzma.LZMAError, zlib.error, gzip.BadGzipFile) as error:
+        raise BrokenFile(f"its compressed data are damaged or end too early ({error}); fetch it again") from error

@@ -87,6 +87,8 @@ _ALSO: dict[str, str] = {
     "data.config": "dataset_config dataset_config_name subset",
     "data.train_split": "split dataset_split",
     "data.train_size": "num_samples max_samples n_train",
+    "data.streaming": "dataset_streaming stream",
+    "data.shuffle_buffer": "shuffle_buffer_size buffer_size",
     "data.prompt": "prompt_column input_column question_column",
     "data.answer": "answer_column target_column output_column",
     "data.completion": "response response_column completion_column",

@@ -168,6 +168,8 @@ class Recipe(Section):
             raise ValueError("tasks: data.chat_template_kwargs are of the tokenizer; set them in the recipe's `data`")
         if self.evaluation.accuracy:
             raise ValueError("evaluation.accuracy: is for a recipe without tasks; set tasks[0].accuracy and so on")
+        if any(task.data.streaming for task in self.tasks):
+            raise ValueError("data.streaming: is for one data set; leave it out, or the tasks")
         most = self.generation.max_completion_length
         for number, task in enumerate(self.tasks):
             length = task.generation.max_completion_length or most
@@ -206,6 +208,8 @@ class Recipe(Section):
             raise ValueError(
                 f"data.curriculum: is for algorithms that sample, and {self.algorithm} does not; leave it out"
             )
+        if data.streaming:
+            self._check_streaming()
         if data.few_shot is not None and (data.text or data.messages or data.prompt is None):
             raise ValueError(
                 "data.few_shot: its examples are written as the prompts of a column or a template; leave it out of "
@@ -223,6 +227,31 @@ class Recipe(Section):
                 raise ValueError(
                     "data.completion: missing; name the column that is learned (or data.messages, data.text)"
                 )
+
+    def _check_streaming(self) -> None:
+        """Check that a recipe asks for nothing that is known only of rows that are all at hand."""
+        data, name = self.data, self.algorithm
+        if self.spec.rows not in ("prompts", "completions"):
+            raise ValueError(f"data.streaming: {name} reads all rows before it trains; leave data.streaming out")
+        whole = {
+            "data.curriculum": (data.curriculum is not None, "sorts all rows"),
+            "data.train_size": (data.train_size is not None, "draws from all rows"),
+            "data.field": (data.field is not None, "is for a JSON document, which is read as a whole"),
+            "training.num_train_epochs": (self.training.num_train_epochs is not None, "needs the number of rows"),
+            f"{self.spec.section}.set_aside_steps": (
+                bool(getattr(self.spec.own(self), "set_aside_steps", 0)),
+                "keeps account of all prompts",
+            ),
+        }
+        for key, (is_set, why) in whole.items():
+            if is_set:
+                remedy = "; set training.max_steps" if "epochs" in key else ""
+                raise ValueError(f"data.streaming: {key} {why}; leave one of them out{remedy}")
+        if data.bad_rows != "drop":
+            raise ValueError(
+                "data.streaming: rows are read while the run goes on, and one that cannot be learned from would end "
+                "it; set data.bad_rows=drop, which leaves them out and counts them"
+            )
 
     def _check_rewards(self) -> None:
         names = [reward.name for reward in self.rewards]

@@ -274,6 +274,8 @@ class DataConfig(Section):
     train_split: Name = "train"
     eval_split: Name = "test"
     train_size: int | None = Field(None, ge=1, le=MOST_ROWS)
+    streaming: bool = False  # read rows as they are needed; the set is never held as a whole
+    shuffle_buffer: int = Field(1000, ge=1, le=MOST_ROWS)  # rows that are held and shuffled at a time, where streaming
     eval_size: Annotated[int, LEARNED_AND_MEASURED] = Field(128, ge=0, le=MOST_ROWS)
     field: NameOrNull = None  # of a .json file: the key that its rows lie under; absent: found where only one can be
     options: dict[str, Any] = Field(default_factory=dict)  # options of a generated task

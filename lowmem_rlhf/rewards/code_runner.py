@@ -6,8 +6,9 @@ namespaces, where the system lets it, and waits; the supervisor keeps the time, 
 runs in a process of its own, with limits. The supervisor ends them all when the pipe whose number is the argument is
 closed or written to, as it is where the run stops or dies. Little is imported, as most of the time is Python's start.
 
-A test has passed when its process gives back a random number that it is sent after the last line of the test, so that
-neither an early exit nor anything printed counts.
+A test that is a text has passed when its process gives back a random number that it is sent after the last line of the
+test, so that neither an early exit nor anything printed counts. A case (a pair of texts) has passed when the code, run
+as a program that reads the first text, has printed the second one and ended without an error.
 """
 
 import builtins
@@ -27,6 +28,7 @@ _NEW_USER = 0x10000000
 _PDEATHSIG, _DUMPABLE, _CHILD_SUBREAPER, _NO_NEW_PRIVILEGES = 1, 4, 36, 38  # of prctl(2)
 _CAPABILITIES = 0x20080522  # the version of capset(2)'s structures
 _FILE_BYTES = 16 * 2**20
+_PRINTED_BYTES = 2**20  # that a program may print beyond what it should
 _OPEN_FILES, _PROCESSES = 256, 64
 _READY, _DONE = b"r", b"d"
 _NONCE = 16  # bytes
@@ -71,7 +73,8 @@ def _supervise(job: dict[str, Any], life: int, isolated: bool) -> None:
     tests, passed = list(job.pop("tests")), []
     end = time.monotonic() + job["seconds"]
     for place in range(len(tests)):
-        passed.append(_passes(job, tests, place, life, end, isolated))
+        passes = _passes if isinstance(tests[place], str) else _prints
+        passed.append(passes(job, tests, place, life, end, isolated))
         if not passed[-1] and job["all"]:
             break
     os.write(1, (f"{isolated:d} " + "".join(f"{one:d}" for one in passed)).encode())
@@ -98,8 +101,42 @@ def _passes(job: dict[str, Any], tests: list[str], place: int, life: int, end: f
         _end(child, isolated)
 
 
+def _prints(job: dict[str, Any], tests: list[Any], place: int, life: int, end: float, isolated: bool) -> bool:
+    (its_in, our_out), (our_in, its_out) = os.pipe(), os.pipe()
+    given, wanted = (text.encode("utf-8", "surrogatepass") for text in tests[place])
+    child = os.fork()
+    if child == 0:
+        try:
+            tests.clear()  # the code under test need not know them
+            del given, wanted
+            _limit(job, (its_in, its_out), isolated)
+            for kept, number in ((its_in, 0), (its_out, 1)):
+                os.dup2(kept, number)
+                os.close(kept)
+            _execute_program(job["setup"], job["code"])
+        finally:
+            os._exit(1)
+    os.close(its_in)
+    os.close(its_out)
+    channel = _Channel(our_in, our_out, life, min(end, time.monotonic() + job["case_seconds"]))
+    try:
+        printed = channel.exchange(given, len(wanted) + _PRINTED_BYTES)
+        return _lines(printed) == _lines(wanted) and channel.status(child) == 0
+    except (_Over, OSError):
+        return False
+    finally:
+        os.close(our_in)
+        channel.close()
+        _end(child, isolated)
+
+
+def _lines(text: bytes) -> list[bytes]:
+    """Return the lines of a text without the white space at their ends, nor empty ones at its end."""
+    return [line.rstrip() for line in text.rstrip().split(b"\n")]
+
+
 class _Over(Exception):
-    """The time is over, or the run wants no more."""
+    """The time is over, too much was printed, or the run wants no more."""
 
 
 class _Channel:
@@ -125,10 +162,43 @@ class _Channel:
             content += part
         return content
 
-    def _wait(self, reads: list[int], writes: list[int]) -> None:
+    def exchange(self, content: bytes, most: int) -> bytes:
+        """Send the content and then its end, and return all that comes meanwhile, which may be so much."""
+        view, found = memoryview(content), bytearray()
+        while True:
+            if not view:
+                self.close()
+            ready = self._wait([self.life, self.reads], [self.writes] if view else [])
+            if ready[1]:
+                try:
+                    view = view[os.write(self.writes, view) :]
+                except BrokenPipeError:  # it reads no more, as it may
+                    view = view[:0]
+            if ready[0]:
+                if not (part := os.read(self.reads, 2**16)):
+                    return bytes(found)
+                found += part
+            if len(found) > most:
+                raise _Over
+
+    def close(self) -> None:
+        """Let the process read that there is no more."""
+        if self.writes >= 0:
+            os.close(self.writes)
+            self.writes = -1
+
+    def status(self, child: int) -> int:
+        """Wait until the process has ended, and return its status."""
+        while not (ended := os.waitpid(child, os.WNOHANG))[0]:
+            if select.select([self.life], [], [], 0.001)[0] or time.monotonic() > self.end:
+                raise _Over
+        return ended[1]
+
+    def _wait(self, reads: list[int], writes: list[int]) -> tuple[list[int], list[int]]:
         found = select.select(reads, writes, [], max(0.0, self.end - time.monotonic()))
         if self.life in found[0] or not (found[0] or found[1]):
             raise _Over
+        return found[0], found[1]
 
 
 def _judged(channel: _Channel, test: bytes) -> bool:
@@ -236,6 +306,21 @@ def _execute(setup: str, code: str, reads: int, writes: int) -> NoReturn:
         send(writes, receive(reads, _NONCE))
     finally:
         leave(0)
+
+
+def _execute_program(setup: str, code: str) -> None:
+    """Run the code as ``python FILE`` would: threads are waited for at its end, and an error is its status."""
+    module = sys.modules["__main__"] = type(sys)("__main__")
+    del sys.argv[1:]
+    status: Any = 0
+    try:
+        for text in (setup, code):
+            exec(compile(text, "<completion>", "exec", dont_inherit=True), vars(module))
+    except SystemExit as end:
+        status = end.code or 0
+    except BaseException:
+        status = 1
+    ctypes.pythonapi.Py_Exit(status if isinstance(status, int) else 1)
 
 
 if __name__ == "__main__":

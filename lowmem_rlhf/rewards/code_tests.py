@@ -24,6 +24,7 @@ import psutil
 from lowmem_rlhf.data.values import is_missing
 from lowmem_rlhf.errors import RunError, UserError
 from lowmem_rlhf.progress import message
+from lowmem_rlhf.rewards.code_cases import Case, cases_of
 from lowmem_rlhf.rewards.parallel import Ending, in_parallel
 from lowmem_rlhf.rewards.texts import column_named
 
@@ -31,7 +32,10 @@ _RUNNER = Path(__file__).with_name("code_runner.py")
 _GRACE = 15.0  # seconds beyond the limit in which the supervisor ends what is left
 _BLOCK = re.compile(r"^[ \t]*```[ \t]*(\w*)[^\n`]*\n(.*?)^[ \t]*```[ \t]*$", re.DOTALL | re.MULTILINE)
 _PYTHON = {"python", "python3", "py"}
-_REMEDY = "its tests are a text of Python or a list of such texts; name their column in its option column"
+_REMEDY = (
+    'its tests are a text of Python, a list of such texts, or cases of input and output ({"inputs": [...], "outputs": '
+    '[...]} or a list of {"input": ..., "output": ...}); name their column in its option column'
+)
 
 
 def code_tests(
@@ -39,6 +43,7 @@ def code_tests(
     column: str = "tests",
     score: Literal["all", "fraction"] = "all",
     timeout: float = 10.0,
+    case_timeout: float = 4.0,
     memory: int = 1024,
     workers: int = 4,
     setup: str | None = None,
@@ -50,10 +55,12 @@ def code_tests(
     ``</think>``. It runs in processes of their own, with limits; see docs/rewards.md for what these are, and are not.
 
     Args:
-        column: the tests: one text of Python, or a list of them, each of which is a test; a row without any has no
-            value. MBPP's column is ``test_list``, HumanEval's ``test``.
+        column: the tests: one text of Python, or a list of them, each of which is a test; or cases, each of which is
+            the standard input of a whole program and what it prints then, as a struct or its JSON text; a row without
+            any has no value. MBPP's column is ``test_list``, HumanEval's ``test``, TACO's ``input_output``.
         score: ``fraction``: the share of the tests that pass, and not 1.0 for all of them.
         timeout: seconds for all tests of a completion.
+        case_timeout: seconds for one case.
         memory: MiB of address space for a process.
         workers: completions whose code runs at the same time.
         setup: a column of Python that runs before the code, such as imports.
@@ -68,8 +75,9 @@ def code_tests(
             "rewards: code_tests limits programs by means of Linux or macOS; on this system their memory, processor "
             "time, files and processes would be unlimited, so it runs none: run it there, or in WSL"
         )
-    if not 0 < timeout <= 3600:
-        raise ValueError(f"timeout: got {timeout:g}; give a number of seconds above 0 and up to 3600")
+    for key, seconds in (("timeout", timeout), ("case_timeout", case_timeout)):
+        if not 0 < seconds <= 3600:
+            raise ValueError(f"{key}: got {seconds:g}; give a number of seconds above 0 and up to 3600")
     if not 64 <= memory <= 2**20:
         raise ValueError(f"memory: got {memory}; give a number of MiB from 64 to {2**20}")
     if not 1 <= workers <= 256:
@@ -77,7 +85,7 @@ def code_tests(
     for name in (column, setup, entry_point):
         if name is not None:
             column_named(name)
-    return CodeTests(column, setup, entry_point, score == "all", timeout, memory, workers)
+    return CodeTests(column, setup, entry_point, score == "all", timeout, case_timeout, memory, workers)
 
 
 @dataclass(frozen=True)
@@ -86,7 +94,7 @@ class _Program:
 
     setup: str
     code: str
-    tests: tuple[str, ...]
+    tests: tuple[str | Case, ...]
 
 
 @dataclass(frozen=True)
@@ -116,6 +124,7 @@ class CodeTests:
     entry_point: str | None
     all_count: bool
     timeout: float
+    case_timeout: float
     memory: int
     workers: int
     remedy: str = _REMEDY
@@ -149,7 +158,7 @@ class CodeTests:
     def _program(self, text: str, tests: Any, setup: Any, entry_point: Any) -> _Program | None:
         """Return what a row asks to be run; None where it has no tests."""
         found = _tests(tests)
-        if self.entry_point is not None:
+        if self.entry_point is not None and _is_texts(found):
             if not (isinstance(entry_point, str) and entry_point.strip().isidentifier()):
                 return None
             found = [f"{test}\n\ncheck({entry_point.strip()})\n" for test in found]
@@ -175,7 +184,7 @@ class CodeTests:
 
     def _run(self, program: _Program, ending: Ending) -> _Outcome:
         job = {"code": program.code, "setup": program.setup, "tests": program.tests, "all": self.all_count}
-        job |= {"seconds": self.timeout, "memory": self.memory * 2**20}
+        job |= {"seconds": self.timeout, "case_seconds": self.case_timeout, "memory": self.memory * 2**20}
         folder = tempfile.mkdtemp(prefix="lowmem-rlhf-code-")
         life, told = os.pipe()
         try:
@@ -218,10 +227,12 @@ def code_of(text: str) -> str:
     return text
 
 
-def _tests(value: Any) -> list[str]:
+def _tests(value: Any) -> list[str] | list[Case]:
     """Return the tests that a column's value holds; empty where it holds none, or something else."""
     if is_missing(value):
         return []
+    if cases := cases_of(value):
+        return cases
     items = value if isinstance(value, list) else [value]
     return [one for one in items if one.strip()] if _is_texts(items) else []
 

@@ -89,7 +89,8 @@ class RecipeCheck:
         shares = recipe.mixing.shares([task.weight for task in recipe.tasks] or [1.0], kept)
         means = [sum(one.kept_lengths) / len(one.kept_lengths) for one in tasks]
         mean = sum(share * length for share, length in zip(shares, means, strict=True))
-        step: dict[str, Any] = {"examples": prompts, "steps_per_epoch": math.ceil(sum(kept) / prompts)}
+        epoch = {} if recipe.data.streaming else {"steps_per_epoch": math.ceil(sum(kept) / prompts)}
+        step: dict[str, Any] = {"examples": prompts, **epoch}
         if recipe.spec.samples:
             completions = prompts * recipe.generation.num_generations
             most = completions * recipe.generation.max_completion_length
@@ -161,6 +162,8 @@ def _check_task(
 ) -> None:
     report, whole, before = None, True, f"task {task}: " if task else ""
     check.splits[task] = {}
+    if check.recipe.by_task[task].data.streaming:
+        check.notes.append(f"{before}data.streaming: the first {len(rows.train):,} training rows were looked at")
     for split, of_split in zip(SPLITS, (rows.train, rows.held_out), strict=True):
         if tokens is not None and most is not None and len(of_split) > most:
             whole = False

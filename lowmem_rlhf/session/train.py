@@ -235,6 +235,20 @@ def open_run_of(planned: Planned, display: RunDisplay, loaded: LoadedModel | Non
 
 
 def _open(planned: Planned, display: RunDisplay, loaded: LoadedModel | None) -> "Loop":
+    with base_of(planned, display, loaded) as (base, data):
+        return _begun(base, data, planned, display)
+
+
+@contextmanager
+def base_of(
+    planned: Planned, display: RunDisplay, loaded: LoadedModel | None = None
+) -> "Iterator[tuple[SharedBase, TrainingData]]":
+    """Give the base of a planned run and its data, tokenized for it; where the block raises the base is freed.
+
+    Raises:
+        UserError: the rows cannot be tokenized, or the model cannot be loaded.
+        RunError: the device's memory ran out.
+    """
     from lowmem_rlhf.data.examples import read_tasks
     from lowmem_rlhf.engine.tokenizer import load_tokens
 
@@ -247,19 +261,25 @@ def _open(planned: Planned, display: RunDisplay, loaded: LoadedModel | None) -> 
     with _freed_where_it_fails(base, loaded):
         if base.stop_ids != tokens.stop_ids:  # a model may know of more ends than its files say
             data = read_tasks(recipe, planned.rows, base.tokens)
-        return _begun(base, data, planned, display)
+        yield base, data
 
 
-def _begun(base: "SharedBase", data: "TrainingData", planned: Planned, display: RunDisplay) -> "Loop":
-    """Hold a loaded base against the recipe, put the roles on it, and begin the run's folder."""
-    from lowmem_rlhf.algorithms.build import make_trainer
+def ready(base: "SharedBase", planned: Planned, display: RunDisplay) -> tuple[Plan, dict[str, Any]]:
+    """Hold a loaded base against the recipe, put the roles on it, and try the plan out where that is asked for.
+
+    Returns:
+        The plan as it is then, and the facts of plan.json.
+
+    Raises:
+        UserError: the model is not what the run or its adapters ask for.
+        RunError: the device's memory ran out.
+    """
     from lowmem_rlhf.training.memory import opening_ladder
     from lowmem_rlhf.training.roles import add_roles
 
-    checked, recipe, plan, rewards = planned.checked, planned.recipe, planned.plan, planned.rewards
-    path, resume, facts = checked.path, checked.resume, dict(planned.facts)
-    if resume:
-        check_base(RunDirectory(path), recipe, resume)  # once more: now a Hub's model is here
+    recipe, plan, rewards, facts = planned.recipe, planned.plan, planned.rewards, dict(planned.facts)
+    if planned.checked.resume:
+        check_base(RunDirectory(planned.checked.path), recipe, resume=True)  # once more: now a Hub's model is here
     limit = base.rotary_limit
     check_positions(
         recipe, limit, f"takes other rotary factors for all texts of a pass once one has over {limit} tokens"
@@ -284,6 +304,16 @@ def _begun(base: "SharedBase", data: "TrainingData", planned: Planned, display: 
         facts["probe"] = probed.to_dict()
     elif sentence := warning(plan):
         display.message(sentence)
+    return plan, facts
+
+
+def _begun(base: "SharedBase", data: "TrainingData", planned: Planned, display: RunDisplay) -> "Loop":
+    """Make a loaded base ready, and begin the run's folder."""
+    from lowmem_rlhf.algorithms.build import make_trainer
+
+    plan, facts = ready(base, planned, display)
+    checked, recipe, rewards = planned.checked, planned.recipe, planned.rewards
+    path, resume = checked.path, checked.resume
 
     def run_directory(resolved: Recipe) -> RunDirectory:
         inputs = None if resume else run_inputs(recipe, planned.rows)

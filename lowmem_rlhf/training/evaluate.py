@@ -258,10 +258,13 @@ def headline_of_answers(sampled: Sampled, rewards: Sequence[Reward], accuracy: s
         accuracy: the reward that says what is right (see `Reward.judges_correct`); if nobody says whether it does, it
             does where all of its values are 0 or 1.
     """
+    return ACCURACY if tells_right(rewards, accuracy, sampled.scores.by_name[accuracy]) else MEAN_REWARD
+
+
+def tells_right(rewards: Sequence[Reward], accuracy: str, values: Sequence[float | None]) -> bool:
+    """Whether a reward, by its name, tells right from wrong, of which it gave these values."""
     said = next((reward.judges_correct for reward in rewards if reward.name == accuracy), None)
-    if said is None:
-        said = {value for value in sampled.scores.by_name[accuracy] if value is not None} <= {0.0, 1.0}
-    return ACCURACY if said else MEAN_REWARD
+    return {value for value in values if value is not None} <= {0.0, 1.0} if said is None else said
 
 
 def mean(values: Sequence[float | None]) -> float | None:

@@ -31,7 +31,7 @@ from lowmem_rlhf.training.roles import share_ladder
 from lowmem_rlhf.training.sampling_check import SamplingCheck
 from lowmem_rlhf.training.turns import Turns
 
-SEEN, TURNS = "seen", "turns"  # the names of `Trainer.seen` and of its turns in a checkpoint
+SEEN, TURNS, STREAM = "seen", "turns", "stream"  # the names of `Trainer.seen`, its turns and its stream in a checkpoint
 FURTHER = 2**40  # between the seeds of one step's batches of prompts
 
 
@@ -158,12 +158,14 @@ class Trainer(Loop):
     def state(self) -> dict[str, Any]:
         """See `Loop.state`."""
         turns = {TURNS: self._turns.state()} if self._in_turn else {}
-        return {**self.algorithm.state(), SEEN: asdict(self.seen), **turns}
+        stream = {STREAM: state} if (state := self.stream.state()) else {}
+        return {**self.algorithm.state(), SEEN: asdict(self.seen), **turns, **stream}
 
     def load_state(self, state: dict[str, Any]) -> None:
         """See `Loop.load_state`."""
         self.seen = Seen(**state.pop(SEEN)) if SEEN in state else Seen(1, 1, 1, 1)  # older checkpoints do not tell
         self._turns.load_state(state.pop(TURNS, None), self.step)
+        self.stream.load_state(state.pop(STREAM, None))
         self.algorithm.load_state(state)
 
     def why_nothing(self) -> str:

@@ -13,7 +13,8 @@ class Turns(Generic[Item]):
 
     Args:
         stream: the order of the prompts.
-        examples: all of them; a checkpoint knows them by their place here.
+        examples: all of them; a checkpoint knows them by their place here. Of a streamed set those of the first window,
+            as none is set aside there.
         set_aside_steps: steps for which a prompt without a difference between its completions is left out; 0: none is.
     """
 
@@ -30,7 +31,7 @@ class Turns(Generic[Item]):
         while len(taken) < count:
             example = self.stream.at(self._drawn)
             self._drawn += 1
-            if passed_over < len(self._numbers) and self._back.get(self._numbers[id(example)], 0) > step:
+            if passed_over < len(self._numbers) and self._back.get(self._numbers.get(id(example), -1), 0) > step:
                 passed_over += 1
             else:
                 taken.append(example)

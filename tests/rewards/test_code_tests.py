@@ -1,5 +1,6 @@
 """The reward `code_tests`: what passes, what does not, and that code that misbehaves harms nothing outside."""
 
+import json
 import os
 import signal
 import sys
@@ -14,12 +15,16 @@ from lowmem_rlhf.errors import RunError, UserError
 from lowmem_rlhf.recipe.sections import RewardConfig
 from lowmem_rlhf.rewards import code_tests as module
 from lowmem_rlhf.rewards import load_rewards, score
+from lowmem_rlhf.rewards.code_cases import cases_of
 from lowmem_rlhf.rewards.code_tests import code_of
 from lowmem_rlhf.rewards.parallel import Ending, in_parallel
 from lowmem_rlhf.rewards.references import _reader
 
 SQUARE = "def f(x):\n    return x * x\n"
 TESTS = ["assert f(2) == 4", "assert f(3) == 9"]
+LEAVES = (
+    "import os, time\nif os.fork() == 0:\n  os.setsid()\n  if os.fork() == 0:\n    time.sleep(1000)\n  os._exit(0)\n"
+)
 WITHOUT_NAMESPACES = """
 import importlib.util, sys
 spec = importlib.util.spec_from_file_location("runner", {runner!r})
@@ -103,6 +108,64 @@ def test_the_forms_of_tests():
 
 
 @pytest.mark.parametrize(
+    ("value", "cases"),
+    [
+        ({"inputs": ["1\n", "2"], "outputs": ["a", ["b", "c"]], "fn_name": None}, [("1\n", "a"), ("2", "b\nc")]),
+        ({"input": [["1", "2"]], "output": ["3"]}, [("1\n2", "3")]),
+        ([{"input": "", "output": "1", "testtype": "stdin"}, {"input": "2", "output": ""}], [("", "1"), ("2", "")]),
+        ([{"input": "[1]", "output": "1", "testtype": "functional"}], []),
+        ({"inputs": [[1]], "outputs": [1], "fn_name": "f"}, []),
+        ({"inputs": ["1"], "outputs": []}, []),
+        ({"inputs": [], "outputs": []}, []),
+        ({"input": "1", "output": "1"}, []),
+        ([{"input": "1", "output": "1"}, {"input": 1, "output": "1"}], []),
+        (["assert f(1)"], []),
+        (None, []),
+    ],
+)
+def test_the_forms_of_cases(value, cases):
+    assert cases_of(value) == cases_of(json.dumps(value)) == cases
+    assert reward().function.reads(value) is bool(cases or value == ["assert f(1)"])
+
+
+ADDS = [{"input": "1 2\n", "output": "3\n"}, {"input": "-4 4", "output": "0"}, {"input": "0.5 0.5", "output": "1.0"}]
+PROGRAMS = {  # each with the share of the cases that it passes
+    "a, b = input().split()\nprint(eval(a + '+' + b))": 1.0,
+    "if __name__ == '__main__':\n  a = open(0).read().split()\n  print(eval('+'.join(a)), '\\n')": 1.0,
+    "import sys\nsys.stdout.buffer.write(b'3 \\r\\n\\n')\nsys.exit()": 1 / 3,
+    "import threading\ndef f(): print(sum(map(int, input().split())))\nthreading.Thread(target=f).start()": 2 / 3,
+    "import atexit, sys\natexit.register(print, 1.0)\nsys.exit('' if sys.stdin.read(1) == '0' else 1)": 1 / 3,
+    "print(0)\nimport os, sys\nsys.stdout.flush()\nif '4' in input(): os._exit(0)": 1 / 3,
+    "print(3)\n1 / 0": 0.0,
+    "print('3.0' if input() == '1 2' else 0)": 1 / 3,
+    "print(' 0')": 0.0,
+    "import os\nx = input()\nif x == '1 2':\n  while True: os.write(1, bytes(2**20))\nprint(0)": 1 / 3,
+    "x = input()\nif x == '1 2': bytearray(2**30)\nprint(0)": 1 / 3,
+    "import sys\nf = sys._getframe().f_back\nassert not any(chr(45) in str(v) for v in f.f_back.f_locals.values())\n"
+    "print(0)": 1 / 3,
+    "print(3 if input() == '1 2' else '0' + ' ' * 2**21)": 1 / 3,  # more than is read
+    "def f(": 0.0,
+}
+
+
+def test_programs_that_read_their_input_and_print():
+    found = values(PROGRAMS, ADDS, score="fraction", case_timeout=20.0)
+    assert dict(zip(PROGRAMS, found, strict=True)) == PROGRAMS
+    adds, *_, broken = PROGRAMS
+    assert values([adds, "print(3)", broken], json.dumps(ADDS)) == [1.0, 0.0, 0.0]
+    large = "x" * 2**20  # more than a pipe holds, both ways
+    echo = [{"input": large, "output": large}]
+    assert values(["print(input())", "print('x' * 2**20)", "print(0)"], echo) == [1.0, 1.0, 0.0]
+
+
+def test_a_case_has_a_time_limit_of_its_own():
+    waits = "import time\nif input() == '1 2': time.sleep(1000)\nprint(0)"
+    assert values([waits], ADDS, score="fraction", case_timeout=2.0) == [1 / 3]
+    codes = [waits, LEAVES + "print(3)"]  # what the other one leaves holds its output open
+    assert values(codes, ADDS[:1], case_timeout=0.3) == [0.0, 0.0]
+
+
+@pytest.mark.parametrize(
     ("text", "code"),
     [
         ("```python\na\n```\nand\n```python\nb\n```\n```text\nc\n```", "b\n"),
@@ -178,9 +241,6 @@ HARMLESS = {
     "null": "\0",
     "no text": "'\ud800'",
 }
-LEAVES = (
-    "import os, time\nif os.fork() == 0:\n  os.setsid()\n  if os.fork() == 0:\n    time.sleep(1000)\n  os._exit(0)\n"
-)
 
 
 def test_code_that_misbehaves_harms_nothing():
@@ -209,6 +269,7 @@ def test_without_namespaces_nothing_is_left_either(no_namespaces, monkeypatch):
     one = reward(timeout=2.0, workers=5).function
     assert one(codes, tests=[TESTS] * 5) == [1.0, 1.0, 0.0, 0.0, 0.0]
     one([SQUARE], tests=[TESTS])
+    assert values([LEAVES + "print(3)"], ADDS[:1], case_timeout=0.5) == [0.0]
     assert len(said) == 1 and "can use the network and signal your processes" in said[0]
 
 
@@ -250,6 +311,7 @@ def test_a_system_that_runs_no_programs_is_an_error_and_not_a_zero(monkeypatch, 
     ("options", "message"),
     [
         ({"timeout": 0.0}, "timeout: got 0; give a number of seconds above 0"),
+        ({"case_timeout": 4000.0}, "case_timeout: got 4000; give a number of seconds above 0 and up to 3600"),
         ({"memory": 1}, "memory: got 1; give a number of MiB from 64"),
         ({"workers": 0}, "workers: got 0; give a whole number from 1"),
         ({"score": "some"}, "score: got 'some'; give 'all' or 'fraction'"),

@@ -26,7 +26,7 @@ from lowmem_rlhf.run.directory import RunDirectory
 from lowmem_rlhf.run.held_out import LOSS
 from lowmem_rlhf.training.intervals import bounds, perplexity, with_perplexity
 from lowmem_rlhf.training.loop import Loop, StepOutput
-from lowmem_rlhf.training.online import CompletionEvaluator
+from lowmem_rlhf.training.online import STREAM, CompletionEvaluator
 from lowmem_rlhf.training.quantities import of_losses
 
 
@@ -54,6 +54,14 @@ class SFT(Loop):
         super().__init__(recipe, plan, base, run, ladder=ladder)
         self.stream = stream_of(train, recipe)
         self.held_out, self.evaluator = held_out, evaluator
+
+    def state(self) -> dict[str, Any]:
+        """See `Loop.state`."""
+        return {STREAM: state} if (state := self.stream.state()) else {}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """See `Loop.load_state`."""
+        self.stream.load_state(state.get(STREAM))
 
     def one_step(self, progress: Progress) -> StepOutput:
         """Learn from the next examples."""
