@@ -12,8 +12,12 @@ from training_cases import base_of, recipe_of, settings_of, stepper_of, train, t
 from trl.trainer.callbacks import SyncRefModelCallback
 
 from lowmem_rlhf.algorithms.grpo import following
+from lowmem_rlhf.engine.base import SharedBase
 from lowmem_rlhf.engine.following import mix_into_reference
 from lowmem_rlhf.engine.roles import INITIAL, POLICY, REFERENCE
+from lowmem_rlhf.inference.chat.talk import ChatOptions
+from lowmem_rlhf.inference.open_run import OpenRun
+from lowmem_rlhf.inference.opening import conversation
 from lowmem_rlhf.recipe.lora_shape import LoraShape
 from lowmem_rlhf.training.optimizer import Optimizer
 from lowmem_rlhf.training.roles import add_roles
@@ -138,8 +142,6 @@ def test_it_begins_as_the_adapter_that_the_run_goes_on_from(uninterrupted, recip
 
 
 def base_of_recipe(recipe):
-    from lowmem_rlhf.engine.base import SharedBase
-
     return SharedBase.load(recipe.model, torch.device("cpu"), "none", "float32", r=4, lora_alpha=8)
 
 
@@ -210,6 +212,12 @@ def test_checkpoints_hold_the_reference_as_an_adapter_and_the_finished_run_does_
     folder = run.path / "adapter"
     assert {path.name for path in folder.iterdir()} >= {"adapter_model.safetensors", "adapter_config.json"}
     assert not (folder / "reference").exists()
+
+
+def test_a_finished_run_is_compared_with_what_it_began_as(uninterrupted):
+    with conversation(OpenRun.at(uninterrupted.run, None), None, ChatOptions(compare=True)) as talk:
+        assert talk.base.roles[REFERENCE] == () and not talk.base.follows
+        assert close(changes(talk.base, POLICY), changes(uninterrupted.base, POLICY))
 
 
 # What is refused
