@@ -159,6 +159,7 @@ SHAPES: tuple[dict[str, Any], ...] = (
     {"quantization": "int8", "vocabulary": LARGE, "checkpointing": 3},
     {"algorithm": "ppo", "quantization": "none", "checkpointing": False},
 )
+FOLLOWS = ("grpo.beta=0.04", "grpo.sync_ref_model=true", "grpo.ref_model_sync_steps=1")
 FEW = SHAPES[:4]  # for families beyond the ones that the project names
 # one setting each, on Llama. Micro-batches are as large as full completions fill them: the plan takes what is left
 # to be filled with shorter ones: 428 tokens are half of a long group, 516 three short groups, or one
@@ -182,6 +183,8 @@ SETTINGS: tuple[dict[str, Any], ...] = (
     {"compute_dtype": "float32", "quantization": "none", "checkpointing": False},
     {"algorithm": "ppo", "adapter": True, **LONG},
     {"algorithm": "grpo", "adapter": True, "checkpointing": False},
+    {"algorithm": "grpo", "adapter": True, "more": FOLLOWS, **LONG},
+    {"more": (*FOLLOWS, "grpo.ref_model_rank_multiple=1"), "checkpointing": False},
     {"algorithm": "ppo", "more": ("ppo.critic=policy",)},
     {"algorithm": "rloo", "quantization": "none"},
     {"algorithm": "reward_model", "prompt": 256, "length": 256},

@@ -72,6 +72,23 @@ def keep(recipe: "Recipe") -> None:
 
 
 @dataclass(frozen=True)
+class Following:
+    """How the reference follows the policy, in a frozen adapter of its own (`engine.following`).
+
+    Attributes:
+        rank: of that adapter, as a multiple of the policy's.
+        steps: optimizer steps from one change of it to the next.
+    """
+
+    rank: int
+    steps: int
+
+
+def stays(recipe: "Recipe") -> None:
+    """Return None: the reference stays as the run began."""
+
+
+@dataclass(frozen=True)
 class AlgorithmSpec:
     """An algorithm. Every function takes the recipe.
 
@@ -90,6 +107,7 @@ class AlgorithmSpec:
         reference: what its loss compares the policy with: None for nothing, else the base, or where the recipe starts
             from an adapter that one, frozen: ``below`` the policy's, which begins anew on top of it, or ``beside`` the
             policy's, which goes on from it.
+        follows: how the reference follows the policy; None: it stays.
         critic: whether and how a critic trains too: None, or with its own ``adapter``, with one that begins as the
             ``reward`` adapter, or as a head on the ``policy``.
         critic_rate: learning rate and largest gradient norm of the critic's own parameters; None: those of all.
@@ -130,6 +148,7 @@ class AlgorithmSpec:
     output: Output = "text"
     rewards: Rewards = "needed"
     reference: Literal["below", "beside"] | None = None
+    follows: Callable[["Recipe"], Following | None] = stays
     critic: Callable[["Recipe"], Literal["adapter", "reward", "policy"] | None] = no_critic
     critic_rate: Callable[["Recipe"], tuple[float | None, float | None]] = as_the_policy
     critic_warmup: Callable[["Recipe"], int] = at_once

@@ -6,6 +6,8 @@ from collections.abc import Iterator
 import torch
 from torch import nn
 
+from lowmem_rlhf.engine.roles import is_following
+
 BLOCK = 1 << 20  # values that are added up to one number; places within a block do not tell
 AT_ONCE = 16  # blocks: on a CPU the sum makes a copy of them as 64-bit integers
 
@@ -23,7 +25,7 @@ def base_checksum(base: nn.Module) -> str:
     """Return the SHA-256 of exact integer sums over the bits of all frozen tensors, codes of quantized ones included.
 
     The sums are taken where a tensor lies, each of `BLOCK` values, so that a device's order of adding changes nothing
-    and few numbers come to the host. What trains is left out.
+    and few numbers come to the host. What trains is left out, and a reference that follows it.
     """
     digest = hashlib.sha256()
     for name, tensor in sorted(_frozen(base), key=lambda item: item[0]):
@@ -45,7 +47,7 @@ def _sums(tensor: torch.Tensor) -> list[int]:
 def _frozen(base: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
     """Yield every frozen tensor by name: parameters, buffers, and what quantized weights are scaled by."""
     for name, parameter in base.named_parameters():
-        if not parameter.requires_grad:
+        if not parameter.requires_grad and not is_following(name):
             yield name, parameter
             yield from _scales(f"{name}.quant_state", getattr(parameter, "quant_state", None))
     yield from base.named_buffers()

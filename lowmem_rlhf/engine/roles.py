@@ -1,8 +1,9 @@
 """The roles on a shared base: which adapters are active in each, their heads, and their files.
 
-``policy`` is the base with its adapter, ``reference`` the same base with none, or with the frozen adapter that the
-policy started from; ``critic`` and ``reward`` are adapters of their own with a head of one output. A role is entered
-with a context manager and costs nothing: the layers look up which adapters are active.
+``policy`` is the base with its adapter, ``reference`` the same base with none, with the frozen adapter that the policy
+started from, or with one of its own that follows the policy; ``critic`` and ``reward`` are adapters of their own with a
+head of one output. A role is entered with a context manager and costs nothing: the layers look up which adapters are
+active.
 """
 
 from collections.abc import Iterator, Mapping
@@ -146,6 +147,29 @@ class Roles(nn.Module):
         self.add_saved_role(INITIAL, saved)
         self.roles[REFERENCE] = (INITIAL,)
 
+    @property
+    def follows(self) -> bool:
+        """Whether the reference has an adapter of its own, which follows the policy."""
+        return REFERENCE in self.peft.peft_config
+
+    @torch.no_grad()
+    def add_following(self, shape: LoraShape, times: int) -> None:
+        """Give the reference a frozen adapter of its own, fp32, that starts at zero; see `engine.following`.
+
+        Args:
+            shape: of the policy's adapter.
+            times: its rank as a multiple of the policy's.
+        """
+        self.add_role(REFERENCE, **shape.widened(times).values)
+        for layer in self.adapter_layers():
+            for one in layer.masters(REFERENCE):
+                one.zero_().requires_grad_(False)
+        self.adapters_changed()
+
+    def following(self) -> dict[str, nn.Parameter]:
+        """Return the parameters of a reference that follows the policy, by name: they change and have no gradient."""
+        return {name: p for name, p in self.peft.named_parameters() if is_following(name)}
+
     @torch.no_grad()
     def freeze(self, role: str) -> None:
         """Let nothing of a role's adapter and head train, and keep only the numbers that it multiplies with.
@@ -286,6 +310,11 @@ class Roles(nn.Module):
         with torch.no_grad():
             for name, p in have.items():
                 p.copy_(state[name])
+
+
+def is_following(name: str) -> bool:
+    """Whether a parameter, by its name, is of a reference that follows the policy: no other adapter is called so."""
+    return f".lora_A.{REFERENCE}." in name or f".lora_B.{REFERENCE}." in name
 
 
 def _check_numbers(what: str, folder: Path, state: dict[str, torch.Tensor]) -> None:

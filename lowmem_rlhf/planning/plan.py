@@ -267,6 +267,8 @@ def _lora_reason(inputs: PlanInputs, rank: int, reason: str) -> str:
     millions = inputs.dims.adapted(inputs.recipe.lora.shape(rank)).parameters / 1e6
     share = 100e6 * millions / inputs.dims.num_parameters
     more = f"; {trained} adapters train and {frozen} are frozen" if trained + frozen > 1 else ""
+    if follows := inputs.recipe.spec.follows(inputs.recipe):
+        more += f"; the reference follows the policy in an adapter of rank {follows.rank * rank}"
     return f"rank {rank}: {reason}; {millions:.2f} million adapter parameters, {share:.2g} % of the model's{more}"
 
 

@@ -138,8 +138,14 @@ def adapters_of(recipe: Recipe) -> tuple[int, int]:
 
 
 def starts_from_adapter(recipe: Recipe) -> bool:
-    """Whether a frozen adapter below the policy's is the reference."""
-    return bool(recipe.adapter) and recipe.spec.reference == "below"
+    """Whether the frozen adapter that the run goes on from is the reference."""
+    return bool(recipe.adapter) and recipe.spec.reference == "below" and not recipe.spec.follows(recipe)
+
+
+def reference_adapters(recipe: Recipe) -> int:
+    """Return how many adapters of the policy's rank the reference computes with, or one of as many times the rank."""
+    follows = recipe.spec.follows(recipe)
+    return follows.rank if follows else int(starts_from_adapter(recipe))
 
 
 def prompts_at_once(recipe: Recipe, rows: int) -> int:

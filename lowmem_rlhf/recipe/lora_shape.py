@@ -6,7 +6,7 @@ The words and their meaning are peft's (`LoraConfig`, `tuners_utils.check_target
 
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 ALL = "all-linear"
@@ -84,6 +84,12 @@ class LoraShape:
         }
         first = {"r": self.r, "lora_alpha": self.lora_alpha, "target_modules": targets}
         return first | {key: value for key, value in more.items() if value}
+
+    def widened(self, times: int) -> "LoraShape":
+        """Return the shape beside the same modules of so many times the rank, whose ``B A`` is multiplied by 1."""
+        ranks = tuple((pattern, times * r) for pattern, r in self.rank_pattern)
+        r = times * self.r
+        return replace(self, r=r, lora_alpha=r, use_rslora=False, rank_pattern=ranks, alpha_pattern=ranks)
 
     @property
     def is_regex(self) -> bool:

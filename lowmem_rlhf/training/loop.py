@@ -19,7 +19,7 @@ from accelerate.utils import set_seed
 from lowmem_rlhf.engine.base import SharedBase
 from lowmem_rlhf.engine.checksum import DRIFTED, base_checksum
 from lowmem_rlhf.engine.ladder import Ladder
-from lowmem_rlhf.engine.roles import CRITIC
+from lowmem_rlhf.engine.roles import CRITIC, REFERENCE
 from lowmem_rlhf.errors import RunError, UserError, one_line
 from lowmem_rlhf.hardware.memory import clock, device_failure, is_out_of_memory, peak_bytes, reset_peak
 from lowmem_rlhf.planning.plan import Plan
@@ -138,7 +138,7 @@ class Loop(ABC):
         self.began_at = 0  # the step that this process began after
         self.held_out_results = HeldOut(recipe, run)
         self.learned_tokens = 0  # tokens that taught something, over all steps
-        self._keeper = StateKeeper(self.optimizer, base.device, run.path)
+        self._keeper = StateKeeper(self.optimizer, base.device, run.path, base.following())
         self._finished: _Finished | None = None
         self._settings: dict[str, Any] = {}  # that the ladder has changed, as plan.json has them
         self._times: dict[str, float] = {}
@@ -184,7 +184,7 @@ class Loop(ABC):
             return
         message(f"going on after step {latest[0]}")
         self.step, counters = self.ladder.survive(
-            "checkpoint", lambda: load_checkpoint(latest[1], self.base, self.optimizer, self._others()), message
+            "checkpoint", lambda: load_checkpoint(latest[1], self.base, self.optimizer, self._in_checkpoints()), message
         )
         try:
             self._load_counters(counters)
@@ -310,6 +310,10 @@ class Loop(ABC):
         """Return the roles that train besides the policy."""
         return [CRITIC] if CRITIC in self.base.heads else []
 
+    def _in_checkpoints(self) -> list[str]:
+        """Return the roles besides the policy without which a run cannot go on."""
+        return [*self._others(), *([REFERENCE] if self.base.follows else [])]
+
     def _record_again(self) -> None:
         if self._finished is None:
             return
@@ -323,7 +327,8 @@ class Loop(ABC):
         latest = self.run.latest_checkpoint()
         if self.step and (latest is None or latest[0] < self.step):
             self.run.unhealthy_from = self.health.first_serious
-            save_checkpoint(self.run, self.base, self._keeper.state(), self._others(), self.health.healthy)
+            roles = self._in_checkpoints()
+            save_checkpoint(self.run, self.base, self._keeper.state(), roles, self.health.healthy)
 
     def _keep(self) -> str:
         """Save the last finished step, whatever the next has done to the weights; return what is on the disk."""

@@ -4,10 +4,13 @@ from collections.abc import Sequence
 
 from lowmem_rlhf.architecture.adapters import saved_adapter
 from lowmem_rlhf.engine.base import SharedBase
+from lowmem_rlhf.engine.following import mix_into_reference
 from lowmem_rlhf.engine.ladder import Ladder
 from lowmem_rlhf.engine.lora import SharedLoraLinear
-from lowmem_rlhf.engine.roles import CRITIC, INITIAL, POLICY, REWARD
+from lowmem_rlhf.engine.roles import CRITIC, INITIAL, POLICY, REFERENCE, REWARD
 from lowmem_rlhf.errors import UserError
+from lowmem_rlhf.planning.shapes import starts_from_adapter
+from lowmem_rlhf.recipe.lora_shape import LoraShape
 from lowmem_rlhf.recipe.schema import Recipe
 from lowmem_rlhf.recipe.sections import REWARD_ADAPTER
 from lowmem_rlhf.rewards.adapter import AdapterReward
@@ -24,15 +27,19 @@ def add_roles(base: SharedBase, recipe: Recipe, rewards: Sequence[Reward]) -> No
     try:
         if recipe.adapter:
             saved = saved_adapter(recipe.adapter, recipe.model, recipe.revision)
-            if recipe.spec.reference == "below":
+            if starts_from_adapter(recipe):
                 base.start_from(saved)
             else:
                 base.load_adapter(saved.folder)
         bind_rewards(base, rewards)
         if kind := recipe.spec.critic(recipe):
             _add_critic(base, recipe, kind)
+        if follows := recipe.spec.follows(recipe):
+            base.add_following(_shape(recipe), follows.rank)
+            if recipe.adapter:  # which the policy holds by now
+                mix_into_reference(base, alpha=1.0, mixed=0)
     except BaseException:  # they are added all or none, so that they can be added once more
-        for role in base.roles.keys() - before.keys():
+        for role in {*(base.roles.keys() - before.keys()), *([REFERENCE] if base.follows else [])}:
             base.remove_role(role)
         base.roles.update(before)
         raise
@@ -75,7 +82,6 @@ def _check_layers(base: SharedBase, reward: AdapterReward) -> None:
 
 def _add_critic(base: SharedBase, recipe: Recipe, kind: str) -> None:
     """Add the critic: its own adapter above the start, one that begins as the reward model, or a head on the policy."""
-    lora = recipe.lora
     if kind == "policy":
         base.roles[CRITIC] = base.roles[POLICY]
         base.add_head(CRITIC, bias=True)
@@ -89,6 +95,12 @@ def _add_critic(base: SharedBase, recipe: Recipe, kind: str) -> None:
         base.load_head(saved.folder, CRITIC)
         return
     start = INITIAL if INITIAL in base.roles else ""
-    shape = saved_adapter(recipe.adapter, recipe.model, recipe.revision).shape if recipe.adapter else lora.shape()
-    base.add_role(CRITIC, **shape.values, seed=recipe.training.seed + 1, below=start)
+    base.add_role(CRITIC, **_shape(recipe).values, seed=recipe.training.seed + 1, below=start)
     base.add_head(CRITIC, bias=True)
+
+
+def _shape(recipe: Recipe) -> LoraShape:
+    """Return the shape of the policy's adapter."""
+    if recipe.adapter:
+        return saved_adapter(recipe.adapter, recipe.model, recipe.revision).shape
+    return recipe.lora.shape()

@@ -30,7 +30,7 @@ class TrainedState:
 
     Attributes:
         step: the last finished step.
-        parameters: everything that trains, by name, on the CPU.
+        parameters: everything that trains, and a reference that follows it, by name, on the CPU.
         moments: the optimizer's tensors (see `Optimizer.tensors`), on the CPU.
         optimizer: the rest of its state (see `Optimizer.plain`).
         counters: see `Loop.state`.
@@ -61,12 +61,22 @@ class StateKeeper:
     Args:
         optimizer: with everything that trains.
         device: where that lies.
-        folder: of the run, for the file that a CPU's state lies in.
+        folder: of the run, for the files that a CPU's state lies in.
+        following: parameters by name that change now and then without an optimizer: a reference that follows.
     """
 
-    def __init__(self, optimizer: Optimizer, device: torch.device, folder: Path) -> None:
+    def __init__(
+        self,
+        optimizer: Optimizer,
+        device: torch.device,
+        folder: Path,
+        following: Mapping[str, nn.Parameter] | None = None,
+    ) -> None:
         self._optimizer, self._folder, self._device = optimizer, folder, device
+        self._following = dict(following or {})
         self._store: Store | None = None
+        self._store_of_following: Store | None = None
+        self._versions: list[int] = []  # of what lies there
         self._kept: tuple[int, dict[str, Any], dict[str, Any]] | None = None
 
     @property
@@ -79,23 +89,30 @@ class StateKeeper:
         self._kept = None  # until all of it is copied
         moments = self._optimizer.tensors()
         tensors = {**{f"{_PARAMETER}{name}": p.detach() for name, p in self._parameters.items()}, **moments}
-        self._put(tensors)
+        self._store = self._put(self._store, tensors)
+        versions = [p._version for p in self._following.values()]
+        if versions != self._versions:  # few steps change these
+            still = {name: p.detach() for name, p in self._following.items()}
+            self._store_of_following = self._put(self._store_of_following, still)
+            self._versions = versions
         self._kept = (step, self._optimizer.plain(), counters)
 
-    def _put(self, tensors: Tensors) -> None:
-        if self._store is None:
+    def _put(self, store: Store | None, tensors: Tensors) -> Store:
+        """Copy tensors into a store, or where there is none yet, or no room, into a new one; return it."""
+        if store is None:
             on_cpu = capabilities(self._device).on_cpu
-            self._store = FileStore(self._folder) if on_cpu else HostStore(self._device)
+            store = FileStore(self._folder) if on_cpu else HostStore(self._device)
         try:
-            self._store.put(tensors)
+            store.put(tensors)
         except OSError as error:  # a full disk, or one without room for files that have no name
             _LOG.warning(
                 "the state at the end of each step cannot be kept in %s (%s); it is kept in memory",
                 self._folder,
                 error.strerror or error,
             )
-            self._store = HostStore(self._device)
-            self._store.put(tensors)
+            store = HostStore(self._device)
+            store.put(tensors)
+        return store
 
     def state(self) -> TrainedState:
         """Return the state that is kept; it is valid until the next `keep`.
@@ -107,6 +124,8 @@ class StateKeeper:
             raise RuntimeError("no state of a finished step is kept")
         tensors = self._store.get()
         parameters = {k.removeprefix(_PARAMETER): tensors.pop(k) for k in list(tensors) if k.startswith(_PARAMETER)}
+        if self._store_of_following is not None:
+            parameters |= self._store_of_following.get()
         step, optimizer, counters = self._kept
         return TrainedState(step, parameters, tensors, optimizer, counters)
 
@@ -117,6 +136,8 @@ class StateKeeper:
         for name, parameter in self._parameters.items():
             parameter.copy_(state.parameters[name])
             parameter.grad = None
+        for name, parameter in self._following.items():
+            parameter.copy_(state.parameters[name])
         self._optimizer.put_back(state.moments, state.optimizer)
         return state
 

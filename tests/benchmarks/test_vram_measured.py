@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 import vram_measured
-from vram_cases import FAMILIES, MODELS, NAMED, SMOLLM, Case, cases, write_model
+from vram_cases import FAMILIES, FOLLOWS, MODELS, NAMED, SMOLLM, Case, cases, write_model
 
 from lowmem_rlhf.hardware.capabilities import CPU_PROCESS_BYTES
 from lowmem_rlhf.hardware.detect import cpu_device
@@ -17,7 +17,7 @@ from lowmem_rlhf.planning.run_plan import planned
 SIZES = {"hidden_size": 128, "intermediate_size": 384, "num_hidden_layers": 3, "num_attention_heads": 4}
 TINY = [
     Case("llama", "ppo", checkpointing=1, prompt=270, length=9, prompts=1, vocabulary=512),
-    Case("gpt2", "grpo", "none", checkpointing=False, prompt=40, length=9, vocabulary=512),
+    Case("gpt2", "grpo", "none", checkpointing=False, prompt=40, length=9, vocabulary=512, more=FOLLOWS),
     Case("gpt2", "reward_model", "int8", prompt=40, length=24, vocabulary=4096),
 ]
 NAMES = [f"{case.family} {case.algorithm}" for case in TINY]

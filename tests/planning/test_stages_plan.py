@@ -7,11 +7,13 @@ from planning_cases import CONFIGS, card, cpu
 
 from lowmem_rlhf.architecture.dimensions import dimensions_from_config
 from lowmem_rlhf.errors import UserError
+from lowmem_rlhf.hardware.profiles import find_profile, profile_device
 from lowmem_rlhf.planning import shapes
 from lowmem_rlhf.planning.advice import why_not
 from lowmem_rlhf.planning.memory import phases as memory
 from lowmem_rlhf.planning.memory.resident import Settings
 from lowmem_rlhf.planning.plan import make_plan
+from lowmem_rlhf.planning.time.estimate import run_time
 
 LORA = {"r": 16, "lora_alpha": 32.0, "target_modules": "all-linear"}
 SETTINGS = Settings("nf4", "float16", True, False, 2048, 2048, 8, "quantized", 64, "adamw", LORA)
@@ -231,3 +233,38 @@ def test_a_classifier_has_no_plan(qwen):
     with pytest.raises(UserError, match=r"a classifier has no plan.* classifier.batch_tokens \(512\)") as caught:
         make_plan(qwen("algorithm=classifier", "classifier.batch_tokens=512", *data), card(10.75), "x")
     assert "\n" not in str(caught.value)
+
+
+FOLLOWS = ["grpo.beta=0.04", "grpo.sync_ref_model=true"]
+
+
+@pytest.mark.parametrize("start", [[], ["adapter=runs/sft"]])
+@pytest.mark.parametrize("times", [2, 4])
+def test_a_reference_that_follows_the_policy_is_counted(qwen, start, times):
+    """An adapter of so many times the policy's rank, fp32, in place of the frozen start; it computes in 16 bits."""
+    loaded = qwen(*start, *FOLLOWS, f"grpo.ref_model_rank_multiple={times}")
+    assert shapes.adapters_of(loaded) == (1, 0)
+    phases = memory.phases(DIMS, loaded, SETTINGS, cpu(16))
+    assert {phases[name]["adapters"] for name in ("rollout", "scoring", "update")} == {4 * ONE * (1 + times)}
+    assert phases["export"]["adapters"] == 4 * ONE
+    of_scoring = memory.phases(DIMS, loaded, replace(SETTINGS, logits_tile_tokens=1), cpu(16))["scoring"]
+    assert of_scoring["adapter_copies"] == 2 * ONE * times
+    beside_one = 4 * (times + 1) * 16 * (896 + 4864)  # the stacked factors of the largest layer
+    assert phases["optimizer"]["update_buffers"] == 5 * beside_one
+    on_card, still = (make_plan(one, card(10.75), "x") for one in (loaded, qwen(*start, "grpo.beta=0.04")))
+    more = on_card.memory["host"]["trained_state"] - still.memory["host"]["trained_state"]
+    assert more == 4 * ONE * times and on_card.settings.lora["r"] == still.settings.lora["r"] == 16
+    assert on_card.reasons["lora"].endswith(f"the reference follows the policy in an adapter of rank {16 * times}")
+
+
+def test_the_time_of_a_reference_that_follows_is_that_of_its_passes_and_of_its_moves(qwen):
+    device = profile_device(find_profile("rtx-2080-ti"))
+    still, rare, often = (
+        run_time(DIMS, qwen("grpo.beta=0.04", *more), SETTINGS, device).phases
+        for more in ([], FOLLOWS, [*FOLLOWS, "grpo.ref_model_sync_steps=1"])
+    )
+    assert still["score"] < rare["score"] == often["score"] < 1.5 * still["score"]
+    assert still["rollout"] == rare["rollout"]
+    assert still["update"] < rare["update"] < 1.001 * still["update"] < often["update"]
+    once = often["update"] - rare["update"]
+    assert once * 512 / 511 + still["update"] == pytest.approx(often["update"])

@@ -44,6 +44,12 @@ class GRPOSettings(Section):
     entropy_coef_delta: float = Field(0.005, ge=0, le=MOST_COEFFICIENT)
     entropy_coef_min: float = Field(0.0, ge=0, le=MOST_COEFFICIENT)
     entropy_coef_max: float = Field(1.0, ge=0, le=MOST_COEFFICIENT)
+    # the reference moves: every so many optimizer steps it becomes (1 - alpha) times itself and alpha times the policy
+    sync_ref_model: bool = False
+    ref_model_sync_steps: int = Field(512, ge=1, le=MOST_STEPS)
+    ref_model_mixup_alpha: float = Field(0.6, gt=0, le=1)
+    # of the adapter that holds it, in ranks of the policy's (see `engine.following`)
+    ref_model_rank_multiple: int = Field(2, ge=1, le=16)
     scale_rewards: Literal["group", "batch", "none"] = "group"
     # the most batches of prompts that a step samples until every group has different rewards (DAPO's dynamic sampling)
     max_generation_batches: int = Field(1, ge=1, le=64)
@@ -88,6 +94,15 @@ class GRPOSettings(Section):
             raise ValueError(
                 f"entropy_coef: got {self.entropy_coef:g}; it should be from entropy_coef_min, which is {least:g}, to "
                 f"entropy_coef_max, which is {most:g}"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _has_a_reference(self) -> "GRPOSettings":
+        if self.sync_ref_model and not self.beta:
+            raise ValueError(
+                "sync_ref_model: got true with beta 0, where the loss has no reference that could follow the policy; "
+                "set beta above 0 (0.04 is usual) or leave sync_ref_model out"
             )
         return self
 

@@ -3,7 +3,7 @@
 from typing import TYPE_CHECKING
 
 from lowmem_rlhf.algorithms.grpo.settings import GRPOSettings
-from lowmem_rlhf.algorithms.spec import AlgorithmSpec
+from lowmem_rlhf.algorithms.spec import AlgorithmSpec, Following
 
 if TYPE_CHECKING:
     from lowmem_rlhf.recipe.schema import Recipe
@@ -13,12 +13,18 @@ def _compares(recipe: "Recipe") -> str:
     return "" if recipe.grpo.scale_rewards == "none" else "GRPO"
 
 
+def _follows(recipe: "Recipe") -> Following | None:
+    grpo = recipe.grpo
+    return Following(grpo.ref_model_rank_multiple, grpo.ref_model_sync_steps) if grpo.sync_ref_model else None
+
+
 SPEC = AlgorithmSpec(
     name="grpo",
     title="GRPO",
     section="grpo",
     settings=GRPOSettings,
     reference="below",
+    follows=_follows,
     scores_policy=False,  # the first update's own pass has the log-probs
     updates=lambda recipe: recipe.grpo.num_iterations,
     epochs=lambda recipe: recipe.grpo.num_iterations,

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from lowmem_rlhf.algorithms.grpo.entropy import EntropyCoefficient
+from lowmem_rlhf.algorithms.grpo.following import Follower
 from lowmem_rlhf.algorithms.grpo.math import group_advantages
 from lowmem_rlhf.algorithms.grpo.metrics import update_metrics
 from lowmem_rlhf.algorithms.grpo.update import Objective, UpdateStats, measure, rows_to_train, update
@@ -34,10 +35,12 @@ class GRPO:
         self.max_generation_batches = recipe.grpo.max_generation_batches
         self.set_aside_steps = recipe.grpo.set_aside_steps
         self.entropy = EntropyCoefficient(recipe.grpo)
+        self.follower = Follower(recipe) if recipe.grpo.sync_ref_model else None
         self.masks_cut = recipe.grpo.mask_truncated_completions  # nothing is learned from completions that were cut
 
     def learn(self, rollout: Rollout, trainer: "Trainer", progress: Progress) -> StepOutput:
         """Take the optimizer steps on one rollout."""
+        stepped = self.follower.of_step(trainer, progress) if self.follower else None
         with trainer.timed("score"):
             rollout = replace(rollout, advantages=self._advantages(rollout))
             rows = rows_to_train(rollout, self.objective)
@@ -45,23 +48,28 @@ class GRPO:
             quiet = None if rows else self._measured(rollout, ref_logps, trainer, progress)
         with trainer.timed("update"):
             given = (rollout, self.objective, trainer.ladder, ref_logps, progress, self.entropy)
-            stats = update(trainer.base, trainer.optimizer, *given)
+            stats = update(trainer.base, trainer.optimizer, *given, stepped)
         if quiet:
             stats = replace(quiet, loss=stats.loss, grad_norm=stats.grad_norm)
         learned = sum(len(rollout.completions[row].ids) for row in self._with_signal(rollout, rows))
         metrics = update_metrics(rollout, stats, self.settings)
         if self.settings.entropy_bonus:
             metrics |= {"entropy_coef": self.entropy.value, "policy_loss": stats.policy_loss}
+        if self.follower:
+            metrics |= self.follower.metrics
         return StepOutput(metrics, learned, rollout=rollout)
 
     def state(self) -> dict[str, Any]:
-        """Return the entropy's coefficient where it adapts; GRPO keeps nothing else between steps."""
-        return {"entropy": self.entropy.state_dict()} if self.settings.use_adaptive_entropy else {}
+        """Return the entropy's coefficient where it adapts, and what the reference holds where it follows."""
+        entropy = {"entropy": self.entropy.state_dict()} if self.settings.use_adaptive_entropy else {}
+        return {**entropy, **({"reference": self.follower.state_dict()} if self.follower else {})}
 
     def load_state(self, state: dict[str, Any]) -> None:
         """Go on from what `state` gave."""
         if self.settings.use_adaptive_entropy:
             self.entropy.load_state_dict(state["entropy"])
+        if self.follower:
+            self.follower.load_state_dict(state["reference"])
 
     def _advantages(self, rollout: Rollout) -> list[float]:
         rewards = torch.tensor(rollout.scored.total, dtype=torch.float32, device="cpu")

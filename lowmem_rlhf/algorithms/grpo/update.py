@@ -5,6 +5,7 @@ KL term; it is not run through the model then, but it counts in every mean of th
 alone moves no weight, where TRL's optimizer drifts on by its momentum and its weight decay.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -197,11 +198,13 @@ def update(
     ref_logps: Rows,
     progress: Progress,
     entropy: EntropyCoefficient | None = None,
+    stepped: Callable[[int], None] | None = None,
 ) -> UpdateStats:
     """Take ``num_iterations`` optimizer steps on one rollout.
 
     Args:
         entropy: the weight of the entropy bonus, which adapts to each optimizer step; None: as the recipe begins.
+        stepped: is told after each of them how many there were.
 
     Raises:
         RunError: memory runs out whatever the micro-batch size; the optimizer step in question was not taken.
@@ -216,7 +219,7 @@ def update(
         return high_entropy_tokens(base, rollout, settings, limits)
 
     asks = settings.top_entropy_quantile < 1 and bool(rows_to_train(rollout, objective))
-    for _ in range(settings.num_iterations):
+    for number in range(settings.num_iterations):
         old = first.logps if first else None
         kept = ladder.score(high, progress.message) if asks else None
 
@@ -231,6 +234,8 @@ def update(
         if stats.scored:
             entropy.update(stats.mean_entropy)
         base.adapters_changed()
+        if stepped is not None:
+            stepped(number + 1)
         if first is None:
             first = stats
         else:

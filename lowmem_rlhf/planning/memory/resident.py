@@ -10,7 +10,7 @@ from lowmem_rlhf.hardware.device import Device
 from lowmem_rlhf.planning.limits import tile_shape
 from lowmem_rlhf.planning.memory.layers import Layer
 from lowmem_rlhf.planning.memory.mixers import MixerLayer
-from lowmem_rlhf.planning.shapes import PackedShape, adapters_of, starts_from_adapter, step_shape
+from lowmem_rlhf.planning.shapes import PackedShape, adapters_of, reference_adapters, starts_from_adapter, step_shape
 from lowmem_rlhf.recipe.lora_shape import LoraShape
 from lowmem_rlhf.recipe.schema import Recipe
 from lowmem_rlhf.recipe.sections import REWARD_ADAPTER
@@ -200,27 +200,29 @@ class Memory:
         self.beside = dims.adapted(LoraShape.of(**settings.lora))
         self.one_adapter = self.beside.parameters
         self.trained, self.frozen = adapters_of(recipe)
+        follows = recipe.spec.follows(recipe)
+        self.following = self.one_adapter * follows.rank if follows else 0  # parameters, see `engine.following`
         self.dense = dense_bytes(dims, settings.quantization, self.width)
 
     def resident(self) -> Components:
         """Return what lies on the device in every phase.
 
-        Trained adapters are fp32 masters, frozen ones the numbers they multiply with. On CUDA cuBLAS keeps a workspace
-        for each of two threads, autograd's being the second.
+        Trained adapters are fp32 masters, and so is a reference that follows them; frozen ones are the numbers they
+        multiply with. On CUDA cuBLAS keeps a workspace for each of two threads, autograd's being the second.
         """
         settings, trained = self.settings, self.one_adapter * self.trained
         return {
             "weights": block_weight_bytes(self.dims, settings.quantization, self.width, settings.offload_experts),
             "embeddings": embedding_bytes(self.dims, self.width, settings.offload_embeddings),
-            "adapters": 4 * trained + self.width * self.one_adapter * self.frozen,
+            "adapters": 4 * (trained + self.following) + self.width * self.one_adapter * self.frozen,
             "optimizer_state": optimizer_state_bytes(trained, settings.optim),
             "workspaces": 2 * self.workspace,
         }
 
     def trained_state(self) -> int:
-        """Return the bytes of what trains and of its moments, which lie in host memory once more on a card."""
+        """Return the bytes of what trains, its moments and what follows it, in host memory once more on a card."""
         trained = self.one_adapter * self.trained
-        return 4 * trained + optimizer_state_bytes(trained, self.settings.optim)
+        return 4 * (trained + self.following) + optimizer_state_bytes(trained, self.settings.optim)
 
     def adapter_copies(self, adapters: int = 1) -> Components:
         """Return the copies in the compute dtype of the adapters of the role that computes."""
@@ -274,10 +276,10 @@ class Memory:
 
     def _scoring_roles(self) -> set[tuple[int, bool]]:
         """Return of each role that scores its adapters, and whether it gives log-probs (else a number a position)."""
-        recipe, spec, start = self.recipe, self.recipe.spec, starts_from_adapter(self.recipe)
+        recipe, spec = self.recipe, self.recipe.spec
         roles = {(1, False)} if any(reward.function == REWARD_ADAPTER for reward in recipe.rewards) else set()
         if spec.reference:
-            roles.add((int(start), True))
+            roles.add((reference_adapters(recipe), True))
         if spec.scores_policy or spec.entropy_passes(recipe):
             roles.add((1, spec.output == "text"))
         if spec.critic(recipe):
@@ -369,10 +371,23 @@ class Memory:
         return moments
 
     def optimizer(self) -> Components:
-        """Return the optimizer step: gradients, and on a GPU one more number a parameter inside AdamW."""
+        """Return the optimizer step: gradients, and on a GPU one more number a parameter inside AdamW.
+
+        Where the reference follows, what mixes the policy into it beside one layer takes the place of these.
+        """
         parameters = self.one_adapter * self.trained
         inside = 4 * parameters if self.settings.optim == "adamw" and not self.on_cpu else 0
-        return {"gradients": 4 * parameters, "update_buffers": inside} | self.adapter_copies()
+        return {"gradients": 4 * parameters, "update_buffers": max(inside, self.mixing())} | self.adapter_copies()
+
+    def mixing(self) -> int:
+        """Return the bytes of mixing the policy into a reference that follows it, beside the largest linear layer.
+
+        Five times the stacked factors, ``4 n (inputs + outputs)``: their parts, themselves, their Q, what QR works in.
+        """
+        if not self.following:
+            return 0
+        rank = (reference_adapters(self.recipe) + 1) * max(map(max, self.beside.ranks))
+        return 20 * rank * max(linear.inputs + linear.outputs for linear, _ in self.beside.linears)
 
     def export(self) -> Components:
         """Return what an export has on the device: the live policy that it is compared with, and a text's logits.

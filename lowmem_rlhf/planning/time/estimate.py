@@ -15,7 +15,7 @@ from lowmem_rlhf.hardware.device import Device
 from lowmem_rlhf.planning.limits import LOOK, seen_room, slot_room
 from lowmem_rlhf.planning.memory.resident import Memory, Settings
 from lowmem_rlhf.planning.memory.rollout import decodes_by_graphs
-from lowmem_rlhf.planning.shapes import PackedShape, prompts_shape, rollout_rows, starts_from_adapter, step_shape
+from lowmem_rlhf.planning.shapes import PackedShape, prompts_shape, reference_adapters, rollout_rows, step_shape
 from lowmem_rlhf.planning.time.passes import Passes
 from lowmem_rlhf.planning.time.rates import Case, Rates, cpu_rates, rates
 from lowmem_rlhf.recipe.schema import Recipe
@@ -160,7 +160,7 @@ class StepTime:
         recipe, spec = self.recipe, self.spec
         found = 0.0
         if spec.reference:
-            found += self._scored(int(starts_from_adapter(recipe)), spec.compared(recipe))
+            found += self._scored(reference_adapters(recipe), spec.compared(recipe))
         if spec.scores_policy:
             found += self._scored(1, 1.0)
         if spec.critic(recipe):
@@ -188,6 +188,8 @@ class StepTime:
             seconds += each(self.memory.critic_adapters(), False).started()
         steps = spec.updates(recipe)
         passes = spec.epochs(recipe) * self._count(shape) * seconds + before
+        if follows := spec.follows(recipe):
+            passes += steps / follows.steps * self.passes.mixing().started()
         return passes + steps * self.passes.optimizer().started()
 
     def evaluation(self) -> float:

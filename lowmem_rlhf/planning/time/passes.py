@@ -9,7 +9,7 @@ from functools import partial
 from lowmem_rlhf.planning.limits import LOOK, tile_shape
 from lowmem_rlhf.planning.memory.layers import Layer
 from lowmem_rlhf.planning.memory.resident import Memory, recomputed_layers
-from lowmem_rlhf.planning.shapes import PackedShape
+from lowmem_rlhf.planning.shapes import PackedShape, reference_adapters
 from lowmem_rlhf.planning.time.layers import ABSMAX, LayerWork, Weights, weights_of
 from lowmem_rlhf.planning.time.rates import Rates
 from lowmem_rlhf.planning.time.work import Work
@@ -24,6 +24,8 @@ ADAMW_KERNELS = 12  # torch's multi-tensor AdamW and the norm of the gradients, 
 ADAMW_BYTES = 84  # that these move of an fp32 number, its gradient and two moments
 TENSORS_AT_ONCE = 100
 DRAWN_KERNELS = 10  # of a decoded token behind the head
+MIXING_PASSES = 8  # over the stacked factors: stacking them, QR and its Q, the products back
+MIXING_KERNELS = 12  # for each column: reflections of both factors, once more for their Q, and the SVD's
 LOOK_KERNELS = 3  # of a look of the host at what was decoded
 
 
@@ -95,6 +97,21 @@ class Passes:
         parameters, tensors = memory.one_adapter * memory.trained, memory.beside.matrices * memory.trained
         work.move(ADAMW_BYTES * parameters, ADAMW_KERNELS * (1 + tensors / TENSORS_AT_ONCE))
         work.move(3 * (4 + self.b) * parameters, 3 * tensors)
+        return work
+
+    def mixing(self) -> Work:
+        """Return the mixing of the policy into a reference that follows it, with its product cut to its rank.
+
+        Of each adapted linear layer: two QR of stacked factors (m, n), ``4 m n^2`` FLOPs each with their Q, the SVD of
+        the (n, n) matrix between them, about ``20 n^3`` (Golub and Van Loan), and two products back.
+        """
+        work, times = Work(self.rates), reference_adapters(self.memory.recipe)
+        rank = max(map(max, self.memory.beside.ranks))
+        n, kept = (times + 1) * rank, times * rank
+        for linear, many in self.memory.beside.linears:
+            rows = linear.inputs + linear.outputs
+            flops = 4 * rows * n**2 + 22 * n**3 + 2 * rows * n * kept
+            work.multiply(many * flops, 4, many * MIXING_PASSES * 4 * rows * n, kernels=many * MIXING_KERNELS * n)
         return work
 
     def copy(self) -> Work:
