@@ -142,6 +142,7 @@ def outcome(recipe: Recipe, measured: Mapping[str, list[Measured]], steps: int |
         "samples": recipe.evaluation.num_samples,
         "temperature": recipe.generation.temperature if temperature is None else temperature,
         "max_completion_length": recipe.generation.max_completion_length,
+        **recipe.generation.controls,
     }
     metric = recipe.evaluation.metric
     sources = {task: own.data.eval or own.data.train for task, own in recipe.by_task.items()}

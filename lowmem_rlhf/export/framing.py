@@ -12,7 +12,7 @@ from lowmem_rlhf.data.chat_template import is_chat
 from lowmem_rlhf.errors import UserError
 from lowmem_rlhf.export.source import read_config
 from lowmem_rlhf.export.tokenizer import load_tokenizer, own_frame
-from lowmem_rlhf.recipe.sections import DataConfig
+from lowmem_rlhf.recipe.sections import DataConfig, GenerationConfig
 
 _TURNS = [
     {"role": "user", "content": "Q1"},
@@ -74,19 +74,54 @@ def end_turns(folder: Path) -> tuple[str, ...]:
         OSError: the file cannot be written.
     """
     with suppress(UserError, ValueError):  # no tokenizer: then nobody chats with it; or JSON that nobody can read
-        tokenizer, config = load_tokenizer(folder), read_config(folder)
-        path = folder / GENERATION
-        saved = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-        keys = ("bos_token_id", "eos_token_id", "pad_token_id")
-        named = saved if saved else {key: config[key] for key in keys if config.get(key) is not None}
+        tokenizer, config, named = load_tokenizer(folder), read_config(folder), _generation_values(folder)
         eos = named.get("eos_token_id", config.get("eos_token_id"))
         ends = eos if isinstance(eos, list) else [] if eos is None else [eos]
         if new := sorted(turn_end(tokenizer).difference(ends)):
-            values = {**named, "eos_token_id": [*ends, *new]}
-            path.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+            _write_generation(folder, {**named, "eos_token_id": [*ends, *new]})
             names = ", ".join(str(tokenizer.convert_ids_to_tokens(one)) for one in new)
             return (f"{GENERATION} names {names} as an end too: the chat template ends a turn with it",)
     return ()
+
+
+def keep_controls(folder: Path, generation: GenerationConfig) -> tuple[str, ...]:
+    """Put a run's repetition penalty, least length and stop strings into a model folder's generation config.
+
+    Temperature and what top-p and the like leave out stay the base's: they are for whoever samples to say, these are
+    a part of what the policy was rewarded for.
+
+    Returns:
+        Sentences on what was written; none where the run has none of them.
+
+    Raises:
+        OSError: the file cannot be written.
+    """
+    if not (kept := generation.controls):
+        return ()
+    values = {**_generation_values(folder), **kept}
+    values.pop("_from_model_config", None)  # of a file that only repeats the model's configuration
+    _write_generation(folder, values)
+    shown = ", ".join(f"{key}={json.dumps(value, ensure_ascii=False)}" for key, value in kept.items())
+    notes: tuple[str, ...] = (f"{GENERATION} has {shown}, as in the run",)
+    if "stop_strings" in kept:
+        notes += (
+            "because of its stop strings, generate() of transformers has to be given the tokenizer: tokenizer=...",
+        )
+    return notes
+
+
+def _generation_values(folder: Path) -> dict[str, Any]:
+    """Return what a model folder's generation config holds; where there is none, what transformers makes one of."""
+    path = folder / GENERATION
+    if path.is_file() and (saved := json.loads(path.read_text(encoding="utf-8"))):
+        return dict(saved)
+    config = read_config(folder)
+    keys = ("bos_token_id", "eos_token_id", "pad_token_id")
+    return {key: config[key] for key in keys if config.get(key) is not None}
+
+
+def _write_generation(folder: Path, values: Mapping[str, Any]) -> None:
+    (folder / GENERATION).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
 
 
 def keep_template_options(folder: Path, options: Mapping[str, Any]) -> tuple[str, ...]:

@@ -68,7 +68,7 @@ def answer_prompts(
     check_ids(base.tokenizer, base.rows, ids)
     warm = generation.temperature if n > 1 else 0.0
     heat = warm if temperature is None else temperature
-    sampling = Sampling(heat, generation.top_p, generation.top_k, generation.min_p) if heat else Sampling(0.0)
+    sampling = Sampling.of(generation, heat)
     most = room_for(base, recipe.model, max(ids, key=len), max_tokens or generation.max_completion_length)
     engine, limits = engine_for(base, generation.engine, dequantize), RolloutLimits(max(n, 8), 2048, 64)
     answers: dict[str, list[list[str]]] = {}

@@ -16,6 +16,8 @@ MOST_LAYERS = 10**4
 MOST_RANK = 2**16  # of an adapter: above the width of any model
 # learning rate and weight decay: AdamW moves a weight by about the rate, and shrinks it by rate * decay
 MOST_RATE = 1.0
+MOST_STOP_LENGTH = 1000  # characters of a text that ends a completion
+LEAST_PENALTY, MOST_PENALTY = 1e-2, 1e2  # a factor of logits, which stay finite in float32 and are still told apart
 MOST_COEFFICIENT = 1e6  # of a term in a sum, or a bound of a clip: what it multiplies stays finite in float32
 SEEDS = 2**32 - 1  # the largest that NumPy and transformers take
 

@@ -178,6 +178,11 @@ class Recipe(Section):
                     f"tasks[{number}].generation.max_completion_length: got {length}, above the limit of all tasks, "
                     f"generation.max_completion_length={most}; lower it, or raise that"
                 )
+            if length < self.generation.min_new_tokens:
+                raise ValueError(
+                    f"tasks[{number}].generation.max_completion_length: got {length}, below "
+                    f"generation.min_new_tokens={self.generation.min_new_tokens}; raise it, or lower that"
+                )
             own = self._alone(task)
             try:
                 own.model_copy(update={"rewards": rewards_of_all(self.tasks)})._fill_data()

@@ -20,16 +20,19 @@ from pydantic import (
 )
 
 from lowmem_rlhf.recipe.bounds import (
+    LEAST_PENALTY,
     MOST_COEFFICIENT,
     MOST_COMPLETIONS,
     MOST_IN_A_PASS,
     MOST_LAYERS,
+    MOST_PENALTY,
     MOST_PROMPTS,
     MOST_RANK,
     MOST_RATE,
     MOST_ROWS,
     MOST_SECONDS,
     MOST_STEPS,
+    MOST_STOP_LENGTH,
     MOST_TOKENS,
     SEEDS,
     Temperature,
@@ -317,6 +320,19 @@ class DataConfig(Section):
         return value
 
 
+def _stop_string(value: str) -> str:
+    if not value:
+        raise ValueError("got an empty text, which every completion has; give the text that ends one, or leave it out")
+    if len(value) > MOST_STOP_LENGTH:
+        raise ValueError(f"got a text of {len(value)} characters; it should have at most {MOST_STOP_LENGTH}")
+    return value
+
+
+StopStrings = Annotated[
+    list[Annotated[str, AfterValidator(_stop_string)]], BeforeValidator(lambda v: [v] if isinstance(v, str) else v)
+]
+
+
 class GenerationConfig(Section):
     """How completions are sampled."""
 
@@ -326,8 +342,34 @@ class GenerationConfig(Section):
     top_p: Annotated[float, LEARNED_AND_MEASURED] = Field(1.0, gt=0, le=1)
     top_k: Annotated[int, LEARNED_AND_MEASURED] = Field(0, ge=0, le=MOST_TOKENS)  # 0: off
     min_p: Annotated[float, LEARNED_AND_MEASURED] = Field(0.0, ge=0, lt=1)
+    # of the logits of tokens that are in the prompt or the completion already: above 1 they become less likely; 1: off
+    repetition_penalty: Annotated[float, LEARNED_AND_MEASURED] = Field(1.0, ge=LEAST_PENALTY, le=MOST_PENALTY)
+    # no stop token is drawn before a completion has so many tokens; a stop string may still end it; 0: off
+    min_new_tokens: Annotated[int, LEARNED_AND_MEASURED] = Field(0, ge=0, le=MOST_TOKENS)
+    # a completion ends with the token that completes one of these texts; all of that token's text is kept
+    stop_strings: Annotated[StopStrings, LEARNED_AND_MEASURED] = Field(default_factory=list)
     # what samples rollouts: auto, or an engine that was registered (`rollout.engine.register_engine`)
     engine: Annotated[Name, LEARNED_AND_MEASURED] = "auto"
+
+    @property
+    def controls(self) -> dict[str, Any]:
+        """Those of repetition penalty, least length and stop strings that are on, under transformers' names."""
+        names = ("repetition_penalty", "min_new_tokens", "stop_strings")
+        off = GenerationConfig()
+        return {name: getattr(self, name) for name in names if getattr(self, name) != getattr(off, name)}
+
+    @model_validator(mode="after")
+    def _room_to_end(self) -> "GenerationConfig":
+        if self.min_new_tokens > self.max_completion_length:
+            raise OptionErrors(
+                [
+                    f"min_new_tokens: got {self.min_new_tokens}, more than max_completion_length="
+                    f"{self.max_completion_length}, so that no stop token could end a completion; lower it, or raise "
+                    "that"
+                ],
+                below="",
+            )
+        return self
 
 
 class LearnedReward(Section):

@@ -5,12 +5,13 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BeforeValidator, Field
+from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
 from lowmem_rlhf.errors import UserError
 from lowmem_rlhf.recipe.bounds import MOST_COEFFICIENT, MOST_TOKENS
+from lowmem_rlhf.recipe.errors import OptionErrors
 from lowmem_rlhf.recipe.section import Section
-from lowmem_rlhf.recipe.sections import DataConfig, RewardConfig
+from lowmem_rlhf.recipe.sections import DataConfig, GenerationConfig, RewardConfig
 
 _UNSET = {"train": "tasks"}  # stands for `data` until the tasks have been read
 
@@ -27,6 +28,15 @@ class TaskGeneration(Section):
     """What of `generation` a task may have for itself."""
 
     max_completion_length: int | None = Field(None, ge=1, le=MOST_TOKENS)  # at most that of all tasks
+
+    @model_validator(mode="before")
+    @classmethod
+    def _of_all_tasks(cls, values: Any) -> Any:
+        """Refuse the other keys of `generation`: the completions of a batch are drawn together, all in one way."""
+        shared = [key for key in values if key in GenerationConfig.model_fields] if isinstance(values, dict) else []
+        if wrong := [key for key in shared if key not in cls.model_fields]:
+            raise OptionErrors([f"{key}: holds for all tasks; set generation.{key}" for key in wrong], below="")
+        return values
 
 
 class TaskConfig(Section):

@@ -36,6 +36,7 @@ COLOURS = {
     "kv_cache": "#2c8a5b",
     "prefill_activations": "#7cc49b",
     "sampling_logits": "#b9e0c8",
+    "seen_tokens": "#d3ecdd",
     "attention_scores": "#55a5a5",
     "dequantized_weight": "#9bcfcf",
     "stored_activations": "#c8553d",

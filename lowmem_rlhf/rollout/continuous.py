@@ -3,7 +3,8 @@
 The engine of cards that replay graphs, for models that can be packed. Shapes are fixed (`rollout.slots`), so the host
 has nothing to do for a token but to start its graph. It looks at what was written every `LOOK` tokens: then completions
 that have ended are taken out, the next ones begin in their slots, and where no more are waiting the slots that are left
-move together and a graph of fewer rows goes on. A slot that has ended runs on until then, 3.5 tokens on average.
+move together and a graph of fewer rows goes on. A slot that has ended runs on until then, 3.5 tokens on average; what
+it writes behind a stop token or a stop string is dropped.
 
 A prompt runs once for all of its completions, but its keys lie in each of their slots: one attention call for a layer
 then reads all that a row sees, and a slot takes any completion.
@@ -23,6 +24,7 @@ from lowmem_rlhf.engine.base import SharedBase
 from lowmem_rlhf.engine.ladder import RolloutLimits
 from lowmem_rlhf.planning.limits import LOOK, seen_room, slot_room
 from lowmem_rlhf.progress import ProgressCallback
+from lowmem_rlhf.rollout.ends import Ended, Ends
 from lowmem_rlhf.rollout.graphs import StepGraphs
 from lowmem_rlhf.rollout.rollout import Completion
 from lowmem_rlhf.rollout.sampling import Sampling
@@ -40,6 +42,7 @@ class _Writing:
     job: int
     prompt_length: int
     most: int
+    ended: Ended
     ids: list[int] = field(default_factory=list)
     logps: list[float] = field(default_factory=list)
     fresh: bool = True  # its first token, which the prompt's pass has drawn, was not read yet
@@ -141,7 +144,8 @@ class ContinuousEngine:
         """Return slots at rest: those of the last rollout, with their graphs, where they suit this one."""
         if not self._graphs.why_not and not self.base.captures:  # also where embeddings have gone to host memory since
             self._graphs.give_up("a pass of this model waits for the device")
-        made_for = (self.base.active.names, count, sampling, tile, self.base.missing)
+        hidden = self.base.stop_ids if sampling.min_new_tokens else None
+        made_for = (self.base.active.names, count, sampling, tile, self.base.missing, hidden)
         if self._slots is None or self._slots.room < room or made_for != self._made_for:
             self.release()
             self._slots, self._made_for = Slots(self.base, count, room, sampling, tile), made_for
@@ -167,7 +171,7 @@ class Schedule:
     ) -> None:
         self._prompts, self._each, self._uniforms = prompts, num_generations, uniforms
         self._slots, self._graphs, self._prefill_tokens = slots, graphs, prefill_tokens
-        self._base, self._most = slots.base, most
+        self._base, self._most, self._ends = slots.base, most, Ends(slots.base, slots.sampling)
         # the longest first: running out of memory shows at once
         order = sorted(range(len(prompts)), key=lambda b: -len(prompts[b]))
         self._waiting = deque((b, b * num_generations + g) for b in order for g in range(num_generations))
@@ -229,11 +233,11 @@ class Schedule:
             {layer: pairs[place] for layer, pairs in run.keys.items()},
             {key: state[place : place + 1] for key, state in run.states.items()},
             run.hidden[place][None],
-            length,
+            self._prompts[number],
             self._uniforms[jobs[0] : jobs[-1] + 1],
         )
         for slot, job in members:
-            self._writing[slot] = _Writing(job, length, self._most[number])
+            self._writing[slot] = _Writing(job, length, self._most[number], self._ends.of_one())
         if not any(prompt == number for prompt, _ in self._waiting):
             del self._ready[number]
 
@@ -263,7 +267,6 @@ class Schedule:
 
     def _read(self, steps: int) -> None:
         """Look at what so many passes wrote, and take out the completions that have ended."""
-        stops = self._base.stop_ids
         tokens, logps = self._slots.look(steps + 1)  # one more: the first token of completions that have just begun
         for slot, one in enumerate(self._writing):
             if one is None:
@@ -273,8 +276,8 @@ class Schedule:
                 check_finite(self._base, [logp], len(one.ids))
                 one.ids.append(token)
                 one.logps.append(logp)
-                if token in stops or len(one.ids) == one.most:
-                    self._done[one.job] = Completion(one.ids, one.logps, token not in stops)
+                if (ended := one.ended(token)) or len(one.ids) == one.most:
+                    self._done[one.job] = Completion(one.ids, one.logps, not ended)
                     self._writing[slot] = None
                     break
             one.fresh = False

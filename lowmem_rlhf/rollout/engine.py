@@ -54,13 +54,14 @@ class Engine(Protocol):
             prompts: token ids of the B prompts, none empty.
             num_generations: G.
             max_completion_length: the most tokens of a completion, or of one of each prompt, (B,).
+            sampling: how tokens are drawn, and what ends a completion beside the model's stop tokens.
             limits: what bounds the memory; it must hold after `torch.OutOfMemoryError`, when smaller ones are tried.
             seed: the same seed gives the same completions, however many run at once.
             progress: called with (finished completions, all completions).
 
         Returns:
             B lists of G completions, each with the log-prob of every token, in nats at the sampling temperature and
-            before top-k, top-p and min-p.
+            before the repetition penalty, top-k, top-p and min-p.
 
         Raises:
             RunError: the logits are not finite.

@@ -19,9 +19,9 @@ class Completion:
     """One sampled completion.
 
     Attributes:
-        ids: its tokens, the stop token included.
+        ids: its tokens, the stop token, or what completes a stop string, included.
         logps: their log-probs under the sampling policy at the sampling temperature.
-        truncated: the length limit was reached without a stop token.
+        truncated: the length limit was reached without a stop token or a stop string.
     """
 
     ids: list[int]

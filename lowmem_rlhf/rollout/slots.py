@@ -1,9 +1,9 @@
 """Slots of fixed shape: what a decoding pass reads and writes when it is to be captured once and replayed.
 
 A slot holds one completion that is being written: its keys and values (the prompt's first), its next token, where it
-stands, and the uniform numbers of its tokens. All of it stays at one place in the device's memory and nothing of a pass
-depends on a number that the host knows, so a pass can be a graph. Slots may be at different lengths: what a row sees
-follows from its own position.
+stands, the uniform numbers of its tokens, and what else its draws need (`rollout.draws`). All of it stays at one place
+in the device's memory and nothing of a pass depends on a number that the host knows, so a pass can be a graph. Slots
+may be at different lengths: what a row sees follows from its own position.
 
 Shapes: S slots, of which the first n run; room tokens in a slot, of which a pass sees the first ``seen``; d head size,
 nh and nkv heads; V vocabulary.
@@ -16,10 +16,10 @@ import torch
 import torch.nn.functional as F
 
 from lowmem_rlhf.engine.decode.fast_decoder import rotary_tables
-from lowmem_rlhf.engine.logprobs import tiles
 from lowmem_rlhf.engine.mixers import Mix, StateKey
 from lowmem_rlhf.planning.limits import LOOK
-from lowmem_rlhf.rollout.sampling import Sampling, draw
+from lowmem_rlhf.rollout.draws import SlotDraws
+from lowmem_rlhf.rollout.sampling import Sampling
 
 if TYPE_CHECKING:
     from lowmem_rlhf.engine.base import SharedBase
@@ -43,7 +43,8 @@ class Slots:
     """
 
     def __init__(self, base: "SharedBase", count: int, room: int, sampling: Sampling, tile: int) -> None:
-        self.base, self.count, self.room, self.sampling, self.tile = base, count, room, sampling, tile
+        self.base, self.count, self.room, self.sampling = base, count, room, sampling
+        self._draws = SlotDraws(base, count, sampling, tile)
         self.rows, self.seen = count, room
         device = base.device
         self._keys: dict[int, torch.Tensor] = {}  # by layer, (S, room, nkv, d)
@@ -95,9 +96,7 @@ class Slots:
         uniforms = self._uniforms.index_select(0, flat)[:, None]
         record = self._record[: self.rows]
         token, logp = record.view(torch.long)[:, :1], record[:, 2:3]
-        for part in tiles(self.rows, self.tile):
-            logits = self.base.head.logits(hidden[part])
-            draw(logits, uniforms[part], self.sampling, self.base.missing, (token[part], logp[part]))
+        self._draws.next(hidden, uniforms, self.positions, (token, logp))
         self._records.index_copy_(0, flat, record)
         self._places[:, : self.rows].add_(self._steps[:, : self.rows])
 
@@ -211,7 +210,7 @@ class Slots:
         keys: dict[int, tuple[torch.Tensor, torch.Tensor]],
         states: dict[StateKey, torch.Tensor],
         hidden: torch.Tensor,
-        length: int,
+        prompt: Sequence[int],
         uniforms: torch.Tensor,
     ) -> None:
         """Begin completions of one prompt in these slots, and draw their first tokens.
@@ -220,10 +219,10 @@ class Slots:
             keys: by layer the prompt's keys and values, (nkv, P, d) each.
             states: the prompt's final states, (1, ..) each.
             hidden: (1, H), which predicts the first tokens.
-            length: of the prompt.
+            prompt: its token ids.
             uniforms: of all tokens of these completions, (completions, tokens) on the device.
         """
-        index = self._index(slots)
+        index, length = self._index(slots), len(prompt)
         for layer, (k, v) in keys.items():
             for held, x in zip(self._store(layer, k, v), (k, v), strict=True):
                 held[:, :length].index_copy_(0, index, x.transpose(0, 1).expand(len(slots), -1, -1, -1))
@@ -232,7 +231,7 @@ class Slots:
                 shape = (self.count, *state.shape[1:])
                 self._states[key] = torch.zeros(shape, dtype=state.dtype, device=state.device)
             self._states[key].index_copy_(0, index, state.expand(len(slots), *state.shape[1:]))
-        token, logp = draw(self.base.head.logits(hidden), uniforms[:, :1].t(), self.sampling, self.base.missing)
+        token, logp = self._draws.first(index, hidden, prompt, uniforms[:, :1].t())
         record = torch.zeros((len(slots), WORDS), dtype=torch.float32, device=self.base.device)
         record.view(torch.long)[:, 0], record[:, 2] = token[0], logp[0]
         first = index * self.room + length  # of the completions' tokens
@@ -270,6 +269,7 @@ class Slots:
         index = self._index(order)
         count = len(order)
         by_slot = [self._record, *self._keys.values(), *self._values.values(), *self._states.values()]
+        by_slot += self._draws.by_slot
         by_slot += [self._records.unflatten(0, (self.count, -1)), self._uniforms.unflatten(0, (self.count, -1))]
         for x in by_slot:  # one at a time: what is moved is there twice
             x[:count] = x.index_select(0, index)

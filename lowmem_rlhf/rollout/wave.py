@@ -16,11 +16,12 @@ import torch
 
 from lowmem_rlhf.engine.base import SharedBase
 from lowmem_rlhf.engine.ladder import RolloutLimits
-from lowmem_rlhf.engine.logprobs import tiles
 from lowmem_rlhf.errors import RunError
 from lowmem_rlhf.progress import ProgressCallback
+from lowmem_rlhf.rollout.draws import Draws
+from lowmem_rlhf.rollout.ends import Ends
 from lowmem_rlhf.rollout.rollout import Completion
-from lowmem_rlhf.rollout.sampling import LARGEST, Sampling, draw
+from lowmem_rlhf.rollout.sampling import LARGEST, Sampling
 
 COMPACT_BELOW = 0.75  # rows leave once no more than this share of the batch is still being written
 
@@ -117,11 +118,13 @@ class WaveEngine(ABC):
         first = uniforms[rows, 0].view(
             hidden.shape[0], -1
         )  # a prompt's logits are made once, for its equally many rows
-        tokens, logp = draw_tiled(base, hidden, first, sampling, limits.tile)
+        draws = Draws(base, sampling, [prompts[b] for b in used], row_prompt, limits.tile)
+        tokens, logp = draws.first(hidden, first)
         ids: dict[int, list[int]] = {row: [] for row in rows}
         logps: dict[int, list[float]] = {row: [] for row in rows}
         live = list(range(len(rows)))  # places in `rows` still being written
-        stops = base.stop_ids
+        ends = Ends(base, sampling)
+        ended = {row: ends.of_one() for row in rows}
         for t in range(length):
             token_list, logp_list = tokens.tolist(), logp.tolist()
             check_finite(base, logp_list, t)
@@ -129,8 +132,8 @@ class WaveEngine(ABC):
             for i in live:
                 ids[rows[i]].append(token_list[i])
                 logps[rows[i]].append(logp_list[i])
-                if token_list[i] in stops or t == last[rows[i]]:
-                    completions[rows[i]] = Completion(ids[rows[i]], logps[rows[i]], token_list[i] not in stops)
+                if (done := ended[rows[i]](token_list[i])) or t == last[rows[i]]:
+                    completions[rows[i]] = Completion(ids[rows[i]], logps[rows[i]], not done)
                 else:
                     still.append(i)
             if progress and len(still) < len(live):
@@ -140,10 +143,12 @@ class WaveEngine(ABC):
                 return
             if len(live) <= COMPACT_BELOW * len(rows):
                 state.keep(live)
-                tokens = tokens[torch.tensor(live, dtype=torch.long, device=base.device)]
+                staying = torch.tensor(live, dtype=torch.long, device=base.device)
+                draws.keep(staying)
+                tokens = tokens[staying]
                 rows, live = [rows[i] for i in live], list(range(len(live)))
             hidden = state.next_states(base, tokens)
-            tokens, logp = draw_tiled(base, hidden, uniforms[rows, t + 1][:, None], sampling, limits.tile)
+            tokens, logp = draws.next(hidden, uniforms[rows, t + 1], tokens)
 
 
 def most_tokens(max_completion_length: int | Sequence[int], prompts: int) -> list[int]:
@@ -170,14 +175,3 @@ def check_finite(base: SharedBase, logps: Sequence[float], t: int) -> None:
             f"the model's logits are not finite (completion token {t + 1}, {base.dtype}); with float16 take "
             "hardware.compute_dtype=bfloat16 or float32, otherwise lower training.learning_rate"
         )
-
-
-def draw_tiled(
-    base: SharedBase, hidden: torch.Tensor, uniforms: torch.Tensor, sampling: Sampling, tile: int
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return tokens and log-probs (K * U,) for hidden states (K, H) and uniforms (K, U)."""
-    uniforms, missing = uniforms.to(base.device), base.missing
-    parts = [
-        draw(base.head.logits(hidden[part]), uniforms[part], sampling, missing) for part in tiles(hidden.shape[0], tile)
-    ]
-    return torch.cat([token for token, _ in parts]).flatten(), torch.cat([logp for _, logp in parts]).flatten()

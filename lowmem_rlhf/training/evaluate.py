@@ -123,8 +123,7 @@ def learned_from(rewards: Mapping[str, Sequence[Reward]], rollout: Rollout, norm
 
 def sampling_of(recipe: Recipe) -> Sampling:
     """Return how the recipe samples its rollouts."""
-    g = recipe.generation
-    return Sampling(g.temperature, g.top_p, g.top_k, g.min_p)
+    return Sampling.of(recipe.generation)
 
 
 @dataclass(frozen=True)
@@ -161,13 +160,7 @@ def sample(
     The same problems and random numbers every time, so that two roles or moments differ by the policy alone.
     """
     settings = recipe.evaluation
-    sampling = sampling_of(recipe)
-    if settings.temperature is not None:
-        sampling = (
-            Sampling(settings.temperature)
-            if settings.temperature == 0
-            else Sampling(settings.temperature, sampling.top_p, sampling.top_k, sampling.min_p)
-        )
+    sampling = Sampling.of(recipe.generation, settings.temperature)
     engine.sync()
     groups = engine.generate(
         [example.prompt_ids for example in examples],

@@ -30,9 +30,9 @@ from lowmem_rlhf.recipe.schema import Recipe
 from lowmem_rlhf.recipe.sections import HardwareConfig
 from lowmem_rlhf.rollout.cache import SharedPromptCache
 from lowmem_rlhf.rollout.continuous import ContinuousEngine
+from lowmem_rlhf.rollout.draws import Draws
 from lowmem_rlhf.rollout.engine import engine_for, wave_engine
 from lowmem_rlhf.rollout.sampling import Sampling
-from lowmem_rlhf.rollout.wave import draw_tiled
 
 TIGHTEN, RELAX = 1 + MARGIN, 0.90  # of what was planned: beyond these the plan is made once more
 FAILED = 1.25  # taken for the ratio where a phase ran out of memory
@@ -280,7 +280,8 @@ def _rollout(base: SharedBase, recipe: Recipe, plan: Plan) -> None:
     each = max(1, rows // prompts)
     prompt = _ids(base, recipe.data.max_prompt_length)
     row_prompt = [b for b in range(prompts) for _ in range(each)]
-    sampling = Sampling(recipe.generation.temperature)
+    g = recipe.generation
+    sampling = Sampling(g.temperature, repetition_penalty=g.repetition_penalty, min_new_tokens=g.min_new_tokens)
     engine = engine_for(base, recipe.generation.engine, settings.rollout_weights == "dequantized")
     if isinstance(engine, ContinuousEngine):
         limits = RolloutLimits(rows, settings.micro_batch_tokens, settings.logits_tile_tokens)
@@ -293,5 +294,7 @@ def _rollout(base: SharedBase, recipe: Recipe, plan: Plan) -> None:
         if isinstance(state, SharedPromptCache):
             state.skip_to(length - 2)
         hidden = state.next_states(base, tokens)
-        uniforms = torch.full((len(row_prompt), 1), 0.5, dtype=torch.float32, device="cpu")
-        draw_tiled(base, hidden, uniforms, sampling, settings.logits_tile_tokens)
+        uniforms = torch.full((len(row_prompt),), 0.5, dtype=torch.float32, device="cpu")
+        Draws(base, sampling, [prompt] * prompts, row_prompt, settings.logits_tile_tokens).next(
+            hidden, uniforms, tokens
+        )

@@ -46,6 +46,14 @@ def test_shards_give_the_same_file(folder, tmp_path):
     assert one.keys() == other.keys() and all((one[name] == other[name]).all() for name in one)
 
 
+def test_a_repetition_penalty_is_what_llama_cpp_samples_with(folder, tmp_path):
+    keys = ("general.sampling.penalty_repeat", "general.sampling.penalty_last_n")
+    for penalty, said in ((1.0, [None, None]), (1.25, [1.25, -1])):
+        write_gguf(folder, tmp_path / "m.gguf", "f16", repetition_penalty=penalty)
+        fields = [GGUFReader(tmp_path / "m.gguf").get_field(key) for key in keys]
+        assert [field and field.contents() for field in fields] == said
+
+
 def test_rows_are_written_some_at_a_time(folder, tmp_path, monkeypatch):
     write_gguf(folder, tmp_path / "a.gguf", "q8_0")
     seen, sizes = [], []

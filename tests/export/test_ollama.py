@@ -163,6 +163,17 @@ def test_a_modelfile_has_the_weights_the_template_stops_and_parameters():
     assert "a system text has no place in it" in modelfile("m.gguf", tokenizer(GEMMA2), {}, [])[1]
 
 
+def test_a_modelfile_has_the_stop_strings_of_the_run():
+    """Ollama's parser keeps line feeds and tabs within quotes, and quotes within three of them."""
+    strings = ["\n\n", "Q:", 'say "no" now', "</s>", 'ends in "', "bell\x07"]
+    text, said = modelfile("m.gguf", tokenizer(OWN), {}, ["</s>"], strings)
+    assert text == (
+        'FROM ./m.gguf\nPARAMETER stop "</s>"\nPARAMETER stop "\n\n"\nPARAMETER stop "Q:"\n'
+        'PARAMETER stop """say "no" now"""\n'
+    )
+    assert said.endswith("; a Modelfile cannot hold the stop strings 'ends in \"', 'bell\\x07', which are left out")
+
+
 def test_the_weights_are_linked_and_not_copied(tmp_path, capfd):
     folder, target, weights = tmp_path / "merged", tmp_path / "ollama", tmp_path / "w.gguf"
     tokenizer(CHATML).save_pretrained(folder)

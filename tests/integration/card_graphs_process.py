@@ -7,13 +7,24 @@ with the same passes uncaptured and with waves of shared prompts. Run it in a pr
 import json
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 from cards import card_of, its_attention
-from tiny_models import EOS, VOCAB, as_batch, fill_adapter, ragged_groups, save_tiny, tiny_model, tiny_tokenizer
+from tiny_models import (
+    EOS,
+    VOCAB,
+    as_batch,
+    byte_tokenizer,
+    fill_adapter,
+    ragged_groups,
+    save_tiny,
+    tiny_model,
+    tiny_tokenizer,
+)
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -48,6 +59,9 @@ SAMPLINGS = {
     "all": Sampling(temperature=1.3, top_p=0.9, top_k=40, min_p=0.001),
     "greedy": Sampling(temperature=0.0),
 }
+CONTROLS = Sampling(
+    1.2, repetition_penalty=1.5, min_new_tokens=4, stop_strings=("0", "5", "A", "a", "Z", "+", "<", "m")
+)
 Completions = list[list[Completion]]
 
 
@@ -187,6 +201,10 @@ def main() -> None:
     base = base_of("qwen2")
     base._missing = (base.tokenizer, torch.arange(VOCAB, device=DEVICE) % 3 == 1)  # ids that belong to no token
     results["missing ids"] = tried(base, Sampling(top_p=0.9))
+    results["missing ids, controls"] = tried(base, replace(CONTROLS, stop_strings=()))
+    base = base_of("llama")
+    base.tokenizer = byte_tokenizer()
+    results["controls"] = tried(base, CONTROLS)
     base = base_of("llama")
     base.tokenizer = tiny_tokenizer([EOS])
     results["growing room"] = tried(base, Sampling(), length=90)

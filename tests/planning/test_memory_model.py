@@ -72,6 +72,24 @@ def test_the_cache_holds_prompts_once():
     )
 
 
+@pytest.mark.parametrize("engine", ["continuous", "shared_prompt"])
+def test_a_repetition_penalty_takes_a_mask_and_copies_of_the_logits(engine):
+    """And nothing else does: with all of it off, the plan is what it was."""
+    lengths = ["data.max_prompt_length=64", "generation.max_completion_length=64", f"generation.engine={engine}"]
+
+    def found(*overrides: str):
+        return memory_of(*lengths, *overrides, device=card(24), model="Qwen2.5-0.5B")
+
+    off, on = found(), found("generation.repetition_penalty=1.2", "generation.min_new_tokens=4")
+    vocabulary, rows = dims("Qwen2.5-0.5B").vocab_size, 64
+    before, after = rollouts.rollout(off), rollouts.rollout(on)
+    assert after.pop("seen_tokens") == rows * vocabulary and "seen_tokens" not in before
+    assert after.pop("sampling_logits") - before.pop("sampling_logits") == 64 * vocabulary * (13 + 1 - 8)
+    assert after == before
+    assert rollouts.kept_bytes(on) - rollouts.kept_bytes(off) == rows * vocabulary * (1 + 6)
+    assert rollouts.rollout(found("generation.stop_strings=[a]")) == rollouts.rollout(off)
+
+
 SHAPES = [
     # prompt, fed, scored, generations, groups, tokens
     (64, 63, 64, 4, 2, 316),  # a group fills the row

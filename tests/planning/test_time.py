@@ -184,6 +184,10 @@ def test_the_passes_of_a_step_follow_from_the_recipe():
     assert step(plan, ppo)["update"] > 1.5 * recipe.model_copy(update={}).ppo.num_ppo_epochs * once["update"]
     longer = step(plan, load_recipe("grpo_gsm8k", ["generation.max_completion_length=512"]))
     assert longer["rollout"] > 1.5 * once["rollout"] and longer["update"] > 1.4 * once["update"]
+    penalized = step(plan, load_recipe("grpo_gsm8k", ["generation.repetition_penalty=1.1"]))
+    assert 1 < penalized["rollout"] / once["rollout"] < 1.5 and penalized["update"] == once["update"]
+    least = step(plan, load_recipe("grpo_gsm8k", ["generation.min_new_tokens=4"]))["rollout"]
+    assert once["rollout"] < least < penalized["rollout"]
 
 
 @pytest.mark.parametrize(

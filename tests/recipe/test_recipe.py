@@ -167,6 +167,23 @@ def test_a_resolved_recipe_loads_again_as_itself(name, tmp_path):
         ("rewards[0].weight=big", "rewards[0].weight: got 'big'; it should be a number"),
         ("rewards=[]", "rewards: missing; grpo needs at least one"),
         ("data.train=null", "data.train: got None; it should be a text"),
+        ("generation.repetition_penalty=0", "generation.repetition_penalty: got 0; it should be at least 0.01"),
+        ("generation.min_new_tokens=-1", "generation.min_new_tokens: got -1; it should be at least 0"),
+        (
+            "generation.min_new_tokens=17",
+            "generation.min_new_tokens: got 17, more than max_completion_length=16, so that no stop token could end a "
+            "completion; lower it, or raise that",
+        ),
+        (
+            'generation.stop_strings=[a, ""]',
+            "generation.stop_strings[1]: got an empty text, which every completion has; give the text that ends one, "
+            "or leave it out",
+        ),
+        ("generation.stop_strings=[3]", "generation.stop_strings[0]: got 3; it should be a text"),
+        (
+            f"generation.stop_strings=[{'x' * 1001}]",
+            "generation.stop_strings[0]: got a text of 1001 characters; it should have at most 1000",
+        ),
     ],
 )
 def test_a_wrong_value_is_one_line_that_says_what_is_allowed(override, line):
@@ -193,6 +210,27 @@ def test_a_wrong_override_is_refused_with_what_to_do(override, parts):
     message = refusal(override)
     assert all(part in message for part in parts), message
     assert "Config" not in message and "Settings" not in message and "full_key" not in message
+
+
+@pytest.mark.parametrize(
+    ("override", "line"),
+    [
+        (
+            "tasks[0].generation.stop_strings=[a]",
+            "tasks[0].generation.stop_strings: holds for all tasks; set generation.stop_strings",
+        ),
+        ("tasks[0].generation.top_p=0.5", "tasks[0].generation.top_p: holds for all tasks; set generation.top_p"),
+        (
+            "generation.min_new_tokens=20",
+            "tasks[0].generation.max_completion_length: got 16, below generation.min_new_tokens=20; raise it, or lower "
+            "that",
+        ),
+    ],
+)
+def test_tasks_are_sampled_in_one_way(override, line):
+    with pytest.raises(UserError) as caught:
+        load_recipe("multi_task", [override])
+    assert str(caught.value) == f"recipe multi_task has an error:\n  {line}"
 
 
 def test_all_errors_are_shown_at_once():

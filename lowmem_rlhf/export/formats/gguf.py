@@ -77,7 +77,8 @@ class GGUFFormat(ExportFormat):
         file = folder / f"{name}-{kind.upper()}.gguf"
         frame = framing(load_tokenizer(work), job.recipe.data)
         with timed(f"writing {file.name}") as moved:
-            write_gguf(work, file, kind, moved, job.device, frame.add_bos)
+            penalty = job.recipe.generation.repetition_penalty
+            write_gguf(work, file, kind, moved, job.device, frame.add_bos, penalty)
         facts = {**merged.facts(), "quantize": kind, "file": file.name, **frame.facts()}
         return Written(facts, GGUFEvidence(file, work, merged, proof))
 

@@ -33,6 +33,7 @@ def write_gguf(
     progress: ProgressCallback | None = None,
     device: "torch.device | None" = None,
     add_bos: bool | None = None,
+    repetition_penalty: float = 1.0,
 ) -> None:
     """Write a merged model as a GGUF. The file appears whole or not at all.
 
@@ -46,6 +47,7 @@ def write_gguf(
         progress: called with bytes written and bytes in all.
         device: where K-quants are calculated; the CPU if None.
         add_bos: a BOS is put before every text; None: where the tokenizer does so.
+        repetition_penalty: over the whole text, what llama.cpp samples with if it is told nothing else; 1: its own.
 
     Raises:
         UserError: the kind, the architecture or the tokenizer is not known.
@@ -62,7 +64,7 @@ def write_gguf(
         if converter and first_kind not in BY_QUANTIZER and convert(converter, folder, first, first_kind):
             set_frame(first, add_bos)
         else:
-            _write(folder, first, target.stem, first_kind, progress, device, add_bos)
+            _write(folder, first, target.stem, first_kind, progress, device, add_bos, repetition_penalty)
         if quantizer:
             quantize(quantizer, first, temp, kind)
         with temp.open("rb+") as file:
@@ -88,6 +90,7 @@ def _write(
     progress: ProgressCallback | None,
     device: "torch.device | None",
     add_bos: bool | None = None,
+    repetition_penalty: float = 1.0,
 ) -> None:
     """Write with the gguf library; kind may be f32 too."""
     import torch
@@ -112,6 +115,9 @@ def _write(
         message(note)
     writer = GGUFWriter(target, metadata.layout.name)
     _add_keys(writer, name, metadata, keys, kind)
+    if repetition_penalty != 1.0:
+        writer.add_float32("general.sampling.penalty_repeat", repetition_penalty)
+        writer.add_int32("general.sampling.penalty_last_n", -1)  # all tokens of the text
     for tensor in tensors:
         _add_info(writer, tensor)
     try:

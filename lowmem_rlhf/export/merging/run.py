@@ -8,7 +8,7 @@ from lowmem_rlhf.architecture.adapters import saved_adapter
 from lowmem_rlhf.architecture.families import family_of
 from lowmem_rlhf.architecture.families.wrappers import is_wrapper
 from lowmem_rlhf.errors import RunError
-from lowmem_rlhf.export.framing import end_turns, keep_template_options
+from lowmem_rlhf.export.framing import end_turns, keep_controls, keep_template_options
 from lowmem_rlhf.export.job import ExportJob
 from lowmem_rlhf.export.merging.dtypes import check_rounding, choose_dtype, does_not_fit
 from lowmem_rlhf.export.merging.lora_file import LoraFile
@@ -122,6 +122,7 @@ def merge_run(job: ExportJob, folder: Path, wanted: str | None, text_alone: bool
     notes = _about_towers(merge, text_alone) if wrapped else ()
     notes += keep_template_options(folder, recipe.data.chat_template_kwargs)
     notes += end_turns(folder)  # with these options as the template's defaults
+    notes += keep_controls(folder, recipe.generation)
     onto = QUANTIZED if job.onto_quantized else ORIGINAL
     return Merged(folder, onto, settings["quantization"], dtype, reason, rounding, live, verdicts, reference, notes)
 

@@ -2,7 +2,7 @@
 
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -81,13 +81,16 @@ def _default_system(one: Format, plain: str) -> str | None:
     return plain[len(before) : -len(after)] if fits else None
 
 
-def modelfile(gguf: str, tokenizer: Any, parameters: Parameters, stops: list[str]) -> tuple[str, str]:
+def modelfile(
+    gguf: str, tokenizer: Any, parameters: Parameters, stops: list[str], stop_strings: Sequence[str] = ()
+) -> tuple[str, str]:
     """Return a Modelfile, and a sentence on its template.
 
     Args:
         gguf: the file's name.
         parameters: Ollama's; those that are None are left out.
         stops: texts of the tokens that end an answer.
+        stop_strings: texts of the recipe that end one.
     """
     lines = [f"FROM ./{gguf}"]
     detected = detect_format(tokenizer)
@@ -110,16 +113,28 @@ def modelfile(gguf: str, tokenizer: Any, parameters: Parameters, stops: list[str
             lines.append(f'SYSTEM """{detected.system}"""')
         stops = [detected.format.stop, *stops]
     lines += [f"PARAMETER {name} {value}" for name, value in parameters.items() if value is not None]
-    lines += [f'PARAMETER stop "{stop}"' for stop in dict.fromkeys(stops) if stop.strip() and _is_one_value(stop)]
+    stops = [stop for stop in stops if stop.strip() and '"' not in stop and stop.isprintable()]
+    fitting = [stop for stop in stop_strings if _can_be_quoted(stop)]
+    lines += [f"PARAMETER stop {_quoted(stop)}" for stop in dict.fromkeys([*stops, *fitting])]
+    if left_out := [stop for stop in stop_strings if stop not in fitting]:
+        note += f"; a Modelfile cannot hold the stop strings {', '.join(map(repr, left_out))}, which are left out"
     return "\n".join(lines) + "\n", note
 
 
-def _is_one_value(text: str) -> bool:
-    """Whether a text can stand in quotes on one line of a Modelfile, which knows no escapes."""
-    return '"' not in text and text.isprintable()
+def _can_be_quoted(text: str) -> bool:
+    """Whether a text can stand in quotes in a Modelfile, which knows no escapes and keeps line feeds and tabs."""
+    whole = '"""' not in text and not text.startswith('"') and not text.endswith('"')
+    return whole and all(letter.isprintable() or letter in "\n\t" for letter in text)
 
 
-def write_ollama(folder: Path, gguf: Path, target: Path, parameters: Parameters) -> None:
+def _quoted(text: str) -> str:
+    quotes = '"""' if '"' in text else '"'
+    return f"{quotes}{text}{quotes}"
+
+
+def write_ollama(
+    folder: Path, gguf: Path, target: Path, parameters: Parameters, stop_strings: Sequence[str] = ()
+) -> None:
     """Write the Modelfile and place the GGUF beside it, as a hard link where the file system has them.
 
     Args:
@@ -128,6 +143,7 @@ def write_ollama(folder: Path, gguf: Path, target: Path, parameters: Parameters)
         target: the folder; made if it is not there.
         parameters: Ollama's, for example temperature and num_ctx; None leaves one out. ``num_ctx`` is by default the
             model's context, at most 4096 tokens.
+        stop_strings: texts that end an answer, beside the model's own ends.
 
     Raises:
         UserError: the tokenizer cannot be read.
@@ -138,7 +154,7 @@ def write_ollama(folder: Path, gguf: Path, target: Path, parameters: Parameters)
     ends = (tokenizer.eos_token_id, second_stop(folder, config, tokenizer))
     stops = [str(tokenizer.convert_ids_to_tokens(end)) for end in ends if end is not None]
     context = min(_CONTEXT, getattr(config, "max_position_embeddings", None) or _CONTEXT)
-    text, note = modelfile(gguf.name, tokenizer, {"num_ctx": context, **parameters}, stops)
+    text, note = modelfile(gguf.name, tokenizer, {"num_ctx": context, **parameters}, stops, stop_strings)
     target.mkdir(parents=True, exist_ok=True)
     placed = target / gguf.name
     if placed.resolve() != gguf.resolve():

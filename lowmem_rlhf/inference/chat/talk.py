@@ -32,7 +32,8 @@ class ChatOptions:
     Attributes:
         compare: the reference answers too.
         max_tokens: of an answer; None: as many as in training.
-        temperature: 0 takes the likeliest token; else top-p, top-k and min-p are the recipe's.
+        temperature: 0 takes the likeliest token; else top-p, top-k and min-p are the recipe's. The repetition penalty,
+            the least length and stop strings always are.
         seed: of the first answer; each later one takes the next number.
         task: of several, the one whose prompts are written; None: the first.
     """
@@ -184,8 +185,7 @@ class Talk:
         self.base, self.roles = base, [REFERENCE, POLICY] if options.compare else [POLICY]
         self.prompts = Prompts(recipe.data, base.tokenizer, base.stop_ids)
         g = recipe.generation
-        t = options.temperature
-        self._sampling = Sampling(t, g.top_p, g.top_k, g.min_p) if t else Sampling(0.0)
+        self._sampling = Sampling.of(g, options.temperature)
         self._max_tokens = options.max_tokens or g.max_completion_length
         self._seed = options.seed
         self._model = recipe.model

@@ -10,6 +10,7 @@ from lowmem_rlhf.planning.limits import COMPLETION_BLOCK, FOUR_BIT_ROWS, KERNEL_
 from lowmem_rlhf.planning.memory.mixers import UPDATE, state_bytes
 from lowmem_rlhf.planning.memory.resident import Components, Memory, total
 from lowmem_rlhf.planning.shapes import all_rows, prompts_at_once, prompts_shape, rollout_rows
+from lowmem_rlhf.recipe.sections import GenerationConfig
 from lowmem_rlhf.suggest import did_you_mean
 
 # layers that are multiplied at once, by the group that they are in
@@ -27,12 +28,23 @@ def _kv_bytes_of_layers(dims: ModelDimensions, width: int) -> list[int]:
     return [2 * dims.num_kv_heads * dims.head_dim * width] * dims.attention_layers
 
 
-def sampling_logits_bytes(dims: ModelDimensions, rows: int, width: int, temperature: float = 1.0) -> int:
+def sampling_logits_bytes(dims: ModelDimensions, rows: int, width: int, generation: GenerationConfig) -> int:
     """Bytes of the last token's logits while sampling: the model's, log-probs and probabilities in fp32.
 
-    At a temperature other than 1 the logits over the temperature are there in fp32 as well.
+    At a temperature other than 1 the logits over the temperature are there in fp32 as well. A repetition penalty has
+    three copies of the logits in fp32 at first, and where they are negative; hidden stops are one byte a logit.
     """
-    return rows * dims.vocab_size * (width + 8 + (4 if temperature != 1.0 else 0))
+    each = width + 8 + (4 if generation.temperature != 1.0 else 0)
+    if generation.repetition_penalty != 1.0:
+        each = max(each, width + 13)
+    return rows * dims.vocab_size * (each + (generation.min_new_tokens > 0))
+
+
+def seen_tokens_bytes(memory: Memory, rows: int) -> Components:
+    """Return the mask of the tokens that each row has seen, one byte each, which a repetition penalty reads."""
+    if memory.recipe.generation.repetition_penalty == 1.0:
+        return {}
+    return {"seen_tokens": rows * memory.dims.vocab_size}
 
 
 def decode_scores_bytes(dims: ModelDimensions, rows: int, keys: int, width: int) -> int:
@@ -108,7 +120,9 @@ def shared_base_bytes(memory: Memory) -> Components:
         {"kv_cache": keys + cache + prompts * state},
         {"kv_cache": cache + round(1.5 * prompts * prompt * largest) + prompts * state},
         {"kv_cache": cache + own + rows * state + rows * _room_before(length - 1) * largest},
-        {"kv_cache": cache + own + rows * state} | _decoding(memory, rows, prompt + length),
+        {"kv_cache": cache + own + rows * state}
+        | _decoding(memory, rows, prompt + length)
+        | seen_tokens_bytes(memory, rows),
     ]
     copies = {"rollout_copy": rollout_copy_bytes(memory) + grouped_adapter_bytes(memory)}
     return memory.adapter_copies() | copies | max(moments, key=total)
@@ -162,22 +176,22 @@ def continuous_bytes(memory: Memory) -> Components:
     peak = max(one.forward_peak(keeps_keys=True) for one in layers) + layers[0].common()
     state = state_bytes(dims.mixer, width) if dims.mixer else 0
     cut = at_once * (prompt * kv_bytes_per_token(dims, width) + state)  # of prompts that have just run
-    slots, decoding = slots_bytes(memory, rows), _graph(memory, rows)
+    slots, decoding, seen = slots_bytes(memory, rows), _graph(memory, rows), seen_tokens_bytes(memory, rows)
     graph = total(decoding) if memory.capabilities.graphs else 0
     moments: list[Components] = [
         {"kv_cache": keys, "prefill_activations": peak},
         {"kv_cache": keys + cut},
-        {"kv_cache": slots + cut} | decoding,
+        {"kv_cache": slots + cut} | decoding | seen,
     ]
     if rows < all_rows(recipe):  # later prompts run beside what is being written
         moments += [
-            {"kv_cache": slots + cut + keys, "prefill_activations": peak, "graphs": graph},
-            {"kv_cache": slots + 2 * cut + keys, "graphs": graph},
+            {"kv_cache": slots + cut + keys, "prefill_activations": peak, "graphs": graph} | seen,
+            {"kv_cache": slots + 2 * cut + keys, "graphs": graph} | seen,
         ]
     elif prompts > at_once:  # further prompts of the first filling
         moments += [
-            {"kv_cache": slots + keys, "prefill_activations": peak},
-            {"kv_cache": slots + keys + cut},
+            {"kv_cache": slots + keys, "prefill_activations": peak} | seen,
+            {"kv_cache": slots + keys + cut} | seen,
         ]
     copies = {"rollout_copy": rollout_copy_bytes(memory) + grouped_adapter_bytes(memory)}
     return memory.adapter_copies() | copies | max(moments, key=total)
@@ -187,7 +201,8 @@ def kept_bytes(memory: Memory) -> int:
     """Bytes of what stays after a rollout where graphs are kept: slots, the pass's own memory, scales and adapters."""
     rows = rollout_rows(memory.recipe, memory.settings.rollout_batch_size)
     again = rollout_copy_bytes(memory) + grouped_adapter_bytes(memory) + total(memory.adapter_copies())
-    return slots_bytes(memory, rows) + total(_graph(memory, rows)) + again
+    held = slots_bytes(memory, rows) + total(seen_tokens_bytes(memory, rows))
+    return held + total(_graph(memory, rows)) + again
 
 
 def _graph(memory: Memory, rows: int) -> Components:
@@ -214,9 +229,8 @@ def _decoding(memory: Memory, rows: int, keys: int) -> Components:
     dims, width = memory.dims, memory.width
     tile = memory.settings.logits_tile_tokens
     drawn = math.ceil(rows / math.ceil(rows / tile))
-    temperature = memory.recipe.generation.temperature
     moments = [
-        {"sampling_logits": sampling_logits_bytes(dims, drawn, width, temperature)},
+        {"sampling_logits": sampling_logits_bytes(dims, drawn, width, memory.recipe.generation)},
         {"attention_scores": decode_scores_bytes(dims, rows, keys, width)},
     ]
     if dims.mixer:

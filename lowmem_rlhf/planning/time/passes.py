@@ -88,6 +88,10 @@ class Passes:
             work.move(8 * logits, 1)
         if generation.top_k or generation.top_p < 1 or generation.min_p:
             work.move(60 * logits, 12)
+        if generation.repetition_penalty != 1.0:  # fp32, times and over the penalty, which of the two, and if seen
+            work.move((b + 4 + 8 + 8 + 5 + 13 + 13 + 8) * logits, 9)
+        if generation.min_new_tokens:  # which stops are hidden, and what is left relative to its largest
+            work.move((2 + 9 + 4 + 8) * logits, 5)
         work.move(0, LOOK_KERNELS / LOOK)
         return work
 

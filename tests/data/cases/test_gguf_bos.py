@@ -3,19 +3,20 @@
 import json
 
 import pytest
+import torch
 import yaml
 from gguf import GGUFReader, GGUFWriter
 from tiny_models import byte_tokenizer, tiny_model
 from tokenizers.processors import TemplateProcessing
-from transformers import AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lowmem_rlhf.display.lines import Lines
-from lowmem_rlhf.export.framing import end_turns, framing, keep_template_options
+from lowmem_rlhf.export.framing import end_turns, framing, keep_controls, keep_template_options
 from lowmem_rlhf.export.gguf.converter import set_frame
 from lowmem_rlhf.export.gguf.tokenizer import ADD_BOS, ADD_EOS, describe_tokenizer
 from lowmem_rlhf.export.gguf.write import second_stop
 from lowmem_rlhf.progress import shown_by
-from lowmem_rlhf.recipe.sections import DataConfig
+from lowmem_rlhf.recipe.sections import DataConfig, GenerationConfig
 
 TURNS = (
     "{% for m in messages %}{{ '<|im_start|>' + m.role + '\\n' + m.content + '<|im_end|>\\n' }}{% endfor %}"
@@ -133,6 +134,27 @@ def test_a_merged_model_ends_turns_as_its_template_does(tmp_path, template, gene
     notes = end_turns(folder_of(tmp_path, template, generation))
     assert json.loads((tmp_path / "generation_config.json").read_text(encoding="utf-8")) == ends
     assert bool(notes) == (generation != ends) and all("<|im_end|>" in note for note in notes)
+
+
+def test_a_merged_model_generates_as_the_run_did(tmp_path):
+    """The controls of the run are in a generation config that transformers takes; without any it stays as it is."""
+    saved = {"_from_model_config": True, "eos_token_id": 3, "top_k": 5}
+    model, config = folder_of(tmp_path, None, saved), tmp_path / "generation_config.json"
+    before = config.read_text(encoding="utf-8")
+    assert keep_controls(tmp_path, GenerationConfig()) == () and config.read_text(encoding="utf-8") == before
+    given = {"repetition_penalty": 1.5, "min_new_tokens": 3, "stop_strings": ["7", "\n\n"]}
+    notes = keep_controls(tmp_path, GenerationConfig(**given))
+    assert json.loads(config.read_text(encoding="utf-8")) == {"eos_token_id": 3, "top_k": 5} | given
+    assert len(notes) == 2 and 'stop_strings=["7", "\\n\\n"]' in notes[0] and "tokenizer=" in notes[1]
+    loaded, tokenizer = AutoModelForCausalLM.from_pretrained(model), AutoTokenizer.from_pretrained(model)
+    out = loaded.generate(torch.tensor([[5, 6, 7]]), tokenizer=tokenizer, max_new_tokens=8, do_sample=False)
+    stated = {**given, "eos_token_id": 3, "pad_token_id": 0}
+    plain = tiny_model("llama", vocab_size=262, hidden_size=64, intermediate_size=128, max_position_embeddings=1024)
+    want = plain.generate(torch.tensor([[5, 6, 7]]), tokenizer=tokenizer, max_new_tokens=8, do_sample=False, **stated)
+    assert torch.equal(out, want)
+    config.unlink()
+    keep_controls(tmp_path, GenerationConfig(min_new_tokens=2))
+    assert json.loads(config.read_text(encoding="utf-8"))["eos_token_id"] == 3
 
 
 def test_the_second_stop_of_a_gguf_is_the_one_of_the_template(tmp_path):
