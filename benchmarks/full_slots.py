@@ -61,12 +61,13 @@ def continuous(wanted: Sequence[int], generations: int, slots: int) -> int:
 
     from lowmem_rlhf.planning.limits import slot_room
     from lowmem_rlhf.rollout.continuous import Schedule
+    from lowmem_rlhf.rollout.sampling import Sampling
     from lowmem_rlhf.rollout.shared_prompt import PromptRun
 
     class Lengths:
         """Slots whose completions end after a given number of tokens."""
 
-        stop_ids = frozenset({STOP})
+        stop_ids, sampling = frozenset({STOP}), Sampling()
 
         def __init__(self) -> None:
             self.count = self.rows = slots
