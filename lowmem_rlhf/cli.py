@@ -40,6 +40,7 @@ app = typer.Typer(
 rewards_app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 app.add_typer(rewards_app, name="rewards")
 
+A_RUN = "A run directory, or a recipe's name for its newest finished run."
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 Trust = Annotated[
     bool, typer.Option("--trust-run", help="Execute the code that the run's recipe names, though it is from elsewhere.")
@@ -393,8 +394,24 @@ def train(
 
 
 @app.command()
+def runs(
+    folder: Annotated[Path, typer.Argument(help="Where they lie.")] = Path("runs"),
+    as_json: Json = False,
+) -> None:
+    """List the runs below a folder with their state, time and result, the newest last."""
+    from lowmem_rlhf.display.runs import print_runs
+    from lowmem_rlhf.run.listing import runs_in
+
+    found = runs_in(folder)
+    if as_json:
+        _print_json({"runs": [run.to_dict() for run in found]})
+    else:
+        print_runs(found, folder)
+
+
+@app.command()
 def chat(
-    run: Annotated[Path, typer.Argument(metavar="RUN", help="A run directory.")],
+    run: Annotated[Path, typer.Argument(metavar="RUN", help=A_RUN)],
     prompt: Annotated[str | None, typer.Option(help="Answer this text and stop; without it, a prompt line.")] = None,
     compare: Annotated[bool, typer.Option("--compare", help="Show what the reference answers, too.")] = False,
     max_tokens: Annotated[int | None, typer.Option(min=1, help="Of an answer; default: as in training.")] = None,
@@ -431,7 +448,7 @@ def chat(
 
 @app.command(name="eval")
 def evaluate(
-    what: Annotated[str, typer.Argument(metavar="RUN|MODEL", help="A run directory, or a model as in a recipe.")],
+    what: Annotated[str, typer.Argument(metavar="RUN|MODEL", help=f"{A_RUN[:-1]}; or a model as in a recipe.")],
     overrides: Overrides = None,
     recipe: Annotated[
         str | None, typer.Option(help="For a MODEL: the recipe whose held-out data and rewards are used.")
@@ -482,7 +499,7 @@ def evaluate(
 
 @app.command()
 def export(
-    run: Annotated[Path, typer.Argument(metavar="RUN", help="A run directory.")],
+    run: Annotated[Path, typer.Argument(metavar="RUN", help=A_RUN)],
     format: Annotated[
         str | None, typer.Option(help="merged (the default), adapter, gguf or ollama; of a reward model: adapter.")
     ] = None,
@@ -560,7 +577,7 @@ def bench(
 
 @app.command()
 def report(
-    run: Annotated[Path, typer.Argument(metavar="RUN", help="A run directory.")],
+    run: Annotated[Path, typer.Argument(metavar="RUN", help=A_RUN)],
     plot: Annotated[Path | None, typer.Option(help="Also save the reward curve as this PNG.")] = None,
 ) -> None:
     """Write a run's report.html."""

@@ -1,6 +1,6 @@
 """What `eval` was asked for, checked before anything is loaded; then measured and kept."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +9,7 @@ from lowmem_rlhf.inference.open_run import OpenRun, Step
 from lowmem_rlhf.paths import local_path, obstacle
 from lowmem_rlhf.recipe.loading import load_recipe, validate_recipe
 from lowmem_rlhf.recipe.schema import Recipe
-from lowmem_rlhf.run.directory import RECIPE, open_run
+from lowmem_rlhf.run.directory import RECIPE, open_run, run_folder
 from lowmem_rlhf.run.evaluations import append_evaluation
 from lowmem_rlhf.run.trust import check_code
 
@@ -21,7 +21,7 @@ class Request:
     """The command line of `eval`.
 
     Attributes:
-        what: a run's folder or a model.
+        what: a run's folder or its recipe's name (see `run.directory.open_run`), or a model.
         overrides: changes of the recipe.
         sampling: changes that its options stand for, all of how answers are sampled.
         recipe, against: of a model.
@@ -57,6 +57,8 @@ def run_evaluation(request: Request) -> tuple[dict[str, Any], Path | RunError | 
         raise UserError(f"got {request.what!r}; give a run's folder, or a model as in a recipe")
     if why := obstacle(local_path(request.what)):
         raise UserError(f"{request.what} {why}; give a run's folder, or a model as in a recipe")
+    if request.recipe is None and request.against is None:
+        request = replace(request, what=str(run_folder(request.what)))
     _check(request)
     if not is_run(request.what):
         return _of_model(request), None

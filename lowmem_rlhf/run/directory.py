@@ -6,7 +6,6 @@ dropped by a resume. What is read back has to be what was written (see :mod:`low
 a time writes (see :mod:`lowmem_rlhf.run.lock`). No torch here.
 """
 
-import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -32,6 +31,7 @@ from lowmem_rlhf.recipe.schema import Recipe
 from lowmem_rlhf.run.base_file import write_base
 from lowmem_rlhf.run.checkpoints import STATE, write_state
 from lowmem_rlhf.run.held_out import taken_back
+from lowmem_rlhf.run.listing import RUNS, base_name, newest_run
 from lowmem_rlhf.run.lock import LOCK, Lock
 from lowmem_rlhf.run.logs import LogProof, rewind_log
 from lowmem_rlhf.run.proof import HASHES, Damaged, read_sealed, write_hashes
@@ -337,13 +337,13 @@ def open_run(path: str | Path, trust: bool = False) -> RunDirectory:
     """Open a run for reading.
 
     Args:
-        path: the folder.
+        path: the folder; or the name of a recipe, for its newest finished run below ``runs``.
         trust: the code that its recipe names may be executed, from now on (see `run.trust`).
 
     Raises:
-        UserError: there is no run in that folder.
+        UserError: there is no run in that folder, or no finished one of that name.
     """
-    folder = Path(path)
+    folder = run_folder(path)
     if why := obstacle(folder):
         raise UserError(f"run {path} {why}; give the folder that `train` wrote, for example runs/NAME")
     if (folder / RECIPE).is_file():
@@ -356,14 +356,27 @@ def open_run(path: str | Path, trust: bool = False) -> RunDirectory:
     raise UserError(f"{path} {problem}; give the folder that `train` wrote, for example runs/NAME{inside}")
 
 
+def run_folder(path: str | Path) -> Path:
+    """Return the folder that is meant: the one given, or of a recipe's name its newest finished run, which is said.
+
+    Raises:
+        UserError: none of the runs of that name is finished.
+    """
+    folder = Path(path)
+    if len(folder.parts) == 1 and folder.name and not folder.exists() and (newest := newest_run(folder.name)):
+        message(f"{path} is {newest}, its newest finished run")
+        return newest
+    return folder
+
+
 def default_output(name: str, resume: bool = False) -> Path:
     """Return the first free of ``runs/NAME``, ``runs/NAME-2``, ...; with ``resume`` the last that is taken.
 
     Characters that a folder name cannot have on every system are replaced by a dash.
     """
-    base = re.sub(r"[^\w.-]+", "-", name).strip(".-") or "run"
-    candidate, last, number = Path("runs") / base, Path("runs") / base, 1
+    base = base_name(name)
+    candidate, last, number = RUNS / base, RUNS / base, 1
     while candidate.exists() and not (candidate.is_dir() and not any(candidate.iterdir())):
         number, last = number + 1, candidate
-        candidate = Path("runs") / f"{base}-{number}"
+        candidate = RUNS / f"{base}-{number}"
     return last if resume else candidate

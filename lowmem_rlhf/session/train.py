@@ -29,6 +29,7 @@ from lowmem_rlhf.planning.time.measured import measured_time
 from lowmem_rlhf.progress import current
 from lowmem_rlhf.recipe.schema import Recipe
 from lowmem_rlhf.run.directory import RECIPE, RunDirectory, default_output
+from lowmem_rlhf.run.listing import base_name
 from lowmem_rlhf.run.start import as_written, located, paths_explained
 from lowmem_rlhf.run.trust import check_code
 from lowmem_rlhf.session.saved_lora import as_saved
@@ -158,6 +159,11 @@ def check(recipe: Recipe, output: Path | None, resume: bool, display: RunDisplay
     """
     bound_kernel_caches()
     path = output or default_output(recipe.name, resume)
+    if not output and not resume and path.name != base_name(recipe.name):
+        display.message(
+            f"this run is {path}; earlier ones of this name stay: `lowmem-rlhf runs` lists them, and for chat, eval, "
+            f"export and report {recipe.name} is the newest finished one"
+        )
     if resume:
         check_code(path, recipe.model_dump(), resumed=True)
     elif why := cannot_be_written(path):

@@ -1,0 +1,131 @@
+"""The runs below a folder: how far each is and what came of it, and which of them a name means. No torch here."""
+
+import re
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from lowmem_rlhf.errors import UserError
+from lowmem_rlhf.files import read_lines
+from lowmem_rlhf.run.held_out import AFTER, BEFORE, STOPPED, headline, number, part
+from lowmem_rlhf.run.lock import LOCK, Lock
+from lowmem_rlhf.run.reading import ADAPTER, METRICS, MODEL, RECIPE, RunReader
+
+RUNS = Path("runs")
+State = Literal["running", "finished", "stopped"]
+
+
+@dataclass(frozen=True)
+class RunSummary:
+    """A run in a few values.
+
+    Attributes:
+        path: its folder.
+        name, algorithm: of its recipe.
+        state: ``stopped`` is any end before the last step; ``train --resume`` goes on from there.
+        steps, max_steps: taken, and in all.
+        seconds: that these steps took.
+        headline: the measure that the task has, of held-out data; None where nothing was measured.
+        before, after: its values.
+        changed: when something was last logged, in seconds since 1970.
+    """
+
+    path: str
+    name: str
+    algorithm: str
+    state: State
+    steps: int
+    max_steps: int | None
+    seconds: float
+    headline: str | None
+    before: float | None
+    after: float | None
+    changed: float
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the values as JSON has them."""
+        return asdict(self)
+
+
+def runs_in(folder: Path = RUNS) -> list[RunSummary]:
+    """Return the runs that lie in a folder, the newest last; those that cannot be read are left out."""
+    found = []
+    for path in _folders(folder):
+        with suppress(UserError, OSError):
+            found.append(_summary(path))
+    return sorted(found, key=lambda run: (run.changed, run.path))
+
+
+def newest_run(name: str) -> Path | None:
+    """Return the folder of the newest finished run of a recipe below `RUNS`; None where there is no run of it at all.
+
+    Raises:
+        UserError: it has runs, and none is finished.
+    """
+    named = re.compile(re.escape(base_name(name)) + r"(-\d+)?")
+    runs = [run for path in _folders(RUNS) if named.fullmatch(path.name) and (run := _readable(path)) is not None]
+    own = [run for run in runs if run.name == name]
+    if not own:
+        return None
+    finished = [run for run in own if run.state == "finished"]
+    if not finished:
+        last = max(own, key=lambda run: run.changed)
+        raise UserError(
+            f"{name}: none of its runs is finished; {last.path} is {last.state} after {last.steps} of "
+            f"{last.max_steps or '?'} steps; give that folder, or see `lowmem-rlhf runs`"
+        )
+    return Path(max(finished, key=lambda run: (run.changed, run.path)).path)
+
+
+def base_name(name: str) -> str:
+    """Return a recipe's name as that of a folder: what not every system allows is replaced by a dash."""
+    return re.sub(r"[^\w.-]+", "-", name).strip(".-") or "run"
+
+
+def _folders(folder: Path) -> Iterator[Path]:
+    if folder.is_dir():
+        yield from sorted(path for path in folder.iterdir() if (path / RECIPE).is_file())
+
+
+def _readable(path: Path) -> RunSummary | None:
+    with suppress(UserError, OSError):
+        return _summary(path)
+    return None
+
+
+def _summary(path: Path) -> RunSummary:
+    run = RunReader(path)
+    values = run.recipe_values()
+    training = values.get("training")
+    most = int(number(training.get("max_steps")) or 0) if isinstance(training, dict) else 0
+    rows = [row for _, row in read_lines(path / METRICS)]
+    steps = int(number(rows[-1].get("step")) or 0) if rows else 0
+    evaluation: dict[str, Any] = {}
+    with suppress(UserError):
+        evaluation = run.evaluation()
+    measure = headline(evaluation) if evaluation else None
+    values_of = [None if measure is None else number(part(evaluation, when).get(measure)) for when in (BEFORE, AFTER)]
+    file = path / METRICS if (path / METRICS).is_file() else path / RECIPE
+    return RunSummary(
+        path=str(path),
+        name=str(values.get("name", "")),
+        algorithm=str(values.get("algorithm", "")),
+        state=_state(path, steps >= most or isinstance(evaluation.get(STOPPED), str)),
+        steps=steps,
+        max_steps=most or None,
+        seconds=sum(number(row.get("time/step")) or 0.0 for row in rows),
+        headline=measure,
+        before=values_of[0],
+        after=values_of[1],
+        changed=file.stat().st_mtime,
+    )
+
+
+def _state(path: Path, at_its_end: bool) -> State:
+    try:
+        Lock(path / LOCK, str(path)).check()
+    except UserError:
+        return "running"
+    return "finished" if at_its_end and any((path / left).is_dir() for left in (ADAPTER, MODEL)) else "stopped"
