@@ -18,13 +18,14 @@ from typing import Any
 
 from work import ROOT
 
-STEP = 64  # completions of a step, as the recipe has
+from lowmem_rlhf.recipe.loading import load_recipe
+
 WAYS: dict[str, list[str]] = {
     "grpo": [],  # as shipped
-    "once": ["grpo.num_iterations=1"],
+    "larger": ["training.prompts_per_step=8", "grpo.num_iterations=1"],  # twice the completions a step, one update
     "gspo": ["grpo.importance_sampling_level=sequence"],
     "cispo": ["grpo.loss_type=cispo", "grpo.epsilon_high=5"],
-    "ppo": ["algorithm=ppo", "ppo.kl_coef=0", "ppo.missing_eos_penalty=0"],
+    "ppo": ["algorithm=ppo", "ppo.kl_coef=0", "ppo.num_ppo_epochs=2"],  # as many updates
 }
 
 
@@ -42,7 +43,9 @@ def options() -> argparse.ArgumentParser:
 def run(way: str, seed: int, work: argparse.Namespace) -> dict[str, Any]:
     """Return what a run tells, trained first where it is not there."""
     folder = work.output / f"{way}-{work.completions}-{seed}"
-    changes = [f"training.max_steps={work.completions // STEP}", f"training.seed={seed}", "evaluation.num_samples=4"]
+    recipe = load_recipe("quickstart", [*WAYS[way], *work.set])
+    steps = work.completions // (recipe.training.prompts_per_step * recipe.generation.num_generations)
+    changes = [f"training.max_steps={steps}", f"training.seed={seed}", "evaluation.num_samples=4"]
     if not (folder / "report.html").is_file():
         resume = ["--resume"] if folder.exists() else []
         command = [sys.executable, "-m", "lowmem_rlhf", "train", "quickstart", "--output", str(folder), *resume]
