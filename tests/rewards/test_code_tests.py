@@ -129,7 +129,12 @@ def test_the_forms_of_cases(value, cases):
 
 
 def test_json_text_is_never_a_test_that_passes_by_itself():
-    rows = [json.dumps(TESTS), '{"fn_name": "f", "inputs": [[2]], "outputs": [5]}', "[]", '[{"testtype": "functional"}]']
+    rows = [
+        json.dumps(TESTS),
+        '{"fn_name": "f", "inputs": [[2]], "outputs": [5]}',
+        "[]",
+        '[{"testtype": "functional"}]',
+    ]
     one = reward().function
     one.tried = True
     rows.append(['{"input": "2", "output": "5"}'])
