@@ -126,13 +126,16 @@ class _Kept:
         """Read what there is.
 
         Raises:
-            UserError: it is of another measurement.
+            UserError: it is of another measurement, or damaged.
         """
         self.path = _part(output)
         recipe = planned.checked.recipe  # without what the plan chose by the memory that is free today
         made_of = {"recipe": recipe.model_dump(), "samples": samples, **run_inputs(recipe, planned.rows)}
         key = {_KEY: hashlib.sha256(dumps(made_of).encode("utf-8", "surrogatepass")).hexdigest()}
-        lines = [row for _, row in read_lines(self.path)]
+        try:
+            lines = [row for _, row in read_lines(self.path)]
+        except UserError as error:  # a prompt is known by its place alone, so that no line can be left out
+            raise UserError(f"{self.path} is damaged; delete the file, or give another --output") from error
         if lines and lines[0] != key:
             raise UserError(
                 f"{self.path} holds {len(lines) - 1:,} prompts that were measured with another recipe, model, data or "
@@ -141,6 +144,13 @@ class _Kept:
         self.answers = [Answers(**row) for row in lines[1:]]
         if not lines:
             self._append([key])
+
+    def take_back(self, at_once: int) -> None:
+        """Forget the part of so many prompts that a kill has torn, as its random numbers are those of the whole."""
+        if torn := len(self.answers) % at_once:
+            self.answers = self.answers[:-torn]
+            with writing(self.path):
+                atomic_write(self.path, b"".join(self.path.read_bytes().splitlines(True)[: len(self.answers) + 1]))
 
     def add(self, answers: Sequence[Answers]) -> None:
         """Keep what was measured of the next prompts."""
@@ -172,6 +182,8 @@ def _measured(
     set_seed(recipe.training.seed)
     # as many completions at once as a step has, which the plan is made for
     at_once = max(1, recipe.training.prompts_per_step * recipe.generation.num_generations // samples)
+    if len(kept.answers) < len(examples):
+        kept.take_back(at_once)
     total, shown = len(examples) * samples, reported_as("measuring")
 
     def told() -> str:
