@@ -60,7 +60,8 @@ def measure_difficulty(recipe: Recipe, samples: int, output: Path) -> dict[str, 
         output: the file; of several tasks each has one, ``NAME-TASK.jsonl``.
 
     Returns:
-        ``files``, ``prompts``, ``samples``, the mean reward, and how many prompts are ``solved`` (all samples correct)
+        ``files``, ``overrides`` (of each file, with which a run learns from it by its difficulty), ``prompts``,
+        ``samples``, the mean reward, and how many prompts are ``solved`` (all samples correct)
         and ``hopeless`` (none is) where the accuracy's reward tells right from wrong, ``equal`` (all samples have the
         same reward) and ``unjudged`` (none has any); with a sentence of it in ``said``.
 
@@ -81,7 +82,7 @@ def measure_difficulty(recipe: Recipe, samples: int, output: Path) -> dict[str, 
         with writing(file):
             atomic_write(file, "".join(_lines(planned.rows[task].train, own)))
     _part(output).unlink()
-    return _told(planned, data.train, answers, samples, list(files.values()))
+    return _told(planned, data.train, answers, samples, files)
 
 
 def _files(recipe: Recipe, samples: int, output: Path) -> dict[str, Path]:
@@ -259,7 +260,7 @@ def _lines(rows: Sequence[Row], answers: Mapping[int, Answers]) -> Iterator[str]
 
 
 def _told(
-    planned: Planned, examples: "Sequence[Example]", answers: Sequence[Answers], samples: int, files: list[Path]
+    planned: Planned, examples: "Sequence[Example]", answers: Sequence[Answers], samples: int, files: Mapping[str, Path]
 ) -> dict[str, Any]:
     from lowmem_rlhf.rewards.loading import rewards_by_task
     from lowmem_rlhf.training.evaluate import CORRECT, mean, tells_right
@@ -275,7 +276,11 @@ def _told(
         for task, own in recipe.by_task.items()
     )
     known = [[v is not None and v >= CORRECT for v in one.accuracy] for one in answers if one.mean is not None]
-    told: dict[str, Any] = {"files": [str(file) for file in files], "prompts": len(answers), "samples": samples}
+    told: dict[str, Any] = {"files": [str(file) for file in files.values()], "overrides": []}
+    for place, (task, file) in enumerate(files.items()):
+        data = f"tasks[{place}].data" if task else "data"
+        told["overrides"].append([f"{data}.train={file}", f"{data}.curriculum={{column: {DIFFICULTY}}}"])
+    told |= {"prompts": len(answers), "samples": samples}
     told["mean_reward"] = mean([one.mean for one in answers])
     told["solved"] = sum(all(one) for one in known) if judged else None
     told["hopeless"] = sum(not any(one) for one in known) if judged else None

@@ -1,6 +1,7 @@
 """`data --measure-difficulty`: what it writes is what the rewards give, and a stopped one goes on as if it were not."""
 
 import json
+import shlex
 from collections import defaultdict
 
 import pytest
@@ -135,6 +136,9 @@ def test_each_task_has_a_file(lowmem_rlhf, recipe, tmp_path):
     assert done.code == 0, done.err
     found = {one.name: len(one.read_text().splitlines()) for one in tmp_path.glob("hard*")}
     assert found == {"hard-has.jsonl": 9, "hard-lengths.jsonl": 4}
+    options = shlex.split(done.out.splitlines()[2].partition(" learn from it with ")[2])
+    later = load_recipe(str(path), options)
+    assert later.tasks[1].data.train == str(tmp_path / "hard-lengths.jsonl") and later.tasks[1].data.curriculum
     assert "have the same reward in all samples" in done.out  # a length is a degree, neither right nor wrong
 
 
