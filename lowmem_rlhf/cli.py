@@ -376,7 +376,7 @@ def train(
     if trust_run:
         if not (resume and output):
             raise UserError("--trust-run: is for a run that goes on; give its folder with --output, and --resume")
-        open_run(output, trust=True)
+        open_run(output.absolute(), trust=True)  # a folder, and not the name of a recipe that has runs elsewhere
     resolved = load_recipe(recipe, overrides)
     if dry_run:
         made = running_plan(resolved)

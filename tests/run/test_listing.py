@@ -115,6 +115,13 @@ def test_a_folder_is_taken_for_itself(made, tmp_path):
         open_run("sums")
 
 
+def test_what_goes_on_is_a_folder_and_no_other_run_is_trusted(made, lowmem_rlhf):
+    trusted = sorted(path.name for path in made("sums", 3).iterdir())
+    done = lowmem_rlhf("train", "quickstart", "--output", "sums", "--resume", "--trust-run")
+    assert done.code == 2 and "sums does not exist; give the folder" in done.err and "newest" not in done.err
+    assert sorted(path.name for path in Path("runs/sums").iterdir()) == trusted
+
+
 def test_the_next_folder_of_a_name_is_free(made):
     made("sums", 3)
     made("sums-2", 3)
