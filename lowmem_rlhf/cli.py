@@ -1,6 +1,7 @@
 """The command line. Typer commands, nothing else; torch is imported only by the commands that compute."""
 
 import json
+import shlex
 import sys
 from contextlib import AbstractContextManager, nullcontext, redirect_stdout, suppress
 from pathlib import Path
@@ -291,7 +292,7 @@ def _measure_difficulty(recipe: str, overrides: list[str] | None, samples: int, 
     from lowmem_rlhf.quiet import hush
     from lowmem_rlhf.recipe.loading import load_recipe
     from lowmem_rlhf.rewards.time_limit import end_process, stuck_calls_end_with
-    from lowmem_rlhf.session.difficulty import DIFFICULTY, measure_difficulty
+    from lowmem_rlhf.session.difficulty import measure_difficulty
 
     hush()
     with _prints_aside(as_json), stuck_calls_end_with(end_process, own_process=True):
@@ -300,8 +301,8 @@ def _measure_difficulty(recipe: str, overrides: list[str] | None, samples: int, 
         _print_json(told)
         return
     print(told["said"])
-    for file in told["files"]:
-        print(f"{file}: learn from it with data.train={file} 'data.curriculum={{column: {DIFFICULTY}}}'")
+    for file, overrides in zip(told["files"], told["overrides"], strict=True):
+        print(f"{file}: learn from it with {shlex.join(overrides)}")
 
 
 @rewards_app.callback(invoke_without_command=True)
@@ -375,7 +376,7 @@ def train(
     if trust_run:
         if not (resume and output):
             raise UserError("--trust-run: is for a run that goes on; give its folder with --output, and --resume")
-        open_run(output, trust=True)
+        open_run(output.absolute(), trust=True)  # a folder, and not the name of a recipe that has runs elsewhere
     resolved = load_recipe(recipe, overrides)
     if dry_run:
         made = running_plan(resolved)

@@ -36,14 +36,15 @@ def open_run(
     """Open a run directory.
 
     Args:
-        path: the folder that `train` (or ``lowmem-rlhf train``) wrote.
+        path: the folder that `train` (or ``lowmem-rlhf train``) wrote; or the name of a recipe, for its newest finished
+            run in ``runs``.
         data, eval_data, rewards: what the run was made with, where those were objects of a program: to evaluate it.
         trust: the Python files and the model's code that the run's recipe names may be executed; of a run that was
             trained here and whose code is still the same they may anyway.
         progress: as of `train`.
 
     Raises:
-        UserError: there is no run in that folder.
+        UserError: there is no run in that folder, or no finished one of that name.
     """
     if not isinstance(path, str | Path):
         raise UserError(f"open_run: got a {type(path).__name__}; give the folder that `train` wrote")

@@ -16,7 +16,7 @@ from lowmem_rlhf.data.folders import is_saved, split_files
 from lowmem_rlhf.data.json_reader import BLANK, is_lines, line_reader
 from lowmem_rlhf.data.readers import Options, arrow_table, check_file
 from lowmem_rlhf.data.table import Table
-from lowmem_rlhf.data.text_files import BrokenFile, decompressed, text_lines
+from lowmem_rlhf.data.text_files import BrokenFile, decompressed, decompressing, text_lines
 from lowmem_rlhf.data.values import Row
 from lowmem_rlhf.errors import RunError, UserError, one_line
 from lowmem_rlhf.paths import local_path
@@ -139,10 +139,10 @@ def _values(file: SourceFile, skip: int) -> Values:
     with file.open() as raw:
         if file.format_ == "parquet":
             return (yield from _parquet(raw, skip))
-        content = decompressed(raw, file.name)
-        if file.format_ == "json":
-            return (yield from _json(content, file, skip))
-        return (yield from _csv(content, file, skip))
+        with decompressing():  # already the first bytes, which tell the encoding, may be damaged
+            content = decompressed(raw, file.name)
+            rows = _json if file.format_ == "json" else _csv
+            return (yield from rows(content, file, skip))
 
 
 def _json(content: IO[bytes], file: SourceFile, skip: int) -> Values:

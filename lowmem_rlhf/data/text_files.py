@@ -7,6 +7,7 @@ import io
 import lzma
 import zlib
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path, PurePath
 from typing import IO, Any
 
@@ -125,6 +126,15 @@ def decompressed(file: IO[bytes], name: str) -> IO[bytes]:
     return file
 
 
+@contextmanager
+def decompressing() -> Iterator[None]:
+    """Tell by `BrokenFile` that what is read of `decompressed` in the block is damaged."""
+    try:
+        yield
+    except (EOFError, lzma.LZMAError, zlib.error, gzip.BadGzipFile) as error:
+        raise BrokenFile(f"its compressed data are damaged or end too early ({error}); fetch it again") from error
+
+
 def text_lines(file: IO[bytes], encoding: str | None = None, newline: str = "\n") -> Iterator[str]:
     """Go through the lines of a text as they are needed, each with its end; encodings are those of `decode`.
 
@@ -132,7 +142,7 @@ def text_lines(file: IO[bytes], encoding: str | None = None, newline: str = "\n"
         newline: as of `open`: what ends a line, or empty: any end.
 
     Raises:
-        BrokenFile: it is no such text, or its compressed data are damaged.
+        BrokenFile: it is no such text.
     """
     mark, name = _mark_and_name(file.read(4), encoding)
     file.seek(len(mark))
@@ -144,5 +154,3 @@ def text_lines(file: IO[bytes], encoding: str | None = None, newline: str = "\n"
         raise BrokenFile(f"it is not {name.upper()} text (behind line {number}); {_CONVERT}") from error
     except LookupError as error:
         raise BrokenFile(f"its encoding {name!r} is not known; save it as UTF-8") from error
-    except (EOFError, lzma.LZMAError, zlib.error, gzip.BadGzipFile) as error:
-        raise BrokenFile(f"its compressed data are damaged or end too early ({error}); fetch it again") from error

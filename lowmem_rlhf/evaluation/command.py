@@ -57,8 +57,8 @@ def run_evaluation(request: Request) -> tuple[dict[str, Any], Path | RunError | 
         raise UserError(f"got {request.what!r}; give a run's folder, or a model as in a recipe")
     if why := obstacle(local_path(request.what)):
         raise UserError(f"{request.what} {why}; give a run's folder, or a model as in a recipe")
-    if request.recipe is None and request.against is None:
-        request = replace(request, what=str(run_folder(request.what)))
+    if request.recipe is None and request.against is None and (run := run_folder(request.what)) != Path(request.what):
+        request = replace(request, what=str(run))  # a model's name stays as it was written
     _check(request)
     if not is_run(request.what):
         return _of_model(request), None

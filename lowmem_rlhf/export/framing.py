@@ -111,10 +111,12 @@ def keep_controls(folder: Path, generation: GenerationConfig) -> tuple[str, ...]
 
 
 def _generation_values(folder: Path) -> dict[str, Any]:
-    """Return what a model folder's generation config holds; where there is none, what transformers makes one of."""
-    path = folder / GENERATION
-    if path.is_file() and (saved := json.loads(path.read_text(encoding="utf-8"))):
-        return dict(saved)
+    """Return what a model folder's generation config holds, or if none can be read, what transformers makes one of."""
+    path, saved = folder / GENERATION, None
+    with suppress(ValueError):  # transformers goes on without it, too
+        saved = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+    if saved and isinstance(saved, dict):
+        return saved
     config = read_config(folder)
     keys = ("bos_token_id", "eos_token_id", "pad_token_id")
     return {key: config[key] for key in keys if config.get(key) is not None}

@@ -18,7 +18,7 @@ def cases_of(value: Any) -> list[Case]:
             "output": ...}``; or JSON text of these. An input or output is a text or a list of lines. Cases that call a
             function (``fn_name``, ``testtype: functional``) are none.
     """
-    value = _parsed(value)
+    value = parsed(value)
     found = [
         _case(one) for one in (_rows(value) if isinstance(value, dict) else value if isinstance(value, list) else [])
     ]
@@ -26,8 +26,8 @@ def cases_of(value: Any) -> list[Case]:
     return cases if len(cases) == len(found) else []
 
 
-def _parsed(value: Any) -> Any:
-    """Return what a text of JSON holds, which is no test in Python; any other value as it is."""
+def parsed(value: Any) -> Any:
+    """Return what a text of JSON holds, which as Python would always pass as a test; any other value as it is."""
     if isinstance(value, str) and value.lstrip()[:1] in ("{", "["):
         with suppress(ValueError, RecursionError):
             return json.loads(value)

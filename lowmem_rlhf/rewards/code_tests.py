@@ -24,7 +24,7 @@ import psutil
 from lowmem_rlhf.data.values import is_missing
 from lowmem_rlhf.errors import RunError, UserError
 from lowmem_rlhf.progress import message
-from lowmem_rlhf.rewards.code_cases import Case, cases_of
+from lowmem_rlhf.rewards.code_cases import Case, cases_of, parsed
 from lowmem_rlhf.rewards.parallel import Ending, in_parallel
 from lowmem_rlhf.rewards.texts import column_named
 
@@ -231,10 +231,13 @@ def _tests(value: Any) -> list[str] | list[Case]:
     """Return the tests that a column's value holds; empty where it holds none, or something else."""
     if is_missing(value):
         return []
+    value = parsed(value)
     if cases := cases_of(value):
         return cases
     items = value if isinstance(value, list) else [value]
-    return [one for one in items if one.strip()] if _is_texts(items) else []
+    if not _is_texts(items) or any(parsed(one) is not one for one in items):
+        return []
+    return [one for one in items if one.strip()]
 
 
 def _is_texts(value: Any) -> bool:

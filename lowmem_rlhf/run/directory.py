@@ -343,9 +343,9 @@ def open_run(path: str | Path, trust: bool = False) -> RunDirectory:
     Raises:
         UserError: there is no run in that folder, or no finished one of that name.
     """
-    folder = run_folder(path)
-    if why := obstacle(folder):
+    if why := obstacle(path):
         raise UserError(f"run {path} {why}; give the folder that `train` wrote, for example runs/NAME")
+    folder = run_folder(path)
     if (folder / RECIPE).is_file():
         run = RunDirectory(folder)
         if trust:

@@ -1,14 +1,13 @@
 """The runs below a folder: how far each is and what came of it, and which of them a name means. No torch here."""
 
+import json
 import re
-from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from lowmem_rlhf.errors import UserError
-from lowmem_rlhf.files import read_lines
 from lowmem_rlhf.run.held_out import AFTER, BEFORE, STOPPED, headline, number, part
 from lowmem_rlhf.run.lock import LOCK, Lock
 from lowmem_rlhf.run.reading import ADAPTER, METRICS, MODEL, RECIPE, RunReader
@@ -50,23 +49,25 @@ class RunSummary:
 
 
 def runs_in(folder: Path = RUNS) -> list[RunSummary]:
-    """Return the runs that lie in a folder, the newest last; those that cannot be read are left out."""
-    found = []
-    for path in _folders(folder):
-        with suppress(UserError, OSError):
-            found.append(_summary(path))
+    """Return the runs that lie in a folder, the newest last; those that cannot be read are left out.
+
+    Raises:
+        UserError: it is a file, or may not be read.
+    """
+    found = [run for path in _folders(folder) if (run := _readable(path)) is not None]
     return sorted(found, key=lambda run: (run.changed, run.path))
 
 
 def newest_run(name: str) -> Path | None:
-    """Return the folder of the newest finished run of a recipe below `RUNS`; None where there is no run of it at all.
+    """Return the folder of the newest finished run of a recipe in `RUNS`; None where there is no run of it at all.
+
+    Args:
+        name: of the recipe, or as folders have it (see `base_name`).
 
     Raises:
-        UserError: it has runs, and none is finished.
+        UserError: it has runs, and none is finished; or `RUNS` may not be read.
     """
-    named = re.compile(re.escape(base_name(name)) + r"(-\d+)?")
-    runs = [run for path in _folders(RUNS) if named.fullmatch(path.name) and (run := _readable(path)) is not None]
-    own = [run for run in runs if run.name == name]
+    own = [run for path in _folders(RUNS) if _is_of(path, name) and (run := _readable(path)) is not None]
     if not own:
         return None
     finished = [run for run in own if run.state == "finished"]
@@ -84,9 +85,21 @@ def base_name(name: str) -> str:
     return re.sub(r"[^\w.-]+", "-", name).strip(".-") or "run"
 
 
-def _folders(folder: Path) -> Iterator[Path]:
-    if folder.is_dir():
-        yield from sorted(path for path in folder.iterdir() if (path / RECIPE).is_file())
+def _folders(folder: Path) -> list[Path]:
+    """Return what lies in a folder, if that is there."""
+    try:
+        return sorted(folder.iterdir())
+    except FileNotFoundError:
+        return []
+    except OSError as error:
+        raise UserError(f"{folder} cannot be looked at: {error.strerror or error}; give a folder of runs") from error
+
+
+def _is_of(path: Path, name: str) -> bool:
+    with suppress(UserError):
+        own = str(RunReader(path).recipe_values().get("name", ""))
+        return name in (own, base_name(own))
+    return False
 
 
 def _readable(path: Path) -> RunSummary | None:
@@ -95,12 +108,21 @@ def _readable(path: Path) -> RunSummary | None:
     return None
 
 
+def _rows(log: Path) -> list[dict[str, Any]]:
+    """Return what can be read of a log; one that is damaged is said where all of it is needed."""
+    rows = []
+    for line in log.read_bytes().split(b"\n")[:-1] if log.is_file() else []:
+        with suppress(ValueError, RecursionError):
+            rows.append(json.loads(line))
+    return [row for row in rows if isinstance(row, dict)]
+
+
 def _summary(path: Path) -> RunSummary:
     run = RunReader(path)
     values = run.recipe_values()
     training = values.get("training")
     most = int(number(training.get("max_steps")) or 0) if isinstance(training, dict) else 0
-    rows = [row for _, row in read_lines(path / METRICS)]
+    rows = _rows(path / METRICS)
     steps = int(number(rows[-1].get("step")) or 0) if rows else 0
     evaluation: dict[str, Any] = {}
     with suppress(UserError):

@@ -13,6 +13,7 @@ import json
 import os
 import socket
 import sys
+import time
 import uuid
 import weakref
 from collections.abc import Iterator
@@ -28,6 +29,7 @@ from lowmem_rlhf.progress import message
 
 LOCK = ".lock"
 _NO_LOCKS = {errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL}
+_LOOK = 0.05  # seconds, in which somebody who only looks at a lock is done
 _HELD = {errno.EAGAIN, errno.EACCES, errno.EDEADLK, errno.EWOULDBLOCK}
 
 
@@ -91,24 +93,26 @@ class Lock:
                 self.file.unlink()
 
     def check(self) -> None:
-        """Check that the lock is free, or held by this object; writes nothing.
+        """Check that the lock is free, or held by this object; writes nothing, and the file need only be readable.
 
         Raises:
             UserError: it is not.
         """
         if not self.held and self.file.is_file():
             with suppress(OSError):
-                _close(self._locked(os.O_RDWR))
+                _close(self._locked(os.O_RDONLY, shared=True))  # others may look at the same time
 
-    def _locked(self, flags: int = os.O_RDWR | os.O_CREAT) -> int:
+    def _locked(self, flags: int = os.O_RDWR | os.O_CREAT, shared: bool = False) -> int:
         """Return the file's descriptor with the lock on it."""
         for _ in range(100):
             descriptor = os.open(self.file, flags, 0o666)
             try:
-                if not _lock(descriptor):
+                if not _lock(descriptor, shared=shared):
                     if _content(self.file).get("pid") == os.getpid():
                         gc.collect()  # an object that nobody has any more may hold it
-                    if not _lock(descriptor):
+                    elif not shared:
+                        time.sleep(_LOOK)
+                    if not _lock(descriptor, shared=shared):
                         raise UserError(f"{self.what} is being written by {_holder(self.file)}; wait for its end")
                 with suppress(FileNotFoundError):
                     if os.name == "nt" or _same(descriptor, self.file):
@@ -151,7 +155,7 @@ _PLACE = 1 << 30  # of the byte that is locked on Windows, where a locked part c
 if sys.platform == "win32":
     import msvcrt
 
-    def _system_lock(descriptor: int, wait: bool) -> None:
+    def _system_lock(descriptor: int, wait: bool, shared: bool) -> None:
         os.lseek(descriptor, _PLACE, os.SEEK_SET)
         msvcrt.locking(descriptor, msvcrt.LK_LOCK if wait else msvcrt.LK_NBLCK, 1)
 
@@ -162,8 +166,8 @@ if sys.platform == "win32":
 else:
     import fcntl
 
-    def _system_lock(descriptor: int, wait: bool) -> None:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    def _system_lock(descriptor: int, wait: bool, shared: bool) -> None:
+        fcntl.flock(descriptor, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | (0 if wait else fcntl.LOCK_NB))
 
     def _system_unlock(descriptor: int) -> None:
         fcntl.flock(descriptor, fcntl.LOCK_UN)  # closing is not enough where a child has inherited it
@@ -172,10 +176,10 @@ else:
 _said: set[str] = set()
 
 
-def _lock(descriptor: int, wait: bool = False) -> bool:
+def _lock(descriptor: int, wait: bool = False, shared: bool = False) -> bool:
     """Lock an open file; return whether that worked, or there are no locks there."""
     try:
-        _system_lock(descriptor, wait)
+        _system_lock(descriptor, wait, shared)
     except OSError as error:
         if error.errno in _HELD:
             return False

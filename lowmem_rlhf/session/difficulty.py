@@ -60,7 +60,8 @@ def measure_difficulty(recipe: Recipe, samples: int, output: Path) -> dict[str, 
         output: the file; of several tasks each has one, ``NAME-TASK.jsonl``.
 
     Returns:
-        ``files``, ``prompts``, ``samples``, the mean reward, and how many prompts are ``solved`` (all samples correct)
+        ``files``, ``overrides`` (of each file, with which a run learns from it by its difficulty), ``prompts``,
+        ``samples``, the mean reward, and how many prompts are ``solved`` (all samples correct)
         and ``hopeless`` (none is) where the accuracy's reward tells right from wrong, ``equal`` (all samples have the
         same reward) and ``unjudged`` (none has any); with a sentence of it in ``said``.
 
@@ -81,7 +82,7 @@ def measure_difficulty(recipe: Recipe, samples: int, output: Path) -> dict[str, 
         with writing(file):
             atomic_write(file, "".join(_lines(planned.rows[task].train, own)))
     _part(output).unlink()
-    return _told(planned, data.train, answers, samples, list(files.values()))
+    return _told(planned, data.train, answers, samples, files)
 
 
 def _files(recipe: Recipe, samples: int, output: Path) -> dict[str, Path]:
@@ -126,13 +127,16 @@ class _Kept:
         """Read what there is.
 
         Raises:
-            UserError: it is of another measurement.
+            UserError: it is of another measurement, or damaged.
         """
         self.path = _part(output)
         recipe = planned.checked.recipe  # without what the plan chose by the memory that is free today
         made_of = {"recipe": recipe.model_dump(), "samples": samples, **run_inputs(recipe, planned.rows)}
         key = {_KEY: hashlib.sha256(dumps(made_of).encode("utf-8", "surrogatepass")).hexdigest()}
-        lines = [row for _, row in read_lines(self.path)]
+        try:
+            lines = [row for _, row in read_lines(self.path)]
+        except UserError as error:  # a prompt is known by its place alone, so that no line can be left out
+            raise UserError(f"{self.path} is damaged; delete the file, or give another --output") from error
         if lines and lines[0] != key:
             raise UserError(
                 f"{self.path} holds {len(lines) - 1:,} prompts that were measured with another recipe, model, data or "
@@ -141,6 +145,13 @@ class _Kept:
         self.answers = [Answers(**row) for row in lines[1:]]
         if not lines:
             self._append([key])
+
+    def take_back(self, at_once: int) -> None:
+        """Forget the part of so many prompts that a kill has torn, as its random numbers are those of the whole."""
+        if torn := len(self.answers) % at_once:
+            self.answers = self.answers[:-torn]
+            with writing(self.path):
+                atomic_write(self.path, b"".join(self.path.read_bytes().splitlines(True)[: len(self.answers) + 1]))
 
     def add(self, answers: Sequence[Answers]) -> None:
         """Keep what was measured of the next prompts."""
@@ -172,6 +183,8 @@ def _measured(
     set_seed(recipe.training.seed)
     # as many completions at once as a step has, which the plan is made for
     at_once = max(1, recipe.training.prompts_per_step * recipe.generation.num_generations // samples)
+    if len(kept.answers) < len(examples):
+        kept.take_back(at_once)
     total, shown = len(examples) * samples, reported_as("measuring")
 
     def told() -> str:
@@ -247,7 +260,7 @@ def _lines(rows: Sequence[Row], answers: Mapping[int, Answers]) -> Iterator[str]
 
 
 def _told(
-    planned: Planned, examples: "Sequence[Example]", answers: Sequence[Answers], samples: int, files: list[Path]
+    planned: Planned, examples: "Sequence[Example]", answers: Sequence[Answers], samples: int, files: Mapping[str, Path]
 ) -> dict[str, Any]:
     from lowmem_rlhf.rewards.loading import rewards_by_task
     from lowmem_rlhf.training.evaluate import CORRECT, mean, tells_right
@@ -263,7 +276,11 @@ def _told(
         for task, own in recipe.by_task.items()
     )
     known = [[v is not None and v >= CORRECT for v in one.accuracy] for one in answers if one.mean is not None]
-    told: dict[str, Any] = {"files": [str(file) for file in files], "prompts": len(answers), "samples": samples}
+    told: dict[str, Any] = {"files": [str(file) for file in files.values()], "overrides": []}
+    for place, (task, file) in enumerate(files.items()):
+        data = f"tasks[{place}].data" if task else "data"
+        told["overrides"].append([f"{data}.train={file}", f"{data}.curriculum={{column: {DIFFICULTY}}}"])
+    told |= {"prompts": len(answers), "samples": samples}
     told["mean_reward"] = mean([one.mean for one in answers])
     told["solved"] = sum(all(one) for one in known) if judged else None
     told["hopeless"] = sum(not any(one) for one in known) if judged else None

@@ -162,7 +162,7 @@ def check(recipe: Recipe, output: Path | None, resume: bool, display: RunDisplay
     if not output and not resume and path.name != base_name(recipe.name):
         display.message(
             f"this run is {path}; earlier ones of this name stay: `lowmem-rlhf runs` lists them, and for chat, eval, "
-            f"export and report {recipe.name} is the newest finished one"
+            f"export and report {base_name(recipe.name)} is the newest finished one"
         )
     if resume:
         check_code(path, recipe.model_dump(), resumed=True)

@@ -1,6 +1,7 @@
 """`data --measure-difficulty`: what it writes is what the rewards give, and a stopped one goes on as if it were not."""
 
 import json
+import shlex
 from collections import defaultdict
 
 import pytest
@@ -107,12 +108,21 @@ def test_a_stopped_measurement_goes_on_and_gives_the_same_file(lowmem_rlhf, reci
         done = measure(lowmem_rlhf, path, out)
     assert done.code == 130 and "5 of 9 prompts are kept, the same command goes on from there" in done.err
     assert not out.exists()
+    part = out.with_name("hard.jsonl.part")
+    kept = part.read_bytes().splitlines(keepends=True)
+    part.write_bytes(b"".join([*kept[:2], b"{\n", *kept[3:]]))
+    damaged = measure(lowmem_rlhf, path, out)
+    assert damaged.code == 2 and f"error: {part} is damaged; delete the file, or give another --output\n" in damaged.err
+    part.write_bytes(b"".join(kept))
     other = measure(lowmem_rlhf, path, out, samples=2)
     assert other.code == 2 and "holds 5 prompts that were measured with another recipe, model, data" in other.err
     seen.clear()
     done = measure(lowmem_rlhf, path, out)
     assert done.code == 0 and len(seen) == 4 and out.read_bytes() == whole.read_bytes()
     assert f"data.train={out}" in done.out and "9 prompts with 3 samples each, mean reward" in done.out
+    torn = tmp_path / "torn.jsonl"  # by a kill within a line of the first five
+    torn.with_name("torn.jsonl.part").write_bytes(b"".join(kept[:3]) + kept[3][:9])
+    assert measure(lowmem_rlhf, path, torn).code == 0 and torn.read_bytes() == whole.read_bytes()
     again = measure(lowmem_rlhf, path, out)
     assert again.code == 2 and "hard.jsonl is there already; delete it" in again.err
 
@@ -126,6 +136,9 @@ def test_each_task_has_a_file(lowmem_rlhf, recipe, tmp_path):
     assert done.code == 0, done.err
     found = {one.name: len(one.read_text().splitlines()) for one in tmp_path.glob("hard*")}
     assert found == {"hard-has.jsonl": 9, "hard-lengths.jsonl": 4}
+    options = shlex.split(done.out.splitlines()[2].partition(" learn from it with ")[2])
+    later = load_recipe(str(path), options)
+    assert later.tasks[1].data.train == str(tmp_path / "hard-lengths.jsonl") and later.tasks[1].data.curriculum
     assert "have the same reward in all samples" in done.out  # a length is a degree, neither right nor wrong
 
 

@@ -3,6 +3,7 @@
 import bz2
 import gzip
 import json
+import lzma
 import weakref
 from collections import Counter
 from pathlib import Path
@@ -342,3 +343,14 @@ def test_the_command_says_how_many_rows_it_has_looked_at(lowmem_rlhf, model, tmp
     assert told["said"] == ["data.streaming: the first 30 training rows were looked at"]
     refused = lowmem_rlhf("data", path, "--measure-difficulty", 2, "--output", tmp_path / "hard.jsonl")
     assert refused.code == 2 and "data.streaming never has them all" in refused.err
+
+
+def test_a_file_whose_first_compressed_bytes_are_damaged_is_a_sentence(tmp_path):
+    text = "".join(json.dumps(row) + "\n" for row in ROWS).encode()
+    for name, packed in {"a.jsonl.gz": gzip.compress(text), "b.jsonl.xz": lzma.compress(text)}.items():
+        (tmp_path / name).write_bytes(packed[:20] + b"\xff" * 20 + packed[40:])
+    (tmp_path / "c.jsonl.bz2").write_bytes(bz2.compress(text)[:90])
+    for file in sorted(tmp_path.iterdir()):
+        data = DataConfig(train=str(file), prompt="question", answer="answer", streaming=True, bad_rows="drop")
+        with pytest.raises(UserError, match=rf"{file.name} cannot be read: its compressed data are damaged or end too"):
+            load_rows(data, "train")

@@ -171,6 +171,14 @@ def test_a_converter_alone_makes_no_q4_k_m(folder, tmp_path, monkeypatch):
     assert GGUFReader(tmp_path / "m.gguf").fields["general.file_type"].contents() == 15
 
 
+def test_a_penalty_that_a_converter_leaves_out_is_said(folder, tmp_path, monkeypatch, capfd):
+    install(tmp_path, monkeypatch, converter=True)
+    for penalty, said in ((1.0, False), (1.25, True)):
+        with shown_by(Lines()):
+            write_gguf(folder, tmp_path / "m.gguf", "q8_0", repetition_penalty=penalty)
+        assert ("--repeat-penalty 1.25 --repeat-last-n -1" in capfd.readouterr().err) == said
+
+
 def test_the_token_embedding_is_cut_to_the_vocabulary(tmp_path):
     tokenizer = byte_level(pre_tokenizers.ByteLevel(False))
     folder = model_folder("llama", tmp_path / "model", tokenizer)

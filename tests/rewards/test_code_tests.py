@@ -128,6 +128,20 @@ def test_the_forms_of_cases(value, cases):
     assert reward().function.reads(value) is bool(cases or value == ["assert f(1)"])
 
 
+def test_json_text_is_never_a_test_that_passes_by_itself():
+    rows = [
+        json.dumps(TESTS),
+        '{"fn_name": "f", "inputs": [[2]], "outputs": [5]}',
+        "[]",
+        '[{"testtype": "functional"}]',
+    ]
+    one = reward().function
+    one.tried = True
+    rows.append(['{"input": "2", "output": "5"}'])
+    assert one(["def f(x): return x", *[SQUARE] * 4], tests=rows) == [0.0, None, None, None, None]
+    assert one([SQUARE], tests=rows[:1]) == [1.0]
+
+
 ADDS = [{"input": "1 2\n", "output": "3\n"}, {"input": "-4 4", "output": "0"}, {"input": "0.5 0.5", "output": "1.0"}]
 PROGRAMS = {  # each with the share of the cases that it passes
     "a, b = input().split()\nprint(eval(a + '+' + b))": 1.0,

@@ -2,6 +2,7 @@
 
 import json
 import os
+from pathlib import Path
 
 import pytest
 import yaml
@@ -114,8 +115,63 @@ def test_a_folder_is_taken_for_itself(made, tmp_path):
         open_run("sums")
 
 
+def test_what_goes_on_is_a_folder_and_no_other_run_is_trusted(made, lowmem_rlhf):
+    trusted = sorted(path.name for path in made("sums", 3).iterdir())
+    done = lowmem_rlhf("train", "quickstart", "--output", "sums", "--resume", "--trust-run")
+    assert done.code == 2 and "sums does not exist; give the folder" in done.err and "newest" not in done.err
+    assert sorted(path.name for path in Path("runs/sums").iterdir()) == trusted
+
+
 def test_the_next_folder_of_a_name_is_free(made):
     made("sums", 3)
     made("sums-2", 3)
     assert str(default_output("sums")) == "runs/sums-3" and str(default_output("sums", resume=True)) == "runs/sums-2"
     assert str(default_output("a b/c")) == "runs/a-b-c"
+
+
+def test_a_damaged_line_of_the_log_hides_no_run(made):
+    made("sums", 3)
+    newer = made("sums-2", 3)
+    lines = (newer / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (newer / "metrics.jsonl").write_text("".join([lines[0], '{"step": 2, "time\n', '["step"]\n', lines[2]]))
+    assert [(run.path, run.steps, run.seconds) for run in runs_in()] == [("runs/sums", 3, 7.5), ("runs/sums-2", 3, 5.0)]
+    assert str(newest_run("sums")) == "runs/sums-2"
+
+
+def test_a_name_is_of_its_runs_in_whatever_folder(made):
+    made("sums", 3)
+    made("lower_rate", 3)  # --output runs/lower_rate
+    assert str(newest_run("sums")) == "runs/lower_rate" and newest_run("lower_rate") is None
+
+
+def test_a_name_with_other_characters_is_had_as_its_folder_is_called(made):
+    made("a-b-c", 3, name="a b/c")
+    assert str(open_run("a-b-c").path) == "runs/a-b-c"
+    assert newest_run("a?b?c") is None
+
+
+def test_what_is_no_folder_of_runs_is_a_sentence(made, tmp_path, lowmem_rlhf):
+    (tmp_path / "notes").write_text("")
+    assert (
+        lowmem_rlhf("runs", "notes").err == "error: notes cannot be looked at: Not a directory; give a folder of runs\n"
+    )
+    with pytest.raises(UserError, match=r"^run x+ is too long for a path; give the folder"):
+        open_run("x" * 300)
+
+
+def test_a_run_that_may_not_be_looked_at_hides_no_other(made, monkeypatch):
+    made("sums", 3)
+    made("theirs", 3)
+    is_file = Path.is_file
+
+    def refused(self):
+        if self.parent.name == "theirs":
+            raise PermissionError(13, "Permission denied")
+        return is_file(self)
+
+    monkeypatch.setattr(Path, "is_file", refused)
+    assert [run.path for run in runs_in()] == ["runs/sums"]
+
+
+def test_a_model_to_evaluate_keeps_its_name_as_it_was_written(made, lowmem_rlhf):
+    assert lowmem_rlhf("eval", "./nowhere").err.startswith("error: ./nowhere is no run (it holds no recipe.yaml); for")

@@ -173,3 +173,26 @@ def test_a_child_that_ends_does_not_give_the_lock_away(tmp_path):
     with pytest.raises(UserError, match="another Trainer"):
         Lock(tmp_path / "lock", "it").acquire()
     held.release()
+
+
+def test_who_looks_need_not_write_and_keeps_nobody_else_away(tmp_path, holder, monkeypatch):
+    opened = os.open
+
+    def refused(path, flags, *rest, **options):
+        if flags & (os.O_RDWR | os.O_WRONLY):
+            raise PermissionError(errno.EACCES, "Permission denied")
+        return opened(path, flags, *rest, **options)
+
+    file = tmp_path / "run" / ".lock"
+    with monkeypatch.context() as patch:  # of another user
+        patch.setattr(os, "open", refused)
+        with pytest.raises(UserError, match="is being written by another process"):
+            Lock(file, "it").check()
+    fcntl = pytest.importorskip("fcntl")
+    (other := tmp_path / "other").write_text("")
+    with other.open("rb") as looks:
+        fcntl.flock(looks, fcntl.LOCK_SH)
+        Lock(other, "it").check()
+        monkeypatch.setattr(lock.time, "sleep", lambda _: fcntl.flock(looks, fcntl.LOCK_UN))
+        (mine := Lock(other, "it")).acquire()
+        mine.release()

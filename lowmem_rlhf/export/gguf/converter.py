@@ -11,6 +11,7 @@ from lowmem_rlhf.errors import RunError
 from lowmem_rlhf.export.gguf.tokenizer import ADD_BOS, ADD_EOS
 from lowmem_rlhf.progress import message
 
+PENALTY, PENALTY_LAST = "general.sampling.penalty_repeat", "general.sampling.penalty_last_n"
 CONVERTER, QUANTIZER = "convert_hf_to_gguf.py", "llama-quantize"
 
 
@@ -82,6 +83,21 @@ def set_frame(file: Path, add_bos: bool | None) -> None:
                 "default"
             )
     reader.data.flush()
+
+
+def tell_penalty(file: Path, repetition_penalty: float) -> None:
+    """Tell of a repetition penalty that a converter's GGUF does not hold, or not over the whole text."""
+    from gguf import GGUFReader
+
+    held = False
+    with suppress(ValueError, IndexError):  # a file of a newer form
+        reader = GGUFReader(file)
+        held = all(reader.get_field(key) is not None for key in (PENALTY, PENALTY_LAST))
+    if repetition_penalty != 1.0 and not held:
+        message(
+            f"your converter's GGUF lacks {PENALTY} or {PENALTY_LAST}: give llama.cpp --repeat-penalty "
+            f"{repetition_penalty:g} --repeat-last-n -1, as in the run"
+        )
 
 
 def quantize(quantizer: Path, source: Path, target: Path, kind: str) -> None:

@@ -9,7 +9,17 @@ from typing import TYPE_CHECKING, Any
 
 from lowmem_rlhf.architecture.stops import turn_end
 from lowmem_rlhf.errors import UserError
-from lowmem_rlhf.export.gguf.converter import BY_QUANTIZER, convert, find_converter, find_quantizer, quantize, set_frame
+from lowmem_rlhf.export.gguf.converter import (
+    BY_QUANTIZER,
+    PENALTY,
+    PENALTY_LAST,
+    convert,
+    find_converter,
+    find_quantizer,
+    quantize,
+    set_frame,
+    tell_penalty,
+)
 from lowmem_rlhf.export.target import check_disk
 from lowmem_rlhf.files import temp_path
 from lowmem_rlhf.planning.memory.export import GGUF_BYTES
@@ -63,6 +73,7 @@ def write_gguf(
         _check_room(folder, target, first_kind)
         if converter and first_kind not in BY_QUANTIZER and convert(converter, folder, first, first_kind):
             set_frame(first, add_bos)
+            tell_penalty(first, repetition_penalty)
         else:
             _write(folder, first, target.stem, first_kind, progress, device, add_bos, repetition_penalty)
         if quantizer:
@@ -116,8 +127,8 @@ def _write(
     writer = GGUFWriter(target, metadata.layout.name)
     _add_keys(writer, name, metadata, keys, kind)
     if repetition_penalty != 1.0:
-        writer.add_float32("general.sampling.penalty_repeat", repetition_penalty)
-        writer.add_int32("general.sampling.penalty_last_n", -1)  # all tokens of the text
+        writer.add_float32(PENALTY, repetition_penalty)
+        writer.add_int32(PENALTY_LAST, -1)  # all tokens of the text
     for tensor in tensors:
         _add_info(writer, tensor)
     try:

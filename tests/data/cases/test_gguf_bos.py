@@ -155,6 +155,11 @@ def test_a_merged_model_generates_as_the_run_did(tmp_path):
     config.unlink()
     keep_controls(tmp_path, GenerationConfig(min_new_tokens=2))
     assert json.loads(config.read_text(encoding="utf-8"))["eos_token_id"] == 3
+    made = config.read_bytes()
+    for damaged in ("{", "[1]"):  # which keeps no model from being loaded
+        config.write_text(damaged, encoding="utf-8")
+        keep_controls(tmp_path, GenerationConfig(min_new_tokens=2))
+        assert config.read_bytes() == made
 
 
 def test_the_second_stop_of_a_gguf_is_the_one_of_the_template(tmp_path):
