@@ -20,12 +20,14 @@ from work import ROOT
 
 from lowmem_rlhf.recipe.loading import load_recipe
 
+FEWER = ["training.prompts_per_step=4", "grpo.num_iterations=2"]  # half the completions a step, two updates on each
 WAYS: dict[str, list[str]] = {
-    "grpo": [],  # as shipped
-    "larger": ["training.prompts_per_step=8", "grpo.num_iterations=1"],  # twice the completions a step, one update
-    "gspo": ["grpo.importance_sampling_level=sequence"],
-    "cispo": ["grpo.loss_type=cispo", "grpo.epsilon_high=5"],
-    "ppo": ["algorithm=ppo", "ppo.kl_coef=0", "ppo.num_ppo_epochs=2"],  # as many updates
+    "shipped": [],
+    "grpo": FEWER,
+    "line": [*FEWER, 'generation.stop_strings=["\\n"]'],  # an answer ends with its line
+    "gspo": [*FEWER, "grpo.importance_sampling_level=sequence"],
+    "cispo": [*FEWER, "grpo.loss_type=cispo", "grpo.epsilon_high=5"],
+    "ppo": [*FEWER, "algorithm=ppo", "ppo.kl_coef=0", "ppo.num_ppo_epochs=2"],  # as many updates
 }
 
 
