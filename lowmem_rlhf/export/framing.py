@@ -85,10 +85,11 @@ def end_turns(folder: Path) -> tuple[str, ...]:
 
 
 def keep_controls(folder: Path, generation: GenerationConfig) -> tuple[str, ...]:
-    """Put a run's repetition penalty, least length and stop strings into a model folder's generation config.
+    """Put a run's repetition penalty and least length into a model folder's generation config.
 
     Temperature and what top-p and the like leave out stay the base's: they are for whoever samples to say, these are
-    a part of what the policy was rewarded for.
+    a part of what the policy was rewarded for. Stop strings are told alone: with them in the file every call of
+    transformers' ``generate`` that is not given the tokenizer would be an error.
 
     Returns:
         Sentences on what was written; none where the run has none of them.
@@ -96,18 +97,17 @@ def keep_controls(folder: Path, generation: GenerationConfig) -> tuple[str, ...]
     Raises:
         OSError: the file cannot be written.
     """
-    if not (kept := generation.controls):
-        return ()
+    kept, notes = generation.controls, tuple[str, ...]()
+    if strings := kept.pop("stop_strings", None):
+        given = f"stop_strings={json.dumps(strings, ensure_ascii=False)}, tokenizer=tokenizer"
+        notes = (f"the run's completions ended at stop strings: give generate() of transformers {given}",)
+    if not kept:
+        return notes
     values = {**_generation_values(folder), **kept}
     values.pop("_from_model_config", None)  # of a file that only repeats the model's configuration
     _write_generation(folder, values)
-    shown = ", ".join(f"{key}={json.dumps(value, ensure_ascii=False)}" for key, value in kept.items())
-    notes: tuple[str, ...] = (f"{GENERATION} has {shown}, as in the run",)
-    if "stop_strings" in kept:
-        notes += (
-            "because of its stop strings, generate() of transformers has to be given the tokenizer: tokenizer=...",
-        )
-    return notes
+    shown = ", ".join(f"{key}={json.dumps(value)}" for key, value in kept.items())
+    return (f"{GENERATION} has {shown}, as in the run", *notes)
 
 
 def _generation_values(folder: Path) -> dict[str, Any]:
