@@ -396,18 +396,18 @@ def train(
 
 @app.command()
 def runs(
-    folder: Annotated[Path, typer.Argument(help="Where they lie.")] = Path("runs"),
+    folder: Annotated[Path | None, typer.Argument(help="Where they lie; default runs.")] = None,
     as_json: Json = False,
 ) -> None:
     """List the runs below a folder with their state, time and result, the newest last."""
     from lowmem_rlhf.display.runs import print_runs
-    from lowmem_rlhf.run.listing import runs_in
+    from lowmem_rlhf.run.listing import RUNS, runs_in
 
-    found = runs_in(folder)
+    found = runs_in(folder or RUNS)
     if as_json:
         _print_json({"runs": [run.to_dict() for run in found]})
     else:
-        print_runs(found, folder)
+        print_runs(found, folder or RUNS)
 
 
 @app.command()

@@ -116,7 +116,7 @@ class WindowStream(Stream[Item]):
     def __init__(self, window: "Window[Item]", prompts_per_step: int, seed: int) -> None:
         """Keep what reads a window; nothing is read yet."""
         self._window, self.prompts_per_step, self.seed = window, prompts_per_step, seed
-        self._kept: list[int] = []  # examples of each window
+        self._ends: list[int] = []  # examples up to the end of each window
         self._whole = False  # whether these are all windows
         self._held: OrderedDict[int, list[Item]] = OrderedDict()
         self._order = lru_cache(maxsize=2 * _HELD)(self._shuffled)
@@ -128,42 +128,45 @@ class WindowStream(Stream[Item]):
             UserError: there are no examples, or a file cannot be read.
             RunError: the source is not what it was.
         """
-        while not self._whole and place >= sum(self._kept):
-            self._read(len(self._kept))
-        ends = list(accumulate(self._kept))
+        ends = self._ends
+        while not self._whole and place >= (ends[-1] if ends else 0):
+            self._read(len(ends))
         if not ends or not ends[-1]:
             raise UserError("data.train: all rows are left out, so none is left to learn from")
         epoch, index = divmod(place, ends[-1]) if self._whole else (0, place)
         number = bisect_right(ends, index)
         examples = self._held[number] if number in self._held else self._read(number)
-        return examples[self._order(epoch, number)[index - (ends[number] - self._kept[number])]]
+        return examples[self._order(epoch, number)[index - (ends[number] - self._count(number))]]
+
+    def _count(self, number: int) -> int:
+        return self._ends[number] - (self._ends[number - 1] if number else 0)
 
     def _shuffled(self, epoch: int, number: int) -> list[int]:
-        order = list(range(self._kept[number]))
+        order = list(range(self._count(number)))
         random.Random(f"window/{self.seed}/{epoch}/{number}").shuffle(order)
         return order
 
     def state(self) -> dict[str, Any]:
         """Return how many examples the windows have, which a resumed run then need not read to find its place."""
-        return {"kept": list(self._kept), "whole": self._whole}
+        return {"kept": [self._count(number) for number in range(len(self._ends))], "whole": self._whole}
 
     def load_state(self, state: dict[str, Any] | None) -> None:
         """Take over what `state` gave, as far as it is not known; None: of a run that has kept none."""
-        if state is not None and len(state["kept"]) >= len(self._kept) and not self._whole:
-            self._kept, self._whole = [int(one) for one in state["kept"]], bool(state["whole"])
+        if state is not None and len(state["kept"]) >= len(self._ends) and not self._whole:
+            self._ends, self._whole = list(accumulate(map(int, state["kept"]))), bool(state["whole"])
 
     def _read(self, number: int) -> list[Item]:
         examples = self._window(number)
-        if examples is None and number == len(self._kept):
+        if examples is None and number == len(self._ends):
             self._whole = True
             return []
-        if examples is None or (number < len(self._kept) and len(examples) != self._kept[number]):
+        if examples is None or (number < len(self._ends) and len(examples) != self._count(number)):
             raise RunError(
                 "data.train: the file or data set has changed since this run read it: other rows are there now; put it "
                 "back and go on with --resume, or start a new run"
             )
-        if number == len(self._kept):
-            self._kept.append(len(examples))
+        if number == len(self._ends):
+            self._ends.append(len(examples) + (self._ends[-1] if self._ends else 0))
         self._held[number] = examples
         while len(self._held) > _HELD:
             self._held.popitem(last=False)

@@ -68,6 +68,14 @@ def test_draws_are_those_of_the_processors_of_transformers(penalty, temperature,
     torch.testing.assert_close(logps, plain.gather(-1, tokens[:, None])[:, 0])
 
 
+def generated(stock, prompt, **given):
+    """Return the greedy completion of at most 20 tokens that transformers writes."""
+    ids = torch.tensor([prompt])
+    mask = torch.ones_like(ids)
+    out = stock.generate(ids, attention_mask=mask, do_sample=False, max_new_tokens=20, pad_token_id=0, **given)
+    return out[0, len(prompt) :].tolist()
+
+
 @pytest.mark.parametrize("family", ["llama", "gpt2", "bloom", "qwen3_5"])
 def test_greedy_completions_are_those_of_generate(family):
     """Of engines of waves, packed or padded, and of slots where the model has them."""
@@ -79,17 +87,7 @@ def test_greedy_completions_are_those_of_generate(family):
         free = flat(wave_engine(base).generate(PROMPTS, 1, 20, Sampling(0.0), LIMITS, seed=0))
     stops = sorted(base.stop_ids)
     for row, prompt in enumerate(PROMPTS):
-        ids = torch.tensor([prompt])
-        out = stock.generate(
-            ids,
-            attention_mask=torch.ones_like(ids),
-            do_sample=False,
-            max_new_tokens=20,
-            eos_token_id=stops,
-            pad_token_id=0,
-            **given,
-        )
-        want = out[0, len(prompt) :].tolist()
+        want = generated(stock, prompt, eos_token_id=stops, **given)
         assert [own[row] for own in found] == [(want, want[-1] not in stops)] * len(engines)
         assert len(want) >= 7
     assert free != found[0]
@@ -108,18 +106,7 @@ def test_greedy_completions_end_where_generate_ends_at_a_stop_string():
             for engine in (SharedPromptEngine(base), ContinuousEngine(base))
         ]
     for row, prompt in enumerate(PROMPTS):
-        ids = torch.tensor([prompt])
-        out = stock.generate(
-            ids,
-            attention_mask=torch.ones_like(ids),
-            do_sample=False,
-            max_new_tokens=20,
-            pad_token_id=0,
-            repetition_penalty=1.7,
-            stop_strings=texts,
-            tokenizer=base.tokenizer,
-        )
-        want = out[0, len(prompt) :].tolist()
+        want = generated(stock, prompt, repetition_penalty=1.7, stop_strings=texts, tokenizer=base.tokenizer)
         cut = not any(text in base.tokenizer.decode(want) for text in texts) and want[-1] not in base.stop_ids
         assert [own[row] for own in found] == [(want, cut)] * 2
     assert sorted({len(ids) for ids, _ in found[0]})[0] == 9
