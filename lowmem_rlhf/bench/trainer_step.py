@@ -116,7 +116,7 @@ class Measured:
     Args:
         recipe, plan: of the run.
         counter: makes what counts during the step; live tensors by default.
-        others: bytes that are not the run's; counted by default.
+        others: bytes that are not the run's; by default those of the tensors that live now, for as long as they do.
         timed: one more step is taken before, on which nothing counts.
 
     Attributes:
@@ -138,7 +138,8 @@ class Measured:
         self.seconds: dict[str, float] = {}
         self.counter: Counter | None = None
         self._device, self._timing = torch.device(plan.device.torch_device), False
-        others = LiveBytes().current if others is None else others
+        self._before = LiveBytes() if others is None else None
+        self._others = others or 0
         said = _Messages()
         with tempfile.TemporaryDirectory() as folder, torch.random.fork_rng(devices=[]):
             trainer: Any = trainer_of(recipe, plan, Path(folder))
@@ -156,7 +157,6 @@ class Measured:
             self.counter = counter()
             with self.counter:
                 trainer.one_step(said)
-        self.peaks = {name: peak - others for name, peak in self.peaks.items()}
         self.said = "\n".join(said.lines)
 
     @contextmanager
@@ -168,4 +168,5 @@ class Measured:
         if self._timing:
             self.seconds[name] = self.seconds.get(name, 0.0) + clock(self._device) - began
         if self.counter:
-            self.peaks[name] = max(self.peaks.get(name, 0), self.counter.peak)
+            others = self._before.current if self._before else self._others
+            self.peaks[name] = max(self.peaks.get(name, 0), self.counter.peak - others)

@@ -44,8 +44,8 @@ class LiveBytes(TorchDispatchMode):
 
     def scan(self) -> None:
         """Add the storages of all tensors that the garbage collector knows."""
+        gc.unfreeze()  # it neither tells of what a program has frozen nor frees it, and that may hold tensors as well
         gc.collect()
-        gc.unfreeze()  # it does not tell of what a program has frozen, which may hold tensors as well
         for thing in gc.get_objects():
             if issubclass(type(thing), torch.Tensor):  # isinstance would wake lazily loaded modules
                 self.add(thing)

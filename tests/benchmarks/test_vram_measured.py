@@ -73,6 +73,21 @@ def test_tensors_of_others_in_the_process_are_not_counted(folders, measured):
     assert others.numel()
 
 
+def test_tensors_of_others_may_end_during_the_step(folders, measured, monkeypatch):
+    from lowmem_rlhf.bench import trainer_step
+
+    recipe, plan, peaks = measured(TINY[2])
+    others = [torch.zeros(50_000_000, dtype=torch.uint8)]
+
+    def load(*arguments, whole=trainer_step.load):
+        others.clear()
+        return whole(*arguments)
+
+    monkeypatch.setattr(trainer_step, "load", load)
+    assert trainer_step.Measured(recipe, plan).peaks["update"] == pytest.approx(peaks["update"], rel=0.01)
+    assert not others
+
+
 @pytest.mark.parametrize("case", TINY, ids=NAMES)
 def test_a_plan_that_just_fits_takes_no_more_than_its_margin(measured, case):
     recipe, plan, peaks = measured(case)

@@ -52,6 +52,17 @@ def test_what_the_collector_was_told_to_leave_alone_is_found_as_well():
     assert LiveBytes().current - before.current == 256 * KIB == weight.untyped_storage().nbytes()
 
 
+def test_frozen_garbage_is_freed_and_not_counted():
+    class Circle:
+        def __init__(self):
+            self.itself, self.weight = self, floats(256)
+
+    before, circle = LiveBytes(), Circle()
+    gc.freeze()
+    del circle
+    assert LiveBytes().current == before.current
+
+
 def test_resized_storage_counts_with_its_new_size():
     with LiveBytes(scan=False) as counter:
         a = floats(4)
