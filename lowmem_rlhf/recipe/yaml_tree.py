@@ -178,6 +178,12 @@ class _Dumper(yaml.SafeDumper):
     """Quotes every text that a reader, this one or YAML 1.1's, would take for something else."""
 
 
+def _text(dumper: yaml.SafeDumper, text: str) -> ScalarNode:
+    # line feeds alone would be blank lines, which say nothing to a reader; in other texts an escape may be in doubt
+    return dumper.represent_scalar(_CORE + "str", text, '"' if text.strip("\n") == "" != text else None)
+
+
+_Dumper.add_representer(str, _text)
 _Dumper.add_implicit_resolver(_CORE + "float", re.compile(f"(?:{_FLOAT.pattern})$"), list("-+.0123456789"))
 
 

@@ -234,6 +234,10 @@ def test_what_is_written_is_read_as_it_was(text, options):
     assert reading.values == yaml.safe_load(written) == {"text": text, "options": options} and not reading.problems
 
 
+def test_line_feeds_are_written_as_their_escapes():
+    assert write_yaml({"stop_strings": ["\n", "a\n"]}) == "stop_strings:\n- \"\\n\"\n- 'a\n\n  '\n"
+
+
 @settings(max_examples=150, deadline=None)
 @given(TEXTS)
 def test_a_text_that_is_neither_quoted_nor_null_arrives_as_typed(text):
