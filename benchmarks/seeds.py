@@ -20,14 +20,13 @@ from work import ROOT
 
 from lowmem_rlhf.recipe.loading import load_recipe
 
-FEWER = ["training.prompts_per_step=4", "grpo.num_iterations=2"]  # half the completions a step, two updates on each
 WAYS: dict[str, list[str]] = {
     "shipped": [],
-    "grpo": FEWER,
-    "line": [*FEWER, 'generation.stop_strings=["\\n"]'],  # an answer ends with its line
-    "gspo": [*FEWER, "grpo.importance_sampling_level=sequence"],
-    "cispo": [*FEWER, "grpo.loss_type=cispo", "grpo.epsilon_high=5"],
-    "ppo": [*FEWER, "algorithm=ppo", "ppo.kl_coef=0", "ppo.num_ppo_epochs=2"],  # as many updates
+    "unstopped": ["generation.stop_strings=[]"],  # an answer may go on behind its line
+    "large": ["training.prompts_per_step=8", "grpo.num_iterations=1", "generation.stop_strings=[]"],  # half the steps
+    "gspo": ["grpo.importance_sampling_level=sequence"],
+    "cispo": ["grpo.loss_type=cispo", "grpo.epsilon_high=5"],
+    "ppo": ["algorithm=ppo", "ppo.kl_coef=0", "ppo.num_ppo_epochs=2"],  # as many updates
 }
 
 
@@ -79,7 +78,7 @@ def main() -> None:
             shown = " ".join(f"{one:.1%}" for one in after)
             seconds = statistics.fmean(one["seconds"] for one in runs.values())
             mean = f"mean {found[way]['mean']:.1%}  worst {min(after):.1%}"
-            print(f"{way:8} {mean}  ({shown})  {seconds:.0f} s", flush=True)
+            print(f"{way:9} {mean}  ({shown})  {seconds:.0f} s", flush=True)
     if work.json:
         print(json.dumps({"completions": work.completions, "ways": found}, indent=1))
 

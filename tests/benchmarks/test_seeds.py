@@ -17,14 +17,14 @@ def finished(folder, after, explained=None):
 
 def test_finished_runs_are_read_and_not_run_again(tmp_path, monkeypatch, capsys):
     for seed, after in enumerate((0.5, 0.7)):
-        finished(tmp_path / f"grpo-128-{seed}", after)
+        finished(tmp_path / f"shipped-128-{seed}", after)
         finished(tmp_path / f"ppo-128-{seed}", after + 0.1, explained=0.25)
     monkeypatch.setattr(seeds.subprocess, "run", lambda *args, **options: pytest.fail("a run was begun"))
-    given = ["seeds.py", "grpo", "ppo", "--seeds", "0", "1", "--completions", "128", "--output", str(tmp_path)]
+    given = ["seeds.py", "shipped", "ppo", "--seeds", "0", "1", "--completions", "128", "--output", str(tmp_path)]
     monkeypatch.setattr(sys, "argv", given)
     seeds.main()
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0] == "grpo     mean 60.0%  worst 50.0%  (50.0% 70.0%)  6 s"
+    assert lines[0] == "shipped   mean 60.0%  worst 50.0%  (50.0% 70.0%)  6 s"
     monkeypatch.setattr(sys, "argv", [*given, "--json"])
     seeds.main()
     found = json.loads(capsys.readouterr().out)["ways"]

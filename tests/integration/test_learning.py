@@ -92,8 +92,8 @@ def test_three_steps_on_gsm8k_change_the_adapter_and_measure_everything(tmp_path
 @pytest.mark.ci
 @pytest.mark.timeout(3600)  # two minutes alone; a machine that others use was seen to be twenty times slower
 def test_the_quickstart_learns_arithmetic(tmp_path):
-    """In a fifth of its steps, with three iterations on each rollout; `make quickstart` takes all, of one iteration."""
-    changes = ["training.max_steps=6", "grpo.num_iterations=3"]
+    """In a fifth of its steps, of twice its completions and three iterations on each."""
+    changes = ["training.max_steps=6", "training.prompts_per_step=8", "grpo.num_iterations=3"]
     run: RunDirectory = train(load_recipe("quickstart", changes), tmp_path / "run")
     assert run.plan()["settings"]["quantization"] == "nf4"
     before, after = (run.evaluation()[when] for when in ("before", "after"))
