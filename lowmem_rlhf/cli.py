@@ -577,6 +577,25 @@ def bench(
 
 
 @app.command()
+def doctor(
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N or another torch device.")] = "auto",
+    as_json: Json = False,
+) -> None:
+    """Check card, driver, libraries, disk and network, and say what mends them; --json is for a bug report."""
+    from lowmem_rlhf.doctor.finding import worst
+    from lowmem_rlhf.doctor.machine import Machine
+    from lowmem_rlhf.doctor.run import examine
+    from lowmem_rlhf.doctor.run import report as report_of
+    from lowmem_rlhf.doctor.show import print_findings
+
+    machine = Machine(device)
+    findings = examine(machine)
+    _print_json(report_of(machine, findings)) if as_json else print_findings(findings)
+    if worst(findings) == "error":
+        raise typer.Exit(1)
+
+
+@app.command()
 def report(
     run: Annotated[Path, typer.Argument(metavar="RUN", help=A_RUN)],
     plot: Annotated[Path | None, typer.Option(help="Also save the reward curve as this PNG.")] = None,

@@ -46,7 +46,7 @@ def detect(device: str = "auto") -> Device:
     Raises:
         UserError: no such device.
     """
-    kind, index = _parse(device)
+    kind, index = parse_device(device)
     if kind == "cpu":
         return cpu_device()
     if kind not in ("auto", "cuda"):
@@ -76,7 +76,12 @@ def detect(device: str = "auto") -> Device:
     return cpu_device(notes)
 
 
-def _parse(device: str) -> tuple[str, int | None]:
+def parse_device(device: str) -> tuple[str, int | None]:
+    """Return the kind and the number in a device string, as in ``cuda:1``; None for no number.
+
+    Raises:
+        UserError: it is no device string.
+    """
     match = re.fullmatch(r"([a-z][a-z0-9_]*)(?::(\d+))?", device.strip().lower())
     if not match or (match[1] == "auto" and match[2]):
         known = ("auto", "cpu", "cuda", "cuda:0", "xpu", "mps")
