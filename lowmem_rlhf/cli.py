@@ -144,12 +144,13 @@ def profiles(as_json: Json = False) -> None:
 
     known = load_profiles()
     if as_json:
-        _print_json({key: profile.model_dump() for key, profile in known.items()})
+        _print_json({key: {**profile.model_dump(), "tried": profile.tried} for key, profile in known.items()})
         return
     for key, profile in known.items():
         memory = f"{profile.memory_mib / 1024:.1f} GiB" if profile.memory_mib else "RAM"
         capability = f"sm_{profile.compute_capability.replace('.', '')}" if profile.compute_capability else ""
-        print(f"{key:20} {profile.name:32} {memory:>9}  {capability:7} {'bf16' if profile.bf16 else 'fp16'}")
+        line = f"{key:20} {profile.name:32} {memory:>9}  {capability or profile.architecture or '':7}"
+        print(f"{line} {'bf16' if profile.bf16 else 'fp16'}{'' if profile.tried else '  never run on such'}")
 
 
 @app.command()

@@ -6,8 +6,9 @@ from typing import Any
 from lowmem_rlhf.doctor import builds
 from lowmem_rlhf.doctor.finding import Finding, Status
 from lowmem_rlhf.doctor.machine import Machine
-from lowmem_rlhf.hardware.capabilities import capabilities
+from lowmem_rlhf.hardware.capabilities import never_run
 from lowmem_rlhf.hardware.cuda import VISIBLE
+from lowmem_rlhf.hardware.device import Device
 from lowmem_rlhf.hardware.nvml import Card, visible_cards
 
 GIB, MIB = 1024**3, 1024**2
@@ -24,7 +25,7 @@ def check_device(machine: Machine) -> list[Finding]:
     free = f"{device.free_bytes / GIB:.1f} GiB free of {device.total_bytes / GIB:.1f} GiB"
     found = f"{device.name} ({device.torch_device}), {free}"
     if not device.on_cpu:
-        return [Finding("device", "ok", found, _what_it_can(device.torch_device, device.bf16))]
+        return [Finding("device", "ok", found, _what_it_can(device))]
     if machine.asked != "auto":
         return [Finding("device", "ok", found, "the CPU was asked for")]
     notes = "; ".join(device.notes)
@@ -38,11 +39,11 @@ def _unset(machine: Machine, name: str) -> str:
     return f"Remove-Item Env:{name}" if machine.system == "Windows" else f"unset {name}"
 
 
-def _what_it_can(torch_device: str, bf16: bool) -> str:
-    """Say what this package uses of the device."""
-    can = capabilities(torch_device)
-    graphs = "captured graphs" if can.graphs else "no captured graphs"
-    return f"runs compute in {'bfloat16' if bf16 else 'float16'}, with {graphs}"
+def _what_it_can(device: Device) -> str:
+    """Say what this package uses of the device, and whether it was run on such."""
+    graphs = "captured graphs" if device.capabilities.graphs else "no captured graphs"
+    said = f"runs compute in {device.half_dtype}, with {graphs}"
+    return "; ".join(filter(None, (said, never_run(device.backend or device.kind))))
 
 
 def check_driver(machine: Machine) -> list[Finding]:

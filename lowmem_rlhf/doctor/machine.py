@@ -17,7 +17,8 @@ import psutil
 
 from lowmem_rlhf.doctor import probe
 from lowmem_rlhf.errors import UserError, one_line
-from lowmem_rlhf.hardware.detect import cpu_device, detect
+from lowmem_rlhf.hardware.cpu_device import cpu_device
+from lowmem_rlhf.hardware.detect import detect
 from lowmem_rlhf.hardware.device import Device
 from lowmem_rlhf.hardware.nvml import Inventory, NvmlUnavailable, read_nvml
 from lowmem_rlhf.paths import cannot_be_written

@@ -2,7 +2,14 @@
 
 from typing import Any
 
+from lowmem_rlhf.hardware.capabilities import backend_of, kind_of
+
 KINDS = ("cuda", "xpu", "mps")  # in the order in which `detect` takes them
+
+
+def is_torchs_own(device: str) -> bool:
+    """Say whether a torch device string means an accelerator that torch itself knows, and no other package adds."""
+    return kind_of(device) in KINDS
 
 
 def torch_build(device: str) -> dict[str, Any]:
@@ -31,7 +38,7 @@ def _cards(kind: str) -> list[dict[str, Any]]:
         device = kind if kind == "mps" else f"{kind}:{number}"
         told = module.get_device_properties(number) if hasattr(module, "get_device_properties") else None
         capability = None
-        if kind == "cuda" and torch.version.hip is None:
+        if backend_of(kind) == "cuda":
             capability = list(module.get_device_capability(number))
         found.append(
             {
