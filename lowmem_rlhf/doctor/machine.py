@@ -7,6 +7,7 @@ import shutil
 import sys
 import threading
 import urllib.error
+import urllib.parse
 import urllib.request
 from dataclasses import dataclass
 from functools import cached_property
@@ -27,6 +28,7 @@ MAKERS = {"0x10de": "NVIDIA", "0x1002": "AMD", "0x8086": "Intel"}
 PCI = Path("/sys/bus/pci/devices")
 SHARED_MEMORY = Path("/dev/shm")
 HUB_SECONDS = 4.0
+PUBLIC_HUBS = ("huggingface.co", "hf.co")
 SMALL_FILE = "/Qwen/Qwen2.5-0.5B-Instruct/resolve/main/config.json"  # what a run asks for first, of a public model
 _CONTAINER_FILES = ("/.dockerenv", "/run/.containerenv")
 
@@ -43,7 +45,7 @@ class Disk:
 
 @dataclass(frozen=True)
 class Hub:
-    """What the Hub answered: ``code`` of HTTP, or why there was none; ``offline``: it was not asked, as is wished."""
+    """What the Hub answered: ``code`` of HTTP, or why there was none; ``offline``: the setting that forbids to ask."""
 
     host: str
     offline: str = ""
@@ -172,7 +174,9 @@ class Machine:
     def hub(self) -> Hub:
         from huggingface_hub import constants
 
-        host = constants.ENDPOINT.rstrip("/").rpartition("@")[2].rpartition("//")[2]
+        host = urllib.parse.urlsplit(constants.ENDPOINT).hostname or ""
+        if not host.endswith(PUBLIC_HUBS):
+            host = "the Hub that HF_ENDPOINT names"  # an address of one's own is nobody else's business
         for name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE"):
             if self.environment.get(name, "").upper() in ("1", "ON", "YES", "TRUE"):
                 return Hub(host, offline=name)

@@ -1,4 +1,4 @@
-"""What a report that is sent to others must not hold: folders, names of users and machines, tokens, addresses."""
+"""What a report that is sent to others must not hold: folders, users, machines, other programs, tokens, addresses."""
 
 import getpass
 import re
@@ -24,6 +24,8 @@ _UUID = re.compile(r"\b(GPU|MIG)-[0-9a-fA-F][0-9a-fA-F-]*")
 _TOKEN = re.compile(r"\b(?:hf|sk|ghp|gho|github_pat|xox[bp])[_-][A-Za-z0-9_-]{8,}")
 _LOGIN = re.compile(r"://[^\s/@]+@")
 _KEPT = re.compile(r"(/dev/shm|runs/\*)")  # that every machine has
+_PROGRAM = re.compile(r"\bprocess (\d+) \([^)]*\)")
+_NUMBERS = ("uuid",)  # keys of what names one card among all
 _ANYBODY = ("root", "user", "runner", "jovyan")
 
 
@@ -34,14 +36,14 @@ def environment(given: Mapping[str, str]) -> dict[str, str]:
 
 
 def without_secrets(value: Any) -> Any:
-    """Return a value of a report whose texts name no folder, machine, user, token or card's number."""
+    """Return a value of a report that names no folder, machine, user, program, token or card's number."""
     if isinstance(value, dict):
-        return {key: without_secrets(item) for key, item in value.items()}
+        return {key: without_secrets(item) for key, item in value.items() if key not in _NUMBERS}
     if isinstance(value, (list, tuple)):
         return [without_secrets(item) for item in value]
     if not isinstance(value, str):
         return publishable(value)
-    text = _TOKEN.sub("TOKEN", _LOGIN.sub("://", _UUID.sub(r"\1-...", value)))
+    text = _PROGRAM.sub(r"process \1", _TOKEN.sub("TOKEN", _LOGIN.sub("://", _UUID.sub(r"\1-...", value))))
     user = _user()
     if user:
         text = re.sub(rf"(?<![\w.-]){re.escape(user)}(?![\w-])", "USER", text)

@@ -149,7 +149,9 @@ def test_secrets_stay_here(monkeypatch):
         "cannot open /home/marieke/models/x.safetensors of marieke with hf_AbCdEfGhIjKlMnOp at "
         "https://marieke:pass@hub.example/x, GPU-8a1b2c3d-1111-2222-3333-444455556666; mount -o size=8g /dev/shm"
     )
-    told = without_secrets({"a": [text], "b": 0.1234567891})
+    told = without_secrets({"a": [text], "b": 0.1234567891, "cards": [{"name": "a card", "uuid": "8a1b"}]})
+    assert told["cards"] == [{"name": "a card"}]
+    assert without_secrets("process 17 (secret_project) 900 MiB") == "process 17 900 MiB"
     assert told["a"] == [
         "cannot open x.safetensors of USER with TOKEN at https://hub.example/x, GPU-...; mount -o size=8g /dev/shm"
     ]

@@ -162,6 +162,24 @@ def test_a_hub_that_is_not_reached(machine, local_hub, monkeypatch):
     assert "SSL_CERT_FILE" in proxy.means
 
 
+@pytest.mark.parametrize(
+    ("endpoint", "named"),
+    [
+        ("https://huggingface.co", "huggingface.co"),
+        ("https://me:secret@hub.example:8443/hf", "the Hub that HF_ENDPOINT names"),
+    ],
+)
+def test_a_hub_of_ones_own_is_asked_and_not_named(machine, monkeypatch, endpoint, named):
+    asked = []
+    monkeypatch.setattr(machines, "ask_hub", lambda *given: asked.append(given) or Hub(given[1], code=200))
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", endpoint)
+    one = machine()
+    del one.__dict__["hub"]
+    (finding,) = check_hub(one)
+    assert asked == [(f"{endpoint}{machines.SMALL_FILE}", named)]
+    assert finding.found.startswith(f"{named} answers") and "example" not in finding.found
+
+
 @pytest.mark.parametrize("name", ["HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE"])
 def test_an_offline_machine_asks_nobody(machine, monkeypatch, name):
     monkeypatch.setattr(machines, "ask_hub", lambda *_: pytest.fail("the Hub was asked"))
