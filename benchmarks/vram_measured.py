@@ -48,7 +48,7 @@ def measure(case: Case) -> dict[str, Any]:
     from model_folders import model_folder
 
     from lowmem_rlhf.bench.trainer_step import Measured, start_adapter
-    from lowmem_rlhf.hardware.detect import cpu_device
+    from lowmem_rlhf.hardware.cpu_device import cpu_device
     from lowmem_rlhf.planning.plan import make_plan
     from lowmem_rlhf.quiet import hush
 
@@ -118,7 +118,7 @@ def machine() -> dict[str, Any]:
         done = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=False)
         return done.stdout.strip()
 
-    from lowmem_rlhf.hardware.detect import cpu_device
+    from lowmem_rlhf.hardware.cpu_device import cpu_device
 
     return {
         "commit": git("rev-parse", "HEAD") or None,

@@ -144,12 +144,13 @@ def profiles(as_json: Json = False) -> None:
 
     known = load_profiles()
     if as_json:
-        _print_json({key: profile.model_dump() for key, profile in known.items()})
+        _print_json({key: {**profile.model_dump(), "tried": profile.tried} for key, profile in known.items()})
         return
     for key, profile in known.items():
         memory = f"{profile.memory_mib / 1024:.1f} GiB" if profile.memory_mib else "RAM"
         capability = f"sm_{profile.compute_capability.replace('.', '')}" if profile.compute_capability else ""
-        print(f"{key:20} {profile.name:32} {memory:>9}  {capability:7} {'bf16' if profile.bf16 else 'fp16'}")
+        line = f"{key:20} {profile.name:32} {memory:>9}  {capability or profile.architecture or '':7}"
+        print(f"{line} {'bf16' if profile.bf16 else 'fp16'}{'' if profile.tried else '  never run on such'}")
 
 
 @app.command()
@@ -574,6 +575,25 @@ def bench(
     statuses = {part["status"] for part in record["parts"].values()}
     if "failed" in statuses and not any(part["values"] for part in record["parts"].values()):
         raise RunError("nothing could be measured; the record says why of each part")
+
+
+@app.command()
+def doctor(
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N or another torch device.")] = "auto",
+    as_json: Json = False,
+) -> None:
+    """Check card, driver, libraries, disk and network, and say what mends them; --json is for a bug report."""
+    from lowmem_rlhf.doctor.finding import worst
+    from lowmem_rlhf.doctor.machine import Machine
+    from lowmem_rlhf.doctor.run import examine
+    from lowmem_rlhf.doctor.run import report as report_of
+    from lowmem_rlhf.doctor.show import print_findings
+
+    machine = Machine(device)
+    findings = examine(machine)
+    _print_json(report_of(machine, findings)) if as_json else print_findings(findings)
+    if worst(findings) == "error":
+        raise typer.Exit(1)
 
 
 @app.command()

@@ -13,7 +13,15 @@ from tiny_runs import save_tiny_model
 
 HERE = Path(__file__).resolve().parent
 VCARD = HERE.parents[1] / "shared" / "vcard"
-CARDS = ["vcard:0", *(["cuda:0"] if torch.cuda.is_available() else [])]
+
+
+def own_cards() -> list[str]:
+    """Return the device of this machine's own card, of whatever kind torch knows; empty where it has none."""
+    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    return [f"{accelerator.type}:0"] if accelerator else []
+
+
+CARDS = ["vcard:0", *own_cards()]
 
 
 @pytest.fixture(scope="session")
@@ -38,7 +46,7 @@ def on_the_card(card_device: str) -> Callable[..., None]:
         for tool in ("gcc", "ninja"):
             if not shutil.which(tool, path=path):
                 pytest.skip(f"the virtual card is compiled with {tool}, which is not here")
-    card = "cuda" if card_device == "cuda:0" else str(VCARD)
+    card = str(VCARD) if card_device == "vcard:0" else card_device.partition(":")[0]
 
     def run(script: str, *arguments: str, made: Path) -> None:
         done = subprocess.run(

@@ -16,40 +16,46 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 _LIBRARIES: list[Any] = []  # what they add ends with them
 
 
-class CudaCard:
-    """The first CUDA card, with the functions of the module ``vcard`` (shared/vcard)."""
+class TorchCard:
+    """The first card of a kind that torch knows, with the functions of the module ``vcard`` (shared/vcard)."""
 
-    def __init__(self) -> None:
+    def __init__(self, kind: str) -> None:
+        self._kind, self._module = kind, torch.get_device_module(kind)
         self._filling: list[torch.Tensor] = []
         self._once = False
-        torch._C._cuda_attach_out_of_memory_observer(self._ran_out)
+        self._attach = getattr(torch._C, f"_{kind}_attach_out_of_memory_observer", None)
+        if self._attach is not None:
+            self._attach(self._ran_out)
 
     def live(self) -> int:
         """Return the bytes of live tensors, each rounded up to 512."""
-        return torch.cuda.memory_allocated()
+        count = getattr(self._module, "memory_allocated", None) or self._module.current_allocated_memory
+        return int(count())
 
     def peak(self) -> int:
         """Return the highest of these since `reset_peak`."""
-        return torch.cuda.max_memory_allocated()
+        return int(self._module.max_memory_allocated())
 
     def reset_peak(self) -> None:
         """Begin a new peak."""
-        torch.cuda.reset_peak_memory_stats()
+        self._module.reset_peak_memory_stats()
 
     def allocs(self) -> int:
         """Return how often memory was asked for so far."""
-        return int(torch.cuda.memory_stats()["allocation.all.allocated"])
+        return int(self._module.memory_stats()["allocation.all.allocated"])
 
     def set_capacity(self, count: int) -> None:
         """Let the process reserve so many bytes; where that is less than it has, nothing at all is left to take."""
         self._filling.clear()
-        torch.cuda.empty_cache()
-        torch.cuda.set_per_process_memory_fraction(min(1.0, count / torch.cuda.mem_get_info()[1]))
-        if count < torch.cuda.memory_reserved():
+        self._module.empty_cache()
+        self._module.set_per_process_memory_fraction(min(1.0, count / self._module.mem_get_info()[1]))
+        if count < self._module.memory_reserved():
             self._fill()
 
     def fail_at(self, number: int) -> None:
         """Let the very next allocation fail, whatever its number is; a negative one: none."""
+        if self._attach is None:
+            raise NotImplementedError(f"torch tells nobody when the memory of {self._kind} runs out")
         self.set_capacity(2**60 if number < 0 else 0)
         self._once = number >= 0
 
@@ -58,7 +64,7 @@ class CudaCard:
         for size in (2**20, 2**16, 2**12, 512):
             try:
                 while True:
-                    self._filling.append(torch.empty(size, dtype=torch.uint8, device="cuda"))
+                    self._filling.append(torch.empty(size, dtype=torch.uint8, device=self._kind))
             except torch.OutOfMemoryError:
                 continue
         self._once = once
@@ -67,15 +73,15 @@ class CudaCard:
         if self._once:
             self._once = False
             self._filling.clear()
-            torch.cuda.set_per_process_memory_fraction(1.0)
+            self._module.set_per_process_memory_fraction(1.0)
 
 
 def card_of(argument: str) -> tuple[Any, str]:
-    """Return the card that a script was told of and its device: ``cuda``, or the folder of the virtual card."""
+    """Return the card that a script was told of and its device: a kind of torch's, or the virtual card's folder."""
     spare_collector()
     spare_pictures()
-    if argument == "cuda":
-        return CudaCard(), "cuda:0"
+    if not os.path.isdir(argument):
+        return TorchCard(argument), f"{argument}:0"
     sys.path.insert(0, argument)
     with _one_builder():
         card = importlib.import_module("vcard")
@@ -152,4 +158,4 @@ def _add_kernels() -> None:
 
 def its_attention(device: str) -> AbstractContextManager[None]:
     """Return what both sides of a comparison with this card run SDPA under: the virtual card has the math path only."""
-    return nullcontext() if device.startswith("cuda") else sdpa_kernel(SDPBackend.MATH)
+    return sdpa_kernel(SDPBackend.MATH) if device.startswith("vcard") else nullcontext()

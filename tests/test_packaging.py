@@ -38,6 +38,8 @@ def test_the_wheel_holds_every_recipe_and_profile(unpacked):
     for kind in ("recipes", "profiles"):
         shipped = {path.name for path in (unpacked / "lowmem_rlhf" / "_shipped" / kind).iterdir()}
         assert shipped == {path.name for path in (ROOT / kind).iterdir()}
+    tested = unpacked / "lowmem_rlhf" / "_shipped" / "constraints.txt"
+    assert tested.read_bytes() == (ROOT / "constraints.txt").read_bytes()
     assert not (unpacked / "tests").exists()
 
 

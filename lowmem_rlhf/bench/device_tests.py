@@ -13,6 +13,7 @@ from lowmem_rlhf.bench.checkout import checkout
 from lowmem_rlhf.bench.child import kill_tree
 from lowmem_rlhf.bench.work import Work
 from lowmem_rlhf.errors import RunError
+from lowmem_rlhf.hardware.capabilities import kind_of
 from lowmem_rlhf.progress import ProgressCallback
 
 OUTCOME = re.compile(r"(tests/\S+::.+?) (PASSED|FAILED|ERROR|SKIPPED|XFAIL|XPASS)\b.*?(?:\[ *(\d+)%\])?\s*$")
@@ -31,7 +32,7 @@ def run_tests(work: Work, progress: ProgressCallback) -> dict[str, Any]:
     folder = checkout()
     if folder is None:
         raise RunError("the tests are in a checkout of the repository, not in the installed package")
-    options = ["-k", "cuda", "-v", "--tb=no", "-p", "no:cacheprovider"]
+    options = ["-k", f"{kind_of(work.device)}:0", "-v", "--tb=no", "-p", "no:cacheprovider"]
     path = os.pathsep.join([os.path.dirname(sys.executable), os.environ.get("PATH", "")])
     process = subprocess.Popen(
         [sys.executable, "-m", "pytest", "tests/integration", *options],

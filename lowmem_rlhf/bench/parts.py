@@ -9,8 +9,8 @@ from typing import Any
 
 from lowmem_rlhf.bench.checkout import checkout
 from lowmem_rlhf.errors import UserError
-from lowmem_rlhf.hardware.cuda import is_cuda
 from lowmem_rlhf.hardware.device import Device
+from lowmem_rlhf.hardware.torch_build import is_torchs_own
 from lowmem_rlhf.suggest import did_you_mean
 
 Values = dict[str, Any]
@@ -76,8 +76,8 @@ def with_ratio(values: Values) -> Values:
 
 
 def _why_no_tests(device: Device) -> str:
-    if not is_cuda(device.torch_device):
-        return "the device tests run on a CUDA card"
+    if not is_torchs_own(device.torch_device):
+        return "the device tests run on a card that torch knows by itself"
     return "" if checkout() else "the tests are in a checkout of the repository, not in the installed package"
 
 

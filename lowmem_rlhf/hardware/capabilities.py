@@ -1,11 +1,17 @@
 """What all devices of a kind have in common. No torch here.
 
-A kind is the first part of torch's device string: ``cpu``, ``cuda`` (NVIDIA's cards, and AMD's under ROCm), ``xpu``,
-``mps``, or a name that another backend gives itself. Only this package compares kinds; everyone else asks what it needs
-to know. A kind that behaves in another way gets a row in `CAPABILITIES`.
+A kind is the first part of torch's device string: ``cpu``, ``cuda`` (NVIDIA's cards, and AMD's under ROCm), ``xpu``
+(Intel's), ``mps`` (Apple's), or a name that another backend gives itself. A backend is the kind, but for AMD's cards,
+which torch calls ``cuda``: theirs is ``rocm``. Only this package compares either; everyone else asks what it needs to
+know. What behaves in another way gets a row in `CAPABILITIES`.
+
+What is said of bitsandbytes was read in its release 0.50.2, ``backends/*/ops.py`` and ``autograd/_functions.py``.
 """
 
+import importlib.metadata
+import sys
 from dataclasses import dataclass
+from functools import cache
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -32,10 +38,15 @@ class Capabilities:
         explicit_scores: attention over a few keys is faster with its matrix of scores than with SDPA.
         fast_float16: float16 is as fast as the other 16-bit dtype. A CPU takes 10 to 30 times as long.
         int8_kernel: bitsandbytes multiplies LLM.int8's weights with a kernel that rounds inputs to int8 and computes in
-            float16; a CPU computes in the model's dtype.
+            float16; elsewhere it makes them dense and computes in the model's dtype (``MatMul8bitFp``).
+        four_bit_rows: rows that bitsandbytes multiplies with 4-bit weights as they lie; with more it makes the weights
+            dense first.
+        eight_bit_adamw: bitsandbytes has a kernel for AdamW's step with moments in 8 bits.
         caching_allocator: freed memory is kept in blocks, so that more is reserved than tensors take.
         blas_workspace: the BLAS library takes a workspace from the allocator for each thread and keeps it.
         process_bytes: memory that a process holds before its first tensor; 0 where it is not known.
+        tried: this package has run on such a device; what is said of another was read, and is said to be.
+        title: what people call such devices.
     """
 
     on_cpu: bool = False
@@ -45,9 +56,13 @@ class Capabilities:
     explicit_scores: bool = False
     fast_float16: bool = True
     int8_kernel: bool = True
+    four_bit_rows: int = 0
+    eight_bit_adamw: bool = False
     caching_allocator: bool = True
     blas_workspace: bool = False
     process_bytes: int = 0
+    tried: bool = False
+    title: str = "this kind of device"
 
 
 CAPABILITIES = {
@@ -57,13 +72,38 @@ CAPABILITIES = {
         explicit_scores=True,
         fast_float16=False,
         int8_kernel=False,
+        four_bit_rows=64,
+        eight_bit_adamw=True,
         caching_allocator=False,
         process_bytes=CPU_PROCESS_BYTES,
+        tried=True,
+        title="CPUs",
     ),
-    "cuda": Capabilities(pinned_copies=True, graphs=True, blas_workspace=True, process_bytes=CUDA_CONTEXT_BYTES),
-    "mps": Capabilities(counts_memory=False),
+    "cuda": Capabilities(
+        pinned_copies=True,
+        graphs=True,
+        four_bit_rows=64,
+        eight_bit_adamw=True,
+        blas_workspace=True,
+        process_bytes=CUDA_CONTEXT_BYTES,
+        tried=True,
+        title="cards of NVIDIA",
+    ),
+    # torch.cuda is HIP there, streams and graphs included; a context is taken to be as large as CUDA's. 4 rows on every
+    # chip (8 on RDNA 3 and 4).
+    "rocm": Capabilities(
+        pinned_copies=True,
+        graphs=True,
+        four_bit_rows=4,
+        eight_bit_adamw=True,
+        blas_workspace=True,
+        process_bytes=CUDA_CONTEXT_BYTES,
+        title="cards of AMD (ROCm)",
+    ),
+    "xpu": Capabilities(int8_kernel=False, four_bit_rows=1, eight_bit_adamw=True, title="cards of Intel (XPU)"),
+    "mps": Capabilities(counts_memory=False, title="Apple's chips (MPS)"),
 }
-ACCELERATOR = Capabilities()  # any other kind: what torch asks of every backend, and nothing that was not tried
+ACCELERATOR = Capabilities()  # any other: what torch asks of every backend, and nothing that was not tried
 
 
 def kind_of(device: "str | torch.device") -> str:
@@ -71,10 +111,43 @@ def kind_of(device: "str | torch.device") -> str:
     return device.partition(":")[0] if isinstance(device, str) else device.type
 
 
+def backend_of(device: "str | torch.device") -> str:
+    """Return the backend that computes on a device of this machine: ``rocm`` of ``cuda:0`` where torch is AMD's."""
+    kind = kind_of(device)
+    return "rocm" if kind == "cuda" and torch_is_for_rocm() else kind
+
+
+def torch_is_for_rocm() -> bool:
+    """Say whether this torch was built for AMD's cards; torch is not imported for it."""
+    version = getattr(sys.modules.get("torch"), "version", None)
+    return _names_rocm() if version is None else getattr(version, "hip", None) is not None
+
+
+@cache
+def _names_rocm() -> bool:
+    try:
+        return "rocm" in importlib.metadata.version("torch")
+    except importlib.metadata.PackageNotFoundError:
+        return False
+
+
 def capabilities(device: "str | torch.device") -> Capabilities:
-    """Return what holds for devices of this one's kind.
+    """Return what holds for devices of this one's kind on this machine.
 
     Args:
         device: a torch device, or its string (``cuda:0``).
     """
-    return CAPABILITIES.get(kind_of(device), ACCELERATOR)
+    return capabilities_of(backend_of(device))
+
+
+def capabilities_of(backend: str) -> Capabilities:
+    """Return what holds for devices of a backend, which need not be here."""
+    return CAPABILITIES.get(backend, ACCELERATOR)
+
+
+def never_run(backend: str) -> str | None:
+    """Return what is to be said of a backend that this package was never run on; None of the others."""
+    of = capabilities_of(backend)
+    return (
+        None if of.tried else f"this package was never run on {of.title}: what it says of them was read (docs/cards.md)"
+    )

@@ -6,20 +6,16 @@ does not know, or when something hints at an accelerator that NVML does not know
 
 import importlib.metadata
 import os
-import platform
 import re
-import shutil
 import sys
-from pathlib import Path
-from typing import Any
-
-import psutil
 
 from lowmem_rlhf.errors import UserError
-from lowmem_rlhf.hardware.capabilities import kind_of
+from lowmem_rlhf.hardware.capabilities import kind_of, torch_is_for_rocm
+from lowmem_rlhf.hardware.cpu_device import cpu_device, ram
 from lowmem_rlhf.hardware.device import Device
 from lowmem_rlhf.hardware.nvml import Card, Inventory, NvmlUnavailable, order_is_uncertain, read_nvml, visible_cards
 from lowmem_rlhf.hardware.speed import Speed, speed_of_clocks
+from lowmem_rlhf.hardware.torch_device import from_torch, torch_has
 from lowmem_rlhf.suggest import did_you_mean
 
 GIB = 1024**3
@@ -46,11 +42,11 @@ def detect(device: str = "auto") -> Device:
     Raises:
         UserError: no such device.
     """
-    kind, index = _parse(device)
+    kind, index = parse_device(device)
     if kind == "cpu":
         return cpu_device()
     if kind not in ("auto", "cuda"):
-        return _from_torch(kind, index)
+        return from_torch(kind, index)
     notes: tuple[str, ...] = ()
     try:
         inventory = read_nvml()
@@ -58,7 +54,7 @@ def detect(device: str = "auto") -> Device:
         inventory = Inventory(None, ())
         if not error.library_missing:
             notes = (f"the NVIDIA driver cannot be asked ({error}); `nvidia-smi` tells more",)
-    if inventory.cards:
+    if inventory.cards and not torch_is_for_rocm():  # which calls AMD's cards cuda and knows no other
         visible = os.environ.get("CUDA_VISIBLE_DEVICES")
         cards = visible_cards(inventory.cards, visible)
         if cards:
@@ -68,15 +64,20 @@ def detect(device: str = "auto") -> Device:
             raise UserError(f"device {device!r} was asked for, but {hidden}")
         return cpu_device((hidden,))
     if kind == "cuda":
-        return _from_torch("cuda", index, notes)
+        return from_torch("cuda", index, notes)
     if _torch_may_know():
         for kind in ("cuda", "xpu", "mps"):
-            if _torch_has(kind):
-                return _from_torch(kind, None, notes)
+            if torch_has(kind):
+                return from_torch(kind, None, notes)
     return cpu_device(notes)
 
 
-def _parse(device: str) -> tuple[str, int | None]:
+def parse_device(device: str) -> tuple[str, int | None]:
+    """Return the kind and the number in a device string, as in ``cuda:1``; None for no number.
+
+    Raises:
+        UserError: it is no device string.
+    """
     match = re.fullmatch(r"([a-z][a-z0-9_]*)(?::(\d+))?", device.strip().lower())
     if not match or (match[1] == "auto" and match[2]):
         known = ("auto", "cpu", "cuda", "cuda:0", "xpu", "mps")
@@ -125,6 +126,7 @@ def _choose(inventory: Inventory, cards: list[Card], index: int | None) -> Devic
         source="nvml",
         notes=tuple(notes),
         speed=_speed(card),
+        backend="cuda",
     )
 
 
@@ -185,129 +187,10 @@ def _torch_may_know() -> bool:
     )
 
 
-def _torch_has(kind: str) -> bool:
-    import torch
-
-    module = getattr(torch, kind, None)
-    return module is not None and module.is_available()
-
-
 def torch_reaches(device: str) -> bool:
     """Tell whether this torch can use a device that `detect` found: NVML knows cards that a CPU build cannot reach."""
     kind = kind_of(device)
-    return kind != "cuda" or _torch_has(kind)
-
-
-def _from_torch(kind: str, index: int | None, notes: tuple[str, ...] = ()) -> Device:
-    """Build a Device from what ``torch.<kind>`` says of itself."""
-    import torch
-
-    asked = kind if index is None else f"{kind}:{index}"
-    why = "".join(f"; {note}" for note in notes)
-    try:
-        module = torch.get_device_module(kind)
-    except RuntimeError:
-        raise UserError(
-            f"device {asked!r} is not known to torch {torch.__version__}; use auto, cpu or cuda"
-            f"{did_you_mean(kind, ('auto', 'cpu', 'cuda', 'xpu', 'mps'))}"
-        ) from None
-    if not getattr(module, "is_available", lambda: True)():
-        raise UserError(f"device {asked!r} was asked for, but torch {torch.__version__} finds none; use cpu{why}")
-    count = module.device_count() if hasattr(module, "device_count") else 1
-    number = index or 0
-    if number >= count:
-        raise UserError(f"device {asked!r} does not exist: torch finds {count} of this kind; use {kind}:0 or `auto`")
-    total_bytes, free_bytes = _torch_memory(kind, module, number)
-    capability = None
-    if kind == "cuda" and torch.version.hip is None:
-        capability = tuple(module.get_device_capability(number))
-    return Device(
-        torch_device=kind if kind == "mps" else f"{kind}:{number}",
-        name=module.get_device_name(number) if hasattr(module, "get_device_name") else asked,
-        total_bytes=total_bytes,
-        free_bytes=free_bytes,
-        compute_capability=capability,
-        bf16=capability is None or capability >= (8, 0),
-        source="torch",
-        notes=notes,
-    )
-
-
-def _torch_memory(kind: str, module: Any, number: int) -> tuple[int, int]:
-    """Return total and free bytes."""
-    if hasattr(module, "mem_get_info"):
-        free_bytes, total_bytes = module.mem_get_info(number)
-        return int(total_bytes), int(free_bytes)
-    if hasattr(module, "recommended_max_memory"):  # Apple's, whose memory is the system's
-        limit = int(module.recommended_max_memory())
-        return limit, max(0, min(limit - int(module.driver_allocated_memory()), ram()[1]))
-    raise UserError(f"device {kind!r} does not tell its memory (torch.{kind} has no mem_get_info); use cpu or cuda")
-
-
-def cpu_device(notes: tuple[str, ...] = ()) -> Device:
-    """Return the CPU with its RAM as the memory."""
-    total_bytes, free_bytes = ram()
-    about = _cpu_info()
-    match = re.search(r"^model name\s*:\s*(.+)$", about, re.MULTILINE)
-    name = match[1].strip() if match else platform.processor() or platform.machine() or "CPU"
-    flags = re.search(r"^flags\s*:(.*)", about, re.MULTILINE)  # of x86; other processors name theirs otherwise
-    known = flags[1].split() if flags else []
-    has = "avx512_bf16" in known
-    compiler = _compiler() if has else None
-    return Device(
-        torch_device="cpu",
-        name=name,
-        total_bytes=total_bytes,
-        free_bytes=free_bytes,
-        compute_capability=None,
-        bf16=True,
-        source="cpu",
-        notes=notes,
-        avx512_bf16=has,
-        compiler=compiler,
-        slow_half=bool(known) and "avx512f" not in known,
-        cores=_cores(),
-    )
-
-
-def _cores() -> int:
-    """Return how many cores this process may use; two threads of one core count once."""
-    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, min(allowed, psutil.cpu_count(logical=False) or allowed))
-
-
-def _compiler() -> str | None:
-    """Return the C compiler's path; None where `engine.decode.native` does not run or is switched off."""
-    if platform.system() != "Linux" or os.environ.get("LOWMEM_RLHF_NATIVE") == "0":
-        return None
-    return next(filter(None, map(shutil.which, ("cc", "gcc", "clang"))), None)
-
-
-def _cpu_info() -> str:
-    """Return what Linux tells of the processor; empty elsewhere."""
-    try:
-        return Path("/proc/cpuinfo").read_text(errors="replace")
-    except OSError:
-        return ""
-
-
-def ram(cgroup: Path = Path("/sys/fs/cgroup")) -> tuple[int, int]:
-    """Return total and available RAM in bytes, or the container's limit and what is left of it where that is less."""
-    memory = psutil.virtual_memory()
-    total, available = int(memory.total), int(memory.available)
-    for folder, limit, used in (
-        (cgroup, "memory.max", "memory.current"),
-        (cgroup / "memory", "memory.limit_in_bytes", "memory.usage_in_bytes"),
-    ):
-        try:
-            cap, held = int((folder / limit).read_text()), int((folder / used).read_text())
-            statistics = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
-        except (OSError, ValueError):
-            continue  # no such control group, or no limit ("max")
-        cache = int(statistics.get("total_inactive_file", statistics.get("inactive_file", 0)))  # given back on demand
-        if cap < total:
-            return cap, max(0, min(available, cap - max(0, held - cache)))
-    return total, available
+    return kind != "cuda" or torch_has(kind)
 
 
 def describe(device: Device) -> list[str]:

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
-from lowmem_rlhf.hardware.capabilities import Capabilities, capabilities, kind_of
+from lowmem_rlhf.hardware.capabilities import Capabilities, capabilities, capabilities_of, kind_of
 from lowmem_rlhf.hardware.speed import Speed
 
 
@@ -30,6 +30,7 @@ class Device:
         slow_half: a CPU without AVX-512, where a product in 16 bits takes many times as long as one in fp32.
         cores: of a CPU that a process may use; None for other devices.
         speed: what it computes and moves in a second; None where nobody tells.
+        backend: as in `hardware.capabilities`; None: that of the torch device on this machine.
     """
 
     torch_device: str
@@ -49,6 +50,7 @@ class Device:
     slow_half: bool = False
     cores: int | None = None
     speed: Speed | None = None
+    backend: str | None = None
 
     @property
     def kind(self) -> str:
@@ -57,8 +59,8 @@ class Device:
 
     @property
     def capabilities(self) -> Capabilities:
-        """What holds for every device of this kind."""
-        return capabilities(self.torch_device)
+        """What holds for every device of this backend."""
+        return capabilities_of(self.backend) if self.backend else capabilities(self.torch_device)
 
     @property
     def on_cpu(self) -> bool:

@@ -11,8 +11,13 @@ import torch
 from lowmem_rlhf.errors import RunError
 from lowmem_rlhf.hardware import cpu_process
 from lowmem_rlhf.hardware.capabilities import capabilities
+from lowmem_rlhf.hardware.torch_device import torch_memory
 
 T = TypeVar("T")
+_SIGNS = (  # of memory that ran out, in errors of CUDA's and AMD's BLAS, Intel's driver, bitsandbytes and CPUs
+    *("out of memory", "can't allocate memory", "OUT_OF_DEVICE_MEMORY"),
+    *("BLAS_STATUS_ALLOC_FAILED", "BLAS_STATUS_NOT_INITIALIZED"),
+)
 
 
 def reset_peak(device: torch.device) -> None:
@@ -45,8 +50,10 @@ def release(device: torch.device) -> None:
 
 def free_bytes(device: torch.device) -> int:
     """Return the bytes that are free now: of the device where it can be asked, otherwise of the machine."""
-    if ask := device_counter(device, "mem_get_info"):
-        return int(ask(device)[0])
+    if not capabilities(device).on_cpu:
+        told = torch_memory(torch.get_device_module(device), device.index or 0)
+        if told is not None:
+            return told[1]
     return int(psutil.virtual_memory().available)
 
 
@@ -63,11 +70,10 @@ def device_counter(device: torch.device, name: str) -> Callable[..., Any] | None
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error says that memory ran out; cuBLAS, bitsandbytes and the CPU have no type of their own for it."""
+    """Whether an error says that memory ran out; BLAS, bitsandbytes, Intel's driver and CPUs have no type for it."""
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
-    signs = ("out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "CUBLAS_STATUS_NOT_INITIALIZED", "can't allocate memory")
-    return isinstance(error, RuntimeError) and any(sign in str(error) for sign in signs)
+    return isinstance(error, RuntimeError) and any(sign in str(error) for sign in _SIGNS)
 
 
 def device_failure(error: BaseException, phase: str, step: int) -> str | None:

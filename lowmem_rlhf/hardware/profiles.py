@@ -1,13 +1,14 @@
 """Known cards: what is a fact of the card and not of this machine's state. One file a card in ``profiles/``."""
 
 import re
-from typing import Annotated
+from typing import Annotated, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from lowmem_rlhf.errors import UserError
-from lowmem_rlhf.hardware.detect import cpu_device
+from lowmem_rlhf.hardware.capabilities import capabilities_of, never_run
+from lowmem_rlhf.hardware.cpu_device import cpu_device
 from lowmem_rlhf.hardware.device import Device
 from lowmem_rlhf.hardware.speed import Speed
 from lowmem_rlhf.resources import shipped
@@ -17,6 +18,8 @@ MIB = 1024**2
 GIB = 1024**3
 _SAME_MEMORY = 0.08  # drivers report up to 7 % less than is sold (ECC, reserved); the closest variants differ by 17 %
 _USABLE = 0.96  # of an unknown card's memory: the lowest share among the known cards, rounded down
+_MAKERS = re.compile(r"^(NVIDIA|AMD|Intel(\(R\))?|Apple)\s+", re.IGNORECASE)
+_DEVICES = {"cuda": "cuda:0", "rocm": "cuda:0", "xpu": "xpu:0", "mps": "mps", "cpu": "cpu"}
 _MOST_MEMORY = 1024 * 1024 * GIB
 _UNITS = {"M": MIB, "G": GIB, "T": 1024 * GIB}
 
@@ -29,11 +32,13 @@ class Profile(BaseModel):
         name: the name to read.
         memory_mib: the card's memory in MiB; None for the CPU, whose RAM is this machine's.
         usable_mib: what of it a process can have when nothing else uses the card.
-        compute_capability: ``"7.5"``; None where it has none or it is not known.
+        backend: what computes on it, as in `hardware.capabilities`.
+        compute_capability: of a card of NVIDIA, ``"7.5"``; None where it has none or it is not known.
+        architecture: what other makers call the chip, ``gfx1100``.
         bf16: whether bfloat16 is computed natively.
         bandwidth_gb_s, half_tflops, single_tflops, steady_half_tflops, steady_bandwidth_gb_s: see `Speed`; None where
             it is not known.
-        match: regular expressions for the whole name that the driver gives, without ``NVIDIA``.
+        match: regular expressions for the whole name that the driver gives, without the maker's.
         sources: where the numbers come from.
         reason: why this profile was taken for a device.
     """
@@ -44,7 +49,9 @@ class Profile(BaseModel):
     name: str
     memory_mib: Annotated[int, Field(gt=0)] | None
     usable_mib: Annotated[int, Field(gt=0)] | None
-    compute_capability: Annotated[str, Field(pattern=r"^\d+\.\d$")] | None
+    backend: Literal["cuda", "rocm", "xpu", "mps", "cpu"] = "cuda"
+    compute_capability: Annotated[str, Field(pattern=r"^\d+\.\d$")] | None = None
+    architecture: Annotated[str, Field(pattern=r"^[a-z0-9-]+$")] | None = None
     bf16: bool
     bandwidth_gb_s: Annotated[float, Field(gt=0)] | None
     half_tflops: Annotated[float, Field(gt=0)] | None
@@ -54,6 +61,11 @@ class Profile(BaseModel):
     match: tuple[str, ...]
     sources: Annotated[tuple[str, ...], Field(min_length=1)]
     reason: str = ""
+
+    @property
+    def tried(self) -> bool:
+        """Whether this package has run on devices of this backend."""
+        return capabilities_of(self.backend).tried
 
     @property
     def speed(self) -> Speed | None:
@@ -101,15 +113,15 @@ def match_profile(device: Device) -> Profile:
     profiles = load_profiles()
     if device.on_cpu:
         return profiles["cpu"].model_copy(update={"reason": "the run is on the CPU"})
-    name = re.sub(r"^NVIDIA\s+", "", device.name.strip(), flags=re.IGNORECASE)
+    name = _MAKERS.sub("", device.name.strip())
     same_name = [
         profile
         for profile in profiles.values()
         if any(re.fullmatch(pattern, name, re.IGNORECASE) for pattern in profile.match)
     ]
     for profile in same_name:
-        memory = (profile.memory_mib or 0) * MIB
-        if abs(device.total_bytes - memory) <= _SAME_MEMORY * memory:
+        sizes = [size * MIB for size in (profile.memory_mib, profile.usable_mib) if size]  # Apple's tell the second
+        if any(abs(device.total_bytes - size) <= _SAME_MEMORY * size for size in sizes):
             reason = f"the device is a {device.name} with {device.total_bytes / GIB:.1f} GiB"
             return profile.model_copy(update={"reason": reason})
     return _derive(device, same_name)
@@ -127,6 +139,7 @@ def _derive(device: Device, same_name: list[Profile]) -> Profile:
     return Profile(
         key=key,
         name=device.name,
+        backend=device.backend if device.backend in _DEVICES else "cuda",  # type: ignore[arg-type]
         memory_mib=memory_mib,
         usable_mib=max(1, int(memory_mib * _USABLE)),
         compute_capability="{}.{}".format(*capability) if capability else None,
@@ -156,17 +169,20 @@ def profile_device(profile: Profile, vram: str | None = None) -> Device:
         total_bytes, free_bytes = asked, int(asked * share)
     major, _, minor = (profile.compute_capability or "").partition(".")
     note = f"planned for profile {profile.key}" + (f" with {vram} of memory" if vram else "")
+    if profile.memory_mib or vram:
+        note += "; this machine's own memory is not looked at"
     return Device(
-        torch_device="cpu" if profile.key == "cpu" else "cuda:0",
+        torch_device=_DEVICES[profile.backend],
         name=profile.name,
         total_bytes=total_bytes,
         free_bytes=free_bytes,
         compute_capability=(int(major), int(minor)) if major else None,
         bf16=profile.bf16,
         source="profile",
-        notes=(f"{note}; this machine's own memory is not looked at" if profile.memory_mib or vram else note,),
+        notes=tuple(filter(None, (note, never_run(profile.backend)))),
         cores=None if profile.memory_mib else cpu_device().cores,
         speed=profile.speed,
+        backend=profile.backend,
     )
 
 

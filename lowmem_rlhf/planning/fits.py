@@ -130,10 +130,10 @@ class WhatFits:
 
 
 def shipped_cards() -> tuple[Card, ...]:
-    """Return the shipped cards by memory, without the CPU."""
+    """Return the shipped cards by memory, without the CPU and without cards that this package was never run on."""
     groups: dict[tuple[int, bool], list[tuple[str, Device]]] = {}
     for key, profile in load_profiles().items():
-        if profile.memory_mib is not None:
+        if profile.memory_mib is not None and profile.tried:
             kind = (round(profile.memory_mib / 1024), profile.bf16)
             groups.setdefault(kind, []).append((key, profile_device(profile)))
     cards = []

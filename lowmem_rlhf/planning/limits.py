@@ -8,7 +8,6 @@ EXPLICIT_KEYS = 256  # up to so many keys a CPU is faster with explicit scores, 
 CAPPED_SCORES = 1 << 22  # scores at once where they have a soft cap: about 80 MB with their gradients
 COMPLETION_BLOCK = 32  # tokens by which the room for completions grows: shapes change once in a block
 KERNEL_ROWS = 64  # of bitsandbytes' 4-bit product on a CPU; with more, dequantizing once and a plain product is faster
-FUSED_ROWS = 64  # of bitsandbytes' 4-bit product on a card; with more the weights are made dense first, mostly
 FOUR_BIT_ROWS = 128  # of our own 4-bit product on a CPU; with more, torch on the weights made dense is faster
 LOOK = 8  # tokens that a card decodes before the host looks at what was written
 SLOT_BLOCK = 64  # tokens by which the room of a slot, and what of it a pass reads, is rounded up

@@ -187,12 +187,24 @@ def advice(inputs: PlanInputs) -> str:
 
 
 def optim(inputs: PlanInputs, settings: Settings) -> tuple[str, str]:
-    """Choose AdamW, in 8 bits only when the smallest working set does not fit otherwise."""
+    """Choose AdamW, in 8 bits only when the smallest working set does not fit otherwise.
+
+    Raises:
+        UserError: the pinned optimizer has no kernel for the device.
+    """
+    has_eight_bits = inputs.device.capabilities.eight_bit_adamw
     if pinned := inputs.pinned("optim"):
+        if pinned == "adamw_8bit" and not has_eight_bits:
+            raise UserError(
+                f"hardware.optim: got adamw_8bit, which bitsandbytes does not have for {inputs.device.name}; "
+                "take adamw or auto"
+            )
         return pinned, PINNED
     need = inputs.peak(settings)
     if need <= inputs.budget:
         return "adamw", f"fp32 moments fit: the smallest working set takes {gib(need)} of {gib(inputs.budget)}"
+    if not has_eight_bits:
+        return "adamw", f"memory is short, and bitsandbytes has no 8-bit AdamW for {inputs.device.name}"
     short = inputs.peak(replace(settings, optim="adamw_8bit"))
     return "adamw_8bit", f"memory is short: {gib(short)} with 8-bit moments against {gib(need)} with fp32 ones"
 

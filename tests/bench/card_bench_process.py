@@ -1,4 +1,4 @@
-"""Parts of ``bench`` on a card: `python card_bench_process.py cuda|VCARD_FOLDER MODEL OUTPUT`."""
+"""Parts of ``bench`` on a card: `python card_bench_process.py KIND|VCARD_FOLDER MODEL OUTPUT`."""
 
 import json
 import sys

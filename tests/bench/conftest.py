@@ -10,7 +10,7 @@ sys.path.append(str(Path(__file__).resolve().parents[1] / "integration"))
 from card_fixtures import card_device, on_the_card  # noqa: F401
 
 from lowmem_rlhf.bench.work import Sizes, Work
-from lowmem_rlhf.hardware.detect import cpu_device
+from lowmem_rlhf.hardware.cpu_device import cpu_device
 
 TINY = Sizes("none", 2, 2, 6, 1, 512, 16, True, (1, 3), 5, 2, 24, 8)
 

@@ -13,7 +13,7 @@ from lowmem_rlhf.bench.parts import PARTS, Part, Task, chosen, with_ratio
 from lowmem_rlhf.bench.record import publishable, save
 from lowmem_rlhf.bench.run import BenchOptions, run_bench
 from lowmem_rlhf.errors import RunError, UserError
-from lowmem_rlhf.hardware.detect import cpu_device
+from lowmem_rlhf.hardware.cpu_device import cpu_device
 
 NAMES = ["graphs", "step", "plan", "precisions", "device_tests"]
 FIGURES = {"seconds": {"step": 1.0}, "peak_bytes": {"step": 8}, "prompt_lengths": [3]}

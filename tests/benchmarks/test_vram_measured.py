@@ -9,7 +9,7 @@ import vram_measured
 from vram_cases import FAMILIES, FOLLOWS, MODELS, NAMED, SMOLLM, Case, cases, write_model
 
 from lowmem_rlhf.hardware.capabilities import CPU_PROCESS_BYTES
-from lowmem_rlhf.hardware.detect import cpu_device
+from lowmem_rlhf.hardware.cpu_device import cpu_device
 from lowmem_rlhf.planning.inputs import MARGIN
 from lowmem_rlhf.planning.plan import make_plan
 from lowmem_rlhf.planning.run_plan import planned

@@ -1,4 +1,4 @@
-"""Out-of-memory errors on a card: `python memory_process.py cuda|VCARD_FOLDER MODEL OUTPUT CASE [KIND=N ...]`.
+"""Out-of-memory errors on a card: `python memory_process.py KIND|VCARD_FOLDER MODEL OUTPUT CASE [KIND=N ...]`.
 
 Runs a case undisturbed, then once for each fault, and writes OUTPUT/CASE.json: one row a fault with what happened and
 how far the adapter is from the undisturbed one's. A fault is an allocation that fails once, for every line of the

@@ -2,7 +2,6 @@
 
 import json
 import os
-import shutil
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -10,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from fake_driver import compile_driver
 
 HERE = Path(__file__).resolve().parent
 PROGRAM = """
@@ -59,12 +59,7 @@ def run_detect(library: Path, scenario: Path, device: str = "auto", **env: str) 
 @pytest.fixture(scope="session")
 def fake_nvml(tmp_path_factory):
     """The folder of the compiled stand-in."""
-    if not sys.platform.startswith("linux") or not shutil.which("gcc"):
-        pytest.skip("the stand-in for NVML needs Linux and gcc")
-    folder = tmp_path_factory.mktemp("nvml")
-    command = ["gcc", "-shared", "-fPIC", "-o", str(folder / "libnvidia-ml.so.1"), str(HERE / "fake_nvml.c")]
-    subprocess.run(command, check=True)
-    return folder
+    return compile_driver(tmp_path_factory.mktemp("nvml"))
 
 
 @pytest.fixture

@@ -1,10 +1,12 @@
 """What devices of every kind can do."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from lowmem_rlhf.hardware.capabilities import CPU_PROCESS_BYTES, CUDA_CONTEXT_BYTES, Capabilities, capabilities
-from lowmem_rlhf.hardware.detect import cpu_device
+from lowmem_rlhf.hardware.cpu_device import cpu_device
 from lowmem_rlhf.hardware.device import Device
 from lowmem_rlhf.hardware.memory import device_counter
 from lowmem_rlhf.hardware.profiles import find_profile, profile_device
@@ -21,12 +23,21 @@ DEVICES = {
     "turing": device("cuda:0", (7, 5), False, "nvml"),
     "ampere": device("cuda:1", (8, 6), True, "nvml"),
     "hopper": device("cuda:0", (9, 0), True, "nvml"),
-    "rocm": device("cuda:0", None, True, "torch"),  # torch calls AMD's cards cuda
+    "rocm": replace(device("cuda:0", None, True, "torch"), backend="rocm"),  # torch calls AMD's cards cuda
     "xpu": device("xpu:0", None, True, "torch"),
     "mps": device("mps", None, True, "torch"),
     "virtual card": device("vcard:0", None, True, "torch"),
 }
-CUDA_LIKE = Capabilities(pinned_copies=True, graphs=True, blas_workspace=True, process_bytes=CUDA_CONTEXT_BYTES)
+CUDA_LIKE = Capabilities(
+    pinned_copies=True,
+    graphs=True,
+    four_bit_rows=64,
+    eight_bit_adamw=True,
+    blas_workspace=True,
+    process_bytes=CUDA_CONTEXT_BYTES,
+    tried=True,
+    title="cards of NVIDIA",
+)
 
 
 @pytest.mark.parametrize(
@@ -37,7 +48,7 @@ CUDA_LIKE = Capabilities(pinned_copies=True, graphs=True, blas_workspace=True, p
         ("ampere", "cuda", "bfloat16", "float16", CUDA_CONTEXT_BYTES),
         ("hopper", "cuda", "bfloat16", "float16", CUDA_CONTEXT_BYTES),
         ("rocm", "cuda", "bfloat16", "float16", 0),
-        ("xpu", "xpu", "bfloat16", "float16", 0),
+        ("xpu", "xpu", "bfloat16", "bfloat16", 0),
         ("mps", "mps", "bfloat16", "float16", 0),
         ("virtual card", "vcard", "bfloat16", "float16", 0),
     ],
@@ -56,9 +67,14 @@ def test_what_follows_from_a_device(name, kind, half_dtype, int8_dtype, process_
 @pytest.mark.parametrize(
     ("names", "expected"),
     [
-        (("turing", "ampere", "hopper", "rocm"), CUDA_LIKE),
-        (("xpu", "virtual card"), Capabilities()),
-        (("mps",), Capabilities(counts_memory=False)),
+        (("turing", "ampere", "hopper"), CUDA_LIKE),
+        (("rocm",), replace(CUDA_LIKE, four_bit_rows=4, tried=False, title="cards of AMD (ROCm)")),
+        (
+            ("xpu",),
+            Capabilities(int8_kernel=False, four_bit_rows=1, eight_bit_adamw=True, title="cards of Intel (XPU)"),
+        ),
+        (("virtual card",), Capabilities()),
+        (("mps",), Capabilities(counts_memory=False, title="Apple's chips (MPS)")),
         (
             ("cpu",),
             Capabilities(
@@ -67,8 +83,12 @@ def test_what_follows_from_a_device(name, kind, half_dtype, int8_dtype, process_
                 explicit_scores=True,
                 fast_float16=False,
                 int8_kernel=False,
+                four_bit_rows=64,
+                eight_bit_adamw=True,
                 caching_allocator=False,
                 process_bytes=CPU_PROCESS_BYTES,
+                tried=True,
+                title="CPUs",
             ),
         ),
     ],
@@ -130,4 +150,5 @@ def test_a_devices_json_has_the_fields_and_nothing_else():
         "slow_half",
         "cores",
         "speed",
+        "backend",
     ]

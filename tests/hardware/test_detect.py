@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from lowmem_rlhf.errors import UserError
-from lowmem_rlhf.hardware.detect import _ACCELERATOR_FILES, cpu_device, describe, detect, pin_cuda_order, ram
+from lowmem_rlhf.hardware.cpu_device import cpu_device, ram
+from lowmem_rlhf.hardware.detect import _ACCELERATOR_FILES, describe, detect, pin_cuda_order
 
 MIB = 1024**2
 TURING = "card GPU-aaaa1111 11264 800 7 5 0 NVIDIA GeForce RTX 2080 Ti\n"
@@ -265,7 +266,7 @@ def test_notes_of_the_cpu():
     ],
 )
 def test_a_cpu_without_avx512_is_slow_in_16_bits(info, slow, monkeypatch):
-    monkeypatch.setattr("lowmem_rlhf.hardware.detect._cpu_info", lambda: info)
+    monkeypatch.setattr("lowmem_rlhf.hardware.cpu_device._cpu_info", lambda: info)
     device = cpu_device()
     assert device.slow_half is slow and device.avx512_bf16 is ("avx512_bf16" in info)
     assert device.cores and device.cores >= 1

@@ -110,7 +110,7 @@ def test_one_function_of_the_package_loads_a_base():
 
 def test_experts_that_the_host_has_no_room_for_get_a_sentence(monkeypatch, tmp_path):
     from lowmem_rlhf.hardware import memory
-    from lowmem_rlhf.hardware.detect import cpu_device
+    from lowmem_rlhf.hardware.cpu_device import cpu_device
     from lowmem_rlhf.inference.base import open_base
     from lowmem_rlhf.planning.plan import make_plan
 

@@ -1,4 +1,4 @@
-"""What a card can do, tried on it: `python card_capabilities_process.py cuda|VCARD_FOLDER FILE.json`."""
+"""What a card can do, tried on it: `python card_capabilities_process.py KIND|VCARD_FOLDER FILE.json`."""
 
 import json
 import sys
@@ -26,13 +26,22 @@ x = torch.arange(SIZE // 4, dtype=torch.float32, device="cpu").to(device)
 _, host = waiting = _to_host(x)
 back = _from_host(waiting)
 clock(device)
+rows = torch.randn(64, 64, generator=torch.Generator("cpu").manual_seed(0), dtype=torch.float32, device="cpu")
+half = rows.to(getattr(torch, found.half_dtype))
+exact = half.double() @ half.double()
+apart = float(((half.to(device) @ half.to(device)).cpu().double() - exact).abs().max() / exact.abs().max())
 facts = {
     "kind": found.kind,
     "half_dtype": found.half_dtype,
+    "bf16": found.bf16,
+    "product": apart,
     "of_the_device": asdict(found.capabilities),
     "of_torchs_device": asdict(capabilities(x.device)),
     "reached": torch_reaches(DEVICE),
-    "counted": peak_bytes(device) == CARD.peak() and SIZE <= CARD.live() <= peak_bytes(device) < 16 * SIZE,
+    "has_counter": hasattr(torch.get_device_module(device), "max_memory_allocated"),
+    "counted": found.capabilities.counts_memory
+    and peak_bytes(device) == CARD.peak()
+    and SIZE <= CARD.live() <= peak_bytes(device) < 16 * SIZE,
     "pinned": host.is_pinned(),
     "equal": torch.equal(back.cpu(), x.cpu()) and torch.equal(host, x.cpu()),
     "captures": hasattr(torch.get_device_module(device), "CUDAGraph"),

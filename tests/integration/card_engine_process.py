@@ -1,4 +1,4 @@
-"""The engine's passes on the CPU and on a card: `python card_engine_process.py cuda|VCARD_FOLDER OUTPUT`.
+"""The engine's passes on the CPU and on a card: `python card_engine_process.py KIND|VCARD_FOLDER OUTPUT`.
 
 Writes the numbers of every family and device into OUTPUT/FAMILY-DEVICE.safetensors, and OUTPUT/peaks.json. Run it in a
 process of its own: the virtual card is registered for the whole process.

@@ -1,4 +1,4 @@
-"""Decoding by graphs on a card: `python card_graphs_process.py cuda|VCARD_FOLDER OUTPUT`.
+"""Decoding by graphs on a card: `python card_graphs_process.py KIND|VCARD_FOLDER OUTPUT`.
 
 Writes OUTPUT/graphs.json: by family, and by way of sampling, how the captured passes of continuous batching compare
 with the same passes uncaptured and with waves of shared prompts. Run it in a process of its own.

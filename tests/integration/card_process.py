@@ -1,4 +1,4 @@
-"""Runs on a card, in a process of their own: `python card_process.py cuda|VCARD_FOLDER MODEL OUTPUT`.
+"""Runs on a card, in a process of their own: `python card_process.py KIND|VCARD_FOLDER MODEL OUTPUT`.
 
 Writes one run directory a case into OUTPUT, and OUTPUT/facts.json with what only this process could see.
 """
@@ -45,7 +45,7 @@ PRECISIONS = {
     "float16": {"quantization": "none", "compute_dtype": "float16"},
     "nf4": {"quantization": "nf4", "compute_dtype": "bfloat16"},
 }
-if DEVICE.startswith("cuda"):  # the virtual card has none of its kernels
+if not DEVICE.startswith("vcard"):  # the virtual card has none of its kernels
     PRECISIONS["int8"] = {"quantization": "int8", "compute_dtype": "float16"}
 attention.EXPLICIT_ON.clear()  # the CPU's runs take SDPA, as a card does
 facts: dict[str, Any] = {}

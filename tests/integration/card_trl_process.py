@@ -1,4 +1,4 @@
-"""TRL's trainers on a card, in a process of their own: `python card_trl_process.py cuda|VCARD_FOLDER MODEL OUTPUT`."""
+"""TRL's trainers on a card, in a process of their own: `python card_trl_process.py KIND|VCARD_FOLDER MODEL OUTPUT`."""
 
 import json
 import sys

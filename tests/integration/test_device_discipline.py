@@ -192,8 +192,8 @@ def test_hopeless_memory_ends_the_run_with_one_sentence(card, case, sentence, ke
 def test_checkpoints_in_host_memory_leave_the_card_and_change_no_gradient(card, card_device, precision):
     facts = card[1][f"offloaded-{precision}"]
     assert "error" not in facts, facts
-    # on CUDA sums are taken in an order that changes from pass to pass, checkpoints or not
-    rounding = {"vcard:0": 0.0, "cuda:0": {"float32": 1e-6, "bfloat16": 1e-2}[precision]}[card_device]
+    # on a real card sums are taken in an order that changes from pass to pass, checkpoints or not
+    rounding = 0.0 if card_device == "vcard:0" else {"float32": 1e-6, "bfloat16": 1e-2}[precision]
     assert facts["norm"] > 0 and max(facts["apart"]) <= rounding * facts["norm"], facts
     assert facts["failed"] == 5, "memory was to run out five times"
     assert facts["left"] == 0, "what the failed passes held was to be given back"

@@ -13,7 +13,7 @@ from lowmem_rlhf.engine.base import SharedBase
 from lowmem_rlhf.engine.host_embedding import HostEmbedding
 from lowmem_rlhf.errors import UserError
 from lowmem_rlhf.hardware.capabilities import CPU_PROCESS_BYTES
-from lowmem_rlhf.hardware.detect import cpu_device
+from lowmem_rlhf.hardware.cpu_device import cpu_device
 from lowmem_rlhf.hardware.device import Device
 from lowmem_rlhf.planning.inputs import MARGIN
 from lowmem_rlhf.planning.plan import make_plan

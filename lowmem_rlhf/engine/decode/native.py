@@ -21,7 +21,7 @@ import torch
 from lowmem_rlhf.architecture.source import cache_folder
 from lowmem_rlhf.engine.fused import SILU, gated_activation, norm_scale
 from lowmem_rlhf.hardware.capabilities import capabilities
-from lowmem_rlhf.hardware.detect import cpu_device
+from lowmem_rlhf.hardware.cpu_device import cpu_device
 
 SOURCE = Path(__file__).with_suffix(".c")
 FLAGS = (

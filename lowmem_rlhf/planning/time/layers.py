@@ -9,7 +9,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from lowmem_rlhf.architecture.families.block import Linear
-from lowmem_rlhf.planning.limits import FUSED_ROWS
 from lowmem_rlhf.planning.memory.layers import Layer
 from lowmem_rlhf.planning.memory.mixers import MixerLayer
 from lowmem_rlhf.planning.memory.resident import EXPERT_BYTES, Memory
@@ -35,6 +34,7 @@ class Weights:
         everywhere: all linear layers of all layers have adapters.
         dense: while decoding, a copy in b of all NF4 weights that have adapters is multiplied.
         experts_away: experts lie in host memory, and each is fetched for its product.
+        four_bit_rows: as in `hardware.capabilities`.
     """
 
     quantization: str
@@ -44,6 +44,7 @@ class Weights:
     joined: bool = False
     dense: bool = False
     experts_away: bool = False
+    four_bit_rows: int = 64
 
     def ranks(self, linears: Sequence["RankedLinear"]) -> int:
         """Return R of layers that share an input."""
@@ -68,6 +69,7 @@ def weights_of(memory: Memory, adapters: int) -> Weights:
         joined=settings.rollout_weights == "joined",
         dense=settings.rollout_weights == "dequantized",
         experts_away=settings.offload_experts,
+        four_bit_rows=memory.capabilities.four_bit_rows,
     )
 
 
@@ -205,7 +207,7 @@ class LayerWork:
         numbers, moved = linear.inputs * linear.outputs, rows * (linear.inputs + linear.outputs) * self.b
         flops, kind = 2 * rows * numbers, quantization or self.weights.quantization
         if kind == "nf4":
-            dense = 0 if rows <= FUSED_ROWS else 2 * numbers * self.b
+            dense = 0 if rows <= self.weights.four_bit_rows else 2 * numbers * self.b
             self.work.multiply(flops, self.b, moved + numbers * (0.5 + 1 / 64) + 1024 + dense)
         elif kind == "int8":
             rounded = rows * (linear.inputs + 8 * linear.outputs)  # int8 inputs, written and read; int32 results
