@@ -3,6 +3,7 @@
 import json
 import os
 import time
+from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
@@ -102,15 +103,31 @@ def test_the_tests_of_a_checkout_run_as_long_as_there_is_time(work, tmp_path, mo
     (tmp_path / "tests" / "integration" / "test_it.py").write_text(TESTS)
     monkeypatch.setattr(device_tests, "checkout", lambda: tmp_path)
     shares: list[float] = []
-    short = replace(work, device="cuda:0", seconds=device_tests.SPARE + 6)
-    found = device_tests.run_tests(short, lambda done, total: shares.append(done / total))
+    ends: list[tuple[float, Callable[[], None]]] = []  # a clock would be short on a busy machine: the third test begins
+
+    class Timer:
+        def __init__(self, seconds, end):
+            ends.append((seconds, end))
+
+        def start(self):
+            pass
+
+        cancel = start
+
+    def progress(done, total):
+        shares.append(done / total)
+        if len(shares) == 2:
+            ends[0][1]()
+
+    long = replace(work, device="cuda:0", seconds=device_tests.SPARE + 60)
+    with monkeypatch.context() as patched:
+        patched.setattr(device_tests.threading, "Timer", Timer)
+        found = device_tests.run_tests(long, progress)
+    assert 0 < ends[0][0] <= 60
     failure = "tests/integration/test_it.py::test_it[0.1-cuda:0]"
     assert found == {"passed": 1, "failed": 1, "skipped": 0, "failures": [failure], "finished": False}
     assert shares == [0.33, 0.66] and lines_of("device_tests", {"status": "done", "values": found})[1].endswith(failure)
     (tmp_path / "tests" / "integration" / "test_it.py").write_text("")
-    long = replace(
-        work, device="cuda:0", seconds=device_tests.SPARE + 60
-    )  # it ends by itself, and a busy machine may be slow to begin
     with pytest.raises(RunError, match=r"pytest ran no test: .*no tests ran"):
         device_tests.run_tests(long, lambda done, total: None)
 
