@@ -115,6 +115,7 @@ def style_ppo(folder: Path) -> list[str]:
         "training.prompts_per_step=32",
         "training.learning_rate=1.0e-3",
         "training.lr_scheduler_type=constant",
+        "ppo.critic_learning_rate=3.0e-3",
         "ppo.num_ppo_epochs=2",
         "ppo.num_mini_batches=1",
         "ppo.target_kl=null",
