@@ -5,17 +5,21 @@ that say where its line begins.
 """
 
 import math
+import sys
 from array import array
 from bisect import bisect_right
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from lowmem_rlhf.page.lines import GrowingLog, row_of
 from lowmem_rlhf.run.held_out import number
 
 MOST = 2000  # points of an answer
 _NAN = math.nan
+_LARGEST = sys.float_info.max  # NaN is not below it, and no infinity
 
 
 class _Column:
@@ -24,10 +28,10 @@ class _Column:
     def __init__(self, empty: int) -> None:
         nothing = [_NAN] * empty
         self.total, self.low, self.high = array("d", [0.0]) * empty, array("d", nothing), array("d", nothing)
-        self.count = array("l", [0]) * empty
+        self.count = array("q", [0]) * empty
 
     def append(self, values: list[float]) -> None:
-        self.total.append(math.fsum(values))
+        self.total.append(sum(values))
         self.count.append(len(values))
         self.low.append(min(values, default=_NAN))
         self.high.append(max(values, default=_NAN))
@@ -36,14 +40,17 @@ class _Column:
         """Return the column with so many neighbours in one."""
         if factor == 1:
             return self
+        missing = -len(self.total) % factor
+        nothing = [_NAN] * missing
+
+        def groups(values: Any, end: list[float]) -> Any:  # (buckets, factor)
+            return np.concatenate([np.asarray(values), np.array(end, dtype=values.typecode)]).reshape(-1, factor)
+
         wider = _Column(0)
-        for begin in range(0, len(self.total), factor):
-            end = begin + factor
-            low = [value for value in self.low[begin:end] if value == value]
-            wider.total.append(math.fsum(self.total[begin:end]))
-            wider.count.append(sum(self.count[begin:end]))
-            wider.low.append(min(low, default=_NAN))
-            wider.high.append(max((value for value in self.high[begin:end] if value == value), default=_NAN))
+        wider.total = array("d", groups(self.total, [0.0] * missing).sum(axis=1).tobytes())
+        wider.count = array("q", groups(self.count, [0] * missing).sum(axis=1).tobytes())
+        wider.low = array("d", np.fmin.reduce(groups(self.low, nothing), axis=1).tobytes())
+        wider.high = array("d", np.fmax.reduce(groups(self.high, nothing), axis=1).tobytes())
         return wider
 
     def means(self) -> list[float | int | None]:
@@ -57,26 +64,26 @@ class Buckets:
         self.width = 1  # rows of a bucket
         self._first, self._last = array("q"), array("q")  # the steps of a bucket
         self._columns: dict[str, _Column] = {}
-        self._waiting: list[dict[str, Any]] = []  # rows of the bucket that is not full
+        self._waiting: list[tuple[int, dict[str, float]]] = []  # rows of the bucket that is not full
 
     def add(self, row: dict[str, Any]) -> None:
         """Add the row of the next step."""
-        self._waiting.append(row)
+        numbers = {name: value for name, value in row.items() if type(value) in (float, int) and abs(value) <= _LARGEST}
+        self._waiting.append((numbers.pop("step"), numbers))
         if len(self._waiting) == self.width:
             self._close()
             if len(self._first) == 2 * MOST:
                 self._widen()
 
     def _close(self) -> None:
-        rows, self._waiting = self._waiting, []
-        for name in dict.fromkeys(name for row in rows for name in row):
-            values = [got for row in rows if (got := number(row.get(name))) is not None]
-            if name != "step" and (values or name in self._columns):
-                if name not in self._columns:
-                    self._columns[name] = _Column(len(self._first))
-                self._columns[name].append(values)
-        self._first.append(rows[0]["step"])
-        self._last.append(rows[-1]["step"])
+        rows = [numbers for _, numbers in self._waiting]
+        for name in {name: None for numbers in rows for name in numbers}:
+            if name not in self._columns:
+                self._columns[name] = _Column(len(self._first))
+            self._columns[name].append([numbers[name] for numbers in rows if name in numbers])
+        self._first.append(self._waiting[0][0])
+        self._last.append(self._waiting[-1][0])
+        self._waiting = []
         for column in self._columns.values():
             if len(column.total) < len(self._first):
                 column.append([])
@@ -93,17 +100,15 @@ class Buckets:
             points: the most.
         """
         if self._waiting:
-            rows = list(self._waiting)
             whole = self._copy()
             whole._close()
-            return {**whole.told(points), "last": rows[-1]["step"]}
+            return whole.told(points)
         factor = 1
         while -(-len(self._first) // factor) > points:
             factor *= 2
         ends = zip(self._first[::factor], _last_of_each(self._last, factor), strict=True)
         columns = {name: column.joined(factor) for name, column in self._columns.items()}
         told: dict[str, Any] = {
-            "last": self._last[-1] if self._last else 0,
             "step": [(first + last) // 2 for first, last in ends],
             "columns": {name: column.means() for name, column in columns.items()},
         }

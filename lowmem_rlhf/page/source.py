@@ -5,6 +5,7 @@ Texts of the run are as `report` shows them: secrets masked, and this user's hom
 
 from collections.abc import Callable
 from contextlib import suppress
+from functools import lru_cache
 from pathlib import Path
 from threading import RLock
 from typing import Any
@@ -20,6 +21,8 @@ from lowmem_rlhf.run.evaluations import EVALUATIONS, read_evaluations
 from lowmem_rlhf.run.held_out import AFTER, BEFORE, STOPPED, during, headline, number, part
 from lowmem_rlhf.run.listing import state_of
 from lowmem_rlhf.run.reading import EVALUATION, INPUTS, METRICS, PLAN, RECIPE, SAMPLES, RunReader
+
+_NAME = 60  # characters of a text that comes again and again
 
 
 class RunSource:
@@ -309,7 +312,12 @@ def _digest(value: Any) -> str | None:
 def shown(value: Any) -> Any:
     """Return JSON values with what looks like a secret masked in their texts, and the home folder written as ``~``."""
     if isinstance(value, str):
-        return masked(without_home(value))
+        return _name(value) if len(value) < _NAME else masked(without_home(value))
     if isinstance(value, dict):
-        return {masked(str(key)): shown(item) for key, item in value.items()}
+        return {shown(str(key)): shown(item) for key, item in value.items()}
     return [shown(item) for item in value] if isinstance(value, list | tuple) else value
+
+
+@lru_cache(maxsize=2048)
+def _name(text: str) -> str:
+    return masked(without_home(text))

@@ -38,14 +38,9 @@ def test_few_steps_are_told_exactly(tmp_path):
 
 def test_a_metric_that_begins_late_or_pauses_has_none_where_it_is_not(tmp_path):
     path = write_run(tmp_path / "run")
-    rows = [
-        {"step": 1, "a": 1.5},
-        {"step": 2, "a": None, "b": 7},
-        {"step": 3, "a": "?", "b": True},
-        {"step": 4, "b": 8},
-    ]
-    (path / "metrics.jsonl").write_text(lines(rows))
-    assert RunSource(path).columns()["columns"] == {"a": [1.5, None, None, None], "b": [None, 7, None, 8]}
+    rows = [{"a": 1.5}, {"a": None, "b": 7}, {"a": "?", "b": True}, {"a": float("inf"), "b": 8}, {"a": 10**400, "b": 9}]
+    (path / "metrics.jsonl").write_text(lines({"step": step, **row} for step, row in enumerate(rows, 1)))
+    assert RunSource(path).columns()["columns"] == {"a": [1.5, None, None, None, None], "b": [None, 7, None, 8, 9]}
 
 
 @pytest.mark.parametrize(("steps", "points"), [(1001, 1000), (4001, 1000), (10_007, 300)])
@@ -297,22 +292,23 @@ def test_secrets_and_the_home_folder_do_not_leave_the_run(tmp_path, monkeypatch)
     assert told.count("~/") >= 8 and source.describe()["plan"]["reasons"]["a"] == "https://***@host/***"
 
 
+@pytest.mark.long
 def test_a_long_run_is_followed_in_bounded_memory_and_answers(tmp_path):
     path = write_run(tmp_path / "run", of=100_000)
-    with (path / "metrics.jsonl").open("w") as file:
-        file.writelines(lines([metrics_row(step, parts=2)]) for step in range(1, 100_001))
     text = "word " * 100
+    with (path / "metrics.jsonl").open("w") as file:
+        file.writelines(f'{{"step": {n}, "loss": {1 / n}, "pad": "{text}"}}\n' for n in range(1, 100_001))
     with (path / "samples.jsonl").open("w") as file:
-        file.writelines(lines([sample_row(n // 4 + 1, n % 4, completion=f"{text}{n}")]) for n in range(20_000))
-    sizes = [(path / name).stat().st_size for name in ("metrics.jsonl", "samples.jsonl")]
-    assert min(sizes) > 10e6
+        sample = f'"prompt": "p", "rewards": {{"exact": 0.5}}, "completion": "{text}'
+        file.writelines(f'{{"step": {n // 4}, {sample}{n}"}}\n' for n in range(20_000))
+    size = sum((path / name).stat().st_size for name in ("metrics.jsonl", "samples.jsonl"))
     tracemalloc.start()
     source = RunSource(path)
     answers = [source.columns(), source.describe(), source.samples(sort="highest"), source.samples(text=" 19999")]
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
-    assert peak < 16e6 < sum(sizes) / 1.5
-    assert [len(json.dumps(answer)) < 200_000 for answer in answers] == [True] * 4
+    assert peak < 12e6 < size / 5
+    assert max(len(json.dumps(answer)) for answer in answers) < 100_000
     assert answers[0]["last"] == 100_000 and 500 < len(answers[0]["step"]) <= 1000
     assert answers[2]["all"] == 20_000 and [row["index"] for row in answers[3]["rows"]] == [19_999]
     append(path / "metrics.jsonl", [metrics_row(100_001)])
