@@ -3,6 +3,7 @@
 Texts of the run are as `report` shows them: secrets masked, and this user's home folder written as ``~``.
 """
 
+import math
 from collections.abc import Callable
 from contextlib import suppress
 from functools import lru_cache
@@ -77,8 +78,9 @@ class RunSource:
 
         Returns:
             ``name``, ``path``, ``algorithm``, ``model``, ``description``; ``state``: running, finished or stopped;
-            ``step`` and ``max_steps`` (None: not known); ``changed``, when it was last written, in seconds since 1970;
-            ``headline``: of held-out data (see `headline_of`), None where nothing was measured.
+            ``step`` and ``max_steps`` (None: not known); ``device``, as torch names it (empty: not known); ``changed``,
+            when it was last written, in seconds since 1970; ``headline`` of the held-out data (see `headline_of`), None
+            where nothing was measured.
 
         Raises:
             Missing: the directory is no longer there.
@@ -185,6 +187,7 @@ class RunSource:
             "state": state_of(self.path, step >= most or isinstance(evaluation.get(STOPPED), str)),
             "step": step,
             "max_steps": most or None,
+            "device": str(part(_or(self._file(PLAN, self._plan), {}), "device").get("torch_device") or ""),
             "changed": self._changed(),
             "headline": headline_of(evaluation),
         }
@@ -317,6 +320,8 @@ def shown(value: Any) -> Any:
         return _name(value) if len(value) < _NAME else masked(without_home(value))
     if isinstance(value, dict):
         return {shown(str(key)): shown(item) for key, item in value.items()}
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None  # JSON has no other
     return [shown(item) for item in value] if isinstance(value, list | tuple) else value
 
 
