@@ -34,7 +34,7 @@ CUT = """() => [...document.querySelectorAll('body *')].filter((node) => {
 OVERLAPS = """() => {
   const kinds = 'h1, h2, h3, p, th, td, pre, button, label, figcaption, .card, .tag, .fact';
   const texts = [...document.querySelectorAll(kinds)].filter(
-    (node) => node.checkVisibility() && !node.closest('.top, .skip, dialog:not([open])'));
+    (node) => node.checkVisibility() && !node.closest('.top, .skip, .runs, dialog:not([open])')); // runs scroll
   const found = [];
   for (let i = 0; i < texts.length; i++) for (let j = i + 1; j < Math.min(texts.length, i + 30); j++) {
     const [a, b] = [texts[i], texts[j]];

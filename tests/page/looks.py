@@ -14,7 +14,6 @@ STEPS = 60
 
 _DEVICE = {
     "name": "NVIDIA GeForce RTX 2080 Ti",
-    "torch_device": "cuda:0",
     "total_bytes": 11 << 30,
     "free_bytes": 10 << 30,
 }
@@ -28,12 +27,12 @@ _PHASES = {
 }  # fmt: skip
 
 
-def plan() -> dict[str, Any]:
+def plan(torch_device: str = "cuda") -> dict[str, Any]:
     """Return a plan."""
     phases = {name: {part: size << 20 for part, size in parts.items()} for name, parts in _PHASES.items()}
     peak = max(sum(parts.values()) for parts in phases.values())
     return {
-        "fits": True, "device": _DEVICE, "profile": "rtx-2080-ti",
+        "fits": True, "device": {**_DEVICE, "torch_device": torch_device}, "profile": "rtx-2080-ti",
         "settings": {"quantization": "nf4", "lora": {"r": 16, "lora_alpha": 32}, "micro_batch_tokens": 2048},
         "reasons": {"quantization": "16-bit weights take 12.4 GiB of 9.6 GiB", "lora": "rank 16: enough for RL"},
         "memory": {"budget_bytes": int(9.6 * 2**30), "peak_bytes": peak, "phases": phases},
@@ -128,7 +127,7 @@ def _samples(steps: int) -> list[dict[str, Any]]:
     return rows
 
 
-def write_look(path: Path, kind: str, name: str, steps: int = STEPS, seed: int = 0) -> Path:
+def write_look(path: Path, kind: str, name: str, steps: int = STEPS, seed: int = 0, device: str = "cuda") -> Path:
     """Write a run that took so many of its `STEPS`, and is finished if it took all; return its folder."""
     rng = random.Random(seed)
     path.mkdir(parents=True)
@@ -143,7 +142,7 @@ def write_look(path: Path, kind: str, name: str, steps: int = STEPS, seed: int =
         "recipe.yaml": yaml.safe_dump(recipe),
         "metrics.jsonl": lines(_ROWS[kind](step, rng) for step in range(1, steps + 1)),
         "samples.jsonl": lines([] if kind == "sft" else _samples(steps)),
-        "plan.json": json.dumps(plan()),
+        "plan.json": json.dumps(plan(device)),
         "evaluation.json": json.dumps(_evaluation(kind, steps)),
         "inputs.json": json.dumps({"base": {"model": "org/small-model", "weights": "0123456789abcdef"}}),
     }

@@ -23,7 +23,9 @@ function barRow(name, amount, picture) {
 
 function legendOf(entries) {
   return el("ul.legend.plain", {}, entries.map(([kind, text]) =>
-    el("li", {}, svg("svg.box", { viewBox: "0 0 12 12", "aria-hidden": "true" }, svg(`rect.${kind}`, { width: 12, height: 12 })), el("span", {}, text))));
+    el("li", {}, svg("svg.box", { viewBox: "0 0 12 12", "aria-hidden": "true" }, kind.startsWith("mark ")
+      ? svg(`line.${kind.replace(" ", ".")}`, { x1: 6, x2: 6, y1: 0, y2: 12 })
+      : svg(`rect.${kind}`, { width: 12, height: 12 })), el("span", {}, text))));
 }
 
 /** Draw what each phase was planned to take, component by component, and the peak that was measured. */
@@ -56,8 +58,8 @@ function drawMemory(host, run, columns) {
   const about = [`planned peak ${formatBytes(memory.peak_bytes)} of a budget of ${formatBytes(budget)}`];
   if (measured >= 0) about.push(`measured peak ${formatBytes(measured)}`);
   const keys = [...large.map((name, i) => [`part-${i}`, words(name)]), ...(rest.length ? [["part-rest", "the rest"]] : [])];
-  if (measured >= 0) keys.push(["measured", "measured peak"]);
-  if (inSight) keys.push(["budget", "budget"]);
+  if (measured >= 0) keys.push(["mark measured", "measured peak"]);
+  if (inSight) keys.push(["mark budget", "budget"]);
   const cells = all.map((name) => [words(name), ...phases.map(([, parts]) => (parts[name] ? formatBytes(parts[name]) : MISSING))]);
   fill(host, el("p", {}, `${about.join("; ")}.`), el("div.bars", {}, rows), legendOf(keys),
     el("details", {}, el("summary", {}, "Every component in numbers"), el("div.wide", {}, table(["component", ...phases.map(([phase]) => phase)], cells, ".stack.numbers"))));

@@ -29,6 +29,14 @@ function fill(node, ...children) {
   return node;
 }
 
+/** Draw a part anew where it differs; what was unfolded in it stays so, and what did not change is left alone. */
+function repaint(host, paint) {
+  const fresh = host.cloneNode(false), unfolded = [...host.querySelectorAll("details[open] > summary")].map((one) => one.textContent);
+  paint(fresh);
+  for (const summary of fresh.querySelectorAll("details > summary")) summary.parentElement.open ||= unfolded.includes(summary.textContent);
+  if (!fresh.isEqualNode(host)) host.replaceChildren(...fresh.childNodes);
+}
+
 const byId = (id) => document.getElementById(id);
 
 /** Return a table; each cell carries its column's name, which a narrow screen shows before it. */

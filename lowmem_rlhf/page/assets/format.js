@@ -22,7 +22,9 @@ function formatTick(value) {
 }
 
 function formatPercent(value) {
-  return isNumber(value) ? `${Number((100 * value).toPrecision(3))}%` : MISSING;
+  if (!isNumber(value)) return MISSING;
+  const percent = 100 * value;
+  return `${percent === 0 || Math.abs(percent) >= 1 ? percent.toFixed(1) : Number(percent.toPrecision(2))}%`;
 }
 
 /** Return GiB (2**30 bytes, what card makers call GB), or MiB below a tenth of one. */

@@ -10,7 +10,7 @@ const charts = new Charts(byId("charts"), (text) => { byId("zoom").textContent =
 const samples = new Samples(byId("samples-body"), source);
 const chat = source.live ? new Chat(byId("chat-body"), source) : null;
 const store = new Map(); // id -> {run, columns}
-let runs = [], opened = null, overlaid = [];
+let runs = [], opened = null, overlaid = [], listed = "";
 
 /** Ask for what is new of a run; return whether there was anything. */
 async function follow(id, again) {
@@ -43,13 +43,14 @@ function drawRun() {
   document.title = run.name ? `${run.name} · lowmem_rlhf` : "lowmem_rlhf";
   byId("about").textContent = [run.algorithm, run.model, run.path].filter(Boolean).join(" · ");
   byId("description").textContent = run.description ?? "";
-  fill(byId("remarks"), (run.remarks ?? []).map((sentence) => el("li", {}, sentence)));
-  drawOverview(byId("cards"), run, columns);
-  drawEvaluation(byId("evaluation-body"), run);
-  drawMemory(byId("memory-body"), run, columns);
-  drawTime(byId("time-body"), run, columns);
-  drawPlan(byId("plan-body"), run);
-  drawTexts(run);
+  repaint(byId("remarks"), (host) => fill(host, (run.remarks ?? []).map((sentence) => el("li", {}, sentence))));
+  repaint(byId("cards"), (host) => drawOverview(host, run, columns));
+  repaint(byId("evaluation-body"), (host) => drawEvaluation(host, run));
+  repaint(byId("memory-body"), (host) => drawMemory(host, run, columns));
+  repaint(byId("time-body"), (host) => drawTime(host, run, columns));
+  repaint(byId("plan-body"), (host) => drawPlan(host, run));
+  repaint(byId("recipe-text"), (host) => fill(host, run.recipe ?? ""));
+  repaint(byId("environment-table"), (host) => drawEnvironment(host, run));
   if (chat) showPart("chat", run.state === "finished");
 }
 
@@ -64,9 +65,10 @@ async function openRun(id) {
   if (overlaid.length < 2) overlaid = [id];
   await follow(id, false);
   if (id !== opened) return;
+  say("");
   drawRun();
   drawCurves();
-  chat?.open(id);
+  chat?.open(id, store.get(id).run);
   drawList();
   await samples.open(id, store.get(id).run);
 }
@@ -79,6 +81,9 @@ async function overlay(id, on) {
 }
 
 function drawList() {
+  const key = JSON.stringify([runs.map((run) => ({ ...run, changed: null })), opened, overlaid]);
+  if (key === listed) return; // a button that is being pressed stays where it is
+  listed = key;
   drawRuns(byId("runs-body"), runs, {
     opened, overlaid, onOverlay: overlay, onOpen: (id) => openRun(id).catch((error) => say(error.message)),
   });
@@ -87,12 +92,13 @@ function drawList() {
 /** Look once for what is new of all that is shown. */
 async function look() {
   runs = await source.runs();
-  const there = new Set(runs.map((run) => run.id));
+  const there = new Set(runs.filter((run) => run.state !== "gone").map((run) => run.id));
   overlaid = overlaid.filter((id) => there.has(id));
   drawList();
-  drawGpu(byId("gpu-body"), await source.gpu());
-  if (opened === null && runs.length) return openRun(runs[0].id);
-  if (!there.has(opened)) return opened === null ? undefined : say("This run is no longer there: it was moved or deleted.");
+  const cards = await source.gpu();
+  repaint(byId("gpu-body"), (host) => drawGpu(host, cards));
+  if (opened === null) return there.size ? openRun([...there][0]) : undefined;
+  if (!there.has(opened)) return say("This run is no longer there: it was moved or deleted. What was read of it stays.");
   let grown = false;
   for (const id of new Set([opened, ...overlaid])) {
     const now = runs.find((run) => run.id === id), known = store.get(id)?.run;

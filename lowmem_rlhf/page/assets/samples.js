@@ -32,15 +32,18 @@ class Samples {
     this.form.addEventListener("reset", ask);
     this.count = el("p.muted", { role: "status" });
     this.list = el("div.samples");
+    this.newer = el("button", { type: "button", hidden: true, onclick: () => this.ask(false) }, "Show newer samples");
     this.more = el("button", { type: "button", hidden: true, onclick: () => this.ask(true) }, "Show more");
-    fill(this.host, this.form, this.count, this.list, this.more);
+    fill(this.host, this.form, this.count, this.newer, this.list, this.more);
     return this.ask(false);
   }
 
-  /** Ask again what is asked for now, as the run has grown; not while someone reads further down. */
+  /** Ask again what is asked for now, as the run has grown; while someone reads them, offer it. */
   refresh(run) {
-    if (this.names !== JSON.stringify([run.rewards, run.tasks])) return this.open(this.id, run);
-    return this.shown <= PAGE && !this.list.contains(document.activeElement) ? this.ask(false) : undefined;
+    const { top, bottom } = this.list.getBoundingClientRect(), read = top < 0 && bottom > 0;
+    this.newer.hidden = !(read || this.shown > PAGE || this.host.contains(document.activeElement));
+    if (!this.newer.hidden) return undefined;
+    return this.names === JSON.stringify([run.rewards, run.tasks]) ? this.ask(false) : this.open(this.id, run);
   }
 
   query() {
@@ -64,6 +67,7 @@ class Samples {
     const cards = told.rows.map((row) => this.card(row));
     if (more) this.list.append(...cards);
     else fill(this.list, cards);
+    this.newer.hidden ||= !more;
     this.shown = offset + told.rows.length;
     this.more.hidden = this.shown >= told.total || !told.rows.length;
     const left = told.left_out ? `; ${told.left_out.toLocaleString("en-US")} more between the first and the last ones are in samples.jsonl` : "";

@@ -1,6 +1,6 @@
 // The parts of one run's page that stand still: overview, evaluation, plan, recipe, environment.
 
-const STATES = { running: "running", finished: "finished", stopped: "stopped" };
+const STATES = { running: "running", finished: "finished", stopped: "stopped", gone: "gone" };
 
 const partOf = (evaluation, name) => (evaluation?.[name] && typeof evaluation[name] === "object" ? evaluation[name] : {});
 const duringOf = (evaluation) => (Array.isArray(evaluation?.during) ? evaluation.during.filter((row) => row && row.step > 0) : []);
@@ -140,8 +140,7 @@ function drawPlan(host, run) {
   fill(host, el("p", {}, about), table(["setting", "value", "why"], rows, ".stack"));
 }
 
-function drawTexts(run) {
-  fill(byId("recipe-text"), run.recipe ?? "");
+function drawEnvironment(host, run) {
   const rows = (run.environment ?? []).map(([name, value]) => [name, textOf(value)]);
-  fill(byId("environment-table"), rows.length ? table(["", ""], rows, ".facts") : el("p.muted", {}, "Nothing was recorded."));
+  fill(host, rows.length ? table(["", ""], rows, ".facts") : el("p.muted", {}, "Nothing was recorded."));
 }

@@ -87,7 +87,7 @@ class Fetched {
   samples(id, query) { return this.ask(`run/${encodeURIComponent(id)}/samples`, query); }
   samePrompt(id, index) { return this.ask(`run/${encodeURIComponent(id)}/same_prompt`, { index }); }
   gpu() { return this.ask("gpu"); }
-  chat(id, prompt) { return this.ask(`run/${encodeURIComponent(id)}/chat`, {}, { prompt }); }
+  chat(id, prompt, task) { return this.ask(`run/${encodeURIComponent(id)}/chat`, {}, { prompt, task }); }
 }
 
 /** The columns of one run, which grow while it trains. */

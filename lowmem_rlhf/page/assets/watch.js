@@ -4,12 +4,12 @@
 function drawRuns(host, runs, { opened, overlaid, onOpen, onOverlay }) {
   const focused = host.contains(document.activeElement) && document.activeElement.dataset.key;
   const rows = runs.map((run) => {
-    const index = overlaid.indexOf(run.id);
-    const box = el("input", { type: "checkbox", checked: index >= 0, "data-key": `box ${run.id}`, "aria-label": `Show the curves of ${run.name}, ${run.path}`, onchange: () => onOverlay(run.id, box.checked) });
-    const progress = run.max_steps ? `step ${formatNumber(run.step)} of ${formatNumber(run.max_steps)}` : `step ${formatNumber(run.step)}`;
+    const gone = run.state === "gone";
+    const box = el("input", { type: "checkbox", checked: overlaid.includes(run.id), disabled: gone, "data-key": `box ${run.id}`, "aria-label": `Show the curves of ${run.name}, ${run.path}`, onchange: () => onOverlay(run.id, box.checked) });
+    const progress = gone ? run.error : run.max_steps ? `step ${formatNumber(run.step)} of ${formatNumber(run.max_steps)}` : `step ${formatNumber(run.step)}`;
     const text = run.headline?.text ? `${run.headline.title} ${run.headline.text}` : "";
     return el("li", {}, box,
-      el(`button.run${run.id === opened ? ".current" : ""}`, { type: "button", "data-key": `open ${run.id}`, "aria-current": run.id === opened && "true", onclick: () => onOpen(run.id) },
+      el(`button.run${run.id === opened ? ".current" : ""}`, { type: "button", disabled: gone, "data-key": `open ${run.id}`, "aria-current": run.id === opened && "true", onclick: () => onOpen(run.id) },
         el("b", {}, run.name), el("span.muted.path", {}, run.path), el(`span.state.${STATES[run.state] ?? "unknown"}`, {}, String(run.state)),
         el("span.muted", {}, [run.algorithm, progress, text].filter(Boolean).join(" · "))));
   });
@@ -40,12 +40,13 @@ class Chat {
     this.input.addEventListener("keydown", (event) => {
       if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) this.form.requestSubmit();
     });
-    this.form = el("form.chat", { onsubmit: (event) => { event.preventDefault(); this.ask(); } }, labelled("Prompt", this.input, ".grow"), this.send);
+    this.form = el("form.chat", { onsubmit: (event) => { event.preventDefault(); this.ask(); } }, labelled("Prompt", this.input, ".grow"), this.task = el("div"), this.send);
     fill(host, el("p.muted", {}, "The answers of the trained policy and of its reference, the model before training, at temperature 0. The first one loads the model. Ctrl+Enter sends."), this.form, this.said, this.answers);
   }
 
-  open(id) {
+  open(id, run) {
     this.id = id;
+    fill(this.task, (run.tasks ?? []).length > 1 && labelled("Task", select(run.tasks.map((name) => [name, name]), { name: "task" })));
     fill(this.answers);
     this.said.textContent = "";
   }
@@ -55,7 +56,7 @@ class Chat {
     this.send.disabled = true;
     this.said.textContent = "Answering.";
     try {
-      const told = await this.source.chat(id, prompt);
+      const told = await this.source.chat(id, prompt, this.form.elements.task?.value);
       if (id !== this.id) return;
       this.said.textContent = "";
       const side = (name, text) => el("div.side", {}, el("h3", {}, name), el("pre", { tabindex: 0 }, textOf(text)));
