@@ -323,6 +323,6 @@ def test_a_text_without_end_is_cut_in_answers(tmp_path):
     assert RunSource(path).samples(text="x" * 900_000)["total"] == 3
 
 
-def test_reading_loads_no_torch():
-    program = "import lowmem_rlhf.page.source, sys; sys.exit('torch' in sys.modules)"
+def test_watching_loads_no_torch():
+    program = "import lowmem_rlhf.page.server, lowmem_rlhf.api.run, sys; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0
