@@ -98,11 +98,14 @@ def row_of(line: bytes) -> dict[str, Any] | None:
 
 def last_row(path: Path) -> dict[str, Any]:
     """Return the last whole row of a log without reading all of it; empty where there is none."""
-    try:
-        with path.open("rb") as file:
-            size = file.seek(0, os.SEEK_END)
-            file.seek(max(0, size - (BLOCK >> 2)))
-            *lines, _ = file.read(BLOCK >> 2).split(b"\n")
-    except OSError:
-        return {}
-    return next((row for line in reversed(lines) if (row := row_of(line)) is not None), {})
+    for much in (1 << 14, BLOCK):
+        try:
+            with path.open("rb") as file:
+                size = file.seek(0, os.SEEK_END)
+                file.seek(max(0, size - much))
+                *lines, _ = file.read(much).split(b"\n")
+        except OSError:
+            return {}
+        if row := next((row for line in reversed(lines) if (row := row_of(line)) is not None), None):
+            return row
+    return {}

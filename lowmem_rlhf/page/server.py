@@ -102,6 +102,7 @@ class _Handler(BaseHTTPRequestHandler):
     server: PageServer
     protocol_version = "HTTP/1.1"
     timeout = _IDLE
+    _read_whole = False  # the body of the question that is answered
 
     def do_GET(self) -> None:
         self._answer(self._get)
@@ -191,7 +192,9 @@ class _Handler(BaseHTTPRequestHandler):
         return status, _JSON, _encoded({"error": shown(sentence)})
 
     def _send(self, status: int, kind: str, body: bytes, more: dict[str, str] | None = None) -> None:
-        if status >= 400 and self.command != "GET" and not getattr(self, "_read_whole", False):
+        sent = getattr(self, "headers", None) or {}
+        has_body = self.command not in ("GET", "HEAD") or "Content-Length" in sent or "Transfer-Encoding" in sent
+        if has_body and not self._read_whole:
             self.close_connection = True  # what was not read of a body would be taken for the next question
         self._read_whole = False
         headers = {

@@ -323,6 +323,13 @@ def test_a_text_without_end_is_cut_in_answers(tmp_path):
     assert RunSource(path).samples(text="x" * 900_000)["total"] == 3
 
 
-def test_reading_loads_no_torch():
-    program = "import lowmem_rlhf.page.source, sys; sys.exit('torch' in sys.modules)"
+def test_watching_loads_no_torch():
+    program = "import lowmem_rlhf.page.server, lowmem_rlhf.api.run, sys; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0
+
+
+def test_the_last_step_is_found_behind_a_long_row_and_before_a_half_one(tmp_path):
+    path = write_run(tmp_path / "run", steps=2)
+    with (path / "metrics.jsonl").open("a") as file:
+        file.write(lines([{"step": 3, "note": "x" * 30_000}]) + '{"step": 4, ' + "x" * 30_000)
+    assert RunSource(path).summary()["step"] == 3

@@ -147,6 +147,8 @@ def test_what_is_no_question_is_answered_with_a_sentence(client):
     assert " 403 " in spoken(client, f"GET /api/runs HTTP/1.1\r\nHost: evil.example\r\n{token}\r\n")  # two of them
     for target in ("http://evil.example/api/runs", "*"):
         assert " 400 " in spoken(client, f"GET {target} HTTP/1.1\r\n{token}\r\n")
+    more = token.replace("Connection: close", "Content-Length: 5")
+    assert spoken(client, f"GET /api/runs HTTP/1.1\r\n{more}\r\nGET /").count("HTTP/1.1 ") == 1  # no second question
     for method in ("PUT", "DELETE", "PATCH", "OPTIONS"):
         assert " 405 " in spoken(client, f"{method} /api/runs HTTP/1.1\r\n{token}\r\n")
     assert spoken(client, f"HEAD /api/runs HTTP/1.1\r\n{token}\r\n").endswith("\r\n\r\n")
@@ -440,3 +442,32 @@ def test_a_signal_ends_it_at_once(tmp_path, run, number, code):
     process.send_signal(number)
     out, err = process.communicate(timeout=60)
     assert (process.returncode, out) == (code, "") and err in ("", "stopped by SIGTERM\n")
+
+
+BUSY = """
+import sys, time
+from types import SimpleNamespace
+from lowmem_rlhf.page.server import watch
+from lowmem_rlhf.stopping import stoppable
+def generate(*given, **more):
+    print("asked", flush=True)
+    time.sleep(600)
+with stoppable():
+    watch([], None, False, lambda path: SimpleNamespace(generate=generate))
+"""
+
+
+@pytest.mark.skipif(os.name == "nt", reason="signals")
+def test_an_answer_that_is_being_written_keeps_nobody_waiting(tmp_path, run):
+    process = subprocess.Popen([sys.executable, "-c", BUSY], cwd=tmp_path, stdout=subprocess.PIPE, text=True)
+    port, token = process.stdout.readline().strip().removeprefix("http://127.0.0.1:").split("/?token=")
+    connection = http.client.HTTPConnection("127.0.0.1", int(port), timeout=60)
+    connection.request("GET", "/api/runs", headers={"X-Token": token})
+    key = json.loads(connection.getresponse().read())[0]["id"]
+    connection.request("POST", f"/api/run/{key}/chat", '{"prompt": "a"}', {"X-Token": token})
+    assert [process.stdout.readline() for _ in range(2)][1] == "asked\n"
+    other = http.client.HTTPConnection("127.0.0.1", int(port), timeout=60)
+    other.request("GET", f"/api/run/{key}", headers={"X-Token": token})  # others are answered meanwhile
+    assert other.getresponse().status == 200
+    process.send_signal(signal.SIGINT)
+    assert process.wait(60) == 0
