@@ -8,7 +8,6 @@ stands in the page as JSON, and its scripts (``assets/``) put it there as text.
 import base64
 import hashlib
 import json
-import math
 from functools import cache
 from html import escape
 from pathlib import Path
@@ -72,16 +71,7 @@ def _digest(text: str) -> str:
 
 
 def _json(value: Any) -> str:
-    """Return JSON that can stand in a script element: no tag begins in it, and it has no number that JSON lacks."""
-    text = json.dumps(_finite(value), ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+    """Return JSON that can stand in a script element: no tag begins in it."""
+    text = json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
     # a lone surrogate (half of a character) cannot be written as UTF-8, and its escape can
     return text.replace("<", "\\u003c").encode("utf-8", "backslashreplace").decode()
-
-
-def _finite(value: Any) -> Any:
-    """Return a value with None for every number that is not finite."""
-    if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -22,7 +22,8 @@ def report_data(path: Path) -> dict[str, Any]:
         UserError: a log of the run cannot be read; Missing: there is no run.
     """
     source = RunSource(path)
-    return {"run": source.describe(), "columns": source.columns(points=_POINTS), "samples": _samples(source)}
+    run = {**source.describe(), "path": path.name}  # where it lies here is nothing to those who get the file
+    return {"run": run, "columns": source.columns(points=_POINTS), "samples": _samples(source)}
 
 
 def _samples(source: RunSource) -> dict[str, Any]:

@@ -41,7 +41,7 @@ function drawRun() {
   const { run, columns } = store.get(opened);
   byId("name").textContent = run.name || "run";
   document.title = run.name ? `${run.name} · lowmem_rlhf` : "lowmem_rlhf";
-  byId("about").textContent = [run.algorithm, run.model, run.path].filter(Boolean).join(" · ");
+  byId("about").textContent = [run.algorithm, run.model, source.live && run.path].filter(Boolean).join(" · ");
   byId("description").textContent = run.description ?? "";
   repaint(byId("remarks"), (host) => fill(host, (run.remarks ?? []).map((sentence) => el("li", {}, sentence))));
   repaint(byId("cards"), (host) => drawOverview(host, run, columns));

@@ -16,14 +16,14 @@ class Samples {
   open(id, run) {
     this.id = id;
     this.names = JSON.stringify([run.rewards, run.tasks]);
-    const numeric = (name, text, more = {}) => labelled(text, el("input", { type: "number", step: "any", name, autocomplete: "off", ...more }), ".short");
+    const bounds = (text, low, high, more) => el("fieldset.control", {}, el("legend", {}, `${text}, from and to`), el("div.bounds", {},
+      [[low, "from"], [high, "to"]].map(([name, end]) => el("input", { type: "number", name, "aria-label": `${text} ${end}`, autocomplete: "off", ...more }))));
     this.form = el("form.filters", { role: "search", onsubmit: (event) => event.preventDefault() },
       labelled("Search", el("input", { type: "search", name: "text", placeholder: "text of a prompt or completion", autocomplete: "off" }), ".grow"),
       labelled("Order", select(ORDERS, { name: "sort" })),
       (run.rewards ?? []).length > 1 && labelled("Reward", select([["", "sum"], ...run.rewards.map((name) => [name, name])], { name: "reward" })),
       (run.tasks ?? []).length > 0 && labelled("Task", select([["", "all"], ...run.tasks.map((name) => [name, name])], { name: "task" })),
-      numeric("low", "Reward from"), numeric("high", "to"),
-      numeric("first", "Step from", { min: 0, step: 1 }), numeric("last", "to", { min: 0, step: 1 }),
+      bounds("Reward", "low", "high", { step: "any" }), bounds("Step", "first", "last", { step: 1, min: 0 }),
       labelled("Ended", select([["", "all"], ["false", "by itself"], ["true", "cut"]], { name: "truncated" })),
       el("button", { type: "reset" }, "Clear"),
     );
@@ -64,6 +64,7 @@ class Samples {
       return;
     }
     if (turn !== this.asked) return; // a later question was answered first
+    this.form.hidden = !told.all;
     const cards = told.rows.map((row) => this.card(row));
     if (more) this.list.append(...cards);
     else fill(this.list, cards);
