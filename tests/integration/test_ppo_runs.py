@@ -50,7 +50,7 @@ PRECISIONS = [("none", "float32"), ("none", "bfloat16"), ("nf4", "bfloat16")]
 
 @pytest.fixture(scope="module", autouse=True)
 def small() -> Iterator[None]:
-    """One thread for the runs of fixtures too, which is exact as well; and no report, the most of a tiny run's time."""
+    """One thread for the runs of fixtures too, which is exact as well; and no report, which is not what they test."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     with pytest.MonkeyPatch.context() as patch:

@@ -35,7 +35,7 @@ write_report = html.write_report
 
 @pytest.fixture(scope="module", autouse=True)
 def small() -> Iterator[None]:
-    """One thread for the runs of fixtures too, and no report, the most of a tiny run's time."""
+    """One thread for the runs of fixtures too, and no report, which is not what they test."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     with pytest.MonkeyPatch.context() as patch:

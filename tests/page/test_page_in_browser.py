@@ -1,5 +1,6 @@
 """The report in a real headless Chromium: drawn, driven, wide and narrow, light and dark; nothing from elsewhere."""
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -7,6 +8,7 @@ from typing import Any
 import pytest
 from in_browser import ALL_DRAWN, CUT, DRAWN, OVERLAPS, Seen
 from looks import EVIL, STEPS, write_look
+from page_runs import lines
 
 from lowmem_rlhf.display.format import format_bytes, format_number, format_seconds
 from lowmem_rlhf.page.html import ASSETS, SCRIPTS
@@ -189,6 +191,49 @@ def test_curves_and_themes_work_from_the_keyboard(show, reports):
         assert seen.text("#theme-name") == theme
         assert seen.is_dark() == dark
     assert seen.said == []
+
+
+def test_a_run_of_odd_files_is_shown_all_the_same(show, tmp_path):
+    folder = write_look(tmp_path / "odd", "grpo", "odd")
+    names = (
+        "__proto__",
+        "constructor",
+        "reward/",
+        "task//x",
+        "task/a/reward/constructor",
+        "a/min",
+        "reward/x/errors",
+        "",
+    )
+    (folder / "metrics.jsonl").write_text(lines({"step": n, **dict.fromkeys(names, n * 1.5)} for n in range(1, 4)))
+    odd = {"prompt": None, "completion": {"a": [1]}, "rewards": [1], "tokens": "x", "truncated": 3, "advantage": "y"}
+    (folder / "samples.jsonl").write_text(
+        lines([{"step": "z", **odd}, {"prompt": [{"content": 5}], "__proto__": 1}, {}])
+    )
+    phases = {"a": [1], "b": {"c": "d", "__proto__": 2**30}, "e": None}
+    plan = {
+        "memory": {"phases": phases, "budget_bytes": "f"},
+        "settings": {"g": None, "h": [{}]},
+        "reasons": {"g": {"i": 1}},
+    }
+    (folder / "plan.json").write_text(
+        json.dumps({**plan, "device": 5, "time": {"phases": [1, "j"], "run_seconds": []}})
+    )
+    before = {"intervals": 5, "tasks": "k", "accuracy": "l", "constructor": 0.5, "problems": -1}
+    (folder / "evaluation.json").write_text(json.dumps({"before": before, "during": [5, {"step": 2}], "after": 6}))
+    later = {
+        "results": {"policy": 5, "m": {"n": {"value": "o"}}},
+        "counts": {"p": None},
+        "difference": "q",
+        "tasks": [1],
+    }
+    (folder / "evaluations.jsonl").write_text(lines([later, {}]))
+    seen = show(write_report(RunDirectory(folder)))
+    assert seen.page.locator(".sample").count() == 3 and {"constructor", "a"} <= set(titles(seen))
+    assert seen.page.get_by_text("This part cannot be drawn").all_inner_texts() == []
+    assert min(colours for _, colours in seen.page.evaluate(DRAWN)) > 3 and seen.said == []
+    seen.page.get_by_role("button", name="Compare with others of this prompt").first.click()
+    assert "sampled once" in seen.page.locator("dialog[open]").inner_text()
 
 
 @pytest.fixture(scope="module")

@@ -32,7 +32,11 @@ function fill(node, ...children) {
 /** Draw a part anew where it differs; what was unfolded in it stays so, and what did not change is left alone. */
 function repaint(host, paint) {
   const fresh = host.cloneNode(false), unfolded = [...host.querySelectorAll("details[open] > summary")].map((one) => one.textContent);
-  paint(fresh);
+  try {
+    paint(fresh);
+  } catch (error) { // a damaged file of the run: the other parts are still shown
+    fill(fresh, el("p.muted", {}, `This part cannot be drawn: ${error.message}`));
+  }
   for (const summary of fresh.querySelectorAll("details > summary")) summary.parentElement.open ||= unfolded.includes(summary.textContent);
   if (!fresh.isEqualNode(host)) host.replaceChildren(...fresh.childNodes);
 }

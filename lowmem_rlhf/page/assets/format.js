@@ -77,4 +77,4 @@ const isConversation = (value) =>
 
 const inWords = (measure) => (measure === "reward/mean" ? "mean reward" : measure.replaceAll("_", " "));
 
-const counted = (count, noun) => `${count.toLocaleString("en-US")} ${noun}${count === 1 ? "" : "s"}`;
+const counted = (count, noun) => `${isNumber(count) ? count.toLocaleString("en-US") : textOf(count)} ${noun}${count === 1 ? "" : "s"}`;

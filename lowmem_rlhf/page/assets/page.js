@@ -12,10 +12,15 @@ const chat = source.live ? new Chat(byId("chat-body"), source) : null;
 const store = new Map(); // id -> {run, columns}
 let runs = [], opened = null, overlaid = [], listed = "";
 
-/** Ask for what is new of a run; return whether there was anything. */
-async function follow(id, again) {
-  const known = store.get(id) ?? { columns: new Columns() };
-  if (!store.has(id)) store.set(id, known);
+/** Ask for what is new of a run, one question after the other; return whether there was anything. */
+function follow(id, again) {
+  const known = store.get(id) ?? { columns: new Columns(), asked: Promise.resolve() };
+  store.set(id, known);
+  known.asked = known.asked.catch(() => {}).then(() => ask(id, known, again));
+  return known.asked;
+}
+
+async function ask(id, known, again) {
   if (!known.run || again) known.run = await source.run(id);
   const grown = known.columns.add(await source.columns(id, known.columns.last));
   if (grown === "anew") known.columns.add(await source.columns(id, 0));

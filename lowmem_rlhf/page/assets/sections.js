@@ -136,7 +136,7 @@ function drawPlan(host, run) {
     return;
   }
   const about = `${device.name ?? "unknown device"}, ${formatBytes(device.free_bytes)} free of ${formatBytes(device.total_bytes)}, profile ${plan.profile ?? "none"}`;
-  const rows = settings.map(([name, value]) => [name, formatValue(value), plan.reasons?.[name] ?? ""]);
+  const rows = settings.map(([name, value]) => [name, formatValue(value), textOf(plan.reasons?.[name])]);
   fill(host, el("p", {}, about), table(["setting", "value", "why"], rows, ".stack"));
 }
 

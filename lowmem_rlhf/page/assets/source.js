@@ -38,8 +38,8 @@ class Embedded {
   }
 
   async samePrompt(id, index) {
-    const rows = this.data.samples.rows, prompt = textOf(rows.find((row) => row.index === index)?.prompt);
-    const found = rows.filter((row) => textOf(row.prompt) === prompt).sort(SORTS.oldest);
+    const rows = this.data.samples.rows, prompt = JSON.stringify(rows.find((row) => row.index === index)?.prompt);
+    const found = rows.filter((row) => JSON.stringify(row.prompt) === prompt).sort(SORTS.oldest);
     return { total: found.length, rows: found };
   }
 }
@@ -95,9 +95,9 @@ class Columns {
   constructor() {
     this.last = 0;
     this.step = [];
-    this.columns = {};
-    this.low = {};
-    this.high = {};
+    this.columns = Object.create(null);
+    this.low = Object.create(null);
+    this.high = Object.create(null);
     this.heldOut = null;
     this.withRates = null;
     this.takenBack = undefined;
@@ -149,7 +149,7 @@ class Columns {
 }
 
 function joined(before, more, old, count) {
-  const found = {};
+  const found = Object.create(null); // a metric may have any name
   for (const name of new Set([...Object.keys(before), ...Object.keys(more)])) {
     found[name] = (before[name] ?? Array(old).fill(null)).concat(more[name] ?? Array(count).fill(null));
   }
