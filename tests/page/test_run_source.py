@@ -333,3 +333,18 @@ def test_the_last_step_is_found_behind_a_long_row_and_before_a_half_one(tmp_path
     with (path / "metrics.jsonl").open("a") as file:
         file.write(lines([{"step": 3, "note": "x" * 30_000}]) + '{"step": 4, ' + "x" * 30_000)
     assert RunSource(path).summary()["step"] == 3
+
+
+@pytest.mark.skipif(os.name == "nt", reason="named pipes")
+def test_a_pipe_in_place_of_a_file_is_not_waited_for(tmp_path):
+    path = write_run(tmp_path / "run", steps=2, samples=1)
+    for name in ("samples.jsonl", "plan.json", "evaluation.json", "evaluations.jsonl", "inputs.json"):
+        (path / name).unlink(missing_ok=True)
+        os.mkfifo(path / name)
+    source = RunSource(path)
+    assert source.columns()["last"] == 2 and source.summary()["step"] == 2
+    with pytest.raises(UserError, match=r"samples.jsonl cannot be read: it is no file$"):
+        source.samples()
+    told = source.describe()
+    assert (told["step"], told["seconds"], len(told["remarks"])) == (2, 4.0, 5)
+    assert all("is no file" in remark for remark in told["remarks"])
