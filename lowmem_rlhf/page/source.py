@@ -112,7 +112,9 @@ class RunSource:
         with self._lock:
             self._check()
             self._metrics.refresh()
-            return self._metrics.columns(since, points)
+            told = self._metrics.columns(since, points)
+            by_name = [part for part, value in told.items() if isinstance(value, dict)]
+            return {**told, **{part: {_name(name): one for name, one in told[part].items()} for part in by_name}}
 
     def samples(
         self,
