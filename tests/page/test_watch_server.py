@@ -442,6 +442,9 @@ def test_a_signal_ends_it_at_once(tmp_path, run, number, code, more):
     connection = http.client.HTTPConnection("127.0.0.1", int(port), timeout=60)
     connection.request("GET", "/api/runs", headers={"X-Token": token})
     assert json.loads(connection.getresponse().read())[0]["name"] == "sums"  # and the connection stays open
+    connection.request("GET", f"/?token={token}")
+    answer = connection.getresponse()
+    assert "connect-src 'self'" in answer.headers["Content-Security-Policy"] and token in answer.read().decode()
     process.send_signal(number)
     out, err = process.communicate(timeout=60)
     assert (process.returncode, out) == (code, "") and err in ("", "stopped by SIGTERM\n")
