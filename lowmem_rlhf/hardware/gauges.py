@@ -27,10 +27,11 @@ class Gauge:
         none tells the last one.
         """
         kept = ask(self._nvml.nvmlDeviceGetSamples, self._handle, self._nvml.NVML_GPU_UTILIZATION_SAMPLES, self._seen)
-        samples = [one for one in (kept[1] if kept else ()) if one.timeStamp > self._seen]
-        if samples:
-            self._seen = max(one.timeStamp for one in samples)
-            return float(sum(one.sampleValue.uiVal for one in samples) / len(samples))
+        samples = {one.timeStamp: one.sampleValue.uiVal for one in (kept[1] if kept else ())}
+        new = [percent for time, percent in samples.items() if time > self._seen and percent <= 100]
+        self._seen = max(self._seen, *samples) if samples else self._seen
+        if new:
+            return sum(new) / len(new)
         rates = ask(self._nvml.nvmlDeviceGetUtilizationRates, self._handle)
         return None if rates is None else float(rates.gpu)
 

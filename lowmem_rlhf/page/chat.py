@@ -33,9 +33,9 @@ class Chat:
         self._idle: Timer | None = None
 
     @property
-    def is_busy(self) -> bool:
-        """Whether a model is being loaded or answers."""
-        return self._lock.locked()
+    def holds_model(self) -> bool:
+        """Whether a model is loaded, or being loaded."""
+        return self._lock.locked() or self._opened is not None
 
     def ask(self, source: RunSource, prompt: Any, task: Any = None) -> dict[str, Any]:
         """Return ``policy`` and ``reference``, the likeliest answer of each, and the ``seconds`` that they took.

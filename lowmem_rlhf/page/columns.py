@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from lowmem_rlhf.page.lines import GrowingLog, row_of
+from lowmem_rlhf.page.lines import GrowingLog, open_file, row_of
 from lowmem_rlhf.run.held_out import number
 
 MOST = 2000  # points of an answer
@@ -196,7 +196,7 @@ class MetricsLog:
         place = bisect_right(self._steps, since)
         if place == len(self._steps):
             return
-        with self._log.path.open("rb") as file:
+        with open_file(self._log.path) as file:
             file.seek(self._offsets[place])
             while file.tell() < self._log.end and (line := file.readline()):
                 if (row := _step_row(line)) is not None and row["step"] > since:

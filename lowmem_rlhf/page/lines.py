@@ -1,10 +1,13 @@
 """Logs that grow by whole lines, read as they grow: each byte once, a block at a time."""
 
+import errno
 import json
 import os
+import stat
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from lowmem_rlhf.errors import UserError
 
@@ -15,6 +18,20 @@ _GUARD = 256  # bytes before the end of what was read, which tell whether the lo
 
 class Missing(UserError):
     """What is asked for is not there: a run, or a row of it."""
+
+
+@contextmanager
+def open_file(path: Path) -> Iterator[BinaryIO]:
+    """Open a file to read it; a pipe or a device of that name is not waited for.
+
+    Raises:
+        OSError: it cannot be opened, or is no file.
+    """
+    flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
+    with open(path, "rb", opener=lambda name, _: os.open(name, flags)) as file:
+        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+            raise OSError(errno.EINVAL, "it is no file")
+        yield file
 
 
 class GrowingLog:
@@ -43,7 +60,7 @@ class GrowingLog:
 
     def _is_same(self) -> bool:
         try:
-            with self.path.open("rb") as file:
+            with open_file(self.path) as file:
                 if _identity(file) != self._file:
                     return False
                 file.seek(self.end - len(self._guard))
@@ -58,7 +75,7 @@ class GrowingLog:
             UserError: the file cannot be read.
         """
         try:
-            with self.path.open("rb") as file:
+            with open_file(self.path) as file:
                 self._file = _identity(file)
                 file.seek(self.end)
                 yield from self._lines(file)
@@ -100,7 +117,7 @@ def last_row(path: Path) -> dict[str, Any]:
     """Return the last whole row of a log without reading all of it; empty where there is none."""
     for much in (1 << 14, BLOCK):
         try:
-            with path.open("rb") as file:
+            with open_file(path) as file:
                 size = file.seek(0, os.SEEK_END)
                 file.seek(max(0, size - much))
                 *lines, _ = file.read(much).split(b"\n")

@@ -15,7 +15,7 @@ from typing import Any
 
 from lowmem_rlhf.errors import UserError
 from lowmem_rlhf.page.columns import short
-from lowmem_rlhf.page.lines import GrowingLog, Missing, row_of
+from lowmem_rlhf.page.lines import GrowingLog, Missing, open_file, row_of
 from lowmem_rlhf.run.held_out import number
 from lowmem_rlhf.suggest import did_you_mean
 
@@ -191,7 +191,7 @@ class SamplesLog:
         if not places:
             return
         try:
-            with self._log.path.open("rb") as file:
+            with open_file(self._log.path) as file:
                 for place in places:
                     file.seek(self._offsets[place])
                     if (row := row_of(file.readline())) is not None:

@@ -280,9 +280,8 @@ def _open_browser(address: str) -> None:
 
 
 def _leave(chat: Chat, code: int) -> None:
-    """Free the model; while it answers, the process ends at once, as nothing that it does is to be kept."""
-    if chat.is_busy:
+    """End the process at once where it holds a model: there is nothing to keep, and tearing it down takes seconds."""
+    if chat.holds_model:
         with suppress(OSError, ValueError):
             sys.stdout.flush()
         os._exit(code)
-    chat.close()

@@ -4,6 +4,7 @@ Texts of the run are as `report` shows them: secrets masked, and this user's hom
 """
 
 import math
+import stat
 from collections.abc import Callable
 from contextlib import suppress
 from functools import lru_cache
@@ -51,8 +52,11 @@ class RunSource:
         """
         with self._lock:
             told, remarks = self._summary()
-            self._metrics.refresh()
-            self._samples.refresh()
+            for log in (self._metrics, self._samples):
+                try:
+                    log.refresh()
+                except UserError as error:
+                    remarks.append(_Unread(error))
             plan, evaluation = self._file(PLAN, self._plan), self._file(EVALUATION, self._evaluation)
             later, text = self._file(EVALUATIONS, self._later), self._file(RECIPE, self._text)
             inputs = self._file(INPUTS, self._inputs)
@@ -204,6 +208,8 @@ class RunSource:
         try:
             status = (self.path / name).stat()
             now: Any = (status.st_mtime_ns, status.st_size, status.st_ino)
+            if not stat.S_ISREG(status.st_mode):
+                return _Unread(shown(f"{self.path / name} is no file"))
         except OSError:
             now = None
         if (name, read) not in self._read or self._read[name, read][0] != now:

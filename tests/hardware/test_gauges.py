@@ -16,7 +16,7 @@ CARDS = (
     "card GPU-aaaa1111 11264 800 7 5 0 NVIDIA GeForce RTX 2080 Ti\n"
     "card GPU-aaaa2222 24564 20000 8 9 0 NVIDIA GeForce RTX 4090\n"
 )
-BUSY = "busy 0 93 71\nsample 0 1000 40\nsample 0 2000 60\nsample 1 1000 5\nbusy 1 7 35\n"
+BUSY = "busy 0 93 71\nsample 0 1000 40\nsample 0 2000 60\nsample 0 3000 -1\nsample 1 1000 5\nbusy 1 7 35\n"
 PROGRAM = """
 import json, sys
 from types import ModuleType, SimpleNamespace

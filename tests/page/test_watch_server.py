@@ -429,16 +429,22 @@ def test_a_port_that_is_taken_is_a_sentence(tmp_path, monkeypatch, lowmem_rlhf):
 
 
 @pytest.mark.skipif(os.name == "nt", reason="signals")
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 0), (signal.SIGTERM, 143)])
-def test_a_signal_ends_it_at_once(tmp_path, run, number, code):
-    command = [sys.executable, "-m", "lowmem_rlhf", "watch"]
-    process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+@pytest.mark.parametrize(("number", "code", "more"), [(signal.SIGINT, 0, ["--open"]), (signal.SIGTERM, 143, [])])
+def test_a_signal_ends_it_at_once(tmp_path, run, number, code, more):
+    command = [sys.executable, "-m", "lowmem_rlhf", "watch", *more]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    process = subprocess.Popen(command, cwd=tmp_path, env={**os.environ, "BROWSER": "echo opened %s"}, **pipes)
     address, about = process.stdout.readline().strip(), process.stdout.readline()
+    if more:
+        assert process.stdout.readline() == f"opened {address}\n"
     assert about == "1 run; Ctrl-C ends the page\n" and address.startswith("http://127.0.0.1:")
     port, token = address.removeprefix("http://127.0.0.1:").split("/?token=")
     connection = http.client.HTTPConnection("127.0.0.1", int(port), timeout=60)
     connection.request("GET", "/api/runs", headers={"X-Token": token})
     assert json.loads(connection.getresponse().read())[0]["name"] == "sums"  # and the connection stays open
+    connection.request("GET", f"/?token={token}")
+    answer = connection.getresponse()
+    assert "connect-src 'self'" in answer.headers["Content-Security-Policy"] and token in answer.read().decode()
     process.send_signal(number)
     out, err = process.communicate(timeout=60)
     assert (process.returncode, out) == (code, "") and err in ("", "stopped by SIGTERM\n")
