@@ -35,8 +35,9 @@ async function ask(id, known, again) {
 function drawCurves() {
   const shown = overlaid.length ? overlaid : [opened];
   const named = shown.map((id) => ({ id, ...store.get(id) })).filter((one) => one.run);
-  const names = named.map((one) => one.run.name), twice = names.some((name, i) => names.indexOf(name) !== i);
-  charts.show(named.map((one) => ({ name: twice ? lastPart(one.run.path) : one.run.name, columns: one.columns })));
+  const calls = [(run) => run.name, (run) => lastPart(run.path), (run) => run.path];
+  const call = calls.find((of) => new Set(named.map((one) => of(one.run))).size === named.length) ?? calls.at(-1);
+  charts.show(named.map((one) => ({ name: call(one.run), columns: one.columns })));
 }
 
 const lastPart = (path) => String(path).split(/[\\/]/).filter(Boolean).pop() ?? String(path);
