@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-MEASURED = ("time/", "memory/")  # metrics of the machine
+MEASURED = ("time/", "memory/", "gpu/")  # metrics of the machine
 LISTS = ("metrics", "samples")  # the .jsonl files of a run
 
 

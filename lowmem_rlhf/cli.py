@@ -614,3 +614,19 @@ def report(
     if plot:
         plot_reward(opened.metrics(), opened.evaluation(), plot, str(opened.recipe_values().get("name", "")))
         print(plot)
+
+
+@app.command()
+def watch(
+    runs: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[RUN]...", help="Runs, folders of runs, or recipes' names for their newest runs."),
+    ] = None,
+    port: Annotated[int | None, typer.Option(min=1, max=65535, help="Default: a free one.")] = None,
+    opens: Annotated[bool, typer.Option("--open/--no-browser", help="Open the page in a browser.")] = False,
+) -> None:
+    """Follow runs on a page of this machine: curves, samples, plan, evaluation; Ctrl-C ends it."""
+    from lowmem_rlhf.api.run import open_run
+    from lowmem_rlhf.page.server import watch as serve
+
+    serve(runs or [], port, opens, lambda path: open_run(path, progress=None))

@@ -114,7 +114,7 @@ def test_the_module_passes_the_exit_code_on(tmp_path):
 def test_help_names_every_command(run):
     done = run("--help")
     assert done.code == 0
-    for command in ("detect", "profiles", "recipes", "plan", "train", "report"):
+    for command in ("detect", "profiles", "recipes", "plan", "train", "report", "watch"):
         assert f" {command} " in done.out
         assert run(command, "--help").code == 0
     assert run("--version").out == f"lowmem-rlhf {__version__}\n"

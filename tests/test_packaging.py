@@ -43,6 +43,12 @@ def test_the_wheel_holds_every_recipe_and_profile(unpacked):
     assert not (unpacked / "tests").exists()
 
 
+def test_the_wheel_holds_the_page_with_the_charting_library_and_its_licence(unpacked):
+    assets = Path("lowmem_rlhf", "page", "assets")
+    shipped, ours = ({path.relative_to(top / assets) for path in (top / assets).rglob("*")} for top in (unpacked, ROOT))
+    assert shipped == ours and {Path("uplot/LICENSE"), Path("page.js")} < shipped
+
+
 def test_the_installed_package_finds_its_recipes_outside_the_checkout(unpacked, tmp_path):
     code = (
         "import sys; sys.path.insert(0, sys.argv.pop(1))\n"

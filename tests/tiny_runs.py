@@ -11,7 +11,7 @@ from lowmem_rlhf.run.directory import RunDirectory
 
 SYMBOLS = ["<pad>", "</s>", "<s>", *string.digits, *"abcdefgh", " ", "+", "-", "?", ".", "="]
 # Metrics that measure the machine and not what was computed.
-MEASURED = ("time/", "memory/")
+MEASURED = ("time/", "memory/", "gpu/")
 
 
 def save_tiny_model(folder: Path, seed: int = 0, model_type: str = "llama", **changes: Any) -> Path:

@@ -76,14 +76,14 @@ def read_nvml() -> Inventory:
         missing = isinstance(error, pynvml.NVMLError_LibraryNotFound)
         raise NvmlUnavailable(str(error), library_missing=missing) from error
     try:
-        count = _ask(pynvml.nvmlDeviceGetCount) or 0
+        count = ask(pynvml.nvmlDeviceGetCount) or 0
         cards = [_read_card(index) for index in range(count)]
-        return Inventory(_ask(pynvml.nvmlSystemGetDriverVersion), tuple(card for card in cards if card))
+        return Inventory(ask(pynvml.nvmlSystemGetDriverVersion), tuple(card for card in cards if card))
     finally:
-        _ask(pynvml.nvmlShutdown)
+        ask(pynvml.nvmlShutdown)
 
 
-def _ask(function: Callable[..., Any], *args: Any) -> Any:
+def ask(function: Callable[..., Any], *args: Any) -> Any:
     """Return NVML's answer, or None where driver or card have none."""
     import pynvml
 
@@ -97,17 +97,17 @@ def _read_card(index: int) -> Card | None:
     """Read one card, or return None for one that has fallen off the bus or is not ours to open."""
     import pynvml
 
-    handle = _ask(pynvml.nvmlDeviceGetHandleByIndex, index)
+    handle = ask(pynvml.nvmlDeviceGetHandleByIndex, index)
     if handle is None:
         return None
-    mode = _ask(pynvml.nvmlDeviceGetMigMode, handle)
+    mode = ask(pynvml.nvmlDeviceGetMigMode, handle)
     mig_mode = bool(mode and mode[0] == pynvml.NVML_DEVICE_MIG_ENABLE)
     card = _read_handle(index, handle, mig_mode=mig_mode)
     if not mig_mode:
         return card
     instances = []
-    for number in range(_ask(pynvml.nvmlDeviceGetMaxMigDeviceCount, handle) or 0):
-        instance = _ask(pynvml.nvmlDeviceGetMigDeviceHandleByIndex, handle, number)
+    for number in range(ask(pynvml.nvmlDeviceGetMaxMigDeviceCount, handle) or 0):
+        instance = ask(pynvml.nvmlDeviceGetMigDeviceHandleByIndex, handle, number)
         if instance is not None:
             instances.append(_read_handle(index, instance, of=card))
     return Card(**{**card.__dict__, "instances": tuple(instances)})
@@ -116,23 +116,23 @@ def _read_card(index: int) -> Card | None:
 def _read_handle(index: int, handle: Any, mig_mode: bool = False, of: Card | None = None) -> Card:
     import pynvml
 
-    memory = _ask(pynvml.nvmlDeviceGetMemoryInfo, handle)
-    capability = _ask(pynvml.nvmlDeviceGetCudaComputeCapability, handle)
+    memory = ask(pynvml.nvmlDeviceGetMemoryInfo, handle)
+    capability = ask(pynvml.nvmlDeviceGetCudaComputeCapability, handle)
     processes, display = _processes(handle)
     return Card(
         index=index,
-        uuid=_ask(pynvml.nvmlDeviceGetUUID, handle) or "",
-        name=_ask(pynvml.nvmlDeviceGetName, handle) or (f"{of.name} MIG" if of else "NVIDIA card of unknown name"),
+        uuid=ask(pynvml.nvmlDeviceGetUUID, handle) or "",
+        name=ask(pynvml.nvmlDeviceGetName, handle) or (f"{of.name} MIG" if of else "NVIDIA card of unknown name"),
         total_bytes=int(memory.total) if memory else None,
         free_bytes=int(memory.free) if memory else None,
         used_bytes=int(memory.used) if memory else None,
         compute_capability=tuple(capability) if capability else (of.compute_capability if of else None),  # type: ignore[arg-type]
         display_bytes=display,
         processes=processes,
-        cores=_ask(pynvml.nvmlDeviceGetNumGpuCores, handle),
-        clock_mhz=_ask(pynvml.nvmlDeviceGetMaxClockInfo, handle, pynvml.NVML_CLOCK_SM),
-        memory_clock_mhz=_ask(pynvml.nvmlDeviceGetMaxClockInfo, handle, pynvml.NVML_CLOCK_MEM),
-        bus_bits=_ask(pynvml.nvmlDeviceGetMemoryBusWidth, handle),
+        cores=ask(pynvml.nvmlDeviceGetNumGpuCores, handle),
+        clock_mhz=ask(pynvml.nvmlDeviceGetMaxClockInfo, handle, pynvml.NVML_CLOCK_SM),
+        memory_clock_mhz=ask(pynvml.nvmlDeviceGetMaxClockInfo, handle, pynvml.NVML_CLOCK_MEM),
+        bus_bits=ask(pynvml.nvmlDeviceGetMemoryBusWidth, handle),
         is_mig=of is not None,
         mig_mode=mig_mode,
     )
@@ -149,7 +149,7 @@ def _processes(handle: Any) -> tuple[tuple[dict[str, Any], ...], int | None]:
     listed: dict[str, Any] = {}
     for kind in ("Compute", "Graphics"):
         for version in ("_v3", "_v2"):  # drivers before release 510 have the older one
-            listed[kind] = _ask(getattr(pynvml, f"nvmlDeviceGet{kind}RunningProcesses{version}"), handle)
+            listed[kind] = ask(getattr(pynvml, f"nvmlDeviceGet{kind}RunningProcesses{version}"), handle)
             if listed[kind] is not None:
                 break
         for process in listed[kind] or ():
@@ -169,7 +169,7 @@ def _processes(handle: Any) -> tuple[tuple[dict[str, Any], ...], int | None]:
 def _process_name(pid: int) -> str | None:
     import pynvml
 
-    name = _ask(pynvml.nvmlSystemGetProcessName, pid)
+    name = ask(pynvml.nvmlSystemGetProcessName, pid)
     if name:
         return str(name)
     try:

@@ -8,7 +8,7 @@ each. With `evaluation.steps` it holds ``during`` as well, a list of such rows w
 `evaluation.patience` ended the run.
 """
 
-import math
+import sys
 from collections.abc import Iterable
 from typing import Any
 
@@ -18,6 +18,7 @@ ACCURACY, MEAN_REWARD, LOSS = "accuracy", "reward/mean", "loss"
 BEFORE, DURING, AFTER, BEST, STOPPED = "before", "during", "after", "best", "stopped"
 PREFIX = "eval/"  # of what metrics get of an evaluation
 COUNTS = ("problems", "samples", "temperature", "step")  # numbers of a row that measure nothing
+_LARGEST = sys.float_info.max  # NaN is not below it, nor an infinity or an int that no float can be
 _SMALLER = ("loss", "perplexity", "truncated")  # last parts of names; or their ends
 
 Row = dict[str, Any]
@@ -25,7 +26,7 @@ Row = dict[str, Any]
 
 def number(value: Any) -> float | None:
     """Return a finite number, or None for anything else (a missing measure, null, text)."""
-    if isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value):
+    if isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= _LARGEST:
         return float(value)
     return None
 

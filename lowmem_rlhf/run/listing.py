@@ -80,6 +80,19 @@ def newest_run(name: str) -> Path | None:
     return Path(max(finished, key=lambda run: (run.changed, run.path)).path)
 
 
+def latest_run(name: str) -> Path | None:
+    """Return the folder of the newest run of a recipe in `RUNS`, finished or not; None where there is none.
+
+    Args:
+        name: as of `newest_run`.
+
+    Raises:
+        UserError: `RUNS` may not be read.
+    """
+    own = [run for path in _folders(RUNS) if _is_of(path, name) and (run := _readable(path)) is not None]
+    return Path(max(own, key=lambda run: (run.changed, run.path)).path) if own else None
+
+
 def base_name(name: str) -> str:
     """Return a recipe's name as that of a folder: what not every system allows is replaced by a dash."""
     return re.sub(r"[^\w.-]+", "-", name).strip(".-") or "run"
@@ -134,7 +147,7 @@ def _summary(path: Path) -> RunSummary:
         path=str(path),
         name=str(values.get("name", "")),
         algorithm=str(values.get("algorithm", "")),
-        state=_state(path, steps >= most or isinstance(evaluation.get(STOPPED), str)),
+        state=state_of(path, steps >= most or isinstance(evaluation.get(STOPPED), str)),
         steps=steps,
         max_steps=most or None,
         seconds=sum(number(row.get("time/step")) or 0.0 for row in rows),
@@ -145,7 +158,12 @@ def _summary(path: Path) -> RunSummary:
     )
 
 
-def _state(path: Path, at_its_end: bool) -> State:
+def state_of(path: Path, at_its_end: bool) -> State:
+    """Return how a run stands.
+
+    Args:
+        at_its_end: it has taken all its steps, or was ended early by its evaluations.
+    """
     try:
         Lock(path / LOCK, str(path)).check()
     except UserError:

@@ -21,6 +21,7 @@ from lowmem_rlhf.engine.checksum import DRIFTED, base_checksum
 from lowmem_rlhf.engine.ladder import Ladder
 from lowmem_rlhf.engine.roles import CRITIC, REFERENCE
 from lowmem_rlhf.errors import RunError, UserError, one_line
+from lowmem_rlhf.hardware.gauges import step_gauge
 from lowmem_rlhf.hardware.memory import clock, device_failure, is_out_of_memory, peak_bytes, reset_peak
 from lowmem_rlhf.planning.plan import Plan
 from lowmem_rlhf.progress import Progress, message
@@ -142,6 +143,7 @@ class Loop(ABC):
         self._finished: _Finished | None = None
         self._settings: dict[str, Any] = {}  # that the ladder has changed, as plan.json has them
         self._times: dict[str, float] = {}
+        self._gauge = step_gauge(base.device)
         self._part = "training"  # of a step, that runs now
         self._begun = False  # a step has begun that is not on record: weights and counters may be neither's
         self._ending = False  # another thread ends the process
@@ -445,6 +447,7 @@ class Loop(ABC):
             **{f"time/{name}": seconds for name, seconds in self._times.items()},
             "time/step": sum(self._times.values()),
             "memory/peak_bytes": peak_bytes(self.base.device),
+            **self._gauge(),
         }
         if self.ladder.failures:
             metrics["memory/retries"] = self.ladder.failures

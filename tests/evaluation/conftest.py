@@ -19,7 +19,7 @@ def eval_model(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def no_report() -> Iterator[None]:
-    """Runs without report.html, the most of a tiny run's time."""
+    """Runs without report.html, which is not what is tested here."""
     from lowmem_rlhf.report import html
 
     with pytest.MonkeyPatch.context() as patch:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from reports import data_of
 from safetensors.torch import load_file, save_file
 from tiny_runs import save_tiny_model, tiny_recipe, tiny_values, write_jsonl
 from transformers import AutoModelForCausalLM
@@ -131,9 +132,8 @@ def test_results_are_kept_beside_evaluation_json_and_shown(lowmem_rlhf, grpo, tm
     assert str(copy.path / "evaluations.jsonl") in done.out
     value = one["results"]["policy"]["completion/mean_length"]
     assert f"[{value['low']:.3g}, {value['high']:.3g}]" in done.out
-    page = write_report(copy).read_text(encoding="utf-8")
-    assert "Evaluated later" in page and f"[{value['low']:.3g}, {value['high']:.3g}]" in page
-    assert "Evaluated later" not in write_report(without_evaluations(copy, tmp_path)).read_text(encoding="utf-8")
+    assert data_of(write_report(copy))["run"]["later"] == [one]
+    assert data_of(write_report(without_evaluations(copy, tmp_path)))["run"]["later"] == []
 
 
 def without_evaluations(run: RunDirectory, tmp_path: Path) -> RunDirectory:

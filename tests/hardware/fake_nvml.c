@@ -5,6 +5,8 @@
  *   card UUID TOTAL USED MAJOR MINOR MIG NAME...         MiB; MIG: 0 or 1
  *   mig CARD UUID TOTAL USED NAME...                     an instance of card number CARD
  *   speed CARD CORES CLOCK MEMORY_CLOCK BUS      MHz and bits; without it these questions are not supported
+ *   busy CARD PERCENT CELSIUS       its use now, and its temperature; without it these are not supported
+ *   sample CARD TIME PERCENT        a sample of its use that the driver has kept
  *   process CARD compute|graphics PID MIB NAME...        MIB -1: not available
  *
  * Each shutdown appends a line to $FAKE_NVML.shutdown.
@@ -16,14 +18,20 @@
 enum { OK = 0, INVALID = 2, NOT_FOUND = 6, TOO_SMALL = 7, MAX = 16 };
 #define MIB (1024ULL * 1024ULL)
 
-typedef struct { int used, parent, major, minor, mig, speed[4]; long total, held; char uuid[96], name[96]; } Unit;
+typedef struct {
+    int used, parent, major, minor, mig, speed[4], busy, percent, celsius;
+    long total, held;
+    char uuid[96], name[96];
+} Unit;
+typedef struct { unsigned long long time; union { unsigned percent; double widest; } value; } Sample;
 typedef struct { int card, graphics; unsigned pid; long held; char name[96]; } Process;
 typedef struct { unsigned pid; unsigned long long held; unsigned gpu_instance, compute_instance; } ProcessInfo;
 
 static Unit units[MAX];
 static Process processes[MAX];
 static struct { char function[80]; int code; } failures[MAX];
-static int n_units, n_processes, n_failures;
+static struct { int card; Sample sample; } samples[MAX];
+static int n_units, n_processes, n_failures, n_samples;
 static char driver[80] = "550.54.14";
 
 static int failing(const char *function) {
@@ -36,11 +44,12 @@ static int failing(const char *function) {
 static void load(void) {
     char line[512];
     FILE *file = fopen(getenv("FAKE_NVML"), "r");
-    n_units = n_processes = n_failures = 0;
+    n_units = n_processes = n_failures = n_samples = 0;
     while (file && fgets(line, sizeof line, file)) {
         Unit unit = {.used = 1, .parent = -1};
         Process process = {0};
-        int card, speed[4];
+        int card, speed[4], percent, celsius;
+        unsigned long long time;
         char kind[16];
         if (sscanf(line, "driver %79s", driver) == 1) continue;
         if (sscanf(line, "fail %79s %d", failures[n_failures].function, &failures[n_failures].code) == 2) n_failures++;
@@ -50,6 +59,13 @@ static void load(void) {
                         unit.name) == 5) units[n_units++] = unit;
         else if (sscanf(line, "speed %d %d %d %d %d", &card, speed, speed + 1, speed + 2, speed + 3) == 5)
             memcpy(units[card].speed, speed, sizeof speed);
+        else if (sscanf(line, "busy %d %d %d", &card, &percent, &celsius) == 3) {
+            units[card].busy = 1, units[card].percent = percent, units[card].celsius = celsius;
+        }
+        else if (sscanf(line, "sample %d %llu %d", &card, &time, &percent) == 3) {
+            samples[n_samples].card = card, samples[n_samples].sample.time = time;
+            samples[n_samples++].sample.value.percent = percent;
+        }
         else if (sscanf(line, "process %d %15s %u %ld %95[^\n]", &process.card, kind, &process.pid, &process.held,
                         process.name) == 5) {
             process.graphics = !strcmp(kind, "graphics");
@@ -173,4 +189,37 @@ int nvmlDeviceGetMigDeviceHandleByIndex(Unit *unit, unsigned index, Unit **insta
     MAY_FAIL;
     *instance = find(card_number(unit), index);
     return *instance ? OK : NOT_FOUND;
+}
+
+int nvmlDeviceGetHandleByUUID(const char *uuid, Unit **unit) {
+    MAY_FAIL;
+    for (int i = 0; i < n_units; i++)
+        if (!strcmp(units[i].uuid, uuid)) { *unit = &units[i]; return OK; }
+    return NOT_FOUND;
+}
+
+int nvmlDeviceGetUtilizationRates(Unit *unit, unsigned *gpu_memory) {
+    MAY_FAIL;
+    gpu_memory[0] = unit->percent;
+    gpu_memory[1] = 0;
+    return unit->busy ? OK : 3;
+}
+
+int nvmlDeviceGetTemperature(Unit *unit, int sensor, unsigned *celsius) {
+    MAY_FAIL;
+    *celsius = unit->celsius;
+    return unit->busy && !sensor ? OK : 3;
+}
+
+int nvmlDeviceGetSamples(Unit *unit, int kind, unsigned long long since, int *type, unsigned *count, Sample *found) {
+    MAY_FAIL;
+    unsigned there = 0;
+    *type = 1;  /* unsigned int */
+    for (int i = 0; i < n_samples; i++) {
+        if (kind != 1 || samples[i].card != card_number(unit) || samples[i].sample.time <= since) continue;
+        if (found) found[there] = samples[i].sample;
+        there++;
+    }
+    *count = there;
+    return there ? OK : NOT_FOUND;
 }

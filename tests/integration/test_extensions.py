@@ -45,7 +45,7 @@ TRAINING = {"max_steps": 2}
 
 @pytest.fixture(autouse=True)
 def small(monkeypatch):
-    """One thread, and no report, the most of a tiny run's time."""
+    """One thread, and no report, which is not what they test."""
     monkeypatch.setattr(html, "write_report", lambda run: None)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)

@@ -65,7 +65,7 @@ def values(model: Path, files: Path, **changes: Any) -> dict[str, Any]:
 
 @pytest.fixture(scope="module", autouse=True)
 def bare_runs() -> Iterator[None]:
-    """Runs without report.html, the most of a tiny run's time, on the one thread that the tests have."""
+    """Runs without report.html, which is not what they test, on the one thread that the tests have."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(html, "write_report", lambda run: None)
         torch.set_num_threads(1)

@@ -10,6 +10,7 @@ import pytest
 import torch
 import yaml
 from peft import PeftModel
+from reports import data_of
 from safetensors.torch import load_file
 from tiny_classifiers import save_classifier
 from tiny_runs import save_tiny_model, tiny_recipe, tiny_values, write_jsonl
@@ -34,7 +35,7 @@ write_report = html.write_report
 
 @pytest.fixture(scope="module", autouse=True)
 def small() -> Iterator[None]:
-    """One thread for the runs of fixtures too, and no report, the most of a tiny run's time."""
+    """One thread for the runs of fixtures too, and no report, which is not what they test."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     with pytest.MonkeyPatch.context() as patch:
@@ -118,7 +119,7 @@ def test_sft_writes_what_every_run_writes(sft, tiny_model):
     weights = load_file(sft.path / "adapter" / "adapter_model.safetensors")
     assert all(tensor.any() for tensor in weights.values()) and adapter_config(sft)["r"] == RANK
     assert not (sft.path / "adapter" / "head.safetensors").exists()
-    assert "tiny" in (sft.path / "report.html").read_text(encoding="utf-8")
+    assert data_of(sft.path / "report.html")["run"]["name"] == "tiny"
     assert sft.latest_checkpoint()[0] == 3
 
 
@@ -176,8 +177,9 @@ def test_a_classifier_is_a_model_of_its_own(classifier):
 def test_a_report_is_drawn_of_every_kind_of_run(sft, reward_model, classifier):
     for run in (reward_model, classifier):
         write_report(run)
-        page = (run.path / "report.html").read_text(encoding="utf-8")
-        assert "Held-out evaluation" in page and "accuracy" in page and "Traceback" not in page
+        told = data_of(run.path / "report.html")
+        assert told["run"]["headline"]["measure"] == "accuracy" and told["run"]["remarks"] == []
+        assert told["columns"]["columns"]["loss"]
 
 
 # What continues

@@ -1,9 +1,17 @@
-"""report.html holds every part of a run, escaped, and nothing from elsewhere."""
+"""report.html holds every part of a run as data, and nothing from elsewhere."""
 
+import base64
+import hashlib
+import json
+import re
 from html.parser import HTMLParser
+from typing import Any
 
 import pytest
+from reports import data_of
 
+from lowmem_rlhf.page import report_data as limits
+from lowmem_rlhf.page.html import whole_page
 from lowmem_rlhf.recipe.loading import validate_recipe
 from lowmem_rlhf.report.html import write_report
 from lowmem_rlhf.run.directory import RunDirectory
@@ -22,70 +30,109 @@ def run(tmp_path):
     plan = {
         "fits": True,
         "device": {"name": f"Card {EVIL}", "total_bytes": 11 * 2**30, "free_bytes": 10 * 2**30},
-        "profile": "card",
         "settings": {"quantization": "nf4", "lora": {"r": 8}},
         "reasons": {"quantization": "16-bit takes > 6 GiB & more"},
-        "memory": {
-            "budget_bytes": 10 * 2**30, "peak_bytes": 3 * 2**30,
-            "phases": {"rollout": {"base": 2**30, "cache": 2**31}, "update": {f"x{EVIL}": 2**30}},
-        },
-    }  # fmt: skip
+        "memory": {"budget_bytes": 10 * 2**30, "peak_bytes": 3 * 2**30, "phases": {"rollout": {"base": 2**30}}},
+    }
     return RunDirectory.create(tmp_path / "run", recipe, plan, resume=False)
 
 
 def test_report_of_a_fresh_run(run):
-    text = write_report(run).read_text(encoding="utf-8")
-    assert "no samples yet" in text and "no held-out evaluation yet" in text
+    data = data_of(write_report(run))
+    assert data["samples"] == {"rows": [], "left_out": 0} and data["columns"]["step"] == []
+    assert data["run"]["evaluation"] == {} and data["run"]["step"] == 0
 
 
-def test_report_has_every_section_and_escapes(run):
+def test_report_has_every_part_of_a_run(run):
     for step in range(1, 6):
-        run.log_metrics({"step": step, "reward/mean": 0.1 * step, "time/step": 30.0, "memory/peak_bytes": 2**30})
+        run.log_metrics({"step": step, "reward/mean": 0.5 * step, "time/step": 30.0})
     chat = [{"role": "user", "content": f"2 < 3? {EVIL}"}]
-    run.log_samples(4, [{"prompt": "plain", "completion": "0"}] * 20)
-    run.log_samples(
-        5, [{"prompt": chat, "completion": f"yes </pre>{EVIL}", "rewards": {f"exact{EVIL}": 1.0}, "a": None}]
-    )
-    run.write_evaluation({"before": {"accuracy": 0.1, "problems": 64}, "after": {"accuracy": 0.4, "reward/exact": 0.4}})
+    run.log_samples(5, [{"prompt": chat, "completion": f"yes {EVIL}", "rewards": {f"exact{EVIL}": 1.0}, "a": None}])
+    evaluation = {"before": {"accuracy": 0.1, "problems": 64}, "after": {"accuracy": 0.4, "reward/exact": float("nan")}}
+    run.write_evaluation(evaluation)
     path = write_report(run)
-    text = path.read_text(encoding="utf-8")
     assert path == run.path / "report.html"
-    for title in ("Held-out evaluation", "Training", "Plan", "Memory", "Last samples", "Recipe"):
-        assert f"<h2>{title}</h2>" in text
-    for part in (
-        "10.0% → 40.0%",
-        "64 held-out problems",
-        "4x",
-        "16-bit takes &gt; 6 GiB &amp; more",
-        "r=8",
-        "3.00 GiB",
-    ):
-        assert part in text, part
-    assert "user: 2 &lt; 3?" in text and "yes &lt;/pre&gt;" in text and "prompts_per_step: 8" in text
-    assert text.count('class="sample"') == 12
-    assert "2m30s" in text  # five steps of 30 seconds
+    data = data_of(path)
+    assert data["columns"]["columns"]["reward/mean"] == [0.5, 1.0, 1.5, 2.0, 2.5]
+    [sample] = data["samples"]["rows"]
+    assert sample["prompt"] == chat and sample["completion"] == f"yes {EVIL}"
+    assert sample["rewards"] == {f"exact{EVIL}": 1.0}
+    told = data["run"]
+    assert told["plan"] == run.plan() and told["name"] == f"adder {EVIL}"
+    assert told["evaluation"]["before"] == evaluation["before"]
+    assert told["evaluation"]["after"] == {"accuracy": 0.4, "reward/exact": None}  # JSON has no NaN
+    assert told["headline"]["text"] == "10.0% → 40.0%" and told["seconds"] == 150
+    assert "prompts_per_step: 8" in told["recipe"] and ["device", f"Card {EVIL}"] in told["environment"]
 
 
-def test_evaluations_while_it_trains_are_listed_and_why_it_ended_is_said(run):
-    rows = [{"step": step, "reward/mean": step / 50, "headline": "reward/mean"} for step in (0, 10, 20)]
-    stopped = "the last evaluation did not improve"
-    more = {"during": rows[1:], "best": {"step": 10}, "stopped": stopped}
-    run.write_evaluation({"before": rows[0], "after": rows[2], **more})
-    text = write_report(run).read_text(encoding="utf-8")
-    for part in ("held-out mean reward", "0 → 0.4", "2 evaluations while it trained", "0.2, the best", stopped):
-        assert part in text, part
-    assert "best, step 10" in text
+def test_a_report_has_the_first_and_the_last_of_many_samples(run, monkeypatch):
+    for step in range(1, 11):
+        run.log_samples(step, [{"prompt": "p", "completion": f"{step}.{place}"} for place in range(3)])
+    every = [f"{step}.{place}" for step in range(1, 11) for place in range(3)]
+
+    def kept() -> list[str]:
+        samples = data_of(write_report(run))["samples"]
+        found = [row["completion"] for row in samples["rows"]]
+        assert len(found) + samples["left_out"] == 30
+        return found
+
+    assert kept() == every
+    monkeypatch.setattr(limits, "_AT_ONCE", 4)
+    assert kept() == every
+    monkeypatch.setattr(limits, "_ROWS", 11)
+    assert kept() == [*every[:6], *every[-5:]]
+    row = len(json.dumps(data_of(run.path / "report.html")["samples"]["rows"][0]))
+    monkeypatch.setattr(limits, "_BYTES", 5 * row)
+    assert kept() == [*every[:2], *every[-2:]]
 
 
-def test_report_needs_no_network(run):
+class Parts(HTMLParser):
+    """The tags of a page, their attributes, and the texts of its scripts and styles."""
+
+    def __init__(self, page: str) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, dict[str, Any]]] = []
+        self.texts: list[tuple[str, str]] = []
+        self.feed(page)
+
+    def handle_starttag(self, tag: str, attrs: Any) -> None:
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_data(self, data: str) -> None:
+        if self.tags and (tag := self.tags[-1][0]) in ("script", "style") and data.strip():
+            kind = self.tags[-1][1].get("type", tag)
+            self.texts.append((kind, data))
+
+
+def allowed(text: str) -> str:
+    return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
+
+
+def test_a_report_needs_no_network_and_allows_its_own_scripts_alone(run):
     run.log_samples(1, [{"prompt": EVIL, "completion": EVIL, EVIL: EVIL}])
-    text = write_report(run).read_text(encoding="utf-8")
-    tags: list[tuple[str, dict[str, str | None]]] = []
-    parser = HTMLParser()
-    parser.handle_starttag = lambda tag, attributes: tags.append((tag, dict(attributes)))  # type: ignore[method-assign]
-    parser.feed(text)
-    links = [value for _, attributes in tags for key, value in attributes.items() if key in ("src", "href", "srcset")]
-    assert len(links) == 1 and links[0].startswith("data:image/png;base64,")
-    assert not {tag for tag, _ in tags} & {"script", "link", "iframe", "object", "form"}
-    assert "url(" not in text and "@import" not in text
-    assert "default-src 'none'" in text
+    parts = Parts(write_report(run).read_text(encoding="utf-8"))
+    links = [value for _, attributes in parts.tags for key, value in attributes.items() if key in ("src", "href")]
+    assert all(link.startswith(("#", "data:image/svg+xml,")) for link in links) and len(links) > 5
+    assert not {tag for tag, _ in parts.tags} & {"iframe", "object", "form", "img"}
+    assert not {key for _, attributes in parts.tags for key in attributes if key.startswith("on") or key == "style"}
+    [policy] = [a["content"] for tag, a in parts.tags if tag == "meta" and "http-equiv" in a]
+    rules = dict(rule.split(" ", 1) for rule in policy.split("; "))
+    assert rules["default-src"] == "'none'" and "connect-src" not in rules and "unsafe" not in policy
+    assert rules["script-src"].split() == [allowed(text) for kind, text in parts.texts if kind == "script"]
+    assert rules["style-src"].split() == [allowed(text) for kind, text in parts.texts if kind == "style"]
+    assert [kind for kind, _ in parts.texts] == ["style", "application/json", "script", "script"]
+    assert all("url(" not in text and "@import" not in text for kind, text in parts.texts if kind == "style")
+
+
+def test_no_script_makes_markup_of_texts():
+    page, policy = whole_page(None, "secret")
+    ours = [text for kind, text in Parts(page).texts if kind == "script"][-1]
+    assert not re.search(
+        r"innerHTML|outerHTML|insertAdjacentHTML|document\.write|eval\(|new Function|\.style\b\.css", ours
+    )
+    assert "connect-src 'self'" in policy and "http-equiv" not in page  # the server says it
+
+
+def test_the_charting_library_stands_with_its_licence(run):
+    page = write_report(run).read_text(encoding="utf-8")
+    assert "Permission is hereby granted" in page and "uPlot (v1.6.32)" in page

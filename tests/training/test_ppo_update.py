@@ -314,7 +314,7 @@ def test_the_first_epoch_is_on_the_policy_that_sampled(
         return results[-1]
 
     monkeypatch.setattr(policy_gradient, "update", recorded)
-    monkeypatch.setattr(html, "write_report", lambda run: None)  # the most of a tiny run's time
+    monkeypatch.setattr(html, "write_report", lambda run: None)
     hardware = {"quantization": quantization, "compute_dtype": dtype, "micro_batch_tokens": 60}
     small = recipe_of(
         tiny_folder,

@@ -11,6 +11,7 @@ import pytest
 import torch
 import yaml
 from peft import PeftModel
+from reports import data_of
 from safetensors.torch import load_file
 from training_cases import save_model
 from transformers import AutoModelForCausalLM, TrainingArguments
@@ -101,7 +102,7 @@ def test_a_run_learns_and_leaves_what_every_run_leaves(algorithm, runs, model):
         *("checkpoints", "inputs.json", "local.json", "hashes.json", ".lock")
     }
     assert [step for step, _ in run.checkpoints()] == [3, 6]
-    assert "rewards/margins" in (run.path / "report.html").read_text()
+    assert "rewards/margins" in data_of(run.path / "report.html")["columns"]["columns"]
     saved = validate_recipe(yaml.safe_load((run.path / "recipe.yaml").read_text()))
     assert saved.algorithm == algorithm and saved.trl == {"max_length": 32, "beta": 0.3}
     state = load_file(run.path / "adapter" / "adapter_model.safetensors")
