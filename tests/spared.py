@@ -6,7 +6,7 @@ from typing import Any
 
 
 def spare_pictures(put: Callable[[Any, str, Any], None] = setattr) -> None:
-    """Leave the pictures of reports empty: each takes a second to draw."""
+    """Leave the pictures of runs and exports empty: each takes a second to draw."""
     from lowmem_rlhf.report import plots
 
     render = plots._render

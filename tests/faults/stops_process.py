@@ -26,7 +26,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 from safetensors.torch import load_file
-from spared import spare_collector, spare_pictures
+from spared import spare_collector
 from tiny_runs import tiny_recipe
 
 from lowmem_rlhf import cli, stopping
@@ -36,7 +36,6 @@ from lowmem_rlhf.run.directory import RunDirectory
 from lowmem_rlhf.training import loop
 
 spare_collector()
-spare_pictures()
 torch.set_num_threads(1)  # a fork has only the thread that forked
 MODEL, OUTPUT, CASE = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3]
 COUNTS = {"kills": 0, "operations": 0, "signals": 0, "others": 0, "steps": 6, "seed": 1} | {
