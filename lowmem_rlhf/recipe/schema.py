@@ -45,21 +45,24 @@ Algorithm = Annotated[str, BeforeValidator(known)]
 class Recipe(Section):
     """A run. Paths are taken as written: relative to the folder the command runs in."""
 
+    # of the run's folder below runs/; default: that of the recipe's file
     name: Annotated[str, AfterValidator(check_folder_name)] = ""
-    description: str = ""
-    algorithm: Algorithm = DEFAULT  # of `algorithms.registry`, or a user's own: path.py:SPEC
+    description: str = ""  # a sentence for `lowmem-rlhf recipes` and for model cards
+    # sft, reward_model, classifier, grpo, ppo, rloo, reinforce_plus_plus, trl/dpo and others of TRL (see
+    # `algorithms.registry`), or a user's own: path.py:SPEC
+    algorithm: Algorithm = DEFAULT
     adapter: PathOrNull = None  # a run or adapter folder to continue from; the reference is then the model with it
     # a Hub id, a local folder, a .gguf file, or package:PACKAGE/FILE for a file inside an installed package
     model: PathName
-    revision: NameOrNull = None
-    trust_remote_code: bool = False
+    revision: NameOrNull = None  # the model's branch, tag or commit on the Hub
+    trust_remote_code: bool = False  # run the model's own Python code; for models whose makers you trust
     hardware: HardwareConfig = Field(default_factory=HardwareConfig)
     lora: LoraSettings = Field(default_factory=LoraSettings)
     data: DataConfig  # with tasks: see `tasks.data_of_all`
     generation: GenerationConfig = Field(default_factory=GenerationConfig)
     # an online algorithm needs at least one; for sft they judge held-out completions; with tasks: those of all
     rewards: RewardList = Field(default_factory=list)
-    tasks: list[TaskConfig] = Field(default_factory=list)
+    tasks: list[TaskConfig] = Field(default_factory=list)  # several data sets in one run, each with rewards of its own
     mixing: MixingConfig = Field(default_factory=MixingConfig)
     grpo: GRPOSettings = Field(default_factory=GRPOSettings)
     ppo: PPOSettings = Field(default_factory=PPOSettings)

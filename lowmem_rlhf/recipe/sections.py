@@ -133,21 +133,24 @@ class HardwareConfig(Section):
     device: Annotated[PathName, WHERE] = "auto"  # "auto" or any torch device string: cpu, cuda, cuda:1, ...
     profile: Annotated[Name, WHERE] = "auto"  # a name from `lowmem-rlhf profiles`
     vram: Annotated[NameOrNull, WHERE] = None  # plan for this much memory instead of what is free, for example 11GB
+    # of the frozen base's weights; none: 16 bits
     quantization: Annotated[Literal["auto", "nf4", "int8", "none"], PRECISION] = "auto"
+    # of products; adapters, losses and the optimizer stay in float32
     compute_dtype: Annotated[Literal["auto", "bfloat16", "float16", "float32"], PRECISION] = "auto"
-    # a number: the first so many layers
+    # layers that are computed again in the backward pass: all, none, or a number: the first so many
     gradient_checkpointing: Annotated[bool | Annotated[int, Field(ge=0, le=MOST_LAYERS)] | Auto, RECOMPUTING] = "auto"
     offload_checkpoints: Annotated[bool | Auto, WHERE] = "auto"  # to host memory, between forward and backward pass
     # the token embedding lies in host memory (where it is not the head too)
     offload_embeddings: Annotated[bool | Auto, PLACEMENT] = "auto"
     offload_experts: Annotated[bool | Auto, PLACEMENT] = "auto"  # a mixture's, in NF4: each is fetched for its product
-    micro_batch_tokens: Annotated[CountOrAuto, TRAINING_BATCHING] = "auto"
+    micro_batch_tokens: Annotated[CountOrAuto, TRAINING_BATCHING] = "auto"  # packed tokens of one pass with gradients
     score_batch_tokens: Annotated[CountOrAuto, BATCHING] = "auto"  # of passes without gradients
     rollout_batch_size: Annotated[CountOrAuto, BATCHING] = "auto"  # completions generated at once
     # of an NF4 base while it samples
     rollout_weights: Annotated[Literal["auto", "quantized", "joined", "dequantized"], WHERE] = "auto"
     keep_graphs: Annotated[bool | Auto, WHERE] = "auto"  # of decoding passes and their caches, from rollout to rollout
-    logits_tile_tokens: Annotated[CountOrAuto, BATCHING] = "auto"
+    logits_tile_tokens: Annotated[CountOrAuto, BATCHING] = "auto"  # positions whose logits exist at the same time
+    # AdamW with its moments in 32 or in 8 bits
     optim: Annotated[Literal["auto", "adamw", "adamw_8bit"], PRECISION] = "auto"
     # hold the model against stock transformers (auto: not tested types), and its weights at the end against the start's
     check: Annotated[Literal["auto", "always"], WHERE] = "auto"
@@ -175,7 +178,7 @@ class HardwareConfig(Section):
 class LoraSettings(Section):
     """The adapters (peft's names). There is no dropout: the sampling policy must be the trained policy."""
 
-    r: Annotated[int, Field(ge=1, le=MOST_RANK)] | Auto = "auto"
+    r: Annotated[int, Field(ge=1, le=MOST_RANK)] | Auto = "auto"  # the rank; auto: 16, or less where memory asks for it
     lora_alpha: Annotated[float, Field(gt=0, le=MOST_COEFFICIENT)] | Auto = "auto"  # auto: twice the rank
     # ends of names, or one regular expression that fits whole names of modules
     target_modules: Literal["all-linear"] | str | Annotated[list[str], Field(min_length=1)] = "all-linear"
@@ -183,6 +186,7 @@ class LoraSettings(Section):
     layers_to_transform: Layers | None = None  # numbers of layers from 0, and ranges such as 8-15; null: all
     # other ranks and alphas of modules, by a regular expression that fits the end of their names
     rank_pattern: dict[str, Annotated[int, Field(ge=1, le=MOST_RANK)]] = Field(default_factory=dict)
+    # as rank_pattern
     alpha_pattern: dict[str, Annotated[float, Field(gt=0, le=MOST_COEFFICIENT)]] = Field(default_factory=dict)
 
     @field_validator("target_modules")
@@ -274,12 +278,12 @@ class DataConfig(Section):
     # held-out data; absent: the source's eval split, or rows taken out of train
     eval: Annotated[PathOrNull, LEARNED_AND_MEASURED] = None
     config: NameOrNull = None  # the Hub data set's configuration, for example "main"
-    train_split: Name = "train"
-    eval_split: Name = "test"
-    train_size: int | None = Field(None, ge=1, le=MOST_ROWS)
+    train_split: Name = "train"  # of a source with several: what is trained on
+    eval_split: Name = "test"  # of a source with several: what is held out
+    train_size: int | None = Field(None, ge=1, le=MOST_ROWS)  # only so many rows, drawn by training.seed; absent: all
     streaming: bool = False  # read rows as they are needed; the set is never held as a whole
     shuffle_buffer: int = Field(1000, ge=1, le=MOST_ROWS)  # rows that are held and shuffled at a time, where streaming
-    eval_size: Annotated[int, LEARNED_AND_MEASURED] = Field(128, ge=0, le=MOST_ROWS)
+    eval_size: Annotated[int, LEARNED_AND_MEASURED] = Field(128, ge=0, le=MOST_ROWS)  # held-out rows, at most; 0: none
     field: NameOrNull = None  # of a .json file: the key that its rows lie under; absent: found where only one can be
     options: dict[str, Any] = Field(default_factory=dict)  # options of a generated task
     prompt: Name | None = "question"  # column: text or messages; a.b: part b of a; null: what a pair shares
@@ -300,6 +304,7 @@ class DataConfig(Section):
     chat: bool | Auto = "auto"  # apply the tokenizer's chat template; auto: when it has one
     chat_template_kwargs: dict[str, Any] = Field(default_factory=dict)  # given to the template: enable_thinking, ...
     max_prompt_length: Annotated[int, LEARNED_AND_MEASURED] = Field(512, ge=1, le=MOST_TOKENS)  # tokens
+    # those above max_prompt_length are an error, or left out
     long_prompts: Annotated[Literal["error", "drop"], LEARNED_AND_MEASURED] = "error"
     bad_rows: Literal["error", "drop"] = "error"  # rows that cannot be learned from, for any reason; long ones included
 
@@ -336,11 +341,15 @@ StopStrings = Annotated[
 class GenerationConfig(Section):
     """How completions are sampled."""
 
+    # completions of a prompt (a group)
     num_generations: Annotated[int, LEARNED_AND_MEASURED] = Field(8, ge=1, le=MOST_COMPLETIONS)
-    max_completion_length: Annotated[int, LEARNED_AND_MEASURED] = Field(256, ge=1, le=MOST_TOKENS)
-    temperature: Annotated[Temperature, LEARNED_AND_MEASURED] = 1.0
+    max_completion_length: Annotated[int, LEARNED_AND_MEASURED] = Field(256, ge=1, le=MOST_TOKENS)  # tokens
+    temperature: Annotated[Temperature, LEARNED_AND_MEASURED] = 1.0  # of sampling and of the log-probs that are trained
+    # sample among the likeliest tokens that have this share together; 1: off
     top_p: Annotated[float, LEARNED_AND_MEASURED] = Field(1.0, gt=0, le=1)
-    top_k: Annotated[int, LEARNED_AND_MEASURED] = Field(0, ge=0, le=MOST_TOKENS)  # 0: off
+    # sample among so many likeliest tokens; 0: off
+    top_k: Annotated[int, LEARNED_AND_MEASURED] = Field(0, ge=0, le=MOST_TOKENS)
+    # leave out tokens below this share of the likeliest one's probability; 0: off
     min_p: Annotated[float, LEARNED_AND_MEASURED] = Field(0.0, ge=0, lt=1)
     # of the logits of tokens that are in the prompt or the completion already: above 1 they become less likely; 1: off
     repetition_penalty: Annotated[float, LEARNED_AND_MEASURED] = Field(1.0, ge=LEAST_PENALTY, le=MOST_PENALTY)
@@ -376,9 +385,9 @@ class LearnedReward(Section):
     """The options that every learned reward has."""
 
     model: PathName  # a Hub id, a local folder, or package:PACKAGE/FOLDER, with safetensors weights
-    revision: NameOrNull = None
+    revision: NameOrNull = None  # of a model on the Hub: branch, tag or commit
     device: Name = "auto"  # auto: the policy's, where the plan leaves room for it, else the CPU; or any torch device
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"  # of its weights and products
     # tokens read of a text; absent: all that the model can read
     max_length: Annotated[int, Field(ge=1, le=MOST_TOKENS)] | None = None
     batch_tokens: int = Field(4096, ge=1, le=MOST_IN_A_PASS)  # tokens of one pass, padding included
@@ -389,8 +398,8 @@ class ClassifierReward(LearnedReward):
 
     # the class, by name or index; a model with one logit needs none
     label: Annotated[StrictInt, Field(ge=0, le=MOST_IN_A_PASS)] | StrictStr | None = None
-    output: Literal["probability", "logit", "log_probability"] = "probability"
-    text: Literal["completion", "prompt_and_completion"] = "completion"
+    output: Literal["probability", "logit", "log_probability"] = "probability"  # what of the class is the value
+    text: Literal["completion", "prompt_and_completion"] = "completion"  # what is read
 
 
 class SimilarityReward(LearnedReward):
@@ -422,6 +431,7 @@ class RewardConfig(Section):
     function: Annotated[PathName, LEARNED_AND_MEASURED]
     # the metric's name; default: the function's
     name: Annotated[str, AfterValidator(check_name), LEARNED_AND_MEASURED] = ""
+    # in the sum; 0: only measured
     weight: Annotated[float, LEARNED_AND_MEASURED] = Field(1.0, ge=-MOST_COEFFICIENT, le=MOST_COEFFICIENT)
     # counts only where another reward, by its name, is above 0; {NAME: threshold}: where that one reaches it
     requires: Annotated[str | dict[str, float] | None, LEARNED_AND_MEASURED] = None
@@ -475,20 +485,27 @@ class RewardConfig(Section):
 class TrainingConfig(Section):
     """The loop around the algorithm."""
 
-    max_steps: Annotated[int, LENGTH] = Field(100, ge=0, le=MOST_STEPS)
+    max_steps: Annotated[int, LENGTH] = Field(100, ge=0, le=MOST_STEPS)  # rollouts, or batches of examples
     # in place of max_steps: passes over all examples
     num_train_epochs: Annotated[int | None, LENGTH] = Field(None, ge=1, le=MOST_STEPS)
+    # of sft and classifier: examples, of reward_model: pairs
     prompts_per_step: Annotated[int, LEARNED] = Field(8, ge=1, le=MOST_PROMPTS)
+    # of AdamW; an adapter takes about ten times what the whole model would
     learning_rate: Annotated[float, LEARNED] = Field(1e-5, gt=0, le=MOST_RATE)
+    # how the learning rate goes on over the run's optimizer steps
     lr_scheduler_type: Annotated[Literal["constant", "constant_with_warmup", "linear", "cosine"], LEARNED] = "linear"
+    # optimizer steps in which the learning rate rises from 0
     warmup_steps: Annotated[int, LEARNED] = Field(0, ge=0, le=MOST_STEPS)
-    weight_decay: Annotated[float, LEARNED] = Field(0.0, ge=0, le=MOST_RATE)
+    weight_decay: Annotated[float, LEARNED] = Field(0.0, ge=0, le=MOST_RATE)  # of AdamW
+    # longer gradients are clipped to this
     max_grad_norm: Annotated[float, LEARNED] = Field(1.0, gt=0, le=MOST_COEFFICIENT)
+    # of the order of rows, of sampling and of an adapter's start
     seed: Annotated[int, LEARNED] = Field(0, ge=0, le=SEEDS)
-    save_steps: Annotated[int, RECORDS] = Field(50, ge=1, le=MOST_STEPS)
-    save_total_limit: Annotated[int, RECORDS] = Field(2, ge=1, le=MOST_STEPS)
+    save_steps: Annotated[int, RECORDS] = Field(50, ge=1, le=MOST_STEPS)  # a checkpoint after every so many steps
+    save_total_limit: Annotated[int, RECORDS] = Field(2, ge=1, le=MOST_STEPS)  # the newest checkpoints that stay
     # completions a step written to samples.jsonl
     log_completions: Annotated[int, RECORDS] = Field(4, ge=0, le=MOST_IN_A_PASS)
+    # trackers that are told as well (docs/trackers.md)
     report_to: Annotated[list[Literal["tensorboard", "wandb", "trackio", "mlflow"]], RECORDS] = Field(
         default_factory=list
     )
@@ -520,4 +537,5 @@ class EvaluationConfig(Section):
     keep_best: Annotated[bool, RECORDS] = False
     # the run ends once so many evaluations have been no better than those before, by more than min_delta
     patience: Annotated[int | None, LENGTH] = Field(None, ge=1, le=MOST_STEPS)
+    # by which an evaluation has to exceed those before to count as better
     min_delta: Annotated[float, LENGTH] = Field(0.0, ge=0, le=MOST_COEFFICIENT)

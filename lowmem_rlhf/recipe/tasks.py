@@ -42,10 +42,10 @@ class TaskGeneration(Section):
 class TaskConfig(Section):
     """One of several tasks. What its `data` lacks is taken from the recipe's; so are its rewards where it has none."""
 
-    name: Annotated[str, AfterValidator(_task_name)]
-    weight: float = Field(1.0, gt=0, le=MOST_COEFFICIENT)
+    name: Annotated[str, AfterValidator(_task_name)]  # a part of its metrics' names
+    weight: float = Field(1.0, gt=0, le=MOST_COEFFICIENT)  # how often it has a turn, see mixing
     data: DataConfig
-    rewards: RewardList = Field(default_factory=list)
+    rewards: RewardList = Field(default_factory=list)  # absent: the recipe's
     generation: TaskGeneration = Field(default_factory=TaskGeneration)
     accuracy: str = ""  # the reward whose value of at least 1 counts as correct; default: the first
 
@@ -53,7 +53,7 @@ class TaskConfig(Section):
 class MixingConfig(Section):
     """How often each of several tasks has a turn: its weight, times its size to the power 1 / temperature if asked."""
 
-    by: Literal["weight", "size"] = "weight"
+    by: Literal["weight", "size"] = "weight"  # the weights alone, or times the sizes of the tasks' data
     # of sizes: 1 gives every prompt the same chance, a high one every task (T5, arXiv 1910.10683, section 3.5.2)
     temperature: float = Field(1.0, ge=0.01, le=MOST_COEFFICIENT)
     # standardise the sums of rewards over each task's completions of a step, so that none teaches more by its scale

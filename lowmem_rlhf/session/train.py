@@ -386,5 +386,13 @@ def _check_rate(recipe: Recipe) -> None:
 def _check_trackers(recipe: Recipe) -> None:
     modules = {"tensorboard": ("tensorboard", "tensorboardX")}
     for tracker in recipe.training.report_to:
-        if not any(importlib.util.find_spec(name) for name in modules.get(tracker, (tracker,))):
+        if recipe.spec.run is not None:
+            raise UserError(f"training.report_to: {recipe.algorithm} reports to no tracker; leave it out")
+        if not any(_is_installed(name) for name in modules.get(tracker, (tracker,))):
             raise UserError(f"training.report_to: {tracker} is not installed; pip install {tracker}, or leave it out")
+
+
+def _is_installed(name: str) -> bool:
+    """Whether there is a package; a plain folder of the same name, as trackers leave them, is none."""
+    spec = importlib.util.find_spec(name)
+    return spec is not None and spec.origin is not None

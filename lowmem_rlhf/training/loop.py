@@ -30,7 +30,7 @@ from lowmem_rlhf.rewards.process_state import random_states, set_random_states
 from lowmem_rlhf.rewards.time_limit import end_process, stuck_calls_end_with
 from lowmem_rlhf.rollout.rollout import Rollout
 from lowmem_rlhf.run.directory import RunDirectory
-from lowmem_rlhf.run.held_out import AFTER, BEFORE, DURING, metrics_of, number
+from lowmem_rlhf.run.held_out import AFTER, BEFORE, DURING, metrics_of
 from lowmem_rlhf.stopping import check_stop
 from lowmem_rlhf.training.checkpoint import load_checkpoint, save_checkpoint
 from lowmem_rlhf.training.health import HealthWatch
@@ -272,6 +272,13 @@ class Loop(ABC):
             progress.message(note)
 
     def _steps(self, progress: Progress) -> Generator[StepOutput, None, None]:
+        self.trackers.begin(self.step)
+        try:
+            yield from self._evaluated_steps(progress)
+        finally:
+            self.trackers.end()
+
+    def _evaluated_steps(self, progress: Progress) -> Generator[StepOutput, None, None]:
         held_out, self.began_at = self.held_out_results, self.step
         held_out.begin()
         if self._keeper.step != self.step:
@@ -284,16 +291,13 @@ class Loop(ABC):
         if self.step == 0 and held_out.remark:
             progress.message(held_out.remark)
         self._evaluate_during(progress)  # of the step gone on from, where a stop came before the end of it
-        try:
-            while self.step < self.recipe.training.max_steps and not held_out.ends(self.step):
-                finished = self._train_step(progress)
-                if self.step % self.recipe.training.save_steps == 0:
-                    self._save()
-                yield replace(finished, metrics={**finished.metrics, **self._evaluate_during(progress)})
-            if sentence := held_out.ends(self.step):
-                progress.message(sentence)
-        finally:
-            self.trackers.end()
+        while self.step < self.recipe.training.max_steps and not held_out.ends(self.step):
+            finished = self._train_step(progress)
+            if self.step % self.recipe.training.save_steps == 0:
+                self._save()
+            yield replace(finished, metrics={**finished.metrics, **self._evaluate_during(progress)})
+        if sentence := held_out.ends(self.step):
+            progress.message(sentence)
         if self.recipe.training.max_steps and not self.learned_tokens:
             raise RunError(self.lost.why() or self.why_nothing())
         if checksum and base_checksum(self.base) != checksum:
@@ -378,13 +382,15 @@ class Loop(ABC):
         held_out = self.held_out_results
         for sentence in self.last_words() if when == AFTER else ():
             progress.message(sentence)
-        results = (held_out.row(self.step) if when == AFTER else None) or self._evaluate(when, progress)
-        if results:
+        there = held_out.row(self.step) if when == AFTER else None
+        if results := there or self._evaluate(when, progress):
             if when == AFTER:
                 held_out.end(results, self.step)
             else:
                 held_out.add(when, results, self.step)
             held_out.write()
+            if there is None:
+                self.trackers.log(metrics_of(held_out.results[when]), self.step)
 
     def _evaluate_during(self, progress: Progress) -> dict[str, Any]:
         """Evaluate after the last finished step if it is one to evaluate; return what its metrics get of that.
@@ -398,7 +404,7 @@ class Loop(ABC):
             self._save()
         held_out.write()
         found = metrics_of(held_out.row(self.step) or {})
-        self.trackers.log({key: value for key, value in found.items() if number(value) is not None}, self.step)
+        self.trackers.log(found, self.step)
         progress.message(held_out.shown(self.step))
         return found
 
@@ -456,7 +462,7 @@ class Loop(ABC):
         output = replace(output, metrics=metrics)
         self._finished = _Finished(self.step + 1, output, self._counters(self.learned_tokens + learned))
         self._record()
-        self.trackers.log({k: v for k, v in metrics.items() if v is not None}, self.step)
+        self.trackers.log(metrics, self.step)
         return output
 
     def _check_stop(self) -> None:

@@ -141,6 +141,7 @@ def test_the_command_trains_what_the_run_trained(run, tmp_path, monkeypatch):
 
 def test_metadata_for_the_hub(run, tmp_path):
     _, data, _ = written(run, tmp_path)
+    assert data.pop("model-index")
     assert data == {
         "license": "unknown",
         "library_name": "transformers",
@@ -148,6 +149,50 @@ def test_metadata_for_the_hub(run, tmp_path):
         "tags": ["lowmem-rlhf", "grpo"],
         "datasets": ["org/sums"],
     }
+
+
+def results(text: str) -> dict[tuple[str, str], Any]:
+    """Return the held-out results that the Hub's own reader finds in a card, by data set and metric."""
+    return {(one.dataset_type, one.metric_type): one for one in ModelCard(text).data.eval_results or ()}
+
+
+def test_results_are_metadata_that_the_hub_s_own_reader_takes(run, tmp_path):
+    before = {"accuracy": 0.0547, "reward/mean": 0.1, "completion/mean_length": 9.0, "problems": 128}
+    after = {**before, "accuracy": 0.805, "intervals": {"accuracy": [0.728, 0.864]}}
+    run.write_evaluation({"before": before, "after": after})
+    found = results(written(run, tmp_path)[0])
+    assert set(found) == {("org/sums", "accuracy"), ("org/sums", "reward/mean")}
+    one = found["org/sums", "accuracy"]
+    assert (one.metric_value, one.task_type, one.dataset_split) == (0.805, "text-generation", "test")
+    assert one.metric_args["interval_95"] == [0.728, 0.864] and one.metric_args["problems"] == 128
+
+
+def test_results_are_of_the_checkpoint_that_was_exported(run, tmp_path):
+    rows = [{"step": step, "accuracy": value} for step, value in ((2, 0.7), (3, 0.5))]
+    run.write_evaluation({"during": rows[:1], "after": rows[1]})
+    for step, value in ((2, 0.7), (3, 0.5), (None, 0.5)):
+        assert results(written(run, tmp_path, step=step)[0])["org/sums", "accuracy"].metric_value == value
+    assert "model-index" not in written(run, tmp_path, step=1)[0]  # nothing was measured after that step
+
+
+def test_results_of_tasks_and_of_later_evaluations_are_told_apart(tmp_path):
+    tasks = [
+        {"name": "sums", "data": {"train": "arithmetic"}, "rewards": ["exact_match"]},
+        {"name": "mine", "data": {"train": str(tmp_path / "mine.jsonl")}, "rewards": ["length"]},
+    ]
+    tasks[1]["rewards"] = [{"function": "length", "options": {"target": 3}}]
+    run = make_run(tmp_path, validate_recipe({"model": "org/base", "tasks": tasks}))
+    own = {"sums": {"accuracy": 0.9}, "mine": {"reward/mean": 0.3, "headline": "reward/mean"}}
+    run.write_evaluation({"after": {"accuracy": 0.6, "tasks": own}})
+    policy = {"arc_easy/acc": {"value": 0.4, "low": 0.3, "high": 0.5}}
+    append_evaluation(run.path, {"steps": 3, "data": "lm-eval", "tasks": ["arc_easy"], "results": {"policy": policy}})
+    text, _, _ = written(run, tmp_path)
+    assert {key: one.metric_value for key, one in results(text).items()} == {
+        ("arithmetic", "accuracy"): 0.9,
+        ("mine.jsonl", "reward/mean"): 0.3,
+        ("arc_easy", "acc"): 0.4,
+    }
+    assert str(tmp_path) not in text.split("---")[1]
 
 
 @pytest.mark.parametrize(

@@ -120,7 +120,8 @@ def one_message(done: Done) -> str:
         ("data.chat=true", ["data.chat: got true", "no chat template"]),
     ],
 )
-def test_wrong_input_ends_before_anything_is_written(train, tmp_path, override, parts):
+def test_wrong_input_ends_before_anything_is_written(train, tmp_path, monkeypatch, override, parts):
+    monkeypatch.setitem(sys.modules, "trackio", None)  # as where it is not installed
     (tmp_path / "empty.jsonl").touch()
     (tmp_path / "rows.jsonl").write_text('{"question": \n')
     done = train(override)

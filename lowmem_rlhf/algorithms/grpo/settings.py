@@ -16,8 +16,9 @@ def _own_function(value: Any, chosen: ValidatorFunctionWrapHandler) -> Any:
 class GRPOSettings(Section):
     """GRPO's hyper-parameters under TRL's names."""
 
-    beta: float = Field(0.0, ge=0, le=MOST_COEFFICIENT)
-    epsilon: float = Field(0.2, gt=0, lt=1)
+    beta: float = Field(0.0, ge=0, le=MOST_COEFFICIENT)  # of the KL term to the reference; 0: no reference is run
+    epsilon: float = Field(0.2, gt=0, lt=1)  # how far a ratio counts below 1, and above it without epsilon_high
+    # how far it counts above 1; of cispo the largest weight itself
     epsilon_high: float | None = Field(None, gt=0, le=MOST_COEFFICIENT)
     # or a loss of one's own as path.py:function, see `algorithms.grpo.losses`
     loss_type: Annotated[
@@ -26,43 +27,52 @@ class GRPOSettings(Section):
     # one ratio a token, or one a completion: the geometric mean over its tokens (GSPO)
     importance_sampling_level: Literal["token", "sequence"] = "token"
     delta: float | None = Field(None, gt=1, le=MOST_COEFFICIENT)  # the most that a ratio counts where A is negative
-    use_bias_correction_kl: bool = True
+    use_bias_correction_kl: bool = True  # the KL term times the ratio: the gradient is the KL's own (arXiv 2512.02556)
     # nats a token from sampling to now, above which completions with a negative advantage are left out
     off_policy_mask_threshold: float | None = Field(None, gt=0, le=MOST_COEFFICIENT)
-    sapo_temperature_pos: float = Field(1.0, gt=0, le=MOST_COEFFICIENT)
-    sapo_temperature_neg: float = Field(1.05, gt=0, le=MOST_COEFFICIENT)
+    sapo_temperature_pos: float = Field(1.0, gt=0, le=MOST_COEFFICIENT)  # sapo: of its soft gate, where A is positive
+    sapo_temperature_neg: float = Field(1.05, gt=0, le=MOST_COEFFICIENT)  # sapo: of its soft gate, where A is negative
+    # vespo: power of a completion's weight, where A is positive
     vespo_k_pos: float = Field(2.0, ge=0, le=MOST_COEFFICIENT)
+    # vespo: decay of a completion's weight, where A is positive
     vespo_lambda_pos: float = Field(3.0, ge=0, le=MOST_COEFFICIENT)
+    # vespo: power of a completion's weight, where A is negative
     vespo_k_neg: float = Field(3.0, ge=0, le=MOST_COEFFICIENT)
+    # vespo: decay of a completion's weight, where A is negative
     vespo_lambda_neg: float = Field(2.0, ge=0, le=MOST_COEFFICIENT)
     # the share of tokens, those of the highest entropy, whose policy term counts
     top_entropy_quantile: float = Field(1.0, ge=0, le=1)
-    entropy_coef: float = Field(0.0, ge=0, le=MOST_COEFFICIENT)
+    entropy_coef: float = Field(0.0, ge=0, le=MOST_COEFFICIENT)  # of the entropy in the objective; 0: none
     # the coefficient goes up by delta after a step at or below the target (nats a token), and applies there only
     use_adaptive_entropy: bool = False
-    entropy_target: float = Field(0.2, ge=0, le=MOST_COEFFICIENT)
+    entropy_target: float = Field(0.2, ge=0, le=MOST_COEFFICIENT)  # of use_adaptive_entropy, nats a token
+    # of use_adaptive_entropy: what the coefficient changes by
     entropy_coef_delta: float = Field(0.005, ge=0, le=MOST_COEFFICIENT)
-    entropy_coef_min: float = Field(0.0, ge=0, le=MOST_COEFFICIENT)
-    entropy_coef_max: float = Field(1.0, ge=0, le=MOST_COEFFICIENT)
+    entropy_coef_min: float = Field(0.0, ge=0, le=MOST_COEFFICIENT)  # of use_adaptive_entropy: the least coefficient
+    entropy_coef_max: float = Field(1.0, ge=0, le=MOST_COEFFICIENT)  # of use_adaptive_entropy: the largest coefficient
     # the reference moves: every so many optimizer steps it becomes (1 - alpha) times itself and alpha times the policy
     sync_ref_model: bool = False
-    ref_model_sync_steps: int = Field(512, ge=1, le=MOST_STEPS)
-    ref_model_mixup_alpha: float = Field(0.6, gt=0, le=1)
+    ref_model_sync_steps: int = Field(512, ge=1, le=MOST_STEPS)  # optimizer steps between changes of the reference
+    ref_model_mixup_alpha: float = Field(0.6, gt=0, le=1)  # the policy's share in a change
     # of the adapter that holds it, in ranks of the policy's (see `engine.following`)
     ref_model_rank_multiple: int = Field(2, ge=1, le=16)
+    # what an advantage is divided by: the deviation of its group, of the step, or nothing
     scale_rewards: Literal["group", "batch", "none"] = "group"
     # the most batches of prompts that a step samples until every group has different rewards (DAPO's dynamic sampling)
     max_generation_batches: int = Field(1, ge=1, le=64)
     # steps for which a prompt whose completions all had the same reward is left out; 0: none is
     set_aside_steps: int = Field(0, ge=0, le=MOST_STEPS)
-    num_iterations: int = Field(1, ge=1, le=MOST_EPOCHS)
-    mask_truncated_completions: bool = False
+    num_iterations: int = Field(1, ge=1, le=MOST_EPOCHS)  # optimizer steps on each rollout
+    mask_truncated_completions: bool = False  # completions that reached the limit teach nothing
     # TRL's vllm_importance_sampling_*: weigh tokens by how far sampling and the training pass differ in log-probs
     importance_sampling_correction: bool = False
+    # bound the weights of tokens or completions, or leave out those beyond the bounds
     importance_sampling_mode: Literal["token_truncate", "token_mask", "sequence_truncate", "sequence_mask"] = (
         "sequence_mask"
     )
+    # the largest weight of the correction
     importance_sampling_clip_max: float | None = Field(3.0, gt=0, le=MOST_COEFFICIENT)
+    # the smallest weight of the correction
     importance_sampling_clip_min: float | None = Field(None, gt=0, le=MOST_COEFFICIENT)
 
     @property

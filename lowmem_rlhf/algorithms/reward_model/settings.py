@@ -11,4 +11,5 @@ class RewardModelSettings(Section):
 
     max_length: int = Field(1024, ge=2, le=MOST_TOKENS)  # tokens of a prompt with one answer
     center_rewards_coefficient: float | None = Field(None, gt=0, le=MOST_COEFFICIENT)  # pulls the two scores' sum to 0
+    # held-out loss every so many steps; absent: before and after
     eval_steps: int | None = Field(None, ge=1, le=MOST_STEPS)

@@ -15,6 +15,7 @@ from lowmem_rlhf.display.format import evaluation_table, format_bytes, format_nu
 from lowmem_rlhf.display.outcome import about, outcome_rows
 from lowmem_rlhf.export.card.facts import data_by_task, hub_datasets, is_hub_id, license_of, model_name, versions
 from lowmem_rlhf.export.card.markdown import Markdown, code, fenced, link, plain, table
+from lowmem_rlhf.export.card.results import model_index
 from lowmem_rlhf.export.formats.format import ExportFormat
 from lowmem_rlhf.export.formats.table import FORMATS
 from lowmem_rlhf.export.local_paths import last_part, without_folders
@@ -55,12 +56,13 @@ def write_card(folder: Path, run: RunDirectory, export: dict[str, Any]) -> None:
     name = str(recipe.get("name") or run.path.name)
     format = FORMATS.get(str(export.get("format")))
     metrics, evaluation, plan = run.metrics(), run.evaluation(), run.plan()
+    later = _later(run, metrics)
     atomic_write(folder / RECIPE, masked(without_home(write_yaml(recipe))))
     sections = [
         f"# {plain(name)}",
         _summary(original, recipe, export),
         _section("Use", _use(folder, original, format, name)),
-        _section("Evaluation", _evaluation(evaluation, _later(run, metrics))),
+        _section("Evaluation", _evaluation(evaluation, later)),
     ]
     if metrics:
         plot_reward(metrics, evaluation, folder / CURVE, name)
@@ -75,7 +77,12 @@ def write_card(folder: Path, run: RunDirectory, export: dict[str, Any]) -> None:
         _section("Reproduce", _reproduce(recipe, plan, local)),
     ]
     text = "\n\n".join(section.rstrip() for section in sections if section) + "\n"
-    head = f"---\n{_yaml(_front_matter(original, recipe, format))}---\n\n"
+    front = _front_matter(original, recipe, format)
+    step = number(export.get("step"))
+    task = front.get("pipeline_tag", "text-classification")
+    if index := model_index(name, task, original, evaluation, later, None if step is None else int(step)):
+        front["model-index"] = index
+    head = f"---\n{_yaml(front)}---\n\n"
     atomic_write(folder / README, masked(without_home(head + _scrubbed(text, run, local))))
 
 
