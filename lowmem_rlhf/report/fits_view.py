@@ -9,7 +9,7 @@ from rich.text import Text
 
 from lowmem_rlhf.algorithms.registry import spec_of
 from lowmem_rlhf.display.format import format_bytes, format_number
-from lowmem_rlhf.display.live import plain_table
+from lowmem_rlhf.display.tables import plain_table
 from lowmem_rlhf.planning.fits import Fit, WhatFits
 from lowmem_rlhf.planning.inputs import budget_bytes
 
