@@ -141,8 +141,10 @@ class _OwnDisplay:
     def __init__(self, display: Any) -> None:
         self._display, self._failed = display, False
 
-    def __getattr__(self, name: str) -> Callable[..., None]:
+    def __getattr__(self, name: str) -> Callable[..., None] | None:
         method = getattr(self._display, name)
+        if not callable(method):  # a program's own attribute
+            return None
 
         def call(*args: Any, **named: Any) -> None:
             if self._failed:
