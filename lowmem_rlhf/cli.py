@@ -156,14 +156,14 @@ def profiles(as_json: Json = False) -> None:
 @app.command()
 def recipes(as_json: Json = False) -> None:
     """List the shipped recipes."""
+    from lowmem_rlhf.display.tables import print_listing
     from lowmem_rlhf.recipe.loading import load_recipe, shipped_recipes
 
     found = {name: load_recipe(name) for name in shipped_recipes()}
     if as_json:
         _print_json({name: recipe.model_dump() for name, recipe in found.items()})
         return
-    for name, recipe in found.items():
-        print(f"{name:20} {recipe.description}")
+    print_listing((name, recipe.description) for name, recipe in found.items())
 
 
 @app.command()
@@ -184,7 +184,7 @@ def plan(
     as_json: Json = False,
 ) -> None:
     """Show the settings that a recipe would run with, why, and the memory it needs."""
-    from lowmem_rlhf.display.live import print_plan
+    from lowmem_rlhf.display.tables import print_plan
     from lowmem_rlhf.planning.advice import why_not
     from lowmem_rlhf.planning.run_plan import plan_recipe
     from lowmem_rlhf.recipe.loading import load_recipe
@@ -363,8 +363,8 @@ def train(
     trust_run: Trust = False,
 ) -> None:
     """Run a recipe."""
-    from lowmem_rlhf.display.live import print_plan
     from lowmem_rlhf.display.run_display import ConsoleDisplay
+    from lowmem_rlhf.display.tables import print_plan
     from lowmem_rlhf.planning.advice import why_not
     from lowmem_rlhf.planning.run_plan import running_plan
     from lowmem_rlhf.progress import shown_by

@@ -7,7 +7,7 @@ see something enters `shown_by`, as the command line does.
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import Protocol
+from typing import Any, Protocol
 
 ProgressCallback = Callable[[int, int], None]  # is told (units done, units in all)
 
@@ -22,6 +22,13 @@ class Progress(Protocol):
     def message(self, text: str) -> None:
         """Show a line (or several) that stays."""
         ...
+
+
+def show_samples(progress: Progress, best: dict[str, Any], worst: dict[str, Any]) -> None:
+    """Show completions of a rollout, with ``prompt``, ``completion`` and ``reward``, on a display that takes them."""
+    show = getattr(progress, "samples", None)
+    if callable(show):
+        show(best, worst)
 
 
 class Silence:

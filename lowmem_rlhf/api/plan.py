@@ -100,7 +100,7 @@ class PlanView:
         """Return the table that ``lowmem-rlhf plan`` prints."""
         from rich.console import Console
 
-        from lowmem_rlhf.display.live import print_plan
+        from lowmem_rlhf.display.tables import print_plan
 
         text = io.StringIO()
         print_plan(self.values, Console(file=text, width=_WIDTH, force_jupyter=False))

@@ -5,7 +5,7 @@ from typing import Any
 from rich.console import Console
 
 from lowmem_rlhf.display.format import format_bytes, format_number, format_value, number
-from lowmem_rlhf.display.live import plain_table
+from lowmem_rlhf.display.tables import plain_table
 from lowmem_rlhf.plain_text import harmless
 
 PARTS = {

@@ -16,7 +16,9 @@ from lowmem_rlhf.run.held_out import (
     with_tasks,
 )
 
-__all__ = ["number"]
+__all__ = ["GIB", "number"]
+
+GIB = 2**30
 
 
 def format_number(value: Any) -> str:
@@ -45,7 +47,7 @@ def format_bytes(value: Any) -> str:
     got = number(value)
     if got is None:
         return "-"
-    return f"{got / 2**30:.2f} GiB" if abs(got) >= 0.1 * 2**30 else f"{got / 2**20:.0f} MiB"
+    return f"{got / GIB:.2f} GiB" if abs(got) >= 0.1 * GIB else f"{got / 2**20:.0f} MiB"
 
 
 def format_seconds(value: Any) -> str:

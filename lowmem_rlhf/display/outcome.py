@@ -6,7 +6,7 @@ from rich.console import Console
 from rich.text import Text
 
 from lowmem_rlhf.display.format import format_number
-from lowmem_rlhf.display.live import WIDTH, plain_table
+from lowmem_rlhf.display.tables import fitted, plain_table
 from lowmem_rlhf.plain_text import harmless
 
 
@@ -41,9 +41,7 @@ def about(outcome: dict[str, Any]) -> str:
 
 def print_outcome(outcome: dict[str, Any], console: Console | None = None) -> None:
     """Print an outcome as a table, and what it was measured on."""
-    console = console or Console()
-    if not console.is_terminal:
-        console.width = max(console.width, WIDTH)
+    console = fitted(console or Console())
     head, rows = outcome_rows(outcome)
     console.print(plain_table(head, (tuple(row) for row in rows)))
     console.print(Text(harmless(about(outcome)), style="dim"))

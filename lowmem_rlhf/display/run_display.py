@@ -9,14 +9,15 @@ from typing import Any, Protocol
 from rich.console import Console
 
 from lowmem_rlhf.display.lines import Bars
-from lowmem_rlhf.display.live import LiveView, print_evaluation, print_plan
+from lowmem_rlhf.display.live import LiveView
+from lowmem_rlhf.display.tables import print_evaluation, print_plan
 from lowmem_rlhf.errors import UserError, one_line
 from lowmem_rlhf.plain_text import harmless
 from lowmem_rlhf.progress import Progress, Silence
 
 
 class RunDisplay(Progress, Protocol):
-    """A display that knows the parts of a run."""
+    """A display that knows the parts of a run; one that has `samples` is shown them (`progress.show_samples`)."""
 
     def plan(self, plan: dict[str, Any]) -> None:
         """Show a plan (as ``plan --json`` gives it)."""
@@ -46,7 +47,7 @@ class ConsoleDisplay:
         """Show on a console; bars before the steps go to ``notes``, standard error by default."""
         self.console, self._bars = console or Console(), Bars(notes)
         self._view: LiveView | None = None
-        self._step_seconds: float | None = None  # as the plan predicts it
+        self._plan: dict[str, Any] | None = None
 
     def phase(self, name: str, done: int = 0, total: int | None = None) -> None:
         """Show a bar, in a terminal."""
@@ -68,14 +69,19 @@ class ConsoleDisplay:
     def plan(self, plan: dict[str, Any]) -> None:
         """Show the table of settings, memory and time."""
         self._bars.stop()
-        self._step_seconds = (plan.get("time") or {}).get("step_seconds")
+        self._plan = plan
         print_plan(plan, self.console)
 
     def begin(self, total_steps: int, step: int) -> None:
         """Open the live view."""
         self._bars.stop()
-        self._view = LiveView(total_steps, step, self.console, self._step_seconds)
+        self._view = LiveView(total_steps, step, self.console, self._plan)
         self._view.__enter__()
+
+    def samples(self, best: dict[str, Any], worst: dict[str, Any]) -> None:
+        """Show two completions of a rollout."""
+        if self._view is not None:
+            self._view.samples(best, worst)
 
     def step(self, metrics: dict[str, Any]) -> None:
         """Show a finished step."""
@@ -135,8 +141,10 @@ class _OwnDisplay:
     def __init__(self, display: Any) -> None:
         self._display, self._failed = display, False
 
-    def __getattr__(self, name: str) -> Callable[..., None]:
+    def __getattr__(self, name: str) -> Callable[..., None] | None:
         method = getattr(self._display, name)
+        if not callable(method):  # a program's own attribute
+            return None
 
         def call(*args: Any, **named: Any) -> None:
             if self._failed:

@@ -6,7 +6,7 @@ from pathlib import Path
 from rich.console import Console
 
 from lowmem_rlhf.display.format import format_measure, format_seconds, in_words
-from lowmem_rlhf.display.live import WIDTH, plain_table
+from lowmem_rlhf.display.tables import fitted, plain_table
 from lowmem_rlhf.run.listing import RunSummary
 
 
@@ -18,9 +18,7 @@ def print_runs(runs: Sequence[RunSummary], folder: Path) -> None:
     rows = [
         (run.path, run.algorithm, run.state, _steps(run), format_seconds(run.seconds), _result(run)) for run in runs
     ]
-    console = Console(highlight=False)
-    if not console.is_terminal:
-        console.width = max(console.width, WIDTH)
+    console = fitted(Console(highlight=False))
     console.print(plain_table(("run", "algorithm", "state", "steps", "time", "held-out"), rows))
 
 

@@ -40,7 +40,11 @@ def prepare_streams() -> None:
         stream.reconfigure(errors="replace")
         if stream.isatty():
             lasting = LastingTerminal(
-                stream.buffer, encoding=stream.encoding, errors="replace", line_buffering=stream.line_buffering
+                stream.buffer,
+                encoding=stream.encoding,
+                errors="replace",
+                line_buffering=stream.line_buffering,
+                write_through=stream.write_through,  # with PYTHONUNBUFFERED, as containers set it
             )
             stream.detach()
             setattr(sys, name, lasting)

@@ -37,13 +37,8 @@ def gradient_checkpointing(inputs: PlanInputs, settings: Settings) -> tuple[bool
     Raises:
         UserError: the model has fewer layers than the pinned number.
     """
-    pinned, layers = inputs.pinned("gradient_checkpointing"), inputs.dims.num_layers
+    pinned, layers = _pinned_layers(inputs), inputs.dims.num_layers
     if pinned is not None:
-        if pinned > layers:
-            raise UserError(
-                f"hardware.gradient_checkpointing: got {pinned}, but {inputs.recipe.model!r} has {layers} layers; give "
-                f"at most {layers}, or true for all of them"
-            )
         return pinned, PINNED
     tokens = inputs.pinned("micro_batch_tokens") or _group_tokens(inputs, settings)
 
@@ -290,6 +285,29 @@ def _pinned_tokens(inputs: PlanInputs, key: str, least: int) -> int | None:
             f"{least}, or lower {' or '.join(length_keys(inputs.recipe))}"
         )
     return pinned
+
+
+def _pinned_layers(inputs: PlanInputs) -> bool | int | None:
+    pinned: bool | int | None = inputs.pinned("gradient_checkpointing")
+    layers = inputs.dims.num_layers
+    if pinned is not None and pinned > layers:
+        raise UserError(
+            f"hardware.gradient_checkpointing: got {pinned}, but {inputs.recipe.model!r} has {layers} layers; give "
+            f"at most {layers}, or true for all of them"
+        )
+    return pinned
+
+
+def check_pinned(inputs: PlanInputs) -> None:
+    """Check that pinned sizes and layers can be.
+
+    Raises:
+        UserError: they cannot (see `gradient_checkpointing` and `micro_batch_tokens`).
+    """
+    least, _ = micro_batch_limits(inputs)
+    for key in ("micro_batch_tokens", "score_batch_tokens"):
+        _pinned_tokens(inputs, key, least)
+    _pinned_layers(inputs)
 
 
 def micro_batch_limits(inputs: PlanInputs) -> tuple[int, int]:

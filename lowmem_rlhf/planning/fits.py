@@ -4,7 +4,7 @@ A recipe gives the lengths and the group, and keeps what it pins. Cards that sha
 are one column, planned for the one of them that leaves a process the least.
 """
 
-from bisect import bisect_left
+from bisect import bisect_left, bisect_right
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -18,10 +18,11 @@ from lowmem_rlhf.hardware.device import Device
 from lowmem_rlhf.hardware.profiles import load_profiles, profile_device
 from lowmem_rlhf.planning.inputs import PINNED, budget_bytes
 from lowmem_rlhf.planning.memory.phases import peak_phase
-from lowmem_rlhf.planning.plan import Plan, plan_for, shortage
+from lowmem_rlhf.planning.plan import Plan, can_fit, plan_for, shortage
 from lowmem_rlhf.planning.precision import RANK
 from lowmem_rlhf.planning.shapes import length_keys, samples_completions
 from lowmem_rlhf.planning.verdicts import Verdict
+from lowmem_rlhf.progress import reported_as
 from lowmem_rlhf.recipe.schema import Recipe
 
 MODELS = (
@@ -65,8 +66,10 @@ class Fit:
         savings: what the plan does at a price, as it fits in no other way (8-bit moments, host memory, a low rank).
         lacks: why the run does not fit, as a clause; empty where it fits.
         longest: tokens of the longest completion that fits (SFT: of the longest example), 0 if not even the shortest
-            does; None where it was not asked for.
+            does; None where it was not sought.
         verdict: ``yes``, ``no``, or ``unknown`` where ``fits`` is only an estimate (see `Plan`).
+        tokens_per_second: of completions (SFT: of examples) at full length, over the predicted time of a whole step;
+            None where the run does not fit or nobody tells.
     """
 
     fits: bool
@@ -79,6 +82,7 @@ class Fit:
     lacks: str
     longest: int | None = None
     verdict: Verdict = "no"
+    tokens_per_second: float | None = None
 
 
 @dataclass(frozen=True)
@@ -145,7 +149,7 @@ def shipped_cards() -> tuple[Card, ...]:
 
 
 def one_card(device: Device, profile: str) -> tuple[Card, ...]:
-    """Return a single column, for which the longest completion is sought as well."""
+    """Return a single column."""
     return (Card(profile, (profile,), device),)
 
 
@@ -175,21 +179,20 @@ def chosen_models(recipe: Recipe, names: str | None = None) -> dict[str, ModelDi
 
 
 def what_fits(recipe: Recipe, cards: tuple[Card, ...], models: dict[str, ModelDimensions]) -> WhatFits:
-    """Plan the recipe for every algorithm, model and card; on a single card seek the longest that fits, too.
+    """Plan the recipe for every algorithm, model and card, and seek the longest that fits.
 
     A plan takes some milliseconds. What a plan refuses (a model that overflows float16, a pinned value that cannot be)
     is a cell that does not fit.
     """
     cells: dict[str, dict[str, list[Fit]]] = {}
     runs = {algorithm: with_algorithm(recipe, algorithm) for algorithm in _algorithms()}
+    rows, shown = len(runs) * len(models), reported_as("what fits")
     for algorithm in runs:
         cells[algorithm] = {}
         for name, dims in models.items():
-            run = runs[algorithm].model_copy(update={"model": name})
-            row = [fit(run, card.device, dims) for card in cards]
-            if len(cards) == 1:
-                row = [replace(row[0], longest=longest(run, cards[0].device, dims))]
-            cells[algorithm][name] = row
+            shown(sum(map(len, cells.values())), rows)
+            cells[algorithm][name] = _row(runs[algorithm].model_copy(update={"model": name}), cards, dims)
+    shown(rows, rows)
     return WhatFits(
         recipe=recipe.name,
         cards=cards,
@@ -199,6 +202,18 @@ def what_fits(recipe: Recipe, cards: tuple[Card, ...], models: dict[str, ModelDi
         generations={key: run.spec.completions(run) for key, run in runs.items()},
         prompts_per_step=recipe.training.prompts_per_step,
     )
+
+
+def _row(recipe: Recipe, cards: tuple[Card, ...], dims: ModelDimensions) -> list[Fit]:
+    """Return a cell for each card; what fits on a card fits on those of its kind with more memory."""
+    row, known = [], dict[bool, tuple[int, int]]()
+    for card in cards:
+        device = card.device
+        free, least = known.get(device.bf16, (0, 0))
+        found = longest(recipe, device, dims, least if free <= device.free_bytes else 0)
+        known[device.bf16] = (device.free_bytes, found)
+        row.append(replace(fit(recipe, device, dims), longest=found))
+    return row
 
 
 def _algorithms() -> list[str]:
@@ -248,7 +263,14 @@ def fit(recipe: Recipe, device: Device, dims: ModelDimensions, timed: bool = Tru
         savings=_savings(plan),
         lacks="" if plan.fits else shortage(phase, memory["phases"][phase], memory["budget_bytes"]),
         verdict=plan.verdict,
+        tokens_per_second=_step_tokens(recipe) / plan.time.step if plan.fits and plan.time else None,
     )
+
+
+def _step_tokens(recipe: Recipe) -> int:
+    """Return the tokens of a step's completions (SFT: examples) at full length."""
+    *_, length = length_keys(recipe).values()
+    return length * recipe.training.prompts_per_step * recipe.spec.completions(recipe)
 
 
 def _savings(plan: Plan) -> tuple[str, ...]:
@@ -263,17 +285,25 @@ def _savings(plan: Plan) -> tuple[str, ...]:
     return tuple(name for key, (name, paid) in prices.items() if paid and plan.reasons[key] != PINNED)
 
 
-def longest(recipe: Recipe, device: Device, dims: ModelDimensions) -> int:
+def longest(recipe: Recipe, device: Device, dims: ModelDimensions, least: int = 0) -> int:
     """Return the tokens of the longest completion (SFT: example) of `LENGTHS` that fits; 0 if none does.
 
     The model's positions bound it. A length that the recipe has, and that fits, counts too.
+
+    Args:
+        least: a length that is known to fit.
     """
     *prompt, own = length_keys(recipe).values()
     most = (LENGTHS[-1] + sum(prompt) if dims.max_positions is None else dims.max_positions) - sum(prompt)
-    lengths = sorted({length for length in (*LENGTHS, own, most) if 0 < length <= most})
+    lengths: list[int] = sorted({length for length in (*LENGTHS, own, most) if 0 < length <= most})
 
     def too_long(length: int) -> bool:
-        return not fit(with_length(recipe, length), device, dims, timed=False).fits
+        try:
+            return not can_fit(with_length(recipe, length), device, dims)
+        except UserError:
+            return True
 
-    count = bisect_left(lengths, True, key=too_long)
+    if lengths and not too_long(lengths[-1]):
+        return lengths[-1]
+    count = bisect_left(lengths, True, lo=bisect_right(lengths, least), key=too_long)
     return lengths[count - 1] if count else 0

@@ -228,15 +228,7 @@ def _settings(inputs: PlanInputs) -> tuple[Settings, dict[str, str]]:
 
 def _settings_at(inputs: PlanInputs, quantization: str, reason: str) -> tuple[Settings, dict[str, str]]:
     """Choose all other settings, the first ones for the smallest working set, then how passes are cut."""
-    reasons = {"quantization": reason}
-    settings = precision.smallest(inputs, quantization)
-    reasons["compute_dtype"] = precision.compute_dtype(inputs, quantization)[1]
-    for key in ("offload_experts", "optim", "offload_checkpoints", "offload_embeddings"):
-        value, reasons[key] = getattr(precision, key)(inputs, settings)
-        settings = replace(settings, **{key: value})
-    rank, reason = precision.rank(inputs, settings)
-    settings = precision.with_rank(inputs, settings, rank)
-    reasons["lora"] = _lora_reason(inputs, rank, reason)
+    settings, reasons = _working_set(inputs, quantization, reason)
     chosen = batching.fastest_update(inputs, settings) if inputs.rates else {}
     for key in (
         "gradient_checkpointing",
@@ -250,6 +242,37 @@ def _settings_at(inputs: PlanInputs, quantization: str, reason: str) -> tuple[Se
         settings = replace(settings, **{key: value})
     reasons["logits_tile_tokens"] = batching.logits_tile_tokens(inputs)[1]
     return settings, reasons
+
+
+def _working_set(inputs: PlanInputs, quantization: str, reason: str) -> tuple[Settings, dict[str, str]]:
+    """Choose what saves memory at a price, for the smallest working set; the rest of its settings are the smallest."""
+    reasons = {"quantization": reason}
+    settings = precision.smallest(inputs, quantization)
+    reasons["compute_dtype"] = precision.compute_dtype(inputs, quantization)[1]
+    for key in ("offload_experts", "optim", "offload_checkpoints", "offload_embeddings"):
+        value, reasons[key] = getattr(precision, key)(inputs, settings)
+        settings = replace(settings, **{key: value})
+    rank, reason = precision.rank(inputs, settings)
+    settings = precision.with_rank(inputs, settings, rank)
+    reasons["lora"] = _lora_reason(inputs, rank, reason)
+    return settings, reasons
+
+
+def can_fit(recipe: Recipe, device: Device, dims: ModelDimensions) -> bool:
+    """Return whether the plan of `plan_for`, made by memory alone, fits: it does where its smallest working set does.
+
+    So how passes are cut is not chosen, which takes most of a plan's time, but where the recipe says a part of it.
+
+    Raises:
+        UserError: as `make_plan`.
+    """
+    check_positions(recipe, dims.max_positions, f"has only {dims.max_positions} positions")
+    inputs = PlanInputs(recipe, device, dims, budget_bytes(device), timed=False)
+    if any(inputs.pinned(key) is not None for key in ("rollout_batch_size", "rollout_weights", "keep_graphs")):
+        return plan_for(recipe, device, "", dims, timed=False).fits
+    batching.check_pinned(inputs)
+    settings, _ = _working_set(inputs, *precision.quantization(inputs))
+    return inputs.peak(settings) <= inputs.budget
 
 
 def shortage(phase: str, components: Components, budget: int) -> str:

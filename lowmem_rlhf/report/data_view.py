@@ -7,7 +7,7 @@ from rich.console import Console
 from rich.text import Text
 
 from lowmem_rlhf.display.format import format_number
-from lowmem_rlhf.display.live import plain_table
+from lowmem_rlhf.display.tables import plain_table
 from lowmem_rlhf.plain_text import harmless
 
 _STEP = {

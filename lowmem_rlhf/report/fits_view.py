@@ -9,12 +9,12 @@ from rich.text import Text
 
 from lowmem_rlhf.algorithms.registry import spec_of
 from lowmem_rlhf.display.format import format_bytes, format_number
-from lowmem_rlhf.display.live import plain_table
+from lowmem_rlhf.display.tables import plain_table
 from lowmem_rlhf.planning.fits import Fit, WhatFits
 from lowmem_rlhf.planning.inputs import budget_bytes
 
 GIB = 1024**3
-_CELL, _GAP = 18, 2  # characters of the widest cell, such as "? nf4* 16384 10.4G", and between columns
+_CELL, _GAP = 20, 2  # characters of the widest cell, such as "16-bit 131072 9,900/s", and between columns
 _WIDE = 500  # columns where nothing is folded, outside a terminal
 
 
@@ -38,17 +38,19 @@ def print_fits(fits: WhatFits, console: Console | None = None) -> None:
             console.print(Text(f"{card.label}: {', '.join(card.profiles)}"))
         console.print()
     legend = (
-        "tokens: of a micro-batch; rows: completions written at once; peak, left of the budget: GiB; longest: tokens "
-        "of the longest completion (SFT: example) that fits"
+        "tokens: of a micro-batch; rows: completions written at once; peak: GiB; longest: tokens of the longest "
+        "completion (SFT: example) that fits"
         if single
-        else "a cell: weights, tokens of a micro-batch, GiB left of the budget; -: does not fit"
+        else "a cell: weights, tokens of the longest completion (SFT: example) that fits, tokens a second; -: does not "
+        "fit, but up to this length, or so much is missing"
     )
     cells = [cell for by_model in fits.cells.values() for row in by_model.values() for cell in row]
     unknown = "; ?, unknown: only estimated" if any(cell.verdict == "unknown" for cell in cells) else ""
-    console.print(Text(f"{legend}; *: {PRICE}{unknown}", style="dim"))
+    console.print(Text(f"{legend}; {SPEED}; *: {PRICE}{unknown}", style="dim"))
     console.print(Text("predicted by the plan, not measured on these cards", style="dim"))
 
 
+SPEED = "tokens a second (/s): of a step's completions (SFT: examples), over all of its time"
 PRICE = "only with 8-bit moments, host memory or a lower rank"
 
 
@@ -70,18 +72,32 @@ def short_name(model: str) -> str:
 
 
 def cell_text(cell: Fit) -> str:
-    """Return a cell in few words: ``nf4 4608 1.2G``, or ``- 1.9G short``; after a question mark where it is unknown."""
+    """Return a cell in few words, after a question mark where it is unknown.
+
+    Those are ``nf4 16384 310/s``, or of what does not fit ``- up to 192`` tokens, or ``- 1.9G short``.
+    """
     if cell.room_bytes is None:
         return "- refused"
     mark = "? " if cell.verdict == "unknown" else ""
     if not cell.fits:
-        return f"{mark or '- '}{gigabytes(cell.room_bytes)} short"
-    return f"{mark}{precision_text(cell)} {cell.micro_batch_tokens} {gigabytes(cell.room_bytes)}"
+        return f"{mark or '- '}" + (f"up to {cell.longest}" if cell.longest else f"{gigabytes(cell.room_bytes)} short")
+    return f"{mark}{precision_text(cell)} {cell.longest} {speed_text(cell)}"
 
 
 def precision_text(cell: Fit) -> str:
     """Return the weights' precision, with a star where the run fits only at a price."""
     return (cell.precision or "-") + ("*" if cell.fits and cell.savings else "")
+
+
+def length_text(cell: Fit) -> str:
+    """Return the tokens of the longest that fits."""
+    return f"{cell.longest:,}" if cell.longest else "none"
+
+
+def speed_text(cell: Fit) -> str:
+    """Return the tokens a second in two digits, as they are predicted, or a dash where nobody tells."""
+    speed = cell.tokens_per_second
+    return "-/s" if speed is None else f"{float(f'{speed:.2g}'):,.0f}/s" if speed >= 10 else f"{speed:.2g}/s"
 
 
 def gigabytes(count: int) -> str:
@@ -112,12 +128,13 @@ def _print_card(fits: WhatFits, algorithm: str, console: Console) -> None:
             precision_text(cell),
             format_number(cell.micro_batch_tokens),
             *((format_number(cell.rollout_rows),) if sampled else ()),
-            *("-" if count is None else f"{count / GIB:.2f}" for count in (cell.peak_bytes, cell.room_bytes)),
-            format_number(cell.longest) if cell.longest else "none",
+            "-" if cell.peak_bytes is None else f"{cell.peak_bytes / GIB:.2f}",
+            speed_text(cell),
+            length_text(cell),
         )
         for model, (cell,) in fits.cells[algorithm].items()
     ]
-    columns = ("model", "fits", "weights", "tokens", *(("rows",) if sampled else ()), "peak", "left")
+    columns = ("model", "fits", "weights", "tokens", *(("rows",) if sampled else ()), "peak", "speed")
     console.print(_table((*columns, "longest"), rows))
     for model, (cell,) in fits.cells[algorithm].items():
         if said := cell.lacks or ", ".join(cell.savings):

@@ -13,7 +13,17 @@ from lowmem_rlhf.files import atomic_write, writing
 from lowmem_rlhf.paths import cannot_be_written, obstacle
 from lowmem_rlhf.planning.fits import Fit, WhatFits
 from lowmem_rlhf.report.axes import INK, MUTED, RED, style_axes
-from lowmem_rlhf.report.fits_view import GIB, PRICE, gigabytes, precision_text, short_name, title
+from lowmem_rlhf.report.fits_view import (
+    GIB,
+    PRICE,
+    SPEED,
+    gigabytes,
+    length_text,
+    precision_text,
+    short_name,
+    speed_text,
+    title,
+)
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -21,39 +31,29 @@ if TYPE_CHECKING:
 
 KINDS = (".png", ".svg", ".pdf")
 DPI = 160
-# What lies on the card is blue, caches and copies are green and violet, activations red to yellow.
-COLOURS = {
-    "weights": "#1f4e79",
-    "embeddings": "#3f7cb5",
-    "adapters": "#7fb0d8",
-    "optimizer_state": "#b5d1ea",
-    "workspaces": "#d8e3ee",
-    "adapter_copies": "#8f7cc0",
-    "gradients": "#5d4a96",
-    "update_buffers": "#bcaedd",
-    "rollout_copy": "#14532d",
-    "graphs": "#4d7c0f",
-    "kv_cache": "#2c8a5b",
-    "prefill_activations": "#7cc49b",
-    "sampling_logits": "#b9e0c8",
-    "seen_tokens": "#d3ecdd",
-    "attention_scores": "#55a5a5",
-    "dequantized_weight": "#9bcfcf",
-    "stored_activations": "#c8553d",
-    "layer_activations": "#e07a3f",
-    "layer_gradients": "#f0a04b",
-    "final_states": "#f4bf62",
-    "scored_states": "#f7d88c",
-    "logits_tile": "#a63a50",
-    "full_logits": "#8c2f42",
-    "positions": "#d9a58f",
-    "compared_logits": "#6f8f3a",
-    "reference_adapter": "#54708c",
-    "other": "#98a2ad",
-    "allocator": "#cfd5db",
+# What a bar shows, in its order: colours that are told apart with any colour vision (a test measures it), and the
+# components of the plan. What is in none of these is `other`; the allocator's share comes last.
+GROUPS: dict[str, tuple[str, tuple[str, ...]]] = {
+    "weights": ("#1d1038", ("weights", "embeddings")),
+    "adapters, gradients, optimizer": (
+        "#2f96f3",
+        ("adapters", "optimizer_state", "adapter_copies", "gradients", "update_buffers", "reference_adapter"),
+    ),
+    "copies and graphs for sampling": ("#0a4f1c", ("rollout_copy", "dequantized_weight", "graphs")),
+    "key-value cache": ("#6fe8a0", ("kv_cache", "seen_tokens")),
+    "activations": (
+        "#e87d1e",
+        (
+            *("stored_activations", "layer_activations", "layer_gradients", "final_states", "scored_states"),
+            *("prefill_activations", "attention_scores", "positions"),
+        ),
+    ),
+    "logits": ("#8a1c97", ("logits_tile", "full_logits", "sampling_logits", "compared_logits")),
+    "other": ("#808893", ()),
+    "allocator": ("#dde0e4", ("allocator",)),
 }
-SMALL = 0.004  # of the axis: a component that is nowhere wider is part of `other`
-PRECISIONS = {"32-bit": "#1f5f8f", "16-bit": "#8ec5e8", "int8": "#a9d9b0", "nf4": "#f6d58a", None: "#e9ecef"}
+SMALL = 0.004  # of the axis: a group that is nowhere wider is part of `other`
+PRECISIONS = {"32-bit": "#1f4f80", "16-bit": "#79b4f2", "int8": "#c58f68", "nf4": "#f7d266", None: "#eceff1"}
 _TITLE: dict[str, Any] = {"fontsize": 9.5, "color": INK, "loc": "left", "fontweight": "bold"}
 
 
@@ -83,10 +83,23 @@ def save_picture(figure: "Figure", path: Path) -> Path:
         UserError: the file cannot be written.
     """
     buffer = io.BytesIO()
-    figure.savefig(buffer, format=path.suffix.lower().lstrip("."), dpi=DPI)
+    kind = path.suffix.lower().lstrip(".")
+    figure.savefig(buffer, format=kind, dpi=DPI)
+    if kind == "png":
+        buffer = _with_palette(buffer)
     with writing(f"--plot {path}: the file", UserError):
         atomic_write(path, buffer.getvalue())
     return path
+
+
+def _with_palette(picture: io.BytesIO) -> io.BytesIO:
+    """Return a picture of a few colours and their edges with a palette of 256, a fifth of its bytes."""
+    from PIL import Image  # matplotlib's own dependency
+
+    smaller = io.BytesIO()
+    with Image.open(picture) as image:
+        image.convert("RGB").quantize(256, dither=Image.Dither.NONE).save(smaller, "png", optimize=True, dpi=(DPI, DPI))
+    return smaller
 
 
 def draw_phases(plan: dict[str, Any], name: str = "") -> "Figure":
@@ -99,17 +112,16 @@ def draw_phases(plan: dict[str, Any], name: str = "") -> "Figure":
     phases: dict[str, dict[str, int]] = memory["phases"]
     limit = 1.06 * max(device["total_bytes"], memory["high_bytes"], memory["peak_bytes"]) / GIB
     shown = _shown(phases, limit * GIB)
-    figure = _figure(8.4, 1.55 + 0.46 * len(phases) + 0.17 * (-(-len(shown) // 4)))
+    figure = _figure(8.4, 1.45 + 0.46 * len(phases) + 0.17 * (-(-len(shown) // 4)))
     axes = figure.add_subplot()
     style_axes(axes)
     axes.grid(False, axis="y")
     left = [0.0] * len(phases)
-    for component, sizes in shown.items():
+    for group, sizes in shown.items():
         widths = [size / GIB for size in sizes]
-        label = component.replace("_", " ") if max(widths) >= SMALL * limit else None
         axes.barh(
-            range(len(phases)), widths, 0.62, left=left, color=COLOURS.get(component, "#7c6f64"), label=label,
-            edgecolor="white", linewidth=0.4,
+            range(len(phases)), widths, 0.62, left=left, color=GROUPS[group][0], label=group, edgecolor="white",
+            linewidth=0.6,
         )  # fmt: skip
         left = [start + width for start, width in zip(left, widths, strict=True)]
     _marks(axes, plan, left, limit)
@@ -133,14 +145,17 @@ def _settings(plan: dict[str, Any]) -> str:
 
 
 def _shown(phases: dict[str, dict[str, int]], limit: float) -> dict[str, list[int]]:
-    """Return the components' bytes, one for each phase: the large ones by name, the allocator's share last."""
-    names = list(dict.fromkeys(name for parts in phases.values() for name in parts))
-    large = [n for n in names if n != "allocator" and max(p.get(n, 0) for p in phases.values()) >= SMALL * limit]
-    small = [name for name in names if name not in (*large, "allocator")]
-    columns = {name: [parts.get(name, 0) for parts in phases.values()] for name in large}
-    columns["other"] = [sum(parts.get(name, 0) for name in small) for parts in phases.values()]
-    columns["allocator"] = [parts.get("allocator", 0) for parts in phases.values()]
-    return {name: sizes for name, sizes in columns.items() if any(sizes)}
+    """Return the groups' bytes, one for each phase; what is nowhere to be seen is in the rest."""
+    group_of = {name: group for group, (_, names) in GROUPS.items() for name in names}
+    columns = {group: [0] * len(phases) for group in GROUPS}
+    for place, parts in enumerate(phases.values()):
+        for name, size in parts.items():
+            columns[group_of.get(name, "other")][place] += size
+    for group in [one for one in columns if one not in ("other", "allocator")]:
+        if max(columns[group]) < SMALL * limit:
+            small = columns.pop(group)
+            columns["other"] = [rest + size for rest, size in zip(columns["other"], small, strict=True)]
+    return {group: sizes for group, sizes in columns.items() if any(sizes)}
 
 
 def _marks(axes: "Axes", plan: dict[str, Any], ends: list[float], limit: float) -> None:
@@ -182,7 +197,7 @@ def draw_fits(fits: WhatFits) -> "Figure":
     """
     if len(fits.cards) > 1:
         models = len(fits.models)
-        figure = _figure(8.4, 0.5 + len(fits.cells) * (0.52 + 0.205 * models))
+        figure = _figure(8.4, 0.5 + len(fits.cells) * (0.52 + 0.3 * models))
         for panel, axes in zip(fits.cells, figure.subplots(len(fits.cells), 1), strict=True):
             axes.set_title(title(fits, panel), **_TITLE, pad=5)
             _heat_map(axes, fits.cells[panel], [card.label.replace(" GB ", " GB\n") for card in fits.cards], _small)
@@ -212,8 +227,8 @@ def _heat_map(axes: "Axes", rows: dict[str, list[Fit]], columns: list[str], text
     axes.imshow([[to_rgb(kind) for kind in row] for row in kinds], aspect="auto", interpolation="nearest")
     for y, row in enumerate(rows.values()):
         for x, cell in enumerate(row):
-            color = "white" if cell.fits and cell.precision == "32-bit" else INK if cell.fits else MUTED
-            axes.text(x, y, text(cell), ha="center", va="center", fontsize=7, color=color)
+            color = "white" if cell.fits and cell.precision == "32-bit" else INK
+            axes.text(x, y, text(cell), ha="center", va="center", fontsize=7, color=color, linespacing=1.15)
     axes.set_xticks(range(len(columns)), columns, fontsize=7.5, color=INK)
     axes.set_yticks(range(len(rows)), [short_name(model) for model in rows], fontsize=7.5, color=INK)
     axes.tick_params(length=0)
@@ -226,9 +241,12 @@ def _heat_map(axes: "Axes", rows: dict[str, list[Fit]], columns: list[str], text
 
 
 def _small(cell: Fit) -> str:
-    if cell.fits:
-        return f"{cell.micro_batch_tokens}{'*' if cell.savings else ''}"
-    return "refused" if cell.room_bytes is None else f"-{gigabytes(cell.room_bytes)}"
+    """Return the longest completion over the tokens a second; of what does not fit what is missing over the longest."""
+    if cell.room_bytes is None:
+        return "refused"
+    if not cell.fits:
+        return f"-{gigabytes(cell.room_bytes)}" + (f"\nup to {cell.longest:,}" if cell.longest else "")
+    return f"{length_text(cell)}{'*' if cell.savings else ''}\n{speed_text(cell)}"
 
 
 def _large(cell: Fit) -> str:
@@ -237,7 +255,7 @@ def _large(cell: Fit) -> str:
         return "refused"
     if not cell.fits:
         return f"{gigabytes(cell.room_bytes)} short, {length}"
-    return f"{precision_text(cell)}, {cell.micro_batch_tokens} tokens, {length}"
+    return f"{precision_text(cell)}, {length}, {speed_text(cell)}"
 
 
 def _legend(figure: "Figure", fits: WhatFits) -> None:
@@ -248,10 +266,9 @@ def _legend(figure: "Figure", fits: WhatFits) -> None:
     there = {cell.precision if cell.fits else None for cell in cells}
     names = {"16-bit": "16-bit weights", None: "does not fit (GiB short)"}
     handles = [Patch(color=PRECISIONS[kind], label=names.get(kind, kind)) for kind in PRECISIONS if kind in there]
-    stars = f"; * {PRICE}" if any(cell.fits and cell.savings for cell in cells) else ""
+    stars = f"\n* {PRICE}" if any(cell.fits and cell.savings for cell in cells) else ""
     figure.legend(handles=handles, loc="outside upper left", ncols=5, fontsize=8, frameon=False, labelcolor=INK)
-    longest = ", longest completion (SFT: example) that fits" if len(fits.cards) == 1 else ""
-    text = f"predicted; numbers: tokens of a micro-batch{longest}{stars}"
+    text = f"predicted; the longest completion (SFT: example) that fits, in tokens\n{SPEED}{stars}"
     figure.supxlabel(text, fontsize=7.5, color=MUTED)
 
 

@@ -211,8 +211,13 @@ def _plan(checked: Checked, display: RunDisplay) -> Planned:
         check_learned(RunDirectory(path), recipe, resume)
     rows = _rows(checked, recipe, rewards, display)
     facts = {"rewards": placements(rewards)}
-    display.plan({**plan.to_dict(), **facts})
+    display.plan({**plan.to_dict(), **facts, "evaluation_steps": _evaluation_steps(recipe)})
     return Planned(checked, recipe, plan, probes, rewards, rows, facts)
+
+
+def _evaluation_steps(recipe: Recipe) -> int | None:
+    """Return after how many steps each a display has to expect an evaluation; 0: at the ends only, None: never."""
+    return recipe.evaluation.steps or 0 if recipe.data.eval_size else None
 
 
 def _rows(checked: Checked, recipe: Recipe, rewards: "Sequence[Reward]", display: RunDisplay) -> "dict[str, SplitRows]":

@@ -12,6 +12,7 @@ from lowmem_rlhf.recipe.schema import Recipe
 from lowmem_rlhf.run.directory import RunDirectory
 from lowmem_rlhf.run.held_out import (
     AFTER,
+    BEFORE,
     BEST,
     COUNTS,
     DURING,
@@ -20,6 +21,7 @@ from lowmem_rlhf.run.held_out import (
     during,
     headline,
     no_better_than_before,
+    part,
     without_gain,
 )
 from lowmem_rlhf.suggest import did_you_mean
@@ -96,6 +98,11 @@ class HeldOut:
         return f"after step {step}: held-out {in_words(name)} {with_interval(row, name)}" + (
             ", the best so far" if best.get("step") == step else ""
         )
+
+    def shown_before(self) -> str:
+        """Return the evaluation before the first step as a sentence."""
+        name = headline(self.results)
+        return f"before training: held-out {in_words(name)} {with_interval(part(self.results, BEFORE), name)}"
 
     def ends(self, step: int) -> str:
         """Return why the run ends after a step that is not its last; empty where it goes on."""

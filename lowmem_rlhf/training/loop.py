@@ -24,7 +24,7 @@ from lowmem_rlhf.errors import RunError, UserError, one_line
 from lowmem_rlhf.hardware.gauges import step_gauge
 from lowmem_rlhf.hardware.memory import clock, device_failure, is_out_of_memory, peak_bytes, reset_peak
 from lowmem_rlhf.planning.plan import Plan
-from lowmem_rlhf.progress import Progress, message
+from lowmem_rlhf.progress import Progress, current, message
 from lowmem_rlhf.recipe.schema import Recipe
 from lowmem_rlhf.rewards.process_state import random_states, set_random_states
 from lowmem_rlhf.rewards.time_limit import end_process, stuck_calls_end_with
@@ -388,6 +388,7 @@ class Loop(ABC):
                 held_out.end(results, self.step)
             else:
                 held_out.add(when, results, self.step)
+                progress.message(held_out.shown_before())
             held_out.write()
             if there is None:
                 self.trackers.log(metrics_of(held_out.results[when]), self.step)
@@ -412,6 +413,7 @@ class Loop(ABC):
     def timed(self, name: str) -> Iterator[None]:
         """Measure a part of the step."""
         self._part = PHASES.get(name, name)
+        current().phase(name)
         began = clock(self.base.device)
         yield
         self._times[name] = clock(self.base.device) - began

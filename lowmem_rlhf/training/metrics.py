@@ -150,6 +150,24 @@ def sampling_difference(rollout: Rollout, logps: dict[int, torch.Tensor]) -> flo
     return total / count if count else None
 
 
+def extremes(rollout: Rollout) -> list[dict[str, Any]]:
+    """Return the completions of the highest and the lowest reward with their prompts; none where nothing was rewarded.
+
+    Each has ``prompt`` (of messages the last one's text), ``completion`` and ``reward``.
+    """
+    assert rollout.questions is not None and rollout.texts is not None
+    totals = rollout.scored.raw_total
+    rows = [row for row, total in enumerate(totals) if total == total]
+    if not rows:
+        return []
+    found = []
+    for row in (max(rows, key=totals.__getitem__), min(reversed(rows), key=totals.__getitem__)):  # two, of equals
+        question = rollout.questions[row // rollout.num_generations]
+        prompt = question if isinstance(question, str) else question[-1].get("content")
+        found.append({"prompt": str(prompt), "completion": rollout.texts[row], "reward": totals[row]})
+    return found
+
+
 def samples(rollout: Rollout, prompts: int) -> list[dict[str, Any]]:
     """Return the first completion of each of the first few prompts, with its numbers."""
     assert rollout.questions is not None and rollout.texts is not None

@@ -15,7 +15,7 @@ from lowmem_rlhf.engine.base import SharedBase
 from lowmem_rlhf.engine.ladder import Ladder, RolloutLimits, Saving
 from lowmem_rlhf.engine.roles import POLICY
 from lowmem_rlhf.planning.plan import Plan
-from lowmem_rlhf.progress import Progress
+from lowmem_rlhf.progress import Progress, show_samples
 from lowmem_rlhf.recipe.schema import Recipe
 from lowmem_rlhf.rewards.guarded import faults_named
 from lowmem_rlhf.rewards.loading import Reward, failed_always, rewards_by_task
@@ -26,7 +26,7 @@ from lowmem_rlhf.training.dynamic_sampling import sample_until_different
 from lowmem_rlhf.training.evaluate import TrainerState, evaluate, learned_from, reward_tasks, sampling_of
 from lowmem_rlhf.training.loop import Loop, StepOutput
 from lowmem_rlhf.training.memory import EVERY_PHASE
-from lowmem_rlhf.training.metrics import Seen, rollout_metrics, samples, silent_rewards
+from lowmem_rlhf.training.metrics import Seen, extremes, rollout_metrics, samples, silent_rewards
 from lowmem_rlhf.training.roles import share_ladder
 from lowmem_rlhf.training.sampling_check import SamplingCheck
 from lowmem_rlhf.training.turns import Turns
@@ -85,6 +85,7 @@ class CompletionEvaluator:
         """Return accuracy and the mean of every reward; empty if nothing is held out."""
         if not self.held_out:
             return {}
+        progress.phase(f"evaluation {when}", 0, len(self.held_out) * self.recipe.evaluation.num_samples)
 
         def work(limits: RolloutLimits) -> dict[str, Any]:
             with self.base.role(POLICY):
@@ -188,6 +189,8 @@ class Trainer(Loop):
         """Roll out, score, learn."""
         with self.timed("rollout"):
             rollout = self._rollout(progress)
+        if found := extremes(rollout):
+            show_samples(progress, *found)
         if self.step == 0:
             for sentence in silent_rewards(rollout):
                 progress.message(sentence)

@@ -14,7 +14,7 @@ from rich.console import Console
 from tiny_runs import tiny_values, write_jsonl
 
 from lowmem_rlhf.display.lines import Lines
-from lowmem_rlhf.display.live import plain_table
+from lowmem_rlhf.display.tables import plain_table
 from lowmem_rlhf.errors import UserError
 from lowmem_rlhf.export.card.markdown import code, fenced, plain, table
 from lowmem_rlhf.export.card.write import write_card

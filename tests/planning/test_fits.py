@@ -1,5 +1,6 @@
 """What fits: the cells are the plan's own words, more memory never fits less, and a longer run never fits more."""
 
+import itertools
 import json
 import subprocess
 import sys
@@ -22,7 +23,7 @@ from lowmem_rlhf.planning.fits import (
     with_length,
 )
 from lowmem_rlhf.planning.inputs import budget_bytes
-from lowmem_rlhf.planning.plan import plan_for
+from lowmem_rlhf.planning.plan import can_fit, plan_for
 from lowmem_rlhf.recipe.loading import load_recipe
 
 ALGORITHMS = ("sft", "grpo", "ppo")
@@ -76,7 +77,9 @@ def test_a_cell_is_the_plan_of_its_run(fits, recipe, algorithm):
             assert cell.fits == (cell.room_bytes >= 0) == (cell.lacks == "")
             assert ("8-bit moments" in cell.savings) == (plan.settings.optim == "adamw_8bit")
             assert cell.rollout_rows == (None if algorithm == "sft" else plan.settings.rollout_batch_size)
-            assert cell.longest is None
+            tokens = 8 * 1024 if algorithm == "sft" else 8 * 8 * 512  # of a step's examples, or of its completions
+            assert cell.tokens_per_second == (tokens / plan.time.step if plan.fits else None)
+            assert cell.longest == longest(run, column.device, find(model))
 
 
 def test_the_issue_s_models_fit_on_the_11_gb_card_with_8_completions_of_512_tokens(recipe):
@@ -107,6 +110,23 @@ def test_the_longest_fits_and_the_next_length_does_not(recipe, algorithm, model,
     lengths = [64, 256, 1024, 4096, 16384]
     fitting = [fit(with_length(run, length), card(free), dims).fits for length in lengths]
     assert fitting == sorted(fitting, reverse=True) == [length <= found for length in lengths]
+
+
+@pytest.mark.parametrize(
+    "hardware", [{}, {"keep_graphs": True}, {"micro_batch_tokens": 2048}, {"quantization": "none"}]
+)
+def test_a_run_can_fit_where_its_plan_does(recipe, hardware):
+    recipe = recipe.model_copy(update={"hardware": recipe.hardware.model_copy(update=hardware)})
+    found = set()
+    for algorithm, length, free in itertools.product(("sft", "ppo"), (512, 4096, 16384), (2.2, 6.5)):
+        run = with_length(with_algorithm(recipe, algorithm), length)
+        try:
+            possible = can_fit(run, card(free), find(SMALL))
+        except UserError:
+            possible = False
+        assert possible == fit(run, card(free), find(SMALL), timed=False).fits
+        found.add(possible)
+    assert found == {True, False}
 
 
 def test_more_memory_and_shorter_prompts_never_shorten_the_longest(recipe):

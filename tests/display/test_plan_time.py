@@ -3,11 +3,12 @@
 import io
 
 import pytest
+from fake_run import PLAN, metrics
 from rich.console import Console
 
-from lowmem_rlhf.display.live import LiveView, print_plan
 from lowmem_rlhf.display.notebook import NotebookDisplay
 from lowmem_rlhf.display.run_display import ConsoleDisplay
+from lowmem_rlhf.display.tables import print_plan
 from lowmem_rlhf.planning.run_plan import plan_recipe
 from lowmem_rlhf.recipe.loading import load_recipe
 
@@ -47,20 +48,17 @@ def test_what_does_not_fit_has_no_time():
 
 
 def test_the_first_time_left_is_the_plan_s():
-    view = LiveView(100, 40, Console(file=io.StringIO(), force_terminal=True), step_seconds=10.0)
-    assert view._bars.tasks[0].fields["eta"] == "ETA 10m00s, predicted"
-    assert LiveView(100, 40, Console(file=io.StringIO()))._bars.tasks[0].fields["eta"] == ""
     display = ConsoleDisplay(Console(file=io.StringIO()), Console(file=io.StringIO()))
     values = plan()
-    display.plan(values)
+    display.plan({**values, "evaluation_steps": 0})
     display.begin(300, 0)
     assert display._view is not None
-    eta = display._view._bars.tasks[0].fields["eta"]
+    left = display._view.state.time_left()
+    assert left == pytest.approx(values["time"]["run_seconds"]) and not display._view.state.measured
     display.end()
-    assert eta.startswith("ETA ") and eta.endswith(", predicted")
     display.plan({**values, "time": None})
     display.begin(300, 0)
-    assert display._view is not None and display._view._bars.tasks[0].fields["eta"] == ""
+    assert display._view is not None and display._view.state.time_left() is None
     display.end()
 
 
@@ -72,3 +70,18 @@ def test_a_notebook_begins_with_the_plan_s_time_left():
     assert "ETA 1m40s, predicted" in display._content()
     display.step({"step": 1, "time/step": 4.0})
     assert "ETA 3m16s" in display._content() and "predicted" not in display._content()
+
+
+def test_a_notebook_shows_rewards_memory_and_samples_as_text():
+    pytest.importorskip("IPython")
+    display = NotebookDisplay()
+    display.plan(PLAN)
+    display.begin(50, 0)
+    display.samples(*({"prompt": "<b>p</b>", "completion": text, "reward": 0.5} for text in ("<script>1</script>", "")))
+    for step in (1, 2):
+        display.step(metrics(step))
+    text = display._content()
+    assert "&lt;script&gt;1&lt;/script&gt;" in text and "<script" not in text and "&lt;b&gt;p&lt;/b&gt;" in text
+    assert "<polyline" in text and "peak 7.53 of 11.00 GiB, planned 9.03" in text
+    assert "correct_answer 0.4   format_of_the_answer -0.25" in text and "rollout 640 tok/s" in text
+    assert "step 2/50, ETA 40m20s" in text  # 48 steps of 40 s and 5 evaluations of 100 s
