@@ -203,16 +203,19 @@ def _reward(axes: "Axes", metrics: Rows, evaluation: dict[str, Any]) -> None:
     _style(axes, metrics)
     mean, spread, steps = series_of(metrics, "reward/mean"), series_of(metrics, "reward/std"), steps_of(metrics)
     window = max(3, len(mean) // 12)
+    finite = [value for value in mean if math.isfinite(value)]
+    bounded = not finite or (min(finite) >= 0 and max(finite) <= 1)
     if _line(axes, metrics, "reward/mean", BLUE, alpha=0.35, linewidth=0.9, label="mean of a step"):
         low, high = ([m + sign * s for m, s in zip(mean, spread, strict=True)] for sign in (-1, 1))
         if any(map(math.isfinite, low)):
             smooth_low, smooth_high = smooth(low, window), smooth(high, window)
+            if bounded:  # rewards lie between 0 and 1, as far as their means tell, whatever a deviation says
+                smooth_low = [max(value, 0.0) for value in smooth_low]  # what is not a number stays so
+                smooth_high = [min(value, 1.0) for value in smooth_high]
             axes.fill_between(steps, smooth_low, smooth_high, color=BLUE, alpha=0.12, linewidth=0, label="± std")
         if len(mean) > 3:
             axes.plot(steps, smooth(mean, window), color=BLUE, linewidth=2, label="smoothed")
     axes.set_ylabel("training reward", fontsize=8, color=BLUE)
-    finite = [value for value in mean if math.isfinite(value)]
-    bounded = not finite or (min(finite) >= 0 and max(finite) <= 1)
     marks = mark_beside_rewards(axes, metrics, evaluation, bounded)
     handles, labels = axes.get_legend_handles_labels()
     if marks is not None and marks is not axes:

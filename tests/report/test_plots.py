@@ -69,6 +69,14 @@ def test_smooth_is_centred_and_skips_gaps():
     assert math.isnan(smooth([math.nan], 3)[0])
 
 
+@pytest.mark.parametrize(("mean", "low", "high"), [(0.5, 0.0, 1.0), (1.5, 0.7, 2.3)])
+def test_the_band_stays_where_rewards_can_be(mean, low, high):
+    axes = plots._figure(4, 3).add_subplot()
+    plots._reward(axes, [{"step": i, "reward/mean": mean, "reward/std": 0.8} for i in range(1, 9)], {})
+    heights = axes.collections[0].get_paths()[0].vertices[:, 1]
+    assert (heights.min(), heights.max()) == (pytest.approx(low), pytest.approx(high))
+
+
 def test_import_is_light():
     code = "import sys, lowmem_rlhf.report.html, lowmem_rlhf.display.live as _; "
     code += "print({'torch', 'matplotlib'} & set(sys.modules))"
