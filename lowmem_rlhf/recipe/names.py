@@ -16,6 +16,9 @@ _LENGTH = "nothing is cut off: trl.max_length bounds an example, data.long_promp
 _REFERENCE = "the reference is the base on the card, or the frozen adapter that `adapter` names"
 _TOKENS = "examples are tokenized as everywhere in this package, see data"
 _BASE = "set model, revision and trust_remote_code"
+_ITSELF = "this package samples and trains on one card by itself"
+_SHARED_OUT = "the plan shares memory out between sampling and training; hardware.vram bounds it"
+_TOOLS = "a rollout calls no tools; conversations with tool calls are data.messages"
 _DROPOUT = "dropout is always off"
 
 # keys of TRL's configurations (and of transformers' under them) that the recipe says elsewhere
@@ -52,18 +55,22 @@ DECIDED: dict[str, str] = {
 # names of TRL, transformers, peft and others, and short ones that people type, by what a recipe calls it
 _ALSO: dict[str, str] = {
     "training.learning_rate": "lr learningrate step_size",
-    "training.prompts_per_step": "batch_size bs train_batch_size per_device_train_batch_size global_batch_size",
+    "training.prompts_per_step": (
+        "batch_size bs train_batch_size per_device_train_batch_size global_batch_size generation_batch_size "
+        "steps_per_generation local_rollout_forward_batch_size"
+    ),
     "hardware.micro_batch_tokens": "gradient_accumulation_steps grad_accum micro_batch_size",
     "training.num_train_epochs": "epochs epoch num_epochs n_epochs train_epochs",
-    "training.max_steps": "steps num_steps n_steps total_steps train_steps iters",
+    "training.max_steps": "steps num_steps n_steps total_steps train_steps iters total_episodes",
     "training.warmup_steps": "warmup warmup_ratio num_warmup_steps",
     "training.lr_scheduler_type": "scheduler lr_scheduler lr_schedule",
     "training.max_grad_norm": "grad_clip clip_grad_norm gradient_clipping max_norm",
     "training.weight_decay": "wd",
-    "training.seed": "random_seed",
+    "training.seed": "random_seed random_state",
     "training.save_steps": "save_every save_interval checkpoint_steps",
     "training.report_to": "logger tracker wandb tensorboard",
-    "evaluation.steps": "eval_every eval_interval evaluation_steps",
+    "training.log_completions": "num_sample_generations num_completions_to_print",
+    "evaluation.steps": "eval_steps eval_every eval_interval evaluation_steps",
     "evaluation.keep_best": "load_best_model_at_end save_best keep_best_checkpoint",
     "evaluation.metric": "metric_for_best_model monitor",
     "evaluation.patience": "early_stopping_patience early_stopping",
@@ -72,6 +79,7 @@ _ALSO: dict[str, str] = {
         "max_seq_length max_seq_len seq_len sequence_len context_length cutoff_len"
     ),
     "data.max_prompt_length": "max_prompt_len prompt_length",
+    "lora": "peft_config lora_config",
     "lora.r": "rank lora_r lora_rank",
     "lora.lora_alpha": "alpha",
     "lora.target_modules": "lora_target_modules targets modules",
@@ -80,6 +88,7 @@ _ALSO: dict[str, str] = {
     "generation.num_generations": "n num_return_sequences num_samples_per_prompt group_size rollouts num_rollouts",
     "generation.max_completion_length": "max_new_tokens max_tokens response_length max_response_length max_gen_len",
     "generation.temperature": "temp",
+    "generation.stop_strings": "stop stop_token stop_token_id stop_sequences",
     "grpo.beta ppo.kl_coef": "kl kl_coeff init_kl_coef kl_beta kl_weight kl_penalty",
     "grpo.epsilon ppo.cliprange": "eps clip clip_eps clip_range clip_ratio",
     "data.train": "dataset datasets dataset_name data_path data_files train_file train_dataset",
@@ -98,15 +107,19 @@ _ALSO: dict[str, str] = {
     "data.template": "prompt_template",
     "data.chat_template_kwargs.enable_thinking": "enable_thinking",
     "model": "model_name model_name_or_path base_model model_id model_path",
-    "adapter": "adapter_path peft_model lora_path",
+    "adapter": "adapter_path peft_model lora_path sft_model_path",
+    "ppo.critic": "value_model",
     "algorithm": "algo method trainer stage",
-    "rewards": "reward reward_func reward_funcs reward_function reward_functions",
-    "hardware.quantization": "load_in_4bit load_in_8bit quant bits",
+    "rewards": (
+        "reward reward_func reward_funcs reward_function reward_functions reward_weights reward_model_path "
+        "multi_objective_aggregation"
+    ),
+    "hardware.quantization": "load_in_4bit load_in_8bit quant bits quantization_config bnb_config",
     "hardware.compute_dtype": "dtype torch_dtype precision bf16 fp16",
     "hardware.optim": "optimizer optim_type",
     "hardware.device": "gpu gpus cuda",
     "hardware.vram": "memory max_memory gpu_memory",
-    "sft.completion_only_loss sft.learn": "train_on_inputs assistant_only_loss",
+    "sft.completion_only_loss sft.learn": "train_on_inputs assistant_only_loss train_on_responses_only",
 }
 ALIASES = {name: tuple(keys.split()) for keys, names in _ALSO.items() for name in names.split()}
 
@@ -118,7 +131,10 @@ ELSEWHERE: dict[str, str] = {
     **dict.fromkeys(("logging_steps", "log_every", "log_interval"), "every step is logged"),
     **dict.fromkeys(("packing", "pack"), "examples are always packed"),
     **dict.fromkeys(("use_peft", "use_lora"), "an adapter is always trained; see lora"),
-    **dict.fromkeys(("use_vllm", "vllm", "deepspeed", "fsdp"), "this package samples and trains on one card by itself"),
+    **dict.fromkeys(("use_vllm", "vllm", "vllm_mode", "fast_inference", "deepspeed", "fsdp"), _ITSELF),
+    **dict.fromkeys(("gpu_memory_utilization", "vllm_gpu_memory_utilization"), _SHARED_OUT),
+    **dict.fromkeys(("tools", "environment_factory"), _TOOLS),
+    "run_name": DECIDED["output_dir"],
 }
 
 # keys of peft's LoraConfig that an adapter on a shared base cannot have, and why

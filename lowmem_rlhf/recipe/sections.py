@@ -505,10 +505,16 @@ class TrainingConfig(Section):
     save_total_limit: Annotated[int, RECORDS] = Field(2, ge=1, le=MOST_STEPS)  # the newest checkpoints that stay
     # completions a step written to samples.jsonl
     log_completions: Annotated[int, RECORDS] = Field(4, ge=0, le=MOST_IN_A_PASS)
-    # trackers that are told as well (docs/trackers.md)
+    # trackers that are told as well (docs/trackers.md); TRL's `none` is the empty list
     report_to: Annotated[list[Literal["tensorboard", "wandb", "trackio", "mlflow"]], RECORDS] = Field(
         default_factory=list
     )
+
+    @field_validator("report_to", mode="before")
+    @classmethod
+    def _to_none(cls, value: Any) -> Any:
+        names = value if isinstance(value, list) else [value]
+        return [] if [str(name).casefold() for name in names] == ["none"] and None not in names else value
 
     @field_validator("num_train_epochs", mode="before")
     @classmethod

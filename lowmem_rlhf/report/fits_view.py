@@ -15,6 +15,7 @@ from lowmem_rlhf.planning.inputs import budget_bytes
 
 GIB = 1024**3
 _CELL, _GAP = 20, 2  # characters of the widest cell, such as "16-bit 131072 9,900/s", and between columns
+_DETAILS = 74  # the fewest columns of the table of a single card: with fewer, numbers would be folded
 _WIDE = 500  # columns where nothing is folded, outside a terminal
 
 
@@ -24,6 +25,7 @@ def print_fits(fits: WhatFits, console: Console | None = None) -> None:
     if not console.is_terminal:
         console.width = _WIDE
     single = len(fits.cards) == 1
+    details = single and console.width >= _DETAILS
     if single:
         device = fits.cards[0].device
         facts = [device.name, f"{format_bytes(device.total_bytes)} total", f"{format_bytes(device.free_bytes)} free"]
@@ -31,7 +33,7 @@ def print_fits(fits: WhatFits, console: Console | None = None) -> None:
         console.print()
     for algorithm in fits.cells:
         console.print(Text(title(fits, algorithm), style="bold"))
-        (_print_card if single else _print_cards)(fits, algorithm, console)
+        (_print_card if details else _print_cards)(fits, algorithm, console)
         console.print()
     if not single:
         for card in fits.cards:
@@ -40,7 +42,7 @@ def print_fits(fits: WhatFits, console: Console | None = None) -> None:
     legend = (
         "tokens: of a micro-batch; rows: completions written at once; peak: GiB; longest: tokens of the longest "
         "completion (SFT: example) that fits"
-        if single
+        if details
         else "a cell: weights, tokens of the longest completion (SFT: example) that fits, tokens a second; -: does not "
         "fit, but up to this length, or so much is missing"
     )

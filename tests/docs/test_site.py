@@ -14,6 +14,7 @@ from pydantic import BaseModel
 import lowmem_rlhf as lm
 from lowmem_rlhf.recipe.kinds import item_of, kinds_of
 from lowmem_rlhf.recipe.loading import shipped_recipes
+from lowmem_rlhf.recipe.names import suggestion
 from lowmem_rlhf.recipe.schema import Recipe
 from lowmem_rlhf.recipe.sections import REWARD_OPTIONS
 
@@ -108,6 +109,16 @@ def test_names_are_translated_into_keys_that_exist(title):
     for theirs, ours in rows:
         for name in ours:
             assert theirs and (name in known or name.startswith(("lowmem-rlhf ", "--"))), name
+
+
+@pytest.mark.parametrize("title", ["From GRPOTrainer", "From PPOTrainer"])
+def test_a_name_of_trl_as_a_key_is_led_to_the_one_here(title):
+    """As the page says at its top; of gradient accumulation it names what cuts a step."""
+    for theirs, ours in tables(title):
+        roots = {re.split(r"[.\[]", name)[0] for name in ours} | {"hardware"}
+        for name in set(theirs) - set(Recipe.model_fields):
+            hint = suggestion([name], list(Recipe.model_fields), Recipe)
+            assert hint and ("did you mean" not in hint or any(f"'{root}" in hint for root in roots)), (name, hint)
 
 
 def test_names_of_grpo_are_those_of_the_installed_trl():

@@ -252,6 +252,15 @@ def test_the_table_of_one_card_says_what_is_missing(on_one):
     assert max(map(len, text.splitlines())) <= 80
 
 
+@pytest.mark.parametrize("width", [40, 60, 74])
+def test_a_narrow_table_of_one_card_folds_no_number(on_one, width):
+    lines = printed(on_one, width).splitlines()
+    assert max(map(len, lines)) <= width
+    (cell,) = on_one.cells["grpo"][MODELS[0]]
+    said = [f"{cell.peak_bytes / GIB:.2f}", f"{cell.longest:,}"] if width >= 74 else [cell_text(cell)]
+    assert all(any(number in line for line in lines) for number in [*said, speed_text(cell)])
+
+
 def test_room_is_rounded_down_and_a_shortage_up():
     assert [gigabytes(count) for count in (0, GIB // 20, 2 * GIB - 1, -1, -GIB)] == [
         "0.0G",

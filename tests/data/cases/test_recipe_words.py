@@ -271,6 +271,9 @@ def test_names_with_commas_are_a_list_where_a_list_is_asked_for():
     assert recipe("lora: {target_modules: 'all-linear'}\n").lora.target_modules == "all-linear"
     assert recipe("", "lora.target_modules=ALL_linear").lora.target_modules == "all-linear"
     assert recipe("", "training.report_to=TensorBoard, wandb").training.report_to == ["tensorboard", "wandb"]
+    assert recipe("training: {report_to: none}\n").training.report_to == []  # as TRL's and Unsloth's scripts say it
+    assert recipe("", "training.report_to=none").training.report_to == []
+    assert "training.report_to[1]: got 'none'" in refusal("", "training.report_to=wandb,none")
     assert [one.function for one in recipe("", "rewards=length,my.py:f").rewards] == ["length", "my.py:f"]
     assert recipe("", "lora.target_modules=.*q_proj").lora.target_modules == ".*q_proj"
     assert (
