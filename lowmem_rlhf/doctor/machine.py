@@ -1,5 +1,6 @@
 """What is asked of the machine: each fact once, when a check first needs it. No torch here."""
 
+import http.client
 import importlib.metadata
 import os
 import platform
@@ -215,14 +216,16 @@ def ask_hub(address: str, host: str) -> Hub:
 
     def ask() -> None:
         nonlocal answer
-        request = urllib.request.Request(address, method="HEAD", headers={"User-Agent": "lowmem-rlhf doctor"})
         try:
+            request = urllib.request.Request(address, method="HEAD", headers={"User-Agent": "lowmem-rlhf doctor"})
             with urllib.request.urlopen(request, timeout=HUB_SECONDS) as response:
                 answer = Hub(host, code=response.status)
         except urllib.error.HTTPError as error:
             answer = Hub(host, code=error.code)
-        except (OSError, ValueError) as error:
+        except OSError as error:
             answer = Hub(host, error=str(getattr(error, "reason", error)))
+        except (ValueError, http.client.HTTPException) as error:  # its text may hold the address with its password
+            answer = Hub(host, error=type(error).__name__)
 
     thread = threading.Thread(target=ask, daemon=True)
     thread.start()

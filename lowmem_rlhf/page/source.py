@@ -198,10 +198,11 @@ class RunSource:
         return told, remarks
 
     def _changed(self) -> float | None:
-        for name in (METRICS, RECIPE):
+        written = []
+        for name in (RECIPE, PLAN, INPUTS, METRICS, SAMPLES, EVALUATION, EVALUATIONS):
             with suppress(OSError):
-                return (self.path / name).stat().st_mtime
-        return None
+                written.append((self.path / name).stat().st_mtime)
+        return max(written, default=None)
 
     def _file(self, name: str, read: Callable[[], Any]) -> Any:
         """Return what is read of a file, anew once the file has changed; an `_Unread` where it cannot be."""

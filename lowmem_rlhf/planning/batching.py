@@ -241,13 +241,16 @@ def keep_graphs(inputs: PlanInputs, settings: Settings) -> tuple[bool, str]:
 
 def _card_weights(inputs: PlanInputs, settings: Settings) -> tuple[str, str]:
     """Choose how a card reads NF4 weights while sampling: by predicted time, where it is known how fast it is."""
-    graphs = decodes_by_graphs(Memory(inputs.dims, inputs.recipe, settings, inputs.device))
+    memory = Memory(inputs.dims, inputs.recipe, settings, inputs.device)
+    graphs = decodes_by_graphs(memory)
     ways = ["joined", "quantized"] if graphs else ["quantized"]
     if inputs.rates:
         ways.insert(1, "dequantized")
     need = {way: inputs.peak(replace(settings, rollout_weights=way), "rollout") for way in ways}
     fitting = [way for way in ways if need[way] <= inputs.budget or way == "quantized"]
     how = "a GPU multiplies 4-bit weights directly"
+    if not memory.capabilities.four_bit_rows:
+        how = "4-bit weights are made dense for each product, and whether a 16-bit copy is faster is not predicted"
     if not inputs.rates:
         if fitting[0] == "joined":
             return "joined", f"{how}, and those of layers with one input at once"

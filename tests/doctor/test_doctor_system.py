@@ -163,6 +163,16 @@ def test_a_hub_that_is_not_reached(machine, local_hub, monkeypatch):
 
 
 @pytest.mark.parametrize(
+    ("address", "error"), [("http://me:s3cret@127.0.0.1/", "InvalidURL"), ("s3cret/", "ValueError")]
+)
+def test_an_address_that_cannot_be_asked_is_a_finding_without_its_password(monkeypatch, address, error):
+    escaped: list[object] = []
+    monkeypatch.setattr("threading.excepthook", escaped.append)
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    assert ask_hub(address, "the Hub").error == error and escaped == []
+
+
+@pytest.mark.parametrize(
     ("endpoint", "named"),
     [
         ("https://huggingface.co", "huggingface.co"),

@@ -240,6 +240,11 @@ def test_8_bit_moments_where_bitsandbytes_has_them(key, optim):
         assert plan_recipe(pinned).settings.optim == optim
 
 
+def test_apples_chips_are_not_said_to_multiply_four_bit_weights_directly():
+    plan = plan_recipe(load_recipe("grpo_gsm8k", ["hardware.profile=apple-m4-16gb", "hardware.quantization=nf4"]))
+    assert plan.settings.rollout_weights == "quantized" and "made dense" in plan.reasons["rollout_weights"]
+
+
 def test_four_bit_weights_that_are_made_dense_take_their_time(monkeypatch):
     """Rows that NVIDIA's kernel multiplies as they lie are more than those of other backends."""
     from lowmem_rlhf.architecture.lookup import model_dimensions

@@ -260,6 +260,13 @@ def test_numbers_are_written_as_the_terminal_writes_them(run_script):
         assert run_script("formatSeconds(given)", value) == format_seconds(value)
 
 
+def test_a_sample_of_a_task_shows_its_own_rewards_alone(run_script):
+    tags = "rewardTags(given).map((tag) => tag.textContent)"
+    rewards = {"exact": 1, "style": None}
+    assert run_script(tags, {"task": "sums", "rewards": rewards, "reward": 1}) == ["exact 1"]
+    assert run_script(tags, {"task": None, "rewards": rewards, "reward": 1}) == ["sum 1", "exact 1", "style –"]
+
+
 @pytest.mark.parametrize("query", [
     {}, {"sort": "oldest"}, {"sort": "highest"}, {"sort": "lowest", "reward": "exact"}, {"sort": "longest"},
     {"sort": "shortest", "first": 10, "last": 20}, {"low": 1.5}, {"high": 0.5, "reward": "exact", "task": "sums"},

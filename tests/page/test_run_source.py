@@ -239,6 +239,16 @@ def test_what_there_is_of_a_run(tmp_path):
     assert source.describe()["headline"]["text"] == "10.0% → 75.0%"
 
 
+@pytest.mark.parametrize("name", ["plan.json", "evaluation.json", "evaluations.jsonl", "samples.jsonl"])
+def test_a_run_has_changed_when_any_file_that_is_shown_was_written(tmp_path, name):
+    path = write_run(tmp_path / "run", steps=2, left="adapter")
+    source = RunSource(path)
+    before = source.summary()["changed"]
+    (path / name).write_text("")
+    os.utime(path / name, (before + 5, before + 5))
+    assert source.summary()["changed"] == before + 5
+
+
 def test_a_run_is_running_while_its_lock_is_held_and_stopped_before_its_end(tmp_path):
     path = write_run(tmp_path / "run", steps=2)
     source = RunSource(path)

@@ -105,6 +105,10 @@ def test_the_server_finds_samples_and_says_what_is_wrong(show, address, folder):
     page.get_by_role("button", name="Compare with others of this prompt").first.click()
     page.locator("dialog[open] ins").first.wait_for()
     page.keyboard.press("Escape")
+    (folder / "old").rename(folder / "away")
+    seen.until("() => document.querySelector('#said').textContent.includes('moved or deleted')")
+    (folder / "away").rename(folder / "old")
+    seen.until("() => document.querySelector('#said').textContent === ''")
     shutil.rmtree(folder / "old")
     seen.until("() => document.querySelector('#said').textContent.includes('moved or deleted')")
     assert (

@@ -1,6 +1,7 @@
 // The page: what it is made of, when each part is drawn, and how it follows runs that go on.
 
 const POLL = 2000; // milliseconds
+const GONE = "This run is no longer there: it was moved or deleted. What was read of it stays.";
 const THEMES = ["auto", "light", "dark"];
 
 const page = JSON.parse(byId("data").textContent);
@@ -104,7 +105,8 @@ async function look() {
   const cards = await source.gpu();
   repaint(byId("gpu-body"), (host) => drawGpu(host, cards));
   if (opened === null) return there.size ? openRun([...there][0]) : undefined;
-  if (!there.has(opened)) return say("This run is no longer there: it was moved or deleted. What was read of it stays.");
+  if (!there.has(opened)) return say(GONE);
+  if (byId("said").textContent === GONE) say(""); // it has come back
   let grown = false;
   for (const id of new Set([opened, ...overlaid])) {
     const now = runs.find((run) => run.id === id), known = store.get(id)?.run;

@@ -86,9 +86,9 @@ class Samples {
   }
 }
 
-/** Return what a sample was given, each reward, and their sum where they are several. */
+/** Return what a sample was given, each reward, and their sum where they are several; other tasks' rewards are not its. */
 function rewardTags(row) {
-  const rewards = Object.entries(row.rewards ?? {}), several = rewards.length > 1 && isNumber(row.reward);
+  const rewards = Object.entries(row.rewards ?? {}).filter(([, value]) => isNumber(value) || !row.task), several = rewards.length > 1 && isNumber(row.reward);
   return [
     ...(several ? [el("span.tag.sum", {}, `sum ${formatNumber(row.reward)}`)] : []),
     ...rewards.map(([name, value]) => el("span.tag", {}, `${name} ${formatNumber(value)}`)),
