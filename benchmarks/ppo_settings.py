@@ -21,7 +21,6 @@ WAYS: dict[str, list[str]] = {
     "style_ppo": [],  # as in `learning.py`: two epochs, a critic of its own
     "plain": ["ppo.critic_learning_rate=null", "ppo.normalize_values=false"],  # a critic that learns as the policy does
     "epoch": ["ppo.num_ppo_epochs=1"],
-    "halves": ["ppo.num_ppo_epochs=1", "ppo.num_mini_batches=2"],
     "head": ["ppo.critic=policy", "ppo.critic_learning_rate=null"],
     "near": ["ppo.kl_target=6", "ppo.kl_horizon=320", "ppo.kl_coef=0.05"],
 }

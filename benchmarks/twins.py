@@ -225,7 +225,7 @@ def multi_task(folder: Path) -> list[str]:
         "tasks[2].data.prompt_words=4",
         f"tasks[2].rewards[0].options={json.dumps(classifier)}",
         "tasks[2].generation.max_completion_length=20",
-        "training.max_steps=24",
+        "training.max_steps=40",
         "training.prompts_per_step=16",
         "training.learning_rate=3.0e-4",
         "training.warmup_steps=0",
