@@ -30,7 +30,7 @@ def show(browser) -> Iterator[Any]:
             viewport={"width": width, "height": 900}, color_scheme=scheme, reduced_motion="reduce"
         )
         contexts.append(context)
-        context.set_default_timeout(20_000)
+        context.set_default_timeout(60_000)  # of a machine that others use
         seen = Seen(context.new_page())
         seen.page.goto(address.as_uri() if isinstance(address, Path) else address)
         seen.page.wait_for_selector(".plot canvas")

@@ -17,7 +17,7 @@ from lowmem_rlhf.page.source import RunSource
 from lowmem_rlhf.report.html import write_report
 from lowmem_rlhf.run.directory import RunDirectory
 
-VIEWS = [(1280, "light"), (390, "dark")]
+VIEWS = [(1280, "light"), (1280, "dark"), (390, "light"), (390, "dark")]
 KINDS = ("grpo", "ppo", "sft")
 
 
