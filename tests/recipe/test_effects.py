@@ -1,24 +1,33 @@
-"""A key that is set changes something that can be seen without training: the plan of a card, or a token's loss.
+"""Every key of a recipe, set to another value, changes something that can be seen.
 
-Covered are the keys that the plan counts with and those of GRPO's losses; what the others change is held by the tests
-of the room that reads them.
+Most are seen here: in the plan of a card, or in what pure functions and tiny models make of the key. The others are
+in `ELSEWHERE`, each with the test that sets it and sees what it does. A new key without either fails here.
 """
 
+import ast
+from collections.abc import Callable, Iterator
 from functools import cache
+from pathlib import Path
+from typing import Any
 
 import pytest
-import torch
+from effects_of_data import DATA, classifier, similarity
+from effects_of_learning import LEARNED, grpo_gradient
 
-from lowmem_rlhf.algorithms.grpo.inputs import LossInputs
-from lowmem_rlhf.algorithms.grpo.losses import LOSSES
-from lowmem_rlhf.algorithms.grpo.settings import GRPOSettings
 from lowmem_rlhf.planning.run_plan import plan_recipe
+from lowmem_rlhf.recipe.kinds import item_of
 from lowmem_rlhf.recipe.loading import load_recipe
+from lowmem_rlhf.recipe.schema import Recipe
+from lowmem_rlhf.recipe.section import Section
+from lowmem_rlhf.recipe.sections import REWARD_OPTIONS
+from lowmem_rlhf.recipe.values import section_of
 
+TESTS = Path(__file__).resolve().parents[1]
 CARD = ("hardware.profile=rtx-2080-ti", "model=Qwen/Qwen2.5-1.5B-Instruct")
 PLANNED = {
     "grpo_gsm8k": (
-        *("model=Qwen/Qwen2.5-0.5B-Instruct", "hardware.profile=rtx-4090", "hardware.vram=8GB"),
+        *("model=Qwen/Qwen2.5-0.5B-Instruct", "revision=v2", "algorithm=rloo", "adapter=runs/sft"),
+        *("hardware.profile=rtx-4090", "hardware.vram=8GB"),
         *("hardware.quantization=nf4", "hardware.compute_dtype=float32", "hardware.gradient_checkpointing=true"),
         *("hardware.offload_checkpoints=true", "hardware.micro_batch_tokens=1024", "hardware.score_batch_tokens=1024"),
         *("hardware.rollout_batch_size=7", "hardware.rollout_weights=dequantized", "hardware.keep_graphs=true"),
@@ -32,20 +41,72 @@ PLANNED = {
         *("grpo.use_adaptive_entropy=true", "grpo.sync_ref_model=true", "grpo.num_iterations=2"),
         *("training.max_steps=200", "training.prompts_per_step=16", "evaluation.num_samples=2", "evaluation.steps=7"),
     ),
+    "grpo_gsm8k grpo.sync_ref_model=true": ("grpo.ref_model_rank_multiple=4", "grpo.ref_model_sync_steps=7"),
+    "grpo_gsm8k model=Qwen/Qwen2.5-7B-Instruct": ("hardware.offload_embeddings=true",),
     "ppo_reward_adapter": (
         *("ppo.num_ppo_epochs=8", "ppo.entropy_coef=0.01", "ppo.critic=policy", "ppo.bootstrap_truncated=true"),
         "ppo.score_position=after_last",
     ),
     "sft_chat": ("sft.max_length=2048",),
     "reward_model": ("reward_model.max_length=2048",),
+    "dpo": ("trl.max_length=300",),
 }
+SUPERVISED = "training/test_supervised_training.py"
+ELSEWHERE = {
+    "description": "export/test_card.py::test_the_card_tells_what_was_measured",
+    "trust_remote_code": "faults/test_foreign_runs.py::test_a_foreign_algorithm_and_a_model_s_own_code_are_asked_for",
+    "hardware.offload_experts": (
+        "planning/test_unlike_layers.py::test_experts_in_host_memory_where_there_are_none_to_move"
+    ),
+    "hardware.check": "integration/test_padded_run.py::test_a_tested_type_is_checked_on_request_only",
+    "hardware.probe": "training/test_probe.py::test_the_probe_knows_whether_an_unknown_model_fits",
+    "data.config": "data/test_sources.py::test_hub_layout",
+    "data.train_split": "data/test_sources.py::test_parts_of_splits",
+    "data.eval_split": "data/test_sources.py::test_hub_layout",
+    "generation.stop_strings": (
+        "integration/test_runs_with_stop_strings.py::test_completions_that_a_stop_string_ends_are_whole"
+    ),
+    "generation.engine": "integration/test_extensions.py::test_an_engine_from_outside_samples_what_is_trained_on",
+    "mixing.normalize": "integration/test_several_tasks.py::test_each_task_s_rewards_are_standardised_if_asked",
+    "grpo.ref_model_mixup_alpha": "training/test_sync_ref_model.py::test_the_kl_is_that_from_the_reference_as_it_is",
+    "grpo.max_generation_batches": (
+        "training/test_dynamic_sampling.py::test_dull_groups_are_replaced_and_a_resumed_run_is_the_uninterrupted_one"
+    ),
+    "grpo.set_aside_steps": (
+        "training/test_dynamic_sampling.py::test_dull_groups_are_replaced_and_a_resumed_run_is_the_uninterrupted_one"
+    ),
+    "ppo.target_kl": ("training/test_ppo_update.py::test_a_policy_that_went_too_far_ends_the_step_before_it_goes_on"),
+    "ppo.critic_warmup_steps": "training/test_critic_settings.py::test_in_its_first_steps_the_critic_learns_alone",
+    "sft.eval_steps": f"{SUPERVISED}::test_a_resumed_run_is_the_uninterrupted_one",
+    "reward_model.center_rewards_coefficient": (f"{SUPERVISED}::test_a_reward_model_is_bradley_terry_whatever_is_cut"),
+    "reward_model.eval_steps": f"{SUPERVISED}::test_a_resumed_run_is_the_uninterrupted_one",
+    "classifier.max_length": "integration/test_stages.py::test_wrong_input_is_one_sentence_before_anything_is_written",
+    "classifier.batch_tokens": "planning/test_stages_plan.py::test_a_classifier_has_no_plan",
+    "training.save_steps": "training/test_training_loop.py::test_checkpoints_come_every_save_steps_and_at_the_end",
+    "training.save_total_limit": (
+        "training/test_training_loop.py::test_checkpoints_come_every_save_steps_and_at_the_end"
+    ),
+    "training.log_completions": (
+        "integration/test_runs_with_stop_strings.py::test_completions_that_a_stop_string_ends_are_whole"
+    ),
+    "training.report_to": "training/test_trackers.py::test_a_tracker_that_fails_is_said_once_and_told_nothing_more",
+    "evaluation.temperature": "evaluation/test_eval_runs.py::test_pass_at_k_and_accuracy_follow_from_the_answers",
+    "rewards.timeout": "rewards/test_texts.py::test_the_time_limit_of_a_reward_ends_a_slow_pattern",
+    "rewards.options.classifier.model": "rewards/test_learned.py::test_batches_give_what_one_text_at_a_time_gives",
+    "rewards.options.similarity.model": "rewards/test_similarity.py::test_pooling_is_what_the_model_s_files_say",
+    "rewards.options.reward_adapter.adapter": (
+        "integration/test_ppo_runs.py::test_the_reward_adapter_says_what_the_reward_model_says"
+    ),
+}
+REVISIONS = ("rewards.options.classifier.revision", "rewards.options.similarity.revision")
+BEFORE: dict[tuple[Callable[..., Any], str], Any] = {}
 
 
 @cache
 def plan_of(recipe: str, change: str = "") -> str:
-    """Return all that a plan says, as text."""
-    overrides = [*CARD, change] if change else [*CARD]
-    return str(plan_recipe(load_recipe(recipe, overrides, quiet=True)).to_dict())
+    """Return all that a plan says, as text; behind a recipe's name stands what is set in it."""
+    name, *given = recipe.split()
+    return str(plan_recipe(load_recipe(name, [*CARD, *given, *([change] if change else [])], quiet=True)).to_dict())
 
 
 @pytest.mark.parametrize(
@@ -55,39 +116,65 @@ def test_a_key_that_the_plan_counts_with_changes_it(recipe, change):
     assert plan_of(recipe, change) != plan_of(recipe)
 
 
-LOSS_KEYS = [
-    ("grpo", {"delta": 1.3}),
-    ("grpo", {"importance_sampling_level": "sequence"}),
-    ("grpo", {"use_bias_correction_kl": False}),
-    ("sapo", {"sapo_temperature_pos": 2.0}),
-    ("sapo", {"sapo_temperature_neg": 2.0}),
-    ("vespo", {"vespo_k_pos": 1.0}),
-    ("vespo", {"vespo_lambda_pos": 1.0}),
-    ("vespo", {"vespo_k_neg": 1.0}),
-    ("vespo", {"vespo_lambda_neg": 1.0}),
-]
+def before(seen: Callable[..., Any], beside: dict[str, Any]) -> Any:
+    """Return what is seen without the change: twice the same, or a difference would mean nothing."""
+    place = seen, repr(sorted(beside.items()))
+    if place not in BEFORE:
+        BEFORE[place] = seen(**beside)
+        assert seen(**beside) == BEFORE[place]
+    return BEFORE[place]
 
 
-def token_losses(kind: str, epsilon: float = 0.2, high: float = 0.3, beta: float = 0.04, **own) -> torch.Tensor:
-    """Return the losses of ten tokens of three completions, the first and last with an advantage below 0."""
-    logps, old, ref = torch.randn((3, 10), generator=torch.Generator().manual_seed(0), dtype=torch.float64) - 1
-    rows = torch.tensor([0, 0, 1, 1, 1, 1, 1, 2, 2, 2])
-    lengths = torch.tensor([2.0, 5.0, 3.0], dtype=torch.float64)[rows]
-    settings = GRPOSettings.model_construct(loss_type=kind, **own)
-    given = (logps, old, ref, lengths - 3.5, lengths, None, 3, 10, 8, epsilon, high, beta, rows, 3)
-
-    return LOSSES[kind](LossInputs(*given, settings=settings))
+@pytest.mark.parametrize(
+    ("key", "seen", "value", "beside"), [*LEARNED, *DATA], ids=[case[0] for case in (*LEARNED, *DATA)]
+)
+def test_a_key_changes_what_it_is_for(key, seen, value, beside):
+    assert seen(**{**beside, key.rpartition(".")[2]: value}) != before(seen, beside)
 
 
-@pytest.mark.parametrize(("kind", "own"), LOSS_KEYS, ids=[next(iter(own)) for _, own in LOSS_KEYS])
-def test_a_key_of_a_loss_changes_it(kind, own):
-    assert not torch.equal(token_losses(kind, **own), token_losses(kind))
+@pytest.mark.parametrize(("key", "reward"), list(zip(REVISIONS, (classifier, similarity), strict=True)))
+def test_a_reward_s_model_is_read_at_its_revision(key, reward, monkeypatch):
+    from lowmem_rlhf.rewards import encoder
+
+    asked = []
+    for place, name in ((encoder.AutoTokenizer, "from_pretrained"), (encoder, "load_whole")):
+        real = getattr(place, name)
+        monkeypatch.setattr(
+            place, name, lambda *args, _real=real, **given: asked.append(given["revision"]) or _real(*args, **given)
+        )
+    assert reward(revision="v2") and asked == ["v2", "v2"]
 
 
-def test_epsilons_beta_and_the_loss_s_name_change_the_loss():
-    plain = token_losses("grpo")
-    for other in ({"epsilon": 0.1}, {"high": 0.1}, {"beta": 0.0}):
-        assert not torch.equal(token_losses("grpo", **other), plain)
-    every = [token_losses(kind) for kind in LOSSES if kind != "luspo"]
-    same = [(a, b) for i, a in enumerate(every) for b in every[i + 1 :] if torch.equal(a, b)]
-    assert len(same) == 1  # dapo and bnpo
+def test_each_loss_has_a_gradient_of_its_own():
+    needed = {"luspo": {"importance_sampling_level": "sequence"}, "cispo": {"epsilon_high": 1.2}}
+    kinds = ("grpo", "dr_grpo", "dapo", "bnpo", "luspo", "cispo", "sapo", "vespo")
+    every = {kind: grpo_gradient(loss_type=kind, **needed.get(kind, {})) for kind in kinds}
+    same = [(a, b) for place, a in enumerate(kinds) for b in kinds[place + 1 :] if every[a] == every[b]]
+    assert same == [("dapo", "bnpo")]
+
+
+def keys(section: type[Section] = Recipe, above: str = "") -> Iterator[str]:
+    """Yield the keys of a recipe; a task's data and rewards, whose keys are a recipe's own, are one key each."""
+    for name, field in section.model_fields.items():
+        inner = section_of(item_of(field.annotation) or field.annotation)
+        shared = section is not Recipe and name in Recipe.model_fields and inner is not None
+        if inner is None or (shared and name in ("data", "rewards")):
+            yield f"{above}{name}"
+        else:
+            yield from keys(inner, f"{above}{name}.")
+
+
+def test_every_key_is_seen_to_do_something():
+    every = [*keys(), *(f"rewards.options.{name}.{key}" for name, one in REWARD_OPTIONS.items() for key in keys(one))]
+    planned = {"trl" if one.startswith("trl.") else one.partition("=")[0] for own in PLANNED.values() for one in own}
+    here = planned | {case[0] for case in (*LEARNED, *DATA)} | set(REVISIONS)
+    assert sorted(here | ELSEWHERE.keys()) == sorted(every)
+    assert not here & ELSEWHERE.keys()
+
+
+def test_the_tests_that_see_the_others_exist_and_name_them():
+    for key, test in ELSEWHERE.items():
+        path, _, name = test.partition("::")
+        text = (TESTS / path).read_text(encoding="utf-8")
+        assert name in {one.name for one in ast.parse(text).body if isinstance(one, ast.FunctionDef)}, test
+        assert key.rpartition(".")[2] in text, (key, test)
