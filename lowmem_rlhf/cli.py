@@ -629,4 +629,7 @@ def watch(
     from lowmem_rlhf.api.run import open_run
     from lowmem_rlhf.page.server import watch as serve
 
-    serve(runs or [], port, opens, lambda path: open_run(path, progress=None))
+    def say(line: str) -> None:
+        print(line, flush=True)
+
+    serve(runs or [], port, opens, lambda path: open_run(path, progress=None), say)

@@ -15,8 +15,8 @@ from tiny_runs import save_tiny_model, tiny_values
 
 PACKAGE = Path(lowmem_rlhf.__file__).parent
 SHOWS = ("display", "report")  # rooms whose work is to show values
-# the chat's own display; a process of its own whose output is its answer
-FILES = ("cli.py", "inference/chat/show.py", "architecture/count_class.py")
+# the displays of chat and doctor; processes of their own whose output is their answer
+FILES = ("cli.py", "inference/chat/show.py", "doctor/show.py", "architecture/count_class.py", "doctor/probe.py")
 
 
 def calls(names: set[str]) -> Iterator[str]:

@@ -242,14 +242,17 @@ def _encoded(value: Any) -> bytes:
     return json.dumps(value, allow_nan=False, separators=(",", ":")).encode()
 
 
-def watch(names: list[str], port: int | None, opens: bool, open_run: Callable[[Any], Any]) -> None:
-    """Serve the page of some runs until it is interrupted, and print its address.
+def watch(
+    names: list[str], port: int | None, opens: bool, open_run: Callable[[Any], Any], say: Callable[[str], None]
+) -> None:
+    """Serve the page of some runs until it is interrupted, and say its address.
 
     Args:
         names: as of `Followed.named`.
         port: None for a free one.
         opens: a browser, too.
         open_run: `api.run.open_run`, with which a chat begins.
+        say: tells the user a line.
 
     Raises:
         UserError: there is no such run, or the port is not to be had.
@@ -260,9 +263,10 @@ def watch(names: list[str], port: int | None, opens: bool, open_run: Callable[[A
     with PageServer(followed, chat, port or 0) as server:
         count = len(followed.all())
         runs = "no run yet; those that begin appear" if not count else f"{count} run{'s' if count > 1 else ''}"
-        print(f"{server.address}\n{runs}; Ctrl-C ends the page", flush=True)
+        say(server.address)
+        say(f"{runs}; Ctrl-C ends the page")
         if opens:
-            _open_browser(server.address)
+            _open_browser(server.address, say)
         try:
             server.serve_forever(poll_interval=0.2)
         except KeyboardInterrupt as stop:
@@ -272,11 +276,11 @@ def watch(names: list[str], port: int | None, opens: bool, open_run: Callable[[A
                 raise
 
 
-def _open_browser(address: str) -> None:
+def _open_browser(address: str, say: Callable[[str], None]) -> None:
     import webbrowser
 
     if not webbrowser.open(address):
-        print("no browser could be opened; open the address by hand", flush=True)
+        say("no browser could be opened; open the address by hand")
 
 
 def _leave(chat: Chat, code: int) -> None:

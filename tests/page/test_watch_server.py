@@ -459,7 +459,7 @@ def generate(*given, **more):
     print("asked", flush=True)
     time.sleep(600)
 with stoppable():
-    watch([], None, False, lambda path: SimpleNamespace(generate=generate))
+    watch([], None, False, lambda path: SimpleNamespace(generate=generate), lambda line: print(line, flush=True))
 """
 
 
