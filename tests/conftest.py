@@ -8,6 +8,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import tempfile
 
 os.environ["LOWMEM_RLHF_STATE"] = tempfile.mkdtemp(prefix="lowmem-rlhf-state-")  # not the developer's own
+os.environ["TRACKIO_DIR"] = tempfile.mkdtemp(prefix="lowmem-rlhf-trackio-")  # read once, when trackio is imported
 
 import importlib.util
 import io
