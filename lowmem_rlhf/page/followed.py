@@ -87,6 +87,8 @@ def _id(path: Path) -> str:
 
 def _found(name: str) -> tuple[Path, bool]:
     """Return the path that a name means, and whether it is one run."""
+    if not name:
+        raise UserError("a run's name is empty; give the folder of a run or of runs, or none for those in runs")
     if why := obstacle(name):
         raise UserError(f"{name} {why}; give the folder of a run, or a folder of runs")
     path = Path(name)

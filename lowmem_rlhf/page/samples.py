@@ -251,12 +251,9 @@ def _text(value: Any) -> str:
 def _searched(row: dict[str, Any]) -> str:
     """Return what of a sample is searched: all texts of its prompt, and its completion."""
     prompt = row.get("prompt", "")
-    turns = [turn.get("content", "") if isinstance(turn, dict) else turn for turn in prompt] if _is_list(prompt) else []
-    return "\n".join(map(_text, [*(turns or [prompt]), row.get("completion", "")])).casefold()
-
-
-def _is_list(value: Any) -> bool:
-    return isinstance(value, list)
+    turns = prompt if isinstance(prompt, list) and prompt else [prompt]
+    texts = [turn.get("content", "") if isinstance(turn, dict) else turn for turn in turns]
+    return "\n".join(map(_text, [*texts, row.get("completion", "")])).casefold()
 
 
 def _cut(value: Any, depth: int = 12) -> Any:

@@ -177,6 +177,8 @@ class _Handler(BaseHTTPRequestHandler):
         length = self.headers.get("Content-Length", "")
         if not length.isdecimal() or "Transfer-Encoding" in self.headers:
             raise Refused(411, "the length of the body is not given")
+        if len(length) > 15:  # int() takes no number of any length
+            raise Refused(413, f"the body is too long; at most {_LARGEST_BODY:,} bytes are taken")
         if int(length) > _LARGEST_BODY:
             raise Refused(413, f"the body has {int(length):,} bytes; at most {_LARGEST_BODY:,} are taken")
         body = self.rfile.read(int(length))

@@ -383,6 +383,7 @@ def test_only_a_finished_policy_answers(talking, tmp_path, run):
     token = f"Host: localhost\r\nX-Token: {talking.server.token}\r\n"
     where = f"POST /api/run/{talking.keys['second']}/chat HTTP/1.1\r\n{token}"
     assert " 411 " in spoken(talking, f"{where}\r\n")
+    assert " 413 " in spoken(talking, f"{where}Connection: close\r\nContent-Length: {'9' * 5000}\r\n\r\n{{")
     assert " 400 " in spoken(talking, f"{where}Connection: close\r\nContent-Length: 1\r\n\r\n{{")
 
 
@@ -425,6 +426,7 @@ def test_a_port_that_is_taken_is_a_sentence(tmp_path, monkeypatch, lowmem_rlhf):
         done = lowmem_rlhf("watch", "--port", port)
     assert done.code == 2 and done.out == "" and done.err.startswith(f"error: --port: {port} cannot be had (")
     assert lowmem_rlhf("watch", "nowhere").err.startswith("error: nowhere does not exist; give the folder of a run")
+    assert lowmem_rlhf("watch", "").err.startswith("error: a run's name is empty; give the folder of a run or of runs")
     assert lowmem_rlhf("watch", "--port", "70000").code == 2
 
 

@@ -6,15 +6,8 @@ const partOf = (evaluation, name) => (evaluation?.[name] && typeof evaluation[na
 const duringOf = (evaluation) => (Array.isArray(evaluation?.during) ? evaluation.during.filter((row) => row && row.step > 0) : []);
 const COUNTS = ["problems", "samples", "temperature", "step"];
 
-/** Return the name of the measure that is shown first, as `run.held_out.headline` chooses it. */
-function headlineOf(evaluation) {
-  const rows = [partOf(evaluation, "before"), ...duringOf(evaluation), partOf(evaluation, "after")];
-  const named = rows.map((row) => row.headline).filter((name) => typeof name === "string");
-  if (named.length) return named.findLast((name) => name !== "accuracy") ?? "accuracy";
-  const names = rows.flatMap((row) => Object.keys(row).filter((name) => !COUNTS.includes(name) && isNumber(row[name])));
-  return ["accuracy", "reward/mean"].find((name) => rows.some((row) => row[name])) ??
-    ["accuracy", "reward/mean", "loss"].find((name) => names.includes(name)) ?? names[0] ?? "accuracy";
-}
+/** Return the name of the measure that is shown first. */
+const headlineOf = (run) => run.headline?.measure ?? "accuracy";
 
 /** Return the measures of an evaluation's row by name, those of its tasks behind `TASK: `. */
 function measuresOf(row) {
@@ -36,7 +29,7 @@ function card(label, value, note = "") {
 }
 
 function drawOverview(host, run, columns) {
-  const name = headlineOf(run.evaluation), ends = ["before", "after"].map((when) => measuresOf(partOf(run.evaluation, when)).get(name));
+  const name = headlineOf(run), ends = ["before", "after"].map((when) => measuresOf(partOf(run.evaluation, when)).get(name));
   const latest = ends[1] ?? measuresOf(duringOf(run.evaluation).at(-1) ?? {}).get(name);
   const cards = [card("state", STATES[run.state] ?? String(run.state ?? "unknown"), run.max_steps ? `step ${formatNumber(run.step)} of ${formatNumber(run.max_steps)}` : `step ${formatNumber(run.step)}`)];
   if (ends[0] || latest) {
@@ -64,31 +57,32 @@ function drawEvaluation(host, run) {
   const columns = [["before", partOf(evaluation, "before")], ["after", partOf(evaluation, "after")]];
   const found = duringOf(evaluation).find((row) => row.step === best);
   if (found && best !== columns[1][1].step) columns.splice(1, 0, [`best, step ${best}`, found]);
-  const measures = columns.map(([, row]) => measuresOf(row)), first = headlineOf(evaluation);
+  const measures = columns.map(([, row]) => measuresOf(row)), first = headlineOf(run);
   const names = [...new Set(measures.flatMap((one) => [...one.keys()]))];
   const place = (name) => (name === first ? 0 : name === "accuracy" ? 1 : name.startsWith("reward/") ? 2 : name.includes(": ") ? 4 : 3);
   names.sort((a, b) => place(a) - place(b));
   if (!names.length) fill(host, el("p.muted", {}, "Nothing has been evaluated on held-out data yet."));
   else {
     const rows = names.map((name) => [name, ...measures.map((one) => (one.has(name) ? withInterval(name, one.get(name).value, one.get(name).bounds) : MISSING)), intervalPicture(name, measures)]);
-    fill(host, table(["held-out", ...columns.map(([name]) => name), "95% intervals"], rows, ".stack.numbers"), aboutEvaluation(evaluation));
+    fill(host, table(["held-out", ...columns.map(([name]) => name), "95% intervals"], rows, ".stack.numbers"), aboutEvaluation(run));
   }
   host.append(...(run.later ?? []).toReversed().slice(0, 3).map(laterTable));
 }
 
-function aboutEvaluation(evaluation) {
+function aboutEvaluation(run) {
+  const { evaluation } = run;
   const row = [partOf(evaluation, "after"), partOf(evaluation, "before")].find((one) => isNumber(one.problems)), notes = [];
   if (row) notes.push(counted(row.problems, "held-out problem"));
   if (isNumber(row?.samples)) notes.push(`${counted(row.samples, "answer")} each at temperature ${formatNumber(row.temperature)}`);
   if (row?.intervals) notes.push("95% intervals over them in brackets");
   const sentences = [notes.join(", "), evaluation?.stopped].filter(Boolean);
   const list = duringOf(evaluation).map((one) => {
-    const name = headlineOf(evaluation), measure = measuresOf(one).get(name);
+    const name = headlineOf(run), measure = measuresOf(one).get(name);
     return [`step ${one.step}`, measure ? withInterval(name, measure.value, measure.bounds) : MISSING];
   });
   return [
     ...sentences.map((sentence) => el("p.muted", {}, String(sentence))),
-    list.length > 0 && el("details", {}, el("summary", {}, counted(list.length, "evaluation") + " while it trained"), table(["after", inWords(headlineOf(evaluation))], list, ".numbers")),
+    list.length > 0 && el("details", {}, el("summary", {}, counted(list.length, "evaluation") + " while it trained"), table(["after", inWords(headlineOf(run))], list, ".numbers")),
   ];
 }
 
