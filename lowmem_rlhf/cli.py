@@ -62,19 +62,21 @@ def main() -> None:
     from lowmem_rlhf.display.terminal import prepare_streams
     from lowmem_rlhf.hardware.cpu_process import bound_kernel_caches, let_waiting_threads_sleep
     from lowmem_rlhf.hardware.detect import pin_cuda_order
-    from lowmem_rlhf.progress import shown_by
+    from lowmem_rlhf.processes.start import rank_of_process
+    from lowmem_rlhf.progress import Silence, shown_by
 
     prepare_streams()
     pin_cuda_order()  # before torch: card numbers then mean the same to NVML and to CUDA
     bound_kernel_caches()
     let_waiting_threads_sleep()
     try:
-        with stoppable(), Bars() as display, shown_by(display):
+        with stoppable(), Bars() as display, shown_by(Silence() if rank_of_process() else display):
             app(standalone_mode=True)
     except KeyboardInterrupt as stop:
         sys.exit(exit_code(stop))
     except LowmemError as error:
-        _tell(f"error: {with_notes(str(error), error)}")
+        if not error.said_elsewhere:
+            _tell(f"error: {with_notes(str(error), error)}")
         sys.exit(error.exit_code)
 
 
@@ -361,12 +363,18 @@ def train(
         bool, typer.Option("--dry-run", help="Print the resolved recipe and the plan, and stop.")
     ] = False,
     trust_run: Trust = False,
+    processes: Annotated[
+        int | None, typer.Option(metavar="N", help="Train in N processes on this machine, one for each card.")
+    ] = None,
 ) -> None:
     """Run a recipe."""
-    from lowmem_rlhf.display.run_display import ConsoleDisplay
+    if processes is not None:
+        _in_processes(processes)
+    from lowmem_rlhf.display.run_display import display_for
     from lowmem_rlhf.display.tables import print_plan
     from lowmem_rlhf.planning.advice import why_not
     from lowmem_rlhf.planning.run_plan import running_plan
+    from lowmem_rlhf.processes.start import rank_of_process
     from lowmem_rlhf.progress import shown_by
     from lowmem_rlhf.quiet import hush
     from lowmem_rlhf.recipe.loading import load_recipe
@@ -388,11 +396,22 @@ def train(
             print(harmless(why_not(made, resolved)))
         return
     hush()
-    display = ConsoleDisplay()
+    display = display_for("auto")
     with shown_by(display), stuck_calls_end_with(end_process, own_process=True):
         run = run_recipe(resolved, output, resume, display)
+    if rank_of_process():
+        return  # the first of several says what there is
     result = resolved.spec.leaves
     print(f"{result + ':':8} {run.path / result}\nreport:  {run.path / 'report.html'}")
+
+
+def _in_processes(number: int) -> None:
+    """Start this command in so many processes, and end with their exit code."""
+    from lowmem_rlhf.processes.launch import check_number, launch, without_option
+
+    check_number(number)
+    if number > 1:
+        sys.exit(launch(number, without_option("--processes", sys.argv[1:])))
 
 
 @app.command()

@@ -5,6 +5,7 @@ class LowmemError(Exception):
     """Base of the errors that are shown to the user as they are."""
 
     exit_code = 1
+    said_elsewhere = False  # another process of the run tells the user
 
 
 class UserError(LowmemError):

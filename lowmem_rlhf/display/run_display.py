@@ -13,6 +13,7 @@ from lowmem_rlhf.display.live import LiveView
 from lowmem_rlhf.display.tables import print_evaluation, print_plan
 from lowmem_rlhf.errors import UserError, one_line
 from lowmem_rlhf.plain_text import harmless
+from lowmem_rlhf.processes.start import rank_of_process
 from lowmem_rlhf.progress import Progress, Silence
 
 
@@ -161,7 +162,7 @@ class _OwnDisplay:
 
 
 def display_for(progress: Any) -> RunDisplay:
-    """Return the display that a caller asks for.
+    """Return the display that a caller asks for; of several processes the first one shows the run.
 
     Args:
         progress: ``"auto"`` (a notebook's in Jupyter, else the console's), None or False for silence, or an object with
@@ -170,6 +171,8 @@ def display_for(progress: Any) -> RunDisplay:
     Raises:
         UserError: it is something else.
     """
+    if rank_of_process():
+        return ForwardingDisplay(Silence())
     if progress == "auto" or progress is True:
         if _in_notebook():
             from lowmem_rlhf.display.notebook import NotebookDisplay

@@ -15,6 +15,7 @@ from lowmem_rlhf.engine.passes import BatchLimits
 from lowmem_rlhf.errors import RunError
 from lowmem_rlhf.hardware.memory import is_out_of_memory, retried
 from lowmem_rlhf.planning.memory.resident import Settings
+from lowmem_rlhf.processes.world import current
 
 T = TypeVar("T")
 
@@ -66,7 +67,8 @@ class Ladder:
     Work is given the limits of its turn. When the device's memory runs out the work is done once more as it is, with
     the device's cache emptied; if it fails again, or has failed in the last `PATIENCE` steps, the next rung is taken,
     and so on, all of which is said. Work must leave nothing behind when it fails. Whoever comes next starts with the
-    smaller size. After `PATIENCE` steps without a failure a size is doubled again, up to the plan's.
+    smaller size. After `PATIENCE` steps without a failure a size is doubled again, up to the plan's. Among several
+    processes all begin the work once more, and the one whose memory ran out goes on with less.
 
     Args:
         device: whose memory it is.
@@ -207,7 +209,7 @@ class Ladder:
             return self.smaller(name()) if sizes else ""
 
         try:
-            return retried(work, smaller, self.device, say)
+            return retried(current().attempt(work, is_out_of_memory), smaller, self.device, say)
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise

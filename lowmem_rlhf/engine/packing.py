@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from lowmem_rlhf.planning.limits import ATTENDED_PER_TOKEN
+from lowmem_rlhf.processes.world import World
 
 
 @dataclass(frozen=True)
@@ -149,6 +150,24 @@ def scored_only(batch: PackedBatch, scored: Mapping[int, Sequence[bool]]) -> Pac
         lengths=tuple(sum(mask) for mask in masks),
         row_index=batch.row_index.index_select(0, index),
     )
+
+
+def own_groups(groups: Sequence[Group], world: World) -> Sequence[Group]:
+    """Return this process's share of the groups, by the tokens that they feed to the model.
+
+    A group whose completions fall to two processes has its prompt in both.
+    """
+    if not world.several:
+        return groups
+    costs = [len(group.prompt) / len(group.rows) + len(c) - 1 for group in groups for c in group.completions]
+    own, first, shares = world.own(costs), 0, list[Group]()
+    for group in groups:
+        places = range(max(own.start - first, 0), min(own.stop - first, len(group.rows)))
+        if places:
+            completions, rows = [group.completions[place] for place in places], [group.rows[place] for place in places]
+            shares.append(Group(group.prompt, completions, rows))
+        first += len(group.rows)
+    return shares
 
 
 def split_groups(groups: Sequence[Group], max_tokens: int) -> list[list[Group]]:

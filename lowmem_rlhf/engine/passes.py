@@ -1,5 +1,8 @@
 """Passes over groups of completions in packed micro-batches: log-probs of their tokens, and what a role's head says.
 
+Among several processes (`processes.world.together`) each runs its share of the groups, by tokens; what is read of the
+passes is gathered, so that all of them have the whole.
+
 A head's output is one number a position: a critic's values, a reward model's scores. Position t of a completion is the
 one before its token t, so there are as many as tokens. Where the last token is to be read as well,
 `with_bootstrap_position` makes one position more.
@@ -14,7 +17,8 @@ import torch
 
 from lowmem_rlhf.engine.base import SharedBase
 from lowmem_rlhf.engine.logprobs import Entropy, tiled_logprobs
-from lowmem_rlhf.engine.packing import Group, PackedBatch
+from lowmem_rlhf.engine.packing import Group, PackedBatch, own_groups
+from lowmem_rlhf.processes.world import current
 from lowmem_rlhf.progress import ProgressCallback
 
 
@@ -32,10 +36,12 @@ def micro_batches(
 ) -> Iterator[PackedBatch]:
     """Yield groups laid out on the base's device, in micro-batches of at most ``tokens`` fed tokens.
 
+    Among several processes these are this one's share of the groups, maybe none.
+
     Args:
         progress: called with (micro-batches done, all of them) once the caller is done with each.
     """
-    parts = base.layout.split(groups, tokens)
+    parts = base.layout.split(own_groups(groups, current()), tokens)
     for done, part in enumerate(parts, 1):
         yield base.layout.lay_out(part, base.device)
         if progress:
@@ -59,7 +65,7 @@ def completion_logprobs(
     for packed in micro_batches(base, groups, limits.micro_batch_tokens, progress):
         values, _ = packed_logprobs(base, packed, limits.temperature, limits.tile, entropy="none")
         logps.update(zip(packed.rows, values.split(packed.lengths), strict=True))
-    return logps
+    return current().rows(logps, base.device)
 
 
 def with_bootstrap_position(groups: Sequence[Group]) -> list[Group]:
@@ -91,4 +97,4 @@ def head_outputs(
         for packed in micro_batches(base, groups, limits.micro_batch_tokens, progress):
             values = packed_outputs(base, role, packed)
             outputs.update(zip(packed.rows, values.split(packed.lengths), strict=True))
-    return outputs
+    return current().rows(outputs, base.device)

@@ -16,6 +16,7 @@ from lowmem_rlhf.hardware.device import Device
 from lowmem_rlhf.hardware.nvml import Card, Inventory, NvmlUnavailable, order_is_uncertain, read_nvml, visible_cards
 from lowmem_rlhf.hardware.speed import Speed, speed_of_clocks
 from lowmem_rlhf.hardware.torch_device import from_torch, torch_has
+from lowmem_rlhf.processes.start import local_rank
 from lowmem_rlhf.suggest import did_you_mean
 
 GIB = 1024**3
@@ -37,12 +38,14 @@ def detect(device: str = "auto") -> Device:
 
     Args:
         device: ``auto`` (the visible NVIDIA card with the most free memory, else what torch has, else the CPU),
-            ``cpu``, ``cuda`` (the card with the most free memory), ``cuda:1``, or any other torch device string.
+            ``cpu``, ``cuda`` (the card with the most free memory), ``cuda:1``, or any other torch device string. Each of
+            several processes takes the card of its ``LOCAL_RANK`` where no number is given.
 
     Raises:
         UserError: no such device.
     """
     kind, index = parse_device(device)
+    index = local_rank() if index is None else index
     if kind == "cpu":
         return cpu_device()
     if kind not in ("auto", "cuda"):
@@ -68,7 +71,7 @@ def detect(device: str = "auto") -> Device:
     if _torch_may_know():
         for kind in ("cuda", "xpu", "mps"):
             if torch_has(kind):
-                return from_torch(kind, None, notes)
+                return from_torch(kind, index, notes)
     return cpu_device(notes)
 
 

@@ -1,8 +1,9 @@
 """The plan of a recipe on the device that it names or that is here. No torch here."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from lowmem_rlhf.algorithms.spec import resolve
 from lowmem_rlhf.hardware.detect import detect
@@ -63,13 +64,22 @@ def running_plan(recipe: Recipe) -> Plan:
 
 def resumed_plan(recipe: Recipe, path: Path) -> Plan:
     """Plan as `running_plan`, with the settings of the run in ``path`` that would change what is computed."""
-    began = RunDirectory(path).plan().get("settings", {})
-    numeric = fields_with(HardwareConfig, changes_numbers=True)  # they stay, whatever memory is free today
+    return plan_with(recipe, RunDirectory(path).plan().get("settings", {}), "as the run began")
+
+
+def plan_with(recipe: Recipe, began: Mapping[str, Any], reason: str) -> Plan:
+    """Plan as `running_plan`, with those of a plan's settings that change what is computed, whatever memory is free.
+
+    Args:
+        began: the settings, as plan.json has them; may be empty.
+        reason: why they are taken.
+    """
+    numeric = fields_with(HardwareConfig, changes_numbers=True)
     pinned = {key: began[key] for key in numeric if getattr(recipe.hardware, key) == "auto" and key in began}
     shape = {key: began["lora"][key] for key in ("r", "lora_alpha") if began and getattr(recipe.lora, key) == "auto"}
     update = {"hardware": recipe.hardware.model_copy(update=pinned), "lora": recipe.lora.model_copy(update=shape)}
     plan = running_plan(recipe.model_copy(update=update))
-    return replace(plan, reasons={**plan.reasons, **dict.fromkeys(pinned, "as the run began")})
+    return replace(plan, reasons={**plan.reasons, **dict.fromkeys(pinned, reason)})
 
 
 def planned(recipe: Recipe, plan: Plan) -> Recipe:

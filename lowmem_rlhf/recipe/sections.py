@@ -501,6 +501,8 @@ class TrainingConfig(Section):
     max_grad_norm: Annotated[float, LEARNED] = Field(1.0, gt=0, le=MOST_COEFFICIENT)
     # of the order of rows, of sampling and of an adapter's start
     seed: Annotated[int, LEARNED] = Field(0, ge=0, le=SEEDS)
+    # seconds after which a process of several that does not answer counts as lost
+    ddp_timeout: Annotated[float, WHERE] = Field(600, ge=1, le=MOST_STEPS)
     save_steps: Annotated[int, RECORDS] = Field(50, ge=1, le=MOST_STEPS)  # a checkpoint after every so many steps
     save_total_limit: Annotated[int, RECORDS] = Field(2, ge=1, le=MOST_STEPS)  # the newest checkpoints that stay
     # completions a step written to samples.jsonl

@@ -26,7 +26,7 @@ from lowmem_rlhf.planning.limits import LOOK, seen_room, slot_room
 from lowmem_rlhf.progress import ProgressCallback
 from lowmem_rlhf.rollout.ends import Ended, Ends
 from lowmem_rlhf.rollout.graphs import StepGraphs
-from lowmem_rlhf.rollout.rollout import Completion
+from lowmem_rlhf.rollout.rollout import Completion, Share
 from lowmem_rlhf.rollout.sampling import Sampling
 from lowmem_rlhf.rollout.shared_prompt import PromptRun, prompt_chunks, run_prompts
 from lowmem_rlhf.rollout.slots import Slots
@@ -92,10 +92,11 @@ class ContinuousEngine:
         limits: RolloutLimits,
         seed: int,
         progress: ProgressCallback | None = None,
+        share: Share | None = None,
     ) -> list[list[Completion]]:
         """Sample completions; see `rollout.engine.Engine.generate`."""
         total, most = len(prompts) * num_generations, most_tokens(max_completion_length, len(prompts))
-        uniforms = drawn_ahead(total, max(most), seed)
+        uniforms = drawn_ahead(total, max(most), seed, share)
         with self._schedule(prompts, num_generations, most, uniforms, sampling, limits) as schedule:
             completions = schedule.run(progress)
         self.passes = schedule.passes

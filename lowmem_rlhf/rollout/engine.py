@@ -20,7 +20,7 @@ from lowmem_rlhf.progress import ProgressCallback
 from lowmem_rlhf.rollout.continuous import ContinuousEngine
 from lowmem_rlhf.rollout.graphs import can_capture
 from lowmem_rlhf.rollout.own_cache import OwnCacheEngine
-from lowmem_rlhf.rollout.rollout import Completion
+from lowmem_rlhf.rollout.rollout import Completion, Share
 from lowmem_rlhf.rollout.sampling import Sampling
 from lowmem_rlhf.rollout.shared_prompt import SharedPromptEngine
 from lowmem_rlhf.rollout.wave import WaveEngine
@@ -47,6 +47,7 @@ class Engine(Protocol):
         limits: RolloutLimits,
         seed: int,
         progress: ProgressCallback | None = None,
+        share: Share | None = None,
     ) -> list[list[Completion]]:
         """Return ``num_generations`` completions for each prompt.
 
@@ -58,6 +59,8 @@ class Engine(Protocol):
             limits: what bounds the memory; it must hold after `torch.OutOfMemoryError`, when smaller ones are tried.
             seed: the same seed gives the same completions, however many run at once.
             progress: called with (finished completions, all completions).
+            share: where these completions stand among those of several processes, so that the seed gives the same
+                ones as in a single process; not given by a run of one.
 
         Returns:
             B lists of G completions, each with the log-prob of every token, in nats at the sampling temperature and

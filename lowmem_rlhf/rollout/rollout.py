@@ -30,6 +30,21 @@ class Completion:
 
 
 @dataclass(frozen=True)
+class Share:
+    """Where the completions that one of several processes samples stand among all of the step.
+
+    Attributes:
+        first: the place of its first completion.
+        completions: of all processes.
+        length: tokens of the longest completion that any of them may have.
+    """
+
+    first: int
+    completions: int
+    length: int
+
+
+@dataclass(frozen=True)
 class Rollout:
     """The rollout of a step; row n belongs to prompt n // G.
 

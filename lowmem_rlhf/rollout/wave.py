@@ -20,7 +20,7 @@ from lowmem_rlhf.errors import RunError
 from lowmem_rlhf.progress import ProgressCallback
 from lowmem_rlhf.rollout.draws import Draws
 from lowmem_rlhf.rollout.ends import Ends
-from lowmem_rlhf.rollout.rollout import Completion
+from lowmem_rlhf.rollout.rollout import Completion, Share
 from lowmem_rlhf.rollout.sampling import LARGEST, Sampling
 
 COMPACT_BELOW = 0.75  # rows leave once no more than this share of the batch is still being written
@@ -64,10 +64,11 @@ class WaveEngine(ABC):
         limits: RolloutLimits,
         seed: int,
         progress: ProgressCallback | None = None,
+        share: Share | None = None,
     ) -> list[list[Completion]]:
         """Sample completions; see `rollout.engine.Engine.generate`."""
         most = most_tokens(max_completion_length, len(prompts))
-        uniforms = drawn_ahead(len(prompts) * num_generations, max(most), seed)
+        uniforms = drawn_ahead(len(prompts) * num_generations, max(most), seed, share)
         completions: list[Completion | None] = [None] * len(uniforms)
         copies = None if self.dequantize is None else self.dequantize and limits.copy_weights
         with nullcontext() if copies is None else self.base.decoding(copies, limits.copy_weights):
@@ -158,10 +159,16 @@ def most_tokens(max_completion_length: int | Sequence[int], prompts: int) -> lis
     return list(max_completion_length)
 
 
-def drawn_ahead(rows: int, length: int, seed: int) -> torch.Tensor:
-    """Return a uniform number up to `LARGEST` for every token of every completion, (rows, length) fp32 on the CPU."""
+def drawn_ahead(rows: int, length: int, seed: int, share: Share | None = None) -> torch.Tensor:
+    """Return a uniform number up to `LARGEST` for every token of every completion, (rows, length) fp32 on the CPU.
+
+    Args:
+        share: the rows are these of all, and have the numbers that they have where one process draws for all.
+    """
     generator = torch.Generator(device="cpu").manual_seed(seed)
-    return torch.rand((rows, length), generator=generator, dtype=torch.float32, device="cpu").clamp_(max=LARGEST)
+    shape = (share.completions, share.length) if share else (rows, length)
+    drawn = torch.rand(shape, generator=generator, dtype=torch.float32, device="cpu").clamp_(max=LARGEST)
+    return drawn[share.first : share.first + rows, :length].contiguous() if share else drawn
 
 
 def check_finite(base: SharedBase, logps: Sequence[float], t: int) -> None:

@@ -59,7 +59,13 @@ _GO_ON = "then go on with --resume"
 
 
 class RunDirectory(RunReader):
-    """One run on disk. Make one with :meth:`create`, read one with :func:`open_run`."""
+    """One run on disk. Make one with :meth:`create`, read one with :func:`open_run`.
+
+    Attributes:
+        writes: False in those of several processes that leave writing to another one.
+    """
+
+    writes = True
 
     def __init__(self, path: Path, save_total_limit: int | None = None) -> None:
         """Wrap a folder; nothing is checked or written. Without ``save_total_limit`` every checkpoint is kept."""

@@ -18,6 +18,7 @@ from lowmem_rlhf.data.preview import with_format
 from lowmem_rlhf.data.provenance import check_base, check_learned, check_resumed_data, run_inputs
 from lowmem_rlhf.display.run_display import RunDisplay, display_for, steps_shown
 from lowmem_rlhf.errors import UserError
+from lowmem_rlhf.hardware.capabilities import capabilities
 from lowmem_rlhf.hardware.cpu_process import bound_kernel_caches
 from lowmem_rlhf.hardware.detect import detect
 from lowmem_rlhf.inference.base import LoadedModel, check_computes, held_against_stock, open_base
@@ -26,12 +27,16 @@ from lowmem_rlhf.planning.advice import warning, why_not
 from lowmem_rlhf.planning.plan import Plan, check_positions
 from lowmem_rlhf.planning.run_plan import planned, resumed_plan, running_plan
 from lowmem_rlhf.planning.time.measured import measured_time
+from lowmem_rlhf.processes.start import begin_processes, number_of_processes
+from lowmem_rlhf.processes.world import begun
 from lowmem_rlhf.progress import current
 from lowmem_rlhf.recipe.schema import Recipe
 from lowmem_rlhf.run.directory import RECIPE, RunDirectory, default_output
 from lowmem_rlhf.run.listing import base_name
 from lowmem_rlhf.run.start import as_written, located, paths_explained
 from lowmem_rlhf.run.trust import check_code
+from lowmem_rlhf.run.unwritten import UnwrittenRun
+from lowmem_rlhf.session.processes import check_processes, check_same_folder, plan_of_processes
 from lowmem_rlhf.session.saved_lora import as_saved
 from lowmem_rlhf.stopping import telling_what_is_kept
 
@@ -127,8 +132,9 @@ def finish(trainer: "Loop", display: RunDisplay) -> None:
     """Write the report of a run whose steps are done, and show its results."""
     from lowmem_rlhf.report.html import write_report
 
-    _record_time(trainer, display)
-    write_report(trainer.run)
+    if trainer.run.writes:
+        _record_time(trainer, display)
+        write_report(trainer.run)
     if evaluation := trainer.run.evaluation():
         display.evaluation(evaluation)
 
@@ -154,9 +160,19 @@ def _record_time(trainer: "Loop", display: RunDisplay) -> None:
 def check(recipe: Recipe, output: Path | None, resume: bool, display: RunDisplay) -> Checked:
     """Check what a recipe says, as far as that needs neither a plan nor its rows.
 
+    The processes of a run that has several meet here; from then on what one of them refuses is refused in all.
+
     Raises:
         UserError: it cannot run.
     """
+    if number_of_processes() > 1:
+        check_processes(recipe)
+        on_cpu = capabilities(detect(recipe.hardware.device).torch_device).on_cpu
+        begin_processes(on_cpu, recipe.training.ddp_timeout)
+    return begun().agreed(lambda: _check(recipe, output, resume, display))
+
+
+def _check(recipe: Recipe, output: Path | None, resume: bool, display: RunDisplay) -> Checked:
     bound_kernel_caches()
     path = output or default_output(recipe.name, resume)
     if not output and not resume and path.name != base_name(recipe.name):
@@ -189,14 +205,14 @@ def plan(checked: Checked, display: RunDisplay) -> Planned:
         UserError: it does not fit, its rewards or rows are wrong, or it cannot begin (or go on) in its folder.
     """
     with paths_explained(checked.path, checked.written) if checked.resume else nullcontext():
-        return _plan(checked, display)
+        return begun().agreed(lambda: _plan(checked, display))
 
 
 def _plan(checked: Checked, display: RunDisplay) -> Planned:
     recipe, path, resume = checked.recipe, checked.path, checked.resume
     if resume:
         RunDirectory(path).check_text_files()
-    plan = resumed_plan(recipe, path) if resume else running_plan(recipe)
+    plan, processes = plan_of_processes(recipe, resumed_plan(recipe, path) if resume else running_plan(recipe))
     probes = _probes(recipe, plan)
     if not plan.fits and not (plan.verdict == "unknown" and probes):
         raise UserError(why_not(plan, recipe))
@@ -210,7 +226,7 @@ def _plan(checked: Checked, display: RunDisplay) -> Planned:
         check_base(RunDirectory(path), recipe, resume)
         check_learned(RunDirectory(path), recipe, resume)
     rows = _rows(checked, recipe, rewards, display)
-    facts = {"rewards": placements(rewards)}
+    facts = {"rewards": placements(rewards), **processes}
     display.plan({**plan.to_dict(), **facts, "evaluation_steps": _evaluation_steps(recipe)})
     return Planned(checked, recipe, plan, probes, rewards, rows, facts)
 
@@ -242,7 +258,7 @@ def open_run_of(planned: Planned, display: RunDisplay, loaded: LoadedModel | Non
     """
     checked = planned.checked
     with paths_explained(checked.path, checked.written) if checked.resume else nullcontext():
-        return _open(planned, display, loaded)
+        return begun().agreed(lambda: _open(planned, display, loaded))
 
 
 def _open(planned: Planned, display: RunDisplay, loaded: LoadedModel | None) -> "Loop":
@@ -327,9 +343,14 @@ def _begun(base: "SharedBase", data: "TrainingData", planned: Planned, display: 
     path, resume = checked.path, checked.resume
 
     def run_directory(resolved: Recipe) -> RunDirectory:
+        if begun().rank:
+            begun().gather(None)  # by then the first process has made the folder, or gone back to a checkpoint
+            return UnwrittenRun(path)
         inputs = None if resume else run_inputs(recipe, planned.rows)
         written = as_written(resolved, checked.written, path)
-        return RunDirectory.create(path, written, {**plan.to_dict(), **facts}, resume, inputs)
+        run = RunDirectory.create(path, written, {**plan.to_dict(), **facts}, resume, inputs)
+        begun().gather(None)
+        return run
 
     try:
         trainer = make_trainer(recipe, plan, base, rewards, data, run_directory)
@@ -339,6 +360,7 @@ def _begun(base: "SharedBase", data: "TrainingData", planned: Planned, display: 
         raise
     if resume:
         try:
+            check_same_folder(trainer.run)
             trainer.resume()
         except BaseException:
             trainer.run.unlock()

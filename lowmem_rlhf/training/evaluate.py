@@ -3,19 +3,21 @@
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import accumulate
 from typing import Any
 
 from lowmem_rlhf.architecture.stops import written_text
 from lowmem_rlhf.data.prompts import Example
 from lowmem_rlhf.engine.base import SharedBase
 from lowmem_rlhf.engine.ladder import RolloutLimits
+from lowmem_rlhf.processes.world import each_its_share
 from lowmem_rlhf.progress import ProgressCallback
 from lowmem_rlhf.recipe.schema import Recipe
 from lowmem_rlhf.rewards.combining import standardized, totals
 from lowmem_rlhf.rewards.loading import Reward, rewards_by_task
 from lowmem_rlhf.rewards.scoring import score
 from lowmem_rlhf.rollout.engine import Engine
-from lowmem_rlhf.rollout.rollout import Completion, Rollout
+from lowmem_rlhf.rollout.rollout import Completion, Rollout, Share
 from lowmem_rlhf.rollout.sampling import Sampling
 from lowmem_rlhf.rollout.scores import Scores, joined
 from lowmem_rlhf.run.held_out import ACCURACY, MEAN_REWARD
@@ -159,22 +161,43 @@ def sample(
 
     The same problems and random numbers every time, so that two roles or moments differ by the policy alone.
     """
-    settings = recipe.evaluation
-    sampling = Sampling.of(recipe.generation, settings.temperature)
-    engine.sync()
-    groups = engine.generate(
-        [example.prompt_ids for example in examples],
-        settings.num_samples,
-        recipe.generation.max_completion_length,
-        sampling,
-        limits,
-        seed=recipe.training.seed,
-        progress=progress,
-    )
-    completions = [completion for group in groups for completion in group]
-    repeated = [example for example in examples for _ in range(settings.num_samples)]
-    scores, _ = reward_completions(rewards, base, repeated, completions, state)
-    return Sampled(completions, scores, settings.num_samples, sampling.temperature)
+    settings, length = recipe.evaluation, recipe.generation.max_completion_length
+    sampling, count = Sampling.of(recipe.generation, settings.temperature), settings.num_samples
+
+    def answered(own: range) -> tuple[list[Completion], Scores]:
+        asked = [examples[place] for place in own]
+        share = Share(own.start * count, len(examples) * count, length) if len(own) < len(examples) else None
+        engine.sync()
+        groups = engine.generate(
+            [example.prompt_ids for example in asked],
+            count,
+            length,
+            sampling,
+            limits,
+            seed=recipe.training.seed,
+            progress=progress,
+            **shared(share),
+        )
+        completions = [completion for group in groups for completion in group]
+        repeated = [example for example in asked for _ in range(count)]
+        return completions, reward_completions(rewards, base, repeated, completions, state)[0]
+
+    parts = each_its_share([len(one.prompt_ids) + count * length for one in examples], answered)
+    completions = [completion for own, _ in parts for completion in own]
+    return Sampled(completions, _in_order([scores for _, scores in parts]), count, sampling.temperature)
+
+
+def shared(share: Share | None) -> dict[str, Share]:
+    """Return the argument that tells an engine of its share; an engine of a single process need not know of it."""
+    return {"share": share} if share else {}
+
+
+def _in_order(parts: Sequence[Scores]) -> Scores:
+    """Return the scores of completions that follow each other in parts."""
+    if len(parts) == 1:
+        return parts[0]
+    ends = list(accumulate(len(one.total) for one in parts))
+    return joined([(range(end - len(one.total), end), one) for one, end in zip(parts, ends, strict=True)])
 
 
 def evaluate(

@@ -24,6 +24,7 @@ from lowmem_rlhf.errors import RunError, UserError, one_line
 from lowmem_rlhf.hardware.gauges import step_gauge
 from lowmem_rlhf.hardware.memory import clock, device_failure, is_out_of_memory, peak_bytes, reset_peak
 from lowmem_rlhf.planning.plan import Plan
+from lowmem_rlhf.processes.world import begun, together
 from lowmem_rlhf.progress import Progress, current, message
 from lowmem_rlhf.recipe.schema import Recipe
 from lowmem_rlhf.rewards.process_state import random_states, set_random_states
@@ -117,6 +118,7 @@ class Loop(ABC):
         self.ladder.savings = savings_of(base, settings)
         self.ladder.explain = explain_shortage(recipe, plan, self.ladder)
         self.checks_base = recipe.hardware.check == "always" or self.base_is_always_checked
+        self.world = begun()
         self.trackers = Trackers(base.device, recipe, run)
         set_seed(recipe.training.seed)
         base.set_gradient_checkpointing(settings.gradient_checkpointing, settings.offload_checkpoints)
@@ -294,6 +296,7 @@ class Loop(ABC):
         while self.step < self.recipe.training.max_steps and not held_out.ends(self.step):
             finished = self._train_step(progress)
             if self.step % self.recipe.training.save_steps == 0:
+                self._check_alike()
                 self._save()
             yield replace(finished, metrics={**finished.metrics, **self._evaluate_during(progress)})
         if sentence := held_out.ends(self.step):
@@ -304,13 +307,17 @@ class Loop(ABC):
             raise RunError(DRIFTED)
         self._save()
         self._evaluate_end(AFTER, progress)
+        if self.run.writes:
+            self._save_adapter()
+        for sentence in filter(None, (held_out.summary(), self.health.summary())):
+            progress.message(sentence)
+
+    def _save_adapter(self) -> None:
         parameters = self._keeper.state().parameters
         with self.run.new_adapter() as folder:
             self.base.save_adapter(folder, parameters=parameters)
             for role in self._others():
                 self.base.save_adapter(folder / role, role, parameters)
-        for sentence in filter(None, (held_out.summary(), self.health.summary())):
-            progress.message(sentence)
 
     def _others(self) -> list[str]:
         """Return the roles that train besides the policy."""
@@ -331,7 +338,7 @@ class Loop(ABC):
 
     def _save(self) -> None:
         latest = self.run.latest_checkpoint()
-        if self.step and (latest is None or latest[0] < self.step):
+        if self.run.writes and self.step and (latest is None or latest[0] < self.step):
             self.run.unhealthy_from = self.health.first_serious
             roles = self._in_checkpoints()
             save_checkpoint(self.run, self.base, self._keeper.state(), roles, self.health.healthy)
@@ -372,7 +379,7 @@ class Loop(ABC):
         """Evaluate; whatever it draws from the generators of random numbers, the next step finds them as they were."""
         states = random_states()
         try:
-            with stuck_calls_end_with(self._end_stuck):
+            with stuck_calls_end_with(self._end_stuck), together():
                 return self.ladder.survive("evaluation", lambda: self.evaluate(when, progress), progress.message)
         finally:
             set_random_states(states)
@@ -418,6 +425,18 @@ class Loop(ABC):
         yield
         self._times[name] = clock(self.base.device) - began
 
+    def _check_alike(self) -> None:
+        """Check that all processes have the same adapters.
+
+        Raises:
+            RunError: they have not.
+        """
+        if self.world.several and len({repr(one) for one in self.world.gather(sums(parts_of(self.base)))}) > 1:
+            raise RunError(
+                f"after step {self.step} the processes do not have the same adapters, so something in the run (a "
+                "reward or a loss of your own?) draws from other random numbers in each; the last checkpoint is whole"
+            )
+
     def _train_step(self, progress: Progress) -> StepOutput:
         """Take one step, once more from its beginning where memory runs out, and put it on record."""
         learning_rate, skipped = self.optimizer.learning_rate, self.optimizer.skipped
@@ -436,7 +455,7 @@ class Loop(ABC):
             finally:
                 self._part = "optimizer" if self.optimizer.stepping else self._part
 
-        with stuck_calls_end_with(self._end_stuck):
+        with stuck_calls_end_with(self._end_stuck), together():
             output = self.ladder.survive(lambda: self._part, attempt, progress.message)
         self._check_stop()
         learned = 0

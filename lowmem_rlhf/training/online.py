@@ -15,15 +15,16 @@ from lowmem_rlhf.engine.base import SharedBase
 from lowmem_rlhf.engine.ladder import Ladder, RolloutLimits, Saving
 from lowmem_rlhf.engine.roles import POLICY
 from lowmem_rlhf.planning.plan import Plan
+from lowmem_rlhf.processes.world import current, each_its_share
 from lowmem_rlhf.progress import Progress, show_samples
 from lowmem_rlhf.recipe.schema import Recipe
 from lowmem_rlhf.rewards.guarded import faults_named
 from lowmem_rlhf.rewards.loading import Reward, failed_always, rewards_by_task
 from lowmem_rlhf.rollout.engine import Engine, engine_for
-from lowmem_rlhf.rollout.rollout import Completion, Rollout
+from lowmem_rlhf.rollout.rollout import Completion, Rollout, Share, joined_rollout
 from lowmem_rlhf.run.directory import RunDirectory
 from lowmem_rlhf.training.dynamic_sampling import sample_until_different
-from lowmem_rlhf.training.evaluate import TrainerState, evaluate, learned_from, reward_tasks, sampling_of
+from lowmem_rlhf.training.evaluate import TrainerState, evaluate, learned_from, reward_tasks, sampling_of, shared
 from lowmem_rlhf.training.loop import Loop, StepOutput
 from lowmem_rlhf.training.memory import EVERY_PHASE
 from lowmem_rlhf.training.metrics import Seen, extremes, rollout_metrics, samples, silent_rewards
@@ -223,12 +224,29 @@ class Trainer(Loop):
                 self.step,
             )
             again = self._told["groups/sampled"] > prompts
+        again = again or current().several  # what a reward normalises by is the whole step's
         return learned_from(self._rewards_by_task, rollout, normalize) if normalize or again else rollout
 
     def _batch(self, examples: Sequence[Example], number: int, progress: Progress) -> Rollout:
-        """Sample completions of these prompts, the step's batch of this number, and score them."""
+        """Sample completions of these prompts, the step's batch of this number, and score them.
+
+        Of several processes each does so for its share of the prompts, and all have the whole afterwards.
+        """
+        group, lengths = self.recipe.generation.num_generations, [self._lengths[one.task] for one in examples]
+        costs = [len(one.prompt_ids) + group * length for one, length in zip(examples, lengths, strict=True)]
+
+        def sampled(own: range) -> Rollout:
+            share = Share(own.start * group, len(examples) * group, max(lengths)) if len(own) < len(examples) else None
+            return self._own_batch([examples[place] for place in own], number, progress, share)
+
+        parts = each_its_share(costs, sampled)
+        return joined_rollout(parts) if len(parts) > 1 else parts[0]
+
+    def _own_batch(
+        self, examples: Sequence[Example], number: int, progress: Progress, share: Share | None = None
+    ) -> Rollout:
         count, prompts = self.recipe.generation.num_generations, [example.prompt_ids for example in examples]
-        completions = [completion for group in self._sampled(examples, number, progress) for completion in group]
+        completions = [completion for group in self._sampled(examples, number, progress, share) for completion in group]
         if (note := getattr(self.evaluator.engine, "note", "")) and note != self._noted:
             progress.message(note)
             self._noted = note
@@ -240,7 +258,9 @@ class Trainer(Loop):
         rollout = Rollout(prompts, completions, count, questions, texts, scores)
         return replace(rollout, tasks=tasks) if self.recipe.tasks else rollout
 
-    def _sampled(self, examples: Sequence[Example], number: int, progress: Progress) -> list[list[Completion]]:
+    def _sampled(
+        self, examples: Sequence[Example], number: int, progress: Progress, share: Share | None
+    ) -> list[list[Completion]]:
         generation, engine = self.recipe.generation, self.evaluator.engine
         prompts, each = [one.prompt_ids for one in examples], [self._lengths[one.task] for one in examples]
         lengths = each if len(set(self._lengths.values())) > 1 else generation.max_completion_length
@@ -256,6 +276,7 @@ class Trainer(Loop):
                     limits,
                     seed=(self.recipe.training.seed + 1) * 1_000_003 + self.step + number * FURTHER,
                     progress=lambda done, total: progress.phase("rollout", done, total),
+                    **shared(share),
                 )
 
         return self.ladder.rollout(work, progress.message)

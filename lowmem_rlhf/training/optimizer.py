@@ -16,6 +16,7 @@ from torch import nn
 from transformers import get_scheduler
 
 from lowmem_rlhf.errors import RunError, UserError
+from lowmem_rlhf.processes.world import current
 from lowmem_rlhf.recipe.sections import TrainingConfig
 
 OPTIMIZER = "optimizer.safetensors"  # a checkpoint's file of the state's tensors
@@ -130,6 +131,9 @@ class Optimizer:
     def step(self, loss: float = 0.0, **before: float) -> float:
         """Clip to ``max_grad_norm``, step, schedule; return the gradient's norm before clipping.
 
+        Among several processes the gradients are summed first, so each has to have the gradient of its share of the
+        loss.
+
         Args:
             loss: of which this is the gradient, unscaled; the step is left out where it is not finite.
             before: numbers that the loss was made of, by name and in the order in which they were computed: the first
@@ -143,6 +147,8 @@ class Optimizer:
             name, value = next(((n, v) for n, v in before.items() if not math.isfinite(v)), ("loss", loss))
             self._leave_out(f"the {name.replace('_', ' ')} ({value})")
             return math.nan
+        world = current()
+        world.sum_gradients(list(self.parameters.values()))
         self.scaler.unscale_(self.torch_optimizer)
         names = self.own.names if self.own else frozenset()
         norm = self._clip([p for name, p in self.parameters.items() if name not in names], self.max_grad_norm)
@@ -157,6 +163,7 @@ class Optimizer:
             self._let_be()
         else:
             self._take()
+            world.same_parameters(list(self.parameters.values()))
         return norm
 
     def _clip(self, parameters: Sequence[nn.Parameter], most: float) -> float:

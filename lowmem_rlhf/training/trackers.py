@@ -51,7 +51,7 @@ class Trackers:
 
     def begin(self, step: int) -> None:
         """Open the run in every tracker, or go on with it after a step."""
-        for name in dict.fromkeys(self._recipe.training.report_to):
+        for name in dict.fromkeys(self._recipe.training.report_to if self._run.writes else ()):
             with self._survived(name), _quietly():
                 self._told[name] = _OPEN[name](self._recipe, self._run, step)
 

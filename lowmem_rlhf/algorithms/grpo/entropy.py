@@ -15,6 +15,7 @@ from lowmem_rlhf.algorithms.grpo.settings import GRPOSettings
 from lowmem_rlhf.engine.base import SharedBase
 from lowmem_rlhf.engine.passes import BatchLimits, micro_batches, packed_logprobs
 from lowmem_rlhf.engine.roles import POLICY
+from lowmem_rlhf.processes.world import current
 from lowmem_rlhf.progress import ProgressCallback
 from lowmem_rlhf.rollout.rollout import Rollout
 
@@ -37,6 +38,7 @@ def high_entropy_tokens(
         for packed in micro_batches(base, rollout.groups(rows), limits.micro_batch_tokens, progress):
             _, values = packed_logprobs(base, packed, limits.temperature, limits.tile)
             entropies.update(zip(packed.rows, values.split(packed.lengths), strict=True))
+    entropies = current().rows(entropies, base.device)
     if not entropies:
         return {}
     threshold = torch.quantile(torch.cat(list(entropies.values())), 1 - settings.top_entropy_quantile)

@@ -24,6 +24,7 @@ from lowmem_rlhf.engine.logprobs import Entropy
 from lowmem_rlhf.engine.packing import PackedBatch
 from lowmem_rlhf.engine.passes import BatchLimits, micro_batches, packed_logprobs
 from lowmem_rlhf.engine.roles import POLICY
+from lowmem_rlhf.processes.world import current
 from lowmem_rlhf.progress import Progress, ProgressCallback
 from lowmem_rlhf.rollout.rollout import Rollout
 from lowmem_rlhf.training.optimizer import Optimizer
@@ -89,12 +90,17 @@ class UpdateStats:
     clip_completions: int = 0
     logps: Rows = field(default_factory=dict)
 
-    def with_sums(self, sums: DeviceSums) -> "UpdateStats":
-        """Return these with what was added up on the device."""
+    def with_sums(self, sums: DeviceSums, device: torch.device) -> "UpdateStats":
+        """Return these with what was added up on the device, and with what other processes did."""
         read: dict[str, Any] = sums.read()
         if "kl_tokens" in read:
             read["kl_tokens"] = int(read["kl_tokens"])
-        return replace(self, **read)
+        counts = ("tokens", "scored", "clip_tokens", "clip_completions")
+        whole = current().sum(*(getattr(self, name) for name in counts))
+        return replace(self, **dict(zip(counts, map(int, whole), strict=True)), **read, logps=self._all_logps(device))
+
+    def _all_logps(self, device: torch.device) -> Rows:
+        return current().rows(self.logps, device)
 
     def go_on(self, later: "UpdateStats") -> None:
         """Take in what a later iteration did: all that is counted over all iterations."""
@@ -153,7 +159,7 @@ def backward(
         sums.add(loss=loss, entropy=entropies.detach().sum())
         stats.logps.update(own)
         _measure(stats, sums, inputs, scored)
-    return stats.with_sums(sums)
+    return stats.with_sums(sums, base.device)
 
 
 def _measure(stats: UpdateStats, sums: DeviceSums, inputs: LossInputs, scored: torch.Tensor) -> None:
@@ -179,7 +185,7 @@ def measure(base: SharedBase, rollout: Rollout, limits: BatchLimits, ref_logps: 
         stats.kl_tokens += packed.targets.numel()
         stats.scored += packed.targets.numel()
         stats.logps.update(own)
-    return stats.with_sums(sums)
+    return stats.with_sums(sums, base.device)
 
 
 def _reference(packed: PackedBatch, ref_logps: Rows, own: Rows) -> tuple[torch.Tensor, torch.Tensor]:

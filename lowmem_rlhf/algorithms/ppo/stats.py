@@ -1,6 +1,7 @@
 """What an update did, added up over its micro-batches: means over real tokens, in float64, whatever the split."""
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 import torch
@@ -41,8 +42,8 @@ class PPOStatistics:
         self._unread_values.append(torch.stack([value.loss.double().sum(), value.clipped.double().sum()]))
         self.value_tokens += len(value.loss)
 
-    def _read(self) -> None:
-        """Wait for the device and add up what was taken in."""
+    def read(self) -> "PPOStatistics":
+        """Wait for the device and add up what was taken in; return itself, without a tensor."""
         for totals in torch.stack(self._unread).tolist() if self._unread else []:
             self._policy = [a + b for a, b in zip(self._policy, totals[:-2], strict=True)]
             self._ratios = min(self._ratios[0], totals[-2]), max(self._ratios[1], totals[-1])
@@ -50,11 +51,12 @@ class PPOStatistics:
             self._value = [a + b for a, b in zip(self._value, totals, strict=True)]
         self._unread.clear()
         self._unread_values.clear()
+        return self
 
     def merge(self, other: "PPOStatistics") -> None:
         """Take in what another one has taken in."""
-        self._read()
-        other._read()
+        self.read()
+        other.read()
         self.tokens, self.value_tokens = self.tokens + other.tokens, self.value_tokens + other.value_tokens
         self._policy = [a + b for a, b in zip(self._policy, other._policy, strict=True)]
         self._value = [a + b for a, b in zip(self._value, other._value, strict=True)]
@@ -62,7 +64,7 @@ class PPOStatistics:
 
     def metrics(self) -> dict[str, float]:
         """Return means over all tokens taken in, and the ratio's deviation and range; nothing if there were none."""
-        self._read()
+        self.read()
         means: dict[str, float] = {}
         if self.tokens:
             loss, approx_kl, approx_kl_k3, clipped, off, squares = (x / self.tokens for x in self._policy)
@@ -80,3 +82,11 @@ class PPOStatistics:
             loss, clipped = (x / self.value_tokens for x in self._value)
             means |= {"value/loss": loss, "value/clip_fraction": clipped}
         return means
+
+
+def merged(parts: Iterable[PPOStatistics]) -> PPOStatistics:
+    """Return one of what all of these have taken in."""
+    whole = PPOStatistics()
+    for part in parts:
+        whole.merge(part)
+    return whole

@@ -16,13 +16,14 @@ import torch
 from lowmem_rlhf.algorithms.common.device_sums import DeviceSums
 from lowmem_rlhf.algorithms.common.ppo_family import PPOSettings
 from lowmem_rlhf.algorithms.ppo.math import policy_loss, value_loss
-from lowmem_rlhf.algorithms.ppo.stats import PPOStatistics
+from lowmem_rlhf.algorithms.ppo.stats import PPOStatistics, merged
 from lowmem_rlhf.engine.base import SharedBase
 from lowmem_rlhf.engine.ladder import Ladder
 from lowmem_rlhf.engine.logprobs import Entropy, tiled_logprobs
 from lowmem_rlhf.engine.packing import PackedBatch
 from lowmem_rlhf.engine.passes import BatchLimits, micro_batches, with_bootstrap_position
 from lowmem_rlhf.engine.roles import CRITIC, POLICY
+from lowmem_rlhf.processes.world import current
 from lowmem_rlhf.progress import Progress
 from lowmem_rlhf.rollout.rollout import Rollout
 from lowmem_rlhf.training.optimizer import Optimizer
@@ -214,9 +215,13 @@ class _MiniBatch:
         return self._read()
 
     def _read(self) -> MiniBatchResult:
+        result, world = self.result, current()
         for name, value in self.sums.read().items():
-            setattr(self.result, name, value)
-        return self.result
+            setattr(result, name, value)
+        if world.several:
+            result.stats = merged(world.gather(result.stats.read()))
+            result.scored, result.tokens = map(int, world.sum(result.scored, result.tokens))
+        return result
 
     def _critic_passes(self, gradient: bool = True) -> None:
         """Run the critic's own passes; without ``gradient`` what is below its head does not learn."""

@@ -27,6 +27,7 @@ from lowmem_rlhf.engine.passes import (
 )
 from lowmem_rlhf.engine.roles import POLICY
 from lowmem_rlhf.planning.plan import Plan
+from lowmem_rlhf.processes.world import current
 from lowmem_rlhf.progress import Progress
 from lowmem_rlhf.recipe.schema import Recipe
 from lowmem_rlhf.run.directory import RunDirectory
@@ -81,7 +82,7 @@ class RewardModel(Loop):
                     ((values * slope.index_select(0, rows)).sum() * scale).backward()
                     fed += packed.input_ids.numel()
                     progress.phase("update", fed, None)
-            return float(loss.detach()), ends.detach(), fed
+            return float(loss.detach()), ends.detach(), int(current().sum(fed)[0])
 
         with self.timed("update"):
             loss, ends, fed = self.ladder.update(work, progress.message)

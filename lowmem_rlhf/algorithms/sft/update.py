@@ -20,6 +20,7 @@ from lowmem_rlhf.engine.packing import Group, scored_only
 from lowmem_rlhf.engine.passes import BatchLimits, micro_batches, packed_logprobs
 from lowmem_rlhf.engine.roles import POLICY
 from lowmem_rlhf.planning.plan import Plan
+from lowmem_rlhf.processes.world import current
 from lowmem_rlhf.progress import Progress
 from lowmem_rlhf.recipe.schema import Recipe
 from lowmem_rlhf.run.directory import RunDirectory
@@ -83,7 +84,7 @@ class SFT(Loop):
                     fed += packed.input_ids.numel()
                     progress.phase("update", fed, None)
             read = sums.read()
-            return read["loss"], read["entropy"], fed
+            return read["loss"], read["entropy"], int(current().sum(fed)[0])
 
         with self.timed("update"):
             loss, entropy, fed = self.ladder.update(work, progress.message)
@@ -120,7 +121,8 @@ class SFT(Loop):
                     sums.add(loss=-logps.sum())
                     each += [-one.sum() for one in logps.split(packed.lengths)]
                     rows += packed.rows
-            ordered = dict(zip(rows, torch.stack(each).tolist(), strict=True))
+            own = dict(zip(rows, torch.stack(each).tolist() if each else [], strict=True))
+            ordered = {row: loss for part in current().gather(own) for row, loss in part.items()}
             return sums.read()["loss"], [ordered[row] for row in range(len(examples))]
 
         total, each = self.ladder.score(work, progress.message)

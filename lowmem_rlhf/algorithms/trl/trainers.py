@@ -178,7 +178,13 @@ def make_trainer(recipe: Recipe, base: SharedBase, rows: Sequence[dict[str, Any]
     for model in (policy, *given.values()):
         model.keep_own_forward()
     made.remove_callback(PrinterCallback)
+    # of several processes each has micro-batches of its own, and their number differs: the loop adds up what TRL logs
+    made.accelerator.gather = made.accelerator.gather_for_metrics = _as_it_is
     return made
+
+
+def _as_it_is(values: Any, *_: Any, **__: Any) -> Any:
+    return values
 
 
 def _with_own_tokens(trainer: Any) -> Any:

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from lowmem_rlhf.algorithms.common.device_sums import added_up
 from lowmem_rlhf.algorithms.common.epochs import with_epochs
 from lowmem_rlhf.algorithms.trl.data import answer_tokens, batch_rows, pairs_among, tokens_of
 from lowmem_rlhf.algorithms.trl.spec import TRL_TRAINERS
@@ -32,6 +33,7 @@ from lowmem_rlhf.engine.passes import BatchLimits, micro_batches, packed_logprob
 from lowmem_rlhf.engine.roles import POLICY
 from lowmem_rlhf.errors import UserError
 from lowmem_rlhf.planning.plan import Plan
+from lowmem_rlhf.processes.world import current
 from lowmem_rlhf.progress import Progress, message
 from lowmem_rlhf.recipe.schema import Recipe
 from lowmem_rlhf.rewards.loading import Reward
@@ -87,13 +89,13 @@ class TRLLoop(Loop):
             self._logged({"loss": 0.0})  # what a try that ran out of memory has left
             model.fed, means, done = 0, _Means(), 0
             with self.base.role(POLICY):  # for the backward pass, where layers may be computed again
-                for part in self._cut_rows(examples, limits.micro_batch_tokens):
+                for part in self._cut_rows(examples, limits.micro_batch_tokens):  # of several processes: its share
                     loss = self.trainer.compute_loss(model, self._collated([rows[i] for i in part]))
                     (loss * (len(part) / len(rows) * self.optimizer.loss_scale)).backward()
                     means.add(self._logged({"loss": float(loss.detach())}), [examples[i] for i in part])
                     done += len(part)
                     progress.phase("update", done, len(rows))
-            return means.result(), model.fed
+            return means.result(), int(current().sum(model.fed)[0])
 
         with self.timed("update"):
             measured, fed = self.ladder.update(work, progress.message)
@@ -158,10 +160,14 @@ class TRLLoop(Loop):
                 logps, _ = packed_logprobs(self.base, packed, 1.0, limits.tile, entropy="none")
                 each = [float(one.mean()) for one in logps.split(packed.lengths)]
                 means.update(zip(packed.rows, each, strict=True))
+        means = {row: mean for part in current().gather(means) for row, mean in part.items()}
         return sum(means[2 * i] > means[2 * i + 1] for i in range(len(pairs))) / len(pairs)
 
     def _cut_rows(self, examples: Sequence[Example], tokens: int) -> list[list[int]]:
-        """Cut a batch into micro-batches of at most so many fed tokens, the longest examples first; one always fits."""
+        """Cut a batch into micro-batches of at most so many fed tokens, the longest examples first; one always fits.
+
+        Among several processes these are this one's share of the examples.
+        """
         padded = self.kind.full_logits or not self.base.packable
 
         def cost(i: int) -> int:
@@ -170,7 +176,8 @@ class TRLLoop(Loop):
 
         parts: list[list[int]] = []
         room = 0
-        for i in sorted(range(len(examples)), key=cost, reverse=True):
+        own = current().own([cost(i) for i in range(len(examples))])
+        for i in sorted(own, key=cost, reverse=True):
             need = cost(parts[-1][0]) if padded and parts else cost(i)  # padded to the longest, the first
             if parts and need <= room:
                 parts[-1].append(i)
@@ -193,7 +200,7 @@ class TRLLoop(Loop):
 
 
 class _Means:
-    """Means of what micro-batches measured, over examples, of the entropy over tokens.
+    """Means of what micro-batches (of all processes) measured, over examples, of the entropy over tokens.
 
     A metric that a micro-batch lacks is the mean of the others.
     """
@@ -209,7 +216,9 @@ class _Means:
             self.counts[key] = self.counts.get(key, 0) + count
 
     def result(self) -> dict[str, float]:
-        return {key: value / self.counts[key] for key, value in self.sums.items()}
+        parts = current().gather((self.sums, self.counts))
+        sums, counts = added_up([one for one, _ in parts]), added_up([one for _, one in parts])
+        return {key: value / counts[key] for key, value in sums.items()}
 
 
 def _named(metrics: dict[str, Any]) -> dict[str, Any]:

@@ -1,0 +1,72 @@
+"""`train --processes N`: accelerate starts the processes on this machine, and watches over them."""
+
+import logging
+import signal
+import sys
+from collections.abc import Sequence
+
+from lowmem_rlhf.errors import UserError
+from lowmem_rlhf.processes.start import number_of_processes
+
+MOST = 1024
+
+
+def check_number(processes: int) -> None:
+    """Check the number of processes that is asked for.
+
+    Raises:
+        UserError: it cannot be started.
+    """
+    if not 1 <= processes <= MOST:
+        raise UserError(f"--processes: got {processes}; give 1 to {MOST}, one for each card")
+    if number_of_processes() > 1:
+        raise UserError(
+            "--processes: this is one of several processes already (WORLD_SIZE is set); leave --processes out where "
+            "accelerate or torchrun start the processes"
+        )
+
+
+def launch(processes: int, arguments: Sequence[str]) -> int:
+    """Run ``python -m lowmem_rlhf`` with these arguments in so many processes; return the exit code.
+
+    Where one of them fails, accelerate ends the others with SIGTERM; the code is the one of the first that failed.
+    """
+    from accelerate.commands.launch import launch_command, launch_command_parser
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+
+    # what is said of a failure is said by the process that failed
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+    how = ["--multi_gpu", "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
+    port = ["--main_process_port", "0"]  # a free one
+    started = launch_command_parser().parse_args(
+        ["--num_processes", str(processes), *how, *port, "-m", "lowmem_rlhf", *arguments]
+    )
+    try:
+        launch_command(started)
+    except ChildFailedError as error:
+        rank, failure = error.get_first_failure()
+        code: int = failure.exitcode
+        if code < 0:
+            name = signal.Signals(-code).name
+            print(
+                f"error: process {rank} of {processes} was ended by {name}, and the others with it; what is on the "
+                "disk is whole: go on with --resume",
+                file=sys.stderr,
+                flush=True,
+            )
+            return 128 - code
+        return code
+    except SignalException as stop:
+        return 128 + int(stop.sigval)
+    return 0
+
+
+def without_option(name: str, arguments: Sequence[str]) -> list[str]:
+    """Return command-line arguments without an option that has a value, as ``--name N`` or ``--name=N``."""
+    kept, after = [], False
+    for one in arguments:
+        if not after and one != name and not one.startswith(f"{name}="):
+            kept.append(one)
+        after = one == name
+    return kept

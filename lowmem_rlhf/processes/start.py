@@ -1,0 +1,66 @@
+"""The beginning and the end of a process that is one of several, as accelerate or torchrun have started it."""
+
+import atexit
+import os
+from datetime import timedelta
+
+from lowmem_rlhf.errors import UserError
+from lowmem_rlhf.processes.shares import even
+from lowmem_rlhf.processes.world import World, begin, begun
+
+
+def number_of_processes() -> int:
+    """Return how many processes there are, this one included, as the launcher's environment says."""
+    return _from_environment("WORLD_SIZE", 1)
+
+
+def rank_of_process() -> int:
+    """Return this process's number among all, from 0, as the launcher's environment says."""
+    return _from_environment("RANK", 0) if number_of_processes() > 1 else 0
+
+
+def local_rank() -> int | None:
+    """Return this process's number on its machine, which is the number of its card; None: it is the only one."""
+    return _from_environment("LOCAL_RANK", 0) if number_of_processes() > 1 else None
+
+
+def _from_environment(name: str, otherwise: int) -> int:
+    text = os.environ.get(name, "")
+    return int(text) if text.isdigit() else otherwise
+
+
+def begin_processes(on_cpu: bool, timeout: float) -> World:
+    """Meet the other processes, if there are any, and return them; later calls return the same.
+
+    Args:
+        on_cpu: the run computes on the CPU.
+        timeout: seconds after which a process that does not answer counts as lost.
+
+    Raises:
+        UserError: they cannot be reached.
+    """
+    if begun().several or number_of_processes() < 2:
+        return begun()
+    import torch.distributed as dist
+    from accelerate import PartialState
+
+    try:
+        state = PartialState(cpu=on_cpu, timeout=timedelta(seconds=timeout))
+        over_gloo = state.backend == "gloo"
+        over_host = None if over_gloo else dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout))
+    except (RuntimeError, ValueError) as error:
+        raise UserError(
+            f"the {number_of_processes()} processes of this run cannot reach each other "
+            f"({str(error).splitlines()[0]}); see that MASTER_ADDR and MASTER_PORT lead to the first machine, or start them with --processes"
+        ) from error
+    atexit.register(_leave)
+    size = state.num_processes
+    begin(World(state.process_index, size, even(size), timeout=timeout, _group=over_host))
+    return begun()
+
+
+def _leave() -> None:
+    import torch.distributed as dist
+
+    if dist.is_initialized():
+        dist.destroy_process_group()

@@ -1,0 +1,301 @@
+"""The processes of a run and what they tell each other.
+
+Every process holds the whole base and all adapters, and goes through the same steps. Completions, their scores and
+their log-probs are gathered, so each process knows the whole batch and makes the same advantages, normalisers and
+metrics of it. What is shared out is the work: each samples and scores its share of the prompts, runs its share of the
+micro-batches, and the gradients of the adapters are summed once an optimizer step. The result is that of one process.
+
+Inside `together` the passes of `engine.passes` are shared out; inside `apart` a process works for itself alone. Outside
+of both it does so, too.
+
+Where memory runs out in one process, all of them do that piece of work once more (`World.attempt`), since what it had
+told the others by then is worth nothing. Python objects go over gloo and so through host memory; gradients over what
+the device has for it (NCCL on CUDA).
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from lowmem_rlhf.errors import LowmemError, RunError, one_line
+from lowmem_rlhf.processes.shares import shared_out
+
+if TYPE_CHECKING:
+    import torch
+
+T = TypeVar("T")
+
+BUCKET = 32 * 2**20  # bytes of gradients that are summed at once
+
+
+class PeerLostError(RunError):
+    """Another process of the run has ended, or cannot be reached."""
+
+
+@dataclass(frozen=True)
+class _Failed:
+    """What a process sends in place of a value when its part of the preparations has failed."""
+
+    kind: type[LowmemError]
+    text: str
+
+
+@dataclass(frozen=True)
+class _AgainMessage:
+    """What a process sends in place of a value when it begins a piece of work once more."""
+
+    level: int
+
+
+class _Again(Exception):
+    """Another process begins the piece of work at ``level`` once more, so this one does as well."""
+
+    def __init__(self, level: int) -> None:
+        super().__init__(level)
+        self.level = level
+
+
+@dataclass
+class World:
+    """The processes of a run, as one of them sees them.
+
+    Attributes:
+        rank: of this process; the one with 0 writes the run.
+        size: how many there are.
+        proportions: what each gets of the work; they sum up to 1.
+        alike: all compute on cards of one kind. If not, parameters are taken over from the first one after every
+            optimizer step, since other kernels may round otherwise.
+        timeout: seconds after which a process that does not answer counts as lost.
+    """
+
+    rank: int = 0
+    size: int = 1
+    proportions: tuple[float, ...] = (1.0,)
+    alike: bool = True
+    timeout: float = 0.0
+    _group: Any = field(default=None, repr=False)  # of gloo, for objects
+    _level: int = field(default=0, repr=False)  # of the piece of work that runs (`attempt`)
+
+    @property
+    def several(self) -> bool:
+        """Whether there are others."""
+        return self.size > 1
+
+    def own(self, costs: Sequence[float]) -> range:
+        """Return the places of this process's items; see `shared_out`."""
+        return shared_out(costs, self.proportions)[self.rank]
+
+    def gather(self, value: T) -> list[T]:
+        """Return every process's value, in the order of their ranks. All processes have to call it.
+
+        Raises:
+            PeerLostError: a process has ended or does not answer.
+            LowmemError: a process said so with `failed`.
+        """
+        values = self._exchange(value)
+        for rank, one in enumerate(values):
+            if isinstance(one, _Failed):
+                error = one.kind(one.text if rank == self.rank else f"process {rank}: {one.text}")
+                error.said_elsewhere = self.rank > 0
+                raise error
+        if levels := [one.level for one in values if isinstance(one, _AgainMessage)]:
+            raise _Again(min(levels))
+        return values
+
+    def sum(self, *numbers: float) -> list[float]:
+        """Return the sums of these numbers over all processes."""
+        if not self.several:
+            return list(numbers)
+        return [sum(values) for values in zip(*self.gather(numbers), strict=True)]
+
+    def rows(self, rows: dict[int, "torch.Tensor"], device: "torch.device") -> dict[int, "torch.Tensor"]:
+        """Return the rows of all processes: tensors on ``device`` by their places in the whole batch, in this order."""
+        if not self.several:
+            return rows
+        gathered = self.gather({row: values.cpu() for row, values in rows.items()})
+        together = {row: values for part in gathered for row, values in part.items()}
+        return {row: together[row].to(device) for row in sorted(together)}
+
+    def sum_gradients(self, parameters: Sequence["torch.nn.Parameter"]) -> None:
+        """Add up the gradients of these parameters over all processes, in place; those without one have it nowhere."""
+        if not self.several:
+            return
+        import torch.distributed as dist
+
+        gradients = [one.grad for one in parameters if one.grad is not None]
+        with self._reached():
+            for bucket in _buckets(gradients):
+                flat = _flattened(bucket)
+                dist.all_reduce(flat)
+                _put_back(flat, bucket)
+
+    def same_parameters(self, parameters: Sequence["torch.nn.Parameter"]) -> None:
+        """Take over the first process's parameters where the cards are not alike."""
+        if self.alike:
+            return
+        import torch.distributed as dist
+
+        with self._reached():
+            for bucket in _buckets([one.data for one in parameters]):
+                flat = _flattened(bucket)
+                dist.broadcast(flat, 0)
+                _put_back(flat, bucket)
+
+    def attempt(self, work: Callable[[], T], is_worth_another: Callable[[BaseException], bool]) -> Callable[[], T]:
+        """Return ``work`` so that all processes have done it when it returns, and begin once more where one does.
+
+        Args:
+            work: shared out; every process does its part, and may gather in it.
+            is_worth_another: whether the caller of what is returned calls it again after this error.
+        """
+        if not self.several:
+            return work
+
+        def agreed() -> T:
+            self._level += 1
+            level = self._level
+            try:
+                while True:
+                    try:
+                        result = work()
+                        self.gather(None)
+                        return result
+                    except _Again as again:
+                        if again.level < level:
+                            raise
+            except (RuntimeError, MemoryError) as error:
+                if is_worth_another(error):
+                    self._say_again(level)
+                raise
+            finally:
+                self._level = level - 1
+
+        return agreed
+
+    def _say_again(self, level: int) -> None:
+        others = [one.level for one in self._exchange(_AgainMessage(level)) if isinstance(one, _AgainMessage)]
+        if min(others) < level:
+            raise _Again(min(others))
+
+    def agreed(self, work: Callable[[], T]) -> T:
+        """Do a part of the preparations for which the processes do not wait for each other before it ends.
+
+        Raises:
+            LowmemError: it failed in one of them; raised in all.
+        """
+        if not self.several:
+            return work()
+        try:
+            result = work()
+        except LowmemError as error:
+            if not isinstance(error, PeerLostError) and not error.said_elsewhere:
+                self.gather(_Failed(_kind(error), str(error)))
+            raise
+        self.gather(None)
+        return result
+
+    def _exchange(self, value: Any) -> list[Any]:
+        if not self.several:
+            return [value]
+        import torch.distributed as dist
+
+        values: list[Any] = [None] * self.size
+        with self._reached():
+            dist.all_gather_object(values, value, group=self._group)
+        return values
+
+    @contextmanager
+    def _reached(self) -> Iterator[None]:
+        """Turn what the network ends with into one sentence."""
+        try:
+            yield
+        except RuntimeError as error:  # DistBackendError is one
+            raise PeerLostError(
+                f"process {self.rank} of {self.size} has lost the others: one of them has ended, or the network has "
+                f"({one_line(error)}); see what the others say, and go on with --resume"
+            ) from error
+
+
+def _kind(error: LowmemError) -> type[LowmemError]:
+    """Return the kind of an error that a text alone makes."""
+    return next(kind for kind in type(error).__mro__ if kind.__module__.endswith("lowmem_rlhf.errors"))
+
+
+ALONE = World()
+_begun = ALONE  # of the run that this process belongs to
+_current = ALONE
+
+
+def begun() -> World:
+    """Return the processes that this one was started with."""
+    return _begun
+
+
+def begin(world: World) -> None:
+    """Let this process belong to these."""
+    global _begun
+    _begun = world
+
+
+def current() -> World:
+    """Return the processes among which the work at hand is shared out."""
+    return _current
+
+
+@contextmanager
+def _shared_by(world: World) -> Iterator[None]:
+    global _current
+    before, _current = _current, world
+    try:
+        yield
+    finally:
+        _current = before
+
+
+def together() -> Any:
+    """Share out the work inside the block among all processes; every one of them has to come by."""
+    return _shared_by(_begun)
+
+
+def apart() -> Any:
+    """Let this process do the work inside the block alone."""
+    return _shared_by(ALONE)
+
+
+def each_its_share(costs: Sequence[float], work: Callable[[range], T]) -> list[T]:
+    """Let every process do ``work`` for its share of the items by itself; return all results, in order.
+
+    Args:
+        costs: of the items.
+        work: is given the places of the items, at least one.
+    """
+    world = current()
+    own = world.own(costs)
+    with apart():
+        result = work(own) if own else None
+    return [one for one in world.gather(result) if one is not None]
+
+
+def _buckets(tensors: Sequence["torch.Tensor"]) -> Iterator[list["torch.Tensor"]]:
+    bucket: list[Any] = []
+    size = 0
+    for one in tensors:
+        if bucket and (size + one.nbytes > BUCKET or one.dtype != bucket[0].dtype):
+            yield bucket
+            bucket, size = [], 0
+        bucket.append(one)
+        size += one.nbytes
+    if bucket:
+        yield bucket
+
+
+def _flattened(tensors: Sequence["torch.Tensor"]) -> "torch.Tensor":
+    import torch
+
+    return torch.cat([one.flatten() for one in tensors])
+
+
+def _put_back(flat: "torch.Tensor", into: Sequence["torch.Tensor"]) -> None:
+    for part, one in zip(flat.split([one.numel() for one in into]), into, strict=True):
+        one.copy_(part.view_as(one))
