@@ -12,6 +12,7 @@ import torch
 from peft import get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from peft.tuners.lora.layer import LoraLayer, ParamWrapper
 from torch import nn
+from torch.distributed.tensor import DTensor
 from transformers import Cache, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
@@ -26,6 +27,7 @@ from lowmem_rlhf.engine.grouped_lora import GroupedLoraLinear
 from lowmem_rlhf.engine.head_trial import tried_head
 from lowmem_rlhf.engine.host_embedding import HostEmbedding, embeddings_to_host
 from lowmem_rlhf.engine.load import load_base
+from lowmem_rlhf.engine.lockstep import Lockstep
 from lowmem_rlhf.engine.lora import ActiveAdapters, SharedLoraLinear, lora_config
 from lowmem_rlhf.engine.mixers import pack_mixers
 from lowmem_rlhf.engine.packing import Group, PackedBatch, pack
@@ -41,9 +43,11 @@ from lowmem_rlhf.engine.padded import (
 )
 from lowmem_rlhf.engine.recompute import recompute_layers
 from lowmem_rlhf.engine.roles import POLICY, REFERENCE, Roles
+from lowmem_rlhf.engine.sharded import shard_layers
 from lowmem_rlhf.engine.tokenizer import Tokens
 from lowmem_rlhf.engine.wide import is_wide, widen
 from lowmem_rlhf.errors import UserError
+from lowmem_rlhf.processes.world import begun
 from lowmem_rlhf.recipe.lora_shape import LoraShape
 
 
@@ -110,12 +114,14 @@ class SharedBase(Roles):
         self.chat_template_kwargs: dict[str, Any] = {}  # that the run gives its chat template
         self._turn_end: tuple[Any, frozenset[int]] | None = None  # by tokenizer, chat template and what it is given
         self._missing: tuple[Any, torch.Tensor | None] | None = None  # of this tokenizer
+        self.sharded = any(isinstance(one, DTensor) for one in self.model.parameters())
+        self._lockstep = Lockstep(self, begun()) if self.sharded else None
         if self.packable:
             self.why_padded = self._why_not_packed_when_tried()
         if not self.packable:
             self._be_padded()
         self.grouped_layers = self._find_groups()
-        fast = self.packable and not is_wide(self.model, self.dtype)
+        fast = self.packable and not is_wide(self.model, self.dtype) and not self.sharded
         self.fast_decoder = try_fast_decoder(self) if fast else None
 
     @property
@@ -224,6 +230,8 @@ class SharedBase(Roles):
         offload_embeddings: bool = False,
         offload_experts: bool = False,
         join: bool = False,
+        shard: bool = False,
+        offload_base: bool = False,
         **adapter: Any,
     ) -> "SharedBase":
         """Load the base once (see `load_base`) and add the policy adapter.
@@ -232,13 +240,18 @@ class SharedBase(Roles):
             offload_embeddings: the token embedding lies in host memory (see `host_embedding`).
             offload_experts: experts in NF4 do (see `experts`).
             join: NF4 weights of layers with one input lie in one tensor, to be multiplied at once while decoding.
+            shard: the layers are shared out among the processes of the run (see `sharded`).
+            offload_base: each process's share of them lies in host memory.
 
         Raises:
             UserError: the model cannot be loaded, or cannot serve as a shared base.
         """
+        at_first = torch.device("cpu") if shard else device
         loaded, tokenizer = load_base(
-            model, quantization, compute_dtype, device, revision, trust_remote_code, offload_experts
+            model, quantization, compute_dtype, at_first, revision, trust_remote_code, offload_experts
         )
+        if shard:
+            shard_layers(loaded, _decoder_of(loaded), device, offload_base)
         base = cls(loaded, tokenizer, model_id=model, **adapter)
         if join:
             base.join_weights()
@@ -312,7 +325,7 @@ class SharedBase(Roles):
     def decoding(self, dequantize: bool, join: bool = True) -> Iterator["SharedBase"]:
         """Hold NF4 weights inside the block in a form for decoding (see `set_decode_weights`)."""
         try:
-            for group in self.grouped_layers:
+            for group in () if self.sharded else self.grouped_layers:
                 set_decode_weights(group, self.dtype, dequantize, join)
             yield self
         finally:
@@ -350,7 +363,7 @@ class SharedBase(Roles):
         try:
             for layer in recomputing:  # such a layer would leave the cache out
                 layer.gradient_checkpointing = False
-            out = self.decoder(input_ids=input_ids, use_cache=cache is not None, return_dict=True, **keywords)
+            out = self._decoded(input_ids=input_ids, use_cache=cache is not None, return_dict=True, **keywords)
         finally:
             for layer in recomputing:
                 layer.gradient_checkpointing = True
@@ -371,10 +384,15 @@ class SharedBase(Roles):
         self, input_ids: torch.Tensor, position_ids: torch.Tensor, context: AttentionContext
     ) -> torch.Tensor:
         """Return the last hidden states (T, H) of a packed row, input_ids and position_ids (1, T), in this role."""
-        out = self.decoder(
+        out = self._decoded(
             input_ids=input_ids, position_ids=position_ids, use_cache=False, return_dict=True, lowmem_context=context
         )
         return out.last_hidden_state[0].to(self.dtype)  # Mamba's is in fp32
+
+    def _decoded(self, **keywords: Any) -> Any:
+        if self._lockstep is None:
+            return self.decoder(**keywords)
+        return self._lockstep.run(lambda: self.decoder(**keywords))
 
     def next_hidden_states(
         self, input_ids: torch.Tensor, position_ids: torch.Tensor, context: AttentionContext

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from lowmem_rlhf.engine.roles import is_following
+from lowmem_rlhf.engine.sharded import local_part
 
 BLOCK = 1 << 20  # values that are added up to one number; places within a block do not tell
 AT_ONCE = 16  # blocks: on a CPU the sum makes a copy of them as 64-bit integers
@@ -35,7 +36,7 @@ def base_checksum(base: nn.Module) -> str:
 
 
 def _sums(tensor: torch.Tensor) -> list[int]:
-    values = tensor.detach().contiguous().view(-1)
+    values = local_part(tensor.detach()).contiguous().view(-1)
     values = values.view(torch.uint8 if values.dtype == torch.bool else _INTEGERS[values.element_size()])
     whole = len(values) // BLOCK * BLOCK
     parts = [part.view(-1, BLOCK).sum(1, dtype=torch.int64) for part in values[:whole].split(AT_ONCE * BLOCK)]

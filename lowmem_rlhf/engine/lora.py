@@ -18,6 +18,7 @@ from transformers.pytorch_utils import Conv1D
 from lowmem_rlhf.architecture.experts import names_beside_experts
 from lowmem_rlhf.architecture.families import family_of
 from lowmem_rlhf.engine.grouped_lora import GroupedLoraLinear
+from lowmem_rlhf.engine.sharded import ShardedLinear4bit
 from lowmem_rlhf.errors import UserError
 from lowmem_rlhf.hardware.memory import is_out_of_memory
 from lowmem_rlhf.recipe.lora_shape import ALL, LoraShape, scaling
@@ -72,7 +73,7 @@ def only_looks_linear(module: nn.Module) -> bool:
     """Say whether a module is derived from a linear layer and its forward, which is one of its own, is no product."""
     from bitsandbytes.nn import Linear4bit, Linear8bitLt
 
-    plain = {kind.forward for kind in (nn.Linear, Linear4bit, Linear8bitLt)}
+    plain = {kind.forward for kind in (nn.Linear, Linear4bit, Linear8bitLt, ShardedLinear4bit)}
     if not isinstance(module, nn.Linear) or type(module).forward in plain or module.weight.is_meta:
         return False
     weight = module.weight

@@ -38,8 +38,8 @@ def detect(device: str = "auto") -> Device:
 
     Args:
         device: ``auto`` (the visible NVIDIA card with the most free memory, else what torch has, else the CPU),
-            ``cpu``, ``cuda`` (the card with the most free memory), ``cuda:1``, or any other torch device string. Each of
-            several processes takes the card of its ``LOCAL_RANK`` where no number is given.
+            ``cpu``, ``cuda`` (the card with the most free memory), ``cuda:1``, or any other torch device string.
+            Without a number each of several processes takes the card of its ``LOCAL_RANK``.
 
     Raises:
         UserError: no such device.

@@ -7,6 +7,7 @@ from lowmem_rlhf.hardware.detect import torch_reaches
 from lowmem_rlhf.hardware.device import Device
 from lowmem_rlhf.inference.loaded import LoadedModel
 from lowmem_rlhf.planning.plan import Plan
+from lowmem_rlhf.processes.world import begun
 from lowmem_rlhf.progress import message
 from lowmem_rlhf.recipe.schema import Recipe
 
@@ -58,6 +59,8 @@ def open_base(
             f"{free / 2**30:.1f} GiB are free; close other programs, or take a smaller model"
         )
 
+    shard = recipe.hardware.shard_base and begun().several
+
     def load() -> SharedBase:
         return SharedBase.load(
             recipe.model,
@@ -68,7 +71,9 @@ def open_base(
             recipe.trust_remote_code,
             plan.settings.offload_embeddings,
             plan.settings.offload_experts,
-            plan.settings.rollout_weights == "joined",
+            plan.settings.rollout_weights == "joined" and not shard,
+            shard,
+            recipe.hardware.offload_base,
             **shape,
         )
 

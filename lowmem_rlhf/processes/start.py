@@ -4,7 +4,7 @@ import atexit
 import os
 from datetime import timedelta
 
-from lowmem_rlhf.errors import UserError
+from lowmem_rlhf.errors import UserError, one_line
 from lowmem_rlhf.processes.shares import even
 from lowmem_rlhf.processes.world import World, begin, begun
 
@@ -50,8 +50,8 @@ def begin_processes(on_cpu: bool, timeout: float) -> World:
         over_host = None if over_gloo else dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout))
     except (RuntimeError, ValueError) as error:
         raise UserError(
-            f"the {number_of_processes()} processes of this run cannot reach each other "
-            f"({str(error).splitlines()[0]}); see that MASTER_ADDR and MASTER_PORT lead to the first machine, or start them with --processes"
+            f"the {number_of_processes()} processes of this run cannot reach each other ({one_line(error)}); see that "
+            "MASTER_ADDR and MASTER_PORT lead to the first machine, or start them with --processes"
         ) from error
     atexit.register(_leave)
     size = state.num_processes

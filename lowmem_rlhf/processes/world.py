@@ -16,6 +16,7 @@ the device has for it (NCCL on CUDA).
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from enum import Enum
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from lowmem_rlhf.errors import LowmemError, RunError, one_line
@@ -48,6 +49,14 @@ class _AgainMessage:
     level: int
 
 
+class Pass(Enum):
+    """A pass over a base whose weights the processes share, which all of them have to take part in."""
+
+    FORWARD = 1
+    WITH_GRADIENT = 2  # forward; a backward pass may follow
+    BACKWARD = 3
+
+
 class _Again(Exception):
     """Another process begins the piece of work at ``level`` once more, so this one does as well."""
 
@@ -67,6 +76,7 @@ class World:
         alike: all compute on cards of one kind. If not, parameters are taken over from the first one after every
             optimizer step, since other kernels may round otherwise.
         timeout: seconds after which a process that does not answer counts as lost.
+        company: of a base whose weights they share: takes part in a pass that another process announces.
     """
 
     rank: int = 0
@@ -74,6 +84,7 @@ class World:
     proportions: tuple[float, ...] = (1.0,)
     alike: bool = True
     timeout: float = 0.0
+    company: Callable[[Pass], None] | None = field(default=None, repr=False)
     _group: Any = field(default=None, repr=False)  # of gloo, for objects
     _level: int = field(default=0, repr=False)  # of the piece of work that runs (`attempt`)
 
@@ -165,7 +176,7 @@ class World:
                         if again.level < level:
                             raise
             except (RuntimeError, MemoryError) as error:
-                if is_worth_another(error):
+                if self.company is None and is_worth_another(error):  # in a shared pass the others wait for this one
                     self._say_again(level)
                 raise
             finally:
@@ -196,8 +207,32 @@ class World:
         return result
 
     def _exchange(self, value: Any) -> list[Any]:
+        """Return what every process sends, once all of them have come here and none is in a pass any more."""
         if not self.several:
             return [value]
+        while True:
+            values = self._exchange_once(value)
+            running = next((one for one in values if isinstance(one, Pass)), None)
+            if running is None:
+                return values
+            assert self.company is not None
+            self.company(running)
+
+    def announce(self, what: Pass) -> None:
+        """Begin a pass together with all others: each takes part with one of its own, or keeps it company.
+
+        Raises:
+            RunError: another process is at a pass of another kind.
+        """
+        others = {one for one in self._exchange_once(what) if isinstance(one, Pass)}
+        if others != {what}:
+            raise RunError(
+                f"the processes are at different passes ({', '.join(sorted(one.name for one in others))}), so the "
+                "shared weights cannot be gathered; with hardware.shard_base a loss or a reward of your own has to run "
+                "the model equally in each process"
+            )
+
+    def _exchange_once(self, value: Any) -> list[Any]:
         import torch.distributed as dist
 
         values: list[Any] = [None] * self.size
@@ -211,10 +246,22 @@ class World:
         try:
             yield
         except RuntimeError as error:  # DistBackendError is one
-            raise PeerLostError(
-                f"process {self.rank} of {self.size} has lost the others: one of them has ended, or the network has "
-                f"({one_line(error)}); see what the others say, and go on with --resume"
-            ) from error
+            raise PeerLostError(self.lost(error)) from error
+
+    def lost(self, error: BaseException) -> str:
+        """Return the sentence that a run ends with after such an error of the network."""
+        return (
+            f"process {self.rank} of {self.size} has lost the others: one of them has ended, or the network has "
+            f"({one_line(error)[:300]}); see what the others say, and go on with --resume"
+        )
+
+    def is_lost(self, error: BaseException) -> bool:
+        """Whether a collective operation of torch's own has failed, as those that gather shared weights do."""
+        if not self.several or not isinstance(error, RuntimeError):
+            return False
+        import torch.distributed as dist
+
+        return isinstance(error, dist.DistError) or "gloo" in str(error)
 
 
 def _kind(error: LowmemError) -> type[LowmemError]:

@@ -32,6 +32,25 @@ def check_processes(recipe: Recipe) -> None:
         )
 
 
+def check_sharing(recipe: Recipe, plan: Plan) -> None:
+    """Check that the processes can share one base, where they are to.
+
+    Raises:
+        UserError: they cannot.
+    """
+    if not recipe.hardware.shard_base:
+        return
+    if not begun().several:
+        raise UserError("hardware.shard_base: is for several processes; start them with --processes N, or leave it out")
+    if plan.settings.quantization == "int8":
+        raise UserError(
+            "hardware.shard_base: int8 weights cannot be shared out, as bitsandbytes keeps them beside the layer's "
+            "parameters; set hardware.quantization to nf4 or none"
+        )
+    if plan.settings.offload_experts:
+        raise UserError("hardware.offload_experts: with hardware.shard_base experts are shared out; leave it out")
+
+
 def plan_of_processes(recipe: Recipe, plan: Plan) -> tuple[Plan, dict[str, Any]]:
     """Return this process's plan with the settings that all have to share, and what plan.json says of the processes.
 

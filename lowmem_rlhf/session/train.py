@@ -36,7 +36,7 @@ from lowmem_rlhf.run.listing import base_name
 from lowmem_rlhf.run.start import as_written, located, paths_explained
 from lowmem_rlhf.run.trust import check_code
 from lowmem_rlhf.run.unwritten import UnwrittenRun
-from lowmem_rlhf.session.processes import check_processes, check_same_folder, plan_of_processes
+from lowmem_rlhf.session.processes import check_processes, check_same_folder, check_sharing, plan_of_processes
 from lowmem_rlhf.session.saved_lora import as_saved
 from lowmem_rlhf.stopping import telling_what_is_kept
 
@@ -213,6 +213,7 @@ def _plan(checked: Checked, display: RunDisplay) -> Planned:
     if resume:
         RunDirectory(path).check_text_files()
     plan, processes = plan_of_processes(recipe, resumed_plan(recipe, path) if resume else running_plan(recipe))
+    check_sharing(recipe, plan)
     probes = _probes(recipe, plan)
     if not plan.fits and not (plan.verdict == "unknown" and probes):
         raise UserError(why_not(plan, recipe))
@@ -393,7 +394,7 @@ def _freed_where_it_fails(base: "SharedBase", loaded: LoadedModel | None) -> Ite
 
 def _probes(recipe: Recipe, plan: Plan) -> bool:
     """Whether the plan is tried out: on a CPU, where memory is not so short, only if asked to."""
-    if not recipe.spec.probed:
+    if not recipe.spec.probed or recipe.hardware.shard_base:  # where a failed try would leave the others waiting
         return False
     wanted = recipe.hardware.probe
     return not plan.device.on_cpu if wanted == "auto" else wanted

@@ -24,7 +24,7 @@ from lowmem_rlhf.errors import RunError, UserError, one_line
 from lowmem_rlhf.hardware.gauges import step_gauge
 from lowmem_rlhf.hardware.memory import clock, device_failure, is_out_of_memory, peak_bytes, reset_peak
 from lowmem_rlhf.planning.plan import Plan
-from lowmem_rlhf.processes.world import begun, together
+from lowmem_rlhf.processes.world import PeerLostError, begun, together
 from lowmem_rlhf.progress import Progress, current, message
 from lowmem_rlhf.recipe.schema import Recipe
 from lowmem_rlhf.rewards.process_state import random_states, set_random_states
@@ -257,6 +257,8 @@ class Loop(ABC):
         try:
             yield
         except (RuntimeError, MemoryError) as error:
+            if self.world.is_lost(error):
+                raise PeerLostError(self.world.lost(error)) from error
             sentence = no_gradient(error) or device_failure(error, self._part, self.step + 1)
             if sentence is None and is_out_of_memory(error):
                 sentence = self.ladder.ran_out(self._part)

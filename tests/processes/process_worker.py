@@ -1,6 +1,8 @@
-"""One of several processes, which does what it is told: a JSON line in its input is a job, one in its output the end."""
+"""One of several processes, which does what it is told: a JSON line it reads is a job, one it writes the end."""
 
+import faulthandler
 import json
+import signal
 import sys
 from pathlib import Path
 
@@ -13,6 +15,7 @@ from lowmem_rlhf.session.train import train
 
 
 def main() -> None:
+    faulthandler.register(signal.SIGUSR1)  # says where it stands
     torch.set_num_threads(1)
     answers = sys.stdout
     sys.stdout = sys.stderr
