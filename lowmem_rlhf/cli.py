@@ -23,10 +23,13 @@ class _Commands(TyperGroup):
     """The commands; one that is stopped by a signal says what is kept and exits with the signal's code."""
 
     def invoke(self, ctx: Any) -> Any:
+        from lowmem_rlhf.processes.start import rank_of_process
+
         try:
             return super().invoke(ctx)
         except KeyboardInterrupt as stop:
-            _tell(with_notes(cause(stop), stop))
+            if not rank_of_process():
+                _tell(with_notes(cause(stop), stop))
             raise typer.Exit(exit_code(stop)) from None
 
 

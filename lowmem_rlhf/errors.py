@@ -5,6 +5,7 @@ class LowmemError(Exception):
     """Base of the errors that are shown to the user as they are."""
 
     exit_code = 1
+    known_to_all = False  # every process of the run has it
     said_elsewhere = False  # another process of the run tells the user
 
 

@@ -31,12 +31,13 @@ def launch(processes: int, arguments: Sequence[str]) -> int:
 
     Where one of them fails, accelerate ends the others with SIGTERM; the code is the one of the first that failed.
     """
+    import torch.distributed.run  # noqa: F401  (its loggers are made with it)
     from accelerate.commands.launch import launch_command, launch_command_parser
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
-    # what is said of a failure is said by the process that failed
-    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+    for name in [one for one in logging.root.manager.loggerDict if one.startswith("torch.distributed.elastic")]:
+        logging.getLogger(name).setLevel(logging.CRITICAL)  # the process that fails says what there is to say
     how = ["--multi_gpu", "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
     port = ["--main_process_port", "0"]  # a free one
     started = launch_command_parser().parse_args(

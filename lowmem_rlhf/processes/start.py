@@ -3,6 +3,7 @@
 import atexit
 import os
 from datetime import timedelta
+from typing import Any
 
 from lowmem_rlhf.errors import UserError, one_line
 from lowmem_rlhf.processes.shares import even
@@ -22,6 +23,11 @@ def rank_of_process() -> int:
 def local_rank() -> int | None:
     """Return this process's number on its machine, which is the number of its card; None: it is the only one."""
     return _from_environment("LOCAL_RANK", 0) if number_of_processes() > 1 else None
+
+
+def times_restarted() -> int:
+    """Return how often torchrun (``--max-restarts``) has started the processes anew."""
+    return _from_environment("TORCHELASTIC_RESTART_COUNT", 0)
 
 
 def _from_environment(name: str, otherwise: int) -> int:
@@ -44,10 +50,10 @@ def begin_processes(on_cpu: bool, timeout: float) -> World:
     import torch.distributed as dist
     from accelerate import PartialState
 
+    wait = timedelta(seconds=timeout)
     try:
-        state = PartialState(cpu=on_cpu, timeout=timedelta(seconds=timeout))
-        over_gloo = state.backend == "gloo"
-        over_host = None if over_gloo else dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout))
+        state = PartialState(cpu=on_cpu, timeout=wait, **_fresh_store(wait))
+        over_host = None if state.backend == "gloo" else dist.new_group(backend="gloo", timeout=wait)
     except (RuntimeError, ValueError) as error:
         raise UserError(
             f"the {number_of_processes()} processes of this run cannot reach each other ({one_line(error)}); see that "
@@ -57,6 +63,19 @@ def begin_processes(on_cpu: bool, timeout: float) -> World:
     size = state.num_processes
     begin(World(state.process_index, size, even(size), timeout=timeout, _group=over_host))
     return begun()
+
+
+def _fresh_store(wait: timedelta) -> dict[str, Any]:
+    """Return where processes that torchrun has started again meet, as keywords of ``init_process_group``.
+
+    torch (2.13) gives them the store of the first start, where they would find the addresses of processes that ended.
+    """
+    if not times_restarted():
+        return {}
+    from torch.distributed import PrefixStore, rendezvous
+
+    store, rank, size = next(rendezvous("env://", timeout=wait))
+    return {"store": PrefixStore(f"start-{times_restarted()}", store), "rank": rank, "world_size": size}
 
 
 def _leave() -> None:

@@ -108,7 +108,7 @@ class World:
         for rank, one in enumerate(values):
             if isinstance(one, _Failed):
                 error = one.kind(one.text if rank == self.rank else f"process {rank}: {one.text}")
-                error.said_elsewhere = self.rank > 0
+                error.known_to_all, error.said_elsewhere = True, self.rank > 0
                 raise error
         if levels := [one.level for one in values if isinstance(one, _AgainMessage)]:
             raise _Again(min(levels))
@@ -200,7 +200,7 @@ class World:
         try:
             result = work()
         except LowmemError as error:
-            if not isinstance(error, PeerLostError) and not error.said_elsewhere:
+            if not isinstance(error, PeerLostError) and not error.known_to_all:
                 self.gather(_Failed(_kind(error), str(error)))
             raise
         self.gather(None)

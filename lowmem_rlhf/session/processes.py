@@ -8,7 +8,7 @@ from lowmem_rlhf.hardware.detect import parse_device
 from lowmem_rlhf.planning.plan import Plan
 from lowmem_rlhf.planning.run_plan import plan_with
 from lowmem_rlhf.processes.shares import even
-from lowmem_rlhf.processes.start import number_of_processes
+from lowmem_rlhf.processes.start import number_of_processes, rank_of_process
 from lowmem_rlhf.processes.world import begun
 from lowmem_rlhf.recipe.schema import Recipe
 from lowmem_rlhf.run.directory import RunDirectory
@@ -22,14 +22,19 @@ def check_processes(recipe: Recipe) -> None:
     Raises:
         UserError: it cannot.
     """
-    if recipe.spec.run is not None:
-        raise UserError(f"algorithm: {recipe.algorithm} trains in one process; start it without --processes")
     kind, index = parse_device(recipe.hardware.device)
-    if index is not None:
-        raise UserError(
+    refused = ""
+    if recipe.spec.run is not None:
+        refused = f"algorithm: {recipe.algorithm} trains in one process; start it without --processes"
+    elif index is not None:
+        refused = (
             f"hardware.device: got {recipe.hardware.device} for {number_of_processes()} processes, each of which has a "
             f"card of its own; give {kind}, or leave it at auto"
         )
+    if refused:
+        error = UserError(refused)
+        error.said_elsewhere = rank_of_process() > 0
+        raise error
 
 
 def check_sharing(recipe: Recipe, plan: Plan) -> None:

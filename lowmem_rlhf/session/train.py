@@ -27,7 +27,7 @@ from lowmem_rlhf.planning.advice import warning, why_not
 from lowmem_rlhf.planning.plan import Plan, check_positions
 from lowmem_rlhf.planning.run_plan import planned, resumed_plan, running_plan
 from lowmem_rlhf.planning.time.measured import measured_time
-from lowmem_rlhf.processes.start import begin_processes, number_of_processes
+from lowmem_rlhf.processes.start import begin_processes, number_of_processes, times_restarted
 from lowmem_rlhf.processes.world import begun
 from lowmem_rlhf.progress import current
 from lowmem_rlhf.recipe.schema import Recipe
@@ -142,7 +142,7 @@ def finish(trainer: "Loop", display: RunDisplay) -> None:
 def _record_time(trainer: "Loop", display: RunDisplay) -> None:
     """Put on record what a step took against what was predicted for texts of these lengths, and say it."""
     recipe, plan, measured = trainer.recipe, trainer.plan, None
-    if plan.time is None:
+    if plan.time is None or begun().several:  # what is predicted is a step of one process
         return
     with suppress(UserError):  # sizes from the Hub, which may be gone by now
         dims = model_dimensions(recipe.model, recipe.revision, recipe.trust_remote_code)
@@ -160,13 +160,14 @@ def _record_time(trainer: "Loop", display: RunDisplay) -> None:
 def check(recipe: Recipe, output: Path | None, resume: bool, display: RunDisplay) -> Checked:
     """Check what a recipe says, as far as that needs neither a plan nor its rows.
 
-    The processes of a run that has several meet here; from then on what one of them refuses is refused in all.
+    The processes of a run that has several meet here; from then on what one of them refuses is refused in all. A run
+    that torchrun has started again, since a process of it has failed, goes on from its last checkpoint.
 
     Raises:
         UserError: it cannot run.
     """
     if number_of_processes() > 1:
-        check_processes(recipe)
+        check_processes(recipe)  # in each by itself, as they do not know each other yet
         on_cpu = capabilities(detect(recipe.hardware.device).torch_device).on_cpu
         begin_processes(on_cpu, recipe.training.ddp_timeout)
     return begun().agreed(lambda: _check(recipe, output, resume, display))
@@ -174,7 +175,9 @@ def check(recipe: Recipe, output: Path | None, resume: bool, display: RunDisplay
 
 def _check(recipe: Recipe, output: Path | None, resume: bool, display: RunDisplay) -> Checked:
     bound_kernel_caches()
-    path = output or default_output(recipe.name, resume)
+    if times_restarted() and not resume:
+        resume = ((output or default_output(recipe.name, resume=True)) / RECIPE).is_file()
+    path = begun().gather(output or default_output(recipe.name, resume))[0]
     if not output and not resume and path.name != base_name(recipe.name):
         display.message(
             f"this run is {path}; earlier ones of this name stay: `lowmem-rlhf runs` lists them, and for chat, eval, "
@@ -344,6 +347,7 @@ def _begun(base: "SharedBase", data: "TrainingData", planned: Planned, display: 
     path, resume = checked.path, checked.resume
 
     def run_directory(resolved: Recipe) -> RunDirectory:
+        begun().gather(None)  # nothing is written before all are ready
         if begun().rank:
             begun().gather(None)  # by then the first process has made the folder, or gone back to a checkpoint
             return UnwrittenRun(path)

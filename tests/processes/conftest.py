@@ -8,6 +8,10 @@ import sys
 from pathlib import Path
 
 import pytest
+from process_cases import recipe_of
+from tiny_runs import save_tiny_chat_model
+
+from lowmem_rlhf.session.train import train
 
 
 def free_port():
@@ -58,3 +62,24 @@ def two():
     processes = Processes(2)
     yield processes
     processes.end()
+
+
+@pytest.fixture(scope="session")
+def model(tmp_path_factory):
+    return save_tiny_chat_model(tmp_path_factory.mktemp("processes") / "model")
+
+
+@pytest.fixture(scope="session")
+def alone(model, tmp_path_factory):
+    """Return a function that gives a case's recipe and its run in this process, which is made once."""
+    made = {}
+
+    def run(case, **hardware):
+        key = (case, *sorted(hardware.items()))
+        if key not in made:
+            folder = tmp_path_factory.mktemp("alone")
+            recipe = recipe_of(model, folder, case, **hardware)
+            made[key] = recipe, train(recipe, folder / "run")
+        return made[key]
+
+    return run

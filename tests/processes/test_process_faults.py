@@ -11,8 +11,8 @@ from pathlib import Path
 import psutil
 import pytest
 import yaml
-from test_several_processes import SLOW, adapter, recipe_of, same_runs
-from tiny_runs import save_tiny_chat_model, tiny_recipe
+from process_cases import SLOW, adapter, same_runs
+from tiny_runs import tiny_recipe
 
 from lowmem_rlhf.run.directory import RunDirectory
 from lowmem_rlhf.session.train import train
@@ -46,38 +46,30 @@ if os.environ["RANK"] == "1":
 """
 
 
-@pytest.fixture(scope="session")
-def model(tmp_path_factory):
-    return save_tiny_chat_model(tmp_path_factory.mktemp("faults") / "model")
-
-
 @pytest.mark.parametrize("case", ["grpo_normalized", "ppo", "reward_model", "trl/dpo"])
-def test_memory_that_runs_out_in_one_process_changes_nothing(two, model, tmp_path, case):
-    recipe = recipe_of(model, tmp_path, case)
-    alone = train(recipe, tmp_path / "alone")
+def test_memory_that_runs_out_in_one_process_changes_nothing(two, alone, tmp_path, case):
+    recipe, expected = alone(case)
 
     two.tell(code=MEMORY_RUNS_OUT)
     said = two.train(recipe, tmp_path / "two")
     two.tell(code=MEMORY_IS_BACK)
 
     assert said == [{}, {}]
-    same_runs(RunDirectory(tmp_path / "two"), alone)
+    same_runs(RunDirectory(tmp_path / "two"), expected)
 
 
 @pytest.mark.parametrize("case", ["grpo", "ppo", "sft"])
-def test_a_run_goes_on_in_another_number_of_processes(two, model, tmp_path, case):
-    def of_steps(steps):
-        return recipe_of(model, tmp_path, case).model_copy(
-            update={"training": recipe_of(model, tmp_path, case).training.model_copy(update={"max_steps": steps})}
-        )
+def test_a_run_goes_on_in_another_number_of_processes(two, alone, tmp_path, case):
+    recipe, whole = alone(case)
 
-    alone = train(of_steps(5), tmp_path / "alone")
+    def of_steps(steps):
+        return recipe.model_copy(update={"training": recipe.training.model_copy(update={"max_steps": steps})})
 
     assert two.train(of_steps(2), tmp_path / "run") == [{}, {}]
     train(of_steps(3), tmp_path / "run", resume=True)
     assert two.train(of_steps(5), tmp_path / "run", resume=True) == [{}, {}]
 
-    expected, got = adapter(alone.path), adapter(tmp_path / "run")
+    expected, got = adapter(whole.path), adapter(tmp_path / "run")
     assert max(float((got[name] - expected[name]).abs().max()) for name in expected) < 1e-5
 
 
@@ -107,10 +99,10 @@ def recipe_file(model, tmp_path, **sections):
     return path
 
 
-def started(*arguments, **environment):
+def started(*arguments):
     return subprocess.Popen(
-        [sys.executable, "-m", "lowmem_rlhf", "train", *map(str, arguments)],
-        env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
+        [sys.executable, "-m", *map(str, arguments)],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -127,7 +119,7 @@ def wait_for(path, process, seconds=240):
 
 def test_a_killed_process_ends_the_others_and_the_run_goes_on(model, tmp_path):
     file, run = recipe_file(model, tmp_path, training={**SLOW, "max_steps": 10_000}), tmp_path / "run"
-    launcher = started(file, "--output", run, "--processes", 2)
+    launcher = started("lowmem_rlhf", "train", file, "--output", run, "--processes", 2)
     wait_for(run / "checkpoints" / "step-2", launcher)
     workers = psutil.Process(launcher.pid).children()
     assert len(workers) == 2
@@ -145,6 +137,20 @@ def test_a_killed_process_ends_the_others_and_the_run_goes_on(model, tmp_path):
     assert kept == len(RunDirectory(run).metrics())  # the last finished step was saved
     recipe = tiny_recipe(model, training={**SLOW, "max_steps": kept + 1})
     assert len(train(recipe, run, resume=True).metrics()) == kept + 1
+
+
+def test_torchrun_starts_a_lost_process_again_and_the_run_goes_on_by_itself(model, tmp_path):
+    file, run = recipe_file(model, tmp_path, training={**SLOW, "max_steps": 40}), tmp_path / "run"
+    elastic = ["--nnodes", 1, "--nproc-per-node", 2, "--max-restarts", 1, "--rdzv-backend", "c10d"]
+    launcher = started("torch.distributed.run", *elastic, "-m", "lowmem_rlhf", "train", file, "--output", run)
+    wait_for(run / "checkpoints" / "step-2", launcher)
+
+    psutil.Process(launcher.pid).children()[1].send_signal(signal.SIGKILL)
+    printed, _ = launcher.communicate(timeout=240)
+
+    assert launcher.returncode == 0, printed
+    assert "going on after step" in printed
+    assert [row["step"] for row in RunDirectory(run).metrics()] == list(range(1, 41))
 
 
 def without_network():
@@ -189,12 +195,15 @@ def on_machines(names, address, cables, *arguments):
 
 
 @pytest.mark.skipif(not Path("/usr/sbin/ip").exists() or without_network(), reason="no network namespaces here")
-def test_a_network_that_is_cut_ends_the_run_with_a_sentence(model, tmp_path, two_machines):
+def test_a_slow_network_slows_and_one_that_is_cut_ends_the_run_with_a_sentence(model, tmp_path, two_machines):
     names, address, cables = two_machines
     training = {**SLOW, "max_steps": 10_000, "ddp_timeout": 8}
     file, run = recipe_file(model, tmp_path, training=training), tmp_path / "run"
     machines = on_machines(names, address, cables, file, "--output", run)
     wait_for(run / "checkpoints" / "step-2", machines[0])
+    slow = ["tc", "-n", names[0], "qdisc", "add", "dev", cables[0], "root", "tbf"]  # a slow link slows, and no more
+    subprocess.run([*slow, "rate", "2mbit", "burst", "16kb", "latency", "400ms"], check=True)
+    wait_for(run / "checkpoints" / "step-6", machines[0])
 
     subprocess.run(["ip", "-n", names[1], "link", "set", cables[1], "down"], check=True)
     cut = time.monotonic()

@@ -1,94 +1,74 @@
-"""Two processes give the adapter of one: every algorithm, unequal lengths, and a process with nothing to do."""
+"""Two processes give the adapter of one: every algorithm, unequal lengths, a process with nothing to do, a shared base."""
 
 import pytest
-import torch
-from safetensors.torch import load_file
-from tiny_runs import save_tiny_chat_model, tiny_recipe, write_jsonl
+from process_cases import CASES, SLOW, recipe_of, same_runs
+from tiny_runs import tiny_recipe
 
 from lowmem_rlhf.run.directory import RunDirectory
-from lowmem_rlhf.session.train import train
 
-PAIRS = [
-    {"prompt": "1+2=", "chosen": "3", "rejected": "77 abcd"},
-    {"prompt": "4+4+1+1+1=", "chosen": "11 b", "rejected": "e"},
-    {"prompt": "2-1=", "chosen": "1", "rejected": "0"},
-    {"prompt": "5+1=", "chosen": "6 cdefgh 6", "rejected": "ef"},
-    {"prompt": "b a?", "chosen": "b", "rejected": "44"},
-]
-HELD_OUT = [{**row, "prompt": f"9{row['prompt']}"} for row in PAIRS[:3]]
-SLOW = {"learning_rate": 1e-3, "max_steps": 5, "save_steps": 2}
-ONE_PROMPT = {**SLOW, "prompts_per_step": 1}  # its group is sampled by one process, and the other has none
-PPO = {"algorithm": "ppo", "grpo": {}, "ppo": {"num_ppo_epochs": 2, "num_mini_batches": 2}}
-CASES = {
-    "grpo": {},
-    "grpo_one_prompt": {"training": ONE_PROMPT},
-    "grpo_normalized": {
-        "rewards": [
-            {"function": "length", "options": {"target": 12}, "normalize": "batch"},
-            {"function": "arithmetic_answer"},
-        ],
-        "grpo": {"num_iterations": 2, "top_entropy_quantile": 0.5, "beta": 0.0},
-    },
-    "ppo": PPO,
-    "ppo_one_prompt": {**PPO, "training": ONE_PROMPT},
-    "rloo": {"algorithm": "rloo", "grpo": {}},
-    "sft": {"algorithm": "sft"},
-    "sft_one_row": {"algorithm": "sft", "training": ONE_PROMPT},
-    "reward_model": {"algorithm": "reward_model"},
-    "trl/dpo": {"algorithm": "trl/dpo"},
-    "dpo_one_pair": {"algorithm": "trl/dpo", "training": ONE_PROMPT},
-}
-
-
-@pytest.fixture(scope="session")
-def model(tmp_path_factory):
-    return save_tiny_chat_model(tmp_path_factory.mktemp("processes") / "model")
-
-
-def recipe_of(model, tmp_path, case):
-    sections = {"training": SLOW, **CASES[case]}
-    algorithm = sections.get("algorithm", "grpo")
-    if algorithm in ("sft", "reward_model", "trl/dpo"):
-        file = str(write_jsonl(tmp_path / "rows.jsonl", PAIRS))
-        held_out = str(write_jsonl(tmp_path / "eval.jsonl", HELD_OUT))
-        pairs = {"chosen": "chosen", "rejected": "rejected"}
-        columns = {"prompt": "prompt", "completion": "chosen"} if algorithm == "sft" else pairs
-        data = {"train": file, "eval": held_out, "eval_size": 3, "train_size": None, "template": "{prompt}", **columns}
-        limit = {algorithm.partition("/")[0]: {"max_length": 32}}
-        sections |= {"data": data, "rewards": [], "grpo": {}, **limit}
-    return tiny_recipe(model, **sections)
-
-
-def adapter(path):
-    return load_file(path / "adapter" / "adapter_model.safetensors")
-
-
-def numbers(row):
-    """Return the finite numbers of a row but those of the machine; tokens that are fed hold a prompt in both parts."""
-    own = {k: v for k, v in row.items() if isinstance(v, float) and not k.startswith(("time/", "memory/"))}
-    return {k: v for k, v in own.items() if v == v}
-
-
-def same_runs(run, alone):
-    """Hold a run of two processes against that of one."""
-    expected, got = adapter(alone.path), adapter(run.path)
-    assert set(got) == set(expected)
-    for name in expected:
-        torch.testing.assert_close(got[name], expected[name], rtol=0, atol=1e-5)
-    for theirs, ours in zip(alone.metrics(), run.metrics(), strict=True):
-        assert ours.keys() == theirs.keys()
-        assert numbers(ours) == pytest.approx(numbers(theirs), rel=1e-3, abs=1e-4)
-    assert run.evaluation().keys() == alone.evaluation().keys()
-    for when, row in alone.evaluation().items():
-        assert numbers(run.evaluation()[when]) == pytest.approx(numbers(row), rel=1e-3, abs=1e-4)
-    assert [one["completion"] for one in run.samples()] == [one["completion"] for one in alone.samples()]
+# What a process holds of the base's numbers, written into a file.
+HELD = """
+import os
+from pathlib import Path
+from lowmem_rlhf.engine.base import SharedBase
+from lowmem_rlhf.engine.sharded import local_part
+begin = SharedBase.__init__
+def told(self, *args, **kwargs):
+    begin(self, *args, **kwargs)
+    frozen = [one for one in self.model.parameters() if not one.requires_grad]
+    held, whole = (sum(one.numel() for one in ones) for ones in (map(local_part, frozen), frozen))
+    Path({folder!r}, os.environ["RANK"]).write_text(f"{held} {whole}")
+SharedBase.__init__, SharedBase.began = told, begin
+"""
+AS_BEFORE = "from lowmem_rlhf.engine.base import SharedBase; SharedBase.__init__ = SharedBase.began"
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_two_processes_give_the_adapter_of_one(two, model, tmp_path, case):
-    recipe = recipe_of(model, tmp_path, case)
-    alone = train(recipe, tmp_path / "alone")
+def test_two_processes_give_the_adapter_of_one(two, alone, tmp_path, case):
+    recipe, expected = alone(case)
 
     assert two.train(recipe, tmp_path / "two") == [{}, {}]
 
-    same_runs(RunDirectory(tmp_path / "two"), alone)
+    same_runs(RunDirectory(tmp_path / "two"), expected)
+
+
+@pytest.mark.parametrize("case", ["sft_one_row", "grpo", "ppo_one_prompt", "reward_model", "trl/dpo"])
+def test_a_shared_base_gives_the_adapter_of_a_whole_one(two, alone, model, tmp_path, case):
+    recipe, expected = alone(case)
+
+    assert two.train(recipe_of(model, tmp_path, case, shard_base=True), tmp_path / "two") == [{}, {}]
+
+    same_runs(RunDirectory(tmp_path / "two"), expected)
+
+
+def test_a_shared_base_in_nf4_lies_in_parts_and_gives_the_adapter_of_a_whole_one(two, alone, model, tmp_path):
+    _, expected = alone("grpo", quantization="nf4")
+    recipe = recipe_of(model, tmp_path, "grpo", quantization="nf4", shard_base=True)
+
+    two.tell(code=HELD.replace("{folder!r}", repr(str(tmp_path))))
+    said = two.train(recipe, tmp_path / "two")
+    two.tell(code=AS_BEFORE)
+
+    assert said == [{}, {}]
+    same_runs(RunDirectory(tmp_path / "two"), expected)
+    layers = sum((64 * 64 + 32 * 64 * 2 + 64 * 64 + 3 * 64 * 128) // 2 for _ in range(2))  # bytes of codes
+    for rank in "01":
+        held, whole = map(int, (tmp_path / rank).read_text().split())
+        assert whole - held == layers // 2
+
+
+@pytest.mark.parametrize(
+    ("hardware", "said"),
+    [
+        (
+            {"shard_base": True, "quantization": "int8", "compute_dtype": "bfloat16"},
+            "int8 weights cannot be shared out",
+        ),
+        ({"device": "cpu:1"}, "each of which has a card of its own; give cpu"),
+    ],
+)
+def test_what_processes_cannot_do_is_refused(two, model, tmp_path, hardware, said):
+    first, second = two.train(tiny_recipe(model, hardware=hardware, training=SLOW), tmp_path / "run")
+
+    assert said in first["error"]
+    assert (first["said_elsewhere"], second["said_elsewhere"]) == (False, True)
