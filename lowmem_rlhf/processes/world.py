@@ -124,9 +124,15 @@ class World:
         """Return the rows of all processes: tensors on ``device`` by their places in the whole batch, in this order."""
         if not self.several:
             return rows
-        gathered = self.gather({row: values.cpu() for row, values in rows.items()})
-        together = {row: values for part in gathered for row, values in part.items()}
-        return {row: together[row].to(device) for row in sorted(together)}
+        import torch
+
+        lengths = {row: len(values) for row, values in rows.items()}
+        own = torch.cat(list(rows.values())).cpu() if rows else None  # one copy to the host
+        together: dict[int, torch.Tensor] = {}
+        for each, values in self.gather((lengths, own)):
+            if values is not None:
+                together |= zip(each, values.to(device).split(list(each.values())), strict=True)
+        return {row: together[row] for row in sorted(together)}
 
     def sum_gradients(self, parameters: Sequence["torch.nn.Parameter"]) -> None:
         """Add up the gradients of these parameters over all processes, in place; those without one have it nowhere."""

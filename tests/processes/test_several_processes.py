@@ -1,4 +1,4 @@
-"""Two processes give the adapter of one: every algorithm, unequal lengths, a process with nothing to do, a shared base."""
+"""Two processes give the adapter of one: every algorithm, unequal lengths, one with nothing to do, a shared base."""
 
 import pytest
 from process_cases import CASES, SLOW, recipe_of, same_runs
@@ -34,7 +34,7 @@ def test_two_processes_give_the_adapter_of_one(two, alone, tmp_path, case):
 
 @pytest.mark.parametrize("case", ["sft_one_row", "grpo", "ppo_one_prompt", "reward_model", "trl/dpo"])
 def test_a_shared_base_gives_the_adapter_of_a_whole_one(two, alone, model, tmp_path, case):
-    recipe, expected = alone(case)
+    _, expected = alone(case)
 
     assert two.train(recipe_of(model, tmp_path, case, shard_base=True), tmp_path / "two") == [{}, {}]
 
@@ -62,7 +62,7 @@ def test_a_shared_base_in_nf4_lies_in_parts_and_gives_the_adapter_of_a_whole_one
     [
         (
             {"shard_base": True, "quantization": "int8", "compute_dtype": "bfloat16"},
-            "int8 weights cannot be shared out",
+            "int8 weights cannot be shared",
         ),
         ({"device": "cpu:1"}, "each of which has a card of its own; give cpu"),
     ],

@@ -53,6 +53,9 @@ PLANNED = {
 }
 SUPERVISED = "training/test_supervised_training.py"
 ELSEWHERE = {
+    "training.ddp_timeout": (
+        "processes/test_process_faults.py::test_a_slow_network_slows_and_one_that_is_cut_ends_the_run_with_a_sentence"
+    ),
     "description": "export/test_card.py::test_the_card_tells_what_was_measured",
     "trust_remote_code": "faults/test_foreign_runs.py::test_a_foreign_algorithm_and_a_model_s_own_code_are_asked_for",
     "hardware.offload_experts": (
