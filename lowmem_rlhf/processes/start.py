@@ -25,6 +25,11 @@ def local_rank() -> int | None:
     return _from_environment("LOCAL_RANK", 0) if number_of_processes() > 1 else None
 
 
+def processes_here() -> int:
+    """Return how many of the processes are on this machine."""
+    return _from_environment("LOCAL_WORLD_SIZE", number_of_processes()) if number_of_processes() > 1 else 1
+
+
 def times_restarted() -> int:
     """Return how often torchrun (``--max-restarts``) has started the processes anew."""
     return _from_environment("TORCHELASTIC_RESTART_COUNT", 0)

@@ -135,6 +135,7 @@ def finish(trainer: "Loop", display: RunDisplay) -> None:
     if trainer.run.writes:
         _record_time(trainer, display)
         write_report(trainer.run)
+    begun().gather(None)  # all return to a run that is written
     if evaluation := trainer.run.evaluation():
         display.evaluation(evaluation)
 
