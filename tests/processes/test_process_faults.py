@@ -140,7 +140,7 @@ def test_a_killed_process_ends_the_others_and_the_run_goes_on(model, tmp_path):
 
 
 def test_torchrun_starts_a_lost_process_again_and_the_run_goes_on_by_itself(model, tmp_path):
-    file, run = recipe_file(model, tmp_path, training={**SLOW, "max_steps": 40}), tmp_path / "run"
+    file, run = recipe_file(model, tmp_path, training={**SLOW, "max_steps": 20}), tmp_path / "run"
     elastic = ["--nnodes", 1, "--nproc-per-node", 2, "--max-restarts", 1, "--rdzv-backend", "c10d"]
     launcher = started("torch.distributed.run", *elastic, "-m", "lowmem_rlhf", "train", file, "--output", run)
     wait_for(run / "checkpoints" / "step-2", launcher)
@@ -150,7 +150,7 @@ def test_torchrun_starts_a_lost_process_again_and_the_run_goes_on_by_itself(mode
 
     assert launcher.returncode == 0, printed
     assert "going on after step" in printed
-    assert [row["step"] for row in RunDirectory(run).metrics()] == list(range(1, 41))
+    assert [row["step"] for row in RunDirectory(run).metrics()] == list(range(1, 21))
 
 
 def without_network():
