@@ -78,8 +78,9 @@ def main() -> None:
     except KeyboardInterrupt as stop:
         sys.exit(exit_code(stop))
     except LowmemError as error:
+        which = f"process {rank}: " if (rank := rank_of_process()) else ""
         if not error.said_elsewhere:
-            _tell(f"error: {with_notes(str(error), error)}")
+            _tell(f"error: {which}{with_notes(str(error), error)}")
         sys.exit(error.exit_code)
 
 

@@ -64,9 +64,9 @@ def begin_processes(on_cpu: bool, timeout: float) -> World:
             f"the {number_of_processes()} processes of this run cannot reach each other ({one_line(error)}); see that "
             "MASTER_ADDR and MASTER_PORT lead to the first machine, or start them with --processes"
         ) from error
-    atexit.register(_leave)
     size = state.num_processes
     begin(World(state.process_index, size, even(size), timeout=timeout, _group=over_host))
+    atexit.register(begun().leave)
     return begun()
 
 
@@ -81,10 +81,3 @@ def _fresh_store(wait: timedelta) -> dict[str, Any]:
 
     store, rank, size = next(rendezvous("env://", timeout=wait))
     return {"store": PrefixStore(f"start-{times_restarted()}", store), "rank": rank, "world_size": size}
-
-
-def _leave() -> None:
-    import torch.distributed as dist
-
-    if dist.is_initialized():
-        dist.destroy_process_group()

@@ -86,6 +86,7 @@ class World:
     timeout: float = 0.0
     company: Callable[[Pass], None] | None = field(default=None, repr=False)
     _group: Any = field(default=None, repr=False)  # of gloo, for objects
+    _left: bool = field(default=False, repr=False)
     _level: int = field(default=0, repr=False)  # of the piece of work that runs (`attempt`)
 
     @property
@@ -249,15 +250,34 @@ class World:
     @contextmanager
     def _reached(self) -> Iterator[None]:
         """Turn what the network ends with into one sentence."""
+        import torch
+
+        if self._left:
+            raise PeerLostError(f"process {self.rank} of {self.size} has left the others; start all of them anew")
         try:
             yield
+        except torch.OutOfMemoryError as error:
+            raise RunError(
+                "the device's memory ran out while the processes exchanged gradients; lower "
+                "hardware.micro_batch_tokens, and go on with --resume"
+            ) from error
         except RuntimeError as error:  # DistBackendError is one
             raise PeerLostError(self.lost(error)) from error
+
+    def leave(self) -> None:
+        """Let the others know that nothing comes from this process any more: what they wait for fails at once."""
+        if not self.several or self._left:
+            return
+        import torch.distributed as dist
+
+        self._left = True
+        if dist.is_initialized():
+            dist.destroy_process_group()
 
     def lost(self, error: BaseException) -> str:
         """Return the sentence that a run ends with after such an error of the network."""
         return (
-            f"process {self.rank} of {self.size} has lost the others: one of them has ended, or the network has "
+            f"this process ({self.rank} of {self.size}) has lost the others: one of them has ended, or the network has "
             f"({one_line(error)[:300]}); see what the others say, and go on with --resume"
         )
 

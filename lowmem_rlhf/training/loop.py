@@ -227,6 +227,7 @@ class Loop(ABC):
                     if on_step:
                         on_step(finished.metrics)
         except BaseException as error:
+            self._leave(error)
             self._note(error, progress)
             raise
         finally:
@@ -246,6 +247,7 @@ class Loop(ABC):
             with self._in_sentences():
                 yield from self._steps(progress)
         except BaseException as error:
+            self._leave(error)
             self._note(error, progress)
             raise
         finally:
@@ -265,6 +267,11 @@ class Loop(ABC):
             if sentence is None:
                 raise
             raise RunError(sentence) from error
+
+    def _leave(self, error: BaseException) -> None:
+        """Let no other process wait for this one, unless they end here as well."""
+        if not isinstance(error, GeneratorExit) and not getattr(error, "known_to_all", False):
+            self.world.leave()
 
     def _note(self, error: BaseException, progress: Progress) -> None:
         """Save what is finished and say so on an error; where nobody will see that, only what could not be kept."""
@@ -434,10 +441,12 @@ class Loop(ABC):
             RunError: they have not.
         """
         if self.world.several and len({repr(one) for one in self.world.gather(sums(parts_of(self.base)))}) > 1:
-            raise RunError(
+            error = RunError(
                 f"after step {self.step} the processes do not have the same adapters, so something in the run (a "
                 "reward or a loss of your own?) draws from other random numbers in each; the last checkpoint is whole"
             )
+            error.known_to_all, error.said_elsewhere = True, self.world.rank > 0
+            raise error
 
     def _train_step(self, progress: Progress) -> StepOutput:
         """Take one step, once more from its beginning where memory runs out, and put it on record."""

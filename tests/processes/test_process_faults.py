@@ -12,6 +12,7 @@ import psutil
 import pytest
 import yaml
 from process_cases import SLOW, adapter, same_runs
+from process_pool import Processes
 from tiny_runs import tiny_recipe
 
 from lowmem_rlhf.run.directory import RunDirectory
@@ -43,6 +44,17 @@ from lowmem_rlhf.engine.base import SharedBase
 from lowmem_rlhf.training.optimizer import Optimizer
 if os.environ["RANK"] == "1":
     SharedBase.states, Optimizer._take = SharedBase.plain, Optimizer.plain_take
+"""
+
+
+NO_OPTIMIZER = """
+import os
+from lowmem_rlhf.errors import RunError
+from lowmem_rlhf.training.optimizer import Optimizer
+def fails(self, *args, **kwargs):
+    raise RunError("this one fails")
+if os.environ["RANK"] == "1":
+    Optimizer.step = fails
 """
 
 
@@ -91,6 +103,20 @@ def test_processes_with_other_adapters_are_found_out(two, model, tmp_path):
     said = two.train(recipes, tmp_path / "run")
 
     assert all("after step 2 the processes do not have the same adapters" in one["error"] for one in said)
+
+
+def test_a_process_that_fails_ends_the_others_where_it_goes_on_itself(model, tmp_path):
+    processes = Processes(2)
+    try:
+        processes.tell(code=NO_OPTIMIZER)
+        began = time.monotonic()
+        first, second = processes.train(tiny_recipe(model, training={**SLOW, "ddp_timeout": 300}), tmp_path / "run")
+    finally:
+        processes.end()
+
+    assert time.monotonic() - began < 120
+    assert "this process (0 of 2) has lost the others" in first["error"]
+    assert second["error"] == "this one fails"
 
 
 def recipe_file(model, tmp_path, **sections):
@@ -212,7 +238,7 @@ def test_a_slow_network_slows_and_one_that_is_cut_ends_the_run_with_a_sentence(m
     assert time.monotonic() - cut < 60
     for rank, (one, text) in enumerate(zip(machines, said, strict=True)):
         assert one.returncode == 1, text
-        assert re.search(f"error: process {rank} of 2 has lost the others", text)
+        assert re.search(rf"error: .*this process \({rank} of 2\) has lost the others", text)
         assert "go on with --resume" in text
         assert "Traceback" not in text
     kept = RunDirectory(run).latest_checkpoint()[0]
