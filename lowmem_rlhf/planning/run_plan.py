@@ -5,6 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from lowmem_rlhf.algorithms.spec import resolve
+from lowmem_rlhf.errors import UserError
 from lowmem_rlhf.hardware.detect import detect
 from lowmem_rlhf.hardware.device import Device
 from lowmem_rlhf.hardware.profiles import find_profile, match_profile, parse_bytes, profile_device
@@ -42,8 +43,14 @@ def _limited(device: Device, vram: str | None) -> Device:
 
 def plan_recipe(recipe: Recipe) -> Plan:
     """Choose every setting of a recipe for its device (see `planned_device`)."""
+    _check_one_process(recipe)
     device, profile = planned_device(recipe)
     return _planner(recipe)(recipe, device, profile)
+
+
+def _check_one_process(recipe: Recipe) -> None:
+    if recipe.hardware.shard_base:
+        raise UserError("hardware.shard_base: got true, but in one process there is nobody to share the base with")
 
 
 def _planner(recipe: Recipe) -> Callable[[Recipe, Device, str], Plan]:
@@ -52,6 +59,7 @@ def _planner(recipe: Recipe) -> Callable[[Recipe, Device, str], Plan]:
 
 def running_plan(recipe: Recipe) -> Plan:
     """Plan for a run on this machine: a named profile lends its memory, the device that is here computes."""
+    _check_one_process(recipe)
     device, profile = planned_device(recipe)
     if not device.is_present:
         here = detect(recipe.hardware.device)
