@@ -3,53 +3,25 @@
 import json
 import math
 from dataclasses import replace
-from functools import cache
 from itertools import product
 
 import pytest
-from planning_cases import CONFIGS, card, cpu
+from planning_cases import card, cpu
+from processes_cases import QWEN, dims, named, planned, recipe_of
 
-from lowmem_rlhf.architecture import catalogue
-from lowmem_rlhf.architecture.dimensions import ModelDimensions, dimensions_from_config
 from lowmem_rlhf.errors import UserError
 from lowmem_rlhf.hardware.device import Device
-from lowmem_rlhf.hardware.profiles import find_profile, profile_device
 from lowmem_rlhf.planning import run_plan
-from lowmem_rlhf.planning.memory.resident import Memory, block_weight_bytes, embedding_bytes, layer_weight_bytes
+from lowmem_rlhf.planning.memory.resident import Memory
 from lowmem_rlhf.planning.plan import Plan, plan_for
 from lowmem_rlhf.planning.processes import request
 from lowmem_rlhf.planning.processes.plan import plan_processes
 from lowmem_rlhf.planning.processes.request import advice_of, cards_of, cluster_of, plan_of
 from lowmem_rlhf.planning.processes.shares import proportions, whole_shares
 from lowmem_rlhf.planning.processes.traffic import bytes_sent, sample_bytes
-from lowmem_rlhf.planning.processes.values import PREDICTED, ProcessesPlan
-from lowmem_rlhf.planning.run_plan import plan_recipe, running_plan
-from lowmem_rlhf.planning.time.estimate import StepTime, device_rates
+from lowmem_rlhf.planning.processes.values import PREDICTED
+from lowmem_rlhf.planning.run_plan import plan_recipe
 from lowmem_rlhf.planning.time.links import COLLECTIVE, HOP, NETWORK_HOP, Ring, sent_gathering, sent_summing
-from lowmem_rlhf.recipe.loading import load_recipe
-from lowmem_rlhf.recipe.schema import Recipe
-
-QWEN, QWEN_14B = "Qwen/Qwen2.5-0.5B-Instruct", "Qwen/Qwen3-14B"
-
-
-def recipe_of(*changes: str, name: str = "grpo_gsm8k") -> Recipe:
-    return load_recipe(name, changes, quiet=True)
-
-
-def named(*profiles: str) -> list[tuple[Device, str]]:
-    return [(profile_device(find_profile(name)), name) for name in profiles]
-
-
-def dims(model: str = QWEN) -> ModelDimensions:
-    found = catalogue.find(model)
-    assert found is not None
-    return found
-
-
-@cache
-def planned(*profiles: str, changes: tuple[str, ...] = (), machines: int = 1, network: float | None = None):
-    return plan_processes(recipe_of(*changes), named(*profiles), machines, network)
-
 
 # shares
 
@@ -57,7 +29,7 @@ def planned(*profiles: str, changes: tuple[str, ...] = (), machines: int = 1, ne
 def test_proportions_are_those_of_the_speeds_and_sum_to_one():
     assert proportions([3.0, 1.0]) == [0.75, 0.25] and proportions([7.0]) == [1.0]
     assert math.fsum(proportions([0.1, 0.2, 0.3, 1e9])) == pytest.approx(1, abs=1e-15)
-    for wrong in ([], [1.0, 0.0], [1.0, -1.0], [math.nan]):
+    for wrong in ([], [1.0, 0.0], [1.0, -1.0], [math.nan], [math.inf]):
         with pytest.raises(ValueError, match="positive"):
             proportions(wrong)
 
@@ -199,6 +171,17 @@ def test_the_smallest_card_decides_the_format_of_the_base():
     ) and large.rollout_batch_size > small.rollout_batch_size
 
 
+def test_the_format_of_the_base_does_not_depend_on_how_many_processes_there_are():
+    changes = ("model=Qwen/Qwen2.5-7B-Instruct", "training.prompts_per_step=32")
+    made = planned(*["rtx-3090"] * 8, changes=changes)
+    share = recipe_of(changes[0], "training.prompts_per_step=4", "hardware.profile=rtx-3090")
+    assert plan_recipe(share).settings.quantization == "nf4"  # what a run of this size would take
+    alone = plan_recipe(recipe_of(*changes, "hardware.profile=rtx-3090")).settings
+    ours = made.processes[0].plan.settings
+    assert ours.quantization == alone.quantization == made.alone.quantization == "none"
+    assert ours.rollout_batch_size == 32 and made.warnings == ()
+
+
 def test_a_process_without_a_prompt_takes_part_in_the_update_only():
     made = planned(*["rtx-3090"] * 4, changes=("training.prompts_per_step=2",))
     assert [one.prompts for one in made.processes] == [1, 1, 0, 0]
@@ -265,117 +248,6 @@ def test_json_has_all_that_a_plan_has_and_the_processes():
     assert values["fits"] == all(one["fits"] for one in together["cards"])
 
 
-# a base that no card holds
-
-
-@cache
-def shared(*changes: str, count: int = 4) -> ProcessesPlan:
-    cards = named(*["rtx-2070"] * count)
-    return plan_processes(recipe_of(f"model={QWEN_14B}", "hardware.shard_base=true", *changes), cards)
-
-
-def test_a_shared_base_is_held_in_parts_and_gathered():
-    model = dims(QWEN_14B)
-    layers, one_layer = block_weight_bytes(model, "nf4", 2), layer_weight_bytes(model, "nf4", 2)
-    assert one_layer == math.ceil(layers / model.num_layers)
-    plain = planned(*["rtx-2070"] * 4, changes=(f"model={QWEN_14B}",))
-    assert not plain.fits and plain.processes[0].plan.memory["phases"]["update"]["weights"] == layers
-    made = shared()
-    parts = made.processes[0].plan.memory["phases"]["update"]
-    assert made.fits and (parts["weights"], parts["gathered_layers"]) == (math.ceil(layers / 4), 2 * one_layer)
-    assert parts["embeddings"] == embedding_bytes(model, 2)
-    away = shared("hardware.offload_base=true").processes[0].plan
-    assert away.memory["phases"]["update"]["weights"] == 0 and away.memory["host"]["base"] == math.ceil(layers / 4)
-    assert away.memory["phases"]["export"]["gathered_layers"] == 2 * one_layer
-    settings = made.processes[0].plan.to_dict()["settings"]
-    assert (settings["base_shards"], settings["offload_base"]) == (4, False)
-    assert set(settings) == set(made.processes[0].plan.reasons) and not settings["keep_graphs"]
-    assert Plan.from_dict(json.loads(json.dumps(away.to_dict()))).settings == away.settings
-    assert made.alone is None and made.speed_up is None
-
-
-def test_every_pass_over_a_shared_base_gathers_its_layers():
-    model = dims(QWEN_14B)
-    made = shared()
-    process = made.processes[0]
-    recipe, settings = process.recipe, process.plan.settings
-    rows, prompt = settings.rollout_batch_size, recipe.data.max_prompt_length
-    prefills = math.ceil(2 / max(1, settings.micro_batch_tokens // prompt))
-    sampled = prefills + math.ceil(16 / rows) * (recipe.generation.max_completion_length - 1)
-    ring = Ring(4, 12e9)
-    step = StepTime(model, recipe, settings, process.plan.device, device_rates(process.plan.device), ring)
-    passes = step.gathers()
-    assert passes["rollout"] == sampled
-    assert passes["update"] % 2 == 0 and passes["update"] >= 2  # forward and back
-    assert passes["score"] >= 1
-    layers = block_weight_bytes(model, "nf4", 2)
-    assert made.traffic.layers == round(sum(passes.values()) * layers * 3 / 4)
-    gather = layers * 3 / 4 / 12e9 + model.num_layers * (COLLECTIVE + 3 * HOP)
-    assert step.gathering == pytest.approx(gather)
-    assert made.gathering == pytest.approx(sum(passes.values()) * gather)
-    assert process.phases["rollout"] == pytest.approx(passes["rollout"] * gather)  # which takes longer than computing
-    away = shared("hardware.offload_base=true").processes[0]
-    fetched = StepTime(model, away.recipe, away.plan.settings, away.plan.device, device_rates(away.plan.device), ring)
-    assert fetched.gathering == pytest.approx(gather + math.ceil(layers / 4) / 12e9)
-
-
-def test_who_shares_a_base_takes_part_in_every_pass():
-    made = shared("training.prompts_per_step=2")
-    assert [one.prompts for one in made.processes] == [1, 1, 0, 0]
-    assert made.processes[3].phases["rollout"] == made.processes[0].phases["rollout"] > 0
-
-
-def test_layers_below_the_first_adapter_are_gathered_once_for_the_update():
-    some = shared("lora.layers_to_transform=20-39").processes[0]
-    step = StepTime(
-        dims(QWEN_14B), some.recipe, some.plan.settings, some.plan.device, device_rates(some.plan.device), Ring(4, 12e9)
-    )
-    whole = [count for count in range(1, 99) if step.gathers()["update"] == count * 1.5]
-    assert whole  # 20 of 40 layers have a pass back
-
-
-def test_of_unlike_layers_the_largest_is_gathered():
-    alike = dimensions_from_config(CONFIGS["Qwen2.5-7B"], "x")
-    assert layer_weight_bytes(alike, "none", 2) * alike.num_layers == block_weight_bytes(alike, "none", 2)
-    unlike = dims("google/gemma-4-E2B-it")
-    layers = [one.intermediate_size for one in unlike.layer_sizes]
-    average, one = block_weight_bytes(unlike, "none", 2) / unlike.num_layers, layer_weight_bytes(unlike, "none", 2)
-    assert max(layers) > min(layers) and average < one < 2 * average
-
-
-@pytest.mark.parametrize(
-    ("change", "said"),
-    [
-        ("hardware.quantization=int8", "shares out nf4 or none"),
-        ("hardware.rollout_weights=dequantized", "take quantized or auto"),
-        ("hardware.offload_experts=true", "leave one out"),
-    ],
-)
-def test_what_a_shared_base_cannot_have_is_one_sentence(change, said):
-    with pytest.raises(UserError, match=said):
-        shared(change, count=2)
-
-
-def test_a_base_is_shared_among_several_processes_only():
-    recipe = recipe_of("hardware.shard_base=true", "hardware.profile=rtx-3090")
-    for plan in (plan_recipe, running_plan):
-        with pytest.raises(UserError, match=r"hardware.shard_base: got true, but in one process"):
-            plan(recipe)
-    with pytest.raises(UserError, match=r"hardware.offload_base: got true without shard_base"):
-        recipe_of("hardware.offload_base=true")
-    with pytest.raises(UserError, match="trl/dpo is not planned with a shared base"):
-        plan_processes(recipe_of("hardware.shard_base=true", name="dpo"), named("rtx-3090", "rtx-3090"))
-
-
-def test_what_does_not_fit_is_said_with_what_helps():
-    recipe, cluster = recipe_of(f"model={QWEN_14B}"), cluster_of(4, None, None, "rtx-2070")
-    made = plan_of(recipe, cluster)
-    said = advice_of(made, recipe, cluster)
-    assert "does not fit on GeForce RTX 2070" in said and said.endswith(
-        "; or hardware.shard_base=true, with which the cards share the base"
-    )
-
-
 # what is asked for
 
 
@@ -399,6 +271,13 @@ def test_what_cannot_be_asked_for_is_one_sentence(asked, said):
     with pytest.raises(UserError, match=said) as error:
         cluster_of(*asked)
     assert "\n" not in str(error.value)
+
+
+def test_a_card_without_any_room_is_the_one_that_is_named():
+    recipe, cluster = recipe_of("hardware.vram=1MB"), cluster_of(2, None, None, "rtx-3090")
+    made = plan_of(recipe, cluster)
+    assert not made.fits and made.tightest.plan.memory["budget_bytes"] == 0
+    assert "does not fit on GeForce RTX 3090" in advice_of(made, recipe, cluster)
 
 
 def test_more_processes_than_rows_are_refused():

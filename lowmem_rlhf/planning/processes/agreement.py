@@ -1,7 +1,8 @@
 """What all processes of a run must have in common, for their policies to be one. No torch.
 
 The format of the base, the dtype that it computes in, the adapters' rank and the optimizer's moments are of the run and
-not of a card: the card with the least room decides, and bfloat16 is taken only where every card has it.
+not of a card. They are what a run in one process takes on the card with the least room, so that they are the same in
+any number of processes; bfloat16 is taken only where every card has it.
 """
 
 from collections.abc import Sequence
@@ -43,14 +44,14 @@ def agreement(recipe: Recipe, plans: Sequence[Plan]) -> Agreement:
     """Return what the processes of these plans agree on.
 
     Args:
-        recipe: which each plan was made from, but for its share of prompts.
-        plans: one for each card, or for each kind of card.
+        recipe: which each plan was made from.
+        plans: of a run in one process, for each kind of card.
     """
     smallest = min(plans, key=lambda plan: plan.memory["budget_bytes"])
     values = {key: getattr(smallest.settings, key) for key in NUMERIC}
     rank = min(plan.settings.lora["r"] for plan in plans)
     reasons = {
-        key: f"as on every card, for the smallest, {smallest.device.name}: {smallest.reasons[key]}"
+        key: f"as one process would take it on the smallest card, {smallest.device.name}: {smallest.reasons[key]}"
         for key in (*NUMERIC, "lora")
         if not smallest.reasons[key].startswith(PINNED)
     }

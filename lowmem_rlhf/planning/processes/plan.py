@@ -48,7 +48,8 @@ def plan_processes(
     ring = ring_of([device for device, _ in parts], network_gbit)
     planner = _Planner(parts, ring)
     equal = _shared(recipe, math.ceil(recipe.training.prompts_per_step / len(parts)), 1 / len(parts))
-    common = agreement(recipe, [planner.plan(place, equal) for place in planner.kinds])
+    whole = equal if recipe.hardware.shard_base else recipe  # what is of the run is as in a run in one process
+    common = agreement(recipe, [planner.plan(place, whole) for place in planner.kinds])
     planner.common = common
     first = [planner.plan(place, equal) for place in range(len(parts))]
     speeds = _speeds(first, equal)

@@ -1,5 +1,6 @@
 """How work is shared out among processes of unlike speed. No torch."""
 
+import math
 from collections.abc import Sequence
 
 
@@ -12,7 +13,7 @@ def proportions(speeds: Sequence[float]) -> list[float]:
     Raises:
         ValueError: there is none, or one is not positive.
     """
-    if not speeds or not all(speed > 0 for speed in speeds):
+    if not speeds or not all(speed > 0 and math.isfinite(speed) for speed in speeds):
         raise ValueError(f"speeds are positive numbers, one for each process, and not {list(speeds)}")
     total = sum(speeds)
     return [speed / total for speed in speeds]

@@ -98,7 +98,9 @@ class ProcessesPlan:
     @property
     def tightest(self) -> Process:
         """The process whose peak takes the most of its budget."""
-        return max(self.processes, key=lambda one: one.plan.memory["peak_bytes"] / one.plan.memory["budget_bytes"])
+        return max(
+            self.processes, key=lambda one: one.plan.memory["peak_bytes"] / max(1, one.plan.memory["budget_bytes"])
+        )
 
     @property
     def speed_up(self) -> float | None:
