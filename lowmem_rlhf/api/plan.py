@@ -98,7 +98,7 @@ class PlanView:
         return self.values
 
     def plot(self) -> Any:
-        """Return the memory of each phase against the card's as a matplotlib figure."""
+        """Return the memory of each phase against the card's as a matplotlib figure; of several, the fullest card's."""
         from lowmem_rlhf.report.plan_plots import draw_phases
 
         return draw_phases(self.values, self._name)
