@@ -187,12 +187,18 @@ def plan(
     plot: Annotated[
         Path | None, typer.Option(help="Also draw it, as this .png, .svg or .pdf: the phases, or what fits.")
     ] = None,
+    processes: Annotated[
+        int | None, typer.Option(metavar="N", help="Plan for so many, one a card; --profile takes A or A,B,... then.")
+    ] = None,
+    machines: Annotated[int | None, typer.Option(metavar="M", help="That the processes are divided among.")] = None,
+    network: Annotated[
+        float | None, typer.Option(metavar="GBIT", help="10^9 bits a second between machines; default 10.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Show the settings that a recipe would run with, why, and the memory it needs."""
-    from lowmem_rlhf.display.tables import print_plan
-    from lowmem_rlhf.planning.advice import why_not
-    from lowmem_rlhf.planning.run_plan import plan_recipe
+    from lowmem_rlhf.display.processes import print_plans
+    from lowmem_rlhf.planning.processes.request import advice_of, cluster_of, plan_of
     from lowmem_rlhf.recipe.loading import load_recipe
     from lowmem_rlhf.report.plan_plots import check_picture, draw_phases, save_picture
     from lowmem_rlhf.session.saved_lora import as_saved_here
@@ -201,19 +207,25 @@ def plan(
         check_picture(plot)
     if models and not all_profiles:
         raise UserError("--models: is for --all-profiles; a recipe's own model is changed with model=NAME")
-    given = [f"hardware.{key}={value}" for key, value in (("profile", profile), ("vram", vram)) if value is not None]
+    cluster = cluster_of(processes, machines, network, profile)
+    if cluster and (all_profiles or plot):
+        raise UserError(
+            f"--{'all-profiles' if all_profiles else 'plot'}: shows one process a card; leave out --processes"
+        )
+    here = {"profile": None if cluster else profile, "vram": vram}
+    given = [f"hardware.{key}={value}" for key, value in here.items() if value is not None]
     resolved = load_recipe(recipe, [*(overrides or []), *given])
     if all_profiles:
         _what_fits(resolved, models, plot, as_json)
         return
-    made = plan_recipe(as_saved_here(resolved))
+    made = plan_of(as_saved_here(resolved), cluster)
     resolved = _checked(resolved, network=False)
     if as_json:
         _print_json(made.to_dict())
     else:
-        print_plan(made.to_dict())
+        print_plans(made.to_dict())
         if not made.fits:
-            print(harmless(why_not(made, resolved)))
+            print(harmless(advice_of(made, resolved, cluster)))
     if plot:
         picture = save_picture(draw_phases(made.to_dict(), f"{resolved.name}, {resolved.model}"), plot)
         _say(picture, as_json)

@@ -200,6 +200,28 @@ def test_dry_run_prints_recipe_and_plan_and_writes_nothing(run, model, tmp_path)
             ["profile 'rtx-2080x' is not known", "did you mean 'rtx-2080"],
         ),
         (["plan", "quickstart", "--vram", "lots"], ["'lots' is not an amount of memory", "11GB"]),
+        (["plan", "quickstart", "--processes", "0"], ["processes: got 0; give 1 or more, one for each card"]),
+        (["plan", "quickstart", "--processes", "999"], ["processes: got 999, but a step has only"]),
+        (["plan", "quickstart", "--machines", "2"], ["machines: got 2, which is for several processes"]),
+        (["plan", "quickstart", "--processes", "4", "--machines", "3"], ["machines: got 3", "divided evenly"]),
+        (
+            ["plan", "quickstart", "--network", "-1", "--processes", "4", "--machines", "2"],
+            ["network: got -1; give 10^9 bits a second"],
+        ),
+        (
+            ["plan", "quickstart", "--profile", "rtx-3090,rtx-3091", "--processes", "2"],
+            ["profile 'rtx-3091' is not known", "did you mean 'rtx-3090'?"],
+        ),
+        (
+            ["plan", "quickstart", "--profile", "rtx-3090,t4", "--processes", "3"],
+            ["profile: got 2 cards for 3 processes"],
+        ),
+        (
+            ["plan", "quickstart", "--profile", "rtx-3090,t4"],
+            ["profile: got 2 cards, but one process is planned; ask for 2 processes"],
+        ),
+        (["plan", "quickstart", "--all-profiles", "--processes", "2"], ["--all-profiles", "leave out --processes"]),
+        (["plan", "quickstart", "hardware.shard_base=true"], ["in one process there is nobody to share the base"]),
         (["plan", "quickstart", "hardware.vram=lots"], ["'lots' is not an amount of memory", "11GB"]),
         (["plan", "quickstart", "hardware.device=gpu!"], ["device 'gpu!' is not a device", "cuda:N"]),
         (

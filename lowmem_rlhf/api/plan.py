@@ -23,33 +23,40 @@ def plan(
     data: Any = None,
     rewards: Sequence[RewardLike] | None = None,
     overrides: Overrides = (),
+    processes: int | None = None,
+    machines: int | None = None,
+    network: float | None = None,
 ) -> "PlanView":
     """Return the settings that a recipe would run with, why, and the memory it needs; nothing is loaded.
 
     Args:
         recipe, model, data, rewards, overrides: as of `lowmem_rlhf.train`.
-        profile: plan for this card (see ``lowmem-rlhf profiles``) and not for the one that is here.
+        profile: plan for this card (see ``lowmem-rlhf profiles``) and not for the one that is here; for several
+            processes one for all, or one for each with commas between them.
         vram: plan for this much memory, for example ``"11GB"``.
+        processes: plan for so many, one a card.
+        machines: among which the processes are divided; default: one.
+        network: 10^9 bits a second between machines; default: 10.
 
     Raises:
         UserError: the recipe, the model or the card is not known or cannot be planned for, or data or rewards are not
             what the recipe needs, as ``lowmem-rlhf plan`` checks them.
     """
-    from lowmem_rlhf.planning.advice import why_not
-    from lowmem_rlhf.planning.run_plan import plan_recipe
+    from lowmem_rlhf.planning.processes.request import advice_of, cluster_of, plan_of
     from lowmem_rlhf.session.check import QUICK_ROWS, check_recipe
     from lowmem_rlhf.session.saved_lora import as_saved_here
 
-    card = {"hardware.profile": profile, "hardware.vram": vram}
+    cluster = cluster_of(processes, machines, network, profile)
+    card = {"hardware.profile": None if cluster else profile, "hardware.vram": vram}
     texts = [*override_texts(overrides), *override_texts({k: v for k, v in card.items() if v is not None})]
     request = request_of(recipe, model=model, data=data, rewards=rewards, overrides=texts)
     resolved = request.recipe
-    made = plan_recipe(as_saved_here(resolved))
+    made = plan_of(as_saved_here(resolved), cluster)
     with hushed(lambda text: None), given(request.objects), suppress(OfflineError):  # no rows, and a plan all the same
         check = check_recipe(resolved, 0, network=False, most=QUICK_ROWS)
         check.raise_errors()
         resolved = check.recipe
-    return PlanView(made.to_dict(), f"{resolved.name}, {resolved.model}", "" if made.fits else why_not(made, resolved))
+    return PlanView(made.to_dict(), f"{resolved.name}, {resolved.model}", advice_of(made, resolved, cluster))
 
 
 class PlanView:
@@ -91,7 +98,7 @@ class PlanView:
         return self.values
 
     def plot(self) -> Any:
-        """Return the memory of each phase against the card's as a matplotlib figure."""
+        """Return the memory of each phase against the card's as a matplotlib figure; of several, the fullest card's."""
         from lowmem_rlhf.report.plan_plots import draw_phases
 
         return draw_phases(self.values, self._name)
@@ -100,10 +107,10 @@ class PlanView:
         """Return the table that ``lowmem-rlhf plan`` prints."""
         from rich.console import Console
 
-        from lowmem_rlhf.display.tables import print_plan
+        from lowmem_rlhf.display.processes import print_plans
 
         text = io.StringIO()
-        print_plan(self.values, Console(file=text, width=_WIDTH, force_jupyter=False))
+        print_plans(self.values, Console(file=text, width=_WIDTH, force_jupyter=False))
         return "\n".join([text.getvalue().rstrip(), *([self.advice] if self.advice else [])])
 
     def _repr_png_(self) -> bytes:

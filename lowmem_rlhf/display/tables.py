@@ -112,8 +112,8 @@ def print_time(plan_dict: dict[str, Any], console: Console) -> None:
         console.print(Text(harmless(f"how long it takes is not predicted: {why}"), style="dim"))
         return
     low, high = time_dict["step_seconds_range"]
-    rows = [(name, _short(seconds), "") for name, seconds in time_dict["phases"].items()]
-    rows.append(("a step", _short(time_dict["step_seconds"]), _between(low, high)))
+    rows = [(name, short_seconds(seconds), "") for name, seconds in time_dict["phases"].items()]
+    rows.append(("a step", short_seconds(time_dict["step_seconds"]), _between(low, high)))
     if time_dict["evaluation_seconds"]:
         times = time_dict.get("evaluations")
         often = f" (of {times} times)" if times is not None and times != 2 else ""
@@ -127,10 +127,11 @@ def print_time(plan_dict: dict[str, Any], console: Console) -> None:
 
 
 def _between(low: float, high: float) -> str:
-    return f"between {_short(low)} and {_short(high)}"
+    return f"between {short_seconds(low)} and {short_seconds(high)}"
 
 
-def _short(seconds: float) -> str:
+def short_seconds(seconds: float) -> str:
+    """Return seconds with two digits below ten of them."""
     return format_seconds(seconds) if seconds >= 10 else f"{seconds:.2g}s"
 
 

@@ -28,7 +28,7 @@ from lowmem_rlhf.inference.base import held_against_stock, open_base
 from lowmem_rlhf.inference.open_run import OpenRun
 from lowmem_rlhf.inference.opening import add_initial_adapter, check_device, open_trained
 from lowmem_rlhf.planning.plan import Plan, Settings
-from lowmem_rlhf.planning.run_plan import running_plan
+from lowmem_rlhf.planning.run_plan import in_one_process, running_plan
 from lowmem_rlhf.progress import message
 from lowmem_rlhf.recipe.field_roles import fields_with
 from lowmem_rlhf.recipe.loading import load_recipe
@@ -201,7 +201,7 @@ def open_model_target(
     if "hardware.compute_dtype" not in keys:
         hardware["compute_dtype"] = _stored_dtype(model, recipe, detected)
     update = {"model": model, "adapter": None, "hardware": recipe.hardware.model_copy(update=hardware)}
-    recipe = recipe.model_copy(update=update)
+    recipe = in_one_process(recipe.model_copy(update=update))
     if judged:
         recipe, note = with_format(recipe, "eval")
         if note:

@@ -8,7 +8,6 @@ import importlib.metadata
 import os
 import re
 import sys
-from dataclasses import replace
 
 from lowmem_rlhf.errors import UserError
 from lowmem_rlhf.hardware.capabilities import kind_of, torch_is_for_rocm
@@ -17,7 +16,7 @@ from lowmem_rlhf.hardware.device import Device
 from lowmem_rlhf.hardware.nvml import Card, Inventory, NvmlUnavailable, order_is_uncertain, read_nvml, visible_cards
 from lowmem_rlhf.hardware.speed import Speed, speed_of_clocks
 from lowmem_rlhf.hardware.torch_device import from_torch, torch_has
-from lowmem_rlhf.processes.start import local_rank, processes_here
+from lowmem_rlhf.processes.start import local_rank
 from lowmem_rlhf.suggest import did_you_mean
 
 GIB = 1024**3
@@ -48,7 +47,7 @@ def detect(device: str = "auto") -> Device:
     kind, index = parse_device(device)
     index = local_rank() if index is None else index
     if kind == "cpu":
-        return _shared(cpu_device())
+        return cpu_device()
     if kind not in ("auto", "cuda"):
         return from_torch(kind, index)
     notes: tuple[str, ...] = ()
@@ -66,23 +65,14 @@ def detect(device: str = "auto") -> Device:
         hidden = _why_hidden(inventory.cards, visible)
         if kind == "cuda":
             raise UserError(f"device {device!r} was asked for, but {hidden}")
-        return _shared(cpu_device((hidden,)))
+        return cpu_device((hidden,))
     if kind == "cuda":
         return from_torch("cuda", index, notes)
     if _torch_may_know():
         for kind in ("cuda", "xpu", "mps"):
             if torch_has(kind):
                 return from_torch(kind, index, notes)
-    return _shared(cpu_device(notes))
-
-
-def _shared(device: Device) -> Device:
-    """Return what one of several processes has of this machine's memory."""
-    number = processes_here()
-    if number == 1:
-        return device
-    note = f"{number} processes share this machine's memory"
-    return replace(device, free_bytes=device.free_bytes // number, notes=(*device.notes, note))
+    return cpu_device(notes)
 
 
 def parse_device(device: str) -> tuple[str, int | None]:

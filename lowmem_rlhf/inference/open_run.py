@@ -15,6 +15,7 @@ from lowmem_rlhf.data.provenance import check_base, check_learned
 from lowmem_rlhf.errors import UserError
 from lowmem_rlhf.hardware.device import Device
 from lowmem_rlhf.planning.plan import Plan
+from lowmem_rlhf.planning.run_plan import in_one_process
 from lowmem_rlhf.recipe.schema import Recipe
 from lowmem_rlhf.run.checkpoints import check_adapter
 from lowmem_rlhf.run.directory import ADAPTER, RunDirectory
@@ -77,8 +78,11 @@ class OpenRun:
 
     @cached_property
     def recipe(self) -> Recipe:
-        """The recipe with paths that lead from the current folder to what they name (see `run.start.located`)."""
-        return located(self.written, self.directory.path)
+        """The recipe with paths that lead from the current folder to what they name (see `run.start.located`).
+
+        What several processes shared while it trained is whole here.
+        """
+        return in_one_process(located(self.written, self.directory.path))
 
     @cached_property
     def plan(self) -> Plan:
@@ -88,7 +92,8 @@ class OpenRun:
             UserError: the run has none.
         """
         try:
-            return Plan.from_dict(self.directory.plan())
+            plan = Plan.from_dict(self.directory.plan())
+            return replace(plan, settings=replace(plan.settings, base_shards=1, offload_base=False))
         except ValueError as error:
             raise UserError(
                 f"{self.directory.path} holds no plan.json with the run's settings, so its precision is not known"

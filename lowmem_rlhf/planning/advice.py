@@ -13,6 +13,8 @@ from lowmem_rlhf.planning.inputs import PINNED, gib
 from lowmem_rlhf.planning.memory.phases import peak_phase
 from lowmem_rlhf.planning.plan import Plan, plan_for, shortage
 from lowmem_rlhf.planning.shapes import length_keys
+from lowmem_rlhf.planning.time.links import Ring
+from lowmem_rlhf.planning.time.rates import bus_bandwidth
 from lowmem_rlhf.recipe.schema import Recipe
 
 SAID = 3  # changes at most
@@ -86,8 +88,10 @@ def longest_that_fits(most: int, fits: Callable[[int], object]) -> int:
 
 def _planned(recipe: Recipe, plan: Plan, dims: ModelDimensions, timed: bool = True) -> Plan | None:
     """Return the plan of a changed recipe for the same device if it fits; ``timed`` as `plan_for` has it."""
+    shards = plan.settings.base_shards
+    ring = Ring(shards, bus_bandwidth()) if shards > 1 else None
     try:
-        changed_plan = plan_for(recipe, plan.device, plan.profile, dims, timed)
+        changed_plan = plan_for(recipe, plan.device, plan.profile, dims, timed, ring)
     except UserError:  # a change that cannot be, such as more positions than a smaller model has
         return None
     return changed_plan if changed_plan.fits else None

@@ -208,6 +208,8 @@ def rollout_weights(inputs: PlanInputs, settings: Settings) -> tuple[str, str]:
     """
     if pinned := inputs.pinned("rollout_weights"):
         return pinned, PINNED
+    if inputs.shards > 1:
+        return "quantized", "layers are gathered as they lie, for each token anew"
     if settings.quantization != "nf4" or not samples_completions(inputs.recipe):
         return "quantized", "the weights are not 4-bit" if settings.quantization != "nf4" else "nothing is sampled"
     if not inputs.on_cpu:

@@ -9,6 +9,7 @@ from lowmem_rlhf.hardware.device import Device
 from lowmem_rlhf.planning.memory.phases import peak_phase, phases
 from lowmem_rlhf.planning.memory.resident import GIB, Components, Settings
 from lowmem_rlhf.planning.time.estimate import StepTime, device_rates, has_terms
+from lowmem_rlhf.planning.time.links import Ring
 from lowmem_rlhf.planning.time.rates import Rates
 from lowmem_rlhf.recipe.schema import Recipe
 
@@ -25,6 +26,7 @@ class PlanInputs:
     Attributes:
         budget: bytes that a run may take.
         timed: settings are chosen by predicted time, where the device's speed is known.
+        ring: the processes of which this device is one's, where there are several.
     """
 
     recipe: Recipe
@@ -32,6 +34,12 @@ class PlanInputs:
     dims: ModelDimensions
     budget: int
     timed: bool = True
+    ring: Ring | None = None
+
+    @property
+    def shards(self) -> int:
+        """Processes that share the base; 1: each holds all of it."""
+        return self.ring.processes if self.ring and self.recipe.hardware.shard_base else 1
 
     @property
     def on_cpu(self) -> bool:
@@ -52,7 +60,7 @@ class PlanInputs:
         """
         if self.rates is None:
             raise ValueError(f"nobody tells how fast {self.device.name} is")
-        return StepTime(self.dims, self.recipe, settings, self.device, self.rates)
+        return StepTime(self.dims, self.recipe, settings, self.device, self.rates, self.ring)
 
     def pinned(self, key: str) -> Any:
         """Return the recipe's value of a setting, or None when it is left to the plan."""

@@ -38,7 +38,9 @@ from lowmem_rlhf.planning.shapes import (
     length_keys,
     samples_completions,
 )
+from lowmem_rlhf.planning.sharing import check_sharing, sharing_reasons
 from lowmem_rlhf.planning.time.estimate import RunTime, run_time
+from lowmem_rlhf.planning.time.links import Ring
 from lowmem_rlhf.planning.verdicts import Verdict, verdict_of
 from lowmem_rlhf.recipe.schema import Recipe
 
@@ -89,7 +91,7 @@ class Plan:
             "peak_bytes_range": list(self.peak_bytes_range),
             "device": self.device.to_dict(),
             "profile": self.profile,
-            "settings": asdict(self.settings),
+            "settings": _shown_settings(self.settings),
             "reasons": dict(self.reasons),
             "memory": dict(self.memory),
             "time": self.time.to_dict() if self.time else None,
@@ -121,6 +123,14 @@ class Plan:
             raise ValueError(f"no plan of a run: {type(error).__name__} {error}") from error
 
 
+SHARING = ("base_shards", "offload_base")  # settings that are there where processes share a base
+
+
+def _shown_settings(settings: Settings) -> dict[str, Any]:
+    alone = settings.base_shards == 1
+    return {key: value for key, value in asdict(settings).items() if not (alone and key in SHARING)}
+
+
 def _saved_time(values: Any) -> RunTime | None:
     """Return the time of a saved plan; None where it has none, or one that cannot be read, as nothing depends on it."""
     try:
@@ -140,10 +150,13 @@ def _saved_settings(values: Mapping[str, Any]) -> Settings:
     return Settings(**{**earlier, **known})
 
 
-def make_plan(recipe: Recipe, device: Device, profile: str) -> Plan:
+def make_plan(recipe: Recipe, device: Device, profile: str, ring: Ring | None = None) -> Plan:
     """Choose every memory setting of a run for a device.
 
     A plan that does not fit is returned too, with ``fits`` False; `advice.why_not` says what to change.
+
+    Args:
+        ring: the processes of which this device is one's, where there are several.
 
     Raises:
         UserError: the model cannot be read, or the recipe asks for what the model or the device cannot do; or it
@@ -152,20 +165,30 @@ def make_plan(recipe: Recipe, device: Device, profile: str) -> Plan:
     if why := recipe.spec.no_plan(recipe):
         raise UserError(why)
     dims = model_dimensions(recipe.model, recipe.revision, recipe.trust_remote_code)
-    return plan_for(recipe, device, profile, dims)
+    return plan_for(recipe, device, profile, dims, ring=ring)
 
 
-def plan_for(recipe: Recipe, device: Device, profile: str, dims: ModelDimensions, timed: bool = True) -> Plan:
+def plan_for(
+    recipe: Recipe,
+    device: Device,
+    profile: str,
+    dims: ModelDimensions,
+    timed: bool = True,
+    ring: Ring | None = None,
+) -> Plan:
     """Return the plan of a recipe for a model of these sizes, which the recipe's own model need not have.
 
     Args:
         timed: settings are chosen by predicted time; without it by memory alone, which tells sooner whether a run fits.
+        ring: the processes of which this device is one's, where there are several.
 
     Raises:
         UserError: as `make_plan`.
     """
     check_positions(recipe, dims.max_positions, f"has only {dims.max_positions} positions")
-    inputs = PlanInputs(recipe, device, dims, budget_bytes(device), timed)
+    inputs = PlanInputs(recipe, device, dims, budget_bytes(device), timed, ring)
+    if inputs.shards > 1:
+        check_sharing(inputs)
     settings, reasons = _settings(inputs)
     if dims.note:
         reasons["quantization"] = f"{reasons['quantization']}; {dims.note}"
@@ -188,8 +211,10 @@ def plan_for(recipe: Recipe, device: Device, profile: str, dims: ModelDimensions
         memory["host"] = {"trained_state": Memory(dims, recipe, settings, device).trained_state()}
         if settings.offload_experts:
             memory["host"]["experts"] = expert_bytes(dims)
+        if settings.offload_base:
+            memory["host"]["base"] = Memory(dims, recipe, settings, device).shard()
     verdict, between = verdict_of(dims, memory, inputs.on_cpu)
-    time = run_time(dims, recipe, settings, device) if timed else None
+    time = run_time(dims, recipe, settings, device, ring) if timed else None
     return Plan(peak <= inputs.budget, verdict, between, device, profile, settings, reasons, memory, time)
 
 
@@ -249,6 +274,8 @@ def _working_set(inputs: PlanInputs, quantization: str, reason: str) -> tuple[Se
     reasons = {"quantization": reason}
     settings = precision.smallest(inputs, quantization)
     reasons["compute_dtype"] = precision.compute_dtype(inputs, quantization)[1]
+    if inputs.shards > 1:
+        reasons |= sharing_reasons(inputs, settings)
     for key in ("offload_experts", "optim", "offload_checkpoints", "offload_embeddings"):
         value, reasons[key] = getattr(precision, key)(inputs, settings)
         settings = replace(settings, **{key: value})

@@ -89,6 +89,8 @@ def _smallest(inputs: PlanInputs, quantization: str, dtype: str) -> Settings:
         lora=lora.shape(rank).values,
         offload_embeddings=bool(inputs.pinned("offload_embeddings")) and _embeddings_can_leave(inputs),
         offload_experts=bool(inputs.pinned("offload_experts")) and _experts_can_leave(inputs, quantization),
+        base_shards=inputs.shards,
+        offload_base=inputs.shards > 1 and inputs.recipe.hardware.offload_base,
     )
 
 
@@ -97,6 +99,8 @@ def quantization(inputs: PlanInputs) -> tuple[str, str]:
     if pinned := inputs.pinned("quantization"):
         compute_dtype(inputs, pinned)  # refuses a combination that cannot be
         return pinned, PINNED
+    if inputs.shards > 1:
+        return "nf4", f"every pass gathers the layers, which are the fewest bytes in NF4{advice(inputs)}"
     if not more_exact(inputs):
         return "nf4", "experts that wait in host memory are in NF4"
     passed, share_allowed = [], COMFORTABLE
@@ -159,7 +163,7 @@ def least_time(inputs: PlanInputs, quantization: str) -> float:
 
 def more_exact(inputs: PlanInputs) -> list[str]:
     """Return the quantizations that are more exact than NF4 and possible, the most exact first."""
-    if inputs.pinned("offload_experts") and inputs.dims.expert_parameters and not inputs.on_cpu:
+    if inputs.shards > 1 or (inputs.pinned("offload_experts") and inputs.dims.expert_parameters and not inputs.on_cpu):
         return []
     no_int8 = inputs.pinned("compute_dtype") == "float32" or inputs.dims.overflows_float16
     return ["none"] if no_int8 else ["none", "int8"]
@@ -268,6 +272,8 @@ def offload_experts(inputs: PlanInputs, settings: Settings) -> tuple[bool, str]:
         if pinned:
             raise UserError(f"hardware.offload_experts: {inputs.recipe.model!r} has no experts; leave it out")
         return False, "the model has no experts"
+    if inputs.shards > 1:
+        return False, "the processes share them"
     if not _experts_can_leave(inputs, settings.quantization):
         if pinned and not inputs.on_cpu:
             raise UserError(

@@ -1,11 +1,11 @@
 """The plan of a recipe on the device that it names or that is here. No torch here."""
 
-from collections.abc import Callable, Mapping
-from dataclasses import replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from lowmem_rlhf.algorithms.spec import resolve
+from lowmem_rlhf.errors import UserError
 from lowmem_rlhf.hardware.detect import detect
 from lowmem_rlhf.hardware.device import Device
 from lowmem_rlhf.hardware.profiles import find_profile, match_profile, parse_bytes, profile_device
@@ -43,43 +43,80 @@ def _limited(device: Device, vram: str | None) -> Device:
 
 def plan_recipe(recipe: Recipe) -> Plan:
     """Choose every setting of a recipe for its device (see `planned_device`)."""
+    _check_one_process(recipe)
     device, profile = planned_device(recipe)
     return _planner(recipe)(recipe, device, profile)
+
+
+def _check_one_process(recipe: Recipe) -> None:
+    if recipe.hardware.shard_base:
+        raise UserError("hardware.shard_base: got true, but in one process there is nobody to share the base with")
 
 
 def _planner(recipe: Recipe) -> Callable[[Recipe, Device, str], Plan]:
     return resolve(recipe.spec.planner)
 
 
-def running_plan(recipe: Recipe) -> Plan:
-    """Plan for a run on this machine: a named profile lends its memory, the device that is here computes."""
+def in_one_process(recipe: Recipe) -> Recipe:
+    """Return the recipe with the whole base in one process, as what is done with a finished run has it."""
+    whole = recipe.hardware.model_copy(update={"shard_base": False, "offload_base": False})
+    return recipe.model_copy(update={"hardware": whole}) if recipe.hardware.shard_base else recipe
+
+
+def running_device(recipe: Recipe) -> tuple[Device, str]:
+    """Return the device of a run on this machine: a named profile lends its memory, the device that is here computes.
+
+    Raises:
+        UserError: as `planned_device`.
+    """
     device, profile = planned_device(recipe)
     if not device.is_present:
         here = detect(recipe.hardware.device)
         here = replace(here, speed=match_profile(here).speed)
         free = min(device.free_bytes, here.free_bytes)
         device = replace(here, total_bytes=device.total_bytes, free_bytes=free, bf16=device.bf16 and here.bf16)
+    return device, profile
+
+
+def running_plan(recipe: Recipe) -> Plan:
+    """Plan for a run on this machine, in one process (see `running_device`)."""
+    _check_one_process(recipe)
+    device, profile = running_device(recipe)
     return _planner(recipe)(recipe, device, profile)
+
+
+@dataclass(frozen=True)
+class Begun:
+    """The recipe of a run that goes on.
+
+    Attributes:
+        recipe: with the settings of the run that would change what is computed.
+        pinned: their names, of those that the recipe leaves to the plan.
+    """
+
+    recipe: Recipe
+    pinned: Sequence[str]
+
+    @classmethod
+    def of(cls, recipe: Recipe, path: Path) -> "Begun":
+        """Return what the run in a folder began with."""
+        began = RunDirectory(path).plan().get("settings", {})
+        numeric = fields_with(HardwareConfig, changes_numbers=True)  # they stay, whatever memory is free today
+        pinned = {key: began[key] for key in numeric if getattr(recipe.hardware, key) == "auto" and key in began}
+        lora = recipe.lora
+        shape = {key: began["lora"][key] for key in ("r", "lora_alpha") if began and getattr(lora, key) == "auto"}
+        update = {"hardware": recipe.hardware.model_copy(update=pinned), "lora": lora.model_copy(update=shape)}
+        return cls(recipe.model_copy(update=update), list(pinned))
+
+    def explained(self, plan: Plan) -> Plan:
+        """Return a plan of the recipe with why these settings are what they are."""
+        return replace(plan, reasons={**plan.reasons, **dict.fromkeys(self.pinned, "as the run began")})
 
 
 def resumed_plan(recipe: Recipe, path: Path) -> Plan:
     """Plan as `running_plan`, with the settings of the run in ``path`` that would change what is computed."""
-    return plan_with(recipe, RunDirectory(path).plan().get("settings", {}), "as the run began")
-
-
-def plan_with(recipe: Recipe, began: Mapping[str, Any], reason: str) -> Plan:
-    """Plan as `running_plan`, with those of a plan's settings that change what is computed, whatever memory is free.
-
-    Args:
-        began: the settings, as plan.json has them; may be empty.
-        reason: why they are taken.
-    """
-    numeric = fields_with(HardwareConfig, changes_numbers=True)
-    pinned = {key: began[key] for key in numeric if getattr(recipe.hardware, key) == "auto" and key in began}
-    shape = {key: began["lora"][key] for key in ("r", "lora_alpha") if began and getattr(recipe.lora, key) == "auto"}
-    update = {"hardware": recipe.hardware.model_copy(update=pinned), "lora": recipe.lora.model_copy(update=shape)}
-    plan = running_plan(recipe.model_copy(update=update))
-    return replace(plan, reasons={**plan.reasons, **dict.fromkeys(pinned, reason)})
+    begun = Begun.of(recipe, path)
+    return begun.explained(running_plan(begun.recipe))
 
 
 def planned(recipe: Recipe, plan: Plan) -> Recipe:

@@ -7,7 +7,8 @@ from lowmem_rlhf.planning.memory.resident import ALLOCATOR_HIGH, Components, tot
 
 Verdict = Literal["yes", "no", "unknown"]
 
-HELD = ("weights", "embeddings", "adapters", "optimizer_state")  # known from counts, whatever a layer does
+# known from counts, whatever a layer does
+HELD = ("weights", "gathered_layers", "embeddings", "adapters", "optimizer_state")
 # Of an update what layers without terms took at most, over Llama's: with Mamba 3.8, else padded 2.6, packed 1.2.
 ESTIMATE_HIGH = 4.0
 

@@ -2,6 +2,8 @@
 
 import atexit
 import os
+import time
+import uuid
 from datetime import timedelta
 from typing import Any
 
@@ -23,11 +25,6 @@ def rank_of_process() -> int:
 def local_rank() -> int | None:
     """Return this process's number on its machine, which is the number of its card; None: it is the only one."""
     return _from_environment("LOCAL_RANK", 0) if number_of_processes() > 1 else None
-
-
-def processes_here() -> int:
-    """Return how many of the processes are on this machine."""
-    return _from_environment("LOCAL_WORLD_SIZE", number_of_processes()) if number_of_processes() > 1 else 1
 
 
 def times_restarted() -> int:
@@ -71,13 +68,50 @@ def begin_processes(on_cpu: bool, timeout: float) -> World:
 
 
 def _fresh_store(wait: timedelta) -> dict[str, Any]:
-    """Return where processes that torchrun has started again meet, as keywords of ``init_process_group``.
+    """Return where processes that torchrun has started meet, as keywords of ``init_process_group``.
 
-    torch (2.13) gives them the store of the first start, where they would find the addresses of processes that ended.
+    torch (2.13) gives those that it starts again the store of the first start, where they would find the addresses of
+    processes that have ended; and nodes do not agree on how often that was.
     """
-    if not times_restarted():
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
         return {}
     from torch.distributed import PrefixStore, rendezvous
 
     store, rank, size = next(rendezvous("env://", timeout=wait))
-    return {"store": PrefixStore(f"start-{times_restarted()}", store), "rank": rank, "world_size": size}
+    return {"store": PrefixStore(agreed_name(store, rank, size, wait), store), "rank": rank, "world_size": size}
+
+
+def agreed_name(store: Any, rank: int, size: int, wait: timedelta) -> str:
+    """Return a name that these processes agree on in a store, and that none before them had there.
+
+    The first process writes a new name; each other one answers with that name and a mark of its own, and takes the name
+    once the first one has written the mark behind it. What earlier processes have left fits neither.
+
+    Raises:
+        RuntimeError: a process does not answer in time.
+    """
+    mark, ends = uuid.uuid4().hex, time.monotonic() + wait.total_seconds()
+
+    def read(key: str) -> str:
+        return store.get(key).decode() if store.check([key]) else ""
+
+    if rank == 0:
+        store.set("name", mark)
+        for other in range(1, size):
+            while not (answer := read(f"answer/{other}")).startswith(mark):
+                _pause(ends, f"process {other} does not answer")
+            store.set(f"{mark}/{other}", answer.removeprefix(mark))
+        return mark
+    while True:
+        name = read("name")
+        if name:
+            store.set(f"answer/{rank}", name + mark)
+            if read(f"{name}/{rank}") == mark:
+                return name
+        _pause(ends, "process 0 does not answer")
+
+
+def _pause(ends: float, late: str) -> None:
+    if time.monotonic() > ends:
+        raise RuntimeError(late)
+    time.sleep(0.02)

@@ -147,8 +147,8 @@ class HardwareConfig(Section):
     score_batch_tokens: Annotated[CountOrAuto, BATCHING] = "auto"  # of passes without gradients
     rollout_batch_size: Annotated[CountOrAuto, BATCHING] = "auto"  # completions generated at once
     # the layers of a base that no card holds are shared out among processes, and gathered one by one in each pass
-    shard_base: Annotated[bool, PLACEMENT] = False
-    offload_base: Annotated[bool, PLACEMENT] = False  # with shard_base: each process's share lies in host memory
+    shard_base: Annotated[bool, WHERE] = False
+    offload_base: Annotated[bool, WHERE] = False  # with shard_base: each process's share lies in host memory
     # of an NF4 base while it samples
     rollout_weights: Annotated[Literal["auto", "quantized", "joined", "dequantized"], WHERE] = "auto"
     keep_graphs: Annotated[bool | Auto, WHERE] = "auto"  # of decoding passes and their caches, from rollout to rollout
@@ -176,6 +176,13 @@ class HardwareConfig(Section):
                 "with its unit, such as 11000MB"
             )
         return f"{number}GB"
+
+    @model_validator(mode="after")
+    def _offloads_what_is_shared(self) -> "HardwareConfig":
+        if self.offload_base and not self.shard_base:
+            line = "offload_base: got true without shard_base; only a base that processes share goes to host memory"
+            raise OptionErrors([f"{line}: set shard_base to true as well"], below="")
+        return self
 
 
 class LoraSettings(Section):

@@ -34,7 +34,7 @@ DPI = 160
 # What a bar shows, in its order: colours that are told apart with any colour vision (a test measures it), and the
 # components of the plan. What is in none of these is `other`; the allocator's share comes last.
 GROUPS: dict[str, tuple[str, tuple[str, ...]]] = {
-    "weights": ("#1d1038", ("weights", "embeddings")),
+    "weights": ("#1d1038", ("weights", "gathered_layers", "embeddings")),
     "adapters, gradients, optimizer": (
         "#2f96f3",
         ("adapters", "optimizer_state", "adapter_copies", "gradients", "update_buffers", "reference_adapter"),

@@ -1,19 +1,20 @@
 """What the processes of a run agree on before it begins: its settings, and what each does of the work."""
 
-from dataclasses import asdict, replace
+import socket
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from lowmem_rlhf.errors import UserError
 from lowmem_rlhf.hardware.detect import parse_device
 from lowmem_rlhf.planning.plan import Plan
-from lowmem_rlhf.planning.run_plan import plan_with
-from lowmem_rlhf.processes.shares import even
+from lowmem_rlhf.planning.processes.plan import plan_processes
+from lowmem_rlhf.planning.processes.request import NETWORK_GBIT
+from lowmem_rlhf.planning.run_plan import Begun, resumed_plan, running_device, running_plan
 from lowmem_rlhf.processes.start import number_of_processes, rank_of_process
 from lowmem_rlhf.processes.world import begun
 from lowmem_rlhf.recipe.schema import Recipe
 from lowmem_rlhf.run.directory import RunDirectory
-
-_PRECISION = ("nf4", "int8", "none")  # from the card with the least memory to the one with the most
 
 
 def check_processes(recipe: Recipe) -> None:
@@ -37,71 +38,37 @@ def check_processes(recipe: Recipe) -> None:
         raise error
 
 
-def check_sharing(recipe: Recipe, plan: Plan) -> None:
-    """Check that the processes can share one base, where they are to.
+def run_plan_of(recipe: Recipe, path: Path, resume: bool) -> tuple[Plan, dict[str, Any]]:
+    """Return this process's plan, and what plan.json says of the processes where there are several.
+
+    All know every card and make the plan of all of them from it, so that they agree: on the base's precision and the
+    adapter's rank, and on how much of the work each does.
+
+    Args:
+        path: of the run.
+        resume: it goes on.
 
     Raises:
-        UserError: they cannot.
-    """
-    if not recipe.hardware.shard_base:
-        return
-    if not begun().several:
-        raise UserError("hardware.shard_base: is for several processes; start them with --processes N, or leave it out")
-    if plan.settings.quantization == "int8":
-        raise UserError(
-            "hardware.shard_base: int8 weights cannot be shared out, as bitsandbytes keeps them beside the layer's "
-            "parameters; set hardware.quantization to nf4 or none"
-        )
-    if plan.settings.offload_experts:
-        raise UserError("hardware.offload_experts: with hardware.shard_base experts are shared out; leave it out")
-
-
-def plan_of_processes(recipe: Recipe, plan: Plan) -> tuple[Plan, dict[str, Any]]:
-    """Return this process's plan with the settings that all have to share, and what plan.json says of the processes.
-
-    The base and the adapters have to be the same everywhere, so the precision and the adapter's rank are those of the
-    card with the least room. What only cuts the work (micro-batches, rows at once) is each card's own. Each process
-    gets as much of the work as its plan is fast.
+        UserError: no such device, or the recipe asks for what it cannot do.
     """
     world = begun()
     if not world.several:
-        return plan, {}
-    plans = world.gather((asdict(plan.settings), plan.device.name, plan.device.torch_device))
-    least = min(range(world.size), key=lambda rank: (*_room(plans[rank][0]), rank))
-    if least != world.rank and _shared(plans[least][0]) != _shared(plans[world.rank][0]):
-        plan = plan_with(recipe, plans[least][0], f"as process {least} on {plans[least][1]} takes it")
-    names = [name for _, name, _ in plans]
-    world.alike = len(set(names)) == 1
-    seconds = world.gather(plan.time.step if plan.time else None)
-    world.proportions = even(world.size) if world.alike else _by_speed(seconds)
+        return (resumed_plan(recipe, path) if resume else running_plan(recipe)), {}
+    began = Begun.of(recipe, path) if resume else Begun(recipe, [])
+    cards = world.gather((running_device(recipe), socket.gethostname()))
+    machines = len({host for _, host in cards})
+    evenly = machines if world.size % machines == 0 else 1
+    made = plan_processes(began.recipe, [card for card, _ in cards], evenly, NETWORK_GBIT if evenly > 1 else None)
+    world.proportions = tuple(process.share for process in made.processes)
+    world.alike = len({process.plan.device.name for process in made.processes}) == 1
+    own = made.processes[world.rank]
+    note = f"process {world.rank} of {world.size}, with {own.share:.0%} of each step's work"
+    device = replace(own.plan.device, notes=(*own.plan.device.notes, note))
     told = [
-        {"device": device, "name": name, "share": share}
-        for (_, name, device), share in zip(plans, world.proportions, strict=True)
+        {"device": one.plan.device.torch_device, "name": one.plan.device.name, "share": one.share}
+        for one in made.processes
     ]
-    note = f"one of {world.size} processes, with {world.proportions[world.rank]:.0%} of each step's work"
-    plan = replace(plan, device=replace(plan.device, notes=(*plan.device.notes, note)))
-    return plan, {"processes": told}
-
-
-def _room(settings: dict[str, Any]) -> tuple[int, int, bool]:
-    return (
-        _PRECISION.index(settings["quantization"]) if settings["quantization"] in _PRECISION else len(_PRECISION),
-        settings["lora"]["r"],
-        settings["compute_dtype"] != "float16",
-    )
-
-
-def _shared(settings: dict[str, Any]) -> tuple[Any, ...]:
-    return settings["quantization"], settings["lora"]["r"], settings["compute_dtype"], settings["optim"]
-
-
-def _by_speed(seconds: list[float | None]) -> tuple[float, ...]:
-    """Return proportions of the work from what a step takes each process alone; even ones where one does not know."""
-    known = [one for one in seconds if one]
-    if len(known) < len(seconds):
-        return even(len(seconds))
-    speeds = [1 / one for one in known]
-    return tuple(speed / sum(speeds) for speed in speeds)
+    return began.explained(replace(own.plan, device=device, time=made.time)), {"processes": told}
 
 
 def check_same_folder(run: RunDirectory) -> None:

@@ -25,7 +25,7 @@ from lowmem_rlhf.inference.base import LoadedModel, check_computes, held_against
 from lowmem_rlhf.paths import cannot_be_written
 from lowmem_rlhf.planning.advice import warning, why_not
 from lowmem_rlhf.planning.plan import Plan, check_positions
-from lowmem_rlhf.planning.run_plan import planned, resumed_plan, running_plan
+from lowmem_rlhf.planning.run_plan import planned
 from lowmem_rlhf.planning.time.measured import measured_time
 from lowmem_rlhf.processes.start import begin_processes, number_of_processes, times_restarted
 from lowmem_rlhf.processes.world import begun
@@ -36,7 +36,7 @@ from lowmem_rlhf.run.listing import base_name
 from lowmem_rlhf.run.start import as_written, located, paths_explained
 from lowmem_rlhf.run.trust import check_code
 from lowmem_rlhf.run.unwritten import UnwrittenRun
-from lowmem_rlhf.session.processes import check_processes, check_same_folder, check_sharing, plan_of_processes
+from lowmem_rlhf.session.processes import check_processes, check_same_folder, run_plan_of
 from lowmem_rlhf.session.saved_lora import as_saved
 from lowmem_rlhf.stopping import telling_what_is_kept
 
@@ -143,7 +143,7 @@ def finish(trainer: "Loop", display: RunDisplay) -> None:
 def _record_time(trainer: "Loop", display: RunDisplay) -> None:
     """Put on record what a step took against what was predicted for texts of these lengths, and say it."""
     recipe, plan, measured = trainer.recipe, trainer.plan, None
-    if plan.time is None or begun().several:  # what is predicted is a step of one process
+    if plan.time is None or begun().several:  # the recipe's lengths are held against one process
         return
     with suppress(UserError):  # sizes from the Hub, which may be gone by now
         dims = model_dimensions(recipe.model, recipe.revision, recipe.trust_remote_code)
@@ -178,7 +178,8 @@ def _check(recipe: Recipe, output: Path | None, resume: bool, display: RunDispla
     bound_kernel_caches()
     if times_restarted() and not resume:
         resume = ((output or default_output(recipe.name, resume=True)) / RECIPE).is_file()
-    path = begun().gather(output or default_output(recipe.name, resume))[0]
+    # as the first process has it: another machine may see a shared folder late
+    path, resume = begun().gather((output or default_output(recipe.name, resume), resume))[0]
     if not output and not resume and path.name != base_name(recipe.name):
         display.message(
             f"this run is {path}; earlier ones of this name stay: `lowmem-rlhf runs` lists them, and for chat, eval, "
@@ -216,8 +217,7 @@ def _plan(checked: Checked, display: RunDisplay) -> Planned:
     recipe, path, resume = checked.recipe, checked.path, checked.resume
     if resume:
         RunDirectory(path).check_text_files()
-    plan, processes = plan_of_processes(recipe, resumed_plan(recipe, path) if resume else running_plan(recipe))
-    check_sharing(recipe, plan)
+    plan, processes = run_plan_of(recipe, path, resume)
     probes = _probes(recipe, plan)
     if not plan.fits and not (plan.verdict == "unknown" and probes):
         raise UserError(why_not(plan, recipe))

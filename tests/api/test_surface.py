@@ -13,7 +13,10 @@ TRAINING = (
 SIGNATURES = {
     "train": TRAINING,
     "Trainer": TRAINING,
-    "plan": "recipe, *, profile=None, vram=None, model=None, data=None, rewards=None, overrides=()",
+    "plan": (
+        "recipe, *, profile=None, vram=None, model=None, data=None, rewards=None, overrides=(), processes=None, "
+        "machines=None, network=None"
+    ),
     "open_run": "path, *, data=None, eval_data=None, rewards=None, trust=False, progress='auto'",
     "recipes": "",
     "Run.generate": "self, prompt, n=1, *, compare=False, max_tokens=None, temperature=None, seed=0, task=None",

@@ -13,7 +13,7 @@ from lowmem_rlhf.architecture.lookup import model_dimensions
 from lowmem_rlhf.errors import UserError
 from lowmem_rlhf.planning.advice import why_not
 from lowmem_rlhf.planning.memory.phases import phases
-from lowmem_rlhf.planning.plan import Settings, make_plan
+from lowmem_rlhf.planning.plan import SHARING, Settings, make_plan
 from lowmem_rlhf.planning.shapes import group_tokens, row_tokens
 
 PRECISION = {"nf4": 0, "int8": 1, "none": 2}
@@ -25,7 +25,7 @@ def test_the_contract(recipe):
     assert set(plan) == keys
     assert set(plan["memory"]) == {"budget_bytes", "peak_bytes", "low_bytes", "high_bytes", "phases", "host"}
     assert set(plan["memory"]["phases"]) == {"rollout", "scoring", "update", "optimizer", "export"}
-    assert list(plan["settings"]) == [field.name for field in fields(Settings)]
+    assert list(plan["settings"]) == [field.name for field in fields(Settings) if field.name not in SHARING]
     assert set(plan["reasons"]) == set(plan["settings"])
     assert all(reason for reason in plan["reasons"].values())
     assert plan["memory"]["peak_bytes"] == max(sum(phase.values()) for phase in plan["memory"]["phases"].values())
@@ -54,7 +54,7 @@ def test_a_7b_does_not_fit_on_4_gb_and_says_why(recipe):
     plan = make_plan(loaded, card(3.75, bf16=True), "x")
     assert not plan.fits
     assert plan.settings.quantization == "nf4" and plan.settings.optim == "adamw_8bit"
-    assert set(plan.reasons) == {field.name for field in fields(Settings)}
+    assert set(plan.reasons) == {field.name for field in fields(Settings)} - set(SHARING)
     assert any("GiB short" in reason and "weights take" in reason for reason in plan.reasons.values())
     said = why_not(plan, loaded)
     assert "weights take" in said and "try model=Qwen/Qwen2.5-3B-Instruct (then " in said

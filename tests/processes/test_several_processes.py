@@ -32,7 +32,7 @@ def test_two_processes_give_the_adapter_of_one(two, alone, tmp_path, case):
     same_runs(RunDirectory(tmp_path / "two"), expected)
 
 
-@pytest.mark.parametrize("case", ["sft_one_row", "grpo", "ppo_one_prompt", "reward_model", "trl/dpo"])
+@pytest.mark.parametrize("case", ["sft_one_row", "grpo", "ppo_one_prompt", "reward_model"])
 def test_a_shared_base_gives_the_adapter_of_a_whole_one(two, alone, model, tmp_path, case):
     _, expected = alone(case)
 

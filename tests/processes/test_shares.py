@@ -1,15 +1,20 @@
 """How work is divided, arguments without an option, and what unlike cards agree on; no process is begun."""
 
-from dataclasses import asdict
+from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
+from pathlib import Path
 
 import pytest
-from tiny_runs import save_tiny_chat_model, tiny_recipe
+from torch.distributed import HashStore
 
 from lowmem_rlhf.engine.packing import Group, own_groups
-from lowmem_rlhf.planning.run_plan import running_plan
+from lowmem_rlhf.hardware.profiles import find_profile, profile_device
+from lowmem_rlhf.planning.run_plan import plan_recipe, planned_device
 from lowmem_rlhf.processes.launch import without_option
 from lowmem_rlhf.processes.shares import even, shared_out
+from lowmem_rlhf.processes.start import agreed_name
 from lowmem_rlhf.processes.world import World
+from lowmem_rlhf.recipe.loading import load_recipe
 from lowmem_rlhf.session import processes
 
 
@@ -55,27 +60,45 @@ def test_an_option_is_taken_out_with_its_value():
     assert without_option("--processes", ["train", "--processes=2", "x"]) == ["train", "x"]
 
 
+def test_processes_meet_under_a_new_name_whatever_earlier_ones_left_in_the_store():
+    store, names = HashStore(), []
+    for size in (3, 2, 3):  # a node is lost, and comes back
+        with ThreadPoolExecutor(size) as pool:
+            ranks = reversed(range(size))  # the first process comes last
+            found = [pool.submit(agreed_name, store, rank, size, timedelta(seconds=60)) for rank in ranks]
+            same = {one.result() for one in found}
+        assert len(same) == 1
+        names += same
+
+    assert len(set(names)) == 3
+    with pytest.raises(RuntimeError, match="process 1 does not answer"):
+        agreed_name(store, 0, 2, timedelta(seconds=0.1))
+    with pytest.raises(RuntimeError, match="process 0 does not answer"):
+        agreed_name(store, 1, 2, timedelta(seconds=0.1))
+
+
 class Told(World):
-    """The second of two processes, which is told what the first one has planned."""
+    """The second of two processes, which is told of the first one's card."""
 
     def gather(self, value):
-        return [self.first.pop(0), value]
+        return [((profile_device(find_profile("rtx-2080-ti")), "rtx-2080-ti"), "here"), value]
 
 
-def test_unlike_cards_take_the_settings_of_the_smaller_one_and_shares_by_speed(tmp_path, monkeypatch):
-    recipe = tiny_recipe(save_tiny_chat_model(tmp_path / "model"), hardware={"quantization": "auto"})
-    small = recipe.model_copy(update={"hardware": recipe.hardware.model_copy(update={"quantization": "nf4"})})
-    plan, world = running_plan(recipe), Told(1, 2, even(2))
-    assert plan.settings.quantization == "none"
-    world.first = [(asdict(running_plan(small).settings), "another card", "cuda:0"), 3.0]  # and the seconds of a step
+def test_unlike_cards_agree_on_the_base_and_get_shares_by_speed(monkeypatch):
+    recipe = load_recipe("grpo_gsm8k", ["hardware.profile=rtx-3090", "model=Qwen/Qwen2.5-0.5B-Instruct"])
+    world = Told(1, 2, even(2))
     monkeypatch.setattr(processes, "begun", lambda: world)
+    monkeypatch.setattr(processes, "running_device", planned_device)
 
-    agreed, told = processes.plan_of_processes(recipe, plan)
+    plan, told = processes.run_plan_of(recipe, Path("runs/none"), resume=False)
 
-    assert agreed.settings.quantization == "nf4"
-    assert agreed.reasons["quantization"] == "as process 0 on another card takes it"
+    alone = plan_recipe(recipe)
+    assert (alone.settings.compute_dtype, plan.settings.compute_dtype) == ("bfloat16", "float16")
+    assert plan.reasons["compute_dtype"].startswith("as one process would take it on the smallest card")
     assert not world.alike
-    own = agreed.time.step
-    assert world.proportions == pytest.approx((own / (own + 3.0), 3.0 / (own + 3.0)))
-    assert [one["name"] for one in told["processes"]] == ["another card", plan.device.name]
+    assert sum(world.proportions) == pytest.approx(1)
+    assert world.proportions[1] > 0.55
     assert [one["share"] for one in told["processes"]] == list(world.proportions)
+    assert [one["name"] for one in told["processes"]] == [
+        profile_device(find_profile(name)).name for name in ("rtx-2080-ti", "rtx-3090")
+    ]

@@ -61,6 +61,8 @@ ELSEWHERE = {
     "hardware.offload_experts": (
         "planning/test_unlike_layers.py::test_experts_in_host_memory_where_there_are_none_to_move"
     ),
+    "hardware.shard_base": "planning/test_shared_layers.py::test_a_shared_base_is_held_in_parts_and_gathered",
+    "hardware.offload_base": "planning/test_shared_layers.py::test_a_shared_base_is_held_in_parts_and_gathered",
     "hardware.check": "integration/test_padded_run.py::test_a_tested_type_is_checked_on_request_only",
     "hardware.probe": "training/test_probe.py::test_the_probe_knows_whether_an_unknown_model_fits",
     "data.config": "data/test_sources.py::test_hub_layout",

@@ -34,6 +34,9 @@ EXPERT_BYTES = 0.5 + 4 / 64  # 4 bits, and a 4-byte scale per 64 weights
 NF4_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)  # 4 bits, an 8-bit scale per 64 weights, a 4-byte one per 256 of those
 
 
+GATHERED_LAYERS = 2  # of a shared base at once: the one that computes, and the next, fetched in the meantime
+
+
 COMPARED_TOKENS, COMPARED_LENGTH = 384, 96  # tokens that an export is compared on, and of one text among them
 
 
@@ -61,6 +64,8 @@ class Settings:
         offload_embeddings: the token embedding lies in host memory.
         offload_experts: experts in NF4 lie in host memory, and each is copied to the device for its product.
         keep_graphs: the captured passes of decoding, and the caches that they read, stay from one rollout to the next.
+        base_shards: processes among which the layers' weights are shared out; 1: each process holds all of them.
+        offload_base: the own share of them lies in host memory.
     """
 
     quantization: str
@@ -77,6 +82,8 @@ class Settings:
     offload_embeddings: bool = False
     offload_experts: bool = False
     keep_graphs: bool = False
+    base_shards: int = 1
+    offload_base: bool = False
 
     @property
     def width(self) -> int:
@@ -122,6 +129,15 @@ def block_weight_bytes(dims: ModelDimensions, quantization: str, width: int, exp
     if quantization == "int8":
         return experts + dims.linear_parameters + 4 * sum(linear.outputs * many for linear, many in dims.quantizable)
     return experts + dims.linear_parameters * width
+
+
+def layer_weight_bytes(dims: ModelDimensions, quantization: str, width: int) -> int:
+    """Bytes of the linear layers of one block, gathered from the processes that share a base: of the largest one."""
+    average = block_weight_bytes(dims, quantization, width) / dims.num_layers
+    if not dims.counted:
+        return math.ceil(average)
+    largest = sum(linear.inputs * linear.outputs for linear in dims.counted.block)
+    return math.ceil(average * max(1.0, largest * dims.num_layers / max(1, dims.linear_parameters)))
 
 
 def embedding_bytes(dims: ModelDimensions, width: int, offloaded: bool = False) -> int:
@@ -208,16 +224,34 @@ class Memory:
         """Return what lies on the device in every phase.
 
         Trained adapters are fp32 masters, and so is a reference that follows them; frozen ones are the numbers they
-        multiply with. On CUDA cuBLAS keeps a workspace for each of two threads, autograd's being the second.
+        multiply with. On CUDA cuBLAS keeps a workspace for each of two threads, autograd's being the second. Of a
+        shared base it is a share of the layers, and the layers that are gathered at once.
         """
         settings, trained = self.settings, self.one_adapter * self.trained
         return {
-            "weights": block_weight_bytes(self.dims, settings.quantization, self.width, settings.offload_experts),
+            **self._layers_of_base(),
             "embeddings": embedding_bytes(self.dims, self.width, settings.offload_embeddings),
             "adapters": 4 * (trained + self.following) + self.width * self.one_adapter * self.frozen,
             "optimizer_state": optimizer_state_bytes(trained, settings.optim),
             "workspaces": 2 * self.workspace,
         }
+
+    def _layers_of_base(self) -> Components:
+        """Return the weights of all layers, or what one process has of them where several share the base."""
+        settings = self.settings
+        if settings.base_shards == 1:
+            all_layers = block_weight_bytes(self.dims, settings.quantization, self.width, settings.offload_experts)
+            return {"weights": all_layers}
+        gathered = GATHERED_LAYERS * layer_weight_bytes(self.dims, settings.quantization, self.width)
+        return {"weights": 0 if settings.offload_base else self.shard(), "gathered_layers": gathered}
+
+    def shard(self) -> int:
+        """Return the bytes of the layers' weights that one of the processes that share a base holds."""
+        return math.ceil(self.base_layers() / self.settings.base_shards)
+
+    def base_layers(self) -> int:
+        """Return the bytes of all layers' weights, which a pass over a shared base gathers."""
+        return block_weight_bytes(self.dims, self.settings.quantization, self.width)
 
     def trained_state(self) -> int:
         """Return the bytes of what trains, its moments and what follows it, in host memory once more on a card."""
@@ -395,7 +429,10 @@ class Memory:
         On a CPU the logits of all texts stay there, the policy's and its base's. The merge itself works in host memory,
         before (see `planning.memory.export`).
         """
-        policy = {key: self.resident()[key] for key in ("weights", "embeddings")}
+        resident = self.resident()
+        policy: Components = {
+            key: resident[key] for key in ("weights", "gathered_layers", "embeddings") if key in resident
+        }
         policy |= {"adapters": 4 * self.one_adapter, "workspaces": self.workspace}
         logits = COMPARED_LENGTH * self.dims.vocab_size * (self.width + 4)
         if self.on_cpu:

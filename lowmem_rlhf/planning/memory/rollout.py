@@ -135,12 +135,12 @@ def decodes_by_graphs(memory: Memory) -> bool:
     it takes less memory than this says.
 
     What waits for the device cannot be captured: LLM.int8 looks for outliers, experts are looked up by the tokens that
-    they get, and embeddings in host memory are copied from there.
+    they get, embeddings in host memory are copied from there, and layers of a shared base are gathered.
     """
     settings = memory.settings
     named = memory.recipe.generation.engine in ("auto", "continuous")
     waits = settings.quantization == "int8" or memory.dims.experts is not None or settings.offload_embeddings
-    return named and memory.capabilities.graphs and not waits
+    return named and memory.capabilities.graphs and not waits and settings.base_shards == 1
 
 
 def own_engine_bytes(memory: Memory) -> Components:

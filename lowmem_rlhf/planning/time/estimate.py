@@ -4,6 +4,7 @@ Every prompt and completion is taken to have its full length, unless lengths are
 in this package's passes, and loading, are left out.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -16,6 +17,7 @@ from lowmem_rlhf.planning.limits import LOOK, seen_room, slot_room
 from lowmem_rlhf.planning.memory.resident import Memory, Settings
 from lowmem_rlhf.planning.memory.rollout import decodes_by_graphs
 from lowmem_rlhf.planning.shapes import PackedShape, prompts_shape, reference_adapters, rollout_rows, step_shape
+from lowmem_rlhf.planning.time.links import Ring
 from lowmem_rlhf.planning.time.passes import Passes
 from lowmem_rlhf.planning.time.rates import Case, Rates, cpu_rates, rates
 from lowmem_rlhf.recipe.schema import Recipe
@@ -100,12 +102,25 @@ class StepTime:
     Args:
         dims, recipe, settings, device: of the run.
         rates: of the device.
+        ring: the processes that share the base; None where one holds all of it.
     """
 
-    def __init__(self, dims: ModelDimensions, recipe: Recipe, settings: Settings, device: Device, rates: Rates) -> None:
+    def __init__(
+        self,
+        dims: ModelDimensions,
+        recipe: Recipe,
+        settings: Settings,
+        device: Device,
+        rates: Rates,
+        ring: Ring | None = None,
+    ) -> None:
         self.recipe, self.settings, self.spec, self.rates = recipe, settings, recipe.spec, rates
         self.memory = Memory(dims, recipe, settings, device)
         self.passes = Passes(self.memory, rates)
+        self.gathering = 0.0  # seconds of gathering all layers of a shared base once
+        if ring and settings.base_shards > 1:
+            fetched = self.memory.shard() / rates.bus if settings.offload_base else 0.0
+            self.gathering = ring.gathering(self.memory.base_layers(), dims.num_layers) + fetched
 
     def phases(self) -> dict[str, float]:
         """Return the seconds of each phase of a step."""
@@ -116,13 +131,52 @@ class StepTime:
         """Return the seconds of a step."""
         return sum(self.phases().values())
 
+    def gathers(self) -> dict[str, float]:
+        """Return how often each phase of a step passes over the layers: so often a shared base is gathered.
+
+        A pass back needs them once more. Layers that are computed again in it are there then (FSDP2's hook before a
+        pass back gathers them, and the one before their second pass forward leaves it at that).
+        """
+        recipe, spec = self.recipe, self.spec
+        scored = self._rows_scored()
+        both = (spec.output == "text" or spec.output == "scores") + bool(spec.critic(recipe))
+        layers = self.memory.dims.num_layers
+        back = (layers - self.memory.beside.first) / layers
+        rows = math.ceil(self._count(step_shape(recipe, self.settings.micro_batch_tokens)))
+        update = spec.epochs(recipe) * rows * both * (1 + back) + spec.entropy_passes(recipe) * scored
+        if not spec.samples:
+            return {"update": update}
+        prompts, each = recipe.training.prompts_per_step, recipe.generation.num_generations
+        shares = [share for _, share, _ in self._roles()]
+        return {
+            "rollout": self._sampling_passes(prompts, prompts * each) + self._judges() * scored,
+            "score": sum(math.ceil(share * scored) for share in shares),
+            "update": update,
+        }
+
+    def _sampling_passes(self, prompts: int, count: int) -> int:
+        """Return the passes over the layers in which so many completions of so many prompts are written."""
+        prompt, length = sampled_lengths(self.recipe).values()
+        rows = min(count, rollout_rows(self.recipe, self.settings.rollout_batch_size))
+        at_once = max(1, self.settings.micro_batch_tokens // prompt)
+        return math.ceil(prompts / at_once) + math.ceil(count / rows) * (length - 1)
+
+    def _rows_scored(self) -> int:
+        return math.ceil(self._count(step_shape(self.recipe, self.settings.score_batch_tokens)))
+
+    def _judges(self) -> int:
+        return sum(reward.function == REWARD_ADAPTER for reward in self.recipe.rewards)
+
+    def _with_gathers(self, seconds: float, phase: str) -> float:
+        """Return the seconds of a phase whose layers are gathered while those before them compute."""
+        return max(seconds, self.gathers()[phase] * self.gathering) if self.gathering else seconds
+
     def rollout(self) -> float:
         """Return the seconds of a step's completions, with the rewards that are adapters on the base."""
         recipe = self.recipe
         prompts, each = recipe.training.prompts_per_step, recipe.generation.num_generations
-        judges = sum(reward.function == REWARD_ADAPTER for reward in recipe.rewards)
-        judged = sum(self._scored(1, 1.0, language=False) for _ in range(judges))
-        return self.completions(prompts, prompts * each) + judged
+        judged = sum(self._scored(1, 1.0, language=False) for _ in range(self._judges()))
+        return self._with_gathers(self.completions(prompts, prompts * each) + judged, "rollout")
 
     def completions(self, prompts: int, count: int) -> float:
         """Return the seconds in which so many completions of so many prompts are written."""
@@ -157,15 +211,19 @@ class StepTime:
 
     def score(self) -> float:
         """Return the seconds of passes without gradients over what was sampled."""
+        return self._with_gathers(sum(self._scored(*role) for role in self._roles()), "score")
+
+    def _roles(self) -> list[tuple[int, float, bool]]:
+        """Return of each role that scores its adapters, its share of completions, and whether it gives log-probs."""
         recipe, spec = self.recipe, self.spec
-        found = 0.0
+        roles: list[tuple[int, float, bool]] = []
         if spec.reference:
-            found += self._scored(reference_adapters(recipe), spec.compared(recipe))
+            roles.append((reference_adapters(recipe), spec.compared(recipe), True))
         if spec.scores_policy:
-            found += self._scored(1, 1.0)
+            roles.append((1, 1.0, True))
         if spec.critic(recipe):
-            found += self._scored(self.memory.critic_adapters(), 1.0, language=False)
-        return found
+            roles.append((self.memory.critic_adapters(), 1.0, False))
+        return roles
 
     def _scored(self, adapters: int, share: float, language: bool = True) -> float:
         shape = step_shape(self.recipe, self.settings.score_batch_tokens)
@@ -178,6 +236,10 @@ class StepTime:
 
     def update(self) -> float:
         """Return the seconds of all passes with gradients and optimizer steps of a step."""
+        return self.gradients() + self.optimizer()
+
+    def gradients(self) -> float:
+        """Return the seconds of all passes with gradients of a step, which its completions share evenly."""
         recipe, spec = self.recipe, self.spec
         shape = step_shape(recipe, self.settings.micro_batch_tokens)
         critic = spec.critic(recipe)
@@ -186,11 +248,14 @@ class StepTime:
         before = spec.entropy_passes(recipe) * self._scored(1, 1.0) if spec.entropy_passes(recipe) else 0.0
         if critic:
             seconds += each(self.memory.critic_adapters(), False).started()
-        steps = spec.updates(recipe)
-        passes = spec.epochs(recipe) * self._count(shape) * seconds + before
-        if follows := spec.follows(recipe):
-            passes += steps / follows.steps * self.passes.mixing().started()
-        return passes + steps * self.passes.optimizer().started()
+        return self._with_gathers(spec.epochs(recipe) * self._count(shape) * seconds + before, "update")
+
+    def optimizer(self) -> float:
+        """Return the seconds of the optimizer steps of a step, with what makes a reference follow."""
+        steps = self.spec.updates(self.recipe)
+        follows = self.spec.follows(self.recipe)
+        mixed = steps / follows.steps * self.passes.mixing().started() if follows else 0.0
+        return mixed + steps * self.passes.optimizer().started()
 
     def evaluation(self) -> float:
         """Return the seconds of the held-out examples once."""
@@ -199,10 +264,12 @@ class StepTime:
         if not held:
             return 0.0
         if self.spec.samples or recipe.rewards:
-            return self.completions(held, held * recipe.evaluation.num_samples)
+            count = held * recipe.evaluation.num_samples
+            return max(self.completions(held, count), self._sampling_passes(held, count) * self.gathering)
         shape = step_shape(recipe, self.settings.score_batch_tokens)
-        share = held / recipe.training.prompts_per_step
-        return share * self._count(shape) * self.passes.score(shape, 1, self.spec.output == "text").started()
+        rows = held / recipe.training.prompts_per_step * self._count(shape)
+        seconds = rows * self.passes.score(shape, 1, self.spec.output == "text").started()
+        return max(seconds, math.ceil(rows) * self.gathering)
 
 
 def evaluations_of(recipe: Recipe, steps: int) -> int:
@@ -213,12 +280,14 @@ def evaluations_of(recipe: Recipe, steps: int) -> int:
     return 2 + (max(0, steps - 1) // every if every else 0)  # that of the last step is the one after
 
 
-def run_time(dims: ModelDimensions, recipe: Recipe, settings: Settings, device: Device) -> RunTime | None:
+def run_time(
+    dims: ModelDimensions, recipe: Recipe, settings: Settings, device: Device, ring: Ring | None = None
+) -> RunTime | None:
     """Return the predicted time of a run; None where nobody tells how fast the device is, or how experts are routed."""
     if not has_terms(dims):
         return None
     known = {case: device_rates(device, case) for case in ("expected", "best", "worst")}
-    steps = {case: StepTime(dims, recipe, settings, device, one) for case, one in known.items() if one}
+    steps = {case: StepTime(dims, recipe, settings, device, one, ring) for case, one in known.items() if one}
     if len(steps) < len(known):
         return None
     phases = steps["expected"].phases()

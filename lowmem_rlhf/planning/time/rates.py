@@ -108,3 +108,8 @@ def cpu_rates(cores: int, multiplies_half: bool, case: Case = "expected") -> Rat
     start = _CPU_START / factor
     bandwidth = min(cores * _CORE_BYTES, _MOST_BYTES) * factor
     return Rates(half, cores * _CORE_SINGLE * factor, bandwidth, ATTENTION, start, start, bandwidth)
+
+
+def bus_bandwidth(case: Case = "expected") -> float:
+    """Return the bytes a second that are taken to go from a card to another one, or to its host."""
+    return _SHARES[case].bus
