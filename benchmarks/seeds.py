@@ -26,7 +26,12 @@ WAYS: dict[str, list[str]] = {
     "large": ["training.prompts_per_step=8", "grpo.num_iterations=1", "generation.stop_strings=[]"],  # half the steps
     "gspo": ["grpo.importance_sampling_level=sequence"],
     "cispo": ["grpo.loss_type=cispo", "grpo.epsilon_high=5"],
-    "ppo": ["algorithm=ppo", "ppo.kl_coef=0", "ppo.num_ppo_epochs=2"],  # as many updates
+    # as many updates; a critic that is clipped by itself and learns normalised returns, each the answer's whole reward
+    "ppo": [
+        *("algorithm=ppo", "ppo.kl_coef=0", "ppo.num_ppo_epochs=2"),
+        *("ppo.lam=1", "ppo.normalize_values=true", "ppo.critic_learning_rate=3e-4"),
+    ],
+    "ppo_trl": ["algorithm=ppo", "ppo.kl_coef=0", "ppo.num_ppo_epochs=2"],  # with TRL's settings of the critic
 }
 
 
