@@ -1,14 +1,16 @@
 """Rollouts by vLLM, against a stand-in on loopback: whole runs, and all that a server may do wrong."""
 
 import json
+import math
 import socket
 import sys
 import threading
+from dataclasses import replace
 
 import pytest
 import torch
 from tiny_runs import learned, save_tiny_model, tiny_recipe
-from vllm_standin import LIMITS, StandIn, base_of, drawn, error, send
+from vllm_standin import LIMITS, StandIn, base_of, drawn, error, send, served_base
 
 from lowmem_rlhf import progress
 from lowmem_rlhf.engine.roles import POLICY
@@ -41,14 +43,19 @@ def model(tmp_path_factory):
     return str(save_tiny_model(tmp_path_factory.mktemp("served") / "model"))
 
 
-def recipe_of(model, url, server=None, **generation):
+def recipe_of(model, url, server=None, max_steps=3, **generation):
     generation = {"engine": "vllm", "server": {"url": url, "timeout": 20, **(server or {})}, **generation}
-    return tiny_recipe(model, generation=generation, grpo=GRPO, training=TRAINING)
+    return tiny_recipe(model, generation=generation, grpo=GRPO, training={**TRAINING, "max_steps": max_steps})
+
+
+@pytest.fixture(scope="module")
+def theirs(model):
+    return served_base(tiny_recipe(model))
 
 
 @pytest.fixture
-def server(model):
-    with StandIn(tiny_recipe(model)).serving() as one:
+def server(model, theirs):
+    with StandIn(theirs, model).serving() as one:
         yield one
 
 
@@ -78,19 +85,21 @@ class ByPrompt:
         ]
 
 
-@pytest.fixture
-def by_prompt():
+@pytest.fixture(scope="module")
+def ours(model, tmp_path_factory):
+    """What a run with our own engine learns."""
     engines.register_engine("by_prompt", ByPrompt)
-    yield "by_prompt"
-    del engines.ENGINES["by_prompt"], ROLLOUT_BYTES["by_prompt"]
+    try:
+        recipe = tiny_recipe(model, generation={"engine": "by_prompt"}, grpo=GRPO, training=TRAINING)
+        return learned(train(recipe, tmp_path_factory.mktemp("own") / "run"))
+    finally:
+        del engines.ENGINES["by_prompt"], ROLLOUT_BYTES["by_prompt"]
 
 
 @pytest.mark.parametrize("version", ["0.31.0", "0.33.0"])
-def test_a_served_run_is_the_run_of_our_own_engine(model, tmp_path, server, by_prompt, version):
+def test_a_served_run_is_the_run_of_our_own_engine(model, tmp_path, server, ours, version):
     server.version = version
-    served = train(recipe_of(model, server.url, {"sleep": True}), tmp_path / "served")
-    own = train(tiny_recipe(model, generation={"engine": by_prompt}, grpo=GRPO, training=TRAINING), tmp_path / "own")
-    theirs, ours = learned(served), learned(own)
+    theirs = learned(train(recipe_of(model, server.url, {"sleep": True}), tmp_path / "served"))
     for key in ("metrics", "samples", "evaluation"):
         assert theirs[key] == ours[key]
     assert all(torch.equal(weight, ours["adapter"][name]) for name, weight in theirs["adapter"].items())
@@ -104,20 +113,17 @@ def test_a_served_run_is_the_run_of_our_own_engine(model, tmp_path, server, by_p
     assert len(set(names)) == len(names) == 6 and list(server.loaded) == names[-1:]
 
 
-def test_a_run_goes_on_after_its_server_died(model, tmp_path, server, by_prompt):
+def test_a_run_goes_on_after_its_server_died(model, tmp_path, server, ours):
     recipe = recipe_of(model, server.url)
-    whole = learned(train(recipe, tmp_path / "whole"))
-    server.loaded.clear()
-    asked = sum(path == "/v1/load_lora_adapter" for path, _ in server.requests) // 2
 
     def dies(handler, body):
         handler.connection.shutdown(socket.SHUT_RDWR)
 
     loads = []
 
-    def load(handler, body):  # the third adapter is the last: evaluation, a step, and in the second step it dies
+    def load(handler, body):  # of the check, the evaluation, the first step, and the second, in which it dies
         loads.append(body)
-        if len(loads) == asked + 1:
+        if len(loads) == 4:
             server.broken["/v1/completions"] = dies
         with server.lock:
             send(handler, *server.answer("/v1/load_lora_adapter", {}, body))
@@ -126,7 +132,16 @@ def test_a_run_goes_on_after_its_server_died(model, tmp_path, server, by_prompt)
     with pytest.raises(RunError, match=r"broke the connection off.*go on with --resume from the last checkpoint"):
         train(recipe, tmp_path / "died")
     server.broken.clear()
-    assert learned(train(recipe, tmp_path / "died", resume=True))["metrics"] == whole["metrics"]
+    assert learned(train(recipe, tmp_path / "died", resume=True))["metrics"] == ours["metrics"]
+
+
+def test_log_probs_that_differ_are_weighed(model, tmp_path, server):
+    server.broken["/v1/completions"] = with_body(
+        logprobs=lambda choice: {"token_logprobs": [x - 0.1 for x in choice["logprobs"]["token_logprobs"]]}
+    )(server)
+    [row] = train(recipe_of(model, server.url, max_steps=1), tmp_path / "run").metrics()
+    assert row["sampling/logp_difference"] == pytest.approx(0.1, rel=1e-3)
+    assert row["sampling/importance_sampling_ratio/mean"] == pytest.approx(math.exp(0.1), rel=1e-3)
 
 
 def completion(base, recipe, sampling=None, count=3, most=6, **more):
@@ -215,10 +230,12 @@ FAULTS = {
 @pytest.mark.parametrize("fault", FAULTS)
 def test_what_a_server_does_wrong_ends_the_run_with_a_sentence(base, model, server, fault):
     make, said = FAULTS[fault]
-    engine = ServerEngine(base, recipe_of(model, server.url, {"timeout": 0.5 if make is slow else 20}))
+    engine = ServerEngine(base, recipe_of(model, server.url))
     server.broken["/v1/completions"] = make(server)
     with base.role(POLICY):
         engine.sync()
+        if make is slow:
+            engine.server._client = replace(engine.server._client, timeout=0.5)
         with pytest.raises(RunError, match=f"{said}.*--resume"):
             engine.generate([[5, 6, 7], [5, 8]], 3, 6, Sampling(), LIMITS, 7)
 
@@ -261,11 +278,9 @@ def test_either_mode_serves_where_nothing_shapes(base, model, server):
 
 
 def test_another_base_under_the_same_name_is_refused(base, model, server, tmp_path):
-    other = StandIn(tiny_recipe(save_tiny_model(tmp_path / "other", seed=1, initializer_range=0.5)))
-    server.base = other.base
+    server.base = served_base(tiny_recipe(save_tiny_model(tmp_path / "other", seed=1, initializer_range=0.5)))
     with pytest.raises(UserError, match=r"has another base: on a short text its log-probs are .* nats a token from"):
         ServerEngine(base, recipe_of(model, server.url))
-    other.http.server_close()
 
 
 def test_a_server_without_log_probs_is_refused(base, model, server):

@@ -31,6 +31,13 @@ FIELDS = {
 }
 
 
+def served_base(recipe):
+    """Return a base for a stand-in: what it loads is of scale 1."""
+    return base_of(
+        recipe.model_copy(update={"lora": recipe.lora.model_copy(update={"lora_alpha": float(recipe.lora.rank)})})
+    )
+
+
 def base_of(recipe):
     """Return a base of the recipe's model with the policy's adapter."""
     plan = running_plan(recipe)
@@ -55,10 +62,9 @@ class StandIn:
         broken: path -> what answers in its place, given the handler and the body; absent: as vLLM.
     """
 
-    def __init__(self, recipe, version="0.33.0"):
-        alpha = {"lora": recipe.lora.model_copy(update={"lora_alpha": float(recipe.lora.rank)})}
-        self.base = base_of(recipe.model_copy(update=alpha))
-        self.version, self.model, self.max_model_len = version, recipe.model, 256
+    def __init__(self, base, model):
+        self.base = base
+        self.version, self.model, self.max_model_len = "0.33.0", model, 256
         self.runtime_lora, self.dev_mode, self.mode = True, True, "raw_logprobs"
         self.loaded, self.requests, self.broken, self.asleep, self.log = {}, [], {}, False, []
         self.lock = threading.Lock()

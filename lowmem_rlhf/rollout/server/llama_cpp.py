@@ -144,7 +144,7 @@ class LlamaCpp:
             "top_p": sampling.top_p,
             "min_p": sampling.min_p,
             "repeat_penalty": sampling.repetition_penalty,
-            "repeat_last_n": -1,
+            "repeat_last_n": len(prompt) + most,  # all of the text; not every build takes -1 for it
             "samplers": _SAMPLERS,
             "logit_bias": self._hidden,
             "n_probs": 1,
