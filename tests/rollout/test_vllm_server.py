@@ -13,7 +13,7 @@ from tiny_runs import learned, save_tiny_model, tiny_recipe
 from vllm_standin import LIMITS, StandIn, base_of, drawn, error, send, served_base
 
 from lowmem_rlhf import progress
-from lowmem_rlhf.engine.roles import POLICY
+from lowmem_rlhf.engine.roles import POLICY, REFERENCE
 from lowmem_rlhf.errors import RunError, UserError
 from lowmem_rlhf.planning.memory.rollout import ROLLOUT_BYTES
 from lowmem_rlhf.report import html
@@ -357,3 +357,60 @@ def test_a_program_that_ends_at_once_says_its_last_words(base, model, server):
         ServerEngine(base, recipe)
     with pytest.raises(UserError, match="there is no program vllm-that-is-not-there"):
         ServerEngine(base, recipe_of(model, server.url, {"url": None, "command": "vllm-that-is-not-there"}))
+
+
+def test_a_program_that_never_answers_is_ended(base, model, server):
+    command = f"{sys.executable} -c 'import time; time.sleep(60)'"
+    recipe = recipe_of(model, server.url, {"url": None, "command": command, "start_timeout": 0.3})
+    with pytest.raises(UserError, match=r"did not answer within 0\.3 seconds \(generation\.server\.start_timeout\)"):
+        ServerEngine(base, recipe)
+
+
+def test_where_the_server_is_and_what_it_is_told(base, model, server, tmp_path, monkeypatch):
+    """Its key goes along, adapters lie where the recipe says, and its own name of the base is asked for."""
+    monkeypatch.setenv("THE_KEY", "secret")
+    server.model, keys = "served-name", []
+    server.broken["/v1/load_lora_adapter"] = lambda handler, body: (
+        keys.append(handler.headers["Authorization"]),
+        send(handler, *server.answer("/v1/load_lora_adapter", {}, body)),
+    )
+    folder = tmp_path / "adapters"
+    own = {"url": f"{server.url}/v1", "api_key_env": "THE_KEY", "adapters": str(folder), "model": "served-name"}
+    engine = ServerEngine(base, recipe_of(model, server.url, own))
+    assert keys == ["Bearer secret"]
+    [name] = server.loaded
+    assert (folder / engine._folder.name / name / "adapter_model.safetensors").is_file()
+    with base.role(REFERENCE):  # the base alone: no adapter is loaded then
+        engine.sync()
+        engine.generate([[5, 6]], 1, 2, Sampling(), LIMITS, 1)
+    assert server.requests[-1][1]["model"] == "served-name" and not server.loaded
+    engine._gone()
+    assert not any(folder.iterdir())
+
+
+def test_prompts_go_nowhere_else_than_is_allowed(model):
+    with pytest.raises(UserError, match=r"generation\.server\.url: 8\.8\.8\.8 is neither .* set allow_remote: true"):
+        recipe_of(model, "http://8.8.8.8:8000")
+    assert recipe_of(model, "http://8.8.8.8:8000", {"allow_remote": True}).generation.server.address.remote
+
+
+@pytest.mark.parametrize(
+    ("generation", "said"),
+    [
+        (
+            {"engine": "auto", "server": {"sleep": True}},
+            r"generation\.server: is read where engine is vllm or llama_cpp",
+        ),
+        ({"engine": "llama_cpp", "server": {"url": "http://[::1]:1"}}, r"server\.url: llama\.cpp's server takes an ad"),
+        ({"engine": "vllm", "temperature": 0.5, "top_p": 0.9}, r"temperature: got 0\.5 beside top_p: vLLM tells"),
+        ({"engine": "llama_cpp", "min_new_tokens": 2}, r"min_new_tokens: llama\.cpp's server knows no least length"),
+        (
+            {"engine": "vllm", "server": {"url": "http://[::1]:1", "command": "vllm"}},
+            r"server\.command: is of a server",
+        ),
+        ({"engine": "vllm", "server": {"url": "[::1]"}}, r"server\.url: got '\[::1\]'; give the address"),
+    ],
+)
+def test_what_no_server_can_do_is_refused_with_the_recipe(model, generation, said):
+    with pytest.raises(UserError, match=said):
+        tiny_recipe(model, generation=generation)
