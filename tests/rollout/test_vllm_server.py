@@ -1,6 +1,5 @@
 """Rollouts by vLLM, against a stand-in on loopback: whole runs, and all that a server may do wrong."""
 
-import json
 import math
 import socket
 import sys
@@ -10,7 +9,7 @@ from dataclasses import replace
 import pytest
 import torch
 from tiny_runs import learned, save_tiny_model, tiny_recipe
-from vllm_standin import LIMITS, StandIn, base_of, drawn, error, send, served_base
+from vllm_standin import LIMITS, StandIn, base_of, drawn, error, program_of, send, served_base
 
 from lowmem_rlhf import progress
 from lowmem_rlhf.engine.roles import POLICY, REFERENCE
@@ -315,25 +314,10 @@ class Told(progress.Silence):
 
 
 def test_a_server_is_started_beside_and_ends_with_the_engine(base, model, server, tmp_path):
-    """The program is a line of Python that hands all that it is asked on to the stand-in."""
-    program = tmp_path / "vllm.py"
-    program.write_text(
-        "import http.server, json, os, sys, urllib.error, urllib.request\n"
-        "port = int(sys.argv[sys.argv.index('--port') + 1])\n"
-        f"json.dump([sys.argv[1:], os.environ['CUDA_VISIBLE_DEVICES']], open({str(tmp_path / 'asked')!r}, 'w'))\n"
-        "class Handler(http.server.BaseHTTPRequestHandler):\n"
-        "    def do_GET(self):\n"
-        "        self.do_POST() if self.path != '/health' else (self.send_response(200), self.end_headers())\n"
-        "    def do_POST(self):\n"
-        "        data = self.rfile.read(int(self.headers.get('Content-Length') or 0)) or None\n"
-        f"        found = urllib.request.urlopen(urllib.request.Request({server.url!r} + self.path, data))\n"
-        "        self.send_response(found.status); self.end_headers(); self.wfile.write(found.read())\n"
-        "http.server.ThreadingHTTPServer(('127.0.0.1', port), Handler).serve_forever()\n",
-        encoding="utf-8",
-    )
-    own = {"url": None, "command": f"{sys.executable} {program}", "options": "--dtype float32", "devices": "1"}
+    program = program_of(server, tmp_path)
+    own = {"url": None, "command": program, "options": "--dtype float32", "devices": "1"}
     engine = ServerEngine(base, recipe_of(model, server.url, {**own, "gpu_memory_utilization": 0.5}))
-    [arguments, devices] = json.loads((tmp_path / "asked").read_text())
+    [(arguments, devices)] = server.started
     assert arguments[:2] == ["serve", model] and devices == "1"
     text = " ".join(arguments)
     assert "--enable-lora --max-lora-rank 8 --max-loras 1 --max-model-len 28 --logprobs-mode raw_logprobs" in text

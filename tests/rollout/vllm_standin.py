@@ -5,6 +5,7 @@ to load from a folder. Every field of a request has to be one that vLLM has. Not
 """
 
 import json
+import sys
 import threading
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -66,7 +67,8 @@ class StandIn:
         self.base = base
         self.version, self.model, self.max_model_len = "0.33.0", model, 256
         self.runtime_lora, self.dev_mode, self.mode = True, True, "raw_logprobs"
-        self.loaded, self.requests, self.broken, self.asleep, self.log = {}, [], {}, False, []
+        self.loaded, self.requests, self.broken, self.asleep = {}, [], {}, False
+        self.log, self.started = [], []
         self.lock = threading.Lock()
         outer = self
 
@@ -117,6 +119,10 @@ class StandIn:
 
     def answer(self, path, query, body):
         """Return status and content as vLLM does."""
+        if path == "/health":
+            return 200, None
+        if path == "/started":  # by the program of `program_of`
+            return self.begin(*body)
         if path == "/version":
             return 200, {"version": self.version}
         if path == "/v1/models":
@@ -137,6 +143,11 @@ class StandIn:
         if path == "/v1/completions":
             return self.complete(body)
         return 404, {"detail": "Not Found"}  # FastAPI's
+
+    def begin(self, arguments, devices):
+        """Note how a program was started that hands all on to this server."""
+        self.started.append((arguments, devices))
+        return 200, None
 
     def load(self, path, body):
         name = body["lora_name"]
@@ -207,3 +218,36 @@ def send(handler, status, found):
     handler.send_header("Content-Length", str(len(text.encode())))
     handler.end_headers()
     handler.wfile.write(text.encode())
+
+
+PROGRAM = """
+import http.server, json, os, sys, urllib.error, urllib.request
+
+def ask(path, data, url={url!r}):
+    try:
+        found = urllib.request.urlopen(urllib.request.Request(url + path, data))
+    except urllib.error.HTTPError as error:
+        found = error
+    return found.status, found.read()
+
+class Handler(http.server.BaseHTTPRequestHandler):
+    def do_POST(self):
+        status, found = ask(self.path, self.rfile.read(int(self.headers.get("Content-Length") or 0)) or None)
+        self.send_response(status)
+        self.end_headers()
+        self.wfile.write(found)
+    do_GET = do_POST
+    def log_message(self, *arguments):
+        pass
+
+ask("/started", json.dumps([sys.argv[1:], os.environ.get("CUDA_VISIBLE_DEVICES")]).encode())
+port = int(sys.argv[sys.argv.index("--port") + 1])
+http.server.ThreadingHTTPServer(("127.0.0.1", port), Handler).serve_forever()
+"""
+
+
+def program_of(server, folder):
+    """Return a command for a server of its own that hands all that it is asked on to this one."""
+    file = folder / "program.py"
+    file.write_text(PROGRAM.replace("{url!r}", repr(server.url)), encoding="utf-8")
+    return f"{sys.executable} -S {file}"

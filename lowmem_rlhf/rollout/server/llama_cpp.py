@@ -1,7 +1,8 @@
 """llama.cpp's server, which takes an adapter only when it is started: with each step's it is started anew.
 
 ``POST /lora-adapters`` changes the scales of adapters that are there, and loads none. Where a stop string ends a
-completion the server leaves its log-probs out, so strings are looked for here, and it writes on to the length.
+completion the server leaves its log-probs out, so strings are looked for here, and it writes on to the length. It also
+leaves out those of tokens that end within a character; these are asked for one by one, from the whole distribution.
 Read in tools/server (server-task.cpp, server-context.cpp, README.md) and seen of the server in the wheel
 xllamacpp 2026.10.11549:
 
@@ -18,7 +19,7 @@ xllamacpp 2026.10.11549:
 import math
 import shlex
 import shutil
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from lowmem_rlhf.engine.base import SharedBase
 from lowmem_rlhf.parallel import Ending
 from lowmem_rlhf.recipe.schema import Recipe
 from lowmem_rlhf.recipe.server import ServerConfig
+from lowmem_rlhf.rollout.ends import TokenBytes
 from lowmem_rlhf.rollout.sampling import Sampling
 from lowmem_rlhf.rollout.server.adapter import PlainAdapter
 from lowmem_rlhf.rollout.server.check import logps_of, text_difference
@@ -46,6 +48,8 @@ class LlamaCpp:
         self.recipe, self.folder, self.name = recipe, folder, "llama.cpp's server"
         self._transformers_config, self._vocabulary = base.model.config, base.rows
         self._hidden = [[one, False] for one in hidden_tokens(base)]
+        self._bytes, self._plain = TokenBytes(base.tokenizer), plain_token(base)
+        self._silent = frozenset(base.tokenizer.all_special_ids)
         self._adapter: PlainAdapter | None = None
         self._started: StartedServer | None = None
 
@@ -154,12 +158,76 @@ class LlamaCpp:
             "stream": False,
         }
         reply = self._client.object("/completion", question, ending)
-        told: Any = reply.get("completion_probabilities")
-        key = "prob" if after else "logprob"
-        values = [one.get(key) for one in told] if list_of(told, dict) else None
-        if after and list_of(values, (int, float)):
-            values = [math.log(one) if one > 0 else -math.inf for one in values or []]
+        ids, told = reply.get("tokens"), reply.get("completion_probabilities")
         reason = reply.get("stop_type")
         if reason not in ("eos", "limit"):
             raise ServerFault(f"{self.url} ended a completion for another reason: {reason!r}")
-        return written(reply.get("tokens"), values, reason == "limit", self._vocabulary, self.url)
+        logps = self._logps(prompt, ids, told, sampling.temperature if after else 1.0, ending)
+        return written(ids, logps, reason == "limit", self._vocabulary, self.url)
+
+    def _logps(self, prompt: Sequence[int], ids: Any, told: Any, temperature: float, ending: Ending) -> Any:
+        """Return a completion's log-probs at a temperature, of whatever form what was told is (see `written`)."""
+        if not list_of(ids, int) or not list_of(told, dict):
+            return None
+        values = [one["logprob"] if "logprob" in one else _log(one.get("prob")) for one in told]
+        if len(values) == len(ids):
+            return values
+        places = whole_places(ids, self._bytes, self._silent)
+        expected = [one.get("id") for one in told] == [ids[place] for place in places]
+        known = dict(zip(places, values, strict=True)) if expected else {}
+        return [
+            known[place] if place in known else self._asked_for([*prompt, *ids[:place]], token, temperature, ending)
+            for place, token in enumerate(ids)
+        ]
+
+    def _asked_for(self, text: Sequence[int], token: int, temperature: float, ending: Ending) -> float:
+        """Return the log-prob of a token behind a text, whatever the server writes there."""
+        question = {
+            "prompt": list(text),
+            "n_predict": 1,
+            "n_probs": self._vocabulary,
+            "post_sampling_probs": False,
+            "logit_bias": [[self._plain, 100.0]],  # a token with a whole character, or nothing is told
+            "samplers": ["temperature"],
+            "cache_prompt": True,
+            "stream": False,
+        }
+        told = self._client.object("/completion", question, ending).get("completion_probabilities")
+        found = told[0].get("top_logprobs") if list_of(told, dict) and told else None
+        if not list_of(found, dict) or not all(isinstance(one.get("logprob"), float) for one in found or []):
+            raise ServerFault(f"{self.url} does not tell the distribution of a token")
+        logps = {one.get("id"): one["logprob"] / temperature for one in found or []}
+        largest = max(logps.values(), default=0.0)
+        total = largest + math.log(sum(math.exp(one - largest) for one in logps.values()) or 1.0)
+        return float(logps.get(token, -math.inf) - total)
+
+
+def whole_places(ids: Sequence[int], bytes_of: Mapping[int, bytes], silent: Collection[int]) -> list[int]:
+    """Return the places of tokens behind which a text does not end within a character, as llama.cpp looks at it.
+
+    Args:
+        bytes_of: the bytes of each token.
+        silent: tokens that are no text.
+    """
+    text, places = b"", []
+    for place, token in enumerate(ids):
+        text = (text + (b"" if token in silent else bytes_of[token]))[-4:]
+        last = list(enumerate(reversed(text), 1))
+        if not any(
+            (byte & 0xE0 == 0xC0 and i < 2) or (byte & 0xF0 == 0xE0 and i < 3) or (byte & 0xF8 == 0xF0 and i < 4)
+            for i, byte in last
+        ):
+            places.append(place)
+    return places
+
+
+def plain_token(base: SharedBase) -> int:
+    """Return a token that stands for whole characters."""
+    ids: list[int] = base.tokenizer("a", add_special_tokens=False).input_ids
+    return ids[-1]
+
+
+def _log(value: Any) -> Any:
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        return math.log(value) if value > 0 else -math.inf
+    return None
