@@ -185,7 +185,7 @@ def test_the_real_server_samples_the_policy_of_a_real_model(smollm2):
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for layer in base.adapter_layers():
-            layer.masters(POLICY)[1].normal_(std=0.05, generator=generator)
+            layer.masters(POLICY)[1].normal_(std=0.3, generator=generator)
     base.adapters_changed()
     prompt = check_text(base, 100)
     with base.role(POLICY):
