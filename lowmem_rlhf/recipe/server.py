@@ -94,10 +94,12 @@ def why_not_served(engine: str, server: ServerConfig | None, shaped: list[str], 
     if server.url is not None:
         if given := [key for key in ("command", "options", "devices") if getattr(server, key) is not None]:
             return f"server.{given[0]}: is of a server that is started, and server.url names one that runs; give one"
-        try:
-            _ = server.address
+        try:  # where a name leads, and whether there is a key, is looked at by the run that needs it
+            address_of(server.url, "/v1", None, True, "", EXAMPLE)
         except ValueError as error:
             return f"server.{error}"
+    elif server.api_key_env is not None:
+        return "server.api_key_env: is of a server that runs; give server.url, or leave it out"
     return None
 
 

@@ -1,5 +1,6 @@
 """Rollouts by vLLM, against a stand-in on loopback: whole runs, and all that a server may do wrong."""
 
+import json
 import math
 import socket
 import sys
@@ -15,6 +16,8 @@ from lowmem_rlhf import progress
 from lowmem_rlhf.engine.roles import POLICY, REFERENCE
 from lowmem_rlhf.errors import RunError, UserError
 from lowmem_rlhf.planning.memory.rollout import ROLLOUT_BYTES
+from lowmem_rlhf.planning.run_plan import plan_recipe
+from lowmem_rlhf.recipe.loading import load_recipe
 from lowmem_rlhf.report import html
 from lowmem_rlhf.rollout import engine as engines
 from lowmem_rlhf.rollout.engine import engine_for
@@ -22,6 +25,7 @@ from lowmem_rlhf.rollout.sampling import Sampling
 from lowmem_rlhf.rollout.server.engine import ServerEngine
 from lowmem_rlhf.rollout.server.served import seeds_of
 from lowmem_rlhf.session.train import train
+from lowmem_rlhf.training.sampling_check import SamplingCheck
 
 TRAINING = {"max_steps": 3, "save_steps": 1}
 GRPO = {"beta": 0.0, "importance_sampling_correction": True, "importance_sampling_mode": "token_truncate"}
@@ -372,9 +376,9 @@ def test_where_the_server_is_and_what_it_is_told(base, model, server, tmp_path, 
     assert not any(folder.iterdir())
 
 
-def test_prompts_go_nowhere_else_than_is_allowed(model):
+def test_prompts_go_nowhere_else_than_is_allowed(base, model):
     with pytest.raises(UserError, match=r"generation\.server\.url: 8\.8\.8\.8 is neither .* set allow_remote: true"):
-        recipe_of(model, "http://8.8.8.8:8000")
+        ServerEngine(base, recipe_of(model, "http://8.8.8.8:8000"))
     assert recipe_of(model, "http://8.8.8.8:8000", {"allow_remote": True}).generation.server.address.remote
 
 
@@ -392,9 +396,48 @@ def test_prompts_go_nowhere_else_than_is_allowed(model):
             {"engine": "vllm", "server": {"url": "http://[::1]:1", "command": "vllm"}},
             r"server\.command: is of a server",
         ),
+        ({"engine": "vllm", "server": {"api_key_env": "KEY"}}, r"server\.api_key_env: is of a server that runs"),
         ({"engine": "vllm", "server": {"url": "[::1]"}}, r"server\.url: got '\[::1\]'; give the address"),
     ],
 )
 def test_what_no_server_can_do_is_refused_with_the_recipe(model, generation, said):
     with pytest.raises(UserError, match=said):
         tiny_recipe(model, generation=generation)
+
+
+def test_a_server_may_differ_by_more_than_our_own_engine():
+    said = []
+    look = SamplingCheck("none", "float32", 1.0, server=True)
+    look.check(0.1, 1, said.append)
+    assert not said
+    look.check(0.4, 2, said.append)
+    assert "weights in the server that are those of the plan" in said[0]
+    with pytest.raises(RunError, match="the policy that samples is not the one that trains"):
+        look.check(2.0, 3, said.append)
+
+
+@pytest.mark.parametrize(
+    ("engine", "server", "rollout", "update"),
+    [
+        ("vllm", {"gpu_memory_utilization": 0.25, "sleep": True}, 0.25 * 24, 2.0),
+        ("vllm", {"gpu_memory_utilization": 0.25}, 0.25 * 24, 0.25 * 24),
+        ("vllm", {"devices": "1"}, 0.0, 0.0),
+        ("vllm", {"url": "http://127.0.0.1:1"}, 0.0, 0.0),
+        ("llama_cpp", {"sleep": True}, 2.0, 0.0),
+    ],
+)
+def test_the_plan_counts_a_server_on_the_same_card(engine, server, rollout, update):
+    given = [
+        f"generation.engine={engine}",
+        f"generation.server={json.dumps(server)}",
+        "model=Qwen/Qwen2.5-0.5B-Instruct",
+    ]
+    plan = plan_recipe(load_recipe("grpo_gsm8k", [*given, "hardware.profile=rtx-4090"], quiet=True))
+    phases = plan.memory["phases"]
+    taken = [phases[name].get("server", 0) / 2**30 for name in ("rollout", "update")]
+    assert "kv_cache" not in phases["rollout"] and plan.time is None
+    if engine == "vllm":
+        assert taken == pytest.approx([rollout, update])
+        assert ("not on this card" in plan.reasons["rollout_batch_size"]) == (not rollout)
+    else:  # 1 GiB of weights, and 16 completions of 832 tokens
+        assert 1.0 < taken[0] < rollout and taken[1] == update

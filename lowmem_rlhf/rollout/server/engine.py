@@ -45,7 +45,8 @@ class ServerEngine:
 
     def __init__(self, base: SharedBase, recipe: Recipe) -> None:
         self.base, self.config = base, recipe.generation.server or ServerConfig()
-        longest = recipe.data.max_prompt_length + recipe.generation.max_completion_length
+        tasks = recipe.by_task.values()
+        longest = max(one.data.max_prompt_length + one.generation.max_completion_length for one in tasks)
         self._folder = Path(tempfile.mkdtemp(prefix="lowmem-rlhf-", dir=_made(self.config.adapters)))
         self._gone = weakref.finalize(self, shutil.rmtree, self._folder, ignore_errors=True)
         kind = LlamaCpp if recipe.generation.engine == LLAMA_CPP else VLLM
@@ -54,11 +55,13 @@ class ServerEngine:
             self.server.open(longest)
             with base.role(POLICY):
                 self.server.load(plain_adapter(base))
-                self.server.check(base, check_text(base, longest))
+                difference = self.server.check(base, check_text(base, longest))
             self.server.rest()
         except ServerFault as fault:
             raise UserError(self._with_end(fault)) from None
-        self.note = f"{self.server.name} samples: on a short text its log-probs are ours"
+        self.note = (
+            f"{self.server.name} samples; on a short text its log-probs are {difference:.2g} nats a token from ours"
+        )
 
     def sync(self) -> None:
         """Hand the adapter of the base's role to the server.

@@ -69,11 +69,11 @@ class LlamaCpp:
                 "GGUF there"
             )
 
-    def check(self, base: SharedBase, text: Sequence[int]) -> None:
+    def check(self, base: SharedBase, text: Sequence[int]) -> float:
         """Check with sampled tokens that its base is ours (see `Server.check`)."""
         heat = self.recipe.generation.temperature
         found = self.write(text, 1, min(16, self._longest - len(text)), Sampling(heat), [0], Ending())[0]
-        text_difference(found.logps, logps_of(base, text, found.ids, heat), self.url, self.recipe.model)
+        return text_difference(base, found.logps, logps_of(base, text, found.ids, heat), self.url, self.recipe.model)
 
     def load(self, adapter: PlainAdapter | None) -> None:
         """See `Server.load`."""
@@ -121,7 +121,7 @@ class LlamaCpp:
         more = {"CUDA_VISIBLE_DEVICES": config.devices} if config.devices is not None else {}
         self._started = StartedServer(command, more, self.folder / "server.log")
         self.url = url
-        self._client = Client(ServerConfig(url=url, api_key_env=config.api_key_env).address, config.timeout)
+        self._client = Client(ServerConfig(url=url).address, config.timeout)
         self._started.wait(self._client, "/health", config.start_timeout)
         props = self._client.object("/props")
         self.name = f"llama.cpp's server ({props.get('build_info', 'unknown build')})"

@@ -27,8 +27,14 @@ class Server(Protocol):
         """Find it or start it, and check that it can serve texts of so many tokens, prompt and completion together."""
         ...
 
-    def check(self, base: SharedBase, text: Sequence[int]) -> None:
-        """Check what only this kind of server can get wrong, with a short text, while it has the role's adapter."""
+    def check(self, base: SharedBase, text: Sequence[int]) -> float:
+        """Check with a short text that it has our base, and tells the log-probs that are needed.
+
+        It has the adapter of the role that the base is in.
+
+        Returns:
+            How far its log-probs are from ours, in nats a token.
+        """
         ...
 
     def load(self, adapter: PlainAdapter | None) -> None:

@@ -72,7 +72,7 @@ class VLLM:
 
     def open(self, longest: int) -> None:
         """See `Server.open`."""
-        address = self._start(longest) if self.config.url is None else self.config.address
+        address = self._start(longest) if self.config.url is None else self._named()
         self._client = Client(address, self.config.timeout)
         self.url = self._client.address.url
         if self._started:
@@ -90,11 +90,11 @@ class VLLM:
         if self.config.sleep:
             self._check_sleep()
 
-    def check(self, base: SharedBase, text: Sequence[int]) -> None:
+    def check(self, base: SharedBase, text: Sequence[int]) -> float:
         """Check with a text that its base is ours, and which log-probs it tells (see `Server.check`)."""
         choice = self._asked([*text], 1, 1, Sampling(), [0], Ending(), prompt_logprobs=0)[0]
         theirs = self._of_prompt(choice, text)
-        text_difference(theirs, logps_of(base, text[:1], text[1:]), self.url, self.recipe.model)
+        difference = text_difference(base, theirs, logps_of(base, text[:1], text[1:]), self.url, self.recipe.model)
         likely = {token: logps_of(base, text, [token])[0] for token in dict.fromkeys(text[:4])}
         rare, ours = min(likely.items(), key=lambda item: item[1])
         told = self._asked([*text], 1, 1, Sampling(), [0], Ending(), logit_bias={str(rare): _SURE})[0]
@@ -108,6 +108,7 @@ class VLLM:
                 f"{self.url} tells {mode}, and what is learned needs log-probs at the sampling temperature before "
                 f"top-k, top-p, min-p and penalties; start it with --logprobs-mode {self._mode}"
             )
+        return difference
 
     def load(self, adapter: PlainAdapter | None) -> None:
         """See `Server.load`."""
@@ -159,6 +160,12 @@ class VLLM:
         """See `Server.fault`."""
         return self._started.fault() if self._started else ""
 
+    def _named(self) -> Address:
+        try:
+            return self.config.address
+        except ValueError as error:
+            raise ServerFault(f"generation.server.{error}") from None
+
     def _start(self, longest: int) -> Address:
         config, rank = self.config, self.recipe.lora.rank
         words = shlex.split(config.command or "vllm")
@@ -183,7 +190,7 @@ class VLLM:
         more |= {"VLLM_SERVER_DEV_MODE": "1"} if config.sleep else {}
         more |= {"CUDA_VISIBLE_DEVICES": config.devices} if config.devices is not None else {}
         self._started = StartedServer(command, more, self.folder / "server.log")
-        return ServerConfig(url=url, api_key_env=config.api_key_env).address
+        return ServerConfig(url=url).address
 
     def _check_version(self) -> None:
         try:
