@@ -108,7 +108,11 @@ def print_time(plan_dict: dict[str, Any], console: Console) -> None:
     if (time_dict := plan_dict["time"]) is None:
         device = plan_dict.get("device") or {}
         unknown = f"nobody tells how fast {device.get('name', 'the device')} is"
-        why = "the terms of its passes are not known" if device.get("speed") or device.get("cores") else unknown
+        why = (
+            "the time of its passes, or of the server that samples, is not known"
+            if device.get("speed") or device.get("cores")
+            else unknown
+        )
         console.print(Text(harmless(f"how long it takes is not predicted: {why}"), style="dim"))
         return
     low, high = time_dict["step_seconds_range"]

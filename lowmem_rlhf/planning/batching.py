@@ -10,7 +10,15 @@ from lowmem_rlhf.errors import UserError
 from lowmem_rlhf.planning.inputs import PINNED, PlanInputs, gib
 from lowmem_rlhf.planning.memory.resident import MIB, Memory, Settings
 from lowmem_rlhf.planning.memory.rollout import decodes_by_graphs
-from lowmem_rlhf.planning.shapes import group_tokens, length_keys, row_tokens, samples_completions, step_tokens
+from lowmem_rlhf.planning.shapes import (
+    all_rows,
+    group_tokens,
+    length_keys,
+    row_tokens,
+    samples_completions,
+    step_tokens,
+)
+from lowmem_rlhf.recipe.server import SERVERS
 
 MICRO_BATCH_CAP = {"cpu": 4096, "gpu": 16384}  # a CPU gains nothing from more: the activations fall out of its caches
 TILE_BYTES = 128 * MIB
@@ -180,6 +188,8 @@ def rollout_batch_size(inputs: PlanInputs, settings: Settings) -> tuple[int, str
         return pinned, PINNED
     if not samples_completions(inputs.recipe):
         return 1, "nothing is sampled"
+    if inputs.recipe.generation.engine in SERVERS:
+        return all_rows(inputs.recipe), _served(inputs, settings)
     group, prompts, whole = inputs.recipe.generation.num_generations, inputs.recipe.training.prompts_per_step, "a step"
     if not inputs.recipe.spec.samples:
         group, prompts, whole = inputs.recipe.evaluation.num_samples, inputs.recipe.data.eval_size, "the evaluation"
@@ -194,6 +204,19 @@ def rollout_batch_size(inputs: PlanInputs, settings: Settings) -> tuple[int, str
     cache = inputs.phases(replace(settings, rollout_batch_size=rows))["rollout"]["kv_cache"]
     share = f"its key-value cache takes {gib(cache)}, the rollout {gib(need(rows))} of {gib(inputs.budget)}"
     return rows, f"{f'all of {whole}' if rows == sizes[0] else f'the most of {sizes[0]} that fits'}: {share}"
+
+
+def _served(inputs: PlanInputs, settings: Settings) -> str:
+    """Return what a rollout takes of our card where a server samples."""
+    recipe, memory = inputs.recipe, Memory(inputs.dims, inputs.recipe, settings, inputs.device)
+    said = f"{SERVERS[recipe.generation.engine]} decides how many it writes at once; its cache and weights are "
+    if not (taken := memory.server_bytes()):
+        return (
+            said + "not on this card" if not inputs.on_cpu else said + "in a process of its own, which is not counted"
+        )
+    kept = memory.server_between_rollouts()
+    stays = f"while we train it keeps {gib(kept)}, which was not measured" if kept else "while we train it is not there"
+    return f"{said}on this card too: {gib(taken)}; {stays if kept < taken else 'they stay there while we train'}"
 
 
 def rollout_weights(inputs: PlanInputs, settings: Settings) -> tuple[str, str]:
@@ -212,6 +235,8 @@ def rollout_weights(inputs: PlanInputs, settings: Settings) -> tuple[str, str]:
         return "quantized", "layers are gathered as they lie, for each token anew"
     if settings.quantization != "nf4" or not samples_completions(inputs.recipe):
         return "quantized", "the weights are not 4-bit" if settings.quantization != "nf4" else "nothing is sampled"
+    if inputs.recipe.generation.engine in SERVERS:
+        return "quantized", f"{SERVERS[inputs.recipe.generation.engine]} samples with weights of its own"
     if not inputs.on_cpu:
         return _card_weights(inputs, settings)
     fast = inputs.device.multiplies_four_bit(settings.compute_dtype)

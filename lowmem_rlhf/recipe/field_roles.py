@@ -55,6 +55,8 @@ LEARNED_AND_MEASURED = FieldRole(changes_numbers=True, may_change_on_resume=Fals
 # what is done about a fault, which a sound run has none of
 FAULTS = FieldRole(changes_numbers=False, may_change_on_resume=True, may_change_in_evaluation=True)
 MEASURED = FieldRole(changes_numbers=False, may_change_on_resume=False, may_change_in_evaluation=True)
+# which server does the same work
+SERVED = FieldRole(changes_numbers=False, may_change_on_resume=True, may_change_in_evaluation=True)
 JUDGED = FieldRole(changes_numbers=False, may_change_on_resume=False)  # which of a run's evaluations is the better
 
 

@@ -16,8 +16,8 @@ _LENGTH = "nothing is cut off: trl.max_length bounds an example, data.long_promp
 _REFERENCE = "the reference is the base on the card, or the frozen adapter that `adapter` names"
 _TOKENS = "examples are tokenized as everywhere in this package, see data"
 _BASE = "set model, revision and trust_remote_code"
-_ITSELF = "this package samples and trains on one card by itself"
-_SHARED_OUT = "the plan shares memory out between sampling and training; hardware.vram bounds it"
+_ITSELF = "this package trains on one card by itself"
+_VLLM = "set generation.engine to vllm; generation.server says where it is, or how it is started"
 _TOOLS = "a rollout calls no tools; conversations with tool calls are data.messages"
 _DROPOUT = "dropout is always off"
 
@@ -88,6 +88,11 @@ _ALSO: dict[str, str] = {
     "generation.num_generations": "n num_return_sequences num_samples_per_prompt group_size rollouts num_rollouts",
     "generation.max_completion_length": "max_new_tokens max_tokens response_length max_response_length max_gen_len",
     "generation.temperature": "temp",
+    "generation.engine": "rollout_engine inference_engine backend",
+    "generation.server.url": "vllm_server_base_url vllm_server_host vllm_server_port server_url base_url",
+    "generation.server.timeout": "vllm_server_timeout",
+    "generation.server.gpu_memory_utilization": "gpu_memory_utilization vllm_gpu_memory_utilization",
+    "generation.server.sleep": "vllm_enable_sleep_mode enable_sleep_mode",
     "generation.stop_strings": "stop stop_token stop_token_id stop_sequences",
     "grpo.beta ppo.kl_coef": "kl kl_coeff init_kl_coef kl_beta kl_weight kl_penalty",
     "grpo.epsilon ppo.cliprange": "eps clip clip_eps clip_range clip_ratio",
@@ -131,8 +136,8 @@ ELSEWHERE: dict[str, str] = {
     **dict.fromkeys(("logging_steps", "log_every", "log_interval"), "every step is logged"),
     **dict.fromkeys(("packing", "pack"), "examples are always packed"),
     **dict.fromkeys(("use_peft", "use_lora"), "an adapter is always trained; see lora"),
-    **dict.fromkeys(("use_vllm", "vllm", "vllm_mode", "fast_inference", "deepspeed", "fsdp"), _ITSELF),
-    **dict.fromkeys(("gpu_memory_utilization", "vllm_gpu_memory_utilization"), _SHARED_OUT),
+    **dict.fromkeys(("deepspeed", "fsdp"), _ITSELF),
+    **dict.fromkeys(("use_vllm", "vllm", "vllm_mode", "fast_inference", "rollout"), _VLLM),
     **dict.fromkeys(("tools", "environment_factory"), _TOOLS),
     "run_name": DECIDED["output_dir"],
 }

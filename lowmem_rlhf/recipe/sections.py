@@ -51,12 +51,14 @@ from lowmem_rlhf.recipe.field_roles import (
     PRECISION,
     RECOMPUTING,
     RECORDS,
+    SERVED,
     TRAINING_BATCHING,
     WHERE,
 )
 from lowmem_rlhf.recipe.file_names import check_name, check_path
 from lowmem_rlhf.recipe.lora_shape import ALL, LoraShape
 from lowmem_rlhf.recipe.section import Section
+from lowmem_rlhf.recipe.server import ServerConfig, why_not_served
 
 Auto = Literal["auto"]
 
@@ -367,8 +369,9 @@ class GenerationConfig(Section):
     min_new_tokens: Annotated[int, LEARNED_AND_MEASURED] = Field(0, ge=0, le=MOST_TOKENS)
     # a completion ends with the token that completes one of these texts; all of that token's text is kept
     stop_strings: Annotated[StopStrings, LEARNED_AND_MEASURED] = Field(default_factory=list)
-    # what samples rollouts: auto, or an engine that was registered (`rollout.engine.register_engine`)
+    # what samples rollouts: auto, a server (vllm, llama_cpp), or what was registered (`rollout.engine.register_engine`)
     engine: Annotated[Name, LEARNED_AND_MEASURED] = "auto"
+    server: Annotated[ServerConfig | None, SERVED] = None  # the server, where engine is one
 
     @property
     def controls(self) -> dict[str, Any]:
@@ -388,6 +391,19 @@ class GenerationConfig(Section):
                 ],
                 below="",
             )
+        return self
+
+    @property
+    def shaping(self) -> list[str]:
+        """The keys that are on and decide what is drawn beside the temperature."""
+        names = ("top_p", "top_k", "min_p", "repetition_penalty", "min_new_tokens")
+        off = {name: type(self).model_fields[name].default for name in names}
+        return [name for name in names if getattr(self, name) != off[name]]
+
+    @model_validator(mode="after")
+    def _can_be_served(self) -> "GenerationConfig":
+        if why := why_not_served(self.engine, self.server, self.shaping, self.temperature):
+            raise OptionErrors([why], below="")
         return self
 
 

@@ -23,9 +23,9 @@ import psutil
 
 from lowmem_rlhf.data.values import is_missing
 from lowmem_rlhf.errors import RunError, UserError
+from lowmem_rlhf.parallel import Ending, in_parallel
 from lowmem_rlhf.progress import message
 from lowmem_rlhf.rewards.code_cases import Case, cases_of, parsed
-from lowmem_rlhf.rewards.parallel import Ending, in_parallel
 from lowmem_rlhf.rewards.texts import column_named
 
 _RUNNER = Path(__file__).with_name("code_runner.py")

@@ -8,9 +8,9 @@ from typing import Any
 from lowmem_rlhf.data.row_template import fill_template, required_fields, template_fields
 from lowmem_rlhf.data.values import is_missing, text_of
 from lowmem_rlhf.errors import UserError
+from lowmem_rlhf.parallel import Ending, in_parallel
 from lowmem_rlhf.rewards.chat_endpoint import Endpoint, NoServer, RequestFailed, endpoint
 from lowmem_rlhf.rewards.guarded import FunctionFault
-from lowmem_rlhf.rewards.parallel import Ending, in_parallel
 
 _URL = "http://127.0.0.1:8000/v1"
 _SCALE = [0.0, 10.0]

@@ -1,7 +1,8 @@
 """The engine of a rollout: what the trainer and held-out evaluation ask for completions.
 
 Three engines sample on the shared base. For models that can be packed there are `ContinuousEngine`, on cards that
-replay graphs, and `SharedPromptEngine`; `OwnCacheEngine` is for those that cannot. `register_engine` adds your own.
+replay graphs, and `SharedPromptEngine`; `OwnCacheEngine` is for those that cannot. A server may do it too
+(`server.engine.ServerEngine`: vLLM, llama.cpp). `register_engine` adds your own.
 What a rollout takes is told to the planner by a function without torch (`planning.memory.rollout.ROLLOUT_BYTES`), since
 a plan is made before anything is loaded.
 
@@ -17,6 +18,8 @@ from lowmem_rlhf.errors import UserError
 from lowmem_rlhf.hardware.capabilities import capabilities
 from lowmem_rlhf.planning.memory.rollout import ROLLOUT_BYTES, RolloutBytes, check_engine, shared_base_bytes
 from lowmem_rlhf.progress import ProgressCallback
+from lowmem_rlhf.recipe.schema import Recipe
+from lowmem_rlhf.recipe.server import SERVERS
 from lowmem_rlhf.rollout.continuous import ContinuousEngine
 from lowmem_rlhf.rollout.graphs import can_capture
 from lowmem_rlhf.rollout.own_cache import OwnCacheEngine
@@ -97,18 +100,26 @@ def register_engine(name: str, make: EngineFactory, rollout_bytes: RolloutBytes 
     ENGINES[name], ROLLOUT_BYTES[name] = make, rollout_bytes
 
 
-def engine_for(base: SharedBase, name: str = "auto", dequantize: bool | None = None) -> Engine:
+def engine_for(
+    base: SharedBase, name: str = "auto", dequantize: bool | None = None, served: Recipe | None = None
+) -> Engine:
     """Return the engine of this name for a base.
 
     Args:
-        name: of `ENGINES`, or ``auto``: what suits the model.
+        name: of `ENGINES`, or ``auto``: what suits the model; or a server's.
         dequantize: whether NF4 weights are unpacked while sampling; None: they stay as the caller has them.
+        served: the recipe of a run that trains, whose server is asked; without it this package's own engine samples in
+            a server's place, as a run that is over needs none.
 
     Raises:
-        UserError: there is no such engine, or the model cannot be sampled with it.
+        UserError: there is no such engine, or the model cannot be sampled with it, or a server is not as it has to be.
     """
     check_engine(name)
-    if name == "auto":
+    if name in SERVERS and served is not None:
+        from lowmem_rlhf.rollout.server.engine import ServerEngine
+
+        return ServerEngine(base, served)
+    if name == "auto" or name in SERVERS:
         return own_engine(base, dequantize)
     if ENGINES[name] is ContinuousEngine and base.packable and base.rotary_limit is not None:
         raise UserError(

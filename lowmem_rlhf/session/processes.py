@@ -14,6 +14,7 @@ from lowmem_rlhf.planning.run_plan import Begun, resumed_plan, running_device, r
 from lowmem_rlhf.processes.start import number_of_processes, rank_of_process
 from lowmem_rlhf.processes.world import begun
 from lowmem_rlhf.recipe.schema import Recipe
+from lowmem_rlhf.recipe.server import SERVERS, ServerConfig
 from lowmem_rlhf.run.directory import RunDirectory
 
 
@@ -31,6 +32,12 @@ def check_processes(recipe: Recipe) -> None:
         refused = (
             f"hardware.device: got {recipe.hardware.device} for {number_of_processes()} processes, each of which has a "
             f"card of its own; give {kind}, or leave it at auto"
+        )
+    server = recipe.generation.server or ServerConfig()
+    if not refused and recipe.generation.engine in SERVERS and server.url is None:
+        refused = (
+            f"generation.server.url: none was given, and each of {number_of_processes()} processes would start a server; "
+            "start one, and give its address"
         )
     if refused:
         error = UserError(refused)

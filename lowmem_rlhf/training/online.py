@@ -18,6 +18,7 @@ from lowmem_rlhf.planning.plan import Plan
 from lowmem_rlhf.processes.world import current, each_its_share
 from lowmem_rlhf.progress import Progress, show_samples
 from lowmem_rlhf.recipe.schema import Recipe
+from lowmem_rlhf.recipe.server import SERVERS
 from lowmem_rlhf.rewards.guarded import faults_named
 from lowmem_rlhf.rewards.loading import Reward, failed_always, rewards_by_task
 from lowmem_rlhf.rollout.engine import Engine, engine_for
@@ -78,7 +79,7 @@ class CompletionEvaluator:
         self.ladder = ladder
         share_ladder(rewards, ladder)
         dequantize = plan.settings.rollout_weights == "dequantized"
-        self.engine: Engine = engine_for(base, recipe.generation.engine, dequantize)
+        self.engine: Engine = engine_for(base, recipe.generation.engine, dequantize, served=recipe)
         if ladder.keep_graphs and (release := getattr(self.engine, "release", None)):
             ladder.savings.insert(0, Saving(EVERY_PHASE, "keep_graphs", False, release))
 
@@ -153,7 +154,8 @@ class Trainer(Loop):
         self._told: dict[str, Any] = {}  # metrics of the last rollout
         settings, temperature = plan.settings, recipe.generation.temperature
         checked = recipe.hardware.check == "always"
-        self.sampling = SamplingCheck(settings.quantization, settings.compute_dtype, temperature, checked)
+        server = recipe.generation.engine in SERVERS
+        self.sampling = SamplingCheck(settings.quantization, settings.compute_dtype, temperature, checked, server)
         self.seen = Seen()
         self._noted = ""  # what was said about how tokens are decoded
 

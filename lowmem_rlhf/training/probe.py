@@ -28,6 +28,7 @@ from lowmem_rlhf.planning.shapes import prompts_at_once, rollout_rows, row_token
 from lowmem_rlhf.recipe.field_roles import fields_with
 from lowmem_rlhf.recipe.schema import Recipe
 from lowmem_rlhf.recipe.sections import HardwareConfig
+from lowmem_rlhf.recipe.server import SERVERS
 from lowmem_rlhf.rollout.cache import SharedPromptCache
 from lowmem_rlhf.rollout.continuous import ContinuousEngine
 from lowmem_rlhf.rollout.draws import Draws
@@ -215,7 +216,7 @@ def held_bytes(base: SharedBase) -> int:
 def _phases(base: SharedBase, recipe: Recipe, plan: Plan) -> dict[str, Callable[[], None]]:
     settings = plan.settings
     found: dict[str, Callable[[], None]] = {}
-    if samples_completions(recipe):
+    if samples_completions(recipe) and recipe.generation.engine not in SERVERS:
         found["rollout"] = lambda: _rollout(base, recipe, plan)
     language = recipe.spec.output == "text"
     role = REFERENCE if recipe.spec.reference else POLICY

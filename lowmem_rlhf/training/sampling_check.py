@@ -13,6 +13,8 @@ from lowmem_rlhf.errors import RunError
 # Mean absolute difference in nats a token, at temperature 1. In float32 it mostly is 1e-5; where a model picks keys or
 # experts by a threshold, a rounding may tip one, and it was up to 2e-3.
 EXPECTED = {"float32": 2e-4, "float16": 6e-3, "bfloat16": 5e-2}
+# A server has kernels, and it may have weights, of its own: what bfloat16 leaves here is little for two programs.
+EXPECTED_OF_SERVER = 5e-2
 EXPECTED_INT8 = {"float32": 2e-2, "float16": 2e-2, "bfloat16": 5e-2}  # activations are rounded to 8 bits in any dtype
 WARN, STOP = 3.0, 30.0  # times what is expected
 
@@ -33,16 +35,23 @@ class SamplingCheck:
         quantization, compute_dtype: as in a plan's settings.
         temperature: that completions are sampled at.
         checked: the model was held against stock transformers when it was loaded.
+        server: a server samples.
     """
 
-    def __init__(self, quantization: str, compute_dtype: str, temperature: float, checked: bool = False) -> None:
+    def __init__(
+        self, quantization: str, compute_dtype: str, temperature: float, checked: bool = False, server: bool = False
+    ) -> None:
         self.expected = expected_difference(quantization, compute_dtype, temperature)
+        if server:
+            self.expected = max(self.expected, EXPECTED_OF_SERVER / min(1.0, temperature or 1.0))
         self.precision = compute_dtype if quantization == "none" else f"{quantization} with {compute_dtype}"
         ways = [
             *([] if checked else ["hardware.check=always, which holds the model against stock transformers"]),
             *([] if compute_dtype == "float32" else ["hardware.compute_dtype=float32"]),
             "shorter texts",
         ]
+        if server:
+            ways = ["weights in the server that are those of the plan", "grpo.importance_sampling_correction=true"]
         self._advice = f"try {', or '.join(ways)}"
         self._warned = False
 

@@ -37,7 +37,7 @@ def test_a_plan_without_a_time_says_why():
     values = plan()
     untold = {**values, "time": None, "device": {**values["device"], "speed": None}}
     assert "nobody tells how fast GeForce RTX 2080 Ti" in printed(untold)
-    assert "the terms of its passes are not known" in printed({**values, "time": None})
+    assert "the time of its passes, or of the server that samples, is not known" in printed({**values, "time": None})
     del values["time"]  # as earlier versions wrote it
     assert "how long" not in printed(values) and "held-out examples, once" not in printed(values)
 

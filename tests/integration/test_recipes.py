@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 from tiny_classifiers import save_sentence_encoder
 from tiny_runs import save_tiny_model, write_jsonl
+from vllm_standin import StandIn, served_base
 
 from lowmem_rlhf.recipe.loading import Recipe, load_recipe, shipped_recipes
 from lowmem_rlhf.run.directory import RunDirectory
@@ -108,9 +109,15 @@ def run_of(name: str, place: Path) -> RunDirectory:
     """Return the tiny run of a recipe, run once, after the one that it goes on from."""
     if name in BEFORE:
         run_of(BEFORE[name], place)
-    if not (place / name / "report.html").is_file():
-        train(load_recipe(name, overrides(name, place)), place / name)
-    return RunDirectory(place / name)
+    if (place / name / "report.html").is_file():
+        return RunDirectory(place / name)
+    given = overrides(name, place)
+    if (server := load_recipe(name).generation.server) is None:
+        return train(load_recipe(name, given), place / name)
+    own = [*given, "lora.r=8", "generation.engine=auto", "generation.server=null"]
+    with StandIn(served_base(load_recipe(name, own)), str(place / "gpt")).serving() as one:
+        found = json.dumps({"url": one.url, "sleep": server.sleep, "devices": None})
+        return train(load_recipe(name, [*given, "lora.r=8", f"generation.server={found}"]), place / name)
 
 
 @pytest.mark.parametrize("name", sorted(shipped_recipes()))

@@ -58,17 +58,18 @@ def test_a_shared_base_in_nf4_lies_in_parts_and_gives_the_adapter_of_a_whole_one
 
 
 @pytest.mark.parametrize(
-    ("hardware", "said"),
+    ("changes", "said"),
     [
         (
-            {"shard_base": True, "quantization": "int8", "compute_dtype": "bfloat16"},
-            "int8 weights cannot be shared",
+            {"hardware": {"shard_base": True, "quantization": "int8", "compute_dtype": "bfloat16"}},
+            "got int8 with hardware.shard_base",
         ),
-        ({"device": "cpu:1"}, "each of which has a card of its own; give cpu"),
+        ({"hardware": {"device": "cpu:1"}}, "each of which has a card of its own; give cpu"),
+        ({"generation": {"engine": "vllm"}}, "each of 2 processes would start a server"),
     ],
 )
-def test_what_processes_cannot_do_is_refused(two, model, tmp_path, hardware, said):
-    first, second = two.train(tiny_recipe(model, hardware=hardware, training=SLOW), tmp_path / "run")
+def test_what_processes_cannot_do_is_refused(two, model, tmp_path, changes, said):
+    first, second = two.train(tiny_recipe(model, training=SLOW, **changes), tmp_path / "run")
 
     assert said in first["error"]
     assert (first["said_elsewhere"], second["said_elsewhere"]) == (False, True)

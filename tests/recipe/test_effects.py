@@ -42,6 +42,11 @@ PLANNED = {
         *("training.max_steps=200", "training.prompts_per_step=16", "evaluation.num_samples=2", "evaluation.steps=7"),
     ),
     "grpo_gsm8k grpo.sync_ref_model=true": ("grpo.ref_model_rank_multiple=4", "grpo.ref_model_sync_steps=7"),
+    "grpo_gsm8k generation.engine=vllm": (
+        *("generation.server.sleep=true", "generation.server.gpu_memory_utilization=0.5"),
+        "generation.server.devices=1",
+    ),
+    "grpo_gsm8k generation.engine=llama_cpp": ("generation.server.parallel=4",),
     "grpo_gsm8k model=Qwen/Qwen2.5-7B-Instruct": ("hardware.offload_embeddings=true",),
     "ppo_reward_adapter": (
         *("ppo.num_ppo_epochs=8", "ppo.entropy_coef=0.01", "ppo.critic=policy", "ppo.bootstrap_truncated=true"),
@@ -51,6 +56,7 @@ PLANNED = {
     "reward_model": ("reward_model.max_length=2048",),
     "dpo": ("trl.max_length=300",),
 }
+SERVER = "rollout/test_vllm_server.py"
 SUPERVISED = "training/test_supervised_training.py"
 ELSEWHERE = {
     "training.ddp_timeout": (
@@ -72,6 +78,15 @@ ELSEWHERE = {
         "integration/test_runs_with_stop_strings.py::test_completions_that_a_stop_string_ends_are_whole"
     ),
     "generation.engine": "integration/test_extensions.py::test_an_engine_from_outside_samples_what_is_trained_on",
+    "generation.server.url": f"{SERVER}::test_nobody_answers",
+    "generation.server.command": f"{SERVER}::test_a_server_is_started_beside_and_ends_with_the_engine",
+    "generation.server.options": f"{SERVER}::test_a_server_is_started_beside_and_ends_with_the_engine",
+    "generation.server.model": f"{SERVER}::test_where_the_server_is_and_what_it_is_told",
+    "generation.server.adapters": f"{SERVER}::test_where_the_server_is_and_what_it_is_told",
+    "generation.server.api_key_env": f"{SERVER}::test_where_the_server_is_and_what_it_is_told",
+    "generation.server.timeout": f"{SERVER}::test_what_a_server_does_wrong_ends_the_run_with_a_sentence",
+    "generation.server.start_timeout": f"{SERVER}::test_a_program_that_never_answers_is_ended",
+    "generation.server.allow_remote": f"{SERVER}::test_prompts_go_nowhere_else_than_is_allowed",
     "mixing.normalize": "integration/test_several_tasks.py::test_each_task_s_rewards_are_standardised_if_asked",
     "grpo.ref_model_mixup_alpha": "training/test_sync_ref_model.py::test_the_kl_is_that_from_the_reference_as_it_is",
     "grpo.max_generation_batches": (

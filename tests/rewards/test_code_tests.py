@@ -12,12 +12,12 @@ import psutil
 import pytest
 
 from lowmem_rlhf.errors import RunError, UserError
+from lowmem_rlhf.parallel import Ending, in_parallel
 from lowmem_rlhf.recipe.sections import RewardConfig
 from lowmem_rlhf.rewards import code_tests as module
 from lowmem_rlhf.rewards import load_rewards, score
 from lowmem_rlhf.rewards.code_cases import cases_of
 from lowmem_rlhf.rewards.code_tests import code_of
-from lowmem_rlhf.rewards.parallel import Ending, in_parallel
 from lowmem_rlhf.rewards.references import _reader
 
 SQUARE = "def f(x):\n    return x * x\n"

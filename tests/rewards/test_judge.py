@@ -10,10 +10,11 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
+from lowmem_rlhf import http_client
 from lowmem_rlhf.errors import RunError, UserError
+from lowmem_rlhf.http_client import is_local
 from lowmem_rlhf.recipe.sections import RewardConfig
 from lowmem_rlhf.rewards import chat_endpoint, load_rewards, score
-from lowmem_rlhf.rewards.chat_endpoint import is_local
 from lowmem_rlhf.rewards.loading import check_reward_columns
 
 TEMPLATE = "Q: {prompt}\nA: {completion}"
@@ -239,7 +240,7 @@ def test_a_server_that_does_not_answer_is_one_sentence(name):
 
 
 def test_the_time_of_a_request_is_one_clock(monkeypatch):
-    monkeypatch.setattr(chat_endpoint.threading.Timer, "start", lambda timer: None)  # a timer that is late
+    monkeypatch.setattr(http_client.threading.Timer, "start", lambda timer: None)  # a timer that is late
     late = threading.Event()
 
     def answer(handler, question, number):
@@ -274,9 +275,9 @@ def test_a_dead_server_is_found_by_the_first_question():
             scored(judge(url, retries=2), ["6"])
         one = judge(url, on_error="skip", retries=0, concurrency=1)
         tries = []
-        connect = chat_endpoint.http.client.HTTPConnection.connect
+        connect = http_client.http.client.HTTPConnection.connect
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(chat_endpoint.http.client.HTTPConnection, "connect", lambda c: tries.append(c) or connect(c))
+            patch.setattr(http_client.http.client.HTTPConnection, "connect", lambda c: tries.append(c) or connect(c))
             assert scored(one, list("12345")).by_name["judge"] == [None] * 5
         assert len(tries) == 1 and one.record.failed == 1
 
@@ -326,7 +327,7 @@ def test_prompts_stay_on_this_computer_unless_told_otherwise(monkeypatch):
 def test_a_name_that_leads_elsewhere_later_is_not_sent_to(monkeypatch):
     with serving(last_number) as server:
         one = judge(server.url)
-        monkeypatch.setattr(chat_endpoint, "is_local", lambda address: False)
+        monkeypatch.setattr(http_client, "is_local", lambda address: False)
         with pytest.raises(
             RunError, match=r"is at 127\.0\.0\.1, which is not a private address; set allow_remote: true$"
         ):

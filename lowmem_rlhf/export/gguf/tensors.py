@@ -15,8 +15,8 @@ from gguf import MODEL_ARCH_NAMES, TensorNameMap, get_tensor_name_map
 from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 from gguf.quants import quantize
 
+from lowmem_rlhf.engine.gguf_changes import Change, Part, parts_of
 from lowmem_rlhf.errors import RunError, UserError
-from lowmem_rlhf.export.gguf.changes import Change, Part, parts_of
 from lowmem_rlhf.export.gguf.kquants import quantize_q4_k, quantize_q5_k, quantize_q6_k
 from lowmem_rlhf.export.gguf.metadata import GGUFMetadata
 from lowmem_rlhf.export.shards import Stored

@@ -29,6 +29,8 @@ def phases(
     memory = Memory(dims, recipe, settings, device)
     resident = memory.resident()
     kept = {"graphs": kept_bytes(memory)} if settings.keep_graphs else {}
+    if server := memory.server_between_rollouts():
+        kept["server"] = server
     parts: dict[str, Callable[[], Components]] = {
         "rollout": lambda: resident | rollout(memory),
         "scoring": lambda: resident | kept | memory.scoring(),
@@ -41,7 +43,8 @@ def phases(
     result = {name: part() for name, part in parts.items() if not names or name in names}
     factor = ALLOCATOR_FACTOR if memory.capabilities.caching_allocator else 1.0
     for components in result.values():
-        components["allocator"] = round(total(components) * (factor - 1))
+        ours = total(components) - components.get("server", 0)
+        components["allocator"] = round(ours * (factor - 1))
     return result
 
 

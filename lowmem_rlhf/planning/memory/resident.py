@@ -14,6 +14,7 @@ from lowmem_rlhf.planning.shapes import PackedShape, adapters_of, reference_adap
 from lowmem_rlhf.recipe.lora_shape import LoraShape
 from lowmem_rlhf.recipe.schema import Recipe
 from lowmem_rlhf.recipe.sections import REWARD_ADAPTER
+from lowmem_rlhf.recipe.server import SERVERS, VLLM, ServerConfig, shares_card
 
 KIB = 1024
 MIB = 1024**2
@@ -38,6 +39,12 @@ GATHERED_LAYERS = 2  # of a shared base at once: the one that computes, and the 
 
 
 COMPARED_TOKENS, COMPARED_LENGTH = 384, 96  # tokens that an export is compared on, and of one text among them
+
+
+VLLM_SHARE = 0.92  # of its card that vLLM takes if it is told nothing (vllm/config/cache.py)
+
+
+SLEEPING_BYTES = 2 * GIB  # of a vLLM that sleeps: its process's context and graphs; not measured here
 
 
 LOGITS_BYTES = 4 * 2**25  # of one model on these, at most
@@ -208,7 +215,7 @@ class Memory:
 
     def __init__(self, dims: ModelDimensions, recipe: Recipe, settings: Settings, device: Device) -> None:
         self.dims, self.recipe, self.settings = dims, recipe, settings
-        self.width = settings.width
+        self.width, self.card_bytes = settings.width, device.total_bytes
         self.on_cpu, self.capabilities = device.on_cpu, device.capabilities
         self.workspace = cublas_workspace(device.compute_capability) if self.capabilities.blas_workspace else 0
         self.four_bit_product = device.multiplies_four_bit(settings.compute_dtype)
@@ -252,6 +259,30 @@ class Memory:
     def base_layers(self) -> int:
         """Return the bytes of all layers' weights, which a pass over a shared base gathers."""
         return block_weight_bytes(self.dims, self.settings.quantization, self.width)
+
+    def server_bytes(self) -> int:
+        """Bytes of our card that a server of `generation.server` takes while it samples.
+
+        vLLM takes the share of the whole card that it is told; llama.cpp's the weights in 16 bits, as wide as they
+        can be, and the keys and values of all that it writes at once.
+        """
+        recipe = self.recipe
+        server = recipe.generation.server or ServerConfig()
+        if recipe.generation.engine not in SERVERS or self.on_cpu or not shares_card(server):
+            return 0
+        if recipe.generation.engine == VLLM:
+            return round(self.card_bytes * (server.gpu_memory_utilization or VLLM_SHARE))
+        dims, tokens = self.dims, recipe.data.max_prompt_length + recipe.generation.max_completion_length
+        sizes = [(one.num_kv_heads, one.head_dim) for one in dims.layer_sizes]
+        sizes = sizes or [(dims.num_kv_heads, dims.head_dim)] * dims.attention_layers
+        return 2 * dims.num_parameters + server.parallel * tokens * sum(4 * heads * wide for heads, wide in sizes)
+
+    def server_between_rollouts(self) -> int:
+        """Bytes of our card that it keeps while we train: all, or what a sleeping vLLM has of a process of its own."""
+        taken, server = self.server_bytes(), self.recipe.generation.server or ServerConfig()
+        if not taken or not server.sleep:
+            return taken
+        return min(taken, SLEEPING_BYTES) if self.recipe.generation.engine == VLLM else 0
 
     def trained_state(self) -> int:
         """Return the bytes of what trains, its moments and what follows it, in host memory once more on a card."""

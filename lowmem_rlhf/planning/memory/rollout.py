@@ -11,6 +11,7 @@ from lowmem_rlhf.planning.memory.mixers import UPDATE, state_bytes
 from lowmem_rlhf.planning.memory.resident import Components, Memory, total
 from lowmem_rlhf.planning.shapes import all_rows, prompts_at_once, prompts_shape, rollout_rows
 from lowmem_rlhf.recipe.sections import GenerationConfig
+from lowmem_rlhf.recipe.server import SERVERS
 from lowmem_rlhf.suggest import did_you_mean
 
 # layers that are multiplied at once, by the group that they are in
@@ -252,6 +253,11 @@ def _joined_dense(memory: Memory) -> int:
     return memory.width * max(groups.values(), default=0)
 
 
+def served_bytes(memory: Memory) -> Components:
+    """Return what a rollout takes of our card where a server samples: nothing, or the server's share of the card."""
+    return {"server": memory.server_bytes()} if memory.server_bytes() else {}
+
+
 RolloutBytes = Callable[[Memory], Components]
 
 # by the engine that samples (`rollout.engine.ENGINES`)
@@ -260,6 +266,7 @@ ROLLOUT_BYTES: dict[str, RolloutBytes] = {
     "continuous": continuous_bytes,
     "shared_prompt": shared_base_bytes,
     "own_cache": shared_base_bytes,
+    **dict.fromkeys(SERVERS, served_bytes),
 }
 
 

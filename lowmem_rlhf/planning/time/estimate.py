@@ -16,12 +16,20 @@ from lowmem_rlhf.hardware.device import Device
 from lowmem_rlhf.planning.limits import LOOK, seen_room, slot_room
 from lowmem_rlhf.planning.memory.resident import Memory, Settings
 from lowmem_rlhf.planning.memory.rollout import decodes_by_graphs
-from lowmem_rlhf.planning.shapes import PackedShape, prompts_shape, reference_adapters, rollout_rows, step_shape
+from lowmem_rlhf.planning.shapes import (
+    PackedShape,
+    prompts_shape,
+    reference_adapters,
+    rollout_rows,
+    samples_completions,
+    step_shape,
+)
 from lowmem_rlhf.planning.time.links import Ring
 from lowmem_rlhf.planning.time.passes import Passes
 from lowmem_rlhf.planning.time.rates import Case, Rates, cpu_rates, rates
 from lowmem_rlhf.recipe.schema import Recipe
 from lowmem_rlhf.recipe.sections import REWARD_ADAPTER
+from lowmem_rlhf.recipe.server import SERVERS
 
 STARTED_ONE_BY_ONE = 2.0  # kernels of a token decoded in waves, as a multiple of those over slots
 CAPTURES = 3  # passes started one by one for a graph: a warm-up, the capture, and the pass that it is held against
@@ -125,6 +133,8 @@ class StepTime:
     def phases(self) -> dict[str, float]:
         """Return the seconds of each phase of a step."""
         found = {"rollout": self.rollout(), "score": self.score()} if self.spec.samples else {}
+        if self.recipe.generation.engine in SERVERS:
+            found.pop("rollout", None)  # nothing is known of how fast a server is
         return {**found, "update": self.update()}
 
     def step(self) -> float:
@@ -283,8 +293,11 @@ def evaluations_of(recipe: Recipe, steps: int) -> int:
 def run_time(
     dims: ModelDimensions, recipe: Recipe, settings: Settings, device: Device, ring: Ring | None = None
 ) -> RunTime | None:
-    """Return the predicted time of a run; None where nobody tells how fast the device is, or how experts are routed."""
-    if not has_terms(dims):
+    """Return the predicted time of a run.
+
+    None where nobody tells how fast the device is, how experts are routed, or how fast the server that samples is.
+    """
+    if not has_terms(dims) or (recipe.generation.engine in SERVERS and samples_completions(recipe)):
         return None
     known = {case: device_rates(device, case) for case in ("expected", "best", "worst")}
     steps = {case: StepTime(dims, recipe, settings, device, one, ring) for case, one in known.items() if one}

@@ -1,4 +1,4 @@
-"""Work of a reward that waits, on programs or a network: done by a few threads at once, and ended all together."""
+"""Work that waits, on programs or a network: done by a few threads at once, and ended all together."""
 
 import threading
 import time

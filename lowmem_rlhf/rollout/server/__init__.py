@@ -1,0 +1,1 @@
+"""Rollouts that a server samples: vLLM, or llama.cpp's."""
