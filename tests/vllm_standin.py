@@ -69,7 +69,7 @@ class StandIn:
         self.runtime_lora, self.dev_mode, self.mode = True, True, "raw_logprobs"
         self.loaded, self.requests, self.broken, self.asleep = {}, [], {}, False
         self.log, self.started = [], []
-        self.lock = threading.Lock()
+        self.lock = threading.RLock()
         outer = self
 
         class Handler(BaseHTTPRequestHandler):
@@ -109,16 +109,18 @@ class StandIn:
         parts = urlsplit(handler.path)
         with self.lock:
             self.requests.append((handler.path, body))
-            answer = self.broken.get(parts.path)
-            if answer is None:
-                status, found = self.answer(parts.path, parse_qs(parts.query), body)
+        answer = self.broken.get(parts.path)
         if answer is not None:
             answer(handler, body)
         else:
-            send(handler, status, found)
+            send(handler, *self.answer(parts.path, parse_qs(parts.query), body))
 
     def answer(self, path, query, body):
-        """Return status and content as vLLM does."""
+        """Return status and content as vLLM does; one at a time, as the base has one role at a time."""
+        with self.lock:
+            return self.answered(path, query, body)
+
+    def answered(self, path, query, body):
         if path == "/health":
             return 200, None
         if path == "/started":  # by the program of `program_of`

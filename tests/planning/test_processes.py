@@ -282,11 +282,12 @@ def test_a_card_without_any_room_is_the_one_that_is_named():
 
 def test_more_processes_than_rows_are_refused():
     small = recipe_of("training.prompts_per_step=1", "generation.num_generations=2")
-    assert plan_processes(small, named(*["rtx-3090"] * 2)).fits
+    assert plan_of(small, cluster_of(2, None, None, "rtx-3090")).fits
+    three = cluster_of(3, None, None, "rtx-3090")
     with pytest.raises(UserError, match="processes: got 3, but a step has only 2 completions; give at most 2"):
-        plan_processes(small, named(*["rtx-3090"] * 3))
+        plan_of(small, three)
     with pytest.raises(UserError, match="only 2 examples"):
-        plan_processes(recipe_of("training.prompts_per_step=2", name="sft_chat"), named(*["rtx-3090"] * 3))
+        plan_of(recipe_of("training.prompts_per_step=2", name="sft_chat"), three)
 
 
 def test_cards_are_those_of_this_machine_where_it_has_enough(monkeypatch):

@@ -36,7 +36,9 @@ def test_two_processes_give_the_adapter_of_one(two, alone, tmp_path, case):
 def test_a_shared_base_gives_the_adapter_of_a_whole_one(two, alone, model, tmp_path, case):
     _, expected = alone(case)
 
-    assert two.train(recipe_of(model, tmp_path, case, shard_base=True), tmp_path / "two") == [{}, {}]
+    recipe = recipe_of(model, tmp_path, case, shard_base=True, offload_base=case == "reward_model")
+
+    assert two.train(recipe, tmp_path / "two") == [{}, {}]
 
     same_runs(RunDirectory(tmp_path / "two"), expected)
 

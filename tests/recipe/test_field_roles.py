@@ -43,8 +43,8 @@ def test_what_a_resume_may_change():
     assert keys_with(Recipe, may_change_on_resume=True) == (
         "hardware.*",
         *("generation.server", "rewards[].timeout", "rewards[].on_error"),
-        *("training.max_steps", "training.num_train_epochs", "training.save_steps", "training.save_total_limit"),
-        *("training.log_completions", "training.report_to"),
+        *("training.max_steps", "training.num_train_epochs", "training.ddp_timeout", "training.save_steps"),
+        *("training.save_total_limit", "training.log_completions", "training.report_to"),
         *("evaluation.steps", "evaluation.keep_best", "evaluation.patience", "evaluation.min_delta"),
     )
 
