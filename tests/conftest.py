@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from spared import spare_collector, spare_pictures
+from spared import spare_collector, spare_disk, spare_pictures
 
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job begins with it ignored
 
@@ -84,9 +84,11 @@ def one_thread():
 
 @pytest.fixture(autouse=True)
 def spared(request, monkeypatch):
-    """Spare tests what takes a third of their time: pictures that nobody looks at, and collecting what was imported."""
+    """Spare tests what takes a third of their time: pictures, waiting for disks, collecting what was imported."""
     if request.node.path.parent.name != "report":
         spare_pictures(monkeypatch.setattr)
+    if request.node.path.parent.name != "run":
+        spare_disk(monkeypatch.setattr)
     if "torch" in sys.modules and len(sys.modules) > IMPORTED[0] + 50:
         spare_collector()
         IMPORTED[0] = len(sys.modules)

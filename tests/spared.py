@@ -1,6 +1,7 @@
 """What tests are spared of a run where it is not what they test. Not a test module."""
 
 import gc
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -15,6 +16,11 @@ def spare_pictures(put: Callable[[Any, str, Any], None] = setattr) -> None:
         return render(type(figure)(figsize=(1, 1)), kind, 20)
 
     put(plots, "_render", empty)
+
+
+def spare_disk(put: Callable[[Any, str, Any], None] = setattr) -> None:
+    """Leave it to the system when files reach the disk: a run waits for that some twenty times a step and its ends."""
+    put(os, "fsync", lambda descriptor: None)
 
 
 def spare_collector() -> None:
