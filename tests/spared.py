@@ -2,8 +2,11 @@
 
 import gc
 import os
-from collections.abc import Callable
+import weakref
+from collections.abc import Callable, Iterator
 from typing import Any
+
+FROZEN: list[weakref.ref[Any]] = []  # the tensors among what the collector leaves alone
 
 
 def spare_pictures(put: Callable[[Any, str, Any], None] = setattr) -> None:
@@ -26,4 +29,25 @@ def spare_disk(put: Callable[[Any, str, Any], None] = setattr) -> None:
 def spare_collector() -> None:
     """Let the garbage collector leave alone what was imported by now: it takes a third of a second at a run's end."""
     gc.collect()
+    FROZEN.extend(weakref.ref(tensor) for tensor in _tensors())
     gc.freeze()
+
+
+def spare_scan(put: Callable[[Any, str, Any], None] = setattr) -> None:
+    """Let `LiveBytes` find all tensors without thawing what was imported, to go through which takes as long again."""
+    from lowmem_rlhf.hardware.live_bytes import LiveBytes
+
+    def scan(counter: Any) -> None:
+        gc.collect()
+        for tensor in (*_tensors(), *(reference() for reference in FROZEN)):
+            if tensor is not None:
+                counter.add(tensor)
+
+    put(LiveBytes, "scan", scan)
+
+
+def _tensors() -> Iterator[Any]:
+    """Return the tensors among what the collector looks after."""
+    import torch
+
+    return (thing for thing in gc.get_objects() if issubclass(type(thing), torch.Tensor))
