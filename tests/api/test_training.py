@@ -9,7 +9,7 @@ import weakref
 
 import pytest
 import torch
-from tiny_runs import MEASURED, learned, save_tiny_chat_model, write_jsonl
+from tiny_runs import MEASURED, learned, save_tiny_chat_model, tiny_values, write_jsonl
 
 import lowmem_rlhf as lm
 from lowmem_rlhf.run.directory import RunDirectory
@@ -40,11 +40,28 @@ def same(one: lm.Run, other: lm.Run) -> bool:
     return first == second and all(torch.equal(weight, adapters[1][name]) for name, weight in adapters[0].items())
 
 
+def for_rows(recipe: dict) -> dict:
+    data = {key: value for key, value in recipe["data"].items() if key not in ("train", "train_size")}
+    return {**recipe, "data": {**data, "train": "to be given"}}
+
+
 @pytest.fixture
 def over_rows(recipe) -> dict:
     """A recipe for the fixture `rows`."""
-    data = {key: value for key, value in recipe["data"].items() if key not in ("train", "train_size")}
-    return {**recipe, "data": {**data, "train": "to be given"}}
+    return for_rows(recipe)
+
+
+@pytest.fixture(scope="module")
+def whole(tiny_model, tmp_path_factory) -> lm.Run:
+    """Return the run of the fixture `recipe` that nothing disturbs."""
+    return quiet(tiny_values(tiny_model), output=tmp_path_factory.mktemp("whole") / "run")
+
+
+@pytest.fixture(scope="module")
+def one_step(tiny_model, rows, tmp_path_factory) -> lm.Run:
+    """Return the run of one step over the rows of the fixture `rows`, given as a list."""
+    arguments = {"data": rows, "rewards": [longer], "overrides": ["training.max_steps=1"]}
+    return quiet(for_rows(tiny_values(tiny_model)), output=tmp_path_factory.mktemp("rows") / "run", **arguments)
 
 
 def test_rows_and_functions_give_what_the_same_file_gives(over_rows, rows, tmp_path, capsys):
@@ -94,11 +111,10 @@ def test_a_function_gets_texts_of_a_chat_where_it_asks_for_them(over_rows, rows,
 
 
 @pytest.mark.parametrize("kind", ["dataset", "frame", "generator", "splits", "dict recipe's own"])
-def test_data_may_have_any_form_that_rows_have(over_rows, rows, kind):
+def test_data_may_have_any_form_that_rows_have(over_rows, rows, kind, one_step):
     import datasets
     import pandas
 
-    wanted = quiet(over_rows, data=rows, rewards=[longer], output="rows", overrides=["training.max_steps=1"])
     forms = {
         "dataset": lambda: datasets.Dataset.from_list(rows),
         "frame": lambda: pandas.DataFrame(rows),
@@ -109,7 +125,7 @@ def test_data_may_have_any_form_that_rows_have(over_rows, rows, kind):
     recipe = with_keys(over_rows, rewards=[longer]) if "recipe" in kind else over_rows
     rewards = None if "recipe" in kind else [longer]
     got = quiet(recipe, data=forms[kind](), rewards=rewards, output=kind, overrides={"training.max_steps": 1})
-    assert same(got, wanted)
+    assert same(got, one_step)
 
 
 def test_held_out_rows_are_given_or_taken_out_of_the_rows(over_rows, rows):
@@ -152,29 +168,26 @@ def test_a_display_that_fails_does_not_end_the_run(recipe):
     assert len(run.metrics()) == 1 and display.calls == 1
 
 
-def test_the_loop_is_the_users_and_gives_the_same_run(recipe):
-    wanted = quiet(recipe, output="whole")
+def test_the_loop_is_the_users_and_gives_the_same_run(recipe, whole):
     trainer = lm.Trainer(recipe, output="by_hand", progress=None)
     assert trainer.plan.fits and trainer.step == 0 and trainer.base.packable
     seen = [step.metrics["step"] for step in trainer]
     assert seen == [1, 2, 3]
-    assert same(trainer.run, wanted)
+    assert same(trainer.run, whole)
     with pytest.raises(lm.UserError, match="the trainer of by_hand is closed"):
         next(iter(trainer))
 
 
-def test_a_loop_that_ends_early_leaves_what_resume_goes_on_from(recipe):
-    wanted = quiet(recipe, output="whole")
+def test_a_loop_that_ends_early_leaves_what_resume_goes_on_from(recipe, whole):
     with lm.Trainer(recipe, output="early", progress=None) as trainer:
         for step in trainer:
             if step.metrics["step"] == 1:
                 break
     assert RunDirectory(trainer.path).latest_checkpoint()[0] == 1
-    assert same(quiet(recipe, output="early", resume=True), wanted)
+    assert same(quiet(recipe, output="early", resume=True), whole)
 
 
-def test_a_trainer_that_is_closed_within_its_loop_has_saved_and_writes_no_more(recipe):
-    wanted = quiet(recipe, output="whole")
+def test_a_trainer_that_is_closed_within_its_loop_has_saved_and_writes_no_more(recipe, whole):
     trainer = lm.Trainer(recipe, output="early", progress=None)
     steps = iter(trainer)
     next(steps)
@@ -183,7 +196,7 @@ def test_a_trainer_that_is_closed_within_its_loop_has_saved_and_writes_no_more(r
     run = quiet(recipe, output="early", resume=True)
     del steps
     gc.collect()
-    assert same(run, wanted)
+    assert same(run, whole)
 
 
 def test_a_loop_that_ends_early_on_a_full_disk_says_what_is_lost(recipe, monkeypatch):
@@ -279,11 +292,12 @@ def test_a_training_leaves_logging_warnings_and_environment_as_they_were(recipe)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_a_loaded_model_is_the_one_copy_of_the_base(recipe, tiny_model, dtype):
+def test_a_loaded_model_is_the_one_copy_of_the_base(recipe, tiny_model, dtype, whole):
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    recipe = with_keys(recipe, hardware={"compute_dtype": dtype})
-    wanted = quiet(recipe, output="named")
+    wanted, recipe = whole, with_keys(recipe, hardware={"compute_dtype": dtype})
+    if dtype != whole.recipe.hardware.compute_dtype:
+        wanted = quiet(recipe, output="named")
     model = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=getattr(torch, dtype))
     storages = {p.untyped_storage().data_ptr() for p in model.parameters()}
     tokenizer = AutoTokenizer.from_pretrained(tiny_model)

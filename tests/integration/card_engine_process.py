@@ -241,21 +241,21 @@ def peaks(device: str, dtype: torch.dtype, counted: bool) -> dict[str, int]:
     generator = torch.Generator().manual_seed(1)
     prompts = [torch.randint(0, 512, (n,), generator=generator).tolist() for n in PROMPTS]
     passes, found = BatchLimits(1.0, TOKENS, 64), {}
-    for _ in range(2):  # the first time makes what stays
-        with base.role(POLICY), Peak(device, counted) as peak:
+    for counting in (False, counted):  # the first time makes what stays
+        with base.role(POLICY), Peak(device, counting) as peak:
             groups = wave_engine(base).generate(
                 prompts, GENERATIONS, LENGTH, Sampling(), RolloutLimits(16, TOKENS, 64), seed=0
             )
         found["rollout"] = peak.bytes
         completions = [c for group in groups for c in group]
         batch = Rollout(prompts, completions, GENERATIONS, advantages=[(-1.0) ** n for n in range(len(completions))])
-        with base.role("reference"), Peak(device, counted) as peak:
+        with base.role("reference"), Peak(device, counting) as peak:
             reference = completion_logprobs(base, batch.groups(range(len(completions))), passes)
         found["score"] = peak.bytes
         for name, checkpointing in (("update, kept", False), ("update, recomputed", True)):
             base.set_gradient_checkpointing(checkpointing)
             base.peft.zero_grad(set_to_none=True)
-            with base.role(POLICY), Peak(device, counted) as peak:
+            with base.role(POLICY), Peak(device, counting) as peak:
                 backward(base, batch, Objective.of(SETTINGS, LENGTH), passes, reference)
             found[name] = peak.bytes
     return found

@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from spared import spare_scan
 from tiny_models import save_tiny
 from tiny_runs import save_tiny_model, tiny_recipe
 
@@ -31,6 +32,12 @@ LARGER = {
     "num_hidden_layers": 4,
     "max_position_embeddings": 1024,
 }
+
+
+@pytest.fixture(autouse=True)
+def spared_scan(monkeypatch):
+    """A probe counts all live tensors once a phase, and a scan goes through all modules as well."""
+    spare_scan(monkeypatch.setattr)
 
 
 @pytest.fixture(scope="module")
