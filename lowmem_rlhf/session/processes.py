@@ -61,6 +61,7 @@ def run_plan_of(recipe: Recipe, path: Path, resume: bool) -> tuple[Plan, dict[st
     world = begun()
     if not world.several:
         return (resumed_plan(recipe, path) if resume else running_plan(recipe)), {}
+    world.company = None  # of the base of an earlier run in these processes, which it would keep
     began = Begun.of(recipe, path) if resume else Begun(recipe, [])
     cards = world.gather((running_device(recipe), socket.gethostname()))
     machines = len({host for _, host in cards})
