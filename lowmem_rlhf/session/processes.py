@@ -36,8 +36,8 @@ def check_processes(recipe: Recipe) -> None:
     server = recipe.generation.server or ServerConfig()
     if not refused and recipe.generation.engine in SERVERS and server.url is None:
         refused = (
-            f"generation.server.url: none was given, and each of {number_of_processes()} processes would start a server "
-            "of its own; start one, and give its address"
+            f"generation.server.url: none was given, and each of {number_of_processes()} processes would start a "
+            "server of its own; start one, and give its address"
         )
     if refused:
         error = UserError(refused)
