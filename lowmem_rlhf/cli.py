@@ -384,12 +384,13 @@ def train(
     ] = None,
 ) -> None:
     """Run a recipe."""
-    if processes is not None:
-        _in_processes(processes)
+    from lowmem_rlhf.display.processes import print_plans
     from lowmem_rlhf.display.run_display import display_for
     from lowmem_rlhf.display.tables import print_plan
     from lowmem_rlhf.planning.advice import why_not
+    from lowmem_rlhf.planning.processes.request import cluster_of, plan_of
     from lowmem_rlhf.planning.run_plan import running_plan
+    from lowmem_rlhf.processes.launch import check_number
     from lowmem_rlhf.processes.start import rank_of_process
     from lowmem_rlhf.progress import shown_by
     from lowmem_rlhf.quiet import hush
@@ -402,7 +403,14 @@ def train(
         if not (resume and output):
             raise UserError("--trust-run: is for a run that goes on; give its folder with --output, and --resume")
         open_run(output.absolute(), trust=True)  # a folder, and not the name of a recipe that has runs elsewhere
+    if processes is not None:
+        check_number(processes)
     resolved = load_recipe(recipe, overrides)
+    if dry_run and processes is not None and processes > 1:
+        plans = plan_of(resolved, cluster_of(processes, None, None, None))
+        print(_checked(resolved, network=True).to_yaml())
+        print_plans(plans.to_dict())
+        return
     if dry_run:
         made = running_plan(resolved)
         resolved = _checked(resolved, network=True)
@@ -411,6 +419,8 @@ def train(
         if not made.fits:
             print(harmless(why_not(made, resolved)))
         return
+    if processes is not None and processes > 1:
+        _in_processes(processes)
     hush()
     display = display_for("auto")
     with shown_by(display), stuck_calls_end_with(end_process, own_process=True):
@@ -423,11 +433,9 @@ def train(
 
 def _in_processes(number: int) -> None:
     """Start this command in so many processes, and end with their exit code."""
-    from lowmem_rlhf.processes.launch import check_number, launch, without_option
+    from lowmem_rlhf.processes.launch import launch, without_option
 
-    check_number(number)
-    if number > 1:
-        sys.exit(launch(number, without_option("--processes", sys.argv[1:])))
+    sys.exit(launch(number, without_option("--processes", sys.argv[1:])))
 
 
 @app.command()

@@ -50,6 +50,7 @@ def begin_processes(on_cpu: bool, timeout: float) -> World:
     if begun().several or number_of_processes() < 2:
         return begun()
     import torch.distributed as dist
+    import torch.distributed.nn.functional  # noqa: F401  (imported later, its defaults would hold the group: `leave`)
     from accelerate import PartialState
 
     wait = timedelta(seconds=timeout)

@@ -13,6 +13,7 @@ told the others by then is worth nothing. Python objects go over gloo and so thr
 the device has for it (NCCL on CUDA).
 """
 
+import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -206,9 +207,9 @@ class World:
             return work()
         try:
             result = work()
-        except LowmemError as error:
-            if not isinstance(error, PeerLostError) and not error.known_to_all:
-                self.gather(_Failed(_kind(error), str(error)))
+        except Exception as error:
+            if not isinstance(error, PeerLostError) and not getattr(error, "known_to_all", False):
+                self.gather(_failed(error))
             raise
         self.gather(None)
         return result
@@ -278,7 +279,7 @@ class World:
         """Return the sentence that a run ends with after such an error of the network."""
         return (
             f"this process ({self.rank} of {self.size}) has lost the others: one of them has ended, or the network has "
-            f"({one_line(error)[:300]}); see what the others say, and go on with --resume"
+            f"({_of_torch(error)}); see what the others say, and go on with --resume"
         )
 
     def is_lost(self, error: BaseException) -> bool:
@@ -290,9 +291,18 @@ class World:
         return isinstance(error, dist.DistError) or "gloo" in str(error)
 
 
-def _kind(error: LowmemError) -> type[LowmemError]:
-    """Return the kind of an error that a text alone makes."""
-    return next(kind for kind in type(error).__mro__ if kind.__module__.endswith("lowmem_rlhf.errors"))
+def _failed(error: Exception) -> _Failed:
+    """Return what tells the others of an error: of a kind that a text alone makes."""
+    if not isinstance(error, LowmemError):
+        return _Failed(RunError, f"{type(error).__name__}: {one_line(error)}")
+    kind = next(kind for kind in type(error).__mro__ if kind.__module__.endswith("lowmem_rlhf.errors"))
+    return _Failed(kind, str(error))
+
+
+def _of_torch(error: BaseException) -> str:
+    """Return what an error of torch's network says, without the place in its source and its general advice."""
+    text = re.sub(r"^(\[[^]]*\]:? *)+", "", one_line(error))
+    return text.partition(" This is typically")[0][:300].rstrip(". ")
 
 
 ALONE = World()

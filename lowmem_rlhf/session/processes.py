@@ -1,6 +1,7 @@
 """What the processes of a run agree on before it begins: its settings, and what each does of the work."""
 
 import socket
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -34,10 +35,10 @@ def check_processes(recipe: Recipe) -> None:
             f"card of its own; give {kind}, or leave it at auto"
         )
     server = recipe.generation.server or ServerConfig()
-    if not refused and recipe.generation.engine in SERVERS and server.url is None:
+    if not refused and recipe.generation.engine in SERVERS and (server.url is None or server.sleep):
         refused = (
-            f"generation.server.url: none was given, and each of {number_of_processes()} processes would start a server"
-            " of its own; start one, and give its address"
+            f"generation.server: {number_of_processes()} processes ask one server, which none of them starts or sends "
+            "to sleep; start one, give its address as url, and leave sleep out"
         )
     if refused:
         error = UserError(refused)
@@ -61,6 +62,7 @@ def run_plan_of(recipe: Recipe, path: Path, resume: bool) -> tuple[Plan, dict[st
     world = begun()
     if not world.several:
         return (resumed_plan(recipe, path) if resume else running_plan(recipe)), {}
+    world.company = None  # of the base of an earlier run in these processes, which it would keep
     began = Begun.of(recipe, path) if resume else Begun(recipe, [])
     cards = world.gather((running_device(recipe), socket.gethostname()))
     machines = len({host for _, host in cards})
@@ -76,6 +78,47 @@ def run_plan_of(recipe: Recipe, path: Path, resume: bool) -> tuple[Plan, dict[st
         for one in made.processes
     ]
     return began.explained(replace(own.plan, device=device, time=made.time)), {"processes": told}
+
+
+def check_same_recipe(recipe: Recipe) -> None:
+    """Check that all processes were started with one recipe; what is said of the hardware may differ.
+
+    Raises:
+        UserError: another one has another.
+    """
+    own = {key: value for key, value in recipe.model_dump().items() if key != "hardware"}
+    for rank, other in enumerate(every := begun().gather(own)):
+        if keys := sorted(_different(every[0], other)):
+            raise UserError(
+                f"process {rank} was started with another recipe than process 0: {', '.join(keys)}; start all of them "
+                "with the same"
+            )
+
+
+def _different(one: Any, other: Any, key: str = "") -> Iterator[str]:
+    """Yield the keys, with dots, whose values are not the same."""
+    if isinstance(one, dict) and isinstance(other, dict):
+        for name in one.keys() | other.keys():
+            yield from _different(one.get(name), other.get(name), f"{key}.{name}" if key else name)
+    elif one != other:
+        yield key
+
+
+def check_same_rows(inputs: dict[str, Any]) -> None:
+    """Check that all processes have read the same rows.
+
+    Args:
+        inputs: what inputs.json is to hold.
+
+    Raises:
+        UserError: they have not.
+    """
+    for rank, data in enumerate(every := begun().gather(inputs["data"])):
+        if data != every[0]:
+            raise UserError(
+                f"process {rank} has read other rows of the data than process 0; the files have to be the same "
+                "everywhere"
+            )
 
 
 def check_same_folder(run: RunDirectory) -> None:

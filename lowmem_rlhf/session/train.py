@@ -36,7 +36,13 @@ from lowmem_rlhf.run.listing import base_name
 from lowmem_rlhf.run.start import as_written, located, paths_explained
 from lowmem_rlhf.run.trust import check_code
 from lowmem_rlhf.run.unwritten import UnwrittenRun
-from lowmem_rlhf.session.processes import check_processes, check_same_folder, run_plan_of
+from lowmem_rlhf.session.processes import (
+    check_processes,
+    check_same_folder,
+    check_same_recipe,
+    check_same_rows,
+    run_plan_of,
+)
 from lowmem_rlhf.session.saved_lora import as_saved
 from lowmem_rlhf.stopping import telling_what_is_kept
 
@@ -132,10 +138,12 @@ def finish(trainer: "Loop", display: RunDisplay) -> None:
     """Write the report of a run whose steps are done, and show its results."""
     from lowmem_rlhf.report.html import write_report
 
-    if trainer.run.writes:
-        _record_time(trainer, display)
-        write_report(trainer.run)
-    begun().gather(None)  # all return to a run that is written
+    def written() -> None:
+        if trainer.run.writes:
+            _record_time(trainer, display)
+            write_report(trainer.run)
+
+    begun().agreed(written)  # all return to a run that is written
     if evaluation := trainer.run.evaluation():
         display.evaluation(evaluation)
 
@@ -180,6 +188,7 @@ def _check(recipe: Recipe, output: Path | None, resume: bool, display: RunDispla
         resume = ((output or default_output(recipe.name, resume=True)) / RECIPE).is_file()
     # as the first process has it: another machine may see a shared folder late
     path, resume = begun().gather((output or default_output(recipe.name, resume), resume))[0]
+    check_same_recipe(recipe)
     if not output and not resume and path.name != base_name(recipe.name):
         display.message(
             f"this run is {path}; earlier ones of this name stay: `lowmem-rlhf runs` lists them, and for chat, eval, "
@@ -348,11 +357,11 @@ def _begun(base: "SharedBase", data: "TrainingData", planned: Planned, display: 
     path, resume = checked.path, checked.resume
 
     def run_directory(resolved: Recipe) -> RunDirectory:
-        begun().gather(None)  # nothing is written before all are ready
+        inputs = None if resume else run_inputs(recipe, planned.rows)
+        check_same_rows(inputs or {"data": None})  # nothing is written before all are ready
         if begun().rank:
             begun().gather(None)  # by then the first process has made the folder, or gone back to a checkpoint
             return UnwrittenRun(path)
-        inputs = None if resume else run_inputs(recipe, planned.rows)
         written = as_written(resolved, checked.written, path)
         run = RunDirectory.create(path, written, {**plan.to_dict(), **facts}, resume, inputs)
         begun().gather(None)

@@ -25,7 +25,7 @@ from lowmem_rlhf.hardware.gauges import step_gauge
 from lowmem_rlhf.hardware.memory import clock, device_failure, is_out_of_memory, peak_bytes, reset_peak
 from lowmem_rlhf.planning.plan import Plan
 from lowmem_rlhf.processes.world import PeerLostError, begun, together
-from lowmem_rlhf.progress import Progress, current, message
+from lowmem_rlhf.progress import Progress, current, message, shown_by
 from lowmem_rlhf.recipe.schema import Recipe
 from lowmem_rlhf.rewards.process_state import random_states, set_random_states
 from lowmem_rlhf.rewards.time_limit import end_process, stuck_calls_end_with
@@ -35,6 +35,7 @@ from lowmem_rlhf.run.held_out import AFTER, BEFORE, DURING, metrics_of
 from lowmem_rlhf.stopping import check_stop
 from lowmem_rlhf.training.checkpoint import load_checkpoint, save_checkpoint
 from lowmem_rlhf.training.health import HealthWatch
+from lowmem_rlhf.training.heard import Heard
 from lowmem_rlhf.training.held_out import HeldOut
 from lowmem_rlhf.training.learning import LostTokens, no_gradient, parts_of, sums, unchanged, warm_up_remark
 from lowmem_rlhf.training.memory import explain_shortage, savings_of
@@ -276,13 +277,15 @@ class Loop(ABC):
     def _note(self, error: BaseException, progress: Progress) -> None:
         """Save what is finished and say so on an error; where nobody will see that, only what could not be kept."""
         note = self._keep()
-        error.add_note(note)
+        if self.run.writes:
+            error.add_note(note)
         with suppress(Exception):  # the device may be gone; what is left to be taken back is before the next step
             self._settle()
         if isinstance(error, GeneratorExit) and "lost" in note:  # the user's loop has ended early
             progress.message(note)
 
     def _steps(self, progress: Progress) -> Generator[StepOutput, None, None]:
+        progress = Heard(progress) if self.world.several else progress
         self.trackers.begin(self.step)
         try:
             yield from self._evaluated_steps(progress)
@@ -311,7 +314,7 @@ class Loop(ABC):
         if sentence := held_out.ends(self.step):
             progress.message(sentence)
         if self.recipe.training.max_steps and not self.learned_tokens:
-            raise RunError(self.lost.why() or self.why_nothing())
+            raise self._in_all(self.lost.why() or self.why_nothing())
         if checksum and base_checksum(self.base) != checksum:
             raise RunError(DRIFTED)
         self._save()
@@ -388,7 +391,7 @@ class Loop(ABC):
         """Evaluate; whatever it draws from the generators of random numbers, the next step finds them as they were."""
         states = random_states()
         try:
-            with stuck_calls_end_with(self._end_stuck), together():
+            with stuck_calls_end_with(self._end_stuck), self._with_others(progress):
                 return self.ladder.survive("evaluation", lambda: self.evaluate(when, progress), progress.message)
         finally:
             set_random_states(states)
@@ -426,6 +429,16 @@ class Loop(ABC):
         return found
 
     @contextmanager
+    def _with_others(self, progress: Progress) -> Iterator[None]:
+        """Share out the work inside the block; what other processes say of it is shown by the first."""
+        if not isinstance(progress, Heard):
+            yield
+            return
+        with together(), shown_by(progress):
+            yield
+            progress.tell(self.world)
+
+    @contextmanager
     def timed(self, name: str) -> Iterator[None]:
         """Measure a part of the step."""
         self._part = PHASES.get(name, name)
@@ -441,12 +454,16 @@ class Loop(ABC):
             RunError: they have not.
         """
         if self.world.several and len({repr(one) for one in self.world.gather(sums(parts_of(self.base)))}) > 1:
-            error = RunError(
+            raise self._in_all(
                 f"after step {self.step} the processes do not have the same adapters, so something in the run (a "
                 "reward or a loss of your own?) draws from other random numbers in each; the last checkpoint is whole"
             )
-            error.known_to_all, error.said_elsewhere = True, self.world.rank > 0
-            raise error
+
+    def _in_all(self, sentence: str) -> RunError:
+        """Return an error that every process has at this place; the first one says it."""
+        error = RunError(sentence)
+        error.known_to_all, error.said_elsewhere = True, self.world.rank > 0
+        return error
 
     def _train_step(self, progress: Progress) -> StepOutput:
         """Take one step, once more from its beginning where memory runs out, and put it on record."""
@@ -466,14 +483,14 @@ class Loop(ABC):
             finally:
                 self._part = "optimizer" if self.optimizer.stepping else self._part
 
-        with stuck_calls_end_with(self._end_stuck), together():
+        with stuck_calls_end_with(self._end_stuck), self._with_others(progress):
             output = self.ladder.survive(lambda: self._part, attempt, progress.message)
         self._check_stop()
         learned = 0
         # a warm-up begins with a learning rate of zero; a step with a number that is not finite is left out
         if output.learned_tokens and self.optimizer.effective > effective:
             if before is not None and (sentence := unchanged(before, sums(parts_of(self.base)), output.metrics)):
-                raise RunError(sentence)
+                raise self._in_all(sentence)
             learned = output.learned_tokens
         else:
             self.lost.add(output.learned_tokens, left_out=self.optimizer.skipped > skipped)

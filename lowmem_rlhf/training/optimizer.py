@@ -143,11 +143,11 @@ class Optimizer:
             RunError: loss or gradient was not finite in `MOST_SKIPPED` steps in a row, or float16 overflows at every
                 scale; none of these steps changed a weight.
         """
-        if not math.isfinite(loss):  # the loss scale has no part in it, and stays as it is
+        world = current()
+        if not all(world.gather(math.isfinite(loss))):  # the loss scale has no part in it, and stays as it is
             name, value = next(((n, v) for n, v in before.items() if not math.isfinite(v)), ("loss", loss))
             self._leave_out(f"the {name.replace('_', ' ')} ({value})")
             return math.nan
-        world = current()
         world.sum_gradients(list(self.parameters.values()))
         self.scaler.unscale_(self.torch_optimizer)
         names = self.own.names if self.own else frozenset()

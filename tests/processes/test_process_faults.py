@@ -11,9 +11,9 @@ from pathlib import Path
 import psutil
 import pytest
 import yaml
-from process_cases import SLOW, adapter, same_runs
+from process_cases import PAIRS, SLOW, adapter, same_runs
 from process_pool import Processes
-from tiny_runs import tiny_recipe
+from tiny_runs import tiny_recipe, write_jsonl
 
 from lowmem_rlhf.run.directory import RunDirectory
 from lowmem_rlhf.session.train import train
@@ -47,15 +47,27 @@ if os.environ["RANK"] == "1":
 """
 
 
-NO_OPTIMIZER = """
+# Nothing is imported before the processes meet, as in a program of the user's.
+FAILS_IN_ONE = """
 import os
-from lowmem_rlhf.errors import RunError
-from lowmem_rlhf.training.optimizer import Optimizer
-def fails(self, *args, **kwargs):
-    raise RunError("this one fails")
-if os.environ["RANK"] == "1":
-    Optimizer.step = fails
+def reward(completions, **columns):
+    if os.environ["RANK"] == "1":
+        raise ValueError("this one fails")
+    return [float(len(one)) for one in completions]
 """
+
+
+MOVED = """
+import os
+from lowmem_rlhf.training.optimizer import Optimizer
+Optimizer.plain_take = take = Optimizer._take
+def moves(self):
+    take(self)
+    next(iter(self.parameters.values())).data.add_(1e-3)
+if os.environ["RANK"] == "1":
+    Optimizer._take = moves
+"""
+NOT_MOVED = "from lowmem_rlhf.training.optimizer import Optimizer; Optimizer._take = Optimizer.plain_take"
 
 
 @pytest.mark.parametrize("case", ["grpo_normalized", "ppo", "reward_model", "trl/dpo"])
@@ -86,7 +98,7 @@ def test_a_run_goes_on_in_another_number_of_processes(two, alone, tmp_path, case
 
 
 def test_what_one_process_refuses_is_refused_in_all_and_said_once(two, model, tmp_path):
-    fine, wrong = tiny_recipe(model), tiny_recipe(model, data={"max_prompt_length": 2})
+    fine, wrong = tiny_recipe(model), tiny_recipe(model, hardware={"quantization": "int8"})  # in float32
 
     first, second = two.train([fine, wrong], tmp_path / "run")
 
@@ -98,25 +110,57 @@ def test_what_one_process_refuses_is_refused_in_all_and_said_once(two, model, tm
 
 
 def test_processes_with_other_adapters_are_found_out(two, model, tmp_path):
-    recipes = [tiny_recipe(model, training={**SLOW, "seed": seed}) for seed in (0, 1)]
-
-    said = two.train(recipes, tmp_path / "run")
+    two.tell(code=MOVED)
+    said = two.train(tiny_recipe(model, training=SLOW), tmp_path / "run")
+    two.tell(code=NOT_MOVED)
 
     assert all("after step 2 the processes do not have the same adapters" in one["error"] for one in said)
+    assert [one["said_elsewhere"] for one in said] == [False, True]
+
+
+@pytest.mark.parametrize(
+    ("changes", "keys"),
+    [
+        ({"training": {"seed": 1}, "evaluation": {"steps": 2}}, "evaluation.steps, training.seed"),
+        ({"data": {"options": {"low": 3}}}, "data.options.low"),
+    ],
+)
+def test_processes_with_other_recipes_are_refused(two, model, tmp_path, changes, keys):
+    first, second = two.train([tiny_recipe(model), tiny_recipe(model, **changes)], tmp_path / "run")
+
+    assert f"process 1 was started with another recipe than process 0: {keys}; start all" in first["error"]
+    assert (first["said_elsewhere"], second["said_elsewhere"]) == (False, True)
+
+
+def test_processes_that_read_other_rows_are_refused(two, model, tmp_path):
+    for rank in (0, 1):
+        (tmp_path / str(rank)).mkdir()
+        write_jsonl(tmp_path / str(rank) / "rows.jsonl", PAIRS[rank:])
+    data = {"train": "rows.jsonl", "eval_size": 1, "train_size": None, "prompt": "prompt", "completion": "chosen"}
+    sft = {"algorithm": "sft", "grpo": {}, "rewards": [], "sft": {"max_length": 32}}
+    recipe = tiny_recipe(model, data={**data, "template": "{prompt}"}, **sft)
+
+    two.tell(code=f"import os; os.chdir(f'{tmp_path}/' + os.environ['RANK'])")
+    first, _ = two.train(recipe, tmp_path / "run")
+    two.tell(code=f"import os; os.chdir({os.getcwd()!r})")
+
+    assert "process 1 has read other rows of the data than process 0" in first["error"]
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_process_that_fails_ends_the_others_where_it_goes_on_itself(model, tmp_path):
+    (tmp_path / "own.py").write_text(FAILS_IN_ONE, encoding="utf-8")
+    rewards, training = [{"function": f"{tmp_path / 'own.py'}:reward"}], {**SLOW, "ddp_timeout": 300}
     processes = Processes(2)
     try:
-        processes.tell(code=NO_OPTIMIZER)
         began = time.monotonic()
-        first, second = processes.train(tiny_recipe(model, training={**SLOW, "ddp_timeout": 300}), tmp_path / "run")
+        first, second = processes.train(tiny_recipe(model, rewards=rewards, training=training), tmp_path / "run")
     finally:
         processes.end()
 
     assert time.monotonic() - began < 120
     assert "this process (0 of 2) has lost the others" in first["error"]
-    assert second["error"] == "this one fails"
+    assert "this one fails" in second["error"]
 
 
 def recipe_file(model, tmp_path, **sections):

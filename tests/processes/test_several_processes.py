@@ -67,7 +67,7 @@ def test_a_shared_base_in_nf4_lies_in_parts_and_gives_the_adapter_of_a_whole_one
             "got int8 with hardware.shard_base",
         ),
         ({"hardware": {"device": "cpu:1"}}, "each of which has a card of its own; give cpu"),
-        ({"generation": {"engine": "vllm"}}, "each of 2 processes would start a server of its own"),
+        ({"generation": {"engine": "vllm"}}, "2 processes ask one server, which none of them starts"),
     ],
 )
 def test_what_processes_cannot_do_is_refused(two, model, tmp_path, changes, said):

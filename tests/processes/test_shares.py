@@ -1,10 +1,12 @@
 """How work is divided, arguments without an option, and what unlike cards agree on; no process is begun."""
 
+import math
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from pathlib import Path
 
 import pytest
+import torch
 from torch.distributed import HashStore
 
 from lowmem_rlhf.engine.packing import Group, own_groups
@@ -13,9 +15,13 @@ from lowmem_rlhf.planning.run_plan import plan_recipe, planned_device
 from lowmem_rlhf.processes.launch import without_option
 from lowmem_rlhf.processes.shares import even, shared_out
 from lowmem_rlhf.processes.start import agreed_name
-from lowmem_rlhf.processes.world import World
+from lowmem_rlhf.processes.world import World, _shared_by
+from lowmem_rlhf.progress import Silence
 from lowmem_rlhf.recipe.loading import load_recipe
+from lowmem_rlhf.recipe.sections import TrainingConfig
 from lowmem_rlhf.session import processes
+from lowmem_rlhf.training.heard import Heard
+from lowmem_rlhf.training.optimizer import Optimizer
 
 
 @pytest.mark.parametrize(
@@ -75,6 +81,47 @@ def test_processes_meet_under_a_new_name_whatever_earlier_ones_left_in_the_store
         agreed_name(store, 0, 2, timedelta(seconds=0.1))
     with pytest.raises(RuntimeError, match="process 0 does not answer"):
         agreed_name(store, 1, 2, timedelta(seconds=0.1))
+
+
+def test_the_first_process_shows_what_others_alone_have_said():
+    shown, silent = [], []
+    first, second = Heard(Shows(shown)), Heard(Shows(silent))
+    first.message("both say this")
+    for line in ("both say this", "memory ran out", "memory ran out"):
+        second.message(line)
+
+    second.tell(Passed(1, 2, even(2), said=[["both say this"], ["both say this", *["memory ran out"] * 2]]))
+    first.tell(Passed(0, 2, even(2), said=[["both say this"], ["both say this", *["memory ran out"] * 2]]))
+
+    assert shown == ["both say this", "process 1: memory ran out"]
+    assert silent == ["both say this", "memory ran out", "memory ran out"]
+
+
+class Shows(Silence):
+    def __init__(self, shown):
+        self.message = shown.append
+
+
+class Passed(World):
+    """Processes whose values are known."""
+
+    def __init__(self, *about, said):
+        super().__init__(*about)
+        self.said = said
+
+    def gather(self, value):
+        assert value == self.said[self.rank]
+        return self.said
+
+
+def test_a_loss_of_ones_own_that_is_not_finite_in_one_process_is_left_out_in_all():
+    parameters = {"weight": torch.nn.Parameter(torch.ones(2, dtype=torch.float32, device="cpu"))}
+    training = TrainingConfig(learning_rate=0.1)
+    optimizer = Optimizer(parameters, training, "adamw", 3, torch.device("cpu"), scale_loss=False)
+    optimizer.zero_grad()
+    with _shared_by(Passed(0, 2, even(2), said=[True, False])):
+        assert math.isnan(optimizer.step(1.0))
+    assert (optimizer.skipped, optimizer.taken) == (1, 0)
 
 
 class Told(World):
