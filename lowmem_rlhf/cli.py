@@ -435,7 +435,10 @@ def _in_processes(number: int) -> None:
     """Start this command in so many processes, and end with their exit code."""
     from lowmem_rlhf.processes.launch import launch, without_option
 
-    sys.exit(launch(number, without_option("--processes", sys.argv[1:])))
+    code, said = launch(number, without_option("--processes", sys.argv[1:]))
+    if said:
+        _tell(f"error: {said}")
+    sys.exit(code)
 
 
 @app.command()

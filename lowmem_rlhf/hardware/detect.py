@@ -75,6 +75,25 @@ def detect(device: str = "auto") -> Device:
     return cpu_device(notes)
 
 
+def first_cards(device: str, number: int) -> list[str]:
+    """Return the names of this machine's first NVIDIA or AMD cards; none where it has fewer, or others were asked for.
+
+    Args:
+        device: as for `detect`.
+        number: of them.
+
+    Raises:
+        UserError: no such device.
+    """
+    kind, index = parse_device(device)
+    if index is not None or kind not in ("auto", "cuda") or detect(device).kind != "cuda":
+        return []
+    try:
+        return [detect(f"cuda:{place}").torch_device for place in range(number)]
+    except UserError:  # this machine has fewer
+        return []
+
+
 def parse_device(device: str) -> tuple[str, int | None]:
     """Return the kind and the number in a device string, as in ``cuda:1``; None for no number.
 

@@ -2,7 +2,6 @@
 
 import logging
 import signal
-import sys
 from collections.abc import Sequence
 
 from lowmem_rlhf.errors import UserError
@@ -26,10 +25,13 @@ def check_number(processes: int) -> None:
         )
 
 
-def launch(processes: int, arguments: Sequence[str]) -> int:
-    """Run ``python -m lowmem_rlhf`` with these arguments in so many processes; return the exit code.
+def launch(processes: int, arguments: Sequence[str]) -> tuple[int, str]:
+    """Run ``python -m lowmem_rlhf`` with these arguments in so many processes.
 
-    Where one of them fails, accelerate ends the others with SIGTERM; the code is the one of the first that failed.
+    Where one of them fails, accelerate ends the others with SIGTERM.
+
+    Returns:
+        The exit code, of the first that failed, and what there is to say that no process has said.
     """
     import torch.distributed.run  # noqa: F401  (its loggers are made with it)
     from accelerate.commands.launch import launch_command, launch_command_parser
@@ -48,19 +50,15 @@ def launch(processes: int, arguments: Sequence[str]) -> int:
     except ChildFailedError as error:
         rank, failure = error.get_first_failure()
         code: int = failure.exitcode
-        if code < 0:
-            name = signal.Signals(-code).name
-            print(
-                f"error: process {rank} of {processes} was ended by {name}, and the others with it; what is on the "
-                "disk is whole: go on with --resume",
-                file=sys.stderr,
-                flush=True,
-            )
-            return 128 - code
-        return code
+        if code >= 0:
+            return code, ""
+        return 128 - code, (
+            f"process {rank} of {processes} was ended by {signal.Signals(-code).name}, and the others with it; what is "
+            "on the disk is whole: go on with --resume"
+        )
     except SignalException as stop:
-        return 128 + int(stop.sigval)
-    return 0
+        return 128 + int(stop.sigval), ""
+    return 0, ""
 
 
 def without_option(name: str, arguments: Sequence[str]) -> list[str]:

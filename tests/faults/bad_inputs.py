@@ -257,7 +257,7 @@ BAD_INPUTS: list[tuple[str, str]] = [
     ("train tiny.yaml --output run --resume training.seed=5",
      "--resume: the recipe differs from the one that the run in run began with: training.seed: was 0, is "
      "now 5 Undo these changes, or start a new run with another --output (a resume may change "
-     "rewards[].timeout, ..."),
+     "generation.server, ..."),
     ("train tiny.yaml --trust-run",
      "--trust-run: is for a run that goes on; give its folder with --output, and --resume"),
     ("train tiny.yaml training.report_to=[trackio]",

@@ -14,7 +14,6 @@ from lowmem_rlhf.hardware.device import Device
 from lowmem_rlhf.planning import run_plan
 from lowmem_rlhf.planning.memory.resident import Memory
 from lowmem_rlhf.planning.plan import Plan, plan_for
-from lowmem_rlhf.planning.processes import request
 from lowmem_rlhf.planning.processes.plan import plan_processes
 from lowmem_rlhf.planning.processes.request import advice_of, cards_of, cluster_of, plan_of
 from lowmem_rlhf.planning.processes.shares import proportions, whole_shares
@@ -300,7 +299,7 @@ def test_cards_are_those_of_this_machine_where_it_has_enough(monkeypatch):
             raise UserError("no such card")
         return here[number]
 
-    monkeypatch.setattr(request, "detect", detect)
+    monkeypatch.setattr("lowmem_rlhf.hardware.detect.detect", detect)
     monkeypatch.setattr(run_plan, "detect", detect)
     recipe = recipe_of()
     names = [[device.torch_device for device, _ in cards_of(recipe, cluster_of(*asked))] for asked in (

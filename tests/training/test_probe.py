@@ -18,9 +18,8 @@ from lowmem_rlhf.hardware.cpu_device import cpu_device
 from lowmem_rlhf.hardware.device import Device
 from lowmem_rlhf.planning.inputs import MARGIN
 from lowmem_rlhf.planning.plan import make_plan
-from lowmem_rlhf.planning.run_plan import planned
+from lowmem_rlhf.planning.run_plan import planned, running_plan
 from lowmem_rlhf.recipe.loading import validate_recipe
-from lowmem_rlhf.session import train as session
 from lowmem_rlhf.session.train import train
 from lowmem_rlhf.training import probe as probing
 from lowmem_rlhf.training.roles import add_roles
@@ -205,10 +204,10 @@ def test_the_probe_knows_whether_an_unknown_model_fits(unknown, tmp_path, capsys
 def test_an_estimate_that_does_not_fit_ends_only_a_run_without_a_probe(unknown, tmp_path):
     """Room for the weights, not for what Llama's layers would take beside them."""
     pins = {"gradient_checkpointing": False, "micro_batch_tokens": 400, "score_batch_tokens": 400}
-    need = session.running_plan(recipe_of(unknown, "sft", **pins)).memory["peak_bytes"]
+    need = running_plan(recipe_of(unknown, "sft", **pins)).memory["peak_bytes"]
     room = (0.5 * need + CPU_PROCESS_BYTES) / (1 - MARGIN)
     recipe = one_step(recipe_of(unknown, "sft", vram=f"{room / 2**20:.2f}MiB", **pins))
-    plan = session.running_plan(recipe)
+    plan = running_plan(recipe)
     assert not plan.fits and plan.verdict == "unknown"
     with pytest.raises(UserError, match="by its estimate the plan does not fit"):
         train(recipe, tmp_path / "first")

@@ -4,7 +4,7 @@ import math
 from dataclasses import dataclass
 
 from lowmem_rlhf.errors import UserError
-from lowmem_rlhf.hardware.detect import detect
+from lowmem_rlhf.hardware.detect import first_cards
 from lowmem_rlhf.hardware.profiles import find_profile, profile_device
 from lowmem_rlhf.planning.advice import why_not
 from lowmem_rlhf.planning.plan import Plan
@@ -84,15 +84,9 @@ def cards_of(recipe: Recipe, cluster: Cluster) -> list[Card]:
         found = [find_profile(name) for name in cluster.profiles]
         named = [(profile_device(one, recipe.hardware.vram), one.key) for one in found]
         return named if len(named) > 1 else named * cluster.processes
-    device, profile = planned_device(recipe)
-    if recipe.hardware.profile != "auto" or recipe.hardware.device not in ("auto", "cuda") or device.kind != "cuda":
-        return [(device, profile)] * cluster.processes
-    try:
-        names = [f"cuda:{number}" for number in range(cluster.processes // cluster.machines)]
-        for name in names:
-            detect(name)
-    except UserError:  # this machine has fewer
-        return [(device, profile)] * cluster.processes
+    names = first_cards(recipe.hardware.device, cluster.processes // cluster.machines)
+    if recipe.hardware.profile != "auto" or not names:
+        return [planned_device(recipe)] * cluster.processes
     hardware = [recipe.hardware.model_copy(update={"device": name}) for name in names]
     return [planned_device(recipe.model_copy(update={"hardware": one})) for one in hardware] * cluster.machines
 

@@ -26,6 +26,7 @@ from lowmem_rlhf.recipe.names import ALIASES
 from lowmem_rlhf.recipe.overrides import apply_override
 from lowmem_rlhf.recipe.schema import Recipe
 from lowmem_rlhf.recipe.section import Section
+from lowmem_rlhf.recipe.server import ServerConfig
 from lowmem_rlhf.recipe.values import read_values
 from lowmem_rlhf.recipe.yaml_tree import read_yaml, write_yaml
 from lowmem_rlhf.run.directory import RunDirectory
@@ -344,6 +345,7 @@ def test_every_suggestion_is_a_key():
     known = set(Recipe.model_fields)
     for name, field in Recipe.model_fields.items():
         known |= {f"{name}.{key}" for key in getattr(field.annotation, "model_fields", {})}
+    known |= {f"generation.server.{key}" for key in ServerConfig.model_fields}
     suggested = {key for keys in ALIASES.values() for key in keys if not key.startswith("data.chat_template_kwargs.")}
     assert len(suggested) > 30 and suggested <= known
     assert not {key.rsplit(".", 1)[-1] for key in known if "." not in key} & ALIASES.keys()
