@@ -386,9 +386,7 @@ def train(
     """Run a recipe."""
     from lowmem_rlhf.display.processes import print_plans
     from lowmem_rlhf.display.run_display import display_for
-    from lowmem_rlhf.display.tables import print_plan
-    from lowmem_rlhf.planning.advice import why_not
-    from lowmem_rlhf.planning.processes.request import cluster_of, plan_of
+    from lowmem_rlhf.planning.processes.request import advice_of, cluster_of, plan_of
     from lowmem_rlhf.planning.run_plan import running_plan
     from lowmem_rlhf.processes.launch import check_number
     from lowmem_rlhf.processes.start import rank_of_process
@@ -406,21 +404,17 @@ def train(
     if processes is not None:
         check_number(processes)
     resolved = load_recipe(recipe, overrides)
-    if dry_run and processes is not None and processes > 1:
-        plans = plan_of(resolved, cluster_of(processes, None, None, None))
-        print(_checked(resolved, network=True).to_yaml())
-        print_plans(plans.to_dict())
-        return
+    cluster = cluster_of(processes, None, None, None)
     if dry_run:
-        made = running_plan(resolved)
+        made = plan_of(resolved, cluster) if cluster else running_plan(resolved)
         resolved = _checked(resolved, network=True)
         print(resolved.to_yaml())
-        print_plan(made.to_dict())
+        print_plans(made.to_dict())
         if not made.fits:
-            print(harmless(why_not(made, resolved)))
+            print(harmless(advice_of(made, resolved, cluster)))
         return
-    if processes is not None and processes > 1:
-        _in_processes(processes)
+    if cluster:
+        _in_processes(cluster.processes)
     hush()
     display = display_for("auto")
     with shown_by(display), stuck_calls_end_with(end_process, own_process=True):

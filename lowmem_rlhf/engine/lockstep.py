@@ -31,9 +31,9 @@ class Lockstep:
 
     def __init__(self, base: "SharedBase", world: World) -> None:
         self._base, self._world = base, world
-        self._fills = False  # a pass that keeps others company announces nothing
+        self._fills = False  # a pass of this kind, beside another process's, announces nothing
         self._pending: torch.Tensor | None = None  # states of such a pass, whose backward pass may follow
-        world.company = self._keep_company
+        world.take_part = self._take_part
 
     def run(self, decode: Callable[[], Any]) -> Any:
         """Run the decoder's forward pass together with the others'; so does its backward pass, if it comes to one."""
@@ -46,7 +46,7 @@ class Lockstep:
             out.last_hidden_state = _Announced.apply(out.last_hidden_state, self._world)
         return out
 
-    def _keep_company(self, what: Pass) -> None:
+    def _take_part(self, what: Pass) -> None:
         """Do what another process does, on a row of one prompt token and one completion token."""
         if what is Pass.BACKWARD:
             states, self._pending = self._pending, None

@@ -86,7 +86,7 @@ def running_plan(recipe: Recipe) -> Plan:
 
 
 @dataclass(frozen=True)
-class Begun:
+class ResumedRecipe:
     """The recipe of a run that goes on.
 
     Attributes:
@@ -98,7 +98,7 @@ class Begun:
     pinned: Sequence[str]
 
     @classmethod
-    def of(cls, recipe: Recipe, path: Path) -> "Begun":
+    def of(cls, recipe: Recipe, path: Path) -> "ResumedRecipe":
         """Return what the run in a folder began with."""
         began = RunDirectory(path).plan().get("settings", {})
         numeric = fields_with(HardwareConfig, changes_numbers=True)  # they stay, whatever memory is free today
@@ -115,8 +115,8 @@ class Begun:
 
 def resumed_plan(recipe: Recipe, path: Path) -> Plan:
     """Plan as `running_plan`, with the settings of the run in ``path`` that would change what is computed."""
-    begun = Begun.of(recipe, path)
-    return begun.explained(running_plan(begun.recipe))
+    resumed = ResumedRecipe.of(recipe, path)
+    return resumed.explained(running_plan(resumed.recipe))
 
 
 def planned(recipe: Recipe, plan: Plan) -> Recipe:

@@ -63,7 +63,7 @@ def begin_processes(on_cpu: bool, timeout: float) -> World:
             "MASTER_ADDR and MASTER_PORT lead to the first machine, or start them with --processes"
         ) from error
     size = state.num_processes
-    begin(World(state.process_index, size, even(size), timeout=timeout, _group=over_host))
+    begin(World(state.process_index, size, even(size), _group=over_host))
     atexit.register(begun().leave)
     return begun()
 

@@ -21,14 +21,12 @@ from enum import Enum
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from lowmem_rlhf.errors import LowmemError, RunError, one_line
-from lowmem_rlhf.processes.shares import shared_out
+from lowmem_rlhf.processes.shares import shared_out, whole_shared_out
 
 if TYPE_CHECKING:
     import torch
 
 T = TypeVar("T")
-
-BUCKET = 32 * 2**20  # bytes of gradients that are summed at once
 
 
 class PeerLostError(RunError):
@@ -76,16 +74,14 @@ class World:
         proportions: what each gets of the work; they sum up to 1.
         alike: all compute on cards of one kind. If not, parameters are taken over from the first one after every
             optimizer step, since other kernels may round otherwise.
-        timeout: seconds after which a process that does not answer counts as lost.
-        company: of a base whose weights they share: takes part in a pass that another process announces.
+        take_part: of a base whose weights they share: takes part in a pass that another process announces.
     """
 
     rank: int = 0
     size: int = 1
     proportions: tuple[float, ...] = (1.0,)
     alike: bool = True
-    timeout: float = 0.0
-    company: Callable[[Pass], None] | None = field(default=None, repr=False)
+    take_part: Callable[[Pass], None] | None = field(default=None, repr=False)
     _group: Any = field(default=None, repr=False)  # of gloo, for objects
     _left: bool = field(default=False, repr=False)
     _level: int = field(default=0, repr=False)  # of the piece of work that runs (`attempt`)
@@ -136,31 +132,6 @@ class World:
                 together |= zip(each, values.to(device).split(list(each.values())), strict=True)
         return {row: together[row] for row in sorted(together)}
 
-    def sum_gradients(self, parameters: Sequence["torch.nn.Parameter"]) -> None:
-        """Add up the gradients of these parameters over all processes, in place; those without one have it nowhere."""
-        if not self.several:
-            return
-        import torch.distributed as dist
-
-        gradients = [one.grad for one in parameters if one.grad is not None]
-        with self._reached():
-            for bucket in _buckets(gradients):
-                flat = _flattened(bucket)
-                dist.all_reduce(flat)
-                _put_back(flat, bucket)
-
-    def same_parameters(self, parameters: Sequence["torch.nn.Parameter"]) -> None:
-        """Take over the first process's parameters where the cards are not alike."""
-        if self.alike:
-            return
-        import torch.distributed as dist
-
-        with self._reached():
-            for bucket in _buckets([one.data for one in parameters]):
-                flat = _flattened(bucket)
-                dist.broadcast(flat, 0)
-                _put_back(flat, bucket)
-
     def attempt(self, work: Callable[[], T], is_worth_another: Callable[[BaseException], bool]) -> Callable[[], T]:
         """Return ``work`` so that all processes have done it when it returns, and begin once more where one does.
 
@@ -184,7 +155,7 @@ class World:
                         if again.level < level:
                             raise
             except (RuntimeError, MemoryError) as error:
-                if self.company is None and is_worth_another(error):  # in a shared pass the others wait for this one
+                if self.take_part is None and is_worth_another(error):  # in a shared pass the others wait for this one
                     self._say_again(level)
                 raise
             finally:
@@ -223,11 +194,11 @@ class World:
             running = next((one for one in values if isinstance(one, Pass)), None)
             if running is None:
                 return values
-            assert self.company is not None
-            self.company(running)
+            assert self.take_part is not None
+            self.take_part(running)
 
     def announce(self, what: Pass) -> None:
-        """Begin a pass together with all others: each takes part with one of its own, or keeps it company.
+        """Begin a pass together with all others: each takes part with one of its own, or takes part in its.
 
         Raises:
             RunError: another process is at a pass of another kind.
@@ -244,12 +215,12 @@ class World:
         import torch.distributed as dist
 
         values: list[Any] = [None] * self.size
-        with self._reached():
+        with self.reached():
             dist.all_gather_object(values, value, group=self._group)
         return values
 
     @contextmanager
-    def _reached(self) -> Iterator[None]:
+    def reached(self) -> Iterator[None]:
         """Turn what the network ends with into one sentence."""
         import torch
 
@@ -347,38 +318,14 @@ def apart() -> Any:
 
 
 def each_its_share(costs: Sequence[float], work: Callable[[range], T]) -> list[T]:
-    """Let every process do ``work`` for its share of the items by itself; return all results, in order.
+    """Let every process do ``work`` for its share of the items, which stay whole; return all results, in order.
 
     Args:
         costs: of the items.
         work: is given the places of the items, at least one.
     """
     world = current()
-    own = world.own(costs)
+    own = whole_shared_out(costs, world.proportions)[world.rank]
     with apart():
         result = work(own) if own else None
     return [one for one in world.gather(result) if one is not None]
-
-
-def _buckets(tensors: Sequence["torch.Tensor"]) -> Iterator[list["torch.Tensor"]]:
-    bucket: list[Any] = []
-    size = 0
-    for one in tensors:
-        if bucket and (size + one.nbytes > BUCKET or one.dtype != bucket[0].dtype):
-            yield bucket
-            bucket, size = [], 0
-        bucket.append(one)
-        size += one.nbytes
-    if bucket:
-        yield bucket
-
-
-def _flattened(tensors: Sequence["torch.Tensor"]) -> "torch.Tensor":
-    import torch
-
-    return torch.cat([one.flatten() for one in tensors])
-
-
-def _put_back(flat: "torch.Tensor", into: Sequence["torch.Tensor"]) -> None:
-    for part, one in zip(flat.split([one.numel() for one in into]), into, strict=True):
-        one.copy_(part.view_as(one))

@@ -16,7 +16,7 @@ _LENGTH = "nothing is cut off: trl.max_length bounds an example, data.long_promp
 _REFERENCE = "the reference is the base on the card, or the frozen adapter that `adapter` names"
 _TOKENS = "examples are tokenized as everywhere in this package, see data"
 _BASE = "set model, revision and trust_remote_code"
-_ITSELF = "this package trains on one card by itself"
+_SEVERAL = "several cards are for `train --processes N`; a base that none of them holds is for hardware.shard_base"
 _VLLM = "set generation.engine to vllm; generation.server says where it is, or how it is started"
 _TOOLS = "a rollout calls no tools; conversations with tool calls are data.messages"
 _DROPOUT = "dropout is always off"
@@ -136,7 +136,7 @@ ELSEWHERE: dict[str, str] = {
     **dict.fromkeys(("logging_steps", "log_every", "log_interval"), "every step is logged"),
     **dict.fromkeys(("packing", "pack"), "examples are always packed"),
     **dict.fromkeys(("use_peft", "use_lora"), "an adapter is always trained; see lora"),
-    **dict.fromkeys(("deepspeed", "fsdp"), _ITSELF),
+    **dict.fromkeys(("deepspeed", "fsdp"), _SEVERAL),
     **dict.fromkeys(("use_vllm", "vllm", "vllm_mode", "fast_inference", "rollout"), _VLLM),
     **dict.fromkeys(("tools", "environment_factory"), _TOOLS),
     "run_name": DECIDED["output_dir"],

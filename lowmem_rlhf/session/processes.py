@@ -11,7 +11,7 @@ from lowmem_rlhf.hardware.detect import parse_device
 from lowmem_rlhf.planning.plan import Plan
 from lowmem_rlhf.planning.processes.plan import plan_processes
 from lowmem_rlhf.planning.processes.request import NETWORK_GBIT
-from lowmem_rlhf.planning.run_plan import Begun, resumed_plan, running_device, running_plan
+from lowmem_rlhf.planning.run_plan import ResumedRecipe, resumed_plan, running_device, running_plan
 from lowmem_rlhf.processes.start import number_of_processes, rank_of_process
 from lowmem_rlhf.processes.world import begun
 from lowmem_rlhf.recipe.schema import Recipe
@@ -62,8 +62,8 @@ def run_plan_of(recipe: Recipe, path: Path, resume: bool) -> tuple[Plan, dict[st
     world = begun()
     if not world.several:
         return (resumed_plan(recipe, path) if resume else running_plan(recipe)), {}
-    world.company = None  # of the base of an earlier run in these processes, which it would keep
-    began = Begun.of(recipe, path) if resume else Begun(recipe, [])
+    world.take_part = None  # of the base of an earlier run in these processes, which it would keep
+    began = ResumedRecipe.of(recipe, path) if resume else ResumedRecipe(recipe, [])
     cards = world.gather((running_device(recipe), socket.gethostname()))
     machines = len({host for _, host in cards})
     evenly = machines if world.size % machines == 0 else 1

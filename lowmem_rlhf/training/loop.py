@@ -35,11 +35,11 @@ from lowmem_rlhf.run.held_out import AFTER, BEFORE, DURING, metrics_of
 from lowmem_rlhf.stopping import check_stop
 from lowmem_rlhf.training.checkpoint import load_checkpoint, save_checkpoint
 from lowmem_rlhf.training.health import HealthWatch
-from lowmem_rlhf.training.heard import Heard
 from lowmem_rlhf.training.held_out import HeldOut
 from lowmem_rlhf.training.learning import LostTokens, no_gradient, parts_of, sums, unchanged, warm_up_remark
 from lowmem_rlhf.training.memory import explain_shortage, savings_of
 from lowmem_rlhf.training.optimizer import Optimizer, OwnRate
+from lowmem_rlhf.training.relayed import RelayedMessages
 from lowmem_rlhf.training.trackers import Trackers
 from lowmem_rlhf.training.trained_state import StateKeeper
 
@@ -285,7 +285,7 @@ class Loop(ABC):
             progress.message(note)
 
     def _steps(self, progress: Progress) -> Generator[StepOutput, None, None]:
-        progress = Heard(progress) if self.world.several else progress
+        progress = RelayedMessages(progress) if self.world.several else progress
         self.trackers.begin(self.step)
         try:
             yield from self._evaluated_steps(progress)
@@ -431,7 +431,7 @@ class Loop(ABC):
     @contextmanager
     def _with_others(self, progress: Progress) -> Iterator[None]:
         """Share out the work inside the block; what other processes say of it is shown by the first."""
-        if not isinstance(progress, Heard):
+        if not isinstance(progress, RelayedMessages):
             yield
             return
         with together(), shown_by(progress):

@@ -16,6 +16,7 @@ from torch import nn
 from transformers import get_scheduler
 
 from lowmem_rlhf.errors import RunError, UserError
+from lowmem_rlhf.processes.gradients import same_parameters, sum_gradients
 from lowmem_rlhf.processes.world import current
 from lowmem_rlhf.recipe.sections import TrainingConfig
 
@@ -148,7 +149,7 @@ class Optimizer:
             name, value = next(((n, v) for n, v in before.items() if not math.isfinite(v)), ("loss", loss))
             self._leave_out(f"the {name.replace('_', ' ')} ({value})")
             return math.nan
-        world.sum_gradients(list(self.parameters.values()))
+        sum_gradients(world, list(self.parameters.values()))
         self.scaler.unscale_(self.torch_optimizer)
         names = self.own.names if self.own else frozenset()
         norm = self._clip([p for name, p in self.parameters.items() if name not in names], self.max_grad_norm)
@@ -163,7 +164,7 @@ class Optimizer:
             self._let_be()
         else:
             self._take()
-            world.same_parameters(list(self.parameters.values()))
+            same_parameters(world, list(self.parameters.values()))
         return norm
 
     def _clip(self, parameters: Sequence[nn.Parameter], most: float) -> float:

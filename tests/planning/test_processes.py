@@ -3,7 +3,6 @@
 import json
 import math
 from dataclasses import replace
-from itertools import product
 
 import pytest
 from planning_cases import card, cpu
@@ -16,40 +15,10 @@ from lowmem_rlhf.planning.memory.resident import Memory
 from lowmem_rlhf.planning.plan import Plan, plan_for
 from lowmem_rlhf.planning.processes.plan import plan_processes
 from lowmem_rlhf.planning.processes.request import advice_of, cards_of, cluster_of, plan_of
-from lowmem_rlhf.planning.processes.shares import proportions, whole_shares
 from lowmem_rlhf.planning.processes.traffic import bytes_sent, sample_bytes
 from lowmem_rlhf.planning.processes.values import PREDICTED
 from lowmem_rlhf.planning.run_plan import plan_recipe
 from lowmem_rlhf.planning.time.links import COLLECTIVE, HOP, NETWORK_HOP, Ring, sent_gathering, sent_summing
-
-# shares
-
-
-def test_proportions_are_those_of_the_speeds_and_sum_to_one():
-    assert proportions([3.0, 1.0]) == [0.75, 0.25] and proportions([7.0]) == [1.0]
-    assert math.fsum(proportions([0.1, 0.2, 0.3, 1e9])) == pytest.approx(1, abs=1e-15)
-    for wrong in ([], [1.0, 0.0], [1.0, -1.0], [math.nan], [math.inf]):
-        with pytest.raises(ValueError, match="positive"):
-            proportions(wrong)
-
-
-@pytest.mark.parametrize(
-    ("count", "speeds", "expected"),
-    [(8, (1, 1), [4, 4]), (5, (1, 1), [3, 2]), (2, (3, 1), [2, 0]), (8, (3, 5), [3, 5]), (1, (1, 1, 1), [1, 0, 0])],
-)
-def test_whole_pieces_go_to_who_is_done_first(count, speeds, expected):
-    assert whole_shares(count, proportions(speeds)) == expected
-
-
-def test_no_other_way_to_share_out_whole_pieces_is_done_sooner():
-    for speeds in ((1.0, 1.7), (2.0, 3.0, 4.5), (1.0, 1.0, 9.0)):
-        for count in range(1, 7):
-            shares = whole_shares(count, proportions(speeds))
-            ways = (way for way in product(range(count + 1), repeat=len(speeds)) if sum(way) == count)
-            soonest = min(max(one / speed for one, speed in zip(way, speeds, strict=True)) for way in ways)
-            took = max(one / speed for one, speed in zip(shares, speeds, strict=True))
-            assert sum(shares) == count and took == pytest.approx(soonest), (speeds, count)
-
 
 # what is sent
 

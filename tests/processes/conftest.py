@@ -29,7 +29,8 @@ def alone(model, tmp_path_factory):
         key = (case, *sorted(hardware.items()))
         if key not in made:
             folder = tmp_path_factory.mktemp("alone")
-            recipe = recipe_of(model, folder, case, **hardware)
+            judge = run("reward_model")[1].path if case == "reward_adapter" else None
+            recipe = recipe_of(model, folder, case, judge, **hardware)
             made[key] = recipe, train(recipe, folder / "run")
         return made[key]
 

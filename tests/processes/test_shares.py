@@ -3,6 +3,7 @@
 import math
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -13,19 +14,19 @@ from lowmem_rlhf.engine.packing import Group, own_groups
 from lowmem_rlhf.hardware.profiles import find_profile, profile_device
 from lowmem_rlhf.planning.run_plan import plan_recipe, planned_device
 from lowmem_rlhf.processes.launch import without_option
-from lowmem_rlhf.processes.shares import even, shared_out
+from lowmem_rlhf.processes.shares import even, proportions, shared_out, whole_shared_out, whole_shares
 from lowmem_rlhf.processes.start import agreed_name
 from lowmem_rlhf.processes.world import World, _shared_by
 from lowmem_rlhf.progress import Silence
 from lowmem_rlhf.recipe.loading import load_recipe
 from lowmem_rlhf.recipe.sections import TrainingConfig
 from lowmem_rlhf.session import processes
-from lowmem_rlhf.training.heard import Heard
 from lowmem_rlhf.training.optimizer import Optimizer
+from lowmem_rlhf.training.relayed import RelayedMessages
 
 
 @pytest.mark.parametrize(
-    ("costs", "proportions", "expected"),
+    ("costs", "parts", "expected"),
     [
         ([5, 5, 5, 5], even(2), [range(0, 2), range(2, 4)]),
         ([9, 1, 1, 1], even(2), [range(0, 1), range(1, 4)]),
@@ -35,18 +36,53 @@ from lowmem_rlhf.training.optimizer import Optimizer
         ([1] * 8, (0.75, 0.25), [range(0, 6), range(6, 8)]),
     ],
 )
-def test_items_go_to_the_process_in_whose_part_their_middle_lies(costs, proportions, expected):
-    assert shared_out(costs, proportions) == expected
+def test_items_go_to_the_process_in_whose_part_their_middle_lies(costs, parts, expected):
+    assert shared_out(costs, parts) == expected
 
 
 def test_shares_are_within_an_item_of_their_proportion():
-    costs, proportions = [(37 * i) % 101 + 1 for i in range(400)], (0.5, 0.3, 0.2)
+    costs, wanted = [(37 * i) % 101 + 1 for i in range(400)], (0.5, 0.3, 0.2)
 
-    parts = shared_out(costs, proportions)
+    parts = shared_out(costs, wanted)
 
     assert [place for part in parts for place in part] == list(range(400))
-    for part, proportion in zip(parts, proportions, strict=True):
+    for part, proportion in zip(parts, wanted, strict=True):
         assert abs(sum(costs[place] for place in part) - proportion * sum(costs)) <= max(costs)
+
+
+def test_whole_items_are_as_many_as_the_plan_says_and_unequal_ones_go_by_their_costs():
+    for count, speeds in ((8, (1, 1)), (5, (1, 1)), (2, (3, 1)), (8, (3, 5)), (1, (1, 1, 1)), (7, (2, 3, 4))):
+        parts = whole_shared_out([96] * count, proportions(speeds))
+        assert [len(part) for part in parts] == whole_shares(count, proportions(speeds))
+        assert [place for part in parts for place in part] == list(range(count))
+    assert whole_shared_out([300, 100, 100, 100], even(2)) == [range(0, 1), range(1, 4)]
+    assert whole_shared_out([], even(2)) == [range(0, 0), range(0, 0)]
+
+
+def test_proportions_are_those_of_the_speeds_and_sum_to_one():
+    assert proportions([3.0, 1.0]) == [0.75, 0.25] and proportions([7.0]) == [1.0]
+    assert math.fsum(proportions([0.1, 0.2, 0.3, 1e9])) == pytest.approx(1, abs=1e-15)
+    for wrong in ([], [1.0, 0.0], [1.0, -1.0], [math.nan], [math.inf]):
+        with pytest.raises(ValueError, match="positive"):
+            proportions(wrong)
+
+
+@pytest.mark.parametrize(
+    ("count", "speeds", "expected"),
+    [(8, (1, 1), [4, 4]), (5, (1, 1), [3, 2]), (2, (3, 1), [2, 0]), (8, (3, 5), [3, 5]), (1, (1, 1, 1), [1, 0, 0])],
+)
+def test_whole_pieces_go_to_who_is_done_first(count, speeds, expected):
+    assert whole_shares(count, proportions(speeds)) == expected
+
+
+def test_no_other_way_to_share_out_whole_pieces_is_done_sooner():
+    for speeds in ((1.0, 1.7), (2.0, 3.0, 4.5), (1.0, 1.0, 9.0)):
+        for count in range(1, 7):
+            shares = whole_shares(count, proportions(speeds))
+            ways = (way for way in product(range(count + 1), repeat=len(speeds)) if sum(way) == count)
+            soonest = min(max(one / speed for one, speed in zip(way, speeds, strict=True)) for way in ways)
+            took = max(one / speed for one, speed in zip(shares, speeds, strict=True))
+            assert sum(shares) == count and took == pytest.approx(soonest), (speeds, count)
 
 
 def test_groups_are_divided_by_their_tokens_and_a_cut_one_keeps_its_prompt():
@@ -85,7 +121,7 @@ def test_processes_meet_under_a_new_name_whatever_earlier_ones_left_in_the_store
 
 def test_the_first_process_shows_what_others_alone_have_said():
     shown, silent = [], []
-    first, second = Heard(Shows(shown)), Heard(Shows(silent))
+    first, second = RelayedMessages(Shows(shown)), RelayedMessages(Shows(silent))
     first.message("both say this")
     for line in ("both say this", "memory ran out", "memory ran out"):
         second.message(line)

@@ -96,11 +96,9 @@ class UpdateStats:
         if "kl_tokens" in read:
             read["kl_tokens"] = int(read["kl_tokens"])
         counts = ("tokens", "scored", "clip_tokens", "clip_completions")
-        whole = current().sum(*(getattr(self, name) for name in counts))
-        return replace(self, **dict(zip(counts, map(int, whole), strict=True)), **read, logps=self._all_logps(device))
-
-    def _all_logps(self, device: torch.device) -> Rows:
-        return current().rows(self.logps, device)
+        world = current()
+        whole = map(int, world.sum(*(getattr(self, name) for name in counts)))
+        return replace(self, **dict(zip(counts, whole, strict=True)), **read, logps=world.rows(self.logps, device))
 
     def go_on(self, later: "UpdateStats") -> None:
         """Take in what a later iteration did: all that is counted over all iterations."""

@@ -17,13 +17,13 @@ from lowmem_rlhf.hardware.device import Device
 from lowmem_rlhf.planning.memory.resident import Memory
 from lowmem_rlhf.planning.plan import Plan, make_plan
 from lowmem_rlhf.planning.processes.agreement import Agreement, agreement
-from lowmem_rlhf.planning.processes.shares import proportions, whole_shares
 from lowmem_rlhf.planning.processes.times import communication, gathers_of, phases_of, ring_of, step_time, time_of
 from lowmem_rlhf.planning.processes.traffic import bytes_sent
 from lowmem_rlhf.planning.processes.values import Alone, Process, ProcessesPlan
 from lowmem_rlhf.planning.processes.words import assumptions, warnings
 from lowmem_rlhf.planning.shapes import step_tokens
 from lowmem_rlhf.planning.time.links import Ring
+from lowmem_rlhf.processes.shares import even, proportions, whole_shares
 from lowmem_rlhf.recipe.schema import Recipe
 
 Card = tuple[Device, str]  # a device, and its profile's name
@@ -52,7 +52,7 @@ def plan_processes(
     planner.common = common
     first = [planner.plan(place, equal) for place in range(len(parts))]
     speeds = _speeds(first, equal)
-    shares = proportions(speeds) if speeds else [1 / len(parts)] * len(parts)
+    shares = proportions(speeds) if speeds else even(len(parts))
     processes: list[Process] = []
     for place, prompts in enumerate(whole_shares(recipe.training.prompts_per_step, shares)):
         own = _shared(recipe, prompts, shares[place])

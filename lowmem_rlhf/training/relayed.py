@@ -6,7 +6,7 @@ from lowmem_rlhf.processes.world import World
 from lowmem_rlhf.progress import Progress
 
 
-class Heard:
+class RelayedMessages:
     """A display of one of several processes that keeps its messages until the first process has heard of them.
 
     Args:
